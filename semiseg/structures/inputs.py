@@ -1,0 +1,186 @@
+"""What goes into the model and the losses: Supervision, Sample, Targets, Batch.
+
+Frames: boxes are xyxy in absolute pixels of the *input* (the resized, unpadded image); images are RGB uint8.
+The mask grid has a stride s: cell (i, j) stands for the input pixel (s*i + s//2, s*j + s//2) in (row, column) order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+
+class Supervision(IntEnum):
+    """What is known of one training instance beyond its class and box."""
+
+    BOX = 0  # nothing: the mask was withheld or never annotated
+    MASK = 1  # its annotated mask
+    PSEUDO = 2  # a mask that a teacher or an imported prediction supplied, with a weight
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def grid_size(size_hw: tuple[int, int], stride: int) -> tuple[int, int]:
+    """(height, width) of the grid of the given stride that covers `size_hw` input pixels: ceil division."""
+    return -(-size_hw[0] // stride), -(-size_hw[1] // stride)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image with its instances, after the class split and the transforms.
+
+    Attributes:
+        image: (3, H, W) uint8, RGB, unpadded.
+        image_id: COCO's image id.
+        boxes_xyxy: (N, 4) float32, input pixels.
+        labels: (N,) int64 in 0..C-1.
+        supervision: (N,) int64, values of `Supervision`.
+        masks: (M, h, w) bool on the mask grid of this image, (h, w) = grid_size((H, W), mask_stride).
+        mask_instance: (M,) int64, the instance of each mask; exactly the instances whose supervision is not BOX.
+        crowd_boxes_xyxy: (K, 4) float32: regions that are neither object nor background.
+        mask_stride: stride of the mask grid in input pixels.
+        bottom_rows_without_affinity: input rows at the bottom whose colours are not to be trusted (COCO: 10 rows of
+            the original image, scaled; METHOD section 2).
+    """
+
+    image: Tensor
+    image_id: int
+    boxes_xyxy: Tensor
+    labels: Tensor
+    supervision: Tensor
+    masks: Tensor
+    mask_instance: Tensor
+    crowd_boxes_xyxy: Tensor
+    mask_stride: int
+    bottom_rows_without_affinity: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.image.dtype == torch.uint8 and self.image.ndim == 3, "image must be (3, H, W) uint8")
+        count = self.boxes_xyxy.shape[0]
+        _require(self.boxes_xyxy.shape == (count, 4), "boxes_xyxy must be (N, 4)")
+        _require(self.labels.shape == (count,), "labels must be (N,)")
+        _require(self.supervision.shape == (count,), "supervision must be (N,)")
+        expected = (self.mask_instance.shape[0], *grid_size(tuple(self.image.shape[-2:]), self.mask_stride))
+        _require(tuple(self.masks.shape) == expected, f"masks must be {expected}, not {tuple(self.masks.shape)}")
+        with_mask = (self.supervision != Supervision.BOX).nonzero()[:, 0]
+        _require(torch.equal(self.mask_instance.sort().values, with_mask), "one mask per mask-supervised instance")
+        _require(self.crowd_boxes_xyxy.ndim == 2 and self.crowd_boxes_xyxy.shape[1] == 4, "crowd boxes must be (K, 4)")
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The ground truth of a batch, flat over its images.
+
+    Attributes:
+        boxes_xyxy: (N, 4) float32, input pixels of the instance's image.
+        labels: (N,) int64 in 0..C-1.
+        image_index: (N,) int64 in 0..B-1, ascending.
+        supervision: (N,) int64, values of `Supervision`.
+        masks: (M, h, w) bool on the mask grid of the *padded* batch.
+        mask_instance: (M,) int64, index into the N instances; exactly those whose supervision is not BOX.
+        mask_weight: (M,) float32, weight of each mask in its loss (1 for annotated masks).
+        crowd_boxes_xyxy: (K, 4) float32, input pixels.
+        crowd_image_index: (K,) int64 in 0..B-1.
+        mask_stride: stride of the mask grid in input pixels.
+    """
+
+    boxes_xyxy: Tensor
+    labels: Tensor
+    image_index: Tensor
+    supervision: Tensor
+    masks: Tensor
+    mask_instance: Tensor
+    mask_weight: Tensor
+    crowd_boxes_xyxy: Tensor
+    crowd_image_index: Tensor
+    mask_stride: int
+
+    def __post_init__(self) -> None:
+        count, mask_count = self.boxes_xyxy.shape[0], self.masks.shape[0]
+        _require(self.boxes_xyxy.shape == (count, 4), "boxes_xyxy must be (N, 4)")
+        for name in ("labels", "image_index", "supervision"):
+            _require(getattr(self, name).shape == (count,), f"{name} must be (N,)")
+        _require(self.masks.ndim == 3, "masks must be (M, h, w)")
+        for name in ("mask_instance", "mask_weight"):
+            _require(getattr(self, name).shape == (mask_count,), f"{name} must be (M,)")
+        _require(self.crowd_boxes_xyxy.shape == (self.crowd_image_index.shape[0], 4), "crowd boxes must be (K, 4)")
+
+    @property
+    def num_instances(self) -> int:
+        return self.boxes_xyxy.shape[0]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Targets:
+        return _move(self, device, non_blocking)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A padded batch of images with its targets.
+
+    Attributes:
+        images: (B, 3, H, W) uint8, RGB; padded right and bottom with raw 0 so that H and W divide by the model's
+            size divisor.
+        image_sizes_hw: (B, 2) int64, height and width before padding.
+        image_ids: COCO's image ids, one per image.
+        bottom_rows_without_affinity: (B,) int64, see `Sample`.
+        targets: the ground truth, or None for prediction.
+    """
+
+    images: Tensor
+    image_sizes_hw: Tensor
+    image_ids: tuple[int, ...]
+    bottom_rows_without_affinity: Tensor
+    targets: Targets | None
+
+    def __post_init__(self) -> None:
+        count = self.images.shape[0]
+        _require(self.images.dtype == torch.uint8 and self.images.ndim == 4, "images must be (B, 3, H, W) uint8")
+        _require(self.image_sizes_hw.shape == (count, 2), "image_sizes_hw must be (B, 2)")
+        _require(len(self.image_ids) == count, "one image id per image")
+        _require(self.bottom_rows_without_affinity.shape == (count,), "bottom_rows_without_affinity must be (B,)")
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        return _move(self, device, non_blocking)
+
+    def pin_memory(self) -> Batch:
+        """Called by the DataLoader when `pin_memory` is on."""
+        return _map_tensors(self, lambda tensor: tensor.pin_memory())
+
+
+def _map_tensors(value, function):
+    changed = {}
+    for field in fields(value):
+        item = getattr(value, field.name)
+        if isinstance(item, Tensor):
+            changed[field.name] = function(item)
+        elif isinstance(item, Targets):
+            changed[field.name] = _map_tensors(item, function)
+    return replace(value, **changed)
+
+
+def _move(value, device, non_blocking):
+    return _map_tensors(value, lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+
+def pad_images(images: list[Tensor], size_divisor: int) -> tuple[Tensor, Tensor]:
+    """Stacks images of different sizes, padded right and bottom with 0.
+
+    Args:
+        images: B tensors (3, H_i, W_i) uint8.
+        size_divisor: the padded height and width divide by it.
+
+    Returns:
+        (B, 3, H, W) uint8 and the unpadded sizes (B, 2) int64 as (height, width).
+    """
+    sizes = torch.tensor([image.shape[-2:] for image in images], dtype=torch.int64).reshape(-1, 2)
+    height, width = (-(-int(side) // size_divisor) * size_divisor for side in sizes.amax(0))
+    stacked = images[0].new_zeros(len(images), 3, height, width)
+    for slot, image in zip(stacked, images, strict=True):
+        slot[:, : image.shape[1], : image.shape[2]] = image
+    return stacked, sizes

@@ -1,0 +1,173 @@
+"""What comes out of the model and its neighbours: Locations, DenseOutputs, Assignment, MaskQueries, MaskLogits, Detections.
+
+Letters: B images, R locations (all levels of one image, level-major, then row-major), C classes, P positives,
+Q mask queries, D numbers per dynamic filter set, N detections.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class Locations:
+    """The R places of one padded image at which the head predicts; the same for every image of a batch.
+
+    Attributes:
+        xy: (R, 2) float32, input pixels: stride * index + stride // 2, x before y.
+        stride: (R,) float32, stride of the location's level in input pixels.
+        level: (R,) int64, index of the level, 0 = the finest.
+    """
+
+    xy: Tensor
+    stride: Tensor
+    level: Tensor
+
+    def __post_init__(self) -> None:
+        count = self.xy.shape[0]
+        _require(self.xy.shape == (count, 2), "xy must be (R, 2)")
+        _require(self.stride.shape == (count,) and self.level.shape == (count,), "stride and level must be (R,)")
+
+
+@dataclass(frozen=True)
+class DenseOutputs:
+    """What the network predicts for a batch, the same in training and evaluation.
+
+    Attributes:
+        class_logits: (B, R, C).
+        box_distances: (B, R, 4) left, top, right, bottom >= 0 in units of the location's stride.
+        centreness_logits: (B, R).
+        filters: (B, R, D) the dynamic filters (weights of all layers, then biases).
+        mask_features: (B, F, h, w) shared by all instances of an image.
+        mask_feature_stride: stride of `mask_features` in input pixels.
+        locations: where the R predictions stand.
+    """
+
+    class_logits: Tensor
+    box_distances: Tensor
+    centreness_logits: Tensor
+    filters: Tensor
+    mask_features: Tensor
+    mask_feature_stride: int
+    locations: Locations
+
+    def __post_init__(self) -> None:
+        batch, count = self.class_logits.shape[:2]
+        _require(self.box_distances.shape == (batch, count, 4), "box_distances must be (B, R, 4)")
+        _require(self.centreness_logits.shape == (batch, count), "centreness_logits must be (B, R)")
+        _require(self.filters.shape[:2] == (batch, count), "filters must be (B, R, D)")
+        _require(self.mask_features.shape[0] == batch, "mask_features must be (B, F, h, w)")
+        _require(self.locations.xy.shape[0] == count, "one location per prediction")
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Which locations are positive for which instance (P positives, flat over the batch), and which are ignored.
+
+    Attributes:
+        image_index: (P,) int64; positives are ordered by image, then location.
+        location_index: (P,) int64 in 0..R-1.
+        instance_index: (P,) int64, index into Targets' instances.
+        box_distances: (P, 4) targets in units of the location's stride.
+        centreness: (P,) targets in [0, 1].
+        ignored: (B, R) bool: locations in a crowd box that are not positive; neither object nor background.
+    """
+
+    image_index: Tensor
+    location_index: Tensor
+    instance_index: Tensor
+    box_distances: Tensor
+    centreness: Tensor
+    ignored: Tensor
+
+    def __post_init__(self) -> None:
+        count = self.image_index.shape[0]
+        _require(self.location_index.shape == (count,), "location_index must be (P,)")
+        _require(self.instance_index.shape == (count,), "instance_index must be (P,)")
+        _require(self.box_distances.shape == (count, 4), "box_distances must be (P, 4)")
+        _require(self.centreness.shape == (count,), "centreness must be (P,)")
+        _require(self.ignored.ndim == 2 and self.ignored.dtype == torch.bool, "ignored must be (B, R) bool")
+
+
+@dataclass(frozen=True)
+class MaskQueries:
+    """Locations whose mask is wanted: sampled positives in training, kept detections in prediction.
+
+    Attributes:
+        image_index: (Q,) int64.
+        location_index: (Q,) int64 in 0..R-1.
+        instance_index: (Q,) int64: in training the target instance, in prediction the detection's own number.
+    """
+
+    image_index: Tensor
+    location_index: Tensor
+    instance_index: Tensor
+
+    def __post_init__(self) -> None:
+        count = self.image_index.shape[0]
+        _require(self.location_index.shape == (count,), "location_index must be (Q,)")
+        _require(self.instance_index.shape == (count,), "instance_index must be (Q,)")
+
+
+@dataclass(frozen=True)
+class MaskLogits:
+    """One mask per query on a grid of its own: a whole map (CondInst) or a crop (RoI heads).
+
+    Attributes:
+        logits: (Q, h, w).
+        image_index: (Q,) int64.
+        instance_index: (Q,) int64, see `MaskQueries`.
+        origin_xy: (Q, 2) float32, input pixel of the corner of cell (0, 0); zeros for whole maps.
+        stride_xy: (Q, 2) float32, input pixels per cell in x and y.
+    """
+
+    logits: Tensor
+    image_index: Tensor
+    instance_index: Tensor
+    origin_xy: Tensor
+    stride_xy: Tensor
+
+    def __post_init__(self) -> None:
+        count = self.logits.shape[0]
+        _require(self.logits.ndim == 3, "logits must be (Q, h, w)")
+        for name in ("image_index", "instance_index"):
+            _require(getattr(self, name).shape == (count,), f"{name} must be (Q,)")
+        for name in ("origin_xy", "stride_xy"):
+            _require(getattr(self, name).shape == (count, 2), f"{name} must be (Q, 2)")
+
+
+@dataclass(frozen=True)
+class Detections:
+    """The detected instances of one image, best first.
+
+    Attributes:
+        boxes: (N, 4) float32 xyxy in output pixels, clipped to the output.
+        scores: (N,) float32 in [0, 1], descending.
+        labels: (N,) int64 in 0..C-1.
+        masks: (N, height, width) bool in output pixels.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    masks: Tensor
+
+    def __post_init__(self) -> None:
+        count = self.boxes.shape[0]
+        _require(self.boxes.shape == (count, 4), "boxes must be (N, 4)")
+        _require(self.scores.shape == (count,) and self.labels.shape == (count,), "scores and labels must be (N,)")
+        _require(self.masks.shape[0] == count and self.masks.dtype == torch.bool, "masks must be (N, H, W) bool")
+
+    def __len__(self) -> int:
+        return self.boxes.shape[0]
+
+    def to(self, device: torch.device | str) -> Detections:
+        return Detections(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
