@@ -1,0 +1,162 @@
+"""What is written during and after training: checkpoints (to continue) and model folders (to use).
+
+Everything is written under a temporary name and renamed, so that an interruption leaves the old state or the new one.
+Only tensors and plain values are stored and loaded (`weights_only`): a file cannot run code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from semiseg.config import ModelConfig, parse_config
+from semiseg.errors import UserError
+from semiseg.resources import write_text
+
+CHECKPOINT_PATTERN = "step_*.pt"
+MODEL_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a model folder says of its model beside the weights.
+
+    Attributes:
+        config: sizes, normalisation and thresholds of the network.
+        class_names: name of each label.
+        category_ids: id of each label in the annotation file that it was trained on.
+        short_side, long_side: the resize rule of its validation, in pixels.
+    """
+
+    config: ModelConfig
+    class_names: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    short_side: int
+    long_side: int
+
+
+def save_tensors(path: Path, state: dict[str, Any]) -> None:
+    """torch.save to a temporary file of the same folder, flushed to disk, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_tensors(path: Path) -> dict[str, Any]:
+    """Reads a file of `save_tensors` on the CPU; a broken one is a `UserError`."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except Exception as error:
+        raise UserError(f"{path}: not a readable checkpoint: {str(error).splitlines()[0]}") from error
+
+
+def save_checkpoint(folder: Path, state: dict[str, Any], *, step: int, keep: int) -> Path:
+    """Writes `step_NNNNNNNN.pt` and removes all but the newest `keep`."""
+    path = folder / f"step_{step:08d}.pt"
+    save_tensors(path, state)
+    for old in sorted(folder.glob(CHECKPOINT_PATTERN))[:-keep]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint with the highest step, or None."""
+    return max(folder.glob(CHECKPOINT_PATTERN), default=None)
+
+
+def save_model(folder: Path, state: dict[str, Tensor], info: ModelInfo) -> None:
+    """Writes a model folder: `model.safetensors` and `config.json`; an existing one is replaced as a whole."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, temporary / "model.safetensors")
+        description = {
+            "format": MODEL_FORMAT,
+            "model": info.config.model_dump(mode="json"),
+            "class_names": list(info.class_names),
+            "category_ids": list(info.category_ids),
+            "short_side": info.short_side,
+            "long_side": info.long_side,
+        }
+        (temporary / "config.json").write_text(json.dumps(description, indent=2, ensure_ascii=False), encoding="utf-8")
+        temporary.chmod(0o755)
+        if folder.exists():
+            old = folder.with_name(f".{folder.name}.old{os.getpid()}")
+            os.replace(folder, old)
+            os.replace(temporary, folder)
+            shutil.rmtree(old)
+        else:
+            os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load_model_folder(folder: Path) -> tuple[dict[str, Tensor], ModelInfo]:
+    """Reads a model folder: its weights (CPU) and its description."""
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        weights = load_file(folder / "model.safetensors")
+    except FileNotFoundError as error:
+        raise UserError(f"{folder}: not a model folder: {Path(error.filename or path).name} is missing") from None
+    except Exception as error:
+        raise UserError(f"{folder}: not a readable model folder: {str(error).splitlines()[0]}") from error
+    if values.get("format") != MODEL_FORMAT:
+        raise UserError(f"{path}: format {values.get('format')!r} is not known, expected {MODEL_FORMAT}")
+    info = ModelInfo(
+        config=parse_config(ModelConfig, values["model"], where=str(path)),
+        class_names=tuple(values["class_names"]),
+        category_ids=tuple(values["category_ids"]),
+        short_side=values["short_side"],
+        long_side=values["long_side"],
+    )
+    return weights, info
+
+
+def initial_weights(source: Path) -> dict[str, Tensor]:
+    """Weights to start from: a model folder, or a checkpoint file (its EMA weights where it has them)."""
+    if source.is_dir():
+        folder = source if (source / "config.json").exists() and (source / "model.safetensors").exists() else source / "model"
+        return load_model_folder(folder)[0]
+    state = load_tensors(source)
+    if "model" not in state:
+        raise UserError(f"{source}: holds no 'model' to start from; its keys are {', '.join(sorted(state)[:8])}")
+    return state["ema"] if state.get("ema") else state["model"]
+
+
+def load_initial(model: nn.Module, weights: dict[str, Tensor], *, where: str) -> list[str]:
+    """Copies weights into the model; returns the keys left as they were because the number of classes differs.
+
+    Raises:
+        UserError: if any other key is missing, unknown or of another shape.
+    """
+    own = model.state_dict()
+    reshaped = [key for key in own if key in weights and own[key].shape != weights[key].shape]
+    wrong = sorted(set(own) ^ set(weights)) + [key for key in reshaped if "class_logits" not in key]
+    if wrong:
+        raise UserError(f"{where}: {len(wrong)} weights do not fit the model, first: {', '.join(wrong[:5])}")
+    model.load_state_dict({key: value for key, value in weights.items() if key not in reshaped}, strict=False)
+    return reshaped
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON under a temporary name and renames it."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,55 @@
+"""The optimiser and the length of a run, from its configuration."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from semiseg.config import OptimConfig
+from semiseg.engine.schedules import one_cycle, step_schedule
+
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """SGD or AdamW over the trainable parameters; those of norms get no weight decay (METHOD section 3)."""
+    norm_parameters = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, NORMS)
+        for parameter in module.parameters(recurse=False)
+    }
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if id(p) not in norm_parameters], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if id(p) in norm_parameters], "weight_decay": 0.0},
+    ]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum)
+    return torch.optim.AdamW(groups, lr=config.learning_rate)
+
+
+def num_steps(config: OptimConfig, *, num_images: int) -> int:
+    """Optimizer steps of the run: given, or from epochs (an epoch shows each of `num_images` images once)."""
+    if config.steps is not None:
+        return config.steps
+    assert config.epochs is not None
+    return max(1, math.ceil(config.epochs * num_images / config.batch_size))
+
+
+def learning_rate(config: OptimConfig, *, step: int, steps: int) -> float:
+    """The learning rate of optimizer step `step` (from 0)."""
+    if config.schedule == "constant":
+        return config.learning_rate
+    if config.schedule == "one_cycle":
+        return config.learning_rate * one_cycle(step, steps)
+    factor = step_schedule(
+        step,
+        steps,
+        milestones=config.milestones,
+        warmup_steps=config.warmup_steps,
+        warmup_factor=config.warmup_factor,
+    )
+    return config.learning_rate * factor
