@@ -1,0 +1,299 @@
+"""The official COCO evaluation (pycocotools) of boxes and masks, on all classes and on groups of them.
+
+Each IoU type is evaluated once; class groups are slices of `COCOeval.eval["precision"]`, which is identical to an
+evaluation of its own with `params.catIds`, because classes never influence each other there. All numbers are in
+**percent**; None = not measured. COCO's ids and xywh boxes exist only here and in `data/coco.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import unicodedata
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as rle
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from semiseg.errors import UserError
+
+METRIC_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+ALL_CLASSES = "all"
+
+Numbers = Mapping[str, float | None]
+
+_AREA_INDEX = {"APs": 1, "APm": 2, "APl": 3}  # of COCOeval's area ranges; 0 = all areas
+_THRESHOLD = {"AP50": 0.5, "AP75": 0.75}
+_UNMEASURED: Numbers = dict.fromkeys(METRIC_NAMES)
+
+
+@dataclass(frozen=True)
+class TypeMetrics:
+    """The numbers of one IoU type (boxes or masks), in percent.
+
+    Attributes:
+        groups: group -> metric (`METRIC_NAMES`) -> percent; None where no class of the group has ground truth.
+        classes: class -> the same, or None for a class without ground truth (crowd does not count).
+    """
+
+    groups: Mapping[str, Numbers]
+    classes: Mapping[str, Numbers | None]
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The evaluation of one run, in percent.
+
+    Attributes:
+        bbox: box numbers.
+        segm: mask numbers; None if not every ground-truth instance has a mask to compare with.
+        instances: class -> number of ground-truth instances without crowd.
+        images: number of evaluated images.
+    """
+
+    bbox: TypeMetrics
+    segm: TypeMetrics | None
+    instances: Mapping[str, int]
+    images: int
+
+    def group(self, iou_type: str, classes: Collection[str]) -> Numbers:
+        """Means over any classes, e.g. another split's unseen ones; iou_type is "bbox" or "segm"."""
+        metrics = self.bbox if iou_type == "bbox" else self.segm
+        return dict(_UNMEASURED) if metrics is None else group_means(metrics.classes, classes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-serialisable; `from_dict` restores it exactly."""
+        types = {"bbox": self.bbox, "segm": self.segm}
+        return {
+            "unit": "percent",
+            "images": self.images,
+            "instances": dict(self.instances),
+            **{name: None if value is None else _type_to_dict(value) for name, value in types.items()},
+        }
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> Metrics:
+        """The inverse of `to_dict`; a missing part is a `UserError`."""
+        try:
+            segm = values["segm"]
+            return Metrics(
+                bbox=TypeMetrics(values["bbox"]["groups"], values["bbox"]["classes"]),
+                segm=None if segm is None else TypeMetrics(segm["groups"], segm["classes"]),
+                instances=values["instances"],
+                images=values["images"],
+            )
+        except (KeyError, TypeError) as error:
+            raise UserError(f"recorded metrics: {error} is missing; recorded by another version?") from None
+
+
+def evaluate_detections(
+    annotations_file: Path,
+    results: Sequence[Mapping[str, Any]],
+    *,
+    class_names: Sequence[str],
+    groups: Mapping[str, Collection[str]],
+    image_ids: Collection[int],
+) -> Metrics:
+    """Evaluates detections with pycocotools, boxes and masks, quietly.
+
+    Args:
+        annotations_file: COCO instances json: the ground truth.
+        results: COCO results, one dict per detection: image_id, category_id, bbox (x, y, w, h in pixels of the
+            original image), score in [0, 1], segmentation (RLE of the original image's size). Left unchanged.
+        class_names: names of the labels 0..C-1, that is of the categories in the order of their ids.
+        groups: group -> class names; the group "all" is added. May be empty groups (their numbers are None).
+        image_ids: the images that were looked at, each once; must be exactly the file's.
+
+    Returns:
+        Numbers in percent. No detections give 0; a class without ground truth gives None.
+
+    Raises:
+        UserError: image ids, classes or a detection do not fit the file.
+    """
+    truth = load_ground_truth(annotations_file)
+    _check_classes(truth, class_names, groups, where=annotations_file)
+    _check_images(truth, image_ids, where=annotations_file)
+    _check_results(truth, results)
+    members = {ALL_CLASSES: tuple(class_names), **groups}
+    has_masks = all(a.get("segmentation") for a in truth.dataset["annotations"] if not a["iscrowd"])
+    if has_masks:
+        _give_crowd_masks(truth)
+    category_names = dict(zip(sorted(truth.cats), class_names, strict=True))
+    counts = Counter(a["category_id"] for a in truth.dataset["annotations"] if not a["iscrowd"])
+    return Metrics(
+        bbox=_evaluate_type(truth, results, "bbox", class_names, members),
+        segm=_evaluate_type(truth, results, "segm", class_names, members) if has_masks else None,
+        instances={name: counts[category] for category, name in category_names.items()},
+        images=len(truth.imgs),
+    )
+
+
+def group_means(per_class: Mapping[str, Numbers | None], classes: Collection[str]) -> Numbers:
+    """Means over those of `classes` that have ground truth: what slicing the precision array over them gives.
+
+    Args:
+        per_class: class -> metric -> percent, or None without ground truth (`TypeMetrics.classes`).
+        classes: the group's class names.
+    """
+    unknown = sorted(set(classes) - set(per_class))
+    if unknown:
+        raise UserError(f"class {unknown[0]!r} was not evaluated; evaluated: {', '.join(per_class)}")
+    found = [numbers for name in per_class if name in set(classes) and (numbers := per_class[name]) is not None]
+    means: dict[str, float | None] = {}
+    for metric in METRIC_NAMES:
+        values = [value for numbers in found if (value := numbers[metric]) is not None]
+        means[metric] = round(math.fsum(values) / len(values), 10) if values else None
+    return means
+
+
+def load_ground_truth(annotations_file: Path) -> COCO:
+    """Reads a COCO instances json without pycocotools' prints and makes it safe to evaluate.
+
+    Annotation ids become 1..n in file order: pycocotools takes a match with an annotation of id 0 for none, and
+    published files contain id 0 or text. A missing `iscrowd` is 0, a missing `area` the mask's, else the box's.
+    """
+    try:
+        content = json.loads(annotations_file.read_text(encoding="utf-8"))
+        truth = COCO()
+        truth.dataset = {key: content[key] for key in ("images", "categories")}
+        truth.dataset["annotations"] = [
+            {**annotation, "id": number} for number, annotation in enumerate(content.get("annotations", []), start=1)
+        ]
+        with contextlib.redirect_stdout(io.StringIO()):
+            truth.createIndex()
+    except FileNotFoundError:
+        raise UserError(f"{annotations_file}: no such file") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{annotations_file}: not a COCO instances file: {error}") from None
+    for annotation in truth.dataset["annotations"]:
+        annotation.setdefault("iscrowd", 0)
+        if "area" not in annotation:
+            annotation["area"] = _area(truth, annotation)
+    return truth
+
+
+def _area(truth: COCO, annotation: Mapping[str, Any]) -> float:
+    if annotation.get("segmentation"):
+        return float(rle.area(truth.annToRLE(annotation)))
+    return float(annotation["bbox"][2] * annotation["bbox"][3])
+
+
+def _give_crowd_masks(truth: COCO) -> None:
+    """A crowd without a mask is ignored by its box, as in training."""
+    for annotation in truth.dataset["annotations"]:
+        if not annotation.get("segmentation"):
+            x, y, width, height = annotation["bbox"]
+            annotation["segmentation"] = [[x, y, x + width, y, x + width, y + height, x, y + height]]
+
+
+def _evaluate_type(
+    truth: COCO,
+    results: Sequence[Mapping[str, Any]],
+    iou_type: str,
+    class_names: Sequence[str],
+    groups: Mapping[str, Collection[str]],
+) -> TypeMetrics:
+    precision = coco_precision(truth, results, iou_type)
+    index = {name: number for number, name in enumerate(class_names)}
+    classes = {name: _read_numbers(precision[:, :, [index[name]]]) for name in class_names}
+    return TypeMetrics(
+        groups={
+            group: _read_numbers(precision[:, :, sorted(index[name] for name in members)])
+            for group, members in groups.items()
+        },
+        classes={name: None if numbers["AP"] is None else numbers for name, numbers in classes.items()},
+    )
+
+
+def coco_precision(truth: COCO, results: Sequence[Mapping[str, Any]], iou_type: str) -> np.ndarray:
+    """One quiet COCOeval run; its precision (T IoU thresholds, R recalls, C classes by id, A areas, M limits).
+
+    -1 where a class has no ground truth of the area. Masks are evaluated without the detections' boxes: with them
+    pycocotools would take the box's area for the area ranges.
+    """
+    hidden = "bbox" if iou_type == "segm" else "segmentation"
+    detections = [{key: value for key, value in result.items() if key != hidden} for result in results]
+    with contextlib.redirect_stdout(io.StringIO()):
+        if detections:
+            predicted = truth.loadRes(detections)
+        else:  # loadRes looks at the first result
+            predicted = COCO()
+            predicted.dataset = {**truth.dataset, "annotations": []}
+            predicted.createIndex()
+        evaluation = COCOeval(truth, predicted, iou_type)
+        evaluation.evaluate()
+        evaluation.accumulate()
+    return evaluation.eval["precision"]
+
+
+def _read_numbers(precision: np.ndarray) -> Numbers:
+    """COCOeval.summarize's numbers of a precision array (T, R, C, A, M), in percent."""
+    thresholds = np.linspace(0.5, 0.95, 10)
+    numbers: dict[str, float | None] = {}
+    for metric in METRIC_NAMES:
+        values = precision[..., _AREA_INDEX.get(metric, 0), -1]
+        if metric in _THRESHOLD:
+            values = values[np.isclose(thresholds, _THRESHOLD[metric])]
+        values = values[values > -1]
+        # Rounding hides the machine epsilon that pycocotools adds to its denominator: perfect is exactly 100.
+        numbers[metric] = round(100 * float(np.mean(values)), 10) if values.size else None
+    return numbers
+
+
+def _check_classes(
+    truth: COCO, class_names: Sequence[str], groups: Mapping[str, Collection[str]], *, where: Path
+) -> None:
+    found = [unicodedata.normalize("NFC", str(truth.cats[key]["name"])).strip() for key in sorted(truth.cats)]
+    if found != list(class_names):
+        raise UserError(
+            f"{where}: its classes ({', '.join(found)}) are not the evaluated ones ({', '.join(class_names)})"
+        )
+    for group, members in groups.items():
+        unknown = sorted(set(members) - set(class_names))
+        if unknown:
+            raise UserError(f"{where}: class {unknown[0]!r} of group {group!r} is not one of {', '.join(class_names)}")
+
+
+def _check_images(truth: COCO, image_ids: Collection[int], *, where: Path) -> None:
+    known, seen = set(truth.imgs), Counter(image_ids)
+    problems = {
+        "missing": sorted(known - set(seen), key=str),
+        "unknown": sorted(set(seen) - known, key=str),
+        "evaluated more than once": sorted((key for key, count in seen.items() if count > 1), key=str),
+    }
+    told = [f"{len(ids)} {what} (such as {', '.join(map(str, ids[:3]))})" for what, ids in problems.items() if ids]
+    if told:
+        raise UserError(f"{where}: the evaluated images are not the file's {len(known)}: {'; '.join(told)}")
+
+
+def _check_results(truth: COCO, results: Sequence[Mapping[str, Any]]) -> None:
+    for number, result in enumerate(results):
+        where = f"detection {number} of {len(results)}"
+        missing = [key for key in ("image_id", "category_id", "bbox", "score", "segmentation") if key not in result]
+        if missing:
+            raise UserError(f"{where}: {missing[0]!r} is missing")
+        if result["image_id"] not in truth.imgs:
+            raise UserError(f"{where}: image {result['image_id']} is not in the annotation file")
+        if result["category_id"] not in truth.cats:
+            raise UserError(f"{where}: category {result['category_id']} is not in the annotation file")
+        if not math.isfinite(result["score"]):
+            raise UserError(f"{where}: score {result['score']} is not a number")
+        image, size = truth.imgs[result["image_id"]], list(result["segmentation"]["size"])
+        if size != [image["height"], image["width"]]:  # pycocotools would silently match nothing
+            expected = [image["height"], image["width"]]
+            raise UserError(f"{where}: mask size {size} is not that of image {result['image_id']}, {expected}")
+
+
+def _type_to_dict(metrics: TypeMetrics) -> dict[str, Any]:
+    return {
+        "groups": {name: dict(numbers) for name, numbers in metrics.groups.items()},
+        "classes": {name: None if numbers is None else dict(numbers) for name, numbers in metrics.classes.items()},
+    }

@@ -1,0 +1,302 @@
+"""The COCO evaluation against pycocotools itself, with `params.catIds`, and against cases one can do in the head."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pycocotools import mask as rle
+from pycocotools.cocoeval import COCOeval
+
+from semiseg.errors import UserError
+from semiseg.evaluation.coco_metrics import (
+    METRIC_NAMES,
+    Metrics,
+    evaluate_detections,
+    group_means,
+    load_ground_truth,
+)
+
+SIZE = 128
+CLASSES = ("ring", "猫", "cross", "never", "only crowd")
+CATEGORY_IDS = (3, 7, 20, 21, 90)  # in label order, with gaps
+
+
+def encode(mask: np.ndarray) -> dict:
+    value = rle.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {"size": value["size"], "counts": value["counts"].decode()}
+
+
+def rectangle(x: int, y: int, width: int, height: int) -> np.ndarray:
+    mask = np.zeros((SIZE, SIZE), bool)
+    mask[y : y + height, x : x + width] = True
+    return mask
+
+
+def truth_of(
+    x: int, y: int, width: int, height: int, *, image: int, category: int, number: int, crowd: int = 0
+) -> dict:
+    return {
+        "id": number,
+        "image_id": image,
+        "category_id": category,
+        "bbox": [x, y, width, height],
+        "area": width * height,
+        "iscrowd": crowd,
+        "segmentation": encode(rectangle(x, y, width, height)),
+    }
+
+
+def found(annotation: dict, *, score: float, shift: int = 0) -> dict:
+    x, y, width, height = annotation["bbox"]
+    return {
+        "image_id": annotation["image_id"],
+        "category_id": annotation["category_id"],
+        "bbox": [x + shift, y, width, height],
+        "score": score,
+        "segmentation": encode(rectangle(x + shift, y, width, height)),
+    }
+
+
+def write(path: Path, annotations: list[dict], *, images: int, classes: int = len(CLASSES)) -> Path:
+    content = {
+        "images": [{"id": i, "file_name": f"{i}.png", "width": SIZE, "height": SIZE} for i in range(images)],
+        # The file lists categories in another order than their ids'.
+        "categories": [{"id": CATEGORY_IDS[c], "name": CLASSES[c]} for c in reversed(range(classes))],
+        "annotations": annotations,
+    }
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def random_case(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
+    """20 images of objects in three classes and all area ranges, crowd, misses, false and shifted detections."""
+    generator = np.random.default_rng(5)
+    annotations, results = [], []
+    for image in range(20):
+        for _ in range(int(generator.integers(0, 7))):
+            x, y = (int(v) for v in generator.integers(0, 28, 2))
+            width, height = (int(v) for v in generator.choice([12, 40, 98], 2))
+            annotation = truth_of(
+                x, y, width, height, image=image, category=CATEGORY_IDS[generator.integers(3)], number=len(annotations)
+            )
+            annotation["iscrowd"] = int(generator.random() < 0.15)
+            annotations.append(annotation)
+            for _ in range(int(generator.integers(0, 3))):
+                shift = int(generator.integers(0, 10))
+                result = found(annotation, score=round(float(generator.random()), 1), shift=shift)  # ties
+                if generator.random() < 0.2:
+                    result["category_id"] = CATEGORY_IDS[generator.integers(5)]
+                results.append(result)
+    crowd = truth_of(0, 0, 50, 50, image=0, category=CATEGORY_IDS[4], number=len(annotations), crowd=1)
+    path = write(tmp_path_factory.mktemp("random") / "val.json", [*annotations, crowd], images=20)
+    return path, results
+
+
+def official(path: Path, results: list[dict], iou_type: str, category_ids: list[int]) -> dict[str, float | None]:
+    """pycocotools alone, restricted by params.catIds and summarised by its own summarize()."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = load_ground_truth(path)
+        key = "bbox" if iou_type == "segm" else "segmentation"
+        predicted = truth.loadRes([{k: v for k, v in result.items() if k != key} for result in results])
+        evaluation = COCOeval(truth, predicted, iou_type)
+        evaluation.params.catIds = category_ids
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    stats = dict(zip(METRIC_NAMES, evaluation.stats[:6], strict=True))
+    return {name: None if value == -1 else round(100 * float(value), 10) for name, value in stats.items()}
+
+
+def test_groups_equal_pycocotools_restricted_to_the_classes(random_case):
+    path, results = random_case
+    groups = {
+        "seen": ("cross", "ring"),
+        "unseen": ("猫",),
+        "with absent": ("never", "猫", "only crowd"),
+        "nobody": ("never",),
+    }
+    metrics = evaluate_detections(path, results, class_names=CLASSES, groups=groups, image_ids=range(20))
+    compared = 0
+    for iou_type, measured in (("bbox", metrics.bbox), ("segm", metrics.segm)):
+        assert measured is not None
+        for group, members in {"all": CLASSES, **groups}.items():
+            expected = official(path, results, iou_type, [CATEGORY_IDS[CLASSES.index(name)] for name in members])
+            assert measured.groups[group] == expected, (iou_type, group)
+            recovered = metrics.group(iou_type, members)
+            for name in METRIC_NAMES:
+                assert recovered[name] == (None if expected[name] is None else pytest.approx(expected[name], abs=1e-8))
+                compared += expected[name] is not None
+        assert measured.classes["never"] is None
+        assert measured.classes["only crowd"] is None
+    assert compared == 2 * 4 * 6
+    assert 10 < metrics.segm.groups["all"]["AP"] < 90
+    assert metrics.segm.groups["all"] != metrics.bbox.groups["all"]
+    assert metrics.instances["only crowd"] == 0
+
+
+def test_quiet(random_case, capsys):
+    path, results = random_case
+    evaluate_detections(path, results, class_names=CLASSES, groups={}, image_ids=range(20))
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == ""
+
+
+@pytest.mark.parametrize("number", [0, 1, "first"], ids=repr)
+def test_perfect_prediction_of_one_object_is_exactly_100(tmp_path, number):
+    annotation = truth_of(5, 6, 40, 50, image=0, category=7, number=number)
+    path = write(tmp_path / "val.json", [annotation], images=1)
+    metrics = evaluate_detections(
+        path, [found(annotation, score=0.9)], class_names=CLASSES, groups={"unseen": ("猫",)}, image_ids=[0]
+    )
+    for measured in (metrics.bbox, metrics.segm):
+        assert measured.groups["all"] == {"AP": 100, "AP50": 100, "AP75": 100, "APs": None, "APm": 100, "APl": None}
+        assert measured.groups["unseen"] == measured.groups["all"]
+
+
+def test_hand_computed_precision(tmp_path):
+    """Two objects; best first: a hit, a miss, a hit: precision 1 up to recall 1/2, then 2/3."""
+    first = truth_of(0, 0, 40, 40, image=0, category=3, number=1)
+    second = truth_of(60, 60, 40, 40, image=0, category=3, number=2)
+    miss = found(truth_of(0, 80, 40, 40, image=0, category=3, number=9), score=0.8)
+    path = write(tmp_path / "val.json", [first, second], images=1)
+    results = [found(first, score=0.9), miss, found(second, score=0.7)]
+    metrics = evaluate_detections(path, results, class_names=CLASSES, groups={}, image_ids=[0])
+    expected = 100 * (51 * 1 + 50 * 2 / 3) / 101  # recall 0, 0.01, ..., 1
+    assert metrics.segm.groups["all"]["AP"] == pytest.approx(expected, abs=1e-8)
+
+
+def test_detections_on_crowd_are_neither_right_nor_wrong(tmp_path):
+    target = truth_of(0, 0, 30, 30, image=0, category=3, number=1)
+    crowd = truth_of(60, 60, 60, 60, image=0, category=3, number=2, crowd=1)
+    inside = found(truth_of(70, 70, 20, 20, image=0, category=3, number=9), score=0.95)
+    results = [inside, found(target, score=0.5)]
+    path = write(tmp_path / "val.json", [target, crowd], images=1)
+    assert _all_ap(path, results) == 100
+    del crowd["segmentation"]  # then its box counts
+    assert _all_ap(write(path, [target, crowd], images=1), results) == 100
+    assert _all_ap(write(path, [target], images=1), results) < 60
+
+
+def _all_ap(path: Path, results: list[dict]) -> float:
+    metrics = evaluate_detections(path, results, class_names=CLASSES, groups={}, image_ids=[0])
+    return metrics.segm.groups["all"]["AP"]
+
+
+def test_mask_areas_decide_the_area_ranges_of_masks(tmp_path):
+    """A thin mask in a large box is a small object; a false one must lower APs, not APm."""
+    thin = truth_of(0, 0, 100, 4, image=0, category=3, number=1)
+    false = found(truth_of(0, 20, 100, 4, image=0, category=3, number=9), score=0.99)
+    false["bbox"] = [0, 20, 100, 100]
+    path = write(tmp_path / "val.json", [thin], images=1)
+    metrics = evaluate_detections(path, [false, found(thin, score=0.5)], class_names=CLASSES, groups={}, image_ids=[0])
+    assert metrics.segm.groups["all"]["APs"] == pytest.approx(50)
+    assert metrics.bbox.groups["all"]["APs"] == 100  # there the false one is a large box
+
+
+def test_nothing_found_is_zero_and_nothing_to_find_is_none(tmp_path):
+    annotation = truth_of(5, 6, 40, 50, image=0, category=7, number=1)
+    path = write(tmp_path / "val.json", [annotation], images=2)
+    metrics = evaluate_detections(path, [], class_names=CLASSES, groups={"seen": ("ring",)}, image_ids=[1, 0])
+    assert metrics.segm.groups["all"]["AP"] == 0
+    assert metrics.bbox.classes["猫"]["AP75"] == 0
+    assert set(metrics.segm.groups["seen"].values()) == {None}
+    empty = write(tmp_path / "empty.json", [], images=2)
+    metrics = evaluate_detections(empty, [], class_names=CLASSES, groups={}, image_ids=[0, 1])
+    assert set(metrics.bbox.groups["all"].values()) == {None}
+    false = found(annotation, score=0.5)
+    metrics = evaluate_detections(empty, [false], class_names=CLASSES, groups={}, image_ids=[0, 1])
+    assert set(metrics.segm.groups["all"].values()) == {None}
+
+
+def test_boxes_alone_can_be_evaluated(tmp_path):
+    annotation = truth_of(5, 6, 40, 50, image=0, category=7, number=1)
+    result = found(annotation, score=0.5)
+    del annotation["segmentation"], annotation["area"], annotation["iscrowd"]
+    path = write(tmp_path / "val.json", [annotation], images=1)
+    metrics = evaluate_detections(path, [result], class_names=CLASSES, groups={}, image_ids=[0])
+    assert metrics.segm is None
+    assert metrics.bbox.groups["all"]["AP"] == 100
+    assert set(metrics.group("segm", CLASSES).values()) == {None}
+    assert Metrics.from_dict(json.loads(json.dumps(metrics.to_dict()))) == metrics
+
+
+def test_metrics_survive_json(random_case):
+    path, results = random_case
+    metrics = evaluate_detections(
+        path, results, class_names=CLASSES, groups={"unseen": ("猫", "never")}, image_ids=range(20)
+    )
+    assert Metrics.from_dict(json.loads(json.dumps(metrics.to_dict()))) == metrics
+    with pytest.raises(UserError, match="bbox"):
+        Metrics.from_dict({"segm": None})
+
+
+def test_group_means_by_hand():
+    def numbers(value: float | None) -> dict[str, float | None]:
+        return dict.fromkeys(METRIC_NAMES, value)
+
+    per_class = {"a": {**numbers(10.0), "APs": None}, "b": numbers(40.0), "c": None}
+    means = group_means(per_class, ("a", "b", "c"))
+    assert means == {**numbers(25.0), "APs": 40.0}
+    assert group_means(per_class, ("c",)) == numbers(None)
+    with pytest.raises(UserError, match="'d'"):
+        group_means(per_class, ("a", "d"))
+
+
+def test_results_are_left_unchanged(tmp_path):
+    annotation = truth_of(5, 6, 40, 50, image=0, category=7, number=1)
+    results = [found(annotation, score=0.5)]
+    before = json.dumps(results)
+    path = write(tmp_path / "val.json", [annotation], images=1)
+    evaluate_detections(path, results, class_names=CLASSES, groups={}, image_ids=[0])
+    assert json.dumps(results) == before
+
+
+@pytest.mark.parametrize(
+    ("image_ids", "message"),
+    [
+        ([0], "2 missing \\(such as 1, 2\\)"),
+        ([0, 1, 2, 9], "1 unknown \\(such as 9\\)"),
+        ([0, 1, 2, 2], "1 evaluated more than once \\(such as 2\\)"),
+    ],
+)
+def test_evaluated_images_must_be_the_data_sets(tmp_path, image_ids, message):
+    path = write(tmp_path / "val.json", [], images=3)
+    with pytest.raises(UserError, match=message):
+        evaluate_detections(path, [], class_names=CLASSES, groups={}, image_ids=image_ids)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_id": 8}, "image 8"),
+        ({"category_id": 4}, "category 4"),
+        ({"score": float("nan")}, "score nan"),
+        ({"segmentation": {"size": [4, 4], "counts": "`0"}}, "mask size"),
+    ],
+)
+def test_a_detection_that_does_not_fit_is_named(tmp_path, change, message):
+    annotation = truth_of(5, 6, 40, 50, image=0, category=7, number=1)
+    path = write(tmp_path / "val.json", [annotation], images=1)
+    results = [found(annotation, score=0.5), {**found(annotation, score=0.5), **change}]
+    with pytest.raises(UserError, match=f"detection 1 of 2: .*{message}"):
+        evaluate_detections(path, results, class_names=CLASSES, groups={}, image_ids=[0])
+
+
+def test_classes_and_groups_must_be_the_files(tmp_path):
+    path = write(tmp_path / "val.json", [], images=1)
+    with pytest.raises(UserError, match="its classes"):
+        evaluate_detections(path, [], class_names=tuple(reversed(CLASSES)), groups={}, image_ids=[0])
+    with pytest.raises(UserError, match="'circle' of group 'unseen'"):
+        evaluate_detections(path, [], class_names=CLASSES, groups={"unseen": ["circle"]}, image_ids=[0])
+    with pytest.raises(UserError, match="no such file"):
+        evaluate_detections(tmp_path / "no.json", [], class_names=CLASSES, groups={}, image_ids=[0])
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(UserError, match="not a COCO instances file"):
+        evaluate_detections(tmp_path / "list.json", [], class_names=CLASSES, groups={}, image_ids=[0])
