@@ -87,7 +87,9 @@ def save_model(folder: Path, state: dict[str, Tensor], info: ModelInfo) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
-        save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, temporary / "model.safetensors")
+        save_file(
+            {key: value.detach().cpu().contiguous() for key, value in state.items()}, temporary / "model.safetensors"
+        )
         description = {
             "format": MODEL_FORMAT,
             "model": info.config.model_dump(mode="json"),
@@ -134,7 +136,11 @@ def load_model_folder(folder: Path) -> tuple[dict[str, Tensor], ModelInfo]:
 def initial_weights(source: Path) -> dict[str, Tensor]:
     """Weights to start from: a model folder, or a checkpoint file (its EMA weights where it has them)."""
     if source.is_dir():
-        folder = source if (source / "config.json").exists() and (source / "model.safetensors").exists() else source / "model"
+        folder = (
+            source
+            if (source / "config.json").exists() and (source / "model.safetensors").exists()
+            else source / "model"
+        )
         return load_model_folder(folder)[0]
     state = load_tensors(source)
     if "model" not in state:

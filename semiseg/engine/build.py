@@ -1,0 +1,166 @@
+"""From configuration to parts: below these builders everything takes explicit keyword arguments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch.utils.data import DataLoader
+
+from semiseg.config import DataConfig, ObjectiveConfig, RunConfig, digest
+from semiseg.data.collate import Collate
+from semiseg.data.dataset import InstanceDataset, build_rule
+from semiseg.data.loader import StepBatches, build_eval_loader, build_train_loader
+from semiseg.data.shapes import ensure_shapes
+from semiseg.data.table import Table, load_table
+from semiseg.data.transforms import EvalTransform, TrainTransform
+from semiseg.engine.step import TrainStep
+from semiseg.errors import UserError
+from semiseg.losses.terms import Objective
+from semiseg.models.condinst import build_model
+from semiseg.splits import ClassSplit, load_split
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The tables of a run and the class split that its supervision and its class groups follow.
+
+    Attributes:
+        train, val: one row per image; the same classes in the same order.
+        split: None when the run names none.
+    """
+
+    train: Table
+    val: Table
+    split: ClassSplit | None
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the contents of both tables."""
+        return digest([self.train.fingerprint, self.val.fingerprint])
+
+    @property
+    def split_digest(self) -> str | None:
+        return None if self.split is None else self.split.digest()
+
+
+def annotation_paths(config: DataConfig) -> dict[str, tuple[Path, Path]]:
+    """{"train": (annotation file, image folder), "val": ...}; generates the embedded data set on first use."""
+    root = Path(config.root)
+    if config.format == "shapes":
+        shapes = config.shapes
+        folders = {
+            name: ensure_shapes(root, images=images, image_size=shapes.image_size, seed=seed)
+            for name, images, seed in (
+                ("train", shapes.train_images, shapes.train_seed),
+                ("val", shapes.val_images, shapes.val_seed),
+            )
+        }
+        return {name: (folder / "annotations.json", folder / "images") for name, folder in folders.items()}
+    return {
+        "train": (root / config.train_annotations, root / config.train_images),
+        "val": (root / config.val_annotations, root / config.val_images),
+    }
+
+
+def build_data(config: RunConfig) -> RunData:
+    """Opens (and on first use converts) both tables and loads the class split."""
+    cache = Path(config.data.root) / "arrow"
+    tables = {
+        name: load_table(annotations, images, cache=cache)
+        for name, (annotations, images) in annotation_paths(config.data).items()
+    }
+    train, val = tables["train"], tables["val"]
+    if train.class_names != val.class_names:
+        differing = sorted(set(train.class_names) ^ set(val.class_names)) or ["their order"]
+        raise UserError(
+            f"{val.annotations_file}: its classes differ from those of {train.annotations_file} in {', '.join(differing)}"
+        )
+    split = None if config.supervision.split is None else load_split(config.supervision.split, train.class_names)
+    return RunData(train, val, split)
+
+
+def build_objective(config: ObjectiveConfig) -> Objective:
+    """The losses' own description of the objective."""
+    return Objective(
+        mask=config.mask,
+        box=config.box,
+        threshold=config.affinity_threshold,
+        size=config.affinity_size,
+        dilation=config.affinity_dilation,
+    )
+
+
+def build_step(config: RunConfig, *, num_classes: int) -> TrainStep:
+    """The model with its assignment and losses."""
+    return TrainStep(
+        build_model(config.model, num_classes=num_classes),
+        objective=build_objective(config.objective),
+        centre_radius=config.model.centre_radius,
+        max_mask_positives=config.model.max_mask_positives,
+    )
+
+
+def train_dataset(config: RunConfig, data: RunData) -> InstanceDataset:
+    """The training images with their supervision; withheld masks are gone from here on."""
+    return InstanceDataset(
+        data.train,
+        rule=build_rule(config.supervision.source, data.split),
+        transform=TrainTransform(
+            short_sides=config.data.short_sides, long_side=config.data.long_side, flip=config.data.flip
+        ),
+        mask_stride=config.model.mask_stride,
+        bottom_rows_without_affinity=config.data.bottom_rows_without_affinity,
+    )
+
+
+def build_training_loader(
+    config: RunConfig, data: RunData, *, steps: int, start_step: int, processes: int, rank: int, pin_memory: bool
+) -> DataLoader:
+    """Batches of one process from `start_step` on, `accumulation` of them per optimizer step."""
+    batches = StepBatches(
+        len(data.train.rows),
+        batch_size=config.optim.batch_size,
+        accumulation=config.optim.accumulation,
+        processes=processes,
+        rank=rank,
+        seed=config.seed,
+        start_step=start_step,
+        steps=steps,
+    )
+    return build_train_loader(
+        train_dataset(config, data),
+        batches=batches,
+        collate=Collate(config.model.size_divisor),
+        workers=config.runtime.workers,
+        pin_memory=pin_memory,
+    )
+
+
+def build_evaluation_loader(
+    table: Table,
+    *,
+    short_side: int,
+    long_side: int,
+    mask_stride: int,
+    size_divisor: int,
+    batch_size: int,
+    workers: int,
+    processes: int,
+    rank: int,
+) -> DataLoader:
+    """Every image of the table once, shared out over the processes; no masks are read."""
+    dataset = InstanceDataset(
+        table,
+        rule=build_rule("boxes", None),
+        transform=EvalTransform(short_side=short_side, long_side=long_side),
+        mask_stride=mask_stride,
+    )
+    return build_eval_loader(
+        dataset,
+        batch_size=batch_size,
+        processes=processes,
+        rank=rank,
+        workers=workers,
+        collate=Collate(size_divisor),
+    )

@@ -1,0 +1,101 @@
+"""A step whose loss was not finite: written to a file before the update, and run again from that file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from semiseg.config import RunConfig, parse_config
+from semiseg.engine.build import build_step
+from semiseg.engine.checkpoint import load_tensors, save_tensors
+from semiseg.engine.schedules import pairwise_warmup
+from semiseg.errors import UserError
+from semiseg.losses.terms import LOSS_NAMES
+from semiseg.structures.inputs import Batch, Targets
+
+if TYPE_CHECKING:
+    from semiseg.engine.train import TrainState
+
+
+def write_nonfinite_step(out: Path, state: TrainState, parts: list[Batch], counts: Tensor, weighted: Tensor) -> Path:
+    """Writes everything that runs the step again on one CPU: config, weights, batches, global counts.
+
+    Returns:
+        the file, `nonfinite_step_NNNNNNNN_rankR.pt` under `out`.
+    """
+    path = out / f"nonfinite_step_{state.step + 1:08d}_rank{state.accelerator.process_index}.pt"
+    save_tensors(
+        path,
+        {
+            "config": state.config.model_dump_json(),
+            "num_classes": state.step_module.model.num_classes,
+            "model": state.step_module.model.state_dict(),
+            "step": state.step,
+            "steps": state.steps,
+            "processes": state.accelerator.num_processes,
+            "image_ids": [list(batch.image_ids) for batch in parts],
+            "losses": dict(zip(LOSS_NAMES, weighted.tolist(), strict=True)),
+            "counts": counts.cpu(),
+            "parts": [_to_values(batch.to("cpu")) for batch in parts],
+        },
+    )
+    return path
+
+
+def replay_step(path: Path) -> str:
+    """Runs a written step again, forward and backward, and says in a few lines what is not finite.
+
+    Raises:
+        UserError: if the file is not one of `write_nonfinite_step`.
+    """
+    saved = load_tensors(path)
+    if not {"config", "parts", "counts", "model"} <= set(saved):
+        raise UserError(f"{path}: not a replay file; its keys are {', '.join(sorted(saved)[:8])}")
+    config = parse_config(RunConfig, json.loads(saved["config"]), where=str(path))
+    step_module = build_step(config, num_classes=saved["num_classes"])
+    step_module.model.load_state_dict(saved["model"])
+    step_module.train()
+    warmup = pairwise_warmup(saved["step"], saved["steps"], warmup_steps=config.objective.pairwise_warmup_steps)
+    lines = [f"step {saved['step'] + 1} of {saved['steps']} on images {saved['image_ids']}"]
+    for number, values in enumerate(saved["parts"]):
+        batch = _from_values(values)
+        plan = step_module.plan(batch)
+        terms = step_module(batch, plan, saved["counts"], warmup=warmup, processes=saved["processes"])
+        terms.total.backward()
+        lines.append(f"part {number}: " + ", ".join(f"{name} {float(v):.6g}" for name, v in terms.weighted.items()))
+    broken = {
+        "weights": [name for name, value in step_module.model.named_parameters() if not _finite(value)],
+        "gradients": [
+            name
+            for name, value in step_module.model.named_parameters()
+            if value.grad is not None and not _finite(value.grad)
+        ],
+    }
+    for what, names in broken.items():
+        lines.append(f"{what} that are not finite: {len(names)}" + (f", first {names[0]}" if names else ""))
+    return "\n".join(lines)
+
+
+def _finite(value: Tensor) -> bool:
+    return bool(torch.isfinite(value).all())
+
+
+def _to_values(item: Batch | Targets) -> dict[str, Any]:
+    values = {field.name: getattr(item, field.name) for field in fields(item)}
+    return {key: _to_values(value) if isinstance(value, Targets) else value for key, value in values.items()}
+
+
+def _from_values(values: dict[str, Any]) -> Batch:
+    targets = values["targets"]
+    return Batch(
+        **{
+            **values,
+            "image_ids": tuple(values["image_ids"]),
+            "targets": None if targets is None else Targets(**targets),
+        }
+    )

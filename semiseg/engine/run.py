@@ -1,0 +1,196 @@
+"""One run from its configuration to its recorded numbers: train, predict the validation set, evaluate, write.
+
+A run's folder: `config.json`, `log.jsonl`, `checkpoints/`, `model/`, `detections.json`, `result.json` (written last:
+a folder with it is finished).
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from semiseg.config import ModelConfig, RunConfig, digest
+from semiseg.data.table import Table
+from semiseg.engine.build import RunData, build_data, build_evaluation_loader
+from semiseg.engine.checkpoint import load_model_folder, write_json
+from semiseg.engine.evaluate import predict_table, save_detections, score_table
+from semiseg.engine.logs import LOG_NAME, read_log
+from semiseg.engine.session import start_accelerator
+from semiseg.engine.train import save_trained, train, trained_model
+from semiseg.errors import UserError
+from semiseg.evaluation.coco_metrics import Metrics
+from semiseg.models.condinst import build_model
+
+RESULT_NAME = "result.json"
+
+
+def execute_run(config: RunConfig, *, out: Path, resume: bool = True, progress: bool = True) -> dict[str, Any]:
+    """Trains and evaluates one run in `out`; what is already there is not done again.
+
+    Args:
+        resume: continue from the latest checkpoint in `out`; False refuses a folder that has one.
+        progress: show progress bars.
+
+    Returns:
+        the contents of `result.json`.
+
+    Raises:
+        UserError: if `out` holds another run, or `resume` is False and it holds an unfinished one.
+    """
+    if (out / RESULT_NAME).exists():
+        _claim(config, out, resume=resume)
+        return json.loads((out / RESULT_NAME).read_text(encoding="utf-8"))
+    accelerator = start_accelerator(config.runtime, seed=config.seed)
+    with accelerator.main_process_first():
+        data = build_data(config)
+    if accelerator.is_main_process:
+        _claim(config, out, resume=resume)
+    accelerator.wait_for_everyone()
+    started = time.perf_counter()
+    state = train(config, data, accelerator, out=out, progress=progress and accelerator.is_main_process)
+    save_trained(state, data, out / "model")
+    metrics = evaluate_model(
+        trained_model(state),
+        data.val,
+        accelerator,
+        model_config=config.model,
+        short_side=config.data.val_short_side,
+        long_side=config.data.val_long_side,
+        workers=config.runtime.workers,
+        detections=out / "detections.json",
+        progress=progress,
+    )
+    if not accelerator.is_main_process or metrics is None:
+        return {}
+    log = read_log(out / LOG_NAME)
+    result = {
+        "metrics": metrics.to_dict(),
+        "steps": state.steps,
+        "train_seconds": log[-1]["seconds"] if log else 0.0,
+        "seconds": round((log[-1]["seconds"] if log else 0.0) + time.perf_counter() - started, 2),
+        "data_fingerprint": data.fingerprint,
+        "split_digest": data.split_digest,
+        "classes": list(data.train.class_names),
+        "device": device_name(accelerator.device),
+        "processes": accelerator.num_processes,
+        "versions": package_versions(),
+        "git_revision": git_revision(),
+        "command": " ".join(sys.argv),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    write_json(out / RESULT_NAME, result)
+    return result
+
+
+def evaluate_model(
+    model: nn.Module,
+    table: Table,
+    accelerator: Accelerator,
+    *,
+    model_config: ModelConfig,
+    short_side: int,
+    long_side: int,
+    workers: int,
+    detections: Path | None,
+    progress: bool,
+) -> Metrics | None:
+    """Predicts and scores a table; the metrics on the main process, None elsewhere."""
+    loader = build_evaluation_loader(
+        table,
+        short_side=short_side,
+        long_side=long_side,
+        mask_stride=model_config.mask_stride,
+        size_divisor=model_config.size_divisor,
+        batch_size=8,
+        workers=workers,
+        processes=accelerator.num_processes,
+        rank=accelerator.process_index,
+    )
+    results = predict_table(model, loader, table, accelerator, config=model_config, progress=progress)
+    if not accelerator.is_main_process:
+        return None
+    if detections is not None:
+        save_detections(detections, results)
+    return score_table(results, table)
+
+
+def evaluate_folder(
+    folder: Path, table: Table, config: RunConfig, *, detections: Path | None, progress: bool
+) -> Metrics | None:
+    """Loads a model folder and evaluates it on a table with the same classes."""
+    weights, info = load_model_folder(folder)
+    if info.class_names != table.class_names:
+        differing = sorted(set(info.class_names) ^ set(table.class_names)) or ["their order"]
+        raise UserError(
+            f"{folder}: the model's classes differ from those of {table.annotations_file}: {', '.join(differing)}"
+        )
+    accelerator = start_accelerator(config.runtime, seed=config.seed)
+    model = build_model(info.config, num_classes=len(info.class_names))
+    model.load_state_dict(weights)
+    model.to(accelerator.device)
+    return evaluate_model(
+        model,
+        table,
+        accelerator,
+        model_config=info.config,
+        short_side=info.short_side,
+        long_side=info.long_side,
+        workers=config.runtime.workers,
+        detections=detections,
+        progress=progress,
+    )
+
+
+def _claim(config: RunConfig, out: Path, *, resume: bool) -> None:
+    """Writes the run's configuration into its folder, or checks that the folder holds the same run."""
+    path = out / "config.json"
+    if path.exists():
+        held = json.loads(path.read_text(encoding="utf-8"))
+        if digest(held["identity"]) != digest(config.identity()):
+            raise UserError(f"{out}: holds another run ({_first_difference(held['identity'], config.identity())})")
+        if not resume:
+            raise UserError(f"{out}: holds this run already; '--resume' continues it, another --out starts afresh")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"identity": config.identity(), "config": config.model_dump(mode="json")})
+
+
+def _first_difference(held: Any, wanted: Any, path: str = "") -> str:
+    if isinstance(held, dict) and isinstance(wanted, dict):
+        for key in sorted(set(held) | set(wanted)):
+            if held.get(key) != wanted.get(key):
+                return _first_difference(held.get(key), wanted.get(key), f"{path}.{key}".lstrip("."))
+    return f"its {path} is {held!r}, wanted {wanted!r}"
+
+
+def device_name(device: torch.device) -> str:
+    """A name for the record: the GPU's model, or the processor type and thread count."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what computes the numbers."""
+    names = ("semiseg", "torch", "torchvision", "accelerate", "datasets", "pycocotools", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def git_revision() -> str | None:
+    """Revision of the package's own checkout, with `-dirty` where files differ; None outside a checkout."""
+    folder = Path(__file__).resolve().parent
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

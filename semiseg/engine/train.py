@@ -1,0 +1,329 @@
+"""The training loop: one plain loop over optimizer steps, for any number of processes.
+
+A step: plan every part -> sum the counts over parts and processes -> forward and backward each part -> check that the
+loss is finite -> clip -> update. What may stop it: a signal (saved first), a non-finite loss (written to a file first).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from semiseg.config import RunConfig
+from semiseg.engine.build import RunData, build_step, build_training_loader
+from semiseg.engine.checkpoint import (
+    ModelInfo,
+    initial_weights,
+    latest_checkpoint,
+    load_initial,
+    load_tensors,
+    save_checkpoint,
+    save_model,
+    write_json,
+)
+from semiseg.engine.logs import TrainingLog
+from semiseg.engine.optim import build_optimizer, learning_rate, num_steps
+from semiseg.engine.replay import write_nonfinite_step
+from semiseg.engine.schedules import pairwise_warmup
+from semiseg.engine.session import StopOnSignal
+from semiseg.engine.step import StepPlan, TrainStep
+from semiseg.errors import UserError
+from semiseg.losses.terms import COUNT_NAMES, LOSS_NAMES
+from semiseg.structures.inputs import Batch
+
+
+# Scores a model on the validation set: {"mask_AP": ..., ...} on the main process, None on the others.
+Validate = Callable[[nn.Module], dict[str, float] | None]
+
+
+@dataclass
+class TrainState:
+    """Everything that one process of a run holds; built by `prepare`, changed only by `optimizer_step`.
+
+    Attributes:
+        step_module: the bare TrainStep. `wrapped` is the same under data parallelism and mixed precision.
+        step: optimizer steps done.
+        ema: running average of the model's weights, or None.
+    """
+
+    config: RunConfig
+    accelerator: Accelerator
+    step_module: TrainStep
+    wrapped: nn.Module
+    optimizer: Any
+    ema: AveragedModel | None
+    steps: int
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """Numbers of one optimizer step, still on the device: this process's share, to be averaged over processes."""
+
+    losses: Tensor  # (len(LOSS_NAMES),) unweighted
+    weighted: Tensor  # (len(LOSS_NAMES),)
+    counts: Tensor  # (len(COUNT_NAMES),) of the whole step, over all processes
+
+
+@dataclass
+class _Window:
+    """What has been seen since the last log line."""
+
+    losses: list[Tensor] = field(default_factory=list)
+    weighted: list[Tensor] = field(default_factory=list)
+    counts: list[Tensor] = field(default_factory=list)
+    started: float = field(default_factory=time.perf_counter)
+    data_seconds: float = 0.0
+
+    def add(self, report: StepReport) -> None:
+        self.losses.append(report.losses)
+        self.weighted.append(report.weighted)
+        self.counts.append(report.counts)
+
+
+def prepare(config: RunConfig, data: RunData, accelerator: Accelerator) -> TrainState:
+    """Builds model and optimiser, loads initial weights (`init_from`), and wraps them for the processes at hand."""
+    step_module = build_step(config, num_classes=len(data.train.class_names))
+    if config.init_from is not None:
+        load_initial(step_module.model, initial_weights(Path(config.init_from)), where=config.init_from)
+    if config.runtime.channels_last:
+        step_module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = build_optimizer(step_module.model, config.optim)
+    wrapped, prepared = accelerator.prepare(step_module, optimizer)
+    decay = config.optim.ema_decay
+    ema = None
+    if decay is not None:
+        ema = AveragedModel(step_module.model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    steps = num_steps(config.optim, num_images=len(data.train.rows))
+    return TrainState(config, accelerator, step_module, wrapped, prepared, ema, steps)
+
+
+def train(
+    config: RunConfig,
+    data: RunData,
+    accelerator: Accelerator,
+    *,
+    out: Path,
+    progress: bool,
+    validate: Validate | None = None,
+) -> TrainState:
+    """Trains to the end of the run, continuing from the latest checkpoint under `out` where there is one.
+
+    Args:
+        out: the run's folder.
+        validate: called every `runtime.evaluate_every` steps on all processes; the best weights by its "mask_AP" are
+            kept in `best/`.
+
+    Raises:
+        UserError: on a non-finite loss; the file named in the message replays the step.
+        KeyboardInterrupt: after SIGINT or SIGTERM, with a checkpoint written.
+    """
+    state = prepare(config, data, accelerator)
+    restore(state, out / "checkpoints")
+    loader = build_training_loader(
+        config,
+        data,
+        steps=state.steps,
+        start_step=state.step,
+        processes=accelerator.num_processes,
+        rank=accelerator.process_index,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    opened = open_log(state, out, progress=progress) if accelerator.is_main_process else nullcontext()
+    state.wrapped.train()
+    with StopOnSignal() as stop, opened as log:
+        batches, window = iter(loader), _Window()
+        while state.step < state.steps:
+            parts = _next_parts(batches, state, window)
+            report = optimizer_step(state, parts, out=out, stop=stop.requested)
+            if report is None:
+                _save(state, out)
+                raise KeyboardInterrupt
+            window.add(report)
+            if log:
+                log.advance()
+            if state.step % config.runtime.log_every == 0 or state.step == state.steps:
+                _log_window(state, window, log)
+                window = _Window()
+            if state.step % config.runtime.checkpoint_every == 0 and state.step < state.steps:
+                _save(state, out)
+            if validate and state.step % config.runtime.evaluate_every == 0 and state.step < state.steps:
+                _validate(state, validate, data, log, out)
+    return state
+
+
+def open_log(state: TrainState, out: Path, *, progress: bool) -> TrainingLog:
+    """The run's log, continued from the step that the run continues from."""
+    return TrainingLog(
+        out,
+        steps=state.steps,
+        start_step=state.step,
+        tensorboard=state.config.runtime.tensorboard,
+        progress=progress,
+    )
+
+
+def _validate(state: TrainState, validate: Validate, data: RunData, log: TrainingLog | None, out: Path) -> None:
+    """Scores the current weights and keeps them as `best/` if none before were better."""
+    metrics = validate(trained_model(state))
+    if metrics is None or log is None:
+        return
+    log.write({"step": state.step, "steps": state.steps, "seconds": log.seconds_before, "validation": metrics})
+    path = out / "best.json"
+    best = json.loads(path.read_text(encoding="utf-8"))["mask_AP"] if path.exists() else -1.0
+    if metrics["mask_AP"] > best:
+        save_model(out / "best", trained_model(state).state_dict(), model_info(state.config, data))
+        write_json(path, {"step": state.step, **metrics})
+
+
+def optimizer_step(state: TrainState, parts: list[Batch], *, out: Path, stop: bool = False) -> StepReport | None:
+    """One update from `parts`, the accumulation parts of this process; None if any process wants to stop.
+
+    The stop flag travels with the counts, so that all processes stop at the same step.
+    """
+    accelerator, config = state.accelerator, state.config
+    plans = [state.step_module.plan(batch) for batch in parts]
+    counts = torch.stack([plan.counts for plan in plans]).sum(0)
+    if accelerator.num_processes > 1:
+        shared = accelerator.reduce(torch.cat([counts, counts.new_tensor([float(stop)])]), reduction="sum")
+        counts, stop = shared[:-1], bool(shared[-1] > 0)
+    if stop:
+        return None
+    rate = learning_rate(config.optim, step=state.step, steps=state.steps)
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate
+    losses, weighted = _forward_backward(state, parts, plans, counts)
+    if not bool(torch.isfinite(weighted).all()):
+        path = write_nonfinite_step(out, state, parts, counts, weighted)
+        raise UserError(
+            f"step {state.step + 1}: the loss is not finite ({_describe(weighted)}); the weights were not updated; "
+            f"'semiseg train --replay {path}' runs the step again"
+        )
+    if config.optim.clip_norm is not None:
+        accelerator.clip_grad_norm_(state.wrapped.parameters(), config.optim.clip_norm)
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    if state.ema is not None:
+        state.ema.update_parameters(state.step_module.model)
+    state.step += 1
+    return StepReport(losses, weighted, counts)
+
+
+def _forward_backward(
+    state: TrainState, parts: list[Batch], plans: list[StepPlan], counts: Tensor
+) -> tuple[Tensor, Tensor]:
+    accelerator = state.accelerator
+    warmup = pairwise_warmup(state.step, state.steps, warmup_steps=state.config.objective.pairwise_warmup_steps)
+    losses, weighted = [], []
+    for number, (batch, plan) in enumerate(zip(parts, plans, strict=True), start=1):
+        # Gradients are exchanged once a step, with the last part.
+        with accelerator.no_sync(state.wrapped) if number < len(parts) else nullcontext():
+            terms = state.wrapped(batch, plan, counts, warmup=warmup, processes=accelerator.num_processes)
+            accelerator.backward(terms.total)
+        losses.append(torch.stack([terms.unweighted[name].detach() for name in LOSS_NAMES]))
+        weighted.append(torch.stack([terms.weighted[name].detach() for name in LOSS_NAMES]))
+    return torch.stack(losses).sum(0), torch.stack(weighted).sum(0)
+
+
+def _describe(weighted: Tensor) -> str:
+    values = dict(zip(LOSS_NAMES, weighted.tolist(), strict=True))
+    return ", ".join(f"{name} {value}" for name, value in values.items() if value - value != 0)
+
+
+def _next_parts(batches: Iterator[Batch], state: TrainState, window: _Window) -> list[Batch]:
+    waited = time.perf_counter()
+    parts = [next(batches) for _ in range(state.config.optim.accumulation)]
+    window.data_seconds += time.perf_counter() - waited
+    device = state.accelerator.device
+    return [batch.to(device, non_blocking=True) for batch in parts]
+
+
+def _log_window(state: TrainState, window: _Window, log: TrainingLog | None) -> None:
+    """Averages the window over its steps and over the processes, and writes one record."""
+    steps = len(window.losses)
+    means = torch.stack([torch.stack(window.losses).mean(0), torch.stack(window.weighted).mean(0)]).double()
+    if state.accelerator.num_processes > 1:
+        means = state.accelerator.reduce(means, reduction="mean")
+    if log is None:
+        return
+    losses, weighted = means.tolist()
+    counts = torch.stack(window.counts).mean(0).tolist()
+    elapsed = time.perf_counter() - window.started
+    log.seconds_before += elapsed
+    log.write(
+        {
+            "step": state.step,
+            "steps": state.steps,
+            "seconds": round(log.seconds_before, 3),
+            "images_per_second": round(steps * state.config.optim.batch_size / elapsed, 2),
+            "data_seconds": round(window.data_seconds, 3),
+            "learning_rate": state.optimizer.param_groups[0]["lr"],
+            "losses": dict(zip(LOSS_NAMES, losses, strict=True)),
+            "weighted": dict(zip(LOSS_NAMES, weighted, strict=True)),
+            "counts": dict(zip(COUNT_NAMES, counts, strict=True)),
+        }
+    )
+
+
+def restore(state: TrainState, folder: Path) -> None:
+    """Continues exactly where the latest checkpoint of `folder` was written; does nothing if there is none."""
+    path = latest_checkpoint(folder)
+    if path is None:
+        return
+    saved = load_tensors(path)
+    state.step_module.model.load_state_dict(saved["model"])
+    state.optimizer.load_state_dict(saved["optimizer"])
+    if state.accelerator.scaler is not None and saved["scaler"]:
+        state.accelerator.scaler.load_state_dict(saved["scaler"])
+    if state.ema is not None:
+        state.ema.module.load_state_dict(saved["ema"])
+        state.ema.n_averaged.fill_(saved["step"])
+    state.step = saved["step"]
+
+
+def _save(state: TrainState, out: Path) -> None:
+    """Writes a checkpoint on the main process; the others wait, so that none runs ahead of a stop."""
+    if state.accelerator.is_main_process:
+        scaler = state.accelerator.scaler
+        saved = {
+            "model": state.step_module.model.state_dict(),
+            "optimizer": state.optimizer.state_dict(),
+            "scaler": scaler.state_dict() if scaler is not None else {},
+            "ema": state.ema.module.state_dict() if state.ema is not None else {},
+            "step": state.step,
+        }
+        save_checkpoint(out / "checkpoints", saved, step=state.step, keep=state.config.runtime.keep_checkpoints)
+    state.accelerator.wait_for_everyone()
+
+
+def trained_model(state: TrainState) -> nn.Module:
+    """The model to evaluate and to keep: the averaged weights where there are any."""
+    return state.ema.module if state.ema is not None else state.step_module.model
+
+
+def save_trained(state: TrainState, data: RunData, folder: Path) -> None:
+    """Writes the final model folder (main process)."""
+    if state.accelerator.is_main_process:
+        save_model(folder, trained_model(state).state_dict(), model_info(state.config, data))
+    state.accelerator.wait_for_everyone()
+
+
+def model_info(config: RunConfig, data: RunData) -> ModelInfo:
+    """What the model folder says beside the weights."""
+    return ModelInfo(
+        config=config.model,
+        class_names=data.train.class_names,
+        category_ids=data.train.category_ids,
+        short_side=config.data.val_short_side,
+        long_side=config.data.val_long_side,
+    )
