@@ -72,10 +72,8 @@ def build_data(config: RunConfig) -> RunData:
     }
     train, val = tables["train"], tables["val"]
     if train.class_names != val.class_names:
-        differing = sorted(set(train.class_names) ^ set(val.class_names)) or ["their order"]
-        raise UserError(
-            f"{val.annotations_file}: its classes differ from those of {train.annotations_file} in {', '.join(differing)}"
-        )
+        differing = ", ".join(sorted(set(train.class_names) ^ set(val.class_names))) or "their order"
+        raise UserError(f"{val.annotations_file}: classes differ from {train.annotations_file} in {differing}")
     split = None if config.supervision.split is None else load_split(config.supervision.split, train.class_names)
     return RunData(train, val, split)
 

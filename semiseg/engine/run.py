@@ -20,9 +20,9 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from semiseg.config import ModelConfig, RunConfig, digest
-from semiseg.data.table import Table
-from semiseg.engine.build import RunData, build_data, build_evaluation_loader
+from semiseg.config import ModelConfig, RunConfig, RuntimeConfig, digest, parse_config
+from semiseg.data.table import Table, load_table
+from semiseg.engine.build import build_data, build_evaluation_loader
 from semiseg.engine.checkpoint import load_model_folder, write_json
 from semiseg.engine.evaluate import predict_table, save_detections, score_table
 from semiseg.engine.logs import LOG_NAME, read_log
@@ -58,19 +58,34 @@ def execute_run(config: RunConfig, *, out: Path, resume: bool = True, progress: 
         _claim(config, out, resume=resume)
     accelerator.wait_for_everyone()
     started = time.perf_counter()
-    state = train(config, data, accelerator, out=out, progress=progress and accelerator.is_main_process)
-    save_trained(state, data, out / "model")
-    metrics = evaluate_model(
-        trained_model(state),
-        data.val,
+
+    def measure(model: nn.Module, *, detections: Path | None = None) -> Metrics | None:
+        return evaluate_model(
+            model,
+            data.val,
+            accelerator,
+            model_config=config.model,
+            short_side=config.data.val_short_side,
+            long_side=config.data.val_long_side,
+            workers=config.runtime.workers,
+            detections=detections,
+            progress=progress,
+        )
+
+    def validate(model: nn.Module) -> dict[str, float] | None:
+        metrics = measure(model)
+        return None if metrics is None else headline(metrics)
+
+    state = train(
+        config,
+        data,
         accelerator,
-        model_config=config.model,
-        short_side=config.data.val_short_side,
-        long_side=config.data.val_long_side,
-        workers=config.runtime.workers,
-        detections=out / "detections.json",
+        out=out,
         progress=progress,
+        validate=validate if config.runtime.evaluate_every else None,
     )
+    save_trained(state, data, out / "model")
+    metrics = measure(trained_model(state), detections=out / "detections.json")
     if not accelerator.is_main_process or metrics is None:
         return {}
     log = read_log(out / LOG_NAME)
@@ -125,28 +140,49 @@ def evaluate_model(
     return score_table(results, table)
 
 
-def evaluate_folder(
-    folder: Path, table: Table, config: RunConfig, *, detections: Path | None, progress: bool
+def evaluate_run(
+    folder: Path,
+    *,
+    annotations: Path | None = None,
+    images: Path | None = None,
+    detections: Path | None = None,
+    progress: bool = True,
 ) -> Metrics | None:
-    """Loads a model folder and evaluates it on a table with the same classes."""
-    weights, info = load_model_folder(folder)
+    """Evaluates a run's folder on its own validation data, or any model folder on the given annotation file.
+
+    Args:
+        folder: a run's folder (with `config.json` and `model/`) or a model folder.
+        annotations, images: a COCO json and its image folder; needed for a model folder, both or neither.
+        detections: where to write the detections as COCO results.
+
+    Returns:
+        the metrics on the main process, None elsewhere.
+    """
+    weights, info = load_model_folder(folder / "model" if (folder / "model").is_dir() else folder)
+    if annotations is not None and images is not None:
+        runtime, seed = RuntimeConfig(), 0
+        table = load_table(annotations, images, cache=annotations.parent / "arrow")
+    elif annotations is None and images is None and (folder / "model").is_dir():
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]
+        config = parse_config(RunConfig, values, where=str(folder / "config.json"))
+        runtime, seed = config.runtime, config.seed
+        table = build_data(config).val
+    else:
+        raise UserError(f"{folder}: give both the annotation file and the image folder to evaluate a model folder on")
     if info.class_names != table.class_names:
-        differing = sorted(set(info.class_names) ^ set(table.class_names)) or ["their order"]
-        raise UserError(
-            f"{folder}: the model's classes differ from those of {table.annotations_file}: {', '.join(differing)}"
-        )
-    accelerator = start_accelerator(config.runtime, seed=config.seed)
+        differing = ", ".join(sorted(set(info.class_names) ^ set(table.class_names))) or "their order"
+        raise UserError(f"{folder}: its classes differ from those of {table.annotations_file} in {differing}")
+    accelerator = start_accelerator(runtime, seed=seed)
     model = build_model(info.config, num_classes=len(info.class_names))
     model.load_state_dict(weights)
-    model.to(accelerator.device)
     return evaluate_model(
-        model,
+        model.to(accelerator.device),
         table,
         accelerator,
         model_config=info.config,
         short_side=info.short_side,
         long_side=info.long_side,
-        workers=config.runtime.workers,
+        workers=runtime.workers,
         detections=detections,
         progress=progress,
     )

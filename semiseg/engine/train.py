@@ -41,7 +41,6 @@ from semiseg.errors import UserError
 from semiseg.losses.terms import COUNT_NAMES, LOSS_NAMES
 from semiseg.structures.inputs import Batch
 
-
 # Scores a model on the validation set: {"mask_AP": ..., ...} on the main process, None on the others.
 Validate = Callable[[nn.Module], dict[str, float] | None]
 

@@ -1,4 +1,4 @@
-"""What comes out of the model and its neighbours: Locations, DenseOutputs, Assignment, MaskQueries, MaskLogits, Detections.
+"""What comes out of the model and its neighbours: dense outputs, assignment, mask queries and logits, detections.
 
 Letters: B images, R locations (all levels of one image, level-major, then row-major), C classes, P positives,
 Q mask queries, D numbers per dynamic filter set, N detections.
