@@ -188,6 +188,13 @@ def evaluate_run(
     )
 
 
+def headline(metrics: Metrics) -> dict[str, float]:
+    """What the training log keeps of a validation: AP over all classes in percent; masks only where they are known."""
+    values = {"box_AP": metrics.bbox.groups["all"]["AP"]}
+    values["mask_AP"] = metrics.segm.groups["all"]["AP"] if metrics.segm else values["box_AP"]
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def _claim(config: RunConfig, out: Path, *, resume: bool) -> None:
     """Writes the run's configuration into its folder, or checks that the folder holds the same run."""
     path = out / "config.json"

@@ -1,0 +1,209 @@
+"""Training as a whole: resume, accumulation, empties, non-finite losses, and the leak barrier, on a tiny real run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from semiseg.config import RunConfig
+from semiseg.engine import train as training
+from semiseg.engine.build import build_data, build_step, build_training_loader
+from semiseg.engine.checkpoint import load_tensors
+from semiseg.engine.logs import read_log
+from semiseg.engine.replay import replay_step
+from semiseg.engine.run import execute_run
+from semiseg.engine.session import start_accelerator
+from semiseg.engine.step import TrainStep
+from semiseg.errors import UserError
+from semiseg.losses.terms import COUNT_NAMES, LOSS_NAMES
+from semiseg.structures.inputs import Batch, Targets
+from tests.tiny import tiny_config
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("shapes")
+
+
+def first_batches(config: RunConfig, count: int, *, processes: int = 1, rank: int = 0) -> list[Batch]:
+    loader = build_training_loader(
+        config, build_data(config), steps=count, start_step=0, processes=processes, rank=rank, pin_memory=False
+    )
+    return list(loader)
+
+
+def fresh_step(config: RunConfig) -> TrainStep:
+    torch.manual_seed(0)
+    return build_step(config, num_classes=12).train()
+
+
+def losses_and_gradients(module: TrainStep, parts: list[Batch], *, processes: int = 1) -> tuple[Tensor, Tensor]:
+    """The weighted losses and the flat gradient of one optimizer step over `parts`."""
+    module.zero_grad()
+    plans = [module.plan(part) for part in parts]
+    counts = torch.stack([plan.counts for plan in plans]).sum(0)
+    total = torch.zeros(len(LOSS_NAMES), dtype=torch.float64)
+    for part, plan in zip(parts, plans, strict=True):
+        terms = module(part, plan, counts, warmup=0.7, processes=processes)
+        terms.total.backward()
+        total += torch.stack([terms.weighted[name].detach() for name in LOSS_NAMES]).double()
+    gradient = torch.cat([p.grad.flatten() for p in module.parameters() if p.requires_grad and p.grad is not None])
+    return total, gradient
+
+
+def without_instances(batch: Batch, images: list[int]) -> Batch:
+    """The batch with the instances of some images taken away."""
+    targets = batch.targets
+    assert targets is not None
+    kept = ~torch.isin(targets.image_index, torch.tensor(images))
+    number = torch.cumsum(kept, 0) - 1
+    kept_masks = kept[targets.mask_instance]
+    changed = Targets(
+        boxes_xyxy=targets.boxes_xyxy[kept],
+        labels=targets.labels[kept],
+        image_index=targets.image_index[kept],
+        supervision=targets.supervision[kept],
+        masks=targets.masks[kept_masks],
+        mask_instance=number[targets.mask_instance[kept_masks]],
+        mask_weight=targets.mask_weight[kept_masks],
+        crowd_boxes_xyxy=targets.crowd_boxes_xyxy,
+        crowd_image_index=targets.crowd_image_index,
+        mask_stride=targets.mask_stride,
+    )
+    return replace(batch, targets=changed)
+
+
+def test_four_steps_equal_two_and_resume_and_two(root: Path, tmp_path: Path) -> None:
+    options = {"runtime": {"workers": 2, "checkpoint_every": 2}, "model": {"mask_branch_norm": "bn"}}
+    config = tiny_config(root, **options, optim={"ema_decay": 0.9, "optimizer": "adamw", "schedule": "one_cycle"})
+    execute_run(config, out=tmp_path / "whole", progress=False)
+    whole = load_tensors(tmp_path / "whole" / "checkpoints" / "step_00000002.pt")
+
+    class Stop(Exception):
+        pass
+
+    # The second run is cut off hard after its third step: its last checkpoint is that of step 2.
+    original = training.optimizer_step
+
+    def cut_off(state, parts, **keywords):  # type: ignore[no-untyped-def]
+        if state.step == 3:
+            raise Stop
+        return original(state, parts, **keywords)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(training, "optimizer_step", cut_off)
+        execute_run(config, out=tmp_path / "cut", progress=False)
+    assert [line["step"] for line in read_log(tmp_path / "cut" / "log.jsonl")] == [1, 2, 3]
+    execute_run(config, out=tmp_path / "cut", progress=False)
+
+    logs = [read_log(tmp_path / name / "log.jsonl") for name in ("whole", "cut")]
+    assert [line["step"] for line in logs[1]] == [1, 2, 3, 4]
+    for mine, theirs in zip(*logs, strict=True):
+        assert mine["losses"] == theirs["losses"]
+    models = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert models[0] == models[1]
+    results = [json.loads((tmp_path / name / "result.json").read_text())["metrics"] for name in ("whole", "cut")]
+    assert results[0] == results[1]
+    # The averaged weights are a third thing beside the start and the end.
+    assert not torch.equal(whole["ema"]["head.class_logits.weight"], whole["model"]["head.class_logits.weight"])
+
+
+def test_finished_run_is_not_trained_again_and_a_folder_holds_one_run(root: Path, tmp_path: Path) -> None:
+    config = tiny_config(root, optim={"steps": 1})
+    first = execute_run(config, out=tmp_path, progress=False)
+    stamp = (tmp_path / "model" / "model.safetensors").stat().st_mtime_ns
+    assert execute_run(config, out=tmp_path, progress=False) == first
+    assert (tmp_path / "model" / "model.safetensors").stat().st_mtime_ns == stamp
+    other = tiny_config(root, optim={"steps": 1}, seed=5)
+    with pytest.raises(UserError, match=r"holds another run \(its seed is 0, wanted 5\)"):
+        execute_run(other, out=tmp_path, progress=False)
+
+
+def test_accumulation_changes_neither_losses_nor_gradients(root: Path) -> None:
+    whole = tiny_config(root)
+    halves = tiny_config(root, optim={"accumulation": 2})
+    module = fresh_step(whole)
+    losses, gradient = losses_and_gradients(module, first_batches(whole, 1))
+    parts = first_batches(halves, 1)
+    assert len(parts) == 2
+    assert parts[0].images.shape[0] == 2
+    split_losses, split_gradient = losses_and_gradients(module, parts)
+    torch.testing.assert_close(split_losses, losses, rtol=1e-6, atol=1e-6)
+    assert float((split_gradient - gradient).abs().max()) <= 1e-6 * float(gradient.abs().max())
+
+
+@pytest.mark.parametrize("empty", [[0], [0, 1, 2, 3]])
+def test_images_and_batches_without_instances(root: Path, empty: list[int]) -> None:
+    config = tiny_config(root)
+    module = fresh_step(config)
+    batch = without_instances(first_batches(config, 1)[0], empty)
+    losses, _ = losses_and_gradients(module, [batch])
+    assert torch.isfinite(losses).all()
+    for name, parameter in module.named_parameters():
+        assert parameter.grad is not None, f"{name} got no gradient: it would hang data parallelism"
+        assert torch.isfinite(parameter.grad).all()
+    if len(empty) == 4:
+        by_name = dict(zip(LOSS_NAMES, losses.tolist(), strict=True))
+        assert by_name["classification"] > 0, "background is still learnt"
+        assert all(value == 0 for name, value in by_name.items() if name != "classification")
+
+
+def test_nonfinite_loss_stops_before_the_update_and_replays(root: Path, tmp_path: Path) -> None:
+    config = tiny_config(root)
+    data, accelerator = build_data(config), start_accelerator(config.runtime, seed=0)
+    state = training.prepare(config, data, accelerator)
+    with torch.no_grad():
+        state.step_module.model.mask_branch.parameters().__next__().fill_(float("nan"))
+    before = [parameter.clone() for parameter in state.step_module.parameters()]
+    with pytest.raises(UserError, match=r"step 1: the loss is not finite \(.*dice nan.*--replay") as caught:
+        training.optimizer_step(state, first_batches(config, 1), out=tmp_path)
+    for old, new in zip(before, state.step_module.parameters(), strict=True):
+        assert torch.equal(old, new, ) or torch.isnan(new).any()
+    path = tmp_path / "nonfinite_step_00000001_rank0.pt"
+    assert str(path) in str(caught.value)
+    saved = load_tensors(path)
+    assert saved["step"] == 0
+    assert len(saved["image_ids"][0]) == 4
+    text = replay_step(path)
+    assert "step 1 of 4 on images" in text
+    assert "dice nan" in text
+    assert "weights that are not finite: 1, first model.mask_branch" in text
+
+
+def test_log_has_every_term_weighted_and_unweighted_and_the_counts(root: Path, tmp_path: Path) -> None:
+    config = tiny_config(root, optim={"steps": 4}, runtime={"log_every": 2, "evaluate_every": 2, "tensorboard": True})
+    execute_run(config, out=tmp_path, progress=False)
+    lines = read_log(tmp_path / "log.jsonl")
+    records = [line for line in lines if "losses" in line]
+    assert [line["step"] for line in records] == [2, 4]
+    for line in records:
+        assert tuple(line["losses"]) == LOSS_NAMES
+        assert tuple(line["weighted"]) == LOSS_NAMES
+        assert tuple(line["counts"]) == COUNT_NAMES
+    # W = min(10 000, 4 / 9) < 1: the pairwise term is warm from the first step on, times the share of box instances.
+    counts = records[0]["counts"]
+    assert 0 < counts["box_masks"] < counts["masks"]
+    validations = [line for line in lines if "validation" in line]
+    assert [line["step"] for line in validations] == [2]
+    assert json.loads((tmp_path / "best.json").read_text())["step"] == 2
+    assert (tmp_path / "best" / "model.safetensors").exists()
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_init_from_takes_weights_only(root: Path, tmp_path: Path) -> None:
+    boxes_alone = {"supervision": {"source": "boxes"}, "objective": {"box": "none"}}
+    execute_run(tiny_config(root, **boxes_alone), out=tmp_path / "pretrain", progress=False)
+    config = tiny_config(root, init_from=str(tmp_path / "pretrain" / "model"))
+    state = training.prepare(config, build_data(config), start_accelerator(config.runtime, seed=0))
+    assert state.step == 0
+    assert not state.optimizer.state_dict()["state"]
+    pretrained = load_tensors(training.save_checkpoint(tmp_path, {"model": {}}, step=1, keep=1))
+    assert pretrained == {"model": {}}
+    with pytest.raises(UserError, match="weights do not fit the model"):
+        wider = tiny_config(root, init_from=config.init_from, model={"neck_channels": 32})
+        training.prepare(wider, build_data(wider), start_accelerator(wider.runtime, seed=0))
