@@ -1,0 +1,139 @@
+"""Looks at a whole data set before any training and lists everything that is wrong with it at once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from semiseg.data.coco import image_records, read_coco
+from semiseg.data.images import decode_image
+from semiseg.data.problems import BadValue, Kind, Problem, Severity
+from semiseg.errors import UserError
+
+EXAMPLES = 3
+IMAGES_AT_ONCE = 256  # handed to the threads at a time, so that memory stays flat
+MEANING = {
+    "error": "must be mended: training refuses the file",
+    "dropped": "the annotation is left out of training",
+    "clipped": "the box is cut to the image",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """All problems of one kind; `examples` holds the first few in words."""
+
+    kind: Kind
+    count: int
+    examples: tuple[str, ...]
+
+    @property
+    def severity(self) -> Severity:
+        return self.kind.severity
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What a check found; `contents` counts what is there, e.g. {"images": 4}."""
+
+    annotations: Path
+    contents: dict[str, int]
+    findings: tuple[Finding, ...]
+
+    @property
+    def errors(self) -> tuple[Finding, ...]:
+        """The findings that training refuses."""
+        return tuple(finding for finding in self.findings if finding.severity == "error")
+
+    def render(self) -> str:
+        """The report as text, errors first."""
+        lines = [f"{self.annotations}"]
+        if self.contents:
+            lines.append("  " + ", ".join(f"{count} {name}" for name, count in self.contents.items()))
+        for severity, meaning in MEANING.items():
+            found = [finding for finding in self.findings if finding.severity == severity]
+            if not found:
+                continue
+            lines.append(f"{severity} ({meaning}):")
+            for finding in found:
+                lines.append(f"  {finding.count} x {finding.kind.title}")
+                lines.extend(f"      {example}" for example in finding.examples)
+                if finding.count > len(finding.examples):
+                    lines.append(f"      ... and {finding.count - len(finding.examples)} more")
+        total = sum(finding.count for finding in self.errors)
+        lines.append(f"{total} errors" if total else "no errors")
+        return "\n".join(lines)
+
+
+@dataclass
+class _Collector:
+    """A reporter that keeps counts and the first examples."""
+
+    counts: dict[Kind, int] = field(default_factory=dict)
+    examples: dict[Kind, list[str]] = field(default_factory=dict)
+
+    def __call__(self, problem: Problem) -> None:
+        self.counts[problem.kind] = self.counts.get(problem.kind, 0) + 1
+        examples = self.examples.setdefault(problem.kind, [])
+        if len(examples) < EXAMPLES:
+            examples.append(f"{problem.place}: {problem.text}")
+
+    def findings(self) -> tuple[Finding, ...]:
+        """In the order of `Kind`."""
+        return tuple(
+            Finding(kind, self.counts[kind], tuple(self.examples[kind])) for kind in Kind if kind in self.counts
+        )
+
+
+def check_annotations(annotations: Path, images: Path | None) -> CheckReport:
+    """Checks an instances file and, where their folder is given, decodes every image in full.
+
+    Args:
+        annotations: COCO instances json.
+        images: folder of the image files, or None to look at the json alone.
+
+    Raises:
+        UserError: the image folder does not exist; everything else is a finding.
+    """
+    if images is not None and not images.is_dir():
+        raise UserError(f"{images}: no such image folder")
+    collect = _Collector()
+    try:
+        coco = read_coco(annotations, report=collect)
+    except UserError as error:  # nothing can be read past this
+        collect(Problem(Kind.FILE, "file", str(error).removeprefix(f"{annotations}: ")))
+        return CheckReport(annotations, {}, collect.findings())
+    contents = dict.fromkeys(("images", "classes", "with mask", "box only", "crowd"), 0)
+    contents |= {"images": len(coco.images), "classes": len(coco.class_names)}
+    for record in image_records(coco, report=collect):
+        for item in record["objects"]:
+            contents["crowd" if item["is_crowd"] else "with mask" if item["has_mask"] else "box only"] += 1
+    if images is not None:
+        for problem in _image_problems(coco.images, images):
+            collect(problem)
+    return CheckReport(annotations, contents, collect.findings())
+
+
+def _image_problems(entries: list[dict[str, Any]], folder: Path) -> Iterator[Problem]:
+    """Decodes the images on all cores, in the file's order."""
+
+    def decode(entry: dict[str, Any]) -> Problem | None:
+        path = folder / entry["file_name"]
+        try:
+            decode_image(path, size_hw=(entry["height"], entry["width"]))
+        except BadValue as bad:
+            return bad.at(str(path))
+        return None
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads, tqdm(total=len(entries), unit=" images", delay=1) as bar:
+        for first in range(0, len(entries), IMAGES_AT_ONCE):
+            for problem in threads.map(decode, entries[first : first + IMAGES_AT_ONCE]):
+                bar.update()
+                if problem is not None:
+                    yield problem

@@ -1,0 +1,61 @@
+"""Samples -> Batch: images padded to one size, instances flat over the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from semiseg.structures.inputs import Batch, Sample, Targets, grid_size, pad_images
+
+
+@dataclass(frozen=True)
+class Collate:
+    """Builds a batch; an object rather than a closure, so that spawned workers can receive it.
+
+    Attributes:
+        size_divisor: height and width of the padded batch divide by it.
+    """
+
+    size_divisor: int
+
+    def __call__(self, samples: Sequence[Sample]) -> Batch:
+        images, sizes = pad_images([sample.image for sample in samples], self.size_divisor)
+        return Batch(
+            images=images,
+            image_sizes_hw=sizes,
+            image_ids=tuple(sample.image_id for sample in samples),
+            bottom_rows_without_affinity=torch.tensor([s.bottom_rows_without_affinity for s in samples]),
+            targets=_targets(samples, (images.shape[-2], images.shape[-1])),
+        )
+
+
+def _targets(samples: Sequence[Sample], padded_hw: tuple[int, int]) -> Targets:
+    strides = {sample.mask_stride for sample in samples}
+    if len(strides) != 1:
+        raise ValueError(f"the samples of a batch have one mask stride, not {sorted(strides)}")
+    stride = strides.pop()
+    counts = torch.tensor([len(sample.labels) for sample in samples])
+    first_instance = (counts.cumsum(0) - counts).tolist()
+    crowd_counts = torch.tensor([len(sample.crowd_boxes_xyxy) for sample in samples])
+    mask_count = sum(len(sample.masks) for sample in samples)
+    masks = torch.zeros(mask_count, *grid_size(padded_hw, stride), dtype=torch.bool)
+    start = 0
+    for sample in samples:
+        count, height, width = sample.masks.shape
+        masks[start : start + count, :height, :width] = sample.masks
+        start += count
+    image_numbers = torch.arange(len(samples))
+    return Targets(
+        boxes_xyxy=torch.cat([sample.boxes_xyxy for sample in samples]),
+        labels=torch.cat([sample.labels for sample in samples]),
+        image_index=image_numbers.repeat_interleave(counts),
+        supervision=torch.cat([sample.supervision for sample in samples]),
+        masks=masks,
+        mask_instance=torch.cat([s.mask_instance + first for s, first in zip(samples, first_instance, strict=True)]),
+        mask_weight=torch.ones(mask_count),
+        crowd_boxes_xyxy=torch.cat([sample.crowd_boxes_xyxy for sample in samples]),
+        crowd_image_index=image_numbers.repeat_interleave(crowd_counts),
+        mask_stride=stride,
+    )

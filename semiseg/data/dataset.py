@@ -1,0 +1,192 @@
+"""A row of the table + the supervision rule -> Sample. THE leak barrier: withheld masks end here.
+
+`withhold` is the only place that decides which masks a training may see. It runs before anything is decoded and
+passes on only what is kept; crowd regions pass on their box alone, for every class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from semiseg.data.images import read_image
+from semiseg.data.rasterise import polygons_to_mask, rle_to_mask, sample_cells
+from semiseg.data.table import Table
+from semiseg.data.transforms import Geometry, Transform
+from semiseg.errors import UserError
+from semiseg.structures.inputs import Sample, Supervision, grid_size
+
+Source = Literal["split", "masks", "boxes", "as_annotated"]
+
+
+class Split(Protocol):
+    """What a rule needs of a class split."""
+
+    def keeps_mask(self, class_name: str, annotation_id: int) -> bool: ...
+
+
+class SupervisionRule(Protocol):
+    """Decides what a training may know of an instance beyond class and box."""
+
+    def supervision(self, class_name: str, annotation_id: int, has_mask: bool) -> Supervision: ...
+
+
+@dataclass(frozen=True)
+class BoxesOnly:
+    """No instance keeps its mask."""
+
+    def supervision(self, class_name: str, annotation_id: int, has_mask: bool) -> Supervision:
+        return Supervision.BOX
+
+
+@dataclass(frozen=True)
+class AsAnnotated:
+    """An instance keeps the mask it has; one without a `segmentation` has only its box."""
+
+    def supervision(self, class_name: str, annotation_id: int, has_mask: bool) -> Supervision:
+        return Supervision.MASK if has_mask else Supervision.BOX
+
+
+@dataclass(frozen=True)
+class BySplit:
+    """An instance keeps the mask it has if the split says so."""
+
+    split: Split
+
+    def supervision(self, class_name: str, annotation_id: int, has_mask: bool) -> Supervision:
+        keeps = has_mask and self.split.keeps_mask(class_name, annotation_id)
+        return Supervision.MASK if keeps else Supervision.BOX
+
+
+def build_rule(source: Source, split: Split | None) -> SupervisionRule:
+    """The rule of a supervision source; `split` is used by the source `split` alone.
+
+    `masks` and `as_annotated` are one rule: an annotation without a mask has nothing but its box under any of them.
+    """
+    if source == "boxes":
+        return BoxesOnly()
+    if source in ("masks", "as_annotated"):
+        return AsAnnotated()
+    if split is None:
+        raise UserError("supervision.source = 'split' needs supervision.split, the name or path of a class split")
+    return BySplit(split)
+
+
+@dataclass(frozen=True)
+class KeptMask:
+    """A mask that may be used, still encoded: outlines, or RLE counts where `polygons` is empty."""
+
+    polygons: Sequence[Sequence[float]]
+    rle_counts: bytes | None
+
+
+@dataclass(frozen=True)
+class Instances:
+    """What is left of one image's annotations behind the barrier; boxes in original pixels.
+
+    `masks[i]` belongs to instance `mask_instance[i]`; exactly the instances with supervision MASK have one.
+    """
+
+    boxes_xyxy: np.ndarray
+    labels: list[int]
+    supervision: list[int]
+    masks: list[KeptMask]
+    mask_instance: list[int]
+    crowd_boxes_xyxy: np.ndarray
+
+
+def withhold(objects: Sequence[dict[str, Any]], *, class_names: Sequence[str], rule: SupervisionRule) -> Instances:
+    """The leak barrier: annotations of one image -> what the rule lets a training know.
+
+    Args:
+        objects: `objects` of a table row.
+        class_names: name of each label.
+        rule: decides per instance; the value of a withheld mask is not looked at.
+    """
+    crowd = [item["box_xyxy"] for item in objects if item["is_crowd"]]
+    instances = [item for item in objects if not item["is_crowd"]]
+    supervision = [
+        rule.supervision(class_names[item["label"]], item["annotation_id"], item["has_mask"]) for item in instances
+    ]
+    with_mask = [index for index, kind in enumerate(supervision) if kind != Supervision.BOX]
+    return Instances(
+        boxes_xyxy=np.array([item["box_xyxy"] for item in instances], dtype=np.float64).reshape(-1, 4),
+        labels=[item["label"] for item in instances],
+        supervision=[int(kind) for kind in supervision],
+        masks=[KeptMask(instances[index]["polygons"], instances[index]["rle_counts"]) for index in with_mask],
+        mask_instance=with_mask,
+        crowd_boxes_xyxy=np.array(crowd, dtype=np.float64).reshape(-1, 4),
+    )
+
+
+class InstanceDataset(torch.utils.data.Dataset):
+    """Map-style data set: key (row index, sample seed) -> Sample.
+
+    All chance in a sample comes from its seed, so it is the same on every worker, rank and resume.
+    """
+
+    def __init__(
+        self,
+        table: Table,
+        *,
+        rule: SupervisionRule,
+        transform: Transform,
+        mask_stride: int,
+        bottom_rows_without_affinity: int = 0,
+    ) -> None:
+        """Joins the annotations with what a training may see of them.
+
+        Args:
+            table: the annotations.
+            rule: which instances keep their mask.
+            transform: chooses resize and flip.
+            mask_stride: stride of the mask grid in input pixels.
+            bottom_rows_without_affinity: rows of the *original* image whose colours are not to be trusted (COCO: 10).
+        """
+        self.table = table
+        self.rule = rule
+        self.transform = transform
+        self.mask_stride = mask_stride
+        self.bottom_rows_without_affinity = bottom_rows_without_affinity
+
+    def __len__(self) -> int:
+        return len(self.table.rows)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        """Raises `UserError` if the image is missing, damaged or not of the size that the annotations state."""
+        index, seed = key
+        row = self.table.rows[index]
+        instances = withhold(row["objects"], class_names=self.table.class_names, rule=self.rule)
+        original_hw = (row["height"], row["width"])
+        geometry = self.transform(original_hw, seed)
+        image = read_image(self.table.images_folder / row["file_name"], size_hw=original_hw)
+        return Sample(
+            image=geometry.image(image),
+            image_id=row["image_id"],
+            boxes_xyxy=geometry.boxes(instances.boxes_xyxy),
+            labels=torch.tensor(instances.labels, dtype=torch.int64),
+            supervision=torch.tensor(instances.supervision, dtype=torch.int64),
+            masks=_cells(instances.masks, geometry, self.mask_stride),
+            mask_instance=torch.tensor(instances.mask_instance, dtype=torch.int64),
+            crowd_boxes_xyxy=geometry.boxes(instances.crowd_boxes_xyxy),
+            mask_stride=self.mask_stride,
+            bottom_rows_without_affinity=self.bottom_rows_without_affinity * geometry.input_hw[0] // original_hw[0],
+        )
+
+
+def _cells(masks: Sequence[KeptMask], geometry: Geometry, stride: int) -> Tensor:
+    """(M, h, w) bool: rasterised at the input's resolution, then sampled at the cell centres."""
+    cells = torch.zeros(len(masks), *grid_size(geometry.input_hw, stride), dtype=torch.bool)
+    for slot, kept in zip(cells, masks, strict=True):
+        if kept.rle_counts is None:
+            outlines = [geometry.polygon(polygon) for polygon in kept.polygons]
+            slot[:] = sample_cells(polygons_to_mask(outlines, geometry.input_hw), stride)
+        else:
+            mask = rle_to_mask(kept.rle_counts, geometry.original_hw)
+            slot[:] = sample_cells(geometry.mask(mask), stride)
+    return cells

@@ -1,0 +1,72 @@
+"""Reads an image file as RGB uint8, whatever its mode; a file that cannot be read is one sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image
+from torch import Tensor
+
+from semiseg.data.problems import BadValue, Kind
+from semiseg.errors import UserError
+
+# Modes of 16 and more bits per channel, which Pillow would clip at 255 instead of scaling; all are grey.
+DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
+
+
+def read_image(path: Path, *, size_hw: tuple[int, int] | None = None) -> Tensor:
+    """The image as (3, H, W) uint8 RGB.
+
+    Pixels are taken as stored: like the COCO tools, and unlike a photo viewer, no EXIF rotation is applied, because
+    annotations are in the frame of the stored pixels. Grey, palette, CMYK and 16-bit images become RGB; an alpha
+    channel is dropped.
+
+    Args:
+        path: any format that Pillow reads.
+        size_hw: the (height, width) that the annotations state; another size is an error.
+
+    Raises:
+        UserError: missing, truncated or of another size; the message names the file.
+    """
+    try:
+        return decode_image(path, size_hw=size_hw)
+    except BadValue as bad:
+        raise UserError(f"{path}: {bad.text}") from None
+
+
+def decode_image(path: Path, *, size_hw: tuple[int, int] | None) -> Tensor:
+    """As `read_image`, but raises `BadValue` without the file's name."""
+    try:
+        with Image.open(path) as image:
+            if size_hw is not None and (image.height, image.width) != tuple(size_hw):
+                _wrong_size(image, size_hw)
+            pixels = _rgb(image)
+    except FileNotFoundError:
+        raise BadValue(Kind.IMAGE_MISSING, "no such image file") from None
+    # Pillow raises SyntaxError for broken PNG chunks, EOFError and ValueError for others, OSError for truncation.
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError) as error:
+        detail = "not an image or damaged" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        raise BadValue(Kind.IMAGE_UNREADABLE, f"the image cannot be decoded: {detail}") from None
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+    """(H, W, 3) uint8."""
+    if image.mode in DEEP_MODES:
+        grey = np.asarray(image).astype(np.int64)
+        if grey.min() < 0 or grey.max() >= 2**16:
+            raise ValueError(f"grey values from {grey.min()} to {grey.max()}, allowed: 0 to 65535")
+        return np.repeat((grey >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _wrong_size(image: Image.Image, size_hw: tuple[int, int]) -> NoReturn:
+    text = f"the image is {image.width} x {image.height} (width x height), but its annotations say"
+    text += f" {size_hw[1]} x {size_hw[0]}"
+    if image.getexif().get(ExifTags.Base.Orientation) in TRANSPOSED and (image.width, image.height) == tuple(size_hw):
+        text += "; its EXIF orientation is not applied: store the pixels upright, or annotate the stored ones"
+    raise BadValue(Kind.IMAGE_SIZE, text)

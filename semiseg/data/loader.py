@@ -1,0 +1,202 @@
+"""Which images a step sees, as a pure function of the step, and the loaders that fetch them.
+
+The stream is the endless row of epochs; epoch e is a permutation drawn from (seed, e). Optimizer step s takes the
+stream's positions s*B .. (s+1)*B - 1, whatever the number of processes, accumulation parts or workers, so a resumed run
+or one on more processes sees the same batches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from semiseg.data.collate import Collate
+from semiseg.data.dataset import InstanceDataset
+from semiseg.errors import UserError
+from semiseg.structures.inputs import Batch, Sample
+
+Key = tuple[int, int]  # (row index, sample seed)
+StartMethod = Literal["fork", "forkserver", "spawn"]
+
+
+class StepBatches(Sampler[list[Key]]):
+    """Batch sampler of one process: yields the keys of each micro batch, steps in order, accumulation parts inside.
+
+    Part a on rank r takes the slice [(a * processes + r) * m, ... + m) of the step's B positions,
+    m = B / (accumulation * processes).
+    """
+
+    def __init__(
+        self,
+        num_images: int,
+        *,
+        batch_size: int,
+        accumulation: int,
+        processes: int,
+        rank: int,
+        seed: int,
+        start_step: int,
+        steps: int,
+    ) -> None:
+        """Sets which steps and whose share of them.
+
+        Args:
+            num_images: rows of the data set.
+            batch_size: B, images of one optimizer step over all processes and parts.
+            accumulation: micro batches per process and step.
+            processes: number of processes; `rank` is this one's number.
+            seed: of the order and of every sample's seed.
+            start_step: steps already done, 0 for a new run.
+            steps: of the whole run; the sampler yields (steps - start_step) * accumulation micro batches.
+        """
+        parts = accumulation * processes
+        if batch_size % parts:
+            given = f"{accumulation} x {processes} = {parts}"
+            raise UserError(f"optim.batch_size = {batch_size} must divide by accumulation x processes = {given}")
+        if num_images < 1:
+            raise UserError("the training data set has no images")
+        self.num_images = num_images
+        self.batch_size = batch_size
+        self.accumulation = accumulation
+        self.processes = processes
+        self.rank = rank
+        self.seed = seed
+        self.start_step = start_step
+        self.steps = steps
+
+    def __len__(self) -> int:
+        return max(0, self.steps - self.start_step) * self.accumulation
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        orders: dict[int, list[int]] = {}
+        micro = self.batch_size // (self.accumulation * self.processes)
+        for step in range(self.start_step, self.steps):
+            for part in range(self.accumulation):
+                first = step * self.batch_size + (part * self.processes + self.rank) * micro
+                yield [self._key(position, orders) for position in range(first, first + micro)]
+
+    def _key(self, position: int, orders: dict[int, list[int]]) -> Key:
+        """The key at a position of the stream; `orders` caches the permutations of the epochs around it."""
+        epoch, place = divmod(position, self.num_images)
+        if epoch not in orders:
+            for old in [known for known in orders if known < epoch - 1]:
+                del orders[old]
+            orders[epoch] = epoch_order(self.num_images, seed=self.seed, epoch=epoch)
+        return orders[epoch][place], mixed_seed("sample", self.seed, position)
+
+
+def epoch_order(num_images: int, *, seed: int, epoch: int) -> list[int]:
+    """The permutation of the rows in an epoch, from (seed, epoch) alone."""
+    generator = torch.Generator().manual_seed(mixed_seed("epoch", seed, epoch))
+    return torch.randperm(num_images, generator=generator).tolist()
+
+
+def mixed_seed(purpose: str, *numbers: int) -> int:
+    """A seed in 0..2^63-1 that differs for every purpose and numbers; the same on every machine."""
+    text = ":".join([purpose, *map(str, numbers)])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Bad input met in a worker; it travels as a value because DataLoader turns exceptions into a traceback's text."""
+
+    message: str
+
+
+class _Guarded(Dataset):
+    """The data set with every `UserError` turned into a `_Failure`."""
+
+    def __init__(self, dataset: InstanceDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: Key) -> Sample | _Failure:
+        try:
+            return self.dataset[key]
+        except UserError as error:
+            return _Failure(str(error))
+
+
+@dataclass(frozen=True)
+class _GuardedCollate:
+    collate: Collate
+
+    def __call__(self, samples: Sequence[Sample | _Failure]) -> Batch | _Failure:
+        failures = [sample for sample in samples if isinstance(sample, _Failure)]
+        return failures[0] if failures else self.collate([s for s in samples if isinstance(s, Sample)])
+
+
+class BatchLoader(DataLoader):
+    """A DataLoader that raises a worker's bad input as the one sentence it is, in this process."""
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # a generator closes the workers as well
+        for item in super().__iter__():
+            if isinstance(item, _Failure):
+                raise UserError(item.message)
+            yield item
+
+
+def build_train_loader(
+    dataset: InstanceDataset,
+    *,
+    batches: StepBatches,
+    collate: Collate,
+    workers: int,
+    pin_memory: bool,
+    start_method: StartMethod | None = None,
+) -> BatchLoader:
+    """Fetches the batches of `batches`, bit for bit the same for any number of workers.
+
+    Args:
+        workers: processes that read ahead; 0 = in this process.
+        pin_memory: page-locked batches, for a GPU.
+        start_method: of the workers; None = the platform's own.
+    """
+    return _loader(dataset, batches, collate, workers, pin_memory, start_method)
+
+
+def build_eval_loader(
+    dataset: InstanceDataset,
+    *,
+    batch_size: int,
+    processes: int,
+    rank: int,
+    workers: int,
+    collate: Collate,
+    pin_memory: bool = False,
+    start_method: StartMethod | None = None,
+) -> BatchLoader:
+    """Every image once over all processes: rank r takes rows r, r + processes, ...; nothing is padded or repeated."""
+    rows = range(rank, len(dataset), processes)
+    batches = [[(row, 0) for row in rows[first : first + batch_size]] for first in range(0, len(rows), batch_size)]
+    return _loader(dataset, batches, collate, workers, pin_memory, start_method)
+
+
+def _loader(
+    dataset: InstanceDataset,
+    batches: StepBatches | list[list[Key]],
+    collate: Collate,
+    workers: int,
+    pin_memory: bool,
+    start_method: StartMethod | None,
+) -> BatchLoader:
+    # A generator of its own: DataLoader draws a seed at every start, which would shift the global generator.
+    settings: dict[str, Any] = {"generator": torch.Generator().manual_seed(0)}
+    if workers:
+        settings |= {"multiprocessing_context": start_method, "persistent_workers": True}
+    return BatchLoader(
+        _Guarded(dataset),
+        batch_sampler=batches,
+        collate_fn=_GuardedCollate(collate),
+        num_workers=workers,
+        pin_memory=pin_memory,
+        **settings,
+    )

@@ -1,0 +1,83 @@
+"""What can be wrong with a data set: the kinds of problems, and who is told about them.
+
+The readers in `coco.py` and `images.py` state each problem once. Training stops at the first error
+(`stop_at_errors`); `semiseg data check` collects them all (`check.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Literal
+
+from semiseg.errors import UserError
+
+Severity = Literal["error", "dropped", "clipped"]
+
+
+class Kind(Enum):
+    """Each value is (severity, title): errors stop a training, the others change the annotation and are counted."""
+
+    FILE = ("error", "file is not COCO instances json")
+    CATEGORY = ("error", "category entry is malformed")
+    CATEGORY_ID_TWICE = ("error", "category id is used twice")
+    CATEGORY_NAME_TWICE = ("error", "category name is used twice")
+    IMAGE = ("error", "image entry is malformed")
+    IMAGE_ID_TWICE = ("error", "image id is used twice")
+    ANNOTATION = ("error", "annotation is malformed")
+    ANNOTATION_ID_TWICE = ("error", "annotation id is used twice")
+    UNKNOWN_IMAGE = ("error", "image id is unknown")
+    UNKNOWN_CATEGORY = ("error", "category id is unknown")
+    NON_FINITE = ("error", "number is not finite")
+    POLYGON = ("error", "polygon is malformed")
+    RLE = ("error", "RLE does not fit its image")
+    IMAGE_MISSING = ("error", "image file is missing")
+    IMAGE_UNREADABLE = ("error", "image file cannot be decoded")
+    IMAGE_SIZE = ("error", "image size differs from the json")
+    BOX_OUTSIDE = ("dropped", "box lies outside the image")
+    BOX_NO_AREA = ("dropped", "box has no area")
+    BOX_CLIPPED = ("clipped", "box reaches over the edge of the image")
+
+    @property
+    def severity(self) -> Severity:
+        return self.value[0]
+
+    @property
+    def title(self) -> str:
+        return self.value[1]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong. `place` is e.g. 'annotation 17'; `text` states the value and what is allowed."""
+
+    kind: Kind
+    place: str
+    text: str
+
+
+class BadValue(Exception):
+    """Raised by the small readers; the caller knows the place and makes it a `Problem`."""
+
+    def __init__(self, kind: Kind, text: str) -> None:
+        super().__init__(text)
+        self.kind = kind
+        self.text = text
+
+    def at(self, place: str) -> Problem:
+        return Problem(self.kind, place, self.text)
+
+
+Reporter = Callable[[Problem], None]
+
+
+def stop_at_errors(path: Path) -> Reporter:
+    """A reporter that raises `UserError` naming file, place, value and allowed values; ignores what is no error."""
+
+    def report(problem: Problem) -> None:
+        if problem.kind.severity == "error":
+            raise UserError(f"{path}: {problem.place}: {problem.text}")
+
+    return report

@@ -1,0 +1,189 @@
+"""COCO json -> an Arrow table on disk, once; later memory-mapped and shared by workers and ranks.
+
+The table is faithful to the annotations: it still holds every mask. What a training may see is decided in `dataset.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import uuid
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+from datasets import Features, List, Value
+from datasets.arrow_writer import ArrowWriter
+from tqdm import tqdm
+
+from semiseg.data.coco import image_records, read_coco
+from semiseg.data.problems import Problem, stop_at_errors
+from semiseg.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+CONVERTER_VERSION = 1  # raise it when records change: older tables are then left alone and made anew
+ROWS_PER_WRITE = 256
+
+OBJECT = {
+    "annotation_id": Value("int64"),
+    "label": Value("int64"),
+    "box_xyxy": List(Value("float64"), length=4),  # original pixels, clipped to the image
+    "is_crowd": Value("bool"),
+    "has_mask": Value("bool"),  # false: never annotated, which is not an empty mask
+    "polygons": List(List(Value("float64"))),
+    "rle_counts": Value("binary"),  # compressed; null unless the mask is an RLE
+}
+FEATURES = Features(
+    {
+        "image_id": Value("int64"),
+        "file_name": Value("string"),
+        "height": Value("int32"),
+        "width": Value("int32"),
+        "objects": List(OBJECT),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """One row per image, memory-mapped: copies in other processes share the pages and pickle as a path.
+
+    Attributes:
+        rows: of the form `FEATURES`.
+        class_names: name of each label 0..C-1.
+        category_ids: COCO's category id of each label.
+        images_folder: `file_name` is relative to it.
+        annotations_file: the json that the table was made from.
+        fingerprint: digest of the json's content; the images' content is not part of it.
+    """
+
+    rows: datasets.Dataset
+    class_names: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    images_folder: Path
+    annotations_file: Path
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def image_ids(self) -> list[int]:
+        """COCO's image id of each row."""
+        return [int(number) for number in self.rows.data.column("image_id").to_pylist()]
+
+    def original_sizes_hw(self) -> dict[int, tuple[int, int]]:
+        """Image id -> (height, width) of the stored image."""
+        columns = (self.rows.data.column(name).to_pylist() for name in ("image_id", "height", "width"))
+        return {image_id: (height, width) for image_id, height, width in zip(*columns, strict=True)}
+
+
+def load_table(annotations: Path, images: Path, *, cache: Path) -> Table:
+    """The table of an annotation file; converted on first use, with a progress bar.
+
+    Two processes may convert at once: each writes a folder of its own and renames it, the later one finds it done.
+
+    Args:
+        annotations: COCO instances json.
+        images: folder of the image files.
+        cache: folder of the Arrow files; the name in it comes from the json's content and the converter's version.
+
+    Raises:
+        UserError: bad annotations (the first error), or an image file that is not there.
+    """
+    fingerprint = _digest(annotations)[:16]
+    folder = cache / f"{annotations.stem}-{fingerprint}-v{CONVERTER_VERSION}"
+    if not folder.is_dir():
+        try:
+            _convert(annotations, folder)
+        except OSError as error:
+            raise UserError(f"{cache}: the Arrow table cannot be written: {error.strerror}") from None
+    classes = json.loads((folder / "classes.json").read_text(encoding="utf-8"))
+    table = Table(
+        rows=datasets.Dataset.from_file(str(folder / "rows.arrow")),
+        class_names=tuple(classes["class_names"]),
+        category_ids=tuple(classes["category_ids"]),
+        images_folder=images,
+        annotations_file=annotations,
+        fingerprint=fingerprint,
+    )
+    _require_images(table)
+    return table
+
+
+def missing_images(folder: Path, file_names: list[str]) -> list[str]:
+    """Those of the names, relative to `folder`, that are not there; one listing per folder, not one look per file."""
+    wanted: defaultdict[str, list[str]] = defaultdict(list)
+    for name in file_names:
+        wanted[os.path.dirname(name)].append(name)
+    missing: list[str] = []
+    for part, names in wanted.items():
+        try:
+            present = set(os.listdir(folder / part))
+        except (FileNotFoundError, NotADirectoryError):
+            present = set()
+        missing.extend(name for name in names if os.path.basename(name) not in present)
+    return missing
+
+
+def _digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such annotation file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _convert(annotations: Path, folder: Path) -> None:
+    """Writes the table to a temporary folder beside `folder` and renames it."""
+    changed: Counter[str] = Counter()
+    stop = stop_at_errors(annotations)
+
+    def report(problem: Problem) -> None:
+        stop(problem)
+        changed[f"{problem.kind.severity} ({problem.kind.title})"] += 1
+
+    coco = read_coco(annotations, report=report)
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    temporary.mkdir(parents=True)
+    try:
+        with ArrowWriter(
+            features=FEATURES, path=str(temporary / "rows.arrow"), writer_batch_size=ROWS_PER_WRITE
+        ) as writer:
+            records = image_records(coco, report=report)
+            for record in tqdm(records, total=len(coco.images), desc=annotations.name, unit=" images", delay=1):
+                writer.write(record)
+            writer.finalize()
+        classes = {"class_names": coco.class_names, "category_ids": coco.category_ids}
+        (temporary / "classes.json").write_text(json.dumps(classes, ensure_ascii=False), encoding="utf-8")
+        _rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for title, count in changed.items():
+        logger.warning("%s: %d x %s; `semiseg data check` lists them", annotations, count, title)
+
+
+def _rename(temporary: Path, folder: Path) -> None:
+    try:
+        temporary.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # otherwise another process was first, with the same content
+            raise
+
+
+def _require_images(table: Table) -> None:
+    if not table.images_folder.is_dir():
+        raise UserError(f"{table.images_folder}: no such image folder")
+    missing = missing_images(table.images_folder, table.rows.data.column("file_name").to_pylist())
+    if missing:
+        more = f" and {len(missing) - 1} more of {len(table)}" if len(missing) > 1 else ""
+        raise UserError(
+            f"{table.images_folder / missing[0]}: no such image file{more}, named in {table.annotations_file}"
+        )

@@ -1,0 +1,118 @@
+"""Resize and flip: first the geometry is chosen, from the sample's seed alone, then applied to image, boxes and masks.
+
+Frames: original = the stored image; input = after resize and flip. A point (x, y) of the original goes to
+(x * W'/W, y * H'/H), and to (W' - that, y) under the flip. Polygons are mapped as points and rasterised afterwards.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """One choice of resize and flip for an image of a known size; sizes are (height, width)."""
+
+    original_hw: tuple[int, int]
+    input_hw: tuple[int, int]
+    flipped: bool
+
+    def image(self, image: Tensor) -> Tensor:
+        """(3, H, W) uint8 -> (3, H', W') uint8: antialiased bilinear; untouched where the size stays."""
+        result = tv_tensors.Image(image)
+        if self.input_hw != self.original_hw:
+            size = list(self.input_hw)
+            result = functional.resize(result, size, interpolation=InterpolationMode.BILINEAR, antialias=True)
+        if self.flipped:
+            result = functional.horizontal_flip(result)
+        return result.as_subclass(torch.Tensor)
+
+    def mask(self, mask: np.ndarray) -> np.ndarray:
+        """(H, W) bool -> (H', W') bool; a pixel takes the value of the original pixel that holds its centre."""
+        result = tv_tensors.Mask(torch.from_numpy(np.ascontiguousarray(mask))[None].to(torch.uint8))
+        if self.input_hw != self.original_hw:
+            size = list(self.input_hw)
+            result = functional.resize(result, size, interpolation=InterpolationMode.NEAREST_EXACT)
+        if self.flipped:
+            result = functional.horizontal_flip(result)
+        return result[0].numpy().astype(bool)
+
+    def points(self, points_xy: np.ndarray) -> np.ndarray:
+        """(..., 2) float64 original pixels -> (..., 2) float64 input pixels."""
+        (height, width), (new_height, new_width) = self.original_hw, self.input_hw
+        # Multiply before dividing: a point on the far edge then lands on the new edge exactly.
+        x = points_xy[..., 0] * new_width / width
+        y = points_xy[..., 1] * new_height / height
+        return np.stack([new_width - x if self.flipped else x, y], axis=-1)
+
+    def polygon(self, polygon: Sequence[float]) -> list[float]:
+        """[x0, y0, x1, y1, ...] original pixels -> the same in input pixels."""
+        return self.points(np.asarray(polygon, dtype=np.float64).reshape(-1, 2)).reshape(-1).tolist()
+
+    def boxes(self, boxes_xyxy: np.ndarray) -> Tensor:
+        """(N, 4) float64 original pixels -> (N, 4) float32 input pixels."""
+        corners = self.points(boxes_xyxy.reshape(-1, 2, 2))
+        if self.flipped:  # the right edge became the left one
+            corners[:, :, 0] = corners[:, ::-1, 0].copy()
+        return torch.from_numpy(corners.reshape(-1, 4)).to(torch.float32)
+
+
+class Transform(Protocol):
+    """Chooses the geometry of one sample from its size and seed alone."""
+
+    def __call__(self, size_hw: tuple[int, int], seed: int) -> Geometry: ...
+
+
+@dataclass(frozen=True)
+class TrainTransform:
+    """Multi-scale resize and horizontal flip.
+
+    Attributes:
+        short_sides: one of them is drawn for each sample.
+        long_side: upper limit of the longer side, in pixels.
+        flip: probability of the horizontal flip.
+    """
+
+    short_sides: Sequence[int]
+    long_side: int
+    flip: float
+
+    def __call__(self, size_hw: tuple[int, int], seed: int) -> Geometry:
+        # random.random() is the one draw whose values Python promises to keep between versions.
+        generator = random.Random(seed)
+        short_side = self.short_sides[int(generator.random() * len(self.short_sides))]
+        flipped = generator.random() < self.flip
+        return Geometry(size_hw, resized_size(size_hw, short_side, self.long_side), flipped)
+
+
+@dataclass(frozen=True)
+class EvalTransform:
+    """Resize without chance; the seed is ignored."""
+
+    short_side: int
+    long_side: int
+
+    def __call__(self, size_hw: tuple[int, int], seed: int) -> Geometry:
+        return Geometry(size_hw, resized_size(size_hw, self.short_side, self.long_side), flipped=False)
+
+
+def resized_size(size_hw: tuple[int, int], short_side: int, long_side: int) -> tuple[int, int]:
+    """(height, width) with the shorter side at `short_side`, or less so that the longer is at most `long_side`.
+
+    The ratio is kept, each side rounded half up; integers only, so no platform rounds otherwise.
+    """
+    numerator, denominator = short_side, min(size_hw)
+    if max(size_hw) * short_side > long_side * min(size_hw):
+        numerator, denominator = long_side, max(size_hw)
+    height, width = (max(1, (2 * side * numerator + denominator) // (2 * denominator)) for side in size_hw)
+    return height, width
