@@ -101,6 +101,7 @@ class ModelConfig(Section):
     backbone: `small` is the two-blocks-per-stage network for Shapes, its widths in `small_widths`.
     weights: None (random), `imagenet` (torchvision's) or a path to a state dict of the backbone.
     frozen_stages: how many of (stem + first stage, second, ...) are not trained; 1 is the paper's.
+    stride_in_1x1: bottlenecks stride in their first 1x1 (the reference's weights), not in the 3x3 (torchvision's).
     strides: of the levels that predict; mask_feature_stride: of the mask branch; mask_stride: of the mask logits.
     level_ranges: boundaries of max(l, t, r, b) in pixels between consecutive levels, one fewer than levels.
     """
@@ -110,6 +111,7 @@ class ModelConfig(Section):
     small_widths: list[PositiveInt] = [24, 48, 96, 160]
     backbone_norm: Norm = "frozen_bn"
     frozen_stages: Annotated[int, Field(ge=0, le=4)] = 1
+    stride_in_1x1: bool = False
     neck_channels: PositiveInt = 256
     strides: list[PositiveInt] = [8, 16, 32, 64, 128]
     level_ranges: list[PositiveInt] = [64, 128, 256, 512]
