@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import json
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -140,7 +141,7 @@ class ModelConfig(Section):
             raise ValueError(f"level_ranges needs {len(self.strides) - 1} values for {len(self.strides)} strides")
         if sorted(self.level_ranges) != self.level_ranges:
             raise ValueError("level_ranges must ascend")
-        if any(b != 2 * a for a, b in zip(self.strides, self.strides[1:], strict=True)):
+        if any(b != 2 * a for a, b in pairwise(self.strides)):
             raise ValueError("each of strides must be twice the one before")
         if self.strides[0] not in (4, 8) or len(self.strides) < 3:
             raise ValueError("strides must start at 4 or 8 and have at least 3 levels")
