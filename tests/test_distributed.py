@@ -27,7 +27,9 @@ def launch(root: Path, out: Path, *, processes: int, empty_rank: int | None) -> 
     command += ["--num_processes", str(processes), "--main_process_port", str(port)]
     command += ["-m", "tests.distributed_worker", str(root), str(out)]
     command += [] if empty_rank is None else [str(empty_rank)]
-    done = subprocess.run(command, cwd=PROJECT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=PROJECT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out, weights_only=False)
 

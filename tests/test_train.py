@@ -163,7 +163,13 @@ def test_nonfinite_loss_stops_before_the_update_and_replays(root: Path, tmp_path
     with pytest.raises(UserError, match=r"step 1: the loss is not finite \(.*dice nan.*--replay") as caught:
         training.optimizer_step(state, first_batches(config, 1), out=tmp_path)
     for old, new in zip(before, state.step_module.parameters(), strict=True):
-        assert torch.equal(old, new, ) or torch.isnan(new).any()
+        assert (
+            torch.equal(
+                old,
+                new,
+            )
+            or torch.isnan(new).any()
+        )
     path = tmp_path / "nonfinite_step_00000001_rank0.pt"
     assert str(path) in str(caught.value)
     saved = load_tensors(path)

@@ -83,20 +83,15 @@ def build_objective(config: ObjectiveConfig) -> Objective:
     return Objective(
         mask=config.mask,
         box=config.box,
-        threshold=config.affinity_threshold,
-        size=config.affinity_size,
-        dilation=config.affinity_dilation,
+        affinity_threshold=config.affinity_threshold,
+        affinity_size=config.affinity_size,
+        affinity_dilation=config.affinity_dilation,
     )
 
 
 def build_step(config: RunConfig, *, num_classes: int) -> TrainStep:
     """The model with its assignment and losses."""
-    return TrainStep(
-        build_model(config.model, num_classes=num_classes),
-        objective=build_objective(config.objective),
-        centre_radius=config.model.centre_radius,
-        max_mask_positives=config.model.max_mask_positives,
-    )
+    return TrainStep(build_model(config.model, num_classes=num_classes), objective=build_objective(config.objective))
 
 
 def train_dataset(config: RunConfig, data: RunData) -> InstanceDataset:

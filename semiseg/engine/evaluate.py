@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from pycocotools import mask as rle_codec
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -20,12 +20,13 @@ from semiseg.config import ModelConfig
 from semiseg.data.table import Table
 from semiseg.engine.checkpoint import write_json
 from semiseg.evaluation.coco_metrics import Metrics, evaluate_detections
-from semiseg.models.postprocess import iter_masks, select_detections, to_output_boxes
+from semiseg.models.condinst import CondInst
+from semiseg.models.postprocess import Candidates, iter_masks, place_boxes, select_detections
 from semiseg.structures.inputs import Batch
 
 
 def predict_table(
-    model: nn.Module, loader: DataLoader, table: Table, accelerator: Accelerator, *, config: ModelConfig, progress: bool
+    model: CondInst, loader: DataLoader, table: Table, accelerator: Accelerator, *, config: ModelConfig, progress: bool
 ) -> list[dict[str, Any]]:
     """Detections of every image of the table as COCO results; complete on the main process, empty elsewhere.
 
@@ -34,12 +35,7 @@ def predict_table(
     was_training = model.training
     model.eval()
     results: list[dict[str, Any]] = []
-    sizes = {
-        image_id: (height, width)
-        for image_id, height, width in zip(
-            table.rows["image_id"], table.rows["height"], table.rows["width"], strict=True
-        )
-    }
+    sizes = table.original_sizes_hw()
     bar = tqdm(
         loader, desc="predicting", unit="batch", disable=not (progress and accelerator.is_main_process), file=sys.stderr
     )
@@ -53,7 +49,7 @@ def predict_table(
 
 
 def predict_batch(
-    model: nn.Module,
+    model: CondInst,
     batch: Batch,
     output_sizes: dict[int, tuple[int, int]],
     category_ids: Sequence[int],
@@ -72,13 +68,12 @@ def predict_batch(
     )
     results = []
     for number, (image_id, found) in enumerate(zip(batch.image_ids, candidates, strict=True)):
-        input_hw = tuple(int(side) for side in batch.image_sizes_hw[number])
-        output_hw = output_sizes[image_id]
-        boxes = to_output_boxes(found.boxes_xyxy, input_hw, output_hw)
-        rles: list[dict[str, Any]] = []
-        for _, masks in iter_masks(model, outputs, found.queries, input_hw, output_hw):
-            rles += encode_masks(masks)
-        results += _as_results(image_id, boxes, found.scores, found.labels, rles, category_ids)
+        height, width = batch.image_sizes_hw[number].tolist()
+        input_hw, output_hw = (height, width), output_sizes[image_id]
+        placed = place_boxes(found, image_size_hw=input_hw, output_size_hw=output_hw)
+        chunks = iter_masks(model, outputs, placed, image_size_hw=input_hw, output_size_hw=output_hw)
+        rles = [rle for _, masks in chunks for rle in encode_masks(masks)]
+        results += _as_results(image_id, placed, rles, category_ids)
     return results
 
 
@@ -90,15 +85,10 @@ def encode_masks(masks: Tensor) -> list[dict[str, Any]]:
 
 
 def _as_results(
-    image_id: int,
-    boxes: Tensor,
-    scores: Tensor,
-    labels: Tensor,
-    rles: list[dict[str, Any]],
-    category_ids: Sequence[int],
+    image_id: int, found: Candidates, rles: list[dict[str, Any]], category_ids: Sequence[int]
 ) -> list[dict[str, Any]]:
-    sizes = boxes[:, 2:] - boxes[:, :2]
-    corners_and_sizes = torch.cat([boxes[:, :2], sizes], dim=1).tolist()
+    corner, opposite = found.boxes_xyxy[:, :2], found.boxes_xyxy[:, 2:]
+    boxes_xywh = torch.cat([corner, opposite - corner], dim=1).tolist()
     return [
         {
             "image_id": image_id,
@@ -107,7 +97,7 @@ def _as_results(
             "score": score,
             "segmentation": rle,
         }
-        for box, score, label, rle in zip(corners_and_sizes, scores.tolist(), labels.tolist(), rles, strict=True)
+        for box, score, label, rle in zip(boxes_xywh, found.scores.tolist(), found.labels.tolist(), rles, strict=True)
     ]
 
 
@@ -118,7 +108,7 @@ def score_table(results: list[dict[str, Any]], table: Table) -> Metrics:
         results,
         class_names=table.class_names,
         groups={"all": table.class_names},
-        image_ids=table.rows["image_id"],
+        image_ids=table.image_ids,
     )
 
 

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 
 from semiseg.config import ModelConfig, RunConfig, RuntimeConfig, digest, parse_config
 from semiseg.data.table import Table, load_table
@@ -30,7 +29,7 @@ from semiseg.engine.session import start_accelerator
 from semiseg.engine.train import save_trained, train, trained_model
 from semiseg.errors import UserError
 from semiseg.evaluation.coco_metrics import Metrics
-from semiseg.models.condinst import build_model
+from semiseg.models.condinst import CondInst, build_model
 
 RESULT_NAME = "result.json"
 
@@ -59,7 +58,7 @@ def execute_run(config: RunConfig, *, out: Path, resume: bool = True, progress: 
     accelerator.wait_for_everyone()
     started = time.perf_counter()
 
-    def measure(model: nn.Module, *, detections: Path | None = None) -> Metrics | None:
+    def measure(model: CondInst, *, detections: Path | None = None) -> Metrics | None:
         return evaluate_model(
             model,
             data.val,
@@ -72,7 +71,7 @@ def execute_run(config: RunConfig, *, out: Path, resume: bool = True, progress: 
             progress=progress,
         )
 
-    def validate(model: nn.Module) -> dict[str, float] | None:
+    def validate(model: CondInst) -> dict[str, float] | None:
         metrics = measure(model)
         return None if metrics is None else headline(metrics)
 
@@ -109,7 +108,7 @@ def execute_run(config: RunConfig, *, out: Path, resume: bool = True, progress: 
 
 
 def evaluate_model(
-    model: nn.Module,
+    model: CondInst,
     table: Table,
     accelerator: Accelerator,
     *,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -39,10 +39,11 @@ from semiseg.engine.session import StopOnSignal
 from semiseg.engine.step import StepPlan, TrainStep
 from semiseg.errors import UserError
 from semiseg.losses.terms import COUNT_NAMES, LOSS_NAMES
+from semiseg.models.condinst import CondInst
 from semiseg.structures.inputs import Batch
 
 # Scores a model on the validation set: {"mask_AP": ..., ...} on the main process, None on the others.
-Validate = Callable[[nn.Module], dict[str, float] | None]
+Validate = Callable[[CondInst], dict[str, float] | None]
 
 
 @dataclass
@@ -96,7 +97,7 @@ def prepare(config: RunConfig, data: RunData, accelerator: Accelerator) -> Train
     if config.init_from is not None:
         load_initial(step_module.model, initial_weights(Path(config.init_from)), where=config.init_from)
     if config.runtime.channels_last:
-        step_module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        step_module.to(memory_format=torch.channels_last)
     optimizer = build_optimizer(step_module.model, config.optim)
     wrapped, prepared = accelerator.prepare(step_module, optimizer)
     decay = config.optim.ema_decay
@@ -305,9 +306,9 @@ def _save(state: TrainState, out: Path) -> None:
     state.accelerator.wait_for_everyone()
 
 
-def trained_model(state: TrainState) -> nn.Module:
+def trained_model(state: TrainState) -> CondInst:
     """The model to evaluate and to keep: the averaged weights where there are any."""
-    return state.ema.module if state.ema is not None else state.step_module.model
+    return cast(CondInst, state.ema.module) if state.ema is not None else state.step_module.model
 
 
 def save_trained(state: TrainState, data: RunData, folder: Path) -> None:
