@@ -1,0 +1,110 @@
+"""The dynamic mask head: every instance brings the weights of its own three 1x1 layers.
+
+The features of an image are shared by its instances, never copied: the first layers of all instances of an image are
+one matrix product. Relative coordinates are linear in the cell's coordinates, so they are two more shared channels and
+a change of the bias. Source: CondInst (Tian et al. 2020), METHOD section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+COORDINATES = 2  # dx, dy come before the features
+
+
+def filter_shapes(mask_channels: int, dynamic_channels: int, num_layers: int) -> list[tuple[int, int]]:
+    """(out, in) of each layer: relative coordinates + features -> dynamic channels -> ... -> one logit."""
+    widths = [COORDINATES + mask_channels, *[dynamic_channels] * (num_layers - 1), 1]
+    return list(zip(widths[1:], widths[:-1], strict=True))
+
+
+def num_filter_numbers(shapes: Sequence[tuple[int, int]]) -> int:
+    """How many numbers one instance's filters have: 169 for 8 mask channels, 233 for 16."""
+    return sum(out * inputs + out for out, inputs in shapes)
+
+
+def split_filters(filters: Tensor, shapes: Sequence[tuple[int, int]]) -> tuple[list[Tensor], list[Tensor]]:
+    """Cuts filters (Q, D) into weights (Q, out, in) and biases (Q, out) per layer: all weights first, then biases."""
+    sizes = [out * inputs for out, inputs in shapes] + [out for out, _ in shapes]
+    parts = filters.split(sizes, dim=1)
+    weights = [part.reshape(-1, *shape) for part, shape in zip(parts, shapes, strict=False)]
+    return weights, list(parts[len(shapes) :])
+
+
+def dynamic_masks(
+    features: Tensor,
+    filters: Tensor,
+    image_index: Tensor,
+    location_xy: Tensor,
+    coordinate_range: Tensor,
+    *,
+    shapes: Sequence[tuple[int, int]],
+    stride: int,
+) -> Tensor:
+    """Mask logits of Q queries on the grid of the features.
+
+    Computed in float32 whatever autocast says: the coordinates of the far side of an image do not survive bfloat16.
+
+    Args:
+        features: (B, F, h, w); cell (i, j) stands for input pixel (stride * i + stride // 2, the same for j).
+        filters: (Q, D), weights of all layers, then biases.
+        image_index: (Q,) int64, any order (ascending saves a copy).
+        location_xy: (Q, 2) input pixels from which relative coordinates count: (location - cell) / range.
+        coordinate_range: (Q,) in input pixels.
+        shapes: of the layers, see `filter_shapes`.
+        stride: of the features, in input pixels.
+
+    Returns:
+        (Q, h, w) float32, on the graph even when Q is 0.
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        counts = torch.bincount(image_index, minlength=features.shape[0]).tolist()
+        order = torch.argsort(image_index, stable=True)
+        weights, biases = split_filters(filters[order].float(), shapes)
+        weights[0], biases[0] = _absorb_coordinates(
+            weights[0], biases[0], location_xy[order].float(), coordinate_range[order].float()
+        )
+        starts = [sum(counts[:image]) for image in range(len(counts))]
+        used = [image for image, count in enumerate(counts) if count] or [0]  # without queries: an empty product
+        logits = torch.cat(
+            [
+                _apply_layers(
+                    _with_coordinates(features[image].float(), stride),
+                    [weight.narrow(0, starts[image], counts[image]) for weight in weights],
+                    [bias.narrow(0, starts[image], counts[image]) for bias in biases],
+                )
+                for image in used
+            ]
+        )
+        logits = logits.view(-1, *features.shape[-2:])
+        ascending = bool((image_index[1:] >= image_index[:-1]).all())
+        return logits if ascending else logits[torch.argsort(order)]
+
+
+def _absorb_coordinates(weight: Tensor, bias: Tensor, location_xy: Tensor, range_: Tensor) -> tuple[Tensor, Tensor]:
+    """First layer on (features, cell x, cell y) that equals the one on ((location - cell) / range, features)."""
+    per_pixel = weight[:, :, :COORDINATES] / range_[:, None, None]  # (Q, out, 2)
+    moved_bias = bias + (per_pixel * location_xy[:, None]).sum(dim=-1)
+    return torch.cat([weight[:, :, COORDINATES:], -per_pixel], dim=2), moved_bias
+
+
+def _with_coordinates(features: Tensor, stride: int) -> Tensor:
+    """(F, h, w) -> (F + 2, h * w): the features, then the x and the y pixel of each cell."""
+    height, width = features.shape[-2:]
+    x = torch.arange(width, device=features.device, dtype=features.dtype) * stride + stride // 2
+    y = torch.arange(height, device=features.device, dtype=features.dtype) * stride + stride // 2
+    grid = torch.stack([x.expand(height, width), y[:, None].expand(height, width)])
+    return torch.cat([features, grid]).flatten(1)
+
+
+def _apply_layers(shared: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    """The layers of n instances of one image on its shared maps (F, cells) -> logits (n, cells)."""
+    count, cells = weights[0].shape[0], shared.shape[1]
+    x = torch.addmm(biases[0].reshape(-1, 1), weights[0].reshape(-1, shared.shape[0]), shared)  # (n * out, cells)
+    x = x.view(count, -1, cells)
+    for weight, bias in zip(weights[1:], biases[1:], strict=True):
+        x = torch.baddbmm(bias[:, :, None], weight, x.relu_())
+    return x.reshape(count, cells)

@@ -1,0 +1,97 @@
+"""The FCOS head, shared over levels, and the locations at which it predicts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from semiseg.structures.outputs import Locations
+
+PRIOR_PROBABILITY = 0.01
+HEAD_STD = 0.01
+
+
+class LevelPrediction(NamedTuple):
+    """What the head says of one level.
+
+    Attributes:
+        class_logits: (B, C, h, w).
+        box_distances: (B, 4, h, w) left, top, right, bottom >= 0 in units of the stride, float32.
+        centreness_logits: (B, 1, h, w), float32.
+        box_tower: (B, channels, h, w) features from which further predictions (the dynamic filters) are made.
+    """
+
+    class_logits: Tensor
+    box_distances: Tensor
+    centreness_logits: Tensor
+    box_tower: Tensor
+
+
+class FCOSHead(nn.Module):
+    """Two towers of (3x3 convolution, GroupNorm, ReLU); class logits on one, boxes and centreness on the other.
+
+    Weights start at std 0.01, biases at 0, except that the class bias starts every class at probability 0.01.
+    Source: FCOS (Tian et al. 2019), METHOD section 3.
+    """
+
+    def __init__(self, channels: int, *, num_classes: int, num_levels: int, tower_convs: int, groups: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.class_tower = _tower(channels, tower_convs, groups)
+        self.box_tower = _tower(channels, tower_convs, groups)
+        self.class_logits = nn.Conv2d(channels, num_classes, kernel_size=3, padding=1)
+        self.box_distances = nn.Conv2d(channels, 4, kernel_size=3, padding=1)
+        self.centreness = nn.Conv2d(channels, 1, kernel_size=3, padding=1)
+        self.level_scales = nn.ParameterList(nn.Parameter(torch.ones(1)) for _ in range(num_levels))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d) and module.bias is not None:
+                nn.init.normal_(module.weight, std=HEAD_STD)
+                nn.init.zeros_(module.bias)
+        assert self.class_logits.bias is not None
+        nn.init.constant_(self.class_logits.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
+
+    def forward(self, levels: Sequence[Tensor]) -> list[LevelPrediction]:
+        """Predictions per level, in the order of `levels`; there must be `num_levels` of them."""
+        return [self._predict(level, scale) for level, scale in zip(levels, self.level_scales, strict=True)]
+
+    def _predict(self, level: Tensor, scale: Tensor) -> LevelPrediction:
+        box_tower = self.box_tower(level)
+        with torch.autocast(level.device.type, enabled=False):
+            # float32: half precision would move the side of a 500-pixel box by up to a pixel
+            exact = box_tower.float()
+            box_distances = F.relu(scale * self.box_distances(exact))
+            centreness_logits = self.centreness(exact)
+        class_logits = self.class_logits(self.class_tower(level))
+        return LevelPrediction(class_logits, box_distances, centreness_logits, box_tower)
+
+
+def _tower(channels: int, convs: int, groups: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for _ in range(convs):
+        layers.append(nn.Conv2d(channels, channels, kernel_size=3, padding=1))
+        layers.append(nn.GroupNorm(groups, channels))
+        layers.append(nn.ReLU(inplace=True))
+    return nn.Sequential(*layers)
+
+
+def flatten_levels(maps: Sequence[Tensor]) -> Tensor:
+    """Joins maps (B, K, h_l, w_l) to (B, R, K): level after level, each row-major."""
+    return torch.cat([level.flatten(2).transpose(1, 2) for level in maps], dim=1)
+
+
+def make_locations(sizes_hw: Sequence[tuple[int, int]], strides: Sequence[int], device: torch.device) -> Locations:
+    """The locations of maps of the given (height, width) and strides: pixel stride * index + stride // 2."""
+    xy, stride_of, level_of = [], [], []
+    for level, ((height, width), stride) in enumerate(zip(sizes_hw, strides, strict=True)):
+        rows = torch.arange(height, device=device) * stride + stride // 2
+        columns = torch.arange(width, device=device) * stride + stride // 2
+        y, x = torch.meshgrid(rows, columns, indexing="ij")
+        xy.append(torch.stack([x, y], dim=-1).reshape(-1, 2).float())
+        stride_of.append(torch.full((height * width,), float(stride), device=device))
+        level_of.append(torch.full((height * width,), level, dtype=torch.int64, device=device))
+    return Locations(xy=torch.cat(xy), stride=torch.cat(stride_of), level=torch.cat(level_of))

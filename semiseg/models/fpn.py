@@ -1,0 +1,56 @@
+"""Feature pyramid: torchvision's FPN with further levels made from P5."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.ops import FeaturePyramidNetwork
+
+from semiseg.models.resnet import BACKBONE_STRIDES
+
+
+class FeaturePyramid(nn.Module):
+    """FPN over the maps of the backbone, then convolutions of stride 2 for the levels coarser than 32.
+
+    Lateral 1x1 and output 3x3 convolutions with bias, nearest upsampling, no norm (torchvision's). The first further
+    level (P6) is a 3x3 convolution of stride 2 on P5, each after it one on the ReLU of the level before. torchvision's
+    `LastLevelP6P7` computes the same but always both levels; small images want only P6.
+
+    Args:
+        backbone_channels: of C2..C5.
+        channels: of every level.
+        first_stride: of the finest level, 4, 8 or 16; finer maps of the backbone are not used.
+        last_stride: of the coarsest level, a power of two; below 32 it counts as 32.
+    """
+
+    def __init__(self, backbone_channels: Sequence[int], channels: int, *, first_stride: int, last_stride: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.first_input = BACKBONE_STRIDES.index(first_stride)
+        self.strides = list(BACKBONE_STRIDES[self.first_input :])
+        while self.strides[-1] < last_stride:
+            self.strides.append(2 * self.strides[-1])
+        self.fpn = FeaturePyramidNetwork(list(backbone_channels[self.first_input :]), channels)
+        num_extra = len(self.strides) - len(BACKBONE_STRIDES[self.first_input :])
+        self.extra = nn.ModuleList(_halving(channels) for _ in range(num_extra))
+
+    def forward(self, features: Sequence[Tensor]) -> dict[int, Tensor]:
+        """From [C2, C3, C4, C5], each level (B, channels, h, w) by its stride; beyond 32, sizes are halved up."""
+        used = OrderedDict((str(stride), feature) for stride, feature in zip(BACKBONE_STRIDES, features, strict=True))
+        for stride in BACKBONE_STRIDES[: self.first_input]:
+            del used[str(stride)]
+        levels = list(self.fpn(used).values())
+        for number, conv in enumerate(self.extra):
+            levels.append(conv(levels[-1] if number == 0 else F.relu(levels[-1])))
+        return dict(zip(self.strides, levels, strict=True))
+
+
+def _halving(channels: int) -> nn.Conv2d:
+    conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2, padding=1)
+    assert conv.bias is not None
+    nn.init.kaiming_uniform_(conv.weight, a=1)
+    nn.init.zeros_(conv.bias)
+    return conv

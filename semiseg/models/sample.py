@@ -1,0 +1,69 @@
+"""Sampling: which positives get a mask in training (METHOD section 3).
+
+The number per instance follows from the assignment alone, so that the counts by which losses are divided are known
+before the network has run; which of its positives they are follows from the predictions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from semiseg.structures.outputs import Assignment, DenseOutputs, MaskQueries
+
+
+@torch.no_grad()
+def mask_quotas(
+    assignment: Assignment, *, num_instances: int, num_images: int, image_index: Tensor, max_positives: int
+) -> Tensor:
+    """How many positives of each instance get a mask, whatever its supervision.
+
+    An image with G instances that have positives gives each of them max(max_positives // G, 1), or all it has if
+    these are fewer; quotas are not passed on. Deviation: with G > max_positives only the `max_positives` instances
+    with the most positives get one, ties to the first (docs/NUMERICS.md).
+
+    Args:
+        assignment: P positives.
+        num_instances: N.
+        num_images: B.
+        image_index: (N,) the image of each instance, ascending.
+        max_positives: per image.
+
+    Returns:
+        (N,) int64.
+    """
+    counts = torch.bincount(assignment.instance_index, minlength=num_instances)
+    with_positives = torch.bincount(image_index[counts > 0], minlength=num_images)  # (B,) G
+    share = (max_positives // with_positives.clamp(min=1)).clamp(min=1)
+    quotas = torch.minimum(counts, share[image_index])
+    order = torch.argsort(counts, descending=True, stable=True)
+    order = order[torch.argsort(image_index[order], stable=True)]  # by image, most positives first
+    chosen = rank_in_group(image_index[order]) < max_positives
+    return torch.zeros_like(quotas).index_copy(0, order, quotas[order] * chosen)
+
+
+@torch.no_grad()
+def sample_positives(outputs: DenseOutputs, assignment: Assignment, quotas: Tensor) -> MaskQueries:
+    """The best positives of each instance, as many as its quota (N,).
+
+    Best by highest class probability x centreness, in float32; equal ones by the lower location. Ordered by instance
+    (so by image), best first.
+    """
+    place = (assignment.image_index, assignment.location_index)
+    probability = outputs.class_logits[place].float().sigmoid().amax(dim=-1)  # (P,)
+    score = probability * outputs.centreness_logits[place].float().sigmoid()
+    order = torch.argsort(score, descending=True, stable=True)  # positives come by image, then location
+    order = order[torch.argsort(assignment.instance_index[order], stable=True)]
+    instance_index = assignment.instance_index[order]
+    kept = order[rank_in_group(instance_index) < quotas[instance_index]]
+    return MaskQueries(
+        image_index=assignment.image_index[kept],
+        location_index=assignment.location_index[kept],
+        instance_index=assignment.instance_index[kept],
+    )
+
+
+def rank_in_group(group: Tensor) -> Tensor:
+    """Position of each element among those of its group, from 0; `group` (K,) ascends."""
+    first = torch.searchsorted(group, group)
+    return torch.arange(group.shape[0], device=group.device) - first
