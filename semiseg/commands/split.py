@@ -1,0 +1,200 @@
+"""`semiseg split`: list, show, make and check class splits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from semiseg.commands.known_classes import classes_of
+from semiseg.config import read_toml
+from semiseg.errors import UserError
+from semiseg.resources import available, find
+from semiseg.splits import ClassSplit, draw_seen, load_split, make_split, normalise, unknown_class, write_split
+
+SplitName = Annotated[str, typer.Argument(metavar="SPLIT", help="Name or path of a class split.")]
+
+
+def list_splits() -> None:
+    """List the splits of this project and the shipped ones.
+
+    Example: semiseg split list
+    """
+    from semiseg.report.tables import text_table
+
+    lines = []
+    for name in available("splits"):
+        path = find("splits", name)
+        values = read_toml(path)
+        sides = [f"{len(values[side])} {side}" for side in ("seen", "unseen") if isinstance(values.get(side), list)]
+        listed = ", ".join(sides + (["mask fractions"] if "fraction" in values else []))
+        lines.append([name, str(values.get("dataset", "")), listed, "shipped" if path.is_absolute() else str(path)])
+    typer.echo(text_table(("split", "data set", "lists", "file"), lines), nl=False)
+
+
+def show(
+    split: SplitName,
+    annotations: Annotated[Path | None, typer.Argument(help="COCO json to count instances in.")] = None,
+) -> None:
+    """Show which classes are seen and unseen.
+
+    With an annotation file also a table of instances per class.
+
+    Example: semiseg split show coco_voc20_seen data/coco/annotations/instances_val2017.json
+    """
+    loaded = _load(split, annotations)
+    typer.echo(_describe(loaded))
+    if annotations is not None:
+        typer.echo(_count_table(loaded, annotations), nl=False)
+
+
+def check(
+    split: SplitName, annotations: Annotated[Path, typer.Argument(help="COCO json that the split must fit.")]
+) -> None:
+    """Check a split against an annotation file.
+
+    Prints a table of instances per class.
+
+    Example: semiseg split check my_split data/coco/annotations/instances_train2017.json
+    """
+    loaded = load_split(split, classes_of(None, annotations))
+    counts = count_instances(loaded, annotations)
+    typer.echo(_count_table(loaded, annotations, counts), nl=False)
+    without = [name for name in loaded.seen if counts[name][0] == 0]
+    if without:
+        typer.echo(f"note: seen, but without a single mask in {annotations}: {', '.join(without)}")
+    typer.echo(f"{find('splits', split)} fits {annotations}: {len(loaded.seen)} seen, {len(loaded.unseen)} unseen")
+
+
+def make(
+    name: Annotated[str, typer.Argument(help="Name of the split; written to splits/NAME.toml.")],
+    dataset: Annotated[str | None, typer.Option(help="'coco' or 'shapes', or a word of your own for the file.")] = None,
+    annotations: Annotated[Path | None, typer.Option(help="COCO json with the classes, for other data sets.")] = None,
+    seen: Annotated[
+        list[str] | None, typer.Option(help="Seen classes, comma-separated, or how many to draw. Repeatable.")
+    ] = None,
+    unseen: Annotated[list[str] | None, typer.Option(help="Unseen classes, comma-separated. Repeatable.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the draw of classes, and of instances under a fraction.")] = 0,
+    fraction: Annotated[
+        list[str] | None,
+        typer.Option(help="Share of instances that keep their mask: 0.3 for all, or CLASS=0.3. Repeatable."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write instead.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+) -> None:
+    """Make a class split.
+
+    From names, drawn by a seed, or with a share of the masks of each class.
+
+    Examples:
+
+    semiseg split make pets --dataset coco --seen "cat, dog"
+
+    semiseg split make drawn20 --dataset coco --seen 20 --seed 3
+
+    semiseg split make tenth --dataset coco --fraction 0.1 --fraction person=0.01
+    """
+    path = out or Path("splits") / f"{name}.toml"
+    if path.exists() and not force:
+        raise UserError(f"{path}: exists already; '--force' replaces it")
+    classes = classes_of(dataset, annotations)
+    count = int(seen[0]) if seen and len(seen) == 1 and seen[0].strip().isdigit() else None
+    if count is not None and unseen:
+        raise UserError("--seen with a number draws the seen classes; leave out --unseen")
+    if not seen and not unseen and not fraction:
+        raise UserError("give --seen or --unseen (names, or --seen a number to draw), or --fraction")
+    default, per_class = _fractions(fraction or [])
+    seen_names = _names(seen, classes) if count is None else draw_seen(classes, count=count, seed=seed)
+    split = make_split(
+        path.stem,
+        classes,
+        seen=seen_names,
+        unseen=_names(unseen, classes),
+        fractions=per_class,
+        default_fraction=default,
+        seed=seed,
+        dataset=dataset,
+        drawn_seed=seed if count is not None else None,
+    )
+    write_split(split, path)
+    typer.echo(_describe(split))
+    typer.echo(f"written to {path}")
+
+
+def count_instances(split: ClassSplit, annotations: Path) -> dict[str, tuple[int, int, int]]:
+    """Class -> (with mask, box only, crowd) as a training under the split sees the file."""
+    from semiseg.data.coco import image_records, read_coco
+
+    coco = read_coco(annotations)
+    counts = {name: [0, 0, 0] for name in coco.class_names}
+    for record in image_records(coco):
+        for item in record["objects"]:
+            name = coco.class_names[item["label"]]
+            with_mask = item["has_mask"] and split.keeps_mask(name, item["annotation_id"])
+            counts[name][2 if item["is_crowd"] else 0 if with_mask else 1] += 1
+    return {name: (masks, boxes, crowd) for name, (masks, boxes, crowd) in counts.items()}
+
+
+def _load(split: str, annotations: Path | None) -> ClassSplit:
+    dataset = read_toml(find("splits", split)).get("dataset")
+    try:
+        classes = classes_of(dataset, annotations)
+    except UserError as error:
+        raise UserError(f"{find('splits', split)}: {error}") from None
+    return load_split(split, classes)
+
+
+def _describe(split: ClassSplit) -> str:
+    lines = [f"{split.name}: {len(split.seen)} seen, {len(split.unseen)} unseen classes (digest {split.digest()})"]
+    lines.append(f"seen (masks): {', '.join(split.seen)}")
+    if split.unseen:
+        lines.append(f"unseen (boxes only): {', '.join(split.unseen)}")
+    partial = [f"{name} {split.fractions[name]:g}" for name in split.seen if split.fractions[name] < 1.0]
+    if partial:
+        lines.append(f"share of masks kept (seed {split.seed}): {', '.join(partial)}")
+    return "\n".join(lines)
+
+
+def _count_table(split: ClassSplit, annotations: Path, counts: dict[str, tuple[int, int, int]] | None = None) -> str:
+    from semiseg.report.tables import text_table
+
+    counts = counts or count_instances(split, annotations)
+    lines = []
+    for side, names in (("seen", split.seen), ("unseen", split.unseen)):
+        for name in names:
+            masks, boxes, crowd = counts[name]
+            lines.append([name, side, *map(str, (masks + boxes, masks, boxes, crowd))])
+    totals = [sum(column) for column in zip(*counts.values(), strict=True)]
+    lines.append(["all", "", *map(str, (totals[0] + totals[1], *totals))])
+    return text_table(("class", "side", "instances", "with mask", "box only", "crowd"), lines)
+
+
+def _names(values: Sequence[str] | None, classes: Sequence[str]) -> list[str] | None:
+    """Class names of an option: each value is a name, or several with commas between."""
+    if not values:
+        return None
+    names = []
+    for value in values:
+        names += [value] if normalise(value) in classes else [part for part in value.split(",") if part.strip()]
+    for name in map(normalise, names):
+        if name not in classes:
+            raise unknown_class(name, classes, "split make")
+    return names
+
+
+def _fractions(values: Sequence[str]) -> tuple[float, dict[str, float]]:
+    """(share of classes that are not named, class -> share)."""
+    default, per_class = 1.0, {}
+    for value in values:
+        name, sign, number = value.rpartition("=")
+        try:
+            share = float(number)
+        except ValueError:
+            raise UserError(f"--fraction {value!r}: expected a number from 0 to 1, or CLASS=number") from None
+        if sign:
+            per_class[name] = share
+        else:
+            default = share
+    return default, per_class

@@ -1,0 +1,149 @@
+"""`semiseg run`, `status` and `report`: studies."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from semiseg.errors import UserError
+
+if TYPE_CHECKING:
+    from semiseg.study import Study
+    from semiseg.study_run import RunStatus
+
+StudyName = Annotated[str, typer.Argument(metavar="STUDY", help="Name or path of a study file (experiments/*.toml).")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="A.B=C", help="Change a value of every run; pretrain.A.B=C and rows.A.B=C of some. Repeatable."
+    ),
+]
+Seeds = Annotated[str | None, typer.Option(metavar="0,1,2", help="Seeds, instead of the study's.")]
+Out = Annotated[Path | None, typer.Option(help="Folder of record and report. Default: reports/<study>.")]
+
+
+def run(
+    study: StudyName,
+    overrides: Overrides = None,
+    only: Annotated[list[str] | None, typer.Option(metavar="ROW", help="Only this row. Repeatable.")] = None,
+    seeds: Seeds = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Independent runs side by side.")] = 1,
+    processes: Annotated[int, typer.Option(min=1, help="Processes per run, through accelerate.")] = 1,
+    reproduce: Annotated[
+        bool, typer.Option("--reproduce", help="Train also what is only recorded, as by another machine.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be trained.")] = False,
+    out: Out = None,
+) -> None:
+    """Train what is missing of a study, then report.
+
+    Can be interrupted at any time; the same command continues.
+
+    Examples:
+
+    semiseg run shapes --jobs 2
+
+    semiseg run shapes --only neither --seeds 0,1,2 --set optim.steps=200 --out reports/trial
+    """
+    from semiseg.results import latest, read
+    from semiseg.study_plan import RESULTS_NAME, plan
+    from semiseg.study_run import Execution, run_missing, run_status, runs_to_do
+
+    loaded = _load(study, overrides, seeds)
+    folder = _folder(loaded, out)
+    planned = plan(loaded, only=only or ())
+    if dry_run:
+        recorded = latest(read(folder / RESULTS_NAME))
+        todo = runs_to_do(planned, recorded, reproduce=reproduce)
+        typer.echo(_status_table([run_status(item, recorded) for item in todo]), nl=False)
+        typer.echo(f"{len(todo)} of {len(planned)} runs to train")
+        return
+    how = Execution(jobs=jobs, processes=processes, reproduce=reproduce, typed=("semiseg", *sys.argv[1:]))
+    trained = run_missing(planned, name=loaded.name, results=folder / RESULTS_NAME, how=how)
+    if not trained:
+        typer.echo(f"nothing to train: all {len(planned)} runs are done")
+    if not trained and not reproduce and any(run_status(item, {}).state != "done" for item in planned):
+        typer.echo("(some of them were recorded elsewhere; '--reproduce' trains them here)")
+    from semiseg.commands.study_report import record_difficulty
+
+    record_difficulty(loaded, folder)
+    _build_report(loaded, folder, command=_command(study, overrides, seeds, out))
+
+
+def status(study: StudyName, overrides: Overrides = None, seeds: Seeds = None, out: Out = None) -> None:
+    """Show which runs of a study are done.
+
+    The others are under way (started) or missing.
+
+    Example: semiseg status shapes
+    """
+    from semiseg.results import latest, read
+    from semiseg.study_plan import RESULTS_NAME, plan
+    from semiseg.study_run import run_status
+
+    loaded = _load(study, overrides, seeds)
+    recorded = latest(read(_folder(loaded, out) / RESULTS_NAME))
+    statuses = [run_status(item, recorded) for item in plan(loaded)]
+    typer.echo(_status_table(statuses), nl=False)
+    counts = Counter(item.state for item in statuses)
+    typer.echo(f"{loaded.name}: " + ", ".join(f"{counts[state]} {state}" for state in ("done", "started", "missing")))
+
+
+def report(study: StudyName, overrides: Overrides = None, seeds: Seeds = None, out: Out = None) -> None:
+    """Rebuild a report from recorded results.
+
+    Needs no training, no data and no run folders.
+
+    Example: semiseg report shapes
+    """
+    loaded = _load(study, overrides, seeds)
+    _build_report(loaded, _folder(loaded, out), command=_command(study, overrides, seeds, out))
+
+
+def _load(study: str, overrides: list[str] | None, seeds: str | None) -> Study:
+    from semiseg.study import load_study
+
+    numbers = None
+    if seeds is not None:
+        try:
+            numbers = [int(text) for text in seeds.split(",")]
+        except ValueError:
+            raise UserError(f"--seeds {seeds!r}: expected numbers with commas between, such as 0,1,2") from None
+    return load_study(study, overrides or (), seeds=numbers)
+
+
+def _folder(study: Study, out: Path | None) -> Path:
+    from semiseg.study_plan import REPORTS_FOLDER
+
+    return out or REPORTS_FOLDER / study.name
+
+
+def _command(study: str, overrides: list[str] | None, seeds: str | None, out: Path | None) -> list[str]:
+    changes = [part for item in overrides or [] for part in ("--set", item)]
+    given = [part for name, value in (("--seeds", seeds), ("--out", out)) if value for part in (name, str(value))]
+    return ["semiseg", "run", study, *changes, *given]
+
+
+def _build_report(study: Study, folder: Path, *, command: list[str]) -> None:
+    from semiseg.commands.study_report import build
+
+    text, path = build(study, folder, command=command)
+    typer.echo(f"\n{text}\nreport: {path}")
+
+
+def _status_table(statuses: list[RunStatus]) -> str:
+    from semiseg.report.tables import text_table
+    from semiseg.study_run import finished_at
+
+    lines = []
+    for item in statuses:
+        state: str = item.state if not item.recorded_only else "done (recorded)"
+        if item.state == "started" and item.steps is not None:
+            state = f"step {item.step} of {item.steps}"
+        run = item.run
+        lines.append([run.row, run.split or "", str(run.seed), state, finished_at(item.when), run.run_id])
+    return text_table(("row", "split", "seed", "state", "finished", "run"), lines)

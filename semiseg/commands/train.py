@@ -1,0 +1,151 @@
+"""`semiseg train` and `semiseg evaluate`: a single run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from semiseg.config import RunConfig, apply_overrides, load_run_config, parse_config
+from semiseg.errors import UserError
+
+if TYPE_CHECKING:
+    from semiseg.evaluation.coco_metrics import Metrics
+
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change a value of the configuration. Repeatable.")
+]
+Progress = Annotated[bool | None, typer.Option(help="Show progress bars. Default: on a terminal.")]
+
+
+def train(
+    config: Annotated[Path | None, typer.Argument(help="Configuration of the run, TOML or JSON.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run.")] = None,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, if it has begun.")] = False,
+    replay: Annotated[
+        Path | None, typer.Option(help="Run the step of a non-finite loss again, from the file it left.")
+    ] = None,
+    progress: Progress = None,
+) -> None:
+    """Train and evaluate a single run.
+
+    The numbers of its validation images are written into its folder.
+
+    On several GPUs or processes: accelerate launch --num_processes 4 -m semiseg train ...
+
+    Examples:
+
+    semiseg train run.toml --out runs/mine --set optim.steps=200
+
+    semiseg train run.toml --out runs/mine --resume
+
+    semiseg train --replay runs/mine/nonfinite_step_00000120_rank0.pt
+    """
+    if replay is not None:
+        if config is not None or out is not None:
+            raise UserError("--replay FILE holds the whole step; leave out CONFIG and --out")
+        from semiseg.engine.replay import replay_step
+
+        typer.echo(replay_step(replay))
+        return
+    if config is None or out is None:
+        raise UserError("train needs CONFIG and --out (or --replay FILE); see 'semiseg train --help'")
+    values = read_config(config, overrides or [])
+    from semiseg.engine.run import execute_run
+
+    result = execute_run(values, out=out, resume=resume, progress=_shown(progress))
+    if result:
+        _tell(result, out)
+
+
+def evaluate(
+    folder: Annotated[Path, typer.Argument(help="Folder of a run, or a model folder.")],
+    annotations: Annotated[
+        Path | None, typer.Option(help="COCO json to evaluate on. Default: the run's own validation data.")
+    ] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of the images, with --annotations.")] = None,
+    split: Annotated[
+        str | None, typer.Option(metavar="SPLIT", help="Also say the numbers of this split's unseen and seen classes.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the numbers, per class too, to this JSON file.")] = None,
+    detections: Annotated[Path | None, typer.Option(help="Write the detections as COCO results.")] = None,
+    progress: Progress = None,
+) -> None:
+    """Evaluate a model or a finished run.
+
+    Box and mask AP by the official COCO evaluation, on all, seen and unseen classes.
+
+    Example: semiseg evaluate runs/mine --split shapes_few_seen
+    """
+    if (annotations is None) != (images is None):
+        raise UserError("give both --annotations and --images, or neither")
+    if split is not None:
+        from semiseg.resources import find
+
+        find("splits", split)  # a misspelt name is said before the work, not after it
+    from semiseg.engine.run import evaluate_run
+
+    metrics = evaluate_run(
+        folder, annotations=annotations, images=images, detections=detections, progress=_shown(progress)
+    )
+    if metrics is None:
+        return
+    groups = {"all": tuple(metrics.instances)}
+    if split is not None:
+        from semiseg.splits import load_split
+
+        loaded = load_split(split, groups["all"])
+        groups |= {"unseen": loaded.unseen, "seen": loaded.seen}
+    typer.echo(_metrics_table(metrics, groups), nl=False)
+    if out is not None:
+        from semiseg.resources import write_text
+
+        write_text(out, json.dumps(metrics.to_dict(), indent=1, ensure_ascii=False) + "\n")
+
+
+def read_config(path: Path, overrides: Sequence[str]) -> RunConfig:
+    """A run's configuration from TOML, or from the JSON that runs write."""
+    if path.suffix != ".json":
+        return load_run_config(path, list(overrides))
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a table of values, not {type(values).__name__}")
+    # A run's own config.json holds the configuration beside its identity.
+    values = values["config"] if set(values) == {"config", "identity"} else values
+    return parse_config(RunConfig, apply_overrides(values, list(overrides)), where=str(path))
+
+
+def _shown(progress: bool | None) -> bool:
+    return sys.stderr.isatty() if progress is None else progress
+
+
+def _tell(result: dict[str, Any], out: Path) -> None:
+    numbers = []
+    for what, kind in (("mask", "segm"), ("box", "bbox")):
+        value = ((result["metrics"].get(kind) or {}).get("groups", {}).get("all") or {}).get("AP")
+        numbers += [f"{what} AP {value:.1f}"] if value is not None else []
+    measured = ", ".join(numbers) or "no ground truth to measure AP"
+    typer.echo(f"{measured} after {result['steps']} steps; written to {out}")
+
+
+def _metrics_table(metrics: Metrics, groups: dict[str, tuple[str, ...]]) -> str:
+    from semiseg.evaluation.coco_metrics import METRIC_NAMES
+    from semiseg.report.tables import text_table
+
+    lines = []
+    for what, kind in (("mask", "segm"), ("box", "bbox")):
+        for group, classes in groups.items():
+            numbers = metrics.group(kind, classes)
+            values = ["–" if numbers[name] is None else f"{numbers[name]:.1f}" for name in METRIC_NAMES]  # noqa: RUF001
+            lines.append([f"{what}, {group} ({len(classes)} classes)", *values])
+    return text_table(("percent", *METRIC_NAMES), lines)

@@ -1,0 +1,209 @@
+"""A study file -> the runs that it asks for.
+
+A study lists only what differs from the defaults: `[base]` for all runs, `set` per row, and optionally `[pretrain]`,
+one training on boxes alone per seed whose weights all rows of that seed start from. Rows that do not depend on the
+class split (all masks, boxes only) are there once and read for every table. `study_plan.py` gives runs their identity,
+`study_run.py` trains what is missing.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+from semiseg.config import RunConfig, Section, apply_overrides, merge, parse_config, read_toml
+from semiseg.errors import UserError
+from semiseg.resources import find
+
+PRETRAIN_ROW = "pretrain"
+
+RunKey = tuple[str, str | None, int]  # row, split, seed
+Name = Annotated[str, Field(min_length=1, pattern=r"^[^/\\]+$")]
+
+
+class StudyRow(Section):
+    """One row of the tables.
+
+    projection, pairwise: whether the row uses these terms on box-supervised instances, as the tables print it; None
+        where the question does not arise.
+    label: what people read in tables and figures; the name if empty.
+    set: configuration values laid over the study's base. Unless it names another source, supervision is the split's.
+    """
+
+    name: Name
+    projection: bool | None = None
+    pairwise: bool | None = None
+    label: str = ""
+    set: dict[str, Any] = Field(default_factory=dict)
+
+
+class StudyTable(Section):
+    """One table: its rows under one split.
+
+    split: key of the study's `[splits]`; its unseen and seen classes are the column groups.
+    number: of the printed table beside which it is shown, or None.
+    """
+
+    name: Name
+    title: str
+    split: str | None = None
+    number: int | None = None
+    rows: list[str] = Field(min_length=1)
+
+
+class Study(Section):
+    """A study file; `name` is the file's name unless it says otherwise."""
+
+    name: Name
+    title: str
+    question: str = ""
+    seeds: list[int] = Field(default=[0], min_length=1)
+    base: dict[str, Any] = Field(default_factory=dict)
+    pretrain: dict[str, Any] | None = None
+    splits: dict[str, str] = Field(default_factory=dict)
+    rows: list[StudyRow] = Field(min_length=1)
+    tables: list[StudyTable] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _names_fit(self) -> Study:
+        rows = [row.name for row in self.rows]
+        seeds = [str(seed) for seed in self.seeds]
+        for what, names in (("row", rows), ("table", [table.name for table in self.tables]), ("seed", seeds)):
+            doubled = [name for name in names if names.count(name) > 1]
+            if doubled:
+                raise ValueError(f"{what} {doubled[0]!r} is there twice")
+        if PRETRAIN_ROW in rows:
+            raise ValueError(f"{PRETRAIN_ROW!r} is no name for a row: it is the shared detector pretraining")
+        for table in self.tables:
+            unknown = [name for name in table.rows if name not in rows]
+            if unknown:
+                raise ValueError(f"table {table.name!r}: unknown row {unknown[0]!r}.{near_hint(unknown[0], rows)}")
+            if table.split is not None and table.split not in self.splits:
+                hint = near_hint(table.split, self.splits)
+                raise ValueError(f"table {table.name!r}: unknown split {table.split!r}.{hint}")
+        unused = [name for name in rows if not any(name in table.rows for table in self.tables)]
+        if unused:
+            raise ValueError(f"row {unused[0]!r} is in no table")
+        return self
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """A run as the study file alone tells it, before any data or split has been looked at.
+
+    Attributes:
+        row: name of the row, or `PRETRAIN_ROW`.
+        split: name of the class split (as `resources.find` takes it), None if the run does not depend on one.
+        init: the run whose weights it starts from.
+    """
+
+    row: str
+    split: str | None
+    seed: int
+    config: RunConfig
+    init: StudyRun | None = None
+
+    @property
+    def key(self) -> RunKey:
+        return self.row, self.split, self.seed
+
+
+def load_study(name_or_path: str, overrides: Sequence[str] = (), *, seeds: Sequence[int] | None = None) -> Study:
+    """Reads a study file and lays overrides over it.
+
+    Args:
+        overrides: `a.b=c` changes a run value of every run; `pretrain.a.b=c` of the pretraining, `rows.a.b=c` of the
+            rows only.
+        seeds: replace the study's.
+    """
+    path = find("experiments", name_or_path)
+    values = {"name": path.stem, **read_toml(path)}
+    if seeds is not None:
+        values["seeds"] = list(seeds)
+    return _lay_over(parse_config(Study, values, where=str(path)), overrides)
+
+
+def _lay_over(study: Study, overrides: Sequence[str]) -> Study:
+    parts: dict[str, list[str]] = {"pretrain": [], "rows": [], "": []}
+    for item in overrides:
+        head, _, tail = item.partition(".")
+        scope = head.strip() if head.strip() in ("pretrain", "rows") else ""
+        parts[scope].append(tail if scope else item)
+        if parts[scope][-1].partition("=")[0].strip() == "seed":
+            raise UserError(f"--set {item}: the seeds of a study are set with '--seeds'")
+    pretrain = study.pretrain
+    if parts["pretrain"] and pretrain is None:
+        raise UserError(f"--set pretrain.{parts['pretrain'][0]}: study {study.name!r} has no [pretrain]")
+    if pretrain is not None:
+        pretrain = apply_overrides(pretrain, parts[""] + parts["pretrain"])
+    rows = [row.model_copy(update={"set": apply_overrides(row.set, parts[""] + parts["rows"])}) for row in study.rows]
+    return study.model_copy(update={"pretrain": pretrain, "rows": rows})
+
+
+def study_runs(study: Study, *, only: Sequence[str] = ()) -> list[StudyRun]:
+    """The runs of a study, pretrainings first; each (row, split, seed) once, however many tables show it.
+
+    Args:
+        only: names of rows; the pretraining they start from is included. Empty = all.
+    """
+    names = [row.name for row in study.rows]
+    for name in only:
+        if name not in names:
+            raise UserError(f"--only {name!r}: study {study.name!r} has no such row.{near_hint(name, names)}")
+    rows = {row.name: row for row in study.rows}
+    pretrainings = {seed: _pretraining(study, seed) for seed in study.seeds}
+    runs: dict[RunKey, StudyRun] = {}
+    for seed in study.seeds:
+        for table in study.tables:
+            for name in table.rows:
+                if not only or name in only:
+                    run = _row_run(study, rows[name], table, seed, pretrainings[seed])
+                    runs.setdefault(run.key, run)
+    return [run for run in pretrainings.values() if run is not None] + list(runs.values())
+
+
+def row_run(study: Study, table: StudyTable, row: str, seed: int) -> StudyRun:
+    """The run that a table reads for one row and seed."""
+    return _row_run(study, next(r for r in study.rows if r.name == row), table, seed, _pretraining(study, seed))
+
+
+def _pretraining(study: Study, seed: int) -> StudyRun | None:
+    if study.pretrain is None:
+        return None
+    boxes_alone: dict[str, Any] = {"supervision": {"source": "boxes"}, "objective": {"box": "none"}}
+    values = merge(merge(merge(study.base, boxes_alone), study.pretrain), {"seed": seed})
+    config = parse_config(RunConfig, values, where=f"study {study.name!r}, [pretrain]")
+    if config.supervision.source != "boxes":
+        # Its weights reach every row: masks here would be masks of unseen classes there.
+        raise UserError(
+            f"study {study.name!r}, [pretrain]: 'supervision.source' is {config.supervision.source!r}; "
+            "the pretraining that all rows share may use 'boxes' only"
+        )
+    return StudyRun(PRETRAIN_ROW, None, seed, config)
+
+
+def _row_run(study: Study, row: StudyRow, table: StudyTable, seed: int, init: StudyRun | None) -> StudyRun:
+    where = f"study {study.name!r}, row {row.name!r}"
+    split = study.splits[table.split] if table.split is not None else None
+    by_split: dict[str, Any] = {"supervision": {"source": "split", "split": split}} if split is not None else {}
+    values = merge(merge(merge(study.base, by_split), row.set), {"seed": seed})
+    supervision = values.get("supervision", {})
+    if supervision.get("source") != "split":
+        supervision = {key: value for key, value in supervision.items() if key != "split"}
+    elif supervision.get("split") is None:
+        raise UserError(f"{where}: its supervision is the split's, but table {table.name!r} names no split")
+    config = parse_config(RunConfig, {**values, "supervision": supervision}, where=where)
+    if init is not None and config.init_from is not None:
+        raise UserError(f"{where}: 'init_from' is {config.init_from!r}, but its weights come from the [pretrain] run")
+    return StudyRun(row.name, config.supervision.split, seed, config, init)
+
+
+def near_hint(name: str, known: Iterable[str]) -> str:
+    """The end of an error about an unknown name: the nearest known one, else all of them."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(known) or 'none'}."

@@ -1,0 +1,191 @@
+"""The identity of a study's runs: what was done already, where it lies, which recorded results belong to the study.
+
+A run's identity is the digest of (configuration without paths, split, seed, data, initial run). Equal identities are
+the same run, which is never trained twice; different ones never share a folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from semiseg.config import DataConfig, RunConfig, digest
+from semiseg.errors import UserError
+from semiseg.results import Result
+from semiseg.splits import load_split
+from semiseg.study import RunKey, Study, StudyRun, study_runs
+
+RUNS_FOLDER = Path("runs")
+REPORTS_FOLDER = Path("reports")
+RESULTS_NAME = "results.jsonl"
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run with its identity.
+
+    Attributes:
+        run_id: digest of `identity`; equal ids are the same run.
+        identity: {"config", "split", "data", "init"}: digests of everything that can change its numbers.
+        config: as executed: `init_from` points to the initial run's model folder.
+        init: run_id of the initial run, or None.
+        folder: where it is trained; another study's folder if the same run lies there.
+    """
+
+    run_id: str
+    study: str
+    row: str
+    split: str | None
+    split_digest: str | None
+    seed: int
+    config: RunConfig
+    identity: dict[str, Any]
+    init: str | None
+    folder: Path
+
+    @property
+    def label(self) -> str:
+        """Short name for people: row, split, seed."""
+        return "-".join([self.row, *([Path(self.split).stem] if self.split else []), f"s{self.seed}"])
+
+
+def run_identity(run: StudyRun, *, data: str, split_digest: str | None, weights: str | None) -> dict[str, Any]:
+    """What can change the numbers of a run, as digests; the digest of this is its run_id.
+
+    Args:
+        weights: digest of the file of `init_from`, for a run that names one itself.
+    """
+    init = weights
+    if run.init is not None:
+        init = digest(run_identity(run.init, data=data, split_digest=None, weights=weights))
+    return {"config": digest(run.config.identity()), "split": split_digest, "data": data, "init": init}
+
+
+def plan(study: Study, *, only: Sequence[str] = (), runs_folder: Path = RUNS_FOLDER) -> list[PlannedRun]:
+    """The study's runs with their identities, each run once, initial runs before those that start from them.
+
+    Reads the annotation files and the class splits.
+    """
+    planned: dict[str, PlannedRun] = {}
+    for run in study_runs(study, only=only):
+        first = run.init or run
+        names = class_names(run.config.data) if run.split is not None else ()
+        split_digest = load_split(run.split, names).digest() if run.split is not None else None
+        identity = run_identity(
+            run,
+            data=data_digest(run.config.data),
+            split_digest=split_digest,
+            weights=weights_digest(first.config.init_from) if first.config.init_from is not None else None,
+        )
+        run_id = digest(identity)
+        init = identity["init"] if run.init is not None else None
+        config = run.config
+        if init is not None:
+            config = config.model_copy(update={"init_from": str(planned[init].folder / "model")})
+        folder = _folder(study.name, run, run_id, runs_folder)
+        item = PlannedRun(
+            run_id, study.name, run.row, run.split, split_digest, run.seed, config, identity, init, folder
+        )
+        planned.setdefault(run_id, item)
+    return list(planned.values())
+
+
+def _folder(study: str, run: StudyRun, run_id: str, runs_folder: Path) -> Path:
+    """The run's folder; the same run in another study's folder is not trained a second time."""
+    split = [Path(run.split).stem] if run.split else []
+    own = runs_folder / study / "-".join([run.row, *split, f"s{run.seed}", run_id])
+    elsewhere = sorted(runs_folder.glob(f"*/*-{run_id}"))
+    return own if own.exists() or not elsewhere else elsewhere[0]
+
+
+def class_names(config: DataConfig) -> tuple[str, ...]:
+    """The classes of a data set: of Shapes its own, else those of the smaller annotation file."""
+    if config.format == "shapes":
+        from semiseg.data.shapes import SHAPES_CLASSES
+
+        return tuple(SHAPES_CLASSES)
+    path = Path(config.root) / config.val_annotations
+    return _class_names_of(path, _stamp(path, config))
+
+
+@lru_cache(maxsize=4)
+def _class_names_of(path: Path, stamp: tuple[int, int]) -> tuple[str, ...]:
+    from semiseg.data.coco import read_coco
+
+    return read_coco(path).class_names
+
+
+def data_digest(config: DataConfig) -> str:
+    """Digest of the annotations of training and validation; for Shapes its parameters are in the configuration."""
+    if config.format == "shapes":
+        from semiseg.data.shapes import GENERATOR_VERSION
+
+        return f"shapes-{GENERATOR_VERSION}"
+    files = [Path(config.root) / name for name in (config.train_annotations, config.val_annotations)]
+    return digest([_file_digest(path, _stamp(path, config)) for path in files])
+
+
+def weights_digest(init_from: str) -> str:
+    """Digest of the file (or of the model folder's weights file) that a run starts from."""
+    path = Path(init_from)
+    path = path / "model.safetensors" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; 'init_from' is {init_from!r}")
+    return _file_digest(path, (path.stat().st_mtime_ns, path.stat().st_size))
+
+
+def _stamp(path: Path, config: DataConfig) -> tuple[int, int]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; 'data.root' is {config.root!r}, '--set data.root=...' changes it")
+    return path.stat().st_mtime_ns, path.stat().st_size
+
+
+@lru_cache(maxsize=16)
+def _file_digest(path: Path, stamp: tuple[int, int]) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def planned_steps(config: RunConfig) -> int | None:
+    """Optimizer steps of a run, None if that needs the data set's size."""
+    if config.optim.steps is not None:
+        return config.optim.steps
+    if config.data.format == "shapes" and config.optim.epochs is not None:
+        return max(1, math.ceil(config.optim.epochs * config.data.shapes.train_images / config.optim.batch_size))
+    return None
+
+
+def matching_results(study: Study, results: Iterable[Result]) -> dict[RunKey, Result]:
+    """The recorded results that belong to the study as it is now written, the newest of each run; needs no data.
+
+    A result of another configuration, split content or initial run is left out, whatever row it is named after.
+    """
+    results = list(results)
+    found: dict[RunKey, Result] = {}
+    for run in study_runs(study):
+        for result in results:
+            if result.seed == run.seed and _is_result_of(result, run):
+                # The same run may have been recorded under another row's or study's name.
+                found[run.key] = replace(result, study=study.name, row=run.row, split=run.split)
+    return found
+
+
+def _is_result_of(result: Result, run: StudyRun) -> bool:
+    if result.identity["config"] != digest(run.config.identity()):
+        return False
+    split_digest = None
+    if run.split is not None:
+        try:
+            split_digest = load_split(run.split, list(result.metrics["instances"])).digest()
+        except UserError:
+            return False  # a result of another data set
+    identity = run_identity(run, data=result.identity["data"], split_digest=split_digest, weights=None)
+    if (run.init or run).config.init_from is not None:
+        # Weights that the study takes from a file are not looked for: the report needs recorded results only.
+        identity["init"] = result.identity["init"]
+    return digest(identity) == result.run_id

@@ -1,0 +1,315 @@
+"""Trains and evaluates what is missing of a study, several runs side by side, and records each finished one once.
+
+Interrupting loses at most the steps since a run's last checkpoint; the same command continues.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Literal, TextIO
+
+from semiseg.config import DataConfig, digest
+from semiseg.errors import UserError
+from semiseg.results import Result, append, latest, read
+from semiseg.study import PRETRAIN_ROW
+from semiseg.study_child import Child, Machine, last_step, python_command, share_of, this_machine
+from semiseg.study_plan import PlannedRun
+from semiseg.study_progress import StudyProgress, format_seconds
+
+RESULT_NAME = "result.json"  # the engine writes it last: a folder with it is finished
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a study is executed; nothing here is part of a run's identity.
+
+    Attributes:
+        jobs: independent runs side by side.
+        processes: per run; more than one go through accelerate.
+        reproduce: train also what is recorded but was not trained in this folder.
+        typed: the command that the user typed, for the record.
+        command: what runs the command line of a child.
+        grace_seconds: an interrupted run's time for its checkpoint.
+        line_seconds: between two lines of progress where there is no terminal.
+    """
+
+    jobs: int = 1
+    processes: int = 1
+    reproduce: bool = False
+    typed: tuple[str, ...] = ()
+    command: tuple[str, ...] = field(default_factory=python_command)
+    machine: Machine = field(default_factory=this_machine)
+    poll_seconds: float = 0.2
+    grace_seconds: float = 60.0
+    line_seconds: float = 20.0
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """Where a run stands.
+
+    Attributes:
+        step, steps: of a started run whose log has begun, else None.
+        when: ISO time of the end of a finished run.
+        recorded_only: finished and recorded, but its folder is not here.
+    """
+
+    run: PlannedRun
+    state: Literal["done", "started", "missing"]
+    step: int | None = None
+    steps: int | None = None
+    when: str | None = None
+    recorded_only: bool = False
+
+
+def run_status(run: PlannedRun, recorded: Mapping[str, Result]) -> RunStatus:
+    """Where a run stands, by its folder and the record."""
+    if (run.folder / RESULT_NAME).is_file():
+        values = json.loads((run.folder / RESULT_NAME).read_text(encoding="utf-8"))
+        return RunStatus(run, "done", when=values.get("finished"))
+    if run.run_id in recorded:
+        return RunStatus(run, "done", when=recorded[run.run_id].finished, recorded_only=True)
+    if (run.folder / "identity.json").is_file():
+        step, steps = last_step(run.folder / "log.jsonl") or (None, None)
+        return RunStatus(run, "started", step=step, steps=steps)
+    return RunStatus(run, "missing")
+
+
+def runs_to_do(planned: Sequence[PlannedRun], recorded: Mapping[str, Result], *, reproduce: bool) -> list[PlannedRun]:
+    """The rows that are missing, and before them the pretrainings that these start from and whose weights are missing.
+
+    Args:
+        reproduce: what is only recorded counts as missing.
+    """
+    statuses = {run.run_id: run_status(run, recorded) for run in planned}
+
+    def is_missing(run: PlannedRun) -> bool:
+        status = statuses[run.run_id]
+        if status.recorded_only:
+            # A record holds no weights to start from.
+            return reproduce or run.row == PRETRAIN_ROW
+        return status.state != "done"
+
+    rows = [run for run in planned if run.row != PRETRAIN_ROW and is_missing(run)]
+    needed = {run.init for run in rows}
+    return [run for run in planned if run.run_id in needed and is_missing(run)] + rows
+
+
+def run_missing(
+    planned: Sequence[PlannedRun], *, name: str, results: Path, how: Execution, stream: TextIO = sys.stderr
+) -> list[PlannedRun]:
+    """Runs what is missing and records it in `results`; the runs that were trained now.
+
+    Raises:
+        UserError: runs failed (the others have been finished first), or a run is being trained elsewhere.
+        KeyboardInterrupt: SIGINT or SIGTERM; the running ones were given time to write a checkpoint.
+    """
+    for run in planned:
+        # An earlier call may have been killed between the end of a run and its record.
+        if (run.folder / RESULT_NAME).is_file():
+            append(results, read_result(run, typed=how.typed))
+    todo = runs_to_do(planned, latest(read(results)), reproduce=how.reproduce)
+    if todo:
+        for config in {digest(run.config.data.model_dump()): run.config.data for run in todo}.values():
+            prepare_data(config)
+        _Study(planned, todo, name=name, results=results, how=how, stream=stream).run()
+    return todo
+
+
+def prepare_data(config: DataConfig) -> None:
+    """Draws the embedded data set before any run needs it, so that runs side by side do not each draw it."""
+    if config.format == "shapes":
+        from semiseg.data.shapes import ensure_shapes
+
+        shapes = config.shapes
+        for images, seed in ((shapes.train_images, shapes.train_seed), (shapes.val_images, shapes.val_seed)):
+            ensure_shapes(Path(config.root), images=images, image_size=shapes.image_size, seed=seed)
+
+
+class _Study:
+    """The state of one call of `run_missing`."""
+
+    def __init__(
+        self,
+        planned: Sequence[PlannedRun],
+        todo: Sequence[PlannedRun],
+        *,
+        name: str,
+        results: Path,
+        how: Execution,
+        stream: TextIO,
+    ) -> None:
+        self.how = how
+        self.results = results
+        self.waiting = list(todo)
+        self.running: list[Child] = []
+        self.failures: dict[str, str] = {}
+        self.skipped: list[PlannedRun] = []
+        self.progress = StudyProgress(todo, name=name, line_seconds=how.line_seconds, stream=stream)
+        # Counted over the whole plan, not over what is left of it: a continued study gives each run the same number
+        # of threads, which the last bits of its numbers depend on.
+        rows = sum(run.row != PRETRAIN_ROW for run in planned)
+        self.side_by_side = {True: min(how.jobs, len(planned) - rows), False: min(how.jobs, rows)}
+
+    def run(self) -> None:
+        try:
+            with _StopOnSignal() as stop:
+                while self.waiting or self.running:
+                    self._start_ready()
+                    self._collect_ended()
+                    self.progress.update(self.running)
+                    if stop.requested:
+                        self._stop(stop)
+                        raise KeyboardInterrupt("stopped; the same command continues where it ended")
+                    time.sleep(self.how.poll_seconds)
+        finally:
+            for child in self.running:
+                child.kill()
+            self.progress.close()
+        if self.failures:
+            skipped = f"; {len(self.skipped)} runs that start from them were not begun" if self.skipped else ""
+            told = "; ".join(self.failures.values())
+            raise UserError(f"{len(self.failures)} of the study's runs failed{skipped}: {told}")
+
+    def _start_ready(self) -> None:
+        unfinished = {run.run_id for run in self.waiting} | {child.run.run_id for child in self.running}
+        for run in list(self.waiting):
+            if run.init in self.failures:
+                self.waiting.remove(run)
+                self.skipped.append(run)
+            elif run.init not in unfinished and len(self.running) < self.how.jobs:
+                self.waiting.remove(run)
+                self._start(run)
+
+    def _start(self, run: PlannedRun) -> None:
+        slot = min(set(range(self.how.jobs)) - {child.slot for child in self.running})
+        side_by_side = self.side_by_side[run.row == PRETRAIN_ROW]
+        share = share_of(self.how.machine, slot=slot, side_by_side=side_by_side, processes=self.how.processes)
+        try:
+            self.running.append(Child(run, command=self.how.command, share=share, slot=slot))
+        except UserError as error:
+            self.failures[run.run_id] = f"{run.label}: {error}"
+
+    def _collect_ended(self) -> None:
+        for child in list(self.running):
+            code = child.poll()
+            if code is None:
+                continue
+            self.running.remove(child)
+            failure = self._record(child) if code == 0 else child.complaint()
+            if failure is None:
+                self.progress.end(child, message=_told_end(child), finished=True)
+            else:
+                self.failures[child.run.run_id] = f"{child.run.label}: {failure} (log: {child.output})"
+                self.progress.end(child, message=f"{child.run.label} failed: {failure}", finished=False)
+
+    def _record(self, child: Child) -> str | None:
+        """Records a run that ended well; what is wrong with its result, or None."""
+        try:
+            append(self.results, read_result(child.run, typed=self.how.typed))
+        except UserError as error:
+            return str(error)
+        return None
+
+    def _stop(self, stop: _StopOnSignal) -> None:
+        self.progress.say("stopping: the running ones finish their step and write a checkpoint")
+        for child in self.running:
+            child.interrupt()
+        deadline = time.monotonic() + self.how.grace_seconds
+        # A second signal ends the wait.
+        while any(child.poll() is None for child in self.running) and stop.count < 2:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(self.how.poll_seconds)
+        for child in list(self.running):
+            if child.poll() == 0:
+                # It ended well while it was being stopped.
+                self._record(child)
+
+
+def read_result(run: PlannedRun, *, typed: Sequence[str]) -> Result:
+    """The record of a finished run, from its folder.
+
+    Raises:
+        UserError: the result is missing or not whole, or the split was changed while it trained.
+    """
+    path = run.folder / RESULT_NAME
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        raise UserError(f"{path}: the run ended without a readable result") from None
+    if run.split is not None and values.get("split_digest") != run.split_digest:
+        raise UserError(f"{path}: the class split {run.split!r} was changed while the run trained; remove {run.folder}")
+    try:
+        return Result(
+            run_id=run.run_id,
+            study=run.study,
+            row=run.row,
+            split=run.split,
+            split_digest=run.split_digest,
+            seed=run.seed,
+            # Paths of initial weights belong to one machine; what they are is in the identity.
+            config=run.config.model_dump(mode="json", exclude={"init_from"}),
+            identity=run.identity,
+            data_fingerprint=values["data_fingerprint"],
+            metrics=values["metrics"],
+            steps=values["steps"],
+            seconds=values["seconds"],
+            device=values["device"],
+            versions=values["versions"],
+            git_revision=values["git_revision"],
+            command=list(typed),
+            finished=values["finished"],
+            init_run=run.init,
+            processes=values.get("processes", 1),
+        )
+    except KeyError as error:
+        raise UserError(f"{path}: {error} is missing") from None
+
+
+def _told_end(child: Child) -> str:
+    metrics = json.loads((child.run.folder / RESULT_NAME).read_text(encoding="utf-8"))["metrics"]
+    kinds = {what: metrics.get(kind) or {} for what, kind in (("mask", "segm"), ("box", "bbox"))}
+    found = {what: kind.get("groups", {}).get("all", {}).get("AP") for what, kind in kinds.items()}
+    numbers = ", ".join(f"{what} AP {value:.1f}" for what, value in found.items() if value is not None)
+    took = format_seconds(time.monotonic() - child.started)
+    return f"{child.run.label} done in {took}" + (f": {numbers}" if numbers else "")
+
+
+class _StopOnSignal:
+    """Counts SIGINT and SIGTERM instead of acting on them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    @property
+    def requested(self) -> bool:
+        return self.count > 0
+
+    def __enter__(self) -> _StopOnSignal:
+        for number in self._previous:
+            signal.signal(number, self._count)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _count(self, number: int, frame: FrameType | None) -> None:
+        self.count += 1
+
+
+def finished_at(when: str | None) -> str:
+    """An ISO time as a short local one for tables; "" for None."""
+    return "" if when is None else datetime.fromisoformat(when).astimezone().strftime("%Y-%m-%d %H:%M")
