@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, NoReturn
 from semiseg.data.problems import BadValue, Kind, Problem, Reporter, stop_at_errors
 from semiseg.data.segmentations import is_finite, read_segmentation
 from semiseg.errors import UserError
+from semiseg.splits import normalise
 
 SECTIONS = ("images", "annotations", "categories")
 LARGEST_ID = 2**63 - 1  # ids are stored as int64
@@ -129,11 +129,6 @@ def count_classes(coco: CocoFile) -> list[ClassCounts]:
     return [ClassCounts(name, *numbers) for name, numbers in zip(coco.class_names, counts, strict=True)]
 
 
-def normalise_name(name: str) -> str:
-    """A class name as it is compared: NFC, without space around it."""
-    return unicodedata.normalize("NFC", name).strip()
-
-
 def _parse(path: Path) -> tuple[dict[str, Any], str]:
     try:
         content = path.read_bytes()
@@ -165,7 +160,7 @@ def _categories(entries: list[Any], report: Reporter) -> dict[int, str]:
         place = f"categories[{index}]"
         try:
             number = _integer(entry, "id", Kind.CATEGORY)
-            name = normalise_name(_text(entry, "name", Kind.CATEGORY))
+            name = normalise(_text(entry, "name", Kind.CATEGORY))
             if number in names:
                 _bad(Kind.CATEGORY_ID_TWICE, f"category id {number} ({name!r}) is already that of {names[number]!r}")
             if name in names.values():

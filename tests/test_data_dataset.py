@@ -1,0 +1,287 @@
+"""Supervision per instance, and the leak barrier: withheld masks on disk may be anything."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from semiseg.data import dataset as dataset_module
+from semiseg.data.collate import Collate
+from semiseg.data.dataset import InstanceDataset, Source, build_rule
+from semiseg.data.table import load_table
+from semiseg.data.transforms import EvalTransform, TrainTransform
+from semiseg.errors import UserError
+from semiseg.structures.inputs import Batch, Sample, Supervision, Targets, grid_size
+from tests.coco_files import CocoFiles, KeepClasses, encode, make_coco
+
+TRAIN = TrainTransform(short_sides=(48, 64, 72), long_side=120, flip=0.5)
+BOX, MASK = int(Supervision.BOX), int(Supervision.MASK)
+KEYS = [(row, seed) for row in range(4) for seed in range(5)]
+
+
+def make_dataset(
+    files: CocoFiles,
+    source: Source = "as_annotated",
+    split: KeepClasses | None = None,
+    *,
+    transform: Any = TRAIN,
+    stride: int = 2,
+    bottom_rows: int = 10,
+) -> InstanceDataset:
+    table = load_table(files.annotations, files.images, cache=files.annotations.parent / "cache")
+    return InstanceDataset(
+        table,
+        rule=build_rule(source, split),
+        transform=transform,
+        mask_stride=stride,
+        bottom_rows_without_affinity=bottom_rows,
+    )
+
+
+def same(first: Any, second: Any) -> bool:
+    """Bit for bit, through nested structures."""
+    if isinstance(first, torch.Tensor):
+        return first.dtype == second.dtype and torch.equal(first, second)
+    if isinstance(first, Sample | Batch | Targets):
+        return all(same(getattr(first, field.name), getattr(second, field.name)) for field in fields(first))
+    return first == second
+
+
+# The classes of image 1's annotations are cat, dog, bird, fish; fish has no mask, and dog 2 is an RLE.
+@pytest.mark.parametrize(
+    ("source", "split", "expected"),
+    [
+        ("masks", None, [MASK, MASK, MASK, BOX]),
+        ("as_annotated", None, [MASK, MASK, MASK, BOX]),
+        ("boxes", None, [BOX, BOX, BOX, BOX]),
+        ("split", KeepClasses(("dog", "fish")), [BOX, MASK, BOX, BOX]),
+        ("split", KeepClasses(("cat", "dog", "bird"), every=2), [BOX, MASK, BOX, BOX]),
+    ],
+)
+def test_rules(tmp_path: Path, source: Source, split: KeepClasses | None, expected: list[int]) -> None:
+    sample = make_dataset(make_coco(tmp_path), source, split)[0, 0]
+    assert sample.supervision.tolist() == expected
+    assert sample.mask_instance.tolist() == [index for index, kind in enumerate(expected) if kind == MASK]
+    assert sample.labels.tolist() == [0, 1, 2, 3]
+    assert sample.crowd_boxes_xyxy.shape == (1, 4)
+
+
+def test_source_split_needs_a_split() -> None:
+    with pytest.raises(UserError, match=r"supervision\.split"):
+        build_rule("split", None)
+
+
+def test_values_of_a_sample(tmp_path: Path) -> None:
+    files = make_coco(tmp_path)
+    sample = make_dataset(files, transform=EvalTransform(short_side=128, long_side=200), stride=4)[0, 0]
+    annotations = files.content["annotations"]
+    assert sample.image.shape == (3, 128, 160)  # 64 x 80, doubled
+    for box, annotation in zip(sample.boxes_xyxy.tolist(), annotations[:4], strict=True):
+        x, y, width, height = annotation["bbox"]
+        assert box == [2 * x, 2 * y, 2 * (x + width), 2 * (y + height)]
+    crowd = annotations[-1]["bbox"]
+    assert sample.crowd_boxes_xyxy[0, :2].tolist() == [2 * crowd[0], 2 * crowd[1]]
+    assert sample.masks.shape == (3, 32, 40)
+    assert sample.masks.any((1, 2)).all()
+    assert sample.bottom_rows_without_affinity == 20
+    # Each mask lies in its box: cell centres are 4 * index + 2.
+    for mask, box in zip(sample.masks, sample.boxes_xyxy, strict=False):
+        rows, columns = mask.nonzero().T * 4 + 2
+        assert box[0] - 1 <= columns.min()
+        assert columns.max() <= box[2] + 1
+        assert box[1] - 1 <= rows.min()
+        assert rows.max() <= box[3] + 1
+
+
+@pytest.mark.parametrize(("short_side", "expected"), [(64, 10), (72, 11), (40, 6)])  # int(10 * new / 64)
+def test_bottom_rows_scale_with_the_image(tmp_path: Path, short_side: int, expected: int) -> None:
+    data = make_dataset(make_coco(tmp_path), transform=EvalTransform(short_side, 999))
+    assert data[0, 0].bottom_rows_without_affinity == expected
+
+
+def test_boxes_come_from_the_annotation_not_from_the_mask(tmp_path: Path) -> None:
+    def change(content: dict[str, Any]) -> None:
+        content["annotations"][0]["bbox"] = [1, 2, 30, 40]
+        content["annotations"][1]["segmentation"] = encode(np.zeros((64, 80), bool), compressed=False)
+
+    sample = make_dataset(make_coco(tmp_path).rewrite(change), transform=EvalTransform(64, 80))[0, 0]
+    assert sample.boxes_xyxy[0].tolist() == [1, 2, 31, 42]
+    assert sample.supervision.tolist() == [MASK, MASK, MASK, BOX]  # an empty mask does not drop the instance
+    assert not sample.masks[1].any()
+
+
+def test_an_image_without_boxes_and_one_with_only_crowd(tmp_path: Path) -> None:
+    def change(content: dict[str, Any]) -> None:
+        crowd = content["annotations"][-1]
+        content["annotations"] = [crowd]
+
+    data = make_dataset(make_coco(tmp_path).rewrite(change))
+    only_crowd, empty = data[0, 0], data[1, 0]
+    assert only_crowd.boxes_xyxy.shape == empty.boxes_xyxy.shape == (0, 4)
+    assert len(only_crowd.crowd_boxes_xyxy) == 1
+    assert len(empty.crowd_boxes_xyxy) == 0
+    assert empty.masks.shape == (0, *grid_size((empty.image.shape[1], empty.image.shape[2]), 2))
+    batch = Collate(32)([empty, only_crowd, empty])
+    targets = batch.targets
+    assert targets is not None
+    assert targets.num_instances == 0
+    assert targets.crowd_image_index.tolist() == [1]
+    assert targets.masks.shape == (0, batch.images.shape[2] // 2, batch.images.shape[3] // 2)
+
+
+def test_the_sample_is_a_function_of_its_key(tmp_path: Path) -> None:
+    data = make_dataset(make_coco(tmp_path))
+    first = [data[key] for key in KEYS]
+    torch.manual_seed(1)
+    assert all(same(data[key], sample) for key, sample in zip(reversed(KEYS), reversed(first), strict=True))
+    assert len({sample.image.shape for sample in first[:5]}) > 1
+
+
+def test_a_bad_image_is_named(tmp_path: Path) -> None:
+    files = make_coco(tmp_path)
+    data = make_dataset(files)
+    Image.new("RGB", (80, 65)).save(files.images / "002.png")
+    with pytest.raises(UserError, match=r"002\.png: the image is 80 x 65 .* say 80 x 64"):
+        data[1, 0]
+    (files.images / "002.png").unlink()
+    with pytest.raises(UserError, match=r"002\.png: no such image file"):
+        data[1, 0]
+
+
+# ---- the poison test ---------------------------------------------------------------------------------------------
+
+
+def poison(files: CocoFiles, folder: Path, withheld: Callable[[dict[str, Any]], bool], how: str) -> CocoFiles:
+    """A copy of the json in which every withheld mask is noise, of the same kind or of the other, or is gone."""
+    random = np.random.default_rng(99)
+    sizes = {image["id"]: (image["height"], image["width"]) for image in files.content["images"]}
+    content = json.loads(json.dumps(files.content))
+    changed = 0
+    for annotation in content["annotations"]:
+        if not annotation.get("segmentation") or not withheld(annotation):
+            continue
+        changed += 1
+        height, width = sizes[annotation["image_id"]]
+        noise = random.random((height, width)) < 0.5
+        outline = (random.random((12, 2)) * (width, height)).reshape(-1).tolist()
+        choices = {"rle": encode(noise, compressed=bool(changed % 2)), "polygons": [outline], "gone": None}
+        annotation["segmentation"] = choices[how]
+        annotation["area"] = float(noise.sum())  # COCO's area is that of the mask
+    assert changed >= 1
+    folder.mkdir()
+    path = folder / "instances.json"
+    path.write_text(json.dumps(content))
+    return CocoFiles(path, files.images, content)
+
+
+def is_withheld(source: Source, split: KeepClasses | None) -> Callable[[dict[str, Any]], bool]:
+    """Which masks must not matter: all crowd masks, and those that the rule takes away (category id = 2 label + 1)."""
+    names = ("cat", "dog", "bird", "fish")
+
+    def withheld(annotation: dict[str, Any]) -> bool:
+        if annotation["iscrowd"] or source == "boxes":
+            return True
+        name = names[annotation["category_id"] // 2]
+        return split is not None and not split.keeps_mask(name, annotation["id"])
+
+    return withheld
+
+
+RULES: list[tuple[Source, KeepClasses | None]] = [
+    ("split", KeepClasses(("cat",))),
+    ("split", KeepClasses(("cat", "dog", "bird", "fish"), every=3)),  # a mask fraction
+    ("boxes", None),
+    ("as_annotated", None),
+]
+
+
+@pytest.mark.parametrize("how", ["rle", "polygons", "gone"])
+@pytest.mark.parametrize(("source", "split"), RULES)
+def test_withheld_masks_do_not_reach_a_batch(
+    tmp_path: Path, source: Source, split: KeepClasses | None, how: str
+) -> None:
+    clean = make_coco(tmp_path / "clean")
+    poisoned = poison(clean, tmp_path / "poisoned", is_withheld(source, split), how)
+    assert poisoned.content != clean.content
+    first, second = (make_dataset(files, source, split) for files in (clean, poisoned))
+    pairs = [(first[key], second[key]) for key in KEYS]
+    assert all(same(a, b) for a, b in pairs)
+    collate = Collate(32)
+    assert same(collate([a for a, _ in pairs]), collate([b for _, b in pairs]))
+
+
+def test_the_poison_would_be_seen(tmp_path: Path) -> None:
+    """The control: under a rule that keeps these masks, the same change does reach the samples."""
+    clean = make_coco(tmp_path / "clean")
+    poisoned = poison(clean, tmp_path / "poisoned", is_withheld("split", KeepClasses(("cat",))), "rle")
+    first, second = (make_dataset(files, "masks") for files in (clean, poisoned))
+    assert sum(not same(first[key], second[key]) for key in KEYS) == len(KEYS)
+
+
+def test_withheld_masks_are_not_even_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[str] = []
+
+    def spy_on(name: str) -> None:
+        original = getattr(dataset_module, name)
+
+        def spy(*values: Any) -> Any:
+            decoded.append(name)
+            return original(*values)
+
+        monkeypatch.setattr(dataset_module, name, spy)
+
+    spy_on("polygons_to_mask")
+    spy_on("rle_to_mask")
+    files = make_coco(tmp_path)
+    make_dataset(files, "boxes")[0, 0]
+    assert decoded == []
+    make_dataset(files, "split", KeepClasses(("dog", "fish")))[0, 0]  # dog 2 is an RLE; fish is box-only and crowd
+    assert decoded == ["rle_to_mask"]
+
+
+# ---- collate -----------------------------------------------------------------------------------------------------
+
+
+def test_collate_pads_and_shifts_indices(tmp_path: Path) -> None:
+    data = make_dataset(make_coco(tmp_path), transform=EvalTransform(40, 100), stride=4)
+    samples = [data[row, 0] for row in (2, 0, 3)]  # 40 x 80, 40 x 50, 50 x 40
+    batch = Collate(32)(samples)
+    assert batch.images.shape == (3, 3, 64, 96)
+    assert batch.image_sizes_hw.tolist() == [[40, 80], [40, 50], [50, 40]]
+    assert batch.image_ids == (3, 1, 4)
+    assert batch.bottom_rows_without_affinity.tolist() == [8, 6, 6]  # 10 * 40/48, 10 * 40/64, 10 * 50/80
+    targets = batch.targets
+    assert targets is not None
+    assert targets.image_index.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert targets.masks.shape == (9, 16, 24)
+    assert targets.mask_instance.tolist() == [0, 1, 2, 4, 5, 6, 8, 9, 10]
+    assert targets.mask_weight.tolist() == [1.0] * 9
+    assert targets.crowd_image_index.tolist() == [1]
+    first = 0
+    for number, sample in enumerate(samples):
+        height, width = sample.image.shape[1:]
+        assert torch.equal(batch.images[number, :, :height, :width], sample.image)
+        assert not batch.images[number, :, height:].any()
+        assert not batch.images[number, :, :, width:].any()
+        count, rows, columns = sample.masks.shape
+        stacked = targets.masks[first : first + count]
+        assert torch.equal(stacked[:, :rows, :columns], sample.masks)
+        assert stacked.sum() == sample.masks.sum()
+        first += count
+    for name in ("boxes_xyxy", "labels", "supervision"):
+        assert torch.equal(getattr(targets, name), torch.cat([getattr(sample, name) for sample in samples]))
+
+
+def test_collate_refuses_two_mask_strides(tmp_path: Path) -> None:
+    files = make_coco(tmp_path)
+    samples = [make_dataset(files, stride=stride)[0, 0] for stride in (2, 4)]
+    with pytest.raises(ValueError, match="one mask stride"):
+        Collate(32)(samples)

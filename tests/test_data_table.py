@@ -1,0 +1,143 @@
+"""The Arrow table: converted once, memory-mapped afterwards, safe with two converting at once."""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+import threading
+from pathlib import Path
+
+import pytest
+
+from semiseg.data import table as table_module
+from semiseg.data.coco import image_records, read_coco
+from semiseg.data.table import load_table, missing_images
+from semiseg.errors import UserError
+from tests.coco_files import make_coco
+
+
+def test_rows_hold_what_the_json_says(tmp_path: Path) -> None:
+    files = make_coco(tmp_path)
+    table = load_table(files.annotations, files.images, cache=tmp_path / "cache")
+    assert table.rows.to_list() == list(image_records(read_coco(files.annotations)))
+    assert table.class_names == ("cat", "dog", "bird", "fish")
+    assert table.category_ids == (1, 3, 5, 7)
+    assert table.image_ids == [1, 2, 3, 4]
+    assert table.original_sizes_hw() == {1: (64, 80), 2: (64, 80), 3: (48, 96), 4: (80, 64)}
+
+
+def test_conversion_happens_once_per_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, cache = make_coco(tmp_path), tmp_path / "cache"
+    first = load_table(files.annotations, files.images, cache=cache)
+    calls = []
+    convert = table_module._convert
+
+    def counted(annotations: Path, folder: Path) -> None:
+        calls.append(folder)
+        convert(annotations, folder)
+
+    monkeypatch.setattr(table_module, "_convert", counted)
+    again = load_table(files.annotations, files.images, cache=cache)
+    assert calls == []
+    assert again.fingerprint == first.fingerprint
+    files.annotations.touch()
+    load_table(files.annotations, files.images, cache=cache)
+    assert calls == []
+    files.rewrite(lambda content: content["annotations"].pop())
+    changed = load_table(files.annotations, files.images, cache=cache)
+    assert len(calls) == 1
+    assert changed.fingerprint != first.fingerprint
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_a_table_pickles_as_a_path(tmp_path: Path) -> None:
+    sizes = [(16, 16)] * 300
+    files = make_coco(tmp_path, sizes_hw=sizes, annotations=[])
+    box = {"iscrowd": 0, "category_id": 1, "bbox": [0, 0, 9, 9]}
+    annotations = [
+        box | {"id": number, "image_id": number % 300 + 1, "segmentation": [[0.0, 0.0] * 50]} for number in range(3000)
+    ]
+    files = files.rewrite(lambda content: content.update(annotations=annotations))
+    table = load_table(files.annotations, files.images, cache=tmp_path / "cache")
+    content = pickle.dumps(table)
+    assert table.rows.data.nbytes > 2_000_000
+    assert len(content) < 10_000
+    assert pickle.loads(content).rows[7] == table.rows[7]
+
+
+def test_two_converting_at_once_both_end_up_fine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, cache = make_coco(tmp_path), tmp_path / "cache"
+    both_written = threading.Barrier(2, timeout=20)
+    rename = table_module._rename
+
+    def meet_then_rename(temporary: Path, folder: Path) -> None:
+        both_written.wait()  # neither has seen the other's table
+        rename(temporary, folder)
+
+    monkeypatch.setattr(table_module, "_rename", meet_then_rename)
+    tables = []
+    threads = [
+        threading.Thread(target=lambda: tables.append(load_table(files.annotations, files.images, cache=cache)))
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(tables) == 2
+    assert tables[0].rows.to_list() == tables[1].rows.to_list()
+    assert [path.name for path in cache.iterdir()] == [tables[0].rows.cache_files[0]["filename"].split("/")[-2]]
+
+
+def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, cache = make_coco(tmp_path), tmp_path / "cache"
+
+    def interrupted(*_args: object, **_kwargs: object) -> list[dict]:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(table_module, "image_records", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            load_table(files.annotations, files.images, cache=cache)
+    assert list(cache.iterdir()) == []
+    assert len(load_table(files.annotations, files.images, cache=cache)) == 4
+
+
+def test_a_cache_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    files = make_coco(tmp_path)
+    (tmp_path / "cache").write_text("a file in the way")
+    with pytest.raises(UserError, match="cache: the Arrow table cannot be written"):
+        load_table(files.annotations, files.images, cache=tmp_path / "cache")
+
+
+def test_dropped_annotations_are_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    files = make_coco(tmp_path)
+    files = files.rewrite(lambda content: content["annotations"][0].update(bbox=[0, 0, 0, 5]))
+    with caplog.at_level(logging.WARNING):
+        table = load_table(files.annotations, files.images, cache=tmp_path / "cache")
+    assert [item["annotation_id"] for item in table.rows[0]["objects"]] == [2, 3, 4, 17]
+    assert "1 x dropped (box has no area)" in caplog.text
+
+
+def test_missing_images_are_found_before_training(tmp_path: Path) -> None:
+    files = make_coco(tmp_path)
+    (files.images / "002.png").unlink()
+    (files.images / "004.png").unlink()
+    with pytest.raises(UserError, match=r"002\.png: no such image file and 1 more of 4, named in .*instances\.json"):
+        load_table(files.annotations, files.images, cache=tmp_path / "cache")
+    with pytest.raises(UserError, match="no such image folder"):
+        load_table(files.annotations, tmp_path / "elsewhere", cache=tmp_path / "cache")
+
+
+def test_images_in_subfolders(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "1.png").touch()
+    assert missing_images(tmp_path, ["a/1.png", "a/2.png", "b/1.png", "1.png"]) == ["a/2.png", "b/1.png", "1.png"]
+
+
+def test_the_classes_file_is_readable(tmp_path: Path) -> None:
+    files = make_coco(tmp_path, class_names=("caf\u00e9", "b", "c", "d"))
+    load_table(files.annotations, files.images, cache=tmp_path / "cache")
+    (path,) = (tmp_path / "cache").glob("*/classes.json")
+    assert json.loads(path.read_text(encoding="utf-8"))["class_names"] == ["caf\u00e9", "b", "c", "d"]

@@ -1,0 +1,172 @@
+"""Which images a step sees, whatever the processes, accumulation, workers or interruptions; bad input in workers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from semiseg.data.collate import Collate
+from semiseg.data.dataset import InstanceDataset, build_rule
+from semiseg.data.loader import (
+    BatchLoader,
+    Key,
+    StepBatches,
+    build_eval_loader,
+    build_train_loader,
+    epoch_order,
+    mixed_seed,
+)
+from semiseg.data.table import load_table
+from semiseg.data.transforms import TrainTransform
+from semiseg.errors import UserError
+from tests.coco_files import CocoFiles, KeepClasses, make_coco
+from tests.test_data_dataset import same
+
+
+def step_batches(
+    num_images: int = 10,
+    *,
+    batch_size: int = 4,
+    accumulation: int = 1,
+    processes: int = 1,
+    rank: int = 0,
+    seed: int = 3,
+    start_step: int = 0,
+    steps: int = 15,
+) -> StepBatches:
+    return StepBatches(
+        num_images,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        processes=processes,
+        rank=rank,
+        seed=seed,
+        start_step=start_step,
+        steps=steps,
+    )
+
+
+def by_step(processes: int, accumulation: int) -> list[list[Key]]:
+    """The keys of every step, parts in order and ranks inside them."""
+    ranks = [list(step_batches(processes=processes, rank=rank, accumulation=accumulation)) for rank in range(processes)]
+    assert {len(batches) for batches in ranks} == {15 * accumulation}
+    return [
+        [
+            key
+            for part in range(accumulation)
+            for rank in range(processes)
+            for key in ranks[rank][step * accumulation + part]
+        ]
+        for step in range(15)
+    ]
+
+
+@pytest.mark.parametrize(("processes", "accumulation"), [(2, 1), (1, 2), (2, 2), (4, 1), (1, 4)])
+def test_a_step_is_the_same_however_it_is_divided(processes: int, accumulation: int) -> None:
+    assert by_step(processes, accumulation) == by_step(1, 1)
+
+
+def test_every_image_once_an_epoch_and_epochs_differ() -> None:
+    stream = [key for batch in step_batches() for key in batch]  # 60 keys: 6 epochs of 10, batches of 4 straddle them
+    epochs = [[row for row, _ in stream[first : first + 10]] for first in range(0, 60, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 6
+    assert len({seed for _, seed in stream}) == 60
+    assert epochs[2] == epoch_order(10, seed=3, epoch=2)
+
+
+def test_order_and_sample_seeds_depend_on_the_seed() -> None:
+    assert list(step_batches(seed=3)) == list(step_batches(seed=3))
+    assert [row for batch in step_batches(seed=3) for row, _ in batch] != [
+        row for batch in step_batches(seed=4) for row, _ in batch
+    ]
+    assert mixed_seed("sample", 3, 0) != mixed_seed("sample", 4, 0) != mixed_seed("epoch", 4, 0)
+
+
+@pytest.mark.parametrize("start_step", [0, 1, 7, 14, 15])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_resuming_yields_the_tail(start_step: int, accumulation: int) -> None:
+    whole = list(step_batches(accumulation=accumulation))
+    resumed = step_batches(accumulation=accumulation, start_step=start_step)
+    assert list(resumed) == whole[start_step * accumulation :]
+    assert len(resumed) == (15 - start_step) * accumulation
+
+
+def test_more_images_in_a_batch_than_in_the_data_set() -> None:
+    (batch,) = step_batches(3, batch_size=8, steps=1)
+    rows = [row for row, _ in batch]
+    assert sorted(rows[:3]) == sorted(rows[3:6]) == [0, 1, 2]
+    assert len({seed for _, seed in batch}) == 8
+
+
+def test_a_batch_that_cannot_be_divided() -> None:
+    with pytest.raises(UserError, match=r"batch_size = 4 must divide by accumulation x processes = 1 x 3 = 3"):
+        step_batches(processes=3)
+    with pytest.raises(UserError, match="no images"):
+        step_batches(0)
+
+
+def make_dataset(files: CocoFiles) -> InstanceDataset:
+    return InstanceDataset(
+        load_table(files.annotations, files.images, cache=files.annotations.parent / "cache"),
+        rule=build_rule("split", KeepClasses(("cat", "dog"))),
+        transform=TrainTransform(short_sides=(48, 56, 64), long_side=99, flip=0.5),
+        mask_stride=2,
+        bottom_rows_without_affinity=10,
+    )
+
+
+def train_loader(dataset: InstanceDataset, workers: int, start_step: int = 0) -> BatchLoader:
+    return build_train_loader(
+        dataset,
+        batches=step_batches(len(dataset), steps=5, start_step=start_step),
+        collate=Collate(32),
+        workers=workers,
+        pin_memory=False,
+        start_method="spawn" if workers else None,
+    )
+
+
+def test_spawned_workers_give_the_same_batches_and_bad_input_as_one_sentence(tmp_path: Path) -> None:
+    """One test for both, because starting two workers takes seconds."""
+    files = make_coco(tmp_path)
+    dataset = make_dataset(files)
+    generator_before = torch.get_rng_state()
+    alone = list(train_loader(dataset, workers=0))
+    assert len(alone) == 5
+    spawned = train_loader(dataset, workers=2)
+    from_workers = list(spawned)
+    assert torch.equal(torch.get_rng_state(), generator_before)  # no hidden draw from the global generator
+    assert len(from_workers) == 5
+    assert all(same(a, b) for a, b in zip(alone, from_workers, strict=True))
+    assert all(same(a, b) for a, b in zip(train_loader(dataset, workers=0, start_step=2), alone[2:], strict=True))
+
+    (files.images / "003.png").write_bytes(b"nothing")
+    for loader in (spawned, train_loader(dataset, workers=0)):
+        with pytest.raises(UserError) as caught:
+            list(loader)
+        assert str(caught.value) == f"{files.images / '003.png'}: the image cannot be decoded: not an image or damaged"
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_evaluation_shards_are_disjoint_and_complete(tmp_path: Path, processes: int) -> None:
+    files = make_coco(tmp_path, sizes_hw=[(24 + number, 40) for number in range(7)], annotations=[])
+    dataset = make_dataset(files)
+    shards = []
+    for rank in range(processes):
+        loader = build_eval_loader(
+            dataset, batch_size=2, processes=processes, rank=rank, workers=0, collate=Collate(32)
+        )
+        batches = list(loader)
+        assert len(batches) == len(loader)
+        shards.append([image_id for batch in batches for image_id in batch.image_ids])
+    assert sorted(image_id for shard in shards for image_id in shard) == list(range(1, 8))
+    assert max(map(len, shards)) - min(map(len, shards)) <= 1
+
+
+def test_more_processes_than_images(tmp_path: Path) -> None:
+    dataset = make_dataset(make_coco(tmp_path, sizes_hw=[(32, 32)], annotations=[]))
+    loader = build_eval_loader(dataset, batch_size=2, processes=2, rank=1, workers=0, collate=Collate(32))
+    assert list(loader) == []
