@@ -1,0 +1,333 @@
+"""Which mask losses an instance gets, and how all losses of a step become one number.
+
+Letters: B images, N instances, Q sampled positives with a mask, K neighbours, (h, w) the mask grid of the batch.
+A new kind of supervision or a new mask loss is a row of `TERMS`, a name in `MASK_LOSSES` and one function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from semiseg.losses.affinity import affinity_edges, neighbour_inside
+from semiseg.losses.boxinst import (
+    box_cells,
+    cell_profiles,
+    edge_counts,
+    labelled_pairwise_loss,
+    mask_projection_loss,
+    pairwise_loss,
+    projection_loss,
+)
+from semiseg.losses.detection import detection_losses
+from semiseg.losses.dice import at_least_float32, dice_loss
+from semiseg.structures.inputs import Batch, Supervision, Targets, grid_size
+from semiseg.structures.outputs import Assignment, DenseOutputs, MaskLogits
+
+MaskObjective = Literal["dice", "labelled"]
+BoxObjective = Literal["none", "projection", "projection+pairwise", "box_as_mask"]
+
+# Supervision of the instance and the objective for that supervision -> the mask losses that the instance gets.
+TERMS: Mapping[tuple[Supervision, str], tuple[str, ...]] = {
+    (Supervision.MASK, "dice"): ("dice",),
+    (Supervision.MASK, "labelled"): ("projection", "pairwise_labelled"),
+    (Supervision.PSEUDO, "dice"): ("dice",),
+    (Supervision.PSEUDO, "labelled"): ("projection", "pairwise_labelled"),
+    (Supervision.BOX, "none"): (),
+    (Supervision.BOX, "projection"): ("projection",),
+    (Supervision.BOX, "projection+pairwise"): ("projection", "pairwise"),
+    (Supervision.BOX, "box_as_mask"): ("dice",),  # on the filled box: the first row of the paper's Table 3
+}
+
+DETECTION_LOSSES = ("classification", "box", "centreness")
+MASK_LOSSES = ("dice", "projection", "pairwise", "pairwise_labelled")
+LOSS_NAMES = DETECTION_LOSSES + MASK_LOSSES
+
+# What the denominators of a step are made of, in the order of `term_counts`. The last four are what the mask losses
+# of the same name sum over: masks, masks, edges, edges.
+COUNT_NAMES = ("positives", "box_positives", "centreness", "masks", "box_masks", "mask_masks", *MASK_LOSSES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """The study's choice of mask losses: for instances with a mask, for those with only a box, and the edges."""
+
+    mask: MaskObjective
+    box: BoxObjective
+    affinity_threshold: float
+    affinity_size: int
+    affinity_dilation: int
+
+    def terms_of(self, supervision: Supervision) -> tuple[str, ...]:
+        return TERMS[supervision, self.box if supervision == Supervision.BOX else self.mask]
+
+
+@dataclass(frozen=True)
+class MaskTargets:
+    """What the mask losses compare with, from the batch and the objective alone.
+
+    Attributes:
+        objective: that it was prepared for.
+        chosen: which instances, (N,) bool, get the mask loss of this name: the table gives it to them, and their
+            mask (their box, where they have none) has a cell. A loss that no instance of the batch can get, as the
+            numbers of instances and of masks show, is not among the keys.
+        box_only: (N,) bool, whether the supervision is BOX.
+        cells: (N, 4) int64, the box on the mask grid, see `boxinst.box_cells`.
+        masks: (M, h, w) bool, only of instances with a mask.
+        mask_row: (N,) int64, row in `masks`; without meaning where `box_only`.
+        weight: (N,) float32 factor of each instance's mask losses: `Targets.mask_weight`, 1 where there is no mask.
+        edges: (B, K, h, w) bool, the edges that count for the edge loss of this name; keys as in `chosen`.
+    """
+
+    objective: Objective
+    chosen: dict[str, Tensor]
+    box_only: Tensor
+    cells: Tensor
+    masks: Tensor
+    mask_row: Tensor
+    weight: Tensor
+    edges: dict[str, Tensor]
+
+    @property
+    def grid_hw(self) -> tuple[int, int]:
+        return self.masks.shape[1], self.masks.shape[2]
+
+    @property
+    def used(self) -> Tensor:
+        """(N,) bool: which instances get any mask loss."""
+        nothing = torch.zeros_like(self.box_only)
+        return torch.stack([nothing, *self.chosen.values()]).any(0)
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """The losses of one part of a step, by the names in `LOSS_NAMES`, all of them always there.
+
+    Attributes:
+        unweighted: scalars, the mean of each loss over what it sums over; without warm-up or mixing shares.
+        weighted: scalars, what each contributes to the total.
+    """
+
+    unweighted: dict[str, Tensor]
+    weighted: dict[str, Tensor]
+
+    @property
+    def total(self) -> Tensor:
+        return torch.stack([self.weighted[name] for name in LOSS_NAMES]).sum()
+
+
+def mask_targets(batch: Batch, *, objective: Objective) -> MaskTargets:
+    """Prepares a batch's targets for the mask losses, once per batch, on its device, without a transfer to the host.
+
+    The colour affinity is left out where the batch has no box-supervised instance or the objective no `pairwise`.
+    """
+    targets = batch.targets
+    if targets is None:
+        raise ValueError("the batch has no targets: it was made for prediction")
+    grid_hw = grid_size((batch.images.shape[-2], batch.images.shape[-1]), targets.mask_stride)
+    if tuple(targets.masks.shape[1:]) != grid_hw:
+        raise ValueError(f"masks are {tuple(targets.masks.shape[1:])} but the mask grid is {grid_hw}")
+    cells = box_cells(targets.boxes_xyxy, stride=targets.mask_stride, grid_hw=grid_hw)
+    has_cell = cells[:, 1] > cells[:, 0]
+    has_cell[targets.mask_instance] = targets.masks.flatten(1).any(1)
+    mask_row = torch.zeros_like(targets.supervision)
+    mask_row[targets.mask_instance] = torch.arange(len(targets.masks), device=mask_row.device)
+    weight = torch.ones_like(has_cell, dtype=torch.float32)
+    weight[targets.mask_instance] = targets.mask_weight
+    chosen = _choose(targets, objective, has_cell)
+    return MaskTargets(
+        objective=objective,
+        chosen=chosen,
+        box_only=targets.supervision == Supervision.BOX,
+        cells=cells,
+        masks=targets.masks,
+        mask_row=mask_row,
+        weight=weight,
+        edges=_edges(batch, targets.mask_stride, grid_hw, objective, chosen),
+    )
+
+
+def _choose(targets: Targets, objective: Objective, has_cell: Tensor) -> dict[str, Tensor]:
+    with_mask = len(targets.masks)  # instances whose supervision is not BOX: known without asking the device
+    kinds = [Supervision.BOX] * (with_mask < targets.num_instances)
+    kinds += [Supervision.MASK, Supervision.PSEUDO] * (with_mask > 0)
+    chosen: dict[str, Tensor] = {}
+    for kind in kinds:
+        for name in objective.terms_of(kind):
+            gets = (targets.supervision == kind) & has_cell
+            chosen[name] = chosen[name] | gets if name in chosen else gets
+    return chosen
+
+
+def _edges(
+    batch: Batch, stride: int, grid_hw: tuple[int, int], objective: Objective, chosen: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    sizes, bottom = batch.image_sizes_hw, batch.bottom_rows_without_affinity
+    size, dilation, threshold = objective.affinity_size, objective.affinity_dilation, objective.affinity_threshold
+    edges = {}
+    if "pairwise" in chosen:
+        edges["pairwise"] = affinity_edges(
+            batch.images, sizes, bottom, stride=stride, size=size, dilation=dilation, threshold=threshold
+        )
+    if "pairwise_labelled" in chosen:
+        edges["pairwise_labelled"] = neighbour_inside(
+            sizes, bottom, stride=stride, grid_hw=grid_hw, size=size, dilation=dilation
+        )
+    return edges
+
+
+def term_counts(assignment: Assignment, targets: Targets, prepared: MaskTargets, quotas: Tensor) -> Tensor:
+    """Everything that the denominators of a step need, from targets and images alone: no prediction enters.
+
+    Sum the vectors of all accumulation parts and all processes of an optimizer step before its first backward.
+
+    Args:
+        quotas: (N,) int64, how many positives of each instance get a mask.
+
+    Returns:
+        (len(COUNT_NAMES),) float64: `positives` and those of box-supervised instances; the sum of the centreness
+        targets; `masks` P, sampled positives that get any mask loss, of which `box_masks` P_box are box-supervised
+        and `mask_masks` are not; and the number that each mask loss sums over, all counted per sampled positive.
+    """
+    box = prepared.box_only
+    used = quotas * prepared.used
+    counts: dict[str, Tensor] = {
+        "positives": torch.ones_like(assignment.instance_index).sum(),
+        "box_positives": box[assignment.instance_index].sum(),
+        "centreness": assignment.centreness.double().sum(),
+        "masks": used.sum(),
+        "box_masks": (used * box).sum(),
+        "mask_masks": (used * ~box).sum(),
+    }
+    for name in MASK_LOSSES:
+        each = quotas * prepared.chosen[name] if name in prepared.chosen else quotas.new_zeros(1)
+        if name in prepared.edges:
+            each = each * edge_counts(prepared.cells, prepared.edges[name], targets.image_index)
+        counts[name] = each.sum()
+    return torch.stack([counts[name].double() for name in COUNT_NAMES])
+
+
+def compute_losses(
+    outputs: DenseOutputs,
+    assignment: Assignment,
+    mask_logits: MaskLogits,
+    targets: Targets,
+    prepared: MaskTargets,
+    counts: Tensor,
+    *,
+    warmup: float,
+    processes: int,
+) -> LossTerms:
+    """All losses of one accumulation part on one process, as its share of the whole optimizer step.
+
+    With n = `counts` summed over the step (see `term_counts`), S = a sum over this part, p = `processes`:
+
+        classification             = S / max(n.positives / p, 1)
+        box                        = S / max(n.centreness / p, 1e-6)
+        centreness                 = S / max(n.positives / p, 1)
+        unweighted mask loss t     = p S_t / max(n.t, 1), n.t masks for dice and projection, edges otherwise
+        weighted dice, projection  = (n.t / max(n.masks, 1)) unweighted
+        weighted pairwise          = warmup (n.box_masks / max(n.masks, 1)) unweighted
+        weighted pairwise_labelled = warmup (n.mask_masks / max(n.masks, 1)) unweighted
+
+    so that (sum of dice + sum of projection) / P + (P_box / P) pairwise is METHOD's mixed loss. Sums over the parts
+    of a step and means over its processes (which data parallelism takes of gradients) give the values of the step.
+    Pseudo masks scale their sums by their weight and count as one. Deviation: the labelled edges, for which the
+    method names no weight, take the same kind of share and warm-up as the coloured ones (docs/NUMERICS.md).
+
+    Args:
+        mask_logits: whole maps on the mask grid, one per sampled positive.
+        prepared: `mask_targets` of the same batch.
+        counts: (len(COUNT_NAMES),) of the whole step.
+        warmup: factor of the edge losses in [0, 1]: min(step / W, 1) with step from 1.
+        processes: number of processes that share the step.
+
+    Returns:
+        Every loss of `LOSS_NAMES`; where nothing is there to sum a zero that carries a graph.
+    """
+    sums = detection_losses(outputs, assignment, targets.labels) | _mask_sums(outputs, mask_logits, prepared)
+    count = dict(zip(COUNT_NAMES, counts.unbind(), strict=True))
+    positives = (count["positives"] / processes).clamp(min=1)
+    factors = {
+        "classification": 1 / positives,
+        "box": 1 / (count["centreness"] / processes).clamp(min=1e-6),
+        "centreness": 1 / positives,
+    } | {name: processes / count[name].clamp(min=1) for name in MASK_LOSSES}
+    shares = {
+        "dice": count["dice"],
+        "projection": count["projection"],
+        "pairwise": warmup * count["box_masks"],
+        "pairwise_labelled": warmup * count["mask_masks"],
+    }
+    masks = count["masks"].clamp(min=1)
+    unweighted = {name: sums[name] * factors[name].to(sums[name].dtype) for name in LOSS_NAMES}
+    weighted = {name: unweighted[name] for name in DETECTION_LOSSES}
+    weighted |= {name: unweighted[name] * (shares[name] / masks).to(sums[name].dtype) for name in MASK_LOSSES}
+    return LossTerms(unweighted=unweighted, weighted=weighted)
+
+
+def _mask_sums(outputs: DenseOutputs, mask_logits: MaskLogits, prepared: MaskTargets) -> dict[str, Tensor]:
+    logits, image, instance = mask_logits.logits, mask_logits.image_index, mask_logits.instance_index
+    if logits.shape[1:] != prepared.grid_hw:
+        raise ValueError(f"mask logits are {tuple(logits.shape[1:])} but the mask grid is {prepared.grid_hw}")
+    zero = _zero_with_graph(outputs, logits)
+    sums = dict.fromkeys(MASK_LOSSES, zero)
+    if not len(logits):
+        return sums
+    if "dice" in prepared.chosen:
+        sums["dice"] = zero + _dice_sum(logits, instance, prepared)
+    if "projection" in prepared.chosen:
+        sums["projection"] = zero + _projection_sum(logits, instance, prepared)
+    for name in prepared.edges:
+        sums[name] = zero + _edge_sum(name, logits, image, instance, prepared)
+    return sums
+
+
+def _zero_with_graph(outputs: DenseOutputs, logits: Tensor) -> Tensor:
+    """0 that every prediction of masks takes part in, so that no process waits for a gradient that never comes."""
+    zero = logits[:0].sum()
+    if not len(logits):  # a model may have predicted nothing from nothing
+        zero = zero + outputs.filters[:0].sum() + outputs.mask_features[:0].sum()
+    return at_least_float32(zero)
+
+
+def _dice_sum(logits: Tensor, instance: Tensor, prepared: MaskTargets) -> Tensor:
+    rows = prepared.chosen["dice"][instance].nonzero()[:, 0]
+    if len(rows) < len(logits):
+        logits, instance = logits[rows], instance[rows]
+    return (dice_loss(logits, _masks_of(instance, prepared)) * prepared.weight[instance]).sum()
+
+
+def _masks_of(instance: Tensor, prepared: MaskTargets) -> Tensor:
+    """The masks (Q, h, w) bool of instances (Q,); of those without one the filled box, if the objective takes it."""
+    given = prepared.masks[prepared.mask_row[instance]] if len(prepared.masks) else None
+    if given is not None and prepared.objective.box != "box_as_mask":
+        return given
+    rows, columns = cell_profiles(prepared.cells[instance], prepared.grid_hw)
+    filled = rows[:, :, None] & columns[:, None, :]
+    return filled if given is None else torch.where(prepared.box_only[instance, None, None], filled, given)
+
+
+def _projection_sum(logits: Tensor, instance: Tensor, prepared: MaskTargets) -> Tensor:
+    """Projects every map, which is cheap, and cuts the other instances out of the sum instead of copying maps."""
+    each = projection_loss(logits, prepared.cells[instance])
+    if len(prepared.masks) and "projection" in prepared.objective.terms_of(Supervision.MASK):
+        given = mask_projection_loss(logits, prepared.masks[prepared.mask_row[instance]])
+        each = torch.where(prepared.box_only[instance], each, given * prepared.weight[instance])
+    return torch.where(prepared.chosen["projection"][instance], each, 0).sum()
+
+
+def _edge_sum(name: str, logits: Tensor, image: Tensor, instance: Tensor, prepared: MaskTargets) -> Tensor:
+    cells = (prepared.cells * prepared.chosen[name][:, None])[instance]  # those of other instances become empty
+    edges, objective = prepared.edges[name], prepared.objective
+    size, dilation = objective.affinity_size, objective.affinity_dilation
+    if name == "pairwise":
+        each, _ = pairwise_loss(logits, cells, edges, image, size=size, dilation=dilation)
+    else:
+        masks = prepared.masks[prepared.mask_row[instance]]
+        each, _ = labelled_pairwise_loss(logits, cells, masks, edges, image, size=size, dilation=dilation)
+    return (each * prepared.weight[instance]).sum()
