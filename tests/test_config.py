@@ -1,0 +1,161 @@
+"""Strict configuration: unknown keys, wrong types and impossible values are sentences; the identity of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from semiseg.config import (
+    ModelConfig,
+    RunConfig,
+    apply_overrides,
+    digest,
+    load_run_config,
+    merge,
+    parse_config,
+    read_toml,
+)
+from semiseg.errors import UserError
+
+
+def parse(values: dict[str, Any]) -> RunConfig:
+    return parse_config(RunConfig, values, where="run.toml")
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"optmi": {}}, r"unknown key 'optmi'\. Did you mean 'optim'\?"),
+        (
+            {"optim": {"steps": 5, "learnig_rate": 0.1}},
+            r"unknown key 'optim\.learnig_rate'\. Did you mean 'learning_ra",
+        ),
+        ({"data": {"shapes": {"imagesize": 64}}}, r"unknown key 'data\.shapes\.imagesize'\. Did you mean 'image_size'"),
+        ({"data": {"zzz": 1}}, r"unknown key 'data\.zzz'\. Allowed here: format, root, "),
+        ({"seed": "1"}, r"'seed': .*integer.* \(value: '1'\)"),
+        ({"data": {"flip": 1.5}}, r"'data\.flip': .*less than or equal to 1.* \(value: 1\.5\)"),
+        ({"data": {"short_sides": [0]}}, r"'data\.short_sides\.0': .*greater than or equal to 1"),
+        ({"model": {"backbone": "vgg"}}, r"'model\.backbone': .*'resnet18'.*\(value: 'vgg'\)"),
+        ({"optim": {}}, r"give exactly one of 'steps' and 'epochs'"),
+        ({"optim": {"steps": 5, "epochs": 1.0}}, r"give exactly one of 'steps' and 'epochs'"),
+        ({"optim": {"steps": 5, "batch_size": 4, "accumulation": 3}}, r"batch_size 4 must divide by accumulation 3"),
+        ({"supervision": {"source": "split"}}, r"source = 'split' needs 'split'"),
+        ({"model": {"strides": [8, 16, 32]}}, r"level_ranges needs 2 values for 3 strides"),
+        ({"model": {"strides": [8, 16, 48], "level_ranges": [64, 128]}}, r"twice the one before"),
+        ({"model": {"level_ranges": [64, 32, 256, 512]}}, r"level_ranges must ascend"),
+        ({"model": {"mask_feature_stride": 8, "mask_stride": 3}}, r"multiple of mask_stride"),
+        ({"model": {"neck_channels": 48}}, r"neck_channels must divide by tower_groups"),
+        ({"model": {"pixel_std": [1.0, 1.0, 0.0]}}, r"'model\.pixel_std\.2': .*greater than 0"),
+    ],
+)
+def test_errors_are_sentences_with_place_value_and_the_nearest_key(values: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=r"^run\.toml: .*" + told):
+        parse(values)
+
+
+def test_several_errors_are_told_at_once() -> None:
+    with pytest.raises(UserError) as caught:
+        parse({"seeds": 1, "data": {"flip": 2.0}})
+    assert "'seeds'. Did you mean 'seed'?" in str(caught.value)
+    assert "'data.flip'" in str(caught.value)
+
+
+def test_the_shortest_run_is_the_papers() -> None:
+    config = parse({})
+    assert (config.optim.steps, config.optim.batch_size, config.optim.learning_rate) == (90_000, 16, 0.01)
+    assert config.model.strides == [8, 16, 32, 64, 128]
+    assert config.model.size_divisor == 32
+
+
+def test_toml_and_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("seed = 3\n[optim]\nsteps = 10\n")
+    config = load_run_config(path, ["optim.steps=20", "data.root=/x y", "data.short_sides=[64, 96]", "data.flip = 0.0"])
+    assert (config.seed, config.optim.steps, config.data.root) == (3, 20, "/x y")
+    assert (config.data.short_sides, config.data.flip) == ([64, 96], 0.0)
+    with pytest.raises(UserError, match=r"run\.toml: unknown key 'optim\.step'\. Did you mean 'steps'"):
+        load_run_config(path, ["optim.step=20"])
+
+
+@pytest.mark.parametrize(
+    ("item", "told"),
+    [
+        ("optim.steps", "expected the form a.b=value"),
+        ("a..b=1", "expected the form"),
+        ("seed.x=1", "'seed' is a value"),
+    ],
+)
+def test_malformed_overrides(item: str, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        apply_overrides({"seed": 1}, [item])
+
+
+def test_overrides_leave_the_original_alone() -> None:
+    values = {"optim": {"steps": 1}}
+    assert apply_overrides(values, ["optim.steps=2", "model.weights=imagenet"]) == {
+        "optim": {"steps": 2},
+        "model": {"weights": "imagenet"},
+    }
+    assert values == {"optim": {"steps": 1}}
+
+
+def test_merge_replaces_lists_whole_and_tables_by_key() -> None:
+    base = {"a": {"x": 1, "y": [1, 2]}, "b": 1}
+    assert merge(base, {"a": {"y": [3]}, "c": {"z": 1}}) == {"a": {"x": 1, "y": [3]}, "b": 1, "c": {"z": 1}}
+    assert base["a"] == {"x": 1, "y": [1, 2]}
+
+
+def test_unreadable_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"gone\.toml: no such file"):
+        read_toml(tmp_path / "gone.toml")
+    (tmp_path / "bad.toml").write_text("a = = 1")
+    with pytest.raises(UserError, match=r"bad\.toml: not valid TOML: .*line 1"):
+        read_toml(tmp_path / "bad.toml")
+
+
+def test_the_identity_covers_what_changes_the_numbers() -> None:
+    base = digest(parse({}).identity())
+
+    def changed(*overrides: str) -> bool:
+        return digest(parse(apply_overrides({"optim": {"steps": 90_000}}, list(overrides))).identity()) != base
+
+    assert not changed()
+    for same in (
+        ("runtime.workers=7", "runtime.threads=3", "runtime.log_every=1", "runtime.tensorboard=false"),
+        ("data.root=/elsewhere", "data.train_images=x", "data.val_annotations=y"),
+        ("init_from=/some/model",),
+        ("data.shapes.image_size=64",),  # the data are COCO's
+        ("supervision.split=any",),  # its content counts, which the caller adds
+    ):
+        assert not changed(*same), same
+    for other in (
+        "seed=1",
+        "optim.steps=5",
+        "objective.affinity_threshold=0.1",
+        "model.nms_threshold=0.5",
+        "data.flip=0.0",
+        "runtime.precision=bf16",
+        "supervision.source=boxes",
+        "data.format=shapes",
+    ):
+        assert changed(other), other
+
+
+def test_shapes_parameters_are_part_of_the_identity_of_shapes() -> None:
+    ids = {
+        digest(parse({"data": {"format": "shapes", "shapes": {"train_seed": seed}}}).identity()) for seed in (1, 100)
+    }
+    assert len(ids) == 2
+
+
+def test_digest_does_not_depend_on_the_order_of_keys() -> None:
+    assert digest({"a": 1, "b": [1, {"c": None}]}) == digest({"b": [1, {"c": None}], "a": 1})
+    assert digest({"a": 1}) != digest({"a": 2})
+    assert len(digest({}, 8)) == 8
+
+
+def test_values_are_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        ModelConfig().neck_channels = 3  # type: ignore[misc]
