@@ -1,0 +1,346 @@
+"""From recorded runs to the numbers of a report: means and deviations over seeds, gaps closed, paired differences.
+
+Everything is in percent AP. A *cell* is (table, row, seed); a run may fill cells of several tables (the box-supervised
+and the full-masks runs do not depend on the split). Nothing here knows how a study plans its runs.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+import pandas as pd
+
+from semiseg.errors import UserError
+from semiseg.evaluation.coco_metrics import Metrics
+from semiseg.results import Result
+
+NEITHER, BEST, UPPER_BOUND = "neither", "projection+pairwise", "full-masks"
+
+GROUPS = ("all", "unseen", "seen")
+TABLE_METRICS = ("AP", "AP50", "AP75")
+METRIC_COLUMNS = tuple(f"{group}_{metric}" for group in GROUPS for metric in TABLE_METRICS)
+CSV_COLUMNS = (
+    "row",
+    "projection",
+    "pairwise",
+    "seeds",
+    *METRIC_COLUMNS,
+    *(f"{column}_std" for column in METRIC_COLUMNS),
+)
+
+# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; more than 30 use the last one (a little wide).
+_STUDENT_975 = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+)
+
+
+@dataclass(frozen=True)
+class ReportRow:
+    """One row of a table.
+
+    Attributes:
+        name: as in the CSV, e.g. "projection+pairwise".
+        projection, pairwise: "yes", "no" or "" (does not apply): which terms box-supervised instances get.
+        label: what people read in tables and figures.
+    """
+
+    name: str
+    projection: str
+    pairwise: str
+    label: str
+
+
+@dataclass(frozen=True)
+class ReportTable:
+    """One table: rows measured on the class groups of one split.
+
+    Attributes:
+        name: also its file name: letters, digits, "_" and "-".
+        seen, unseen: class names with masks and with boxes only.
+        published: number of the paper's table whose printed numbers stand beside ours, as in the CSV; or None.
+    """
+
+    name: str
+    title: str
+    split: str
+    split_digest: str
+    seen: tuple[str, ...]
+    unseen: tuple[str, ...]
+    published: str | None
+    rows: tuple[ReportRow, ...]
+
+
+@dataclass(frozen=True)
+class ReportInput:
+    """All that a report is made from; the caller has read it from the study and its recorded results.
+
+    Attributes:
+        question: one sentence.
+        seeds: those the study asks for.
+        results: (table name, row name, seed) -> the run that fills this cell; missing keys are missing cells.
+        pretraining_results: runs whose weights the rows start from, for the provenance.
+        data, schedule: protocol in words, a sentence or two each.
+        pretraining: what the rows start from in words, or None if from scratch.
+        difficulty: measured properties of the data set, one sentence each.
+        run_command, report_command: what fills missing cells and what rebuilds the report.
+        run_folders: run id -> folder with log.jsonl and detections.json; folders may be gone.
+        val_annotations, val_images: for the pictures; may be None or gone.
+        picture_seed: draws the images that the pictures show.
+    """
+
+    study: str
+    title: str
+    question: str
+    seeds: tuple[int, ...]
+    tables: tuple[ReportTable, ...]
+    results: Mapping[tuple[str, str, int], Result]
+    data: str
+    schedule: str
+    pretraining: str | None
+    run_command: str
+    report_command: str
+    pretraining_results: tuple[Result, ...] = ()
+    difficulty: tuple[str, ...] = ()
+    run_folders: Mapping[str, Path] = field(default_factory=dict)
+    val_annotations: Path | None = None
+    val_images: Path | None = None
+    picture_seed: int = 0
+
+    def __post_init__(self) -> None:
+        names = [table.name for table in self.tables]
+        for name in names:
+            if not re.fullmatch(r"[\w-]+", name, re.ASCII) or names.count(name) > 1:
+                raise UserError(f"{self.study}: table name {name!r} must be unique, of letters, digits, '_' and '-'")
+        for table in self.tables:
+            rows = [row.name for row in table.rows]
+            if len(set(rows)) != len(rows):
+                raise UserError(f"{self.study}: table {table.name!r} has two rows of one name")
+
+    def missing(self, table: ReportTable) -> list[tuple[str, int]]:
+        """(row name, seed) of the cells without a recorded run."""
+        cells = ((row.name, seed) for row in table.rows for seed in self.seeds)
+        return [(row, seed) for row, seed in cells if (table.name, row, seed) not in self.results]
+
+    def runs(self) -> list[Result]:
+        """The runs behind the cells, each once, in the order of tables, rows and seeds."""
+        found: dict[str, Result] = {}
+        for table in self.tables:
+            for row in table.rows:
+                for seed in self.seeds:
+                    if result := self.results.get((table.name, row.name, seed)):
+                        found.setdefault(result.run_id, result)
+        return list(found.values())
+
+
+def measurements(report: ReportInput, table: ReportTable, *, iou_type: str = "segm") -> pd.DataFrame:
+    """One line per measured cell of a table: row, seed, and the columns of METRIC_COLUMNS (NaN = not measured)."""
+    groups = {"all": table.seen + table.unseen, "unseen": table.unseen, "seen": table.seen}
+    lines: list[dict[str, object]] = []
+    for row in table.rows:
+        for seed in report.seeds:
+            if (result := report.results.get((table.name, row.name, seed))) is None:
+                continue
+            metrics = Metrics.from_dict(result.metrics)
+            line: dict[str, object] = {"row": row.name, "seed": seed}
+            for group, classes in groups.items():
+                numbers = metrics.group(iou_type, classes)
+                line |= {f"{group}_{metric}": numbers[metric] for metric in TABLE_METRICS}
+            lines.append(line)
+    frame = pd.DataFrame(lines, columns=["row", "seed", *METRIC_COLUMNS])
+    return frame.astype(dict.fromkeys(METRIC_COLUMNS, float))
+
+
+def class_measurements(report: ReportInput, table: ReportTable) -> pd.DataFrame:
+    """Mean mask AP over seeds: one line per class of the table (index), one column per row; NaN = not measured."""
+    columns = {}
+    for row in table.rows:
+        results = (report.results.get((table.name, row.name, seed)) for seed in report.seeds)
+        per_seed = [Metrics.from_dict(result.metrics).segm for result in results if result is not None]
+        columns[row.name] = [
+            _mean(numbers["AP"] for segm in per_seed if segm and (numbers := segm.classes.get(name)))
+            for name in (*table.unseen, *table.seen)
+        ]
+    return pd.DataFrame(columns, index=[*table.unseen, *table.seen], dtype=float)
+
+
+def summarise(measured: pd.DataFrame, table: ReportTable) -> pd.DataFrame:
+    """One line per row of the table, in its order, with exactly CSV_COLUMNS.
+
+    `_std` is the sample standard deviation over seeds (n - 1), NaN for one seed.
+    """
+    grouped = measured.groupby("row", sort=False)[list(METRIC_COLUMNS)]
+    names = [row.name for row in table.rows]
+    means = grouped.mean().reindex(names)
+    deviations = grouped.std(ddof=1).reindex(names).add_suffix("_std")
+    counts = measured.groupby("row")["seed"].nunique().reindex(names, fill_value=0)
+    terms = pd.DataFrame(
+        {
+            "projection": [row.projection for row in table.rows],
+            "pairwise": [row.pairwise for row in table.rows],
+            "seeds": counts.to_numpy(),
+        },
+        index=pd.Index(names, name="row"),
+    )
+    return pd.concat([terms, means, deviations], axis=1).reset_index()[list(CSV_COLUMNS)]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """`second` minus `first` in one metric, seed by seed.
+
+    Attributes:
+        values: one difference per seed measured for both rows.
+    """
+
+    first: str
+    second: str
+    group: str
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float | None:
+        return _mean(self.values)
+
+    @property
+    def std(self) -> float | None:
+        """Sample standard deviation over seeds (n - 1); None for fewer than two."""
+        return float(pd.Series(self.values).std(ddof=1)) if len(self.values) > 1 else None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 % interval of the mean by Student's t; None for fewer than three seeds."""
+        mean, std, count = self.mean, self.std, len(self.values)
+        if mean is None or std is None or count < 3:
+            return None
+        half = _STUDENT_975[min(count - 1, len(_STUDENT_975)) - 1] * std / math.sqrt(count)
+        return mean - half, mean + half
+
+    @property
+    def resolved(self) -> bool | None:
+        """Whether the interval leaves out 0; None when there is no interval."""
+        interval = self.interval
+        return None if interval is None else not interval[0] <= 0 <= interval[1]
+
+
+def difference(measured: pd.DataFrame, first: str, second: str, *, group: str) -> Difference:
+    """Paired over the seeds that both rows have."""
+    values = measured.pivot(index="seed", columns="row", values=f"{group}_AP")
+    if first not in values or second not in values:
+        return Difference(first, second, group, ())
+    return Difference(first, second, group, tuple((values[second] - values[first]).dropna()))
+
+
+def compared_pairs(table: ReportTable) -> list[tuple[str, str]]:
+    """Each row with the next one, and the two comparisons the method stands or falls with."""
+    names = [row.name for row in table.rows]
+    pairs = list(pairwise(names))
+    extra = [(NEITHER, BEST), (BEST, UPPER_BOUND), (NEITHER, UPPER_BOUND)]
+    return pairs + [pair for pair in extra if pair not in pairs and set(pair) <= set(names)]
+
+
+@dataclass(frozen=True)
+class GapClosed:
+    """How much of the way from `neither` to `full-masks` on unseen classes a row goes.
+
+    Attributes:
+        start, reached, goal: mean unseen AP of neither, the row and full-masks over the seeds that all three have.
+        per_seed: percent for each of these seeds whose own gap is positive.
+    """
+
+    row: str
+    start: float
+    reached: float
+    goal: float
+    per_seed: tuple[float, ...]
+
+    @property
+    def percent(self) -> float | None:
+        """None if full-masks is not above neither: there is no gap to close."""
+        return 100 * (self.reached - self.start) / (self.goal - self.start) if self.goal > self.start else None
+
+
+def gap_closed(measured: pd.DataFrame, row: str) -> GapClosed | None:
+    """None if neither, full-masks or the row itself was not measured with a common seed."""
+    values = measured.pivot(index="seed", columns="row", values="unseen_AP")
+    if not {NEITHER, UPPER_BOUND, row} <= set(values.columns):
+        return None
+    common = values[list(dict.fromkeys((NEITHER, UPPER_BOUND, row)))].dropna()
+    if common.empty:
+        return None
+    gaps = common[UPPER_BOUND] - common[NEITHER]
+    per_seed = (100 * (common[row] - common[NEITHER]) / gaps)[gaps > 0]
+    mean = common.mean()
+    return GapClosed(row, mean[NEITHER], mean[row], mean[UPPER_BOUND], tuple(per_seed))
+
+
+@dataclass(frozen=True)
+class TableNumbers:
+    """Everything that a report says of one table in numbers.
+
+    Attributes:
+        measured, boxes: `measurements` of masks and of boxes. summary, box_summary: the same over seeds.
+        classes: `class_measurements`.
+        gaps: of every row that has the runs for it, in the table's order.
+        differences: of `compared_pairs`, on unseen and on all classes.
+    """
+
+    table: ReportTable
+    measured: pd.DataFrame
+    summary: pd.DataFrame
+    box_summary: pd.DataFrame
+    classes: pd.DataFrame
+    gaps: tuple[GapClosed, ...]
+    differences: tuple[Difference, ...]
+
+    def mean(self, row: str, column: str) -> float | None:
+        """A number of the summary, e.g. column "unseen_AP"; None if it was not measured."""
+        found = self.summary.loc[self.summary["row"] == row, column].dropna()
+        return float(found.iloc[0]) if len(found) else None
+
+    def difference(self, first: str, second: str, group: str = "unseen") -> Difference | None:
+        return next((d for d in self.differences if (d.first, d.second, d.group) == (first, second, group)), None)
+
+
+def table_numbers(report: ReportInput, table: ReportTable) -> TableNumbers:
+    """Aggregates the recorded runs of one table."""
+    measured = measurements(report, table)
+    gaps = (gap_closed(measured, row.name) for row in table.rows)
+    return TableNumbers(
+        table=table,
+        measured=measured,
+        summary=summarise(measured, table),
+        box_summary=summarise(measurements(report, table, iou_type="bbox"), table),
+        classes=class_measurements(report, table),
+        gaps=tuple(gap for gap in gaps if gap is not None),
+        differences=tuple(
+            difference(measured, first, second, group=group)
+            for group in ("unseen", "all")
+            for first, second in compared_pairs(table)
+        ),
+    )
+
+
+def read_published(path: Path) -> pd.DataFrame:
+    """The printed numbers (`reports/published/README.md`), every cell as text."""
+    try:
+        frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a readable CSV: {error}") from None
+    missing = [name for name in ("table", "row", "classes", *TABLE_METRICS, "note") if name not in frame]
+    if missing:
+        raise UserError(f"{path}: column {missing[0]!r} is missing")
+    return frame
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    found = [value for value in values if value is not None]
+    return math.fsum(found) / len(found) if found else None

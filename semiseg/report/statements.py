@@ -1,0 +1,148 @@
+"""The sentences of a report that are computed from its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import pandas as pd
+
+from semiseg.report.aggregate import (
+    BEST,
+    NEITHER,
+    UPPER_BOUND,
+    Difference,
+    GapClosed,
+    TableNumbers,
+)
+from semiseg.report.tables import escape_markdown, number
+
+SMALL_GAP = 5.0  # AP; shares of a smaller gap that is not resolved over seeds say little
+_BOX_SPREAD = 2.0  # AP; rows whose boxes differ by more are not compared on masks alone
+
+
+def answer(tables: Sequence[TableNumbers]) -> str:
+    """One sentence: how much of the gap on unseen classes the method closes, for every table."""
+    clauses = [_answer_clause(numbers) for numbers in tables]
+    text = "; ".join(clauses)
+    counts = {len(gap.per_seed) for numbers in tables for gap in numbers.gaps if gap.row == BEST}
+    if counts and max(counts) == 1:
+        text += " (one seed: small differences are not resolved)"
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+def _answer_clause(numbers: TableNumbers) -> str:
+    table = numbers.table
+    start = f"with {_classes(len(table.seen))} seen and {len(table.unseen)} unseen"
+    gap = next((gap for gap in numbers.gaps if gap.row == BEST), None)
+    if gap is None:
+        missing = [row for row in (NEITHER, BEST, UPPER_BOUND) if numbers.mean(row, "unseen_AP") is None]
+        lacking = f"{', '.join(missing)} not measured on unseen classes" if missing else "no seed has all three rows"
+        return f"{start}, not answered yet ({lacking})"
+    values = f"{gap.start:.1f} → {gap.reached:.1f} AP, full-masks {gap.goal:.1f}"
+    if gap.percent is None:
+        return f"{start}, there is no gap to close: full-masks is not above neither on unseen classes ({values})"
+    text = (
+        f"{start}, projection + pairwise closes {gap.percent:.0f} % of the gap between neither and full-masks "
+        f"on unseen classes ({values})"
+    )
+    step = numbers.difference(NEITHER, BEST)
+    if step is not None and step.resolved is False:
+        text += f", a step within the noise of {len(step.values)} seeds"
+    return text + (f", but {caution}" if (caution := gap_caution(numbers)) else "")
+
+
+def gap_caution(numbers: TableNumbers) -> str | None:
+    """Why shares of the gap between neither and full-masks should not be taken at their word, or None."""
+    whole = numbers.difference(NEITHER, UPPER_BOUND)
+    if whole is None or whole.mean is None or whole.mean <= 0:
+        return None
+    if whole.resolved is False:
+        return f"the gap itself ({whole.mean:.1f} AP) is within the noise of {len(whole.values)} seeds"
+    if whole.resolved is None and whole.mean < SMALL_GAP:
+        return f"the gap itself is only {whole.mean:.1f} AP and not resolved by {_seeds(len(whole.values))}"
+    return None
+
+
+def row_order(numbers: TableNumbers) -> str:
+    """The rows by their mean AP on unseen classes, and whether the order the method predicts holds."""
+    labels = {row.name: row.label for row in numbers.table.rows}
+    means = {name: mean for name in labels if (mean := numbers.mean(name, "unseen_AP")) is not None}
+    if not means:
+        return "Nothing was measured on unseen classes."
+    ordered = sorted(means, key=lambda name: means[name])
+    text = f"{escape_markdown(labels[ordered[0]])} {means[ordered[0]]:.1f}"
+    for lower, name in pairwise(ordered):
+        sign = "=" if f"{means[lower]:.1f}" == f"{means[name]:.1f}" else "<"
+        text += f" {sign} {escape_markdown(labels[name])} {means[name]:.1f}"
+    expected = (NEITHER, "projection", BEST, UPPER_BOUND)
+    if not set(expected) <= set(means):
+        return f"By mean AP on unseen classes: {text}."
+    first, second, third, last = (means[name] for name in expected)
+    word = "holds" if first < second < third <= last else "does **not** hold"
+    return (
+        f"By mean AP on unseen classes: {text}. The expected order (neither < projection < projection + pairwise "
+        f"≤ full-masks) {word} in the means; which steps are resolved is said below."
+    )
+
+
+def reading(difference: Difference) -> str:
+    """What one may conclude from a paired difference over seeds."""
+    count = len(difference.values)
+    if count == 0:
+        return "not measured"
+    if count == 1:
+        return "one seed cannot resolve small differences: no claim"
+    if count == 2:
+        return "two seeds: no interval, no claim"
+    if not difference.resolved:
+        return "not resolved: within the noise"
+    return "resolved: higher" if (difference.mean or 0) > 0 else "resolved: lower"
+
+
+def box_statement(numbers: TableNumbers) -> str:
+    """Whether the rows detect equally well, so that mask AP compares masks."""
+    values = numbers.box_summary["all_AP"].dropna()
+    text = (
+        "Boxes and classes are supervised alike in every row, so that detection should be equally good; what differs "
+        "in mask AP is then due to the masks."
+    )
+    if len(values) < 2:
+        return text
+    spread = float(values.max() - values.min())
+    text += f" Mean box AP on all classes differs by {spread:.1f} AP between the best and the worst row"
+    return text + (
+        f": more than {_BOX_SPREAD:.0f} AP, so part of the differences in mask AP is due to detection."
+        if spread > _BOX_SPREAD
+        else "."
+    )
+
+
+def same_numbers_caution(published: pd.DataFrame) -> str:
+    """Names rows that the paper prints with the same unseen numbers in Tables 6 and 7, box-supervised above all."""
+    unseen = published[(published["classes"] == "unseen") & (published["row"] == "box-supervised")]
+    printed = {tuple(line) for line in unseen[["AP", "AP50", "AP75"]].to_numpy()}
+    if len(unseen) < 2 or len(printed) > 1:
+        return ""
+    tables = " and ".join(unseen["table"])
+    return (
+        f"**Caution:** the paper prints the box-supervised row of Tables {tables} with identical numbers on unseen "
+        f"classes ({' / '.join(next(iter(printed)))}) although their unseen classes differ: quote it with this caution."
+    )
+
+
+def gap_cells(gap: GapClosed, label: str) -> list[str]:
+    """Cells of the table of gaps: row, AP from and to, gain, share closed with its spread over seeds."""
+    spread = pd.Series(gap.per_seed).std(ddof=1) if len(gap.per_seed) > 1 else None
+    share = "no gap" if gap.percent is None else f"{gap.percent:.0f} %"
+    if gap.percent is not None and spread is not None:
+        share += f" ± {spread:.0f}"
+    return [label, number(gap.start), number(gap.reached), number(gap.reached - gap.start, sign=True), share]
+
+
+def _classes(count: int) -> str:
+    return "1 class" if count == 1 else f"{count} classes"
+
+
+def _seeds(count: int) -> str:
+    return "one seed" if count == 1 else f"{count} seeds"

@@ -1,0 +1,280 @@
+"""The whole report from a tiny made-up study: files, references, idempotence, and what it must say."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as rle
+
+from semiseg.evaluation.coco_metrics import evaluate_detections
+from semiseg.report.aggregate import ReportInput, ReportRow, ReportTable
+from semiseg.report.page import build_report, report_text
+from semiseg.results import Result
+
+PUBLISHED = Path(__file__).parent.parent / "reports" / "published" / "boxinst.csv"
+CLASSES = ("a_ring", "b|<b>", "猫 $x$")
+NAMES = ("neither", "projection", "projection+pairwise", "box-supervised", "full-masks")
+ROWS = tuple(
+    ReportRow(name, term, pair, name.replace("+", " + "))
+    for name, term, pair in zip(NAMES, ("no", "yes", "yes", "yes", ""), ("no", "no", "yes", "yes", ""), strict=True)
+)
+TABLES = (
+    ReportTable("table6", "Table 6: one_seen", "few", "d6", CLASSES[:1], CLASSES[1:], "6", ROWS),
+    ReportTable("table7", "Table 7: two seen", "many", "d7", CLASSES[:2], CLASSES[2:], "7", ROWS),
+)
+CUT = {"neither": 12, "projection": 9, "projection+pairwise": 6, "box-supervised": 7, "full-masks": 2}
+SIZE = 64
+
+
+def encode(mask: np.ndarray) -> dict:
+    value = rle.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {"size": value["size"], "counts": value["counts"].decode()}
+
+
+def object_mask(x: int, missing: int) -> np.ndarray:
+    """A 20 x 20 square of which the last columns are missing."""
+    mask = np.zeros((SIZE, SIZE), bool)
+    mask[10:30, x : x + 20 - missing] = True
+    return mask
+
+
+def write_data(folder: Path) -> Path:
+    images, annotations = [], []
+    for number in range(5):
+        pixels = np.random.default_rng(number).integers(0, 255, (SIZE, SIZE, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+        images.append({"id": number, "file_name": f"{number}.png", "width": SIZE, "height": SIZE})
+        for place, category in enumerate((1, 2, 3) if number else ()):
+            x = 21 * place
+            annotations.append(
+                {
+                    "id": len(annotations),
+                    "image_id": number,
+                    "category_id": category,
+                    "bbox": [x, 10, 20, 20],
+                    "area": 400,
+                    "iscrowd": 0,
+                    "segmentation": encode(object_mask(x, 0)),
+                }
+            )
+    categories = [{"id": number, "name": name} for number, name in enumerate(CLASSES, start=1)]
+    path = folder / "val.json"
+    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    return path
+
+
+def make_run(folder: Path, annotations: Path, row: str, split: str | None, seed: int) -> Result:
+    """Detections that miss more of each mask in weaker rows, with a log, in the folder of a run."""
+    run_id = f"{row}-{split}-{seed}"
+    truth = json.loads(annotations.read_text())["annotations"]
+    detections = [
+        {
+            "image_id": annotation["image_id"],
+            "category_id": annotation["category_id"],
+            "bbox": annotation["bbox"],
+            "score": 0.9 - 0.01 * number,
+            "segmentation": encode(object_mask(int(annotation["bbox"][0]), CUT[row] + seed * (number % 3 == 0))),
+        }
+        for number, annotation in enumerate(truth)
+    ]
+    out = folder / run_id
+    out.mkdir(parents=True)
+    (out / "detections.json").write_text(json.dumps(detections))
+    losses = {"classification": 0.5, "pairwise": 0.1 if "pairwise" in row else 0.0}
+    lines = [json.dumps({"step": step, "losses": losses}) for step in (1, 2, 3)]
+    (out / "log.jsonl").write_text("\n".join([*lines, '{"step": 4, "lo']))
+    metrics = evaluate_detections(annotations, detections, class_names=CLASSES, groups={}, image_ids=range(5))
+    return Result(
+        run_id=run_id,
+        study="tiny",
+        row=row,
+        split=split,
+        split_digest=split and {"few": "d6", "many": "d7"}[split],
+        seed=seed,
+        config={},
+        identity={},
+        data_fingerprint="data1",
+        metrics=metrics.to_dict(),
+        steps=3,
+        seconds=60.0,
+        device="cpu",
+        versions={"torch": "2.11.0"},
+        git_revision="abc123",
+        command=["python", "-m", "semiseg", "train", "a b"],
+        finished="2025-01-01T00:00:00+00:00",
+    )
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> ReportInput:
+    folder = tmp_path_factory.mktemp("study")
+    annotations = write_data(folder)
+    runs: dict[str, Result] = {}
+    results = {}
+    for table in TABLES:
+        for row in ROWS:
+            split = None if row.name in ("box-supervised", "full-masks") else table.split
+            for seed in range(3):
+                key = f"{row.name}-{split}-{seed}"
+                if key not in runs:
+                    runs[key] = make_run(folder / "runs", annotations, row.name, split, seed)
+                results[table.name, row.name, seed] = runs[key]
+    return ReportInput(
+        study="tiny",
+        title="Tiny <study> with a | in its title",
+        question="Does it\nwork?",
+        seeds=(0, 1, 2),
+        tables=TABLES,
+        results=results,
+        data="Five made-up images.",
+        schedule="3 steps.",
+        pretraining="A detector trained for 5 steps on boxes.",
+        run_command="semiseg run tiny",
+        report_command="semiseg report tiny",
+        difficulty=("Boxes as masks lose 20 AP.",),
+        run_folders={run_id: folder / "runs" / run_id for run_id in runs},
+        val_annotations=annotations,
+        val_images=folder,
+        picture_seed=3,
+    )
+
+
+@pytest.fixture(scope="module")
+def report(study: ReportInput, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_report(study, out=tmp_path_factory.mktemp("report"), published=PUBLISHED)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_all_files_are_there_and_every_reference_is_right(report):
+    files = set(contents(report.parent))
+    tables = {f"tables/{name}.{kind}" for name in ("table6", "table7") for kind in ("csv", "md", "tex")}
+    kinds = ("classes", "losses", "pictures")
+    figures = {f"figures/{name}_{kind}.png" for name in ("table6", "table7") for kind in kinds}
+    assert files == {"report.md", "figures/ap.png", "figures/gap.png", *tables, *figures}
+    text = report.read_text(encoding="utf-8")
+    references = re.findall(r"(?<!\\)\]\(([^)]*)\)", text)
+    assert set(references) == files - {"report.md"}
+    assert sum(path.stat().st_size for path in (report.parent / "figures").iterdir()) < 1_500_000
+    for path in (report.parent / "figures").iterdir():
+        assert Image.open(path).size[0] > 400
+
+
+def test_rebuilding_changes_no_byte_and_no_input(study, report):
+    inputs = study.val_images
+    before, results = contents(inputs), copy.deepcopy(dict(study.results))
+    first = contents(report.parent)
+    build_report(study, out=report.parent, published=PUBLISHED)
+    assert contents(report.parent) == first
+    assert contents(inputs) == before
+    assert study.results == results
+
+
+def test_the_page_says_what_it_must(report):
+    text = report.read_text(encoding="utf-8")
+    assert text.startswith(
+        "# Tiny &lt;study&gt; with a \\| in its title\n\n**Question.** Does it work?\n\n**Answer.** "
+    )
+    assert "closes" in text.split("**Answer.**")[1].split("\n")[0]
+    assert "stands in for the ImageNet weights" in text
+    assert "**The COCO numbers are from another data set** (ResNet-50-FPN, 1x, coco val2017)" in text
+    for printed in ("19.9 / 38.3 / 18.5", "30.9 / 50.1 / 32.4", "25.5 / 45.5 / 25.1", "35.9 / 60.9 / 36.3"):
+        assert text.count(printed) == 1, printed
+    assert "35.6 / 56.3 / 37.8" in text  # the paper's own upper bound, Table 2
+    assert "box-supervised row of Tables 6 and 7 with identical numbers" in text
+    assert "Boxes as masks lose 20 AP." in text
+    assert "Mean box AP on all classes differs by 0.0 AP" in text
+    assert "drawn at random with seed 3" in text
+    assert "semiseg train 'a b'" in text
+    for digest in ("`d6`", "`d7`", "`data1`", "`abc123`"):
+        assert digest in text
+    assert "Incomplete" not in text
+    assert "Mixed" not in text
+
+
+def test_markdown_tables_are_rectangular_and_names_are_escaped(report):
+    text = report.read_text(encoding="utf-8")
+    widths: list[int] = []
+    blocks = 0
+    for line in [*text.splitlines(), ""]:
+        if line.startswith("|"):
+            widths.append(len(re.findall(r"(?<!\\)\|", line)))
+        elif widths:
+            assert len(set(widths)) == 1, widths
+            blocks, widths = blocks + 1, []
+    assert blocks == 2 * 6 + 1
+    assert "| a\\_ring | seen |" in text
+    assert "| b\\|&lt;b&gt; | unseen |" in text
+    assert "| 猫 \\$x\\$ | unseen |" in text
+
+
+def test_csv_of_both_tables_reads_the_shared_runs(report):
+    rows = [(report.parent / "tables" / f"{name}.csv").read_text().splitlines() for name in ("table6", "table7")]
+    for line in (4, 5):  # box-supervised and full-masks: one run, two tables
+        few, many = (table[line].split(",") for table in rows)
+        assert few[:7] == many[:7]
+        assert few[7:13] != many[7:13]
+    assert rows[0][5].startswith("full-masks,,,3,")
+
+
+def test_missing_cells_are_named_with_the_command(study, tmp_path):
+    results = {
+        key: value
+        for key, value in study.results.items()
+        if key[1] != "neither" and key != ("table7", "projection", 2) and key[2] < 3
+    }
+    partial = replace(study, results=results)
+    text = build_report(partial, out=tmp_path, published=PUBLISHED).read_text(encoding="utf-8")
+    assert "table6 lacks `neither` seed 0, 1, 2. `semiseg run tiny` fills them" in text
+    assert "table7 lacks `neither` seed 0, 1, 2; `projection` seed 2." in text
+    assert "not answered yet (neither not measured on unseen classes)" in text
+    assert (tmp_path / "tables" / "table6.csv").read_text().splitlines()[1] == "neither,no,no,0" + "," * 18
+    empty = replace(study, results={})
+    text = build_report(empty, out=tmp_path / "empty", published=PUBLISHED).read_text(encoding="utf-8")
+    for reference in re.findall(r"!\[[^]]*\]\(([^)]*)\)", text):
+        assert (tmp_path / "empty" / reference).is_file()
+
+
+def test_mixed_code_data_and_splits_are_warned_of(study, tmp_path):
+    results = dict(study.results)
+    key = ("table6", "neither", 1)
+    results[key] = replace(results[key], git_revision="def456", data_fingerprint="data2", split_digest="old")
+    mixed = replace(study, results=results, run_folders={})
+    text = build_report(mixed, out=tmp_path, published=PUBLISHED).read_text(encoding="utf-8")
+    assert "**Mixed code (git revisions).** `abc123`: 23 runs; `def456`: neither (few) seed 1." in text
+    assert "**Mixed data.** `data1`: 23 runs; `data2`: neither (few) seed 1." in text
+    assert "(old) than today's (d6)" in text
+    assert "Mixed devices" not in text
+
+
+def test_figures_of_runs_that_are_gone_are_kept(study, report, tmp_path):
+    for path, content in contents(report.parent).items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(content)
+    one_gone = dict(list(study.run_folders.items())[1:])
+    for folders in (one_gone, {}):
+        gone = replace(study, run_folders=folders)
+        text = build_report(gone, out=tmp_path, published=PUBLISHED).read_text(encoding="utf-8")
+        assert contents(tmp_path / "figures") == contents(report.parent / "figures")
+        assert (
+            "kept from an earlier report, because the run folders with the detections are not on this machine" in text
+        )
+        assert "figures/table6_losses.png" in text
+    fresh = build_report(gone, out=tmp_path / "fresh", published=PUBLISHED).read_text(encoding="utf-8")
+    assert "pictures.png" not in fresh
+    assert "*No figure (ground truth and detections, table6): the run folders" in fresh
+
+
+def test_terminal_text(study):
+    text = report_text(study)
+    assert text.count("projection + pairwise  ") == 2
+    assert text.startswith("Table 6: one_seen\nrow ")

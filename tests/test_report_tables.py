@@ -1,0 +1,315 @@
+"""Aggregation over seeds and the tables as files, against numbers computed by hand."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from itertools import pairwise
+
+import pandas as pd
+import pytest
+
+from semiseg.errors import UserError
+from semiseg.evaluation.coco_metrics import METRIC_NAMES
+from semiseg.report.aggregate import (
+    CSV_COLUMNS,
+    ReportInput,
+    ReportRow,
+    ReportTable,
+    compared_pairs,
+    difference,
+    gap_closed,
+    measurements,
+    read_published,
+    summarise,
+    table_numbers,
+)
+from semiseg.report.statements import answer, gap_caution, reading, row_order
+from semiseg.report.tables import (
+    HEADINGS,
+    csv_table,
+    escape_latex,
+    escape_markdown,
+    latex_table,
+    markdown_table,
+    table_cells,
+    text_table,
+)
+from semiseg.results import Result
+
+ROWS = (
+    ReportRow("neither", "no", "no", "neither"),
+    ReportRow("projection", "yes", "no", "projection"),
+    ReportRow("projection+pairwise", "yes", "yes", "projection + pairwise"),
+    ReportRow("box-supervised", "yes", "yes", "box-supervised"),
+    ReportRow("full-masks", "", "", "full-masks"),
+)
+TABLE = ReportTable("table6", "Table 6: few", "few", "d1", ("ring",), ("cross", "猫"), "6", ROWS)
+
+
+def result(row: str, seed: int, values: dict[str, float]) -> Result:
+    """A run whose class AP is `values`; AP50 is 10 and AP75 5 above, box AP twice the mask AP."""
+
+    def numbers(value: float) -> dict[str, float | None]:
+        return {**dict.fromkeys(METRIC_NAMES), "AP": value, "AP50": value + 10, "AP75": value + 5}
+
+    classes = {name: numbers(value) for name, value in values.items()}
+    boxes = {name: numbers(2 * value) for name, value in values.items()}
+    metrics = {
+        "unit": "percent",
+        "images": 3,
+        "instances": dict.fromkeys(values, 4),
+        "bbox": {"groups": {}, "classes": boxes},
+        "segm": {"groups": {}, "classes": {**classes, "never": None}},
+    }
+    return Result(
+        run_id=f"{row}-{seed}",
+        study="tiny",
+        row=row,
+        split="few",
+        split_digest="d1",
+        seed=seed,
+        config={},
+        identity={},
+        data_fingerprint="data1",
+        metrics=metrics,
+        steps=10,
+        seconds=60.0,
+        device="cpu",
+        versions={"torch": "2.11.0"},
+        git_revision="abc",
+        command=["semiseg", "train"],
+        finished="2025-01-01T00:00:00+00:00",
+    )
+
+
+def report_of(unseen_ap: dict[str, list[float | None]], *, table: ReportTable = TABLE) -> ReportInput:
+    """Row -> AP of "cross" per seed (None = not measured); "猫" is 2 higher, "ring" always 50."""
+    results = {
+        (table.name, row, seed): result(row, seed, {"ring": 50.0, "cross": value, "猫": value + 2})
+        for row, values in unseen_ap.items()
+        for seed, value in enumerate(values)
+        if value is not None
+    }
+    return ReportInput(
+        study="tiny",
+        title="Tiny",
+        question="Does it work?",
+        seeds=tuple(range(max(map(len, unseen_ap.values())))),
+        tables=(table,),
+        results=results,
+        data="Made up.",
+        schedule="None.",
+        pretraining=None,
+        run_command="semiseg run tiny",
+        report_command="semiseg report tiny",
+    )
+
+
+def lines_of(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+def test_csv_columns_and_numbers_by_hand():
+    report = report_of({"neither": [19.0, 22.0], "projection": [29.0], "full-masks": [39.0, 42.0]})
+    text = csv_table(summarise(measurements(report, TABLE), TABLE))
+    metrics = "all_AP,all_AP50,all_AP75,unseen_AP,unseen_AP50,unseen_AP75,seen_AP,seen_AP50,seen_AP75"
+    deviations = ",".join(f"{name}_std" for name in metrics.split(","))
+    assert text.splitlines()[0] == f"row,projection,pairwise,seeds,{metrics},{deviations}"
+    lines = lines_of(text)
+    assert [line["row"] for line in lines] == [row.name for row in ROWS]
+    neither = lines[0]
+    assert (neither["projection"], neither["pairwise"], neither["seeds"]) == ("no", "no", "2")
+    # Unseen: seed 0 has (19 + 21) / 2 = 20, seed 1 has 23: mean 21.5, sample deviation 3 / sqrt(2).
+    assert neither["unseen_AP"] == "21.50"
+    assert neither["unseen_AP_std"] == "2.12"
+    # All: (50 + 40) / 3 = 30 and (50 + 46) / 3 = 32.
+    assert (neither["all_AP"], neither["all_AP_std"]) == ("31.00", "1.41")
+    assert (neither["unseen_AP50"], neither["unseen_AP75"]) == ("31.50", "26.50")
+    assert (neither["seen_AP"], neither["seen_AP_std"]) == ("50.00", "0.00")
+    projection = lines[1]
+    assert (projection["seeds"], projection["unseen_AP"], projection["unseen_AP_std"]) == ("1", "30.00", "")
+    missing = lines[2]
+    assert missing == {**dict.fromkeys(CSV_COLUMNS, ""), "row": "projection+pairwise"} | {
+        "projection": "yes",
+        "pairwise": "yes",
+        "seeds": "0",
+    }
+
+
+def test_nothing_measured_still_gives_every_row():
+    lines = lines_of(csv_table(table_numbers(report_of({"neither": [None]}), TABLE).summary))
+    assert [line["seeds"] for line in lines] == ["0"] * 5
+    assert {line["all_AP"] for line in lines} == {""}
+
+
+def test_groups_without_ground_truth_are_empty_and_ignored():
+    table = ReportTable("t", "T", "few", "d", ("ring",), ("never",), None, ROWS[:1])
+    line = lines_of(csv_table(summarise(measurements(report_of({"neither": [20.0]}, table=table), table), table)))[0]
+    assert (line["unseen_AP"], line["seen_AP"], line["all_AP"]) == ("", "50.00", "50.00")
+
+
+def test_box_numbers_are_the_boxes():
+    numbers = table_numbers(report_of({"neither": [20.0]}), TABLE)
+    assert numbers.box_summary["unseen_AP"].iloc[0] == 42
+    assert numbers.classes.loc["cross", "neither"] == 20
+    assert math.isnan(numbers.classes.loc["cross", "full-masks"])
+
+
+def test_gap_closed_uses_common_seeds_only():
+    report = report_of({"neither": [20.0, 24.0], "projection": [30.0, None], "full-masks": [40.0, 44.0]})
+    measured = measurements(report, TABLE)
+    gap = gap_closed(measured, "projection")
+    assert (gap.start, gap.reached, gap.goal, gap.percent, gap.per_seed) == (21, 31, 41, 50, (50,))
+    assert gap_closed(measured, "full-masks").percent == 100
+    assert gap_closed(measured, "neither").percent == 0
+    assert gap_closed(measured, "box-supervised") is None
+    flat = measurements(report_of({"neither": [40.0], "full-masks": [30.0]}), TABLE)
+    assert gap_closed(flat, "full-masks").percent is None
+
+
+def test_differences_are_paired_and_judged_by_the_t_interval():
+    report = report_of({"neither": [20.0, 30.0, 40.0], "projection": [22.0, 31.0, 43.0], "full-masks": [21.0, 33.0]})
+    measured = measurements(report, TABLE)
+    found = difference(measured, "neither", "projection", group="unseen")
+    assert found.values == (2, 1, 3)
+    assert (found.mean, found.std) == (2, 1)
+    half = 4.303 / math.sqrt(3)  # Student's t, 2 degrees of freedom
+    assert found.interval == pytest.approx((2 - half, 2 + half))
+    assert found.resolved is False
+    assert reading(found) == "not resolved: within the noise"
+    tight = difference(
+        measurements(report_of({"neither": [1, 2, 3], "projection": [3, 4, 5.1]}), TABLE),
+        "neither",
+        "projection",
+        group="unseen",
+    )
+    assert tight.resolved is True
+    assert reading(tight) == "resolved: higher"
+    down = difference(
+        measurements(report_of({"neither": [3, 4, 5.1], "projection": [1, 2, 3]}), TABLE),
+        "neither",
+        "projection",
+        group="unseen",
+    )
+    assert reading(down) == "resolved: lower"
+    two = difference(measured, "neither", "full-masks", group="all")
+    assert len(two.values) == 2
+    assert two.resolved is None
+    assert "no claim" in reading(two)
+    assert reading(difference(measured, "neither", "box-supervised", group="all")) == "not measured"
+
+
+@pytest.mark.parametrize(("count", "quantile"), [(3, 4.303), (5, 2.776), (31, 2.042), (60, 2.042)])
+def test_interval_width(count, quantile):
+    ones = [float(number % 2) for number in range(count)]
+    report = report_of({"neither": [10.0] * count, "projection": [10 + value for value in ones]})
+    found = difference(measurements(report, TABLE), "neither", "projection", group="unseen")
+    low, high = found.interval
+    assert (high - low) / 2 == pytest.approx(quantile * pd.Series(ones).std() / math.sqrt(count))
+
+
+def test_compared_pairs():
+    pairs = compared_pairs(TABLE)
+    assert pairs[:4] == [(a.name, b.name) for a, b in pairwise(ROWS)]
+    assert set(pairs[4:]) == {
+        ("neither", "projection+pairwise"),
+        ("projection+pairwise", "full-masks"),
+        ("neither", "full-masks"),
+    }
+    assert compared_pairs(ReportTable("t", "T", "s", "d", (), (), None, ROWS[:1])) == []
+
+
+FULL = {
+    "neither": [20.0, 21.0, 22.0],
+    "projection": [25.0, 26.0, 27.5],
+    "projection+pairwise": [30.0, 31.0, 32.5],
+    "box-supervised": [28.0, 29.0, 30.0],
+    "full-masks": [40.0, 41.0, 42.0],
+}
+
+
+def test_answer_says_how_much_of_the_gap_is_closed():
+    numbers = table_numbers(report_of(FULL), TABLE)
+    assert answer([numbers]) == (
+        "With 1 class seen and 2 unseen, projection + pairwise closes 51 % of the gap between neither and full-masks "
+        "on unseen classes (22.0 → 32.2 AP, full-masks 42.0)."
+    )
+    assert gap_caution(numbers) is None
+    assert "holds in the means" in row_order(numbers)
+    swapped = FULL | {"projection": FULL["full-masks"]}
+    assert "does **not** hold" in row_order(table_numbers(report_of(swapped), TABLE))
+
+
+def test_answer_claims_nothing_that_the_runs_do_not_show():
+    one = {name: values[:1] for name, values in FULL.items()}
+    assert answer([table_numbers(report_of(one), TABLE)]).endswith("(one seed: small differences are not resolved).")
+    noisy = FULL | {"projection+pairwise": [10.0, 22.0, 40.0]}
+    assert "a step within the noise of 3 seeds" in answer([table_numbers(report_of(noisy), TABLE)])
+    flat = FULL | {"full-masks": [19.0, 20.0, 20.0]}
+    assert "there is no gap to close" in answer([table_numbers(report_of(flat), TABLE)])
+    wide = FULL | {"full-masks": [20.0, 41.0, 22.0]}
+    assert "within the noise of 3 seeds" in gap_caution(table_numbers(report_of(wide), TABLE))
+    small = one | {"full-masks": [23.0]}
+    assert "only 3.0 AP" in gap_caution(table_numbers(report_of(small), TABLE))
+    gone = {name: values for name, values in FULL.items() if name != "full-masks"}
+    assert "not answered yet (full-masks not measured" in answer([table_numbers(report_of(gone), TABLE)])
+
+
+def test_people_see_mean_and_deviation():
+    report = report_of({"neither": [19.0, 22.0], "projection": [29.0]})
+    cells = table_cells(table_numbers(report, TABLE).summary, TABLE.rows)
+    assert cells[0][:5] == ["neither", "no", "no", "2", "31.0 ± 1.4"]
+    assert cells[1][7] == "30.0"
+    assert cells[4] == ["full-masks", "—", "—", "0", *["—"] * 9]
+    assert all(len(line) == len(HEADINGS) for line in cells)
+    latex = latex_table(TABLE, cells)
+    assert latex.count("toprule") == latex.count("midrule") - latex.count("cmidrule") == latex.count("bottomrule") == 1
+    assert "31.0 $\\pm$ 1.4 &" in latex
+    rows = [line for line in latex.splitlines() if line.startswith(("neither", "full-masks"))]
+    assert [row.count("&") for row in rows] == [12, 12]
+
+
+@pytest.mark.parametrize(
+    ("name", "markdown", "latex"),
+    [
+        ("a|b", r"a\|b", r"a\textbar{}b"),
+        ("potted_plant", r"potted\_plant", r"potted\_plant"),
+        ("<b>&", "&lt;b&gt;&amp;", r"\textless{}b\textgreater{}\&"),
+        ("猫 café", "猫 café", "猫 café"),
+        ("50 % of $x$", r"50 % of \$x\$", r"50 \% of \$x\$"),
+        ("two\nlines", "two lines", "two lines"),
+        (
+            r"back\slash {~^}",
+            r"back\\slash {\~^}",
+            r"back\textbackslash{}slash \{\textasciitilde{}\textasciicircum{}\}",
+        ),
+        ("`code` *star* [link]", r"\`code\` \*star\* \[link\]", "`code` *star* [link]"),
+    ],
+)
+def test_names_are_escaped(name, markdown, latex):
+    assert escape_markdown(name) == markdown
+    assert escape_latex(name) == latex
+
+
+def test_markdown_and_text_tables():
+    table = markdown_table(("a|b", "n"), [["x", "1"], ["y", "2"]])
+    assert table == "| a\\|b | n |\n| --- | ---: |\n| x | 1 |\n| y | 2 |\n"
+    text = text_table(("name", "n"), [["猫", "1"], ["long name", "22"]])
+    assert text == "name        n\n---------  --\n猫          1\nlong name  22\n"
+
+
+def test_table_names_are_file_names():
+    with pytest.raises(UserError, match=r"table name '\.\./x'"):
+        report_of({"neither": [1.0]}, table=ReportTable("../x", "T", "s", "d", ("ring",), ("cross",), None, ROWS))
+    with pytest.raises(UserError, match="two rows of one name"):
+        report_of({"neither": [1.0]}, table=ReportTable("t", "T", "s", "d", (), (), None, ROWS[:1] * 2))
+
+
+def test_published_numbers_must_be_readable(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        read_published(tmp_path / "no.csv")
+    (tmp_path / "bad.csv").write_text("table,row\n6,neither\n")
+    with pytest.raises(UserError, match="column 'classes' is missing"):
+        read_published(tmp_path / "bad.csv")
