@@ -1,8 +1,9 @@
 """The dynamic mask head: every instance brings the weights of its own three 1x1 layers.
 
 The features of an image are shared by its instances, never copied: the first layers of all instances of an image are
-one matrix product. Relative coordinates are linear in the cell's coordinates, so they are two more shared channels and
-a change of the bias. Source: CondInst (Tian et al. 2020), METHOD section 3.
+one matrix product. Relative coordinates are linear in the cell's coordinates, so the cell's x and y and a constant 1
+are three more shared channels, and the location only changes the weight of the 1, which is the bias.
+Source: CondInst (Tian et al. 2020), METHOD section 3.
 """
 
 from __future__ import annotations
@@ -64,17 +65,15 @@ def dynamic_masks(
         counts = torch.bincount(image_index, minlength=features.shape[0]).tolist()
         order = torch.argsort(image_index, stable=True)
         weights, biases = split_filters(filters[order].float(), shapes)
-        weights[0], biases[0] = _absorb_coordinates(
-            weights[0], biases[0], location_xy[order].float(), coordinate_range[order].float()
-        )
+        weights[0] = _absorb_coordinates(weights[0], biases[0], location_xy[order], coordinate_range[order])
+        parameters = [*weights, *biases[1:]]
         starts = [sum(counts[:image]) for image in range(len(counts))]
         used = [image for image, count in enumerate(counts) if count] or [0]  # without queries: an empty product
         logits = torch.cat(
             [
                 _apply_layers(
                     _with_coordinates(features[image].float(), stride),
-                    [weight.narrow(0, starts[image], counts[image]) for weight in weights],
-                    [bias.narrow(0, starts[image], counts[image]) for bias in biases],
+                    [parameter.narrow(0, starts[image], counts[image]) for parameter in parameters],
                 )
                 for image in used
             ]
@@ -84,27 +83,35 @@ def dynamic_masks(
         return logits if ascending else logits[torch.argsort(order)]
 
 
-def _absorb_coordinates(weight: Tensor, bias: Tensor, location_xy: Tensor, range_: Tensor) -> tuple[Tensor, Tensor]:
-    """First layer on (features, cell x, cell y) that equals the one on ((location - cell) / range, features)."""
+def _absorb_coordinates(weight: Tensor, bias: Tensor, location_xy: Tensor, range_: Tensor) -> Tensor:
+    """First layer on (features, x, y, 1) of a cell that equals the one on ((location - cell) / range, features).
+
+    weight (Q, out, 2 + F), bias (Q, out) -> (Q, out, F + 3).
+    """
     per_pixel = weight[:, :, :COORDINATES] / range_[:, None, None]  # (Q, out, 2)
     moved_bias = bias + (per_pixel * location_xy[:, None]).sum(dim=-1)
-    return torch.cat([weight[:, :, COORDINATES:], -per_pixel], dim=2), moved_bias
+    return torch.cat([weight[:, :, COORDINATES:], -per_pixel, moved_bias[:, :, None]], dim=2)
 
 
 def _with_coordinates(features: Tensor, stride: int) -> Tensor:
-    """(F, h, w) -> (F + 2, h * w): the features, then the x and the y pixel of each cell."""
+    """(F, h, w) -> (F + 3, h * w): the features, the x and the y pixel of each cell, and 1."""
     height, width = features.shape[-2:]
     x = torch.arange(width, device=features.device, dtype=features.dtype) * stride + stride // 2
     y = torch.arange(height, device=features.device, dtype=features.dtype) * stride + stride // 2
-    grid = torch.stack([x.expand(height, width), y[:, None].expand(height, width)])
+    grid = torch.stack([x.expand(height, width), y[:, None].expand(height, width), features.new_ones(height, width)])
     return torch.cat([features, grid]).flatten(1)
 
 
-def _apply_layers(shared: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
-    """The layers of n instances of one image on its shared maps (F, cells) -> logits (n, cells)."""
-    count, cells = weights[0].shape[0], shared.shape[1]
-    x = torch.addmm(biases[0].reshape(-1, 1), weights[0].reshape(-1, shared.shape[0]), shared)  # (n * out, cells)
-    x = x.view(count, -1, cells)
-    for weight, bias in zip(weights[1:], biases[1:], strict=True):
-        x = torch.baddbmm(bias[:, :, None], weight, x.relu_())
-    return x.reshape(count, cells)
+def _apply_layers(shared: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """The layers of n instances of one image on its shared maps (F + 3, cells) -> logits (n, cells).
+
+    `parameters` are the weights of all layers, then the biases of all but the first.
+    """
+    num_layers = (len(parameters) + 1) // 2
+    first, *weights = parameters[:num_layers]
+    count, out, inputs = first.shape
+    x = first.reshape(count * out, inputs) @ shared  # (n * out, cells)
+    for weight, bias in zip(weights, parameters[num_layers:], strict=True):
+        # in place before the view: on a view, autograd would copy the map
+        x = torch.baddbmm(bias[:, :, None], weight, x.relu_().view(count, -1, x.shape[-1]))
+    return x.view(count, -1)
