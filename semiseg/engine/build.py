@@ -91,7 +91,12 @@ def build_objective(config: ObjectiveConfig) -> Objective:
 
 def build_step(config: RunConfig, *, num_classes: int) -> TrainStep:
     """The model with its assignment and losses."""
-    return TrainStep(build_model(config.model, num_classes=num_classes), objective=build_objective(config.objective))
+    return TrainStep(
+        build_model(config.model, num_classes=num_classes),
+        objective=build_objective(config.objective),
+        centre_radius=config.model.centre_radius,
+        max_mask_positives=config.model.max_mask_positives,
+    )
 
 
 def train_dataset(config: RunConfig, data: RunData) -> InstanceDataset:

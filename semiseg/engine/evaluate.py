@@ -21,7 +21,7 @@ from semiseg.data.table import Table
 from semiseg.engine.checkpoint import write_json
 from semiseg.evaluation.coco_metrics import Metrics, evaluate_detections
 from semiseg.models.condinst import CondInst
-from semiseg.models.postprocess import Candidates, iter_masks, place_boxes, select_detections
+from semiseg.models.postprocess import Candidates, iter_masks, select_detections, to_output_boxes
 from semiseg.structures.inputs import Batch
 
 
@@ -70,10 +70,10 @@ def predict_batch(
     for number, (image_id, found) in enumerate(zip(batch.image_ids, candidates, strict=True)):
         height, width = batch.image_sizes_hw[number].tolist()
         input_hw, output_hw = (height, width), output_sizes[image_id]
-        placed = place_boxes(found, image_size_hw=input_hw, output_size_hw=output_hw)
-        chunks = iter_masks(model, outputs, placed, image_size_hw=input_hw, output_size_hw=output_hw)
+        chunks = iter_masks(model, outputs, found.queries, input_hw, output_hw)
         rles = [rle for _, masks in chunks for rle in encode_masks(masks)]
-        results += _as_results(image_id, placed, rles, category_ids)
+        boxes = to_output_boxes(found.boxes_xyxy, input_hw, output_hw)
+        results += _as_results(image_id, found, boxes, rles, category_ids)
     return results
 
 
@@ -85,10 +85,9 @@ def encode_masks(masks: Tensor) -> list[dict[str, Any]]:
 
 
 def _as_results(
-    image_id: int, found: Candidates, rles: list[dict[str, Any]], category_ids: Sequence[int]
+    image_id: int, found: Candidates, boxes: Tensor, rles: list[dict[str, Any]], category_ids: Sequence[int]
 ) -> list[dict[str, Any]]:
-    corner, opposite = found.boxes_xyxy[:, :2], found.boxes_xyxy[:, 2:]
-    boxes_xywh = torch.cat([corner, opposite - corner], dim=1).tolist()
+    boxes_xywh = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1).tolist()
     return [
         {
             "image_id": image_id,

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from semiseg.losses.terms import LossTerms, MaskTargets, Objective, compute_losses, mask_targets, term_counts
 from semiseg.models.assign import assign
 from semiseg.models.condinst import CondInst
-from semiseg.models.fcos_head import make_locations
 from semiseg.models.sample import mask_quotas, sample_positives
-from semiseg.structures.inputs import Batch, Targets, grid_size
+from semiseg.structures.inputs import Batch, Targets
 from semiseg.structures.outputs import Assignment
 
 
@@ -46,31 +45,32 @@ class TrainStep(nn.Module):
     Mask heads with parameters of their own work under data parallelism because they are called inside `forward`.
     """
 
-    def __init__(self, model: CondInst, *, objective: Objective) -> None:
+    def __init__(self, model: CondInst, *, objective: Objective, centre_radius: float, max_mask_positives: int) -> None:
         super().__init__()
         self.model = model
         self.objective = objective
+        self.centre_radius = centre_radius
+        self.max_mask_positives = max_mask_positives
 
     @torch.no_grad()
     def plan(self, batch: Batch) -> StepPlan:
         """Assigns locations and counts what the losses will divide by; uses no parameter and no random number."""
         targets = _targets(batch)
-        model, num_images = self.model, batch.images.shape[0]
-        size_hw = (batch.images.shape[-2], batch.images.shape[-1])
-        level_sizes = [grid_size(size_hw, stride) for stride in model.strides]
+        num_images = batch.images.shape[0]
+        padded_hw = (batch.images.shape[-2], batch.images.shape[-1])
         assignment = assign(
-            make_locations(level_sizes, model.strides, batch.images.device),
+            self.model.locations(padded_hw, device=batch.images.device),
             targets,
             num_images=num_images,
-            level_ranges=model.level_ranges,
-            centre_radius=model.centre_radius,
+            level_ranges=self.model.level_ranges,
+            centre_radius=self.centre_radius,
         )
         quotas = mask_quotas(
             assignment,
             num_instances=targets.num_instances,
             num_images=num_images,
             image_index=targets.image_index,
-            max_positives=model.max_mask_positives,
+            max_positives=self.max_mask_positives,
         )
         wanted = mask_targets(batch, objective=self.objective)
         # Quotas are shared out whatever the supervision; masks are then computed only where a term will use them.
