@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from semiseg.data.check import check_annotations
-from semiseg.data.coco import count_classes, image_records, read_coco
+from semiseg.data.coco import image_records, read_coco
 from semiseg.data.problems import Kind
 from semiseg.data.segmentations import decompress_runs
 from semiseg.data.table import load_table
@@ -91,13 +91,6 @@ def test_useless_boxes_are_dropped_and_counted(tmp_path: Path, box: list[float],
     (finding,) = check_annotations(files.annotations, None).findings
     assert (finding.kind, finding.severity, finding.count) == (kind, "dropped", 1)
     assert "annotation 4" in finding.examples[0]
-
-
-def test_counts_by_class(tmp_path: Path) -> None:
-    counts = count_classes(read_coco(make_coco(tmp_path).annotations))
-    # Class k of four gets the k-th annotation of each of four images: polygon, RLE, RLE, box; fish also the crowd.
-    numbers = [(entry.name, entry.instances, entry.with_mask, entry.box_only, entry.crowd) for entry in counts]
-    assert numbers == [("cat", 4, 4, 0, 0), ("dog", 4, 4, 0, 0), ("bird", 4, 4, 0, 0), ("fish", 4, 0, 4, 1)]
 
 
 BROKEN_RLE = {"size": [64, 80], "counts": [10, 20]}

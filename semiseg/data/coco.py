@@ -45,20 +45,6 @@ class CocoFile:
     annotations: dict[int, list[dict[str, Any]]]
 
 
-@dataclass(frozen=True)
-class ClassCounts:
-    """How many annotations of a class there are; crowd regions count only as crowd."""
-
-    name: str
-    with_mask: int
-    box_only: int
-    crowd: int
-
-    @property
-    def instances(self) -> int:
-        return self.with_mask + self.box_only
-
-
 def read_coco(path: Path, *, report: Reporter | None = None) -> CocoFile:
     """Reads an instances file; entries with a problem are reported and left out.
 
@@ -118,15 +104,6 @@ def image_records(coco: CocoFile, *, report: Reporter | None = None) -> Iterator
             "width": image["width"],
             "objects": objects,
         }
-
-
-def count_classes(coco: CocoFile) -> list[ClassCounts]:
-    """The annotations of each class, by label, as a training would see them (dropped ones are not counted)."""
-    counts = [[0, 0, 0] for _ in coco.class_names]
-    for record in image_records(coco):
-        for item in record["objects"]:
-            counts[item["label"]][2 if item["is_crowd"] else 0 if item["has_mask"] else 1] += 1
-    return [ClassCounts(name, *numbers) for name, numbers in zip(coco.class_names, counts, strict=True)]
 
 
 def _parse(path: Path) -> tuple[dict[str, Any], str]:
