@@ -274,6 +274,21 @@ def test_figures_of_runs_that_are_gone_are_kept(study, report, tmp_path):
     assert "*No figure (ground truth and detections, table6): the run folders" in fresh
 
 
+def test_a_table_without_unseen_classes_says_nothing_of_them(study, tmp_path):
+    table = replace(TABLES[0], split="", split_digest="", seen=CLASSES, unseen=(), published="3")
+    results = {key: value for key, value in study.results.items() if key[0] == "table6"}
+    plain = replace(study, tables=(table,), results=results)
+    text = build_report(plain, out=tmp_path, published=PUBLISHED).read_text(encoding="utf-8")
+    assert "No table of this study has unseen classes" in text
+    assert "gap" not in text
+    assert "Split" not in text
+    assert "| unseen |" not in text
+    assert "21.2 / 45.2 / 17.7" in text
+    line = (tmp_path / "tables" / "table6.csv").read_text().splitlines()[1].split(",")
+    assert line[4:7] == line[10:13]
+    assert line[7:10] == [""] * 3
+
+
 def test_terminal_text(study):
     text = report_text(study)
     assert text.count("projection + pairwise  ") == 2

@@ -63,6 +63,7 @@ class ReportTable:
 
     Attributes:
         name: also its file name: letters, digits, "_" and "-".
+        split, split_digest: "" where the rows do not depend on a split; then every class is a seen one.
         seen, unseen: class names with masks and with boxes only.
         published: number of the paper's table whose printed numbers stand beside ours, as in the CSV; or None.
     """
@@ -321,7 +322,7 @@ def table_numbers(report: ReportInput, table: ReportTable) -> TableNumbers:
         gaps=tuple(gap for gap in gaps if gap is not None),
         differences=tuple(
             difference(measured, first, second, group=group)
-            for group in ("unseen", "all")
+            for group in (("unseen", "all") if table.unseen else ("all",))
             for first, second in compared_pairs(table)
         ),
     )

@@ -66,7 +66,8 @@ def ap_figure(tables: Sequence[ReportTable], measured: Mapping[str, pd.DataFrame
     panels = figure.subplots(1, len(tables), sharey=True, squeeze=False)[0]
     for panel, table in zip(panels, tables, strict=True):
         frame = measured[table.name]
-        for offset, group, colour in ((-0.2, "unseen", BLUE), (0.2, "all", ORANGE)):
+        groups = ((-0.2, "unseen", BLUE), (0.2, "all", ORANGE)) if table.unseen else ((0.0, "all", ORANGE),)
+        for offset, group, colour in groups:
             _bars(panel, table, frame, column=f"{group}_AP", offset=offset, colour=colour, label=f"{group} classes")
         panel.set_xticks(range(len(table.rows)), [_wrapped(row.label) for row in table.rows], fontsize=8.5)
         panel.set_title(_wrapped(plain(table.title), 58), fontsize=10)

@@ -138,6 +138,8 @@ def _protocol(report: ReportInput) -> list[str]:
     seeds = ", ".join(map(str, report.seeds))
     lines = [f"- **Data.** {escape_markdown(report.data)}"]
     for table in report.tables:
+        if not table.split:
+            continue
         lines.append(
             f"- **Split `{table.split}`** ({escape_markdown(table.name)}): masks for {_names(table.seen)}; "
             f"boxes only for {_names(table.unseen)}."
@@ -191,12 +193,13 @@ def _published_section(numbers: TableNumbers, printed: pd.DataFrame) -> list[str
     table = numbers.table
     if table.published is None:
         return []
+    groups = ("all", "unseen") if table.unseen else ("all",)
     lines = [
         [
             row.label,
             *(
                 text
-                for group in ("all", "unseen")
+                for group in groups
                 for text in (
                     " / ".join(number(numbers.mean(row.name, f"{group}_{metric}")) for metric in TABLE_METRICS),
                     _printed(printed, table.published, row.name, group),
@@ -223,7 +226,9 @@ def _published_section(numbers: TableNumbers, printed: pd.DataFrame) -> list[str
         f"### Beside the printed numbers (BoxInst, Table {escape_markdown(table.published)})",
         f"AP / AP50 / AP75. **The COCO numbers are from another data set** ({escape_markdown(where)}), another network "
         "and another schedule: they are context for the order and the size of the steps, not numbers to be reached.",
-        markdown_table(("row", "all: ours", "all: COCO, printed", "unseen: ours", "unseen: COCO, printed"), lines),
+        markdown_table(
+            ("row", *(f"{group}: {whose}" for group in groups for whose in ("ours", "COCO, printed"))), lines
+        ),
         *([caution] if caution else []),
         "Notes to the printed numbers:\n\n" + "\n".join(f"- {escape_markdown(note)}" for note in notes)
         if notes
@@ -240,6 +245,8 @@ def _printed(printed: pd.DataFrame, table: str, row: str, group: str) -> str:
 
 
 def _gap_section(numbers: TableNumbers) -> list[str]:
+    if not numbers.table.unseen:
+        return []
     labels = {row.name: row.label for row in numbers.table.rows}
     heading = "### How much of the gap on unseen classes each row closes"
     if not numbers.gaps:

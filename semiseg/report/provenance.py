@@ -74,7 +74,7 @@ def provenance(report: ReportInput) -> list[str]:
         f"- Recorded results: `results.jsonl` beside this file; {len(runs)} runs and {len(pretraining)} of "
         f"pretraining, {sum(run.seconds for run in every) / 60:.1f} minutes of training and evaluation in all.",
         f"- Trained by `{report.run_command}`, this page by `{report.report_command}`.",
-        *(f"- Split `{table.split}`: digest `{table.split_digest}`." for table in report.tables),
+        *(f"- Split `{table.split}`: digest `{table.split_digest}`." for table in report.tables if table.split),
         _fact("Data fingerprint", [run.data_fingerprint for run in every]),
         _fact("Git revision", [run.git_revision or "outside git" for run in every]),
         _fact("Device", [run.device for run in every]),

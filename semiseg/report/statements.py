@@ -22,8 +22,10 @@ _BOX_SPREAD = 2.0  # AP; rows whose boxes differ by more are not compared on mas
 
 
 def answer(tables: Sequence[TableNumbers]) -> str:
-    """One sentence: how much of the gap on unseen classes the method closes, for every table."""
-    clauses = [_answer_clause(numbers) for numbers in tables]
+    """One sentence: how much of the gap on unseen classes the method closes, for every table that has some."""
+    clauses = [_answer_clause(numbers) for numbers in tables if numbers.table.unseen]
+    if not clauses:
+        return "No table of this study has unseen classes: the tables say how the rows compare."
     text = "; ".join(clauses)
     counts = {len(gap.per_seed) for numbers in tables for gap in numbers.gaps if gap.row == BEST}
     if counts and max(counts) == 1:
@@ -67,22 +69,23 @@ def gap_caution(numbers: TableNumbers) -> str | None:
 def row_order(numbers: TableNumbers) -> str:
     """The rows by their mean AP on unseen classes, and whether the order the method predicts holds."""
     labels = {row.name: row.label for row in numbers.table.rows}
-    means = {name: mean for name in labels if (mean := numbers.mean(name, "unseen_AP")) is not None}
+    group = "unseen" if numbers.table.unseen else "all"
+    means = {name: mean for name in labels if (mean := numbers.mean(name, f"{group}_AP")) is not None}
     if not means:
-        return "Nothing was measured on unseen classes."
+        return f"Nothing was measured on {group} classes."
     ordered = sorted(means, key=lambda name: means[name])
-    text = f"{escape_markdown(labels[ordered[0]])} {means[ordered[0]]:.1f}"
+    text = f"By mean AP on {group} classes: {escape_markdown(labels[ordered[0]])} {means[ordered[0]]:.1f}"
     for lower, name in pairwise(ordered):
         sign = "=" if f"{means[lower]:.1f}" == f"{means[name]:.1f}" else "<"
         text += f" {sign} {escape_markdown(labels[name])} {means[name]:.1f}"
     expected = (NEITHER, "projection", BEST, UPPER_BOUND)
-    if not set(expected) <= set(means):
-        return f"By mean AP on unseen classes: {text}."
+    if group == "all" or not set(expected) <= set(means):
+        return f"{text}."
     first, second, third, last = (means[name] for name in expected)
     word = "holds" if first < second < third <= last else "does **not** hold"
     return (
-        f"By mean AP on unseen classes: {text}. The expected order (neither < projection < projection + pairwise "
-        f"≤ full-masks) {word} in the means; which steps are resolved is said below."
+        f"{text}. The expected order (neither < projection < projection + pairwise ≤ full-masks) {word} in the means; "
+        "which steps are resolved is said below."
     )
 
 
