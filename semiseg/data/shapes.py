@@ -1,0 +1,131 @@
+"""Shapes: the embedded data set, drawn on the spot from a seed, in COCO layout on disk.
+
+Twelve families of shapes on cluttered backgrounds, several in a picture, hiding parts of each other, with exact masks
+of what is visible. Picture i depends on the seed and on i alone, not on the number of pictures or the platform.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as coco_mask
+from tqdm import tqdm
+
+from semiseg.config import digest
+from semiseg.data.shapes_scene import LABELS, SceneObject, compose
+from semiseg.errors import UserError
+
+GENERATOR_VERSION = 1  # raised with every change of pictures or annotations, so that no stale folder is used
+SHAPES_CLASSES: tuple[str, ...] = LABELS
+ANNOTATIONS = "annotations.json"
+IMAGES = "images"
+SMALLEST_IMAGE = 32
+
+
+def ensure_shapes(root: Path, *, images: int, image_size: int, seed: int) -> Path:
+    """The folder of a Shapes data set under `root`, drawn first if it is not there: `images/`, `annotations.json`.
+
+    Its name carries a digest of the parameters and of the generator's version. A folder with missing pictures is
+    drawn anew. If several processes ask for one folder at once, each draws it and the first to finish is kept.
+
+    Args:
+        images: number of pictures.
+        image_size: their side in pixels, at least 32.
+        seed: not negative.
+
+    Raises:
+        UserError: impossible parameters.
+    """
+    parameters = {"images": images, "image_size": image_size, "seed": seed, "version": GENERATOR_VERSION}
+    folder = root / f"shapes-{images}x{image_size}px-seed{seed}-{digest(parameters, 8)}"
+    # In this order: a folder that another process puts in place right now is complete and must not be removed.
+    if folder.exists() and not _is_complete(folder, images):
+        shutil.rmtree(folder)
+    if not folder.exists():
+        try:
+            make_shapes(folder, images=images, image_size=image_size, seed=seed)
+        except UserError:
+            if not _is_complete(folder, images):  # else another process was quicker
+                raise
+    return folder
+
+
+def make_shapes(folder: Path, *, images: int, image_size: int, seed: int) -> None:
+    """Draws a Shapes data set into a new folder: `images/000001.png`, ... and `annotations.json`.
+
+    The folder appears under its name when it is complete; if the drawing is interrupted, nothing is left.
+
+    Args and errors: as for `ensure_shapes`, and a `UserError` if the folder exists and is not empty.
+    """
+    if images < 1 or image_size < SMALLEST_IMAGE or seed < 0:
+        raise UserError(
+            f"Shapes: images={images}, image_size={image_size}, seed={seed}: needs at least 1 image, "
+            f"a side of at least {SMALLEST_IMAGE} pixels and a seed that is not negative"
+        )
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: exists already; name a new or an empty folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", suffix=".part", dir=folder.parent) as temporary:
+        part = Path(temporary) / folder.name
+        _draw_all(part, images=images, image_size=image_size, seed=seed)
+        try:
+            if folder.exists():
+                folder.rmdir()  # empty, else this is an error
+            os.rename(part, folder)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be put in place: {error}") from None
+
+
+def _draw_all(folder: Path, *, images: int, image_size: int, seed: int) -> None:
+    (folder / IMAGES).mkdir(parents=True)
+    records: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for index in tqdm(range(images), desc=f"drawing {images} Shapes pictures", unit="img"):
+        pixels, objects = compose(seed, index, image_size)
+        name = f"{index + 1:06d}.png"
+        Image.fromarray(pixels).save(folder / IMAGES / name, compress_level=1)
+        records.append({"id": index + 1, "file_name": name, "width": image_size, "height": image_size, "license": 1})
+        for item in objects:
+            annotations.append(_annotation(item, annotation_id=len(annotations) + 1, image_id=index + 1))
+    document = {
+        "info": {
+            "description": "Shapes: drawn by semiseg from a seed",
+            "version": str(GENERATOR_VERSION),
+            "images": images,
+            "image_size": image_size,
+            "seed": seed,
+        },
+        "licenses": [{"id": 1, "name": "CC0 1.0", "url": "https://creativecommons.org/publicdomain/zero/1.0/"}],
+        "images": records,
+        "annotations": annotations,
+        "categories": [{"id": k + 1, "name": name, "supercategory": "shape"} for k, name in enumerate(SHAPES_CLASSES)],
+    }
+    (folder / ANNOTATIONS).write_text(json.dumps(document, separators=(",", ":")) + "\n", encoding="utf-8")
+
+
+def _annotation(item: SceneObject, *, annotation_id: int, image_id: int) -> dict[str, Any]:
+    """A COCO annotation; beyond COCO, `visible` is the visible share of the whole object."""
+    rle = coco_mask.encode(np.asfortranarray(item.visible, dtype=np.uint8))
+    rows, columns = np.flatnonzero(item.visible.any(axis=1)), np.flatnonzero(item.visible.any(axis=0))
+    left, top = int(columns[0]), int(rows[0])
+    return {
+        "id": annotation_id,
+        "image_id": image_id,
+        "category_id": item.label + 1,
+        "bbox": [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top],
+        "area": int(np.count_nonzero(item.visible)),
+        "iscrowd": 0,
+        "segmentation": {"size": list(item.visible.shape), "counts": rle["counts"].decode("ascii")},
+        "visible": round(item.visible_share, 4),
+    }
+
+
+def _is_complete(folder: Path, images: int) -> bool:
+    return (folder / ANNOTATIONS).is_file() and len(list((folder / IMAGES).glob("*.png"))) == images

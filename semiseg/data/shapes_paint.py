@@ -1,0 +1,232 @@
+"""Colours, textures and cluttered backgrounds. Colour says nothing about the class; some textures go with a family.
+
+Pixels are float64 RGB in 0..255. Only additions, multiplications and square roots touch whole images (no matrix
+products, no transcendental functions), so that the result is the same on every platform.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from semiseg.data.shapes_draws import Draws
+from semiseg.data.shapes_raster import SAMPLES, Outline, Patch, Ring, fill
+
+Pixels = NDArray[np.float64]  # (H, W, 3) RGB
+Texture = Literal["plain", "gradient", "stripes", "dots", "checker", "toadstool"]
+
+# Four families of twelve are patterned, so that neither colour affinity nor "one colour = one object" holds for them.
+FAMILY_TEXTURE: dict[str, Texture] = {
+    "bowtie": "checker",
+    "leaf": "stripes",
+    "mushroom": "toadstool",
+    "snake": "stripes",
+}
+RIMMED = 0.3  # share of the objects that have a darker or lighter rim
+PALETTE_COLOURS = 5
+
+
+@dataclass(frozen=True)
+class Frame:
+    """An object's own axes: the pixel (x, y) of its origin, the direction of its x axis, pixels per unit, and -1 where
+    its y axis is mirrored."""
+
+    x: float
+    y: float
+    cosine: float
+    sine: float
+    scale: float
+    flip: float = 1.0
+
+    def coordinates(self, patch: Patch) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(h, w) positions of the pixel centres of a patch along the two axes, in pixels."""
+        rows, columns = patch.coverage.shape
+        dx = (np.arange(columns) + (patch.left + 0.5 - self.x))[None, :]
+        dy = (np.arange(rows) + (patch.top + 0.5 - self.y))[:, None]
+        return dx * self.cosine + dy * self.sine, self.flip * (dy * self.cosine - dx * self.sine)
+
+
+class Palette:
+    """The colours of one picture: objects and clutter share a few, so that neighbours sometimes look the same."""
+
+    def __init__(self, draws: Draws) -> None:
+        self._shared = [self._any(draws) for _ in range(PALETTE_COLOURS)]
+
+    def pick(self, draws: Draws) -> Pixels:
+        """A colour (3,): one of the shared ones in half of the cases, else any."""
+        return draws.choice(self._shared) + 2 * draws.field(3) if draws.chance(0.5) else self._any(draws)
+
+    def pick_unlike(self, draws: Draws, other: Pixels, distance: float) -> Pixels:
+        """A colour at least so far (largest difference of a channel) from another one, or the farthest of ten."""
+        tries = []
+        for _ in range(10):
+            colour = self.pick(draws)
+            gap = float(np.abs(colour - other).max())
+            if gap >= distance:
+                return colour
+            tries.append((gap, colour))
+        return max(tries, key=lambda item: item[0])[1]
+
+    @staticmethod
+    def _any(draws: Draws) -> Pixels:
+        hue, saturation, value = draws.uniform(0, 1), draws.uniform(0.1, 0.95), draws.uniform(0.2, 1.0)
+        return 255.0 * np.array(colorsys.hsv_to_rgb(hue, saturation, value))
+
+
+def paint_background(draws: Draws, palette: Palette, size: int) -> Pixels:
+    """A gradient with large and small noise, blobs, patterned patches and lines in the colours of objects."""
+    unit = size / 128
+    first = palette.pick(draws)
+    second = np.clip(first + 70 * draws.field(3), 0, 255)
+    angle = draws.uniform(0, 2 * math.pi)
+    frame = Frame(size / 2, size / 2, math.cos(angle), math.sin(angle), float(size))
+    whole = Patch(0, 0, np.zeros((size, size), dtype=np.uint8))
+    along = np.clip(frame.coordinates(whole)[0] / (1.2 * size) + 0.5, 0, 1)[..., None]
+    pixels = first * (1 - along) + second * along
+    pixels += _smooth_noise(draws, size, cells=4, channels=3) * draws.uniform(5, 35)
+    pixels += _smooth_noise(draws, size, cells=16, channels=1) * draws.uniform(0, 10)
+    for _ in range(draws.integer(5, 13)):
+        _paint_clutter(draws, palette, pixels, unit)
+    return pixels
+
+
+def paint_double(draws: Draws, palette: Palette, pixels: Pixels, patch: Patch) -> Pixels:
+    """Paints a blob where an object will cross it and returns its colour (3,), for the object to take as well."""
+    rows, columns = patch.coverage.shape
+    side = max(rows, columns)
+    x = patch.left + columns * draws.uniform(0.1, 0.9)
+    y = patch.top + rows * draws.uniform(0.1, 0.9)
+    colour = palette.pick(draws)
+    blob = np.array((x, y)) + _blob(draws, draws.uniform(0.25, 0.5) * side)
+    _blend(pixels, fill(Outline([blob]), within=pixels.shape[:2]), colour, 1.0)
+    return colour
+
+
+def paint_object(
+    draws: Draws, palette: Palette, pixels: Pixels, patch: Patch, frame: Frame, *, family: str, colour: Pixels | None
+) -> None:
+    """Paints one object over what is there, in the given colour or else one unlike what is behind it.
+
+    Args:
+        patch: its pixels; inside the image.
+        frame: its axes, which its texture follows.
+        family: may have a texture of its own.
+    """
+    behind = pixels[patch.window][patch.mask].mean(axis=0)
+    if colour is None or float(np.abs(colour - behind).max()) < 40:  # a doubled one must not vanish altogether
+        colour = palette.pick_unlike(draws, behind, 70)
+    texture = _pick_texture(draws, family)
+    if texture == "gradient":
+        second = np.clip(colour + 30 * draws.field(3), 0, 255)
+    else:
+        second = palette.pick_unlike(draws, colour, 60)
+    share = _texture(draws, texture, patch, frame)[..., None]
+    surface = colour + (second - colour) * share
+    if draws.chance(RIMMED):
+        surface = _with_rim(draws, surface, patch.mask)
+    _blend(pixels, patch, surface, 1.0)
+
+
+def add_noise(draws: Draws, pixels: Pixels) -> NDArray[np.uint8]:
+    """The picture with the noise of a camera, rounded to uint8."""
+    size = pixels.shape[0]
+    grain = draws.uniform(1, 7)
+    noisy = pixels + grain * (0.7 * draws.field(size, size, 1) + 0.5 * draws.field(size, size, 3))
+    return np.rint(np.clip(noisy, 0, 255)).astype(np.uint8)
+
+
+def _pick_texture(draws: Draws, family: str) -> Texture:
+    if family in FAMILY_TEXTURE and draws.chance(0.85):
+        return FAMILY_TEXTURE[family]
+    roll = draws.uniform(0, 1)
+    if roll < 0.5:
+        return "plain"
+    return "gradient" if roll < 0.85 else draws.choice(("stripes", "dots", "checker"))
+
+
+def _texture(draws: Draws, texture: Texture, patch: Patch, frame: Frame) -> NDArray[np.float64]:
+    """(h, w) share of the second colour, 0..1, with transitions one pixel wide."""
+    u, v = frame.coordinates(patch)
+    period = min(max(draws.uniform(0.3, 0.5) * frame.scale, 6.0), 0.4 * frame.scale + 6.0)
+    if texture == "plain":
+        return np.zeros(u.shape)
+    if texture == "gradient":
+        return np.clip(u / (2 * frame.scale) + 0.5, 0, 1)
+    if texture == "stripes":
+        return _bands(u, period)
+    if texture == "checker":
+        first, second = _bands(u, 1.3 * period), _bands(v, 1.3 * period)
+        return first + second - 2 * first * second
+    dots = _dots(u, v, period)
+    return np.where(v > 0, 1.0, dots) if texture == "toadstool" else dots
+
+
+def _bands(u: NDArray[np.float64], period: float) -> NDArray[np.float64]:
+    phase = u / period
+    wave = np.abs(2 * (phase - np.floor(phase)) - 1)
+    return np.clip((wave - 0.5) * period / 2 + 0.5, 0, 1)
+
+
+def _dots(u: NDArray[np.float64], v: NDArray[np.float64], period: float) -> NDArray[np.float64]:
+    across, down = u / period, v / period
+    distance = np.sqrt((across - np.rint(across)) ** 2 + (down - np.rint(down)) ** 2)
+    return np.clip((0.3 - distance) * period + 0.5, 0, 1)
+
+
+def _with_rim(draws: Draws, surface: Pixels, mask: NDArray[np.bool_]) -> Pixels:
+    inner = np.zeros_like(mask)
+    inner[1:-1, 1:-1] = mask[1:-1, 1:-1] & mask[:-2, 1:-1] & mask[2:, 1:-1] & mask[1:-1, :-2] & mask[1:-1, 2:]
+    shade = draws.uniform(0.35, 0.75)
+    rim = surface * shade if draws.chance(0.7) else 255 - (255 - surface) * shade
+    return np.where(inner[..., None], surface, rim)
+
+
+def _paint_clutter(draws: Draws, palette: Palette, pixels: Pixels, unit: float) -> None:
+    size = pixels.shape[0]
+    x, y, angle = draws.uniform(0, size), draws.uniform(0, size), draws.uniform(0, 2 * math.pi)
+    roll = draws.uniform(0, 1)
+    ring = _line(draws, unit) if roll < 0.35 else _blob(draws, draws.uniform(5, 26) * unit)
+    turn = np.array([(math.cos(angle), math.sin(angle)), (-math.sin(angle), math.cos(angle))])
+    moved = ring[:, :1] * turn[0] + ring[:, 1:] * turn[1] + (x, y)
+    patch = fill(Outline([moved]), within=(size, size))
+    colour = palette.pick(draws)
+    frame = Frame(x, y, math.cos(angle), math.sin(angle), 16.0 * unit)
+    texture: Texture = draws.choice(("stripes", "dots", "checker")) if roll > 0.85 else "plain"
+    share = _texture(draws, texture, patch, frame)[..., None]
+    second = palette.pick(draws)
+    _blend(pixels, patch, colour * (1 - share) + second * share, draws.uniform(0.4, 1.0))
+
+
+def _line(draws: Draws, unit: float) -> Ring:
+    length, width = draws.uniform(20, 80) * unit, draws.uniform(0.6, 2.2) * unit
+    return np.array([(-length, -width), (length, -width), (length, width), (-length, width)])
+
+
+def _blob(draws: Draws, radius: float) -> Ring:
+    """A smooth irregular closed curve around the origin."""
+    flat = draws.uniform(0.4, 1.0)
+    waves = [(k, draws.uniform(0, 0.3 / k), draws.uniform(0, 2 * math.pi)) for k in (2, 3, 5)]
+    angles = np.arange(32) * (math.pi / 16)
+    radii = radius * (1 + sum(size * np.cos(k * angles + phase) for k, size, phase in waves))
+    return np.stack((radii * np.cos(angles), flat * radii * np.sin(angles)), axis=1)
+
+
+def _smooth_noise(draws: Draws, size: int, *, cells: int, channels: int) -> Pixels:
+    """(size, size, channels) noise in -1..1, interpolated between (cells + 1)² random values."""
+    values = draws.field(cells + 1, cells + 1, channels)
+    position = (np.arange(size) + 0.5) * (cells / size)
+    low = np.floor(position).astype(np.int64)
+    part = position - low
+    rows = values[low] * (1 - part)[:, None, None] + values[low + 1] * part[:, None, None]
+    step = rows[:, 1:] - rows[:, :-1]
+    return rows[:, low] + step[:, low] * part[None, :, None]
+
+
+def _blend(pixels: Pixels, patch: Patch, surface: Pixels, strength: float) -> None:
+    alpha = (patch.coverage * (strength / SAMPLES**2))[..., None]
+    pixels[patch.window] = pixels[patch.window] * (1 - alpha) + surface * alpha
