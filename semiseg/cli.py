@@ -35,17 +35,22 @@ def _speaks(function: Callable[..., Any]) -> Callable[..., Any]:
     return verb
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"semiseg {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def root(
-    version: Annotated[bool, typer.Option("--version", help="Show the version.", is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", is_eager=True, callback=_show_version)
+    ] = False,
 ) -> None:
     """Semi-supervised instance segmentation: masks for some classes, boxes for all.
 
     Example: semiseg run shapes --jobs 2
     """
-    if version:
-        typer.echo(f"semiseg {__version__}")
-        raise typer.Exit
 
 
 for group, name, about in (

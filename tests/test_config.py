@@ -30,7 +30,7 @@ def parse(values: dict[str, Any]) -> RunConfig:
         ({"optmi": {}}, r"unknown key 'optmi'\. Did you mean 'optim'\?"),
         (
             {"optim": {"steps": 5, "learnig_rate": 0.1}},
-            r"unknown key 'optim\.learnig_rate'\. Did you mean 'learning_ra",
+            r"unknown key 'optim\.learnig_rate'\. Did you mean 'learning_r",
         ),
         ({"data": {"shapes": {"imagesize": 64}}}, r"unknown key 'data\.shapes\.imagesize'\. Did you mean 'image_size'"),
         ({"data": {"zzz": 1}}, r"unknown key 'data\.zzz'\. Allowed here: format, root, "),
@@ -83,7 +83,7 @@ def test_toml_and_overrides(tmp_path: Path) -> None:
     ("item", "told"),
     [
         ("optim.steps", "expected the form a.b=value"),
-        ("a..b=1", "expected the form"),
+        ("a..b=1", "the form"),
         ("seed.x=1", "'seed' is a value"),
     ],
 )

@@ -70,7 +70,7 @@ def test_names_compare_after_nfc_and_trimming(tmp_path: Path) -> None:
         ("[fraction]\ndefault = 0", r"every fraction is 0"),
         (
             'seen = ["cat"]\n[fraction]\ndog = 0.5',
-            r"class 'dog' is unseen but its mask fraction is 0\.5; list it as seen",
+            r"class 'dog' is unseen but its mask fraction is 0\.5; list it",
         ),
         ('seen = ["cat"]\n[fraction]\ncat = 0', r"class 'cat' is seen but its mask fraction is 0"),
     ],

@@ -1,0 +1,212 @@
+"""The command line: quick help, one sentence and exit code 2 for bad input, and every verb that trains nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from semiseg import __version__
+from semiseg.cli import app
+from semiseg.commands import study as study_commands
+from semiseg.commands.known_classes import COCO_CLASSES
+from semiseg.data.shapes import SHAPES_CLASSES
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def call(*arguments: str, code: int = 0) -> str:
+    """What the command prints, its errors included."""
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == code, f"exit code {result.exit_code}\n{result.output}\n{result.exception!r}"
+    return result.output
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def annotations(folder: Path) -> Path:
+    """Two classes: a cat with a mask and one without, a crowd of cats, a dog with a mask."""
+    square = [[1, 1, 5, 1, 5, 5, 1, 5]]
+    box = {"image_id": 1, "bbox": [1, 1, 4, 4], "area": 16}
+    content = {
+        "images": [{"id": 1, "file_name": "1.png", "height": 8, "width": 8}],
+        "categories": [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}],
+        "annotations": [
+            {**box, "id": 1, "category_id": 7, "iscrowd": 0, "segmentation": square},
+            {**box, "id": 2, "category_id": 7, "iscrowd": 0},
+            {**box, "id": 3, "category_id": 7, "iscrowd": 1, "segmentation": square},
+            {**box, "id": 4, "category_id": 3, "iscrowd": 0, "segmentation": square},
+        ],
+    }
+    (folder / "val.json").write_text(json.dumps(content))
+    return folder / "val.json"
+
+
+def test_help_answers_within_a_second_and_without_torch() -> None:
+    code = "import sys; sys.argv[1:] = ['--help']; from semiseg.__main__ import main\ntry: main()\nfinally: "
+    code += "print(sorted({'torch', 'pandas', 'datasets', 'numpy', 'matplotlib'} & set(sys.modules)), file=sys.stderr)"
+    seconds = []
+    for _ in range(3):  # the best of three: other tests run at the same time
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        seconds.append(time.perf_counter() - started)
+        assert done.returncode == 0
+        assert done.stderr.strip() == "[]"
+        assert all(verb in done.stdout for verb in ("train", "evaluate", "run", "status", "report", "split", "data"))
+    assert min(seconds) < 1.0
+
+
+def test_every_verb_has_help_with_an_example() -> None:
+    verbs = [("split", name) for name in ("list", "show", "make", "check")]
+    verbs += [("data", name) for name in ("check", "shapes", "difficulty")]
+    verbs += [(name,) for name in ("train", "evaluate", "run", "status", "report")]
+    for verb in verbs:
+        text = call(*verb, "--help")
+        assert "Example" in text, verb
+        assert f"semiseg {' '.join(verb)}" in text, verb
+
+
+def test_version() -> None:
+    assert call("--version") == f"semiseg {__version__}\n"
+
+
+def test_bad_input_ends_with_one_sentence_and_code_2(folder: Path) -> None:
+    """Through the real entry point: nothing on stdout, one line on stderr."""
+    done = subprocess.run([sys.executable, "-m", "semiseg", "run", "shape"], capture_output=True, text=True, cwd=folder)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("semiseg: shape: no such study")
+    assert "Did you mean 'shapes'?" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert list(folder.iterdir()) == []
+
+
+def test_an_interruption_ends_with_one_sentence_and_code_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt("stopped; the same command continues")
+
+    monkeypatch.setattr("semiseg.study.load_study", interrupt)
+    assert call("status", "shapes", code=130) == "semiseg: stopped; the same command continues\n"
+
+
+def test_other_exceptions_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("a fault")
+
+    monkeypatch.setattr("semiseg.study.load_study", fail)
+    assert isinstance(CliRunner().invoke(app, ["status", "shapes"]).exception, ZeroDivisionError)
+
+
+def test_split_list_names_the_shipped_ones(folder: Path) -> None:
+    text = call("split", "list")
+    for name in ("coco_voc20_seen", "coco_nonvoc60_seen", "shapes_few_seen", "shapes_many_seen"):
+        assert any(line.startswith(name) and line.endswith("shipped") for line in text.splitlines())
+    (folder / "splits").mkdir()
+    (folder / "splits" / "own.toml").write_text('seen = ["a"]')
+    assert "splits/own.toml" in call("split", "list")
+
+
+def test_split_check_counts_every_class(annotations: Path) -> None:
+    Path("mine.toml").write_text('seen = ["cat"]')
+    lines = [line.split() for line in call("split", "check", "mine", str(annotations)).splitlines()]
+    #                 class  side  instances  mask  box  crowd
+    assert lines[2:5] == [
+        ["cat", "seen", "2", "1", "1", "1"],
+        ["dog", "unseen", "1", "0", "1", "0"],
+        ["all", "3", "1", "2", "1"],
+    ]
+    assert call("split", "show", "mine", str(annotations)).splitlines()[1] == "seen (masks): cat"
+
+
+def test_split_check_says_what_does_not_fit(annotations: Path) -> None:
+    told = call("split", "check", "coco_voc20_seen", str(annotations), code=2)
+    assert "coco_voc20_seen.toml: 'seen': unknown class 'person'" in told
+    assert "(the split is written for coco)" in told
+    Path("none.toml").write_text('seen = ["dog"]\n[fraction]\ndog = 0.0001')
+    assert "without a single mask" in call("split", "check", "none", str(annotations))
+    assert call("split", "show", "none", code=2).startswith("semiseg: none.toml: no data set is named")
+
+
+def test_split_make_draws_names_and_fractions(folder: Path) -> None:
+    call("split", "make", "drawn", "--dataset", "shapes", "--seen", "3", "--seed", "0")
+    shipped = (REPOSITORY / "splits" / "shapes_few_seen.toml").read_text()
+    assert (folder / "splits" / "drawn.toml").read_text() == shipped.replace("shapes_few_seen", "drawn")
+    assert "exists already" in call("split", "make", "drawn", "--dataset", "shapes", "--seen", "4", code=2)
+    call("split", "make", "drawn", "--dataset", "shapes", "--seen", "4", "--force")
+    assert "4 seen, 8 unseen" in call("split", "show", "drawn")
+    call("split", "make", "named", "--dataset", "coco", "--seen", "cat, dog", "--seen", "tv")
+    assert "3 seen, 77 unseen" in call("split", "show", "named")
+    call("split", "make", "part", "--dataset", "coco", "--fraction", "0.1", "--fraction", "person=1", "--seed", "8")
+    assert "share of masks kept (seed 8): bicycle 0.1, car 0.1" in call("split", "show", "part")
+    for arguments, told in (
+        (("--seen", "Hot_Dog"), "unknown class 'Hot_Dog'. Did you mean 'hot dog'?"),
+        (("--fraction", "cat=x"), "--fraction 'cat=x'"),
+        (("--seen", "90"), "expected a number from 1 to 79"),
+        ((), "give --seen or --unseen"),
+    ):
+        assert told in call("split", "make", "bad", "--dataset", "coco", *arguments, code=2)
+    assert not (folder / "splits" / "bad.toml").exists()
+
+
+def test_known_classes_are_those_of_the_data() -> None:
+    assert (COCO_CLASSES[0], COCO_CLASSES[62 - 5], COCO_CLASSES[-1]) == ("person", "couch", "toothbrush")
+    assert len(SHAPES_CLASSES) == 12
+
+
+def test_data_check_exits_with_2_on_errors_only(annotations: Path) -> None:
+    assert "no errors" in call("data", "check", str(annotations))
+    content = json.loads(annotations.read_text())
+    content["annotations"][0]["category_id"] = 99
+    annotations.write_text(json.dumps(content))
+    assert "category id is unknown" in call("data", "check", str(annotations), code=2)
+
+
+def test_run_dry_and_status_train_nothing(folder: Path) -> None:
+    text = call("run", "shapes", "--dry-run", "--only", "neither", "--seeds", "3,4")
+    assert "6 of 6 runs to train" in text
+    assert "shapes: 0 done, 0 started, 9 missing" in call("status", "shapes")
+    assert list(folder.iterdir()) == []
+    assert "--seeds '1,x'" in call("status", "shapes", "--seeds", "1,x", code=2)
+
+
+def test_report_of_nothing_names_what_is_missing(folder: Path) -> None:
+    text = call("report", "shapes", "--out", "out")
+    assert "report: out/report.md" in text
+    lines = (folder / "out" / "tables" / "table6.csv").read_text().splitlines()
+    assert lines[0].startswith("row,projection,pairwise,seeds,all_AP,all_AP50,all_AP75,unseen_AP")
+    assert [line.split(",")[0] for line in lines[1:]] == [
+        "neither", "projection", "projection+pairwise", "box-supervised", "full-masks",
+    ]  # fmt: skip
+    assert "semiseg run shapes --out out" in (folder / "out" / "report.md").read_text()
+
+
+def test_train_needs_a_config_and_a_folder(folder: Path) -> None:
+    assert "train needs CONFIG and --out" in call("train", code=2)
+    assert "leave out CONFIG" in call("train", "x.toml", "--replay", "f.pt", code=2)
+    assert "gone.json: no such file" in call("train", "gone.json", "--out", "o", code=2)
+    (folder / "run.json").write_text('{"seed": 1, "optim": {"stesp": 3}}')
+    assert "run.json: unknown key 'optim.stesp'. Did you mean 'steps'?" in call(
+        "train", "run.json", "--out", "o", code=2
+    )
+    (folder / "run.json").write_text("[")
+    assert "run.json: not valid JSON" in call("train", "run.json", "--out", "o", code=2)
+    assert not (folder / "o").exists()
+
+
+def test_evaluate_says_a_misspelt_split_before_it_starts(folder: Path) -> None:
+    assert "no such class split" in call("evaluate", "runs/x", "--split", "shapes_few", code=2)
+    assert "both --annotations and --images" in call("evaluate", "runs/x", "--annotations", "a.json", code=2)
+
+
+def test_the_recorded_command_repeats_the_study() -> None:
+    command = study_commands._command("shapes", ["optim.steps=3"], "0,1", Path("out"))
+    assert command == ["semiseg", "run", "shapes", "--set", "optim.steps=3", "--seeds", "0,1", "--out", "out"]

@@ -1,0 +1,54 @@
+"""Shipped splits, studies and printed numbers work from an installed wheel in an empty folder."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of this source tree, unpacked as pip does it, without its dependencies."""
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", str(folder), str(REPOSITORY)], check=True)
+    (wheel,) = folder.glob("semiseg-*.whl")
+    target = folder / "site"
+    subprocess.run([*pip, "install", "--no-deps", "--no-compile", "--target", str(target), str(wheel)], check=True)
+    return target
+
+
+def call(installed: Path, cwd: Path, *arguments: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    done = subprocess.run(
+        [sys.executable, "-m", "semiseg", *arguments], env=environment, cwd=cwd, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_shipped_files_work_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
+    code = "import semiseg; print(semiseg.__file__)"
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    where = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert Path(where.stdout.strip()).is_relative_to(installed), "the wheel's copy is not the one that is imported"
+    assert call(installed, tmp_path, "split", "list").count("shipped") == 4
+    assert "20 seen, 60 unseen" in call(installed, tmp_path, "split", "show", "coco_voc20_seen")
+    assert "9 of 9 runs to train" in call(installed, tmp_path, "run", "shapes", "--dry-run")
+    assert list(tmp_path.iterdir()) == []
+    # The report reads the shipped printed numbers: Table 6 prints 19.9 AP for `neither` on unseen classes.
+    call(installed, tmp_path, "report", "shapes")
+    assert "19.9" in (tmp_path / "reports" / "shapes" / "report.md").read_text()
+
+
+def test_the_wheel_ships_what_the_tree_has(installed: Path) -> None:
+    for name in ("splits", "experiments", "reports/published"):
+        tree = sorted(path.name for path in (REPOSITORY / name).iterdir())
+        assert tree
+        assert sorted(path.name for path in (installed / "semiseg" / "_shipped" / name).iterdir()) == tree
