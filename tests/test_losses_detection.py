@@ -1,0 +1,131 @@
+"""The detector's losses: plain loops, gradcheck, ignored locations, nothing to detect."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import gradcheck
+
+from semiseg.losses.detection import detection_losses, generalised_iou
+from semiseg.structures.outputs import Assignment, DenseOutputs, Locations
+from tests import slow_reference as slow
+
+B, R, C = 2, 7, 3
+
+
+def random_outputs(dtype: torch.dtype = torch.float64) -> DenseOutputs:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    places = Locations(torch.zeros(R, 2), torch.ones(R), torch.zeros(R, dtype=torch.int64))
+    return DenseOutputs(
+        class_logits=draw(B, R, C).requires_grad_(),
+        box_distances=draw(B, R, 4).abs().mul(3).detach().requires_grad_(),
+        centreness_logits=draw(B, R).requires_grad_(),
+        filters=draw(B, R, 5),
+        mask_features=draw(B, 2, 3, 3),
+        mask_feature_stride=8,
+        locations=places,
+    )
+
+
+def make_assignment(image: list[int], place: list[int], instance: list[int]) -> Assignment:
+    generator = torch.Generator().manual_seed(1)
+    ignored = torch.zeros(B, R, dtype=torch.bool)
+    ignored[1, 4:] = True
+    return Assignment(
+        image_index=torch.tensor(image, dtype=torch.int64),
+        location_index=torch.tensor(place, dtype=torch.int64),
+        instance_index=torch.tensor(instance, dtype=torch.int64),
+        box_distances=torch.rand(len(image), 4, generator=generator) * 4 + 0.1,
+        centreness=torch.rand(len(image), generator=generator),
+        ignored=ignored,
+    )
+
+
+POSITIVES = ([0, 0, 1], [1, 5, 2], [0, 1, 2])
+LABELS = torch.tensor([2, 0, 1])
+
+
+def test_sums_equal_plain_loops() -> None:
+    outputs, assignment = random_outputs(), make_assignment(*POSITIVES)
+    losses = detection_losses(outputs, assignment, LABELS)
+    classes = {(b, r): int(LABELS[n]) for b, r, n in zip(*POSITIVES, strict=True)}
+    classification = sum(
+        slow.focal(outputs.class_logits[b, r, c], classes.get((b, r)) == c)
+        for b in range(B)
+        for r in range(R)
+        for c in range(C)
+        if not assignment.ignored[b, r]
+    )
+    box, centreness = torch.zeros(()).double(), torch.zeros(()).double()
+    for p, (b, r) in enumerate(zip(*POSITIVES[:2], strict=True)):
+        target = assignment.centreness[p].double()
+        giou = slow.generalised_iou(outputs.box_distances[b, r], assignment.box_distances[p].double())
+        box += target * (1 - giou)
+        m = outputs.centreness_logits[b, r].sigmoid()
+        centreness += -(target * torch.log(m) + (1 - target) * torch.log(1 - m))
+    # torchvision's focal loss stays in the type it is given; so all three are exact here.
+    torch.testing.assert_close(losses["classification"], classification, rtol=1e-12, atol=0)
+    torch.testing.assert_close(losses["box"], box, rtol=1e-12, atol=0)
+    torch.testing.assert_close(losses["centreness"], centreness, rtol=1e-12, atol=0)
+    assert list(losses) == ["classification", "box", "centreness"]
+
+
+def test_generalised_iou_by_hand() -> None:
+    target = torch.tensor([[1.0, 1, 1, 1]])  # a 2 x 2 box around the point
+    assert generalised_iou(target, target).item() == 1
+    # 4 x 2 around it: I = 4, U = 8, A = 8 -> (4 + 1) / (8 + 1).
+    assert generalised_iou(torch.tensor([[2.0, 1, 2, 1]]), target).item() == pytest.approx(5 / 9)
+    # 4 x 1 through it: I = 2, U = 4 + 4 - 2 = 6, A = 4 * 2 = 8 -> 3 / 7 - 2 / 8.
+    assert generalised_iou(torch.tensor([[2.0, 0.5, 2, 0.5]]), target).item() == pytest.approx(3 / 7 - 0.25)
+    # Nothing predicted: I = 0, U = A = 4 -> 1 / 5.
+    assert generalised_iou(torch.zeros(1, 4), target).item() == pytest.approx(0.2)
+
+
+def test_generalised_iou_gradcheck() -> None:
+    generator = torch.Generator().manual_seed(0)
+    predicted = (torch.rand(12, 4, generator=generator, dtype=torch.float64) * 5).requires_grad_()
+    target = torch.rand(12, 4, generator=generator, dtype=torch.float64) * 5 + 0.1
+    assert gradcheck(generalised_iou, (predicted, target))
+
+
+def test_ignored_locations_are_neither_object_nor_background() -> None:
+    outputs, assignment = random_outputs(), make_assignment(*POSITIVES)
+    detection_losses(outputs, assignment, LABELS)["classification"].backward()
+    gradient = outputs.class_logits.grad
+    assert gradient is not None
+    assert torch.equal((gradient != 0).all(2), ~assignment.ignored)
+
+
+def test_an_image_without_objects_still_learns_background() -> None:
+    outputs, assignment = random_outputs(), make_assignment([], [], [])
+    losses = detection_losses(outputs, assignment, LABELS[:0])
+    sum(losses.values(), torch.zeros(())).backward()
+    assert losses["classification"] > 0
+    assert (losses["box"].item(), losses["centreness"].item()) == (0, 0)
+    for prediction in (outputs.box_distances, outputs.centreness_logits):
+        assert prediction.grad is not None
+        assert torch.equal(prediction.grad, torch.zeros_like(prediction))
+    expected = sum(slow.focal(logit, False) for logit in outputs.class_logits[~assignment.ignored].detach().flatten())
+    torch.testing.assert_close(losses["classification"].detach(), expected, rtol=1e-12, atol=0)
+
+
+def test_half_precision_is_computed_in_float32() -> None:
+    half, assignment = random_outputs(torch.bfloat16), make_assignment(*POSITIVES)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = detection_losses(half, assignment, LABELS)
+    logits = half.class_logits.detach().float()
+    targets = F.one_hot(torch.tensor([C] * (B * R)), C + 1)[:, :C].reshape(B, R, C).double()
+    targets[POSITIVES[0], POSITIVES[1], LABELS] = 1
+    expected = sum(
+        slow.focal(logits[b, r, c].double(), bool(targets[b, r, c]))
+        for b, r in (~assignment.ignored).nonzero().tolist()
+        for c in range(C)
+    )
+    assert {loss.dtype for loss in losses.values()} == {torch.float32}
+    torch.testing.assert_close(losses["classification"].double(), expected, rtol=1e-6, atol=0)

@@ -1,0 +1,366 @@
+"""From supervision and objective to one loss: the table, the mixing formula in plain loops, its ends, its algebra."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from semiseg.losses.terms import (
+    COUNT_NAMES,
+    DETECTION_LOSSES,
+    LOSS_NAMES,
+    MASK_LOSSES,
+    TERMS,
+    BoxObjective,
+    LossTerms,
+    MaskObjective,
+    MaskTargets,
+    Objective,
+    compute_losses,
+    mask_targets,
+    term_counts,
+)
+from semiseg.structures.inputs import Batch, Supervision, Targets
+from semiseg.structures.outputs import Assignment, DenseOutputs, Locations, MaskLogits
+from tests import slow_reference as slow
+
+BOX, MASK, PSEUDO = Supervision.BOX, Supervision.MASK, Supervision.PSEUDO
+STRIDE, GRID = 4, (8, 8)
+R, C = 6, 3
+
+
+def objective(mask: MaskObjective = "dice", box: BoxObjective = "projection+pairwise") -> Objective:
+    return Objective(mask=mask, box=box, affinity_threshold=0.3, affinity_size=3, affinity_dilation=2)
+
+
+# Image, box, quota. Number 3 has no cell on the grid; number 6 is there to be given an empty mask.
+INSTANCES = [
+    (0, (3.0, 4.0, 18.0, 17.0), 2),
+    (0, (0.0, 0.0, 30.0, 26.0), 1),
+    (0, (20.0, 12.0, 31.0, 27.0), 3),
+    (0, (3.1, 3.1, 4.9, 4.9), 2),
+    (1, (8.0, 2.0, 29.0, 29.0), 1),
+    (1, (1.0, 13.0, 12.0, 28.0), 2),
+    (1, (14.0, 14.0, 27.0, 22.0), 1),
+]
+MIXED = [MASK, BOX, BOX, BOX, BOX, MASK, MASK]
+
+
+def make_batch(supervision: list[Supervision], instances: list[int] | None = None, seed: int = 0) -> Batch:
+    """Two images of 27 x 31 and 31 x 29 pixels padded to 32 x 32, with the chosen of INSTANCES."""
+    chosen = [INSTANCES[n] for n in (range(len(INSTANCES)) if instances is None else instances)]
+    assert len(chosen) == len(supervision)
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(100, 107, (2, 3, 8, 8), generator=generator)  # some neighbours alike, some not
+    images = images.repeat_interleave(4, 2).repeat_interleave(4, 3).to(torch.uint8)
+    boxes = torch.tensor([box for _, box, _ in chosen]).reshape(-1, 4)
+    with_mask = [n for n, kind in enumerate(supervision) if kind != BOX]
+    masks = torch.rand(len(INSTANCES), *GRID, generator=generator) > 0.4
+    masks[6] = False
+    names = list(range(len(INSTANCES))) if instances is None else instances
+    targets = Targets(
+        boxes_xyxy=boxes,
+        labels=torch.arange(len(chosen)) % C,
+        image_index=torch.tensor([image for image, _, _ in chosen], dtype=torch.int64),
+        supervision=torch.tensor([int(kind) for kind in supervision], dtype=torch.int64),
+        masks=masks[[names[n] for n in with_mask]],
+        mask_instance=torch.tensor(with_mask, dtype=torch.int64),
+        mask_weight=torch.tensor([0.25 if supervision[n] == PSEUDO else 1.0 for n in with_mask]),
+        crowd_boxes_xyxy=torch.zeros(0, 4),
+        crowd_image_index=torch.zeros(0, dtype=torch.int64),
+        mask_stride=STRIDE,
+    )
+    sizes, bottom = torch.tensor([[27, 31], [31, 29]]), torch.tensor([3, 0])
+    return Batch(images, sizes, (7, 8), bottom, targets)
+
+
+class Step:
+    """A batch together with made-up predictions, as the engine would hold them."""
+
+    def __init__(self, batch: Batch, *, dtype: torch.dtype = torch.float64, seed: int = 0) -> None:
+        assert batch.targets is not None
+        self.batch, self.targets = batch, batch.targets
+        count = self.targets.num_instances
+        boxes = [list(box) for _, box, _ in INSTANCES]
+        self.names = [boxes.index(box) for box in self.rounded_boxes()]
+        self.quotas = torch.tensor([INSTANCES[n][2] for n in self.names], dtype=torch.int64)
+        instance = torch.repeat_interleave(torch.arange(count), self.quotas)
+        image = self.targets.image_index[instance]
+        # Predictions belong to the instance, whatever else is in the batch: halves see what the whole sees.
+        logits = [self.draw(100 + 10 * n + q, *GRID) * 2 for n in self.names for q in range(INSTANCES[n][2])]
+        stacked = torch.stack(logits) if logits else torch.zeros(0, *GRID)
+        self.logits = stacked.to(dtype).requires_grad_()
+        zeros = torch.zeros(len(instance), 2)
+        self.mask_logits = MaskLogits(self.logits, image, instance, zeros, zeros + STRIDE)
+        self.assignment = self.assign(image, instance)
+        self.outputs = self.predict(dtype)
+
+    def rounded_boxes(self) -> list[list[float]]:
+        return [[round(value, 1) for value in box] for box in self.targets.boxes_xyxy.tolist()]
+
+    @staticmethod
+    def draw(seed: int, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+    def assign(self, image: Tensor, instance: Tensor) -> Assignment:
+        keep = torch.arange(len(instance)) % 2 == 0  # fewer positives than masks: any will do here
+        image, instance = image[keep], instance[keep]
+        place = torch.arange(len(image)) % R
+        distances = self.draw(5, len(image), 4).abs() + 0.5
+        ignored = torch.zeros(2, R, dtype=torch.bool)
+        return Assignment(image, place, instance, distances, torch.linspace(0.2, 0.9, len(image)), ignored)
+
+    def predict(self, dtype: torch.dtype) -> DenseOutputs:
+        def leaf(seed: int, *shape: int) -> Tensor:
+            return self.draw(seed, *shape).abs().to(dtype).requires_grad_()
+
+        places = Locations(torch.zeros(R, 2), torch.ones(R), torch.zeros(R, dtype=torch.int64))
+        return DenseOutputs(
+            leaf(1, 2, R, C), leaf(2, 2, R, 4), leaf(3, 2, R), leaf(4, 2, R, 9), leaf(5, 2, 4, 4, 4), 8, places
+        )
+
+    def prepare(self, goal: Objective) -> tuple[MaskTargets, Tensor]:
+        prepared = mask_targets(self.batch, objective=goal)
+        return prepared, term_counts(self.assignment, self.targets, prepared, self.quotas)
+
+    def losses(
+        self, goal: Objective, *, counts: Tensor | None = None, warmup: float = 1.0, processes: int = 1
+    ) -> LossTerms:
+        prepared, own = self.prepare(goal)
+        return compute_losses(
+            self.outputs,
+            self.assignment,
+            self.mask_logits,
+            self.targets,
+            prepared,
+            own if counts is None else counts,
+            warmup=warmup,
+            processes=processes,
+        )
+
+
+def mask_total(terms: LossTerms) -> Tensor:
+    return torch.stack([terms.weighted[name] for name in MASK_LOSSES]).sum()
+
+
+def slow_mask_loss(step: Step, goal: Objective, warmup: float) -> Tensor:
+    """METHOD section 2, Mixing, one sampled positive after the other."""
+    targets, batch = step.targets, step.batch
+    masks = dict(zip(targets.mask_instance.tolist(), targets.masks, strict=True))
+    weights = dict(zip(targets.mask_instance.tolist(), targets.mask_weight.tolist(), strict=True))
+    affinity = [
+        slow.affinity(
+            batch.images[b],
+            size_hw=tuple(batch.image_sizes_hw[b].tolist()),
+            bottom=int(batch.bottom_rows_without_affinity[b]),
+            stride=STRIDE,
+            size=3,
+            dilation=2,
+        )
+        for b in range(2)
+    ]
+    edges = [torch.tensor([[[s is not None and s >= 0.3 for s in r] for r in p] for p in k]) for k in affinity]
+    inside = [torch.tensor([[[s is not None for s in r] for r in p] for p in k]) for k in affinity]
+    per_mask, pairs, pair_count = torch.zeros(()).double(), torch.zeros(()).double(), 0
+    labelled, labelled_count, all_masks, box_masks = torch.zeros(()).double(), 0, 0, 0
+    for q, n in enumerate(step.mask_logits.instance_index.tolist()):
+        logits, b = step.logits[q], int(targets.image_index[n])
+        box = slow.box_mask(targets.boxes_xyxy[n].tolist(), GRID, STRIDE)
+        if n in masks:
+            if not masks[n].any():
+                continue
+            if goal.mask == "dice":
+                per_mask = per_mask + weights[n] * slow.dice_of_maps(logits, masks[n])
+            else:
+                per_mask = per_mask + weights[n] * slow.projection(logits, masks[n])
+                total, number = slow.labelled_pairwise(logits, box, masks[n], inside[b], size=3, dilation=2)
+                labelled, labelled_count = labelled + weights[n] * total, labelled_count + number
+        else:
+            if not box.any() or goal.box == "none":
+                continue
+            box_masks += 1
+            if goal.box == "box_as_mask":
+                per_mask = per_mask + slow.dice_of_maps(logits, box)
+            else:
+                per_mask = per_mask + slow.projection(logits, box)
+            if goal.box == "projection+pairwise":
+                total, number = slow.pairwise(logits, box, edges[b], size=3, dilation=2)
+                pairs, pair_count = pairs + total, pair_count + number
+        all_masks += 1
+    share = box_masks / max(all_masks, 1)
+    loss = per_mask / max(all_masks, 1) + share * warmup * pairs / max(pair_count, 1)
+    return loss + (1 - share) * warmup * labelled / max(labelled_count, 1)
+
+
+def test_the_table_is_complete() -> None:
+    expected = {(BOX, name) for name in get_args(BoxObjective)}
+    expected |= {(kind, name) for kind in (MASK, PSEUDO) for name in get_args(MaskObjective)}
+    assert set(TERMS) == expected
+    assert {name for terms in TERMS.values() for name in terms} == set(MASK_LOSSES)
+    assert (*DETECTION_LOSSES, *MASK_LOSSES) == LOSS_NAMES
+
+
+@pytest.mark.parametrize("mask", get_args(MaskObjective))
+@pytest.mark.parametrize("box", get_args(BoxObjective))
+def test_a_mixed_batch_equals_the_formula_in_plain_loops(mask: MaskObjective, box: BoxObjective) -> None:
+    step = Step(make_batch([PSEUDO, *MIXED[1:]]))
+    goal = objective(mask, box)
+    terms = step.losses(goal, warmup=0.4)
+    expected = slow_mask_loss(step, goal, 0.4)
+    torch.testing.assert_close(mask_total(terms), expected, rtol=1e-9, atol=0)
+    (mine,) = torch.autograd.grad(mask_total(terms), step.logits, retain_graph=True)
+    (theirs,) = torch.autograd.grad(expected, step.logits)
+    torch.testing.assert_close(mine, theirs, rtol=1e-7, atol=1e-10)
+    assert set(terms.weighted) == set(terms.unweighted) == set(LOSS_NAMES)
+    torch.testing.assert_close(terms.total, sum(terms.weighted.values()), rtol=1e-12, atol=0)
+
+
+def test_a_batch_of_masks_alone_is_the_mean_dice() -> None:
+    step = Step(make_batch([MASK] * 7))
+    used = [q for q, n in enumerate(step.mask_logits.instance_index.tolist()) if step.targets.masks[n].any()]
+    assert 0 < len(used) < len(step.logits)
+    masks = step.targets.masks[step.mask_logits.instance_index]
+    expected = sum(slow.dice_of_maps(step.logits[q], masks[q]) for q in used) / len(used)
+    terms = step.losses(objective())
+    torch.testing.assert_close(mask_total(terms), expected, rtol=1e-10, atol=0)
+    torch.testing.assert_close(terms.unweighted["dice"], expected, rtol=1e-10, atol=0)
+
+
+def test_a_batch_of_boxes_alone_is_boxinst() -> None:
+    step = Step(make_batch([BOX] * 7))
+    terms = step.losses(objective(), warmup=0.3)
+    torch.testing.assert_close(
+        mask_total(terms), terms.unweighted["projection"] + 0.3 * terms.unweighted["pairwise"], rtol=1e-12, atol=0
+    )
+    torch.testing.assert_close(mask_total(terms), slow_mask_loss(step, objective(), 0.3), rtol=1e-9, atol=0)
+
+
+def test_counts() -> None:
+    step = Step(make_batch(MIXED))
+    prepared, counts = step.prepare(objective())
+    # Number 3 has no cell, number 6 no mask cell; quotas 2 1 3 . 1 2 . of which 0 and 5 have masks.
+    assert prepared.used.tolist() == [True, True, True, False, True, True, False]
+    count = dict(zip(COUNT_NAMES, counts.tolist(), strict=True))
+    assert (count["masks"], count["box_masks"], count["mask_masks"]) == (9, 5, 4)
+    assert (count["dice"], count["projection"], count["pairwise_labelled"]) == (4, 5, 0)
+    assert count["positives"] == 6
+    assert count["box_positives"] == sum(MIXED[n] == BOX for n in step.assignment.instance_index.tolist())
+    assert count["centreness"] == pytest.approx(step.assignment.centreness.sum().item())
+    boxes = [slow.box_mask(box, GRID, STRIDE) for box in step.targets.boxes_xyxy.tolist()]
+    quotas = step.quotas.tolist()
+    expected = sum(
+        quotas[n] * int((prepared.edges["pairwise"][int(step.targets.image_index[n])] & boxes[n]).sum())
+        for n in range(7)
+        if MIXED[n] == BOX
+    )
+    assert count["pairwise"] == expected > 50
+    assert 0.1 < prepared.edges["pairwise"].float().mean() < 0.6
+    assert counts.dtype == torch.float64
+
+
+def test_no_pairwise_objective_means_no_affinity() -> None:
+    batch = make_batch(MIXED)
+    assert set(mask_targets(batch, objective=objective()).edges) == {"pairwise"}
+    assert set(mask_targets(batch, objective=objective("labelled")).edges) == {"pairwise", "pairwise_labelled"}
+    for box in ("none", "projection", "box_as_mask"):
+        assert not mask_targets(batch, objective=objective(box=box)).edges
+    assert not mask_targets(make_batch([MASK] * 7), objective=objective()).edges
+    assert not mask_targets(make_batch([BOX] * 7), objective=objective("labelled", "none")).edges
+
+
+@pytest.mark.parametrize("mask", get_args(MaskObjective))
+def test_halves_with_the_global_counts_sum_to_the_whole(mask: MaskObjective) -> None:
+    goal = objective(mask)
+    first, second = [0, 1, 2, 3], [4, 5, 6]  # by image; each half keeps both images, so that both see the same
+    whole = Step(make_batch(MIXED))
+    halves = [Step(make_batch([MIXED[n] for n in part], part)) for part in (first, second)]
+    counts = torch.stack([half.prepare(goal)[1] for half in halves]).sum(0)
+    expected = whole.losses(goal, warmup=0.7)
+    parts = [half.losses(goal, counts=counts, warmup=0.7) for half in halves]
+    shared = [half.losses(goal, counts=counts, warmup=0.7, processes=2) for half in halves]
+    own_counts = whole.prepare(goal)[1]
+    masks_counted = [
+        COUNT_NAMES.index(name) for name in COUNT_NAMES if "positives" not in name and name != "centreness"
+    ]
+    assert counts[masks_counted].tolist() == own_counts[masks_counted].tolist()
+    for name in MASK_LOSSES:
+        for kind in ("weighted", "unweighted"):
+            value = getattr(expected, kind)[name]
+            summed = sum(getattr(part, kind)[name] for part in parts)
+            averaged = sum(getattr(part, kind)[name] for part in shared) / 2
+            torch.testing.assert_close(summed, value, rtol=1e-12, atol=1e-15)
+            torch.testing.assert_close(averaged, value, rtol=1e-12, atol=1e-15)
+    (gradient,) = torch.autograd.grad(mask_total(expected), whole.logits)
+    by_parts = [torch.autograd.grad(mask_total(p), h.logits)[0] for p, h in zip(parts, halves, strict=True)]
+    torch.testing.assert_close(torch.cat(by_parts), gradient, rtol=1e-12, atol=1e-15)
+
+
+def test_detection_denominators() -> None:
+    step = Step(make_batch(MIXED))
+    _, counts = step.prepare(objective())
+    alone = step.losses(objective())
+    tripled = step.losses(objective(), counts=3 * counts, processes=3)  # three processes that saw the same
+    for name in DETECTION_LOSSES:
+        assert alone.weighted[name] == alone.unweighted[name]
+        torch.testing.assert_close(tripled.weighted[name], alone.weighted[name], rtol=1e-12, atol=0)
+    nothing = step.losses(objective(), counts=torch.zeros_like(counts), processes=4)  # at least 1, at least 1e-6
+    positives, centreness = counts[0], counts[COUNT_NAMES.index("centreness")]
+    torch.testing.assert_close(nothing.weighted["centreness"], alone.weighted["centreness"] * positives)
+    torch.testing.assert_close(nothing.weighted["box"], alone.weighted["box"] * centreness / 1e-6)
+
+
+@pytest.mark.parametrize(("supervision", "instances"), [([], []), ([BOX], [3]), ([MASK], [6]), ([BOX, MASK], [3, 6])])
+@pytest.mark.parametrize("mask", get_args(MaskObjective))
+def test_nothing_to_learn_a_mask_from(
+    supervision: list[Supervision], instances: list[int], mask: MaskObjective
+) -> None:
+    step = Step(make_batch(supervision, instances))
+    terms = step.losses(objective(mask))
+    for name in MASK_LOSSES:
+        assert terms.weighted[name].item() == terms.unweighted[name].item() == 0
+        (gradient,) = torch.autograd.grad(terms.weighted[name], step.logits, retain_graph=True)
+        assert torch.equal(gradient, torch.zeros_like(step.logits))
+    terms.total.backward()
+    assert torch.isfinite(terms.total)
+    if not len(step.logits):
+        for prediction in (step.outputs.filters, step.outputs.mask_features):
+            assert prediction.grad is not None
+            assert not prediction.grad.any()
+    assert step.outputs.box_distances.grad is not None
+
+
+def test_no_objective_for_boxes_leaves_their_masks_alone() -> None:
+    step = Step(make_batch(MIXED))
+    step.losses(objective(box="none")).total.backward()
+    assert step.logits.grad is not None
+    kinds = [MIXED[n] for n in step.mask_logits.instance_index.tolist()]
+    for gradient, kind, n in zip(step.logits.grad, kinds, step.mask_logits.instance_index.tolist(), strict=True):
+        assert bool(gradient.any()) == (kind == MASK and n != 6)
+
+
+def test_half_precision_predictions_give_float32_losses() -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        step = Step(make_batch(MIXED), dtype=dtype)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            terms = step.losses(objective())
+        assert {value.dtype for value in terms.weighted.values()} == {torch.float32}
+        terms.total.backward()
+        assert step.logits.grad is not None
+        assert step.logits.grad.dtype == dtype
+        single = Step(make_batch(MIXED), dtype=dtype)
+        single.logits = single.logits.detach().float().requires_grad_()
+        single.mask_logits = replace(single.mask_logits, logits=single.logits)
+        torch.testing.assert_close(mask_total(terms), mask_total(single.losses(objective())), rtol=1e-6, atol=0)
+
+
+def test_wrong_shapes_are_refused() -> None:
+    step = Step(make_batch(MIXED))
+    step.mask_logits = replace(step.mask_logits, logits=step.logits[:, :-1])
+    with pytest.raises(ValueError, match="mask grid"):
+        step.losses(objective())
+    with pytest.raises(ValueError, match="no targets"):
+        mask_targets(replace(step.batch, targets=None), objective=objective())
