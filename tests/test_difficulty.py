@@ -11,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as coco_mask
+
 from semiseg.data.shapes import ensure_shapes
 from semiseg.errors import UserError
 from semiseg.evaluation.difficulty import Difficulty, measure_difficulty, same_label

@@ -1,6 +1,6 @@
 """Colours, textures and cluttered backgrounds. Colour says nothing about the class; some textures go with a family.
 
-Pixels are float64 RGB in 0..255. Only additions, multiplications and square roots touch whole images (no matrix
+Pixels are float64 RGB in 0..255, channels first. Only arithmetic and square roots touch whole images (no matrix
 products, no transcendental functions), so that the result is the same on every platform.
 """
 
@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from semiseg.data.shapes_draws import Draws
 from semiseg.data.shapes_raster import SAMPLES, Outline, Patch, Ring, fill
 
-Pixels = NDArray[np.float64]  # (H, W, 3) RGB
+Pixels = NDArray[np.float64]  # (3, H, W) RGB
+Colour = NDArray[np.float64]  # (3, 1, 1) RGB
 Texture = Literal["plain", "gradient", "stripes", "dots", "checker", "toadstool"]
 
 # Four families of twelve are patterned, so that neither colour affinity nor "one colour = one object" holds for them.
@@ -57,11 +58,11 @@ class Palette:
     def __init__(self, draws: Draws) -> None:
         self._shared = [self._any(draws) for _ in range(PALETTE_COLOURS)]
 
-    def pick(self, draws: Draws) -> Pixels:
-        """A colour (3,): one of the shared ones in half of the cases, else any."""
-        return draws.choice(self._shared) + 2 * draws.field(3) if draws.chance(0.5) else self._any(draws)
+    def pick(self, draws: Draws) -> Colour:
+        """One of the shared colours in half of the cases, else any."""
+        return draws.choice(self._shared) + 2 * draws.field(3, 1, 1) if draws.chance(0.5) else self._any(draws)
 
-    def pick_unlike(self, draws: Draws, other: Pixels, distance: float) -> Pixels:
+    def pick_unlike(self, draws: Draws, other: Colour, distance: float) -> Colour:
         """A colour at least so far (largest difference of a channel) from another one, or the farthest of ten."""
         tries = []
         for _ in range(10):
@@ -73,21 +74,21 @@ class Palette:
         return max(tries, key=lambda item: item[0])[1]
 
     @staticmethod
-    def _any(draws: Draws) -> Pixels:
+    def _any(draws: Draws) -> Colour:
         hue, saturation, value = draws.uniform(0, 1), draws.uniform(0.1, 0.95), draws.uniform(0.2, 1.0)
-        return 255.0 * np.array(colorsys.hsv_to_rgb(hue, saturation, value))
+        return 255.0 * np.array(colorsys.hsv_to_rgb(hue, saturation, value)).reshape(3, 1, 1)
 
 
 def paint_background(draws: Draws, palette: Palette, size: int) -> Pixels:
     """A gradient with large and small noise, blobs, patterned patches and lines in the colours of objects."""
     unit = size / 128
     first = palette.pick(draws)
-    second = np.clip(first + 70 * draws.field(3), 0, 255)
+    second = np.clip(first + 70 * draws.field(3, 1, 1), 0, 255)
     angle = draws.uniform(0, 2 * math.pi)
     frame = Frame(size / 2, size / 2, math.cos(angle), math.sin(angle), float(size))
     whole = Patch(0, 0, np.zeros((size, size), dtype=np.uint8))
-    along = np.clip(frame.coordinates(whole)[0] / (1.2 * size) + 0.5, 0, 1)[..., None]
-    pixels = first * (1 - along) + second * along
+    along = np.clip(frame.coordinates(whole)[0] / (1.2 * size) + 0.5, 0, 1)
+    pixels = first + (second - first) * along
     pixels += _smooth_noise(draws, size, cells=4, channels=3) * draws.uniform(5, 35)
     pixels += _smooth_noise(draws, size, cells=16, channels=1) * draws.uniform(0, 10)
     for _ in range(draws.integer(5, 13)):
@@ -95,20 +96,20 @@ def paint_background(draws: Draws, palette: Palette, size: int) -> Pixels:
     return pixels
 
 
-def paint_double(draws: Draws, palette: Palette, pixels: Pixels, patch: Patch) -> Pixels:
-    """Paints a blob where an object will cross it and returns its colour (3,), for the object to take as well."""
+def paint_double(draws: Draws, palette: Palette, pixels: Pixels, patch: Patch) -> Colour:
+    """Paints a blob where an object will cross it and returns its colour, for the object to take as well."""
     rows, columns = patch.coverage.shape
     side = max(rows, columns)
     x = patch.left + columns * draws.uniform(0.1, 0.9)
     y = patch.top + rows * draws.uniform(0.1, 0.9)
     colour = palette.pick(draws)
     blob = np.array((x, y)) + _blob(draws, draws.uniform(0.25, 0.5) * side)
-    _blend(pixels, fill(Outline([blob]), within=pixels.shape[:2]), colour, 1.0)
+    _blend(pixels, fill(Outline([blob]), within=pixels.shape[1:]), colour, 1.0)
     return colour
 
 
 def paint_object(
-    draws: Draws, palette: Palette, pixels: Pixels, patch: Patch, frame: Frame, *, family: str, colour: Pixels | None
+    draws: Draws, palette: Palette, pixels: Pixels, patch: Patch, frame: Frame, *, family: str, colour: Colour | None
 ) -> None:
     """Paints one object over what is there, in the given colour or else one unlike what is behind it.
 
@@ -117,27 +118,26 @@ def paint_object(
         frame: its axes, which its texture follows.
         family: may have a texture of its own.
     """
-    behind = pixels[patch.window][patch.mask].mean(axis=0)
+    behind = pixels[:, *patch.window][:, patch.mask].mean(axis=1).reshape(3, 1, 1)
     if colour is None or float(np.abs(colour - behind).max()) < 40:  # a doubled one must not vanish altogether
         colour = palette.pick_unlike(draws, behind, 70)
     texture = _pick_texture(draws, family)
     if texture == "gradient":
-        second = np.clip(colour + 30 * draws.field(3), 0, 255)
+        second = np.clip(colour + 30 * draws.field(3, 1, 1), 0, 255)
     else:
         second = palette.pick_unlike(draws, colour, 60)
-    share = _texture(draws, texture, patch, frame)[..., None]
-    surface = colour + (second - colour) * share
+    surface = colour + (second - colour) * _texture(draws, texture, patch, frame)
     if draws.chance(RIMMED):
         surface = _with_rim(draws, surface, patch.mask)
     _blend(pixels, patch, surface, 1.0)
 
 
 def add_noise(draws: Draws, pixels: Pixels) -> NDArray[np.uint8]:
-    """The picture with the noise of a camera, rounded to uint8."""
-    size = pixels.shape[0]
+    """The finished picture (H, W, 3): with the noise of a camera, rounded to uint8."""
+    _, height, width = pixels.shape
     grain = draws.uniform(1, 7)
-    noisy = pixels + grain * (0.7 * draws.field(size, size, 1) + 0.5 * draws.field(size, size, 3))
-    return np.rint(np.clip(noisy, 0, 255)).astype(np.uint8)
+    noisy = pixels + 0.7 * grain * draws.field(1, height, width) + 0.5 * grain * draws.field(3, height, width)
+    return np.rint(np.clip(noisy, 0, 255)).astype(np.uint8).transpose(1, 2, 0).copy()
 
 
 def _pick_texture(draws: Draws, family: str) -> Texture:
@@ -183,11 +183,11 @@ def _with_rim(draws: Draws, surface: Pixels, mask: NDArray[np.bool_]) -> Pixels:
     inner[1:-1, 1:-1] = mask[1:-1, 1:-1] & mask[:-2, 1:-1] & mask[2:, 1:-1] & mask[1:-1, :-2] & mask[1:-1, 2:]
     shade = draws.uniform(0.35, 0.75)
     rim = surface * shade if draws.chance(0.7) else 255 - (255 - surface) * shade
-    return np.where(inner[..., None], surface, rim)
+    return np.where(inner, surface, rim)
 
 
 def _paint_clutter(draws: Draws, palette: Palette, pixels: Pixels, unit: float) -> None:
-    size = pixels.shape[0]
+    size = pixels.shape[1]
     x, y, angle = draws.uniform(0, size), draws.uniform(0, size), draws.uniform(0, 2 * math.pi)
     roll = draws.uniform(0, 1)
     ring = _line(draws, unit) if roll < 0.35 else _blob(draws, draws.uniform(5, 26) * unit)
@@ -197,9 +197,10 @@ def _paint_clutter(draws: Draws, palette: Palette, pixels: Pixels, unit: float) 
     colour = palette.pick(draws)
     frame = Frame(x, y, math.cos(angle), math.sin(angle), 16.0 * unit)
     texture: Texture = draws.choice(("stripes", "dots", "checker")) if roll > 0.85 else "plain"
-    share = _texture(draws, texture, patch, frame)[..., None]
-    second = palette.pick(draws)
-    _blend(pixels, patch, colour * (1 - share) + second * share, draws.uniform(0.4, 1.0))
+    surface = colour
+    if texture != "plain":
+        surface = colour + (palette.pick(draws) - colour) * _texture(draws, texture, patch, frame)
+    _blend(pixels, patch, surface, draws.uniform(0.4, 1.0))
 
 
 def _line(draws: Draws, unit: float) -> Ring:
@@ -217,16 +218,15 @@ def _blob(draws: Draws, radius: float) -> Ring:
 
 
 def _smooth_noise(draws: Draws, size: int, *, cells: int, channels: int) -> Pixels:
-    """(size, size, channels) noise in -1..1, interpolated between (cells + 1)² random values."""
-    values = draws.field(cells + 1, cells + 1, channels)
+    """(channels, size, size) noise in -1..1, interpolated between (cells + 1)² random values."""
+    values = draws.field(channels, cells + 1, cells + 1)
     position = (np.arange(size) + 0.5) * (cells / size)
     low = np.floor(position).astype(np.int64)
     part = position - low
-    rows = values[low] * (1 - part)[:, None, None] + values[low + 1] * part[:, None, None]
-    step = rows[:, 1:] - rows[:, :-1]
-    return rows[:, low] + step[:, low] * part[None, :, None]
+    columns = values[:, :, low] + (values[:, :, low + 1] - values[:, :, low]) * part
+    return columns[:, low] + (columns[:, low + 1] - columns[:, low]) * part[:, None]
 
 
 def _blend(pixels: Pixels, patch: Patch, surface: Pixels, strength: float) -> None:
-    alpha = (patch.coverage * (strength / SAMPLES**2))[..., None]
-    pixels[patch.window] = pixels[patch.window] * (1 - alpha) + surface * alpha
+    part = pixels[:, *patch.window]  # a view
+    part += (surface - part) * (patch.coverage * (strength / SAMPLES**2))

@@ -91,10 +91,11 @@ def fill(outline: Outline, *, within: tuple[int, int] | None = None) -> Patch:
     row, column, sign = _crossings(np.concatenate(fixed), np.concatenate(ends), rows * SAMPLES)
     pixel, sample = np.divmod(np.minimum(np.maximum(column, 0), columns * SAMPLES), SAMPLES)
     # From a crossing on, every sample of the row counts: the rest of its pixel, then all of each further pixel.
-    steps = np.zeros((rows, columns + 2), dtype=np.int16)
-    np.add.at(steps, (row // SAMPLES, pixel), sign * (SAMPLES - sample))
-    np.add.at(steps, (row // SAMPLES, pixel + 1), sign * sample)
-    counts = np.cumsum(steps, axis=1, dtype=np.int16)[:, :columns]
+    width = columns + 2
+    place = row // SAMPLES * width + pixel
+    weights = np.concatenate((sign * (SAMPLES - sample), sign * sample))
+    steps = np.bincount(np.concatenate((place, place + 1)), weights, minlength=rows * width)
+    counts = np.cumsum(steps.reshape(rows, width), axis=1)[:, :columns]
     return Patch(int(top), int(left), np.minimum(np.maximum(counts, 0), SAMPLES * SAMPLES).astype(np.uint8))
 
 

@@ -100,12 +100,12 @@ def _draw_object(draws: Draws, size: int, label: int, side: float) -> _Placed:
 
 def _pick_angle(draws: Draws, outline: Outline, scales: tuple[float, float]) -> float:
     """A direction; slanting ones for slender shapes, which then have square boxes that they hardly fill."""
+    points = np.concatenate(list(outline.solids))
     angle = 0.0
     for _ in range(TRIES):
         angle = draws.uniform(0, 2 * math.pi)
-        points = np.concatenate([_turned(ring, angle, scales) for ring in outline.solids])
-        sides = points.max(axis=0) - points.min(axis=0)
-        if sides.min() >= 0.75 * sides.max():
+        width, height = np.ptp(_turned(points, angle, scales), axis=0)
+        if min(width, height) >= 0.75 * max(width, height):
             break
     return angle
 
