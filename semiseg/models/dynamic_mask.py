@@ -113,5 +113,5 @@ def _apply_layers(shared: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     x = first.reshape(count * out, inputs) @ shared  # (n * out, cells)
     for weight, bias in zip(weights, parameters[num_layers:], strict=True):
         # in place before the view: on a view, autograd would copy the map
-        x = torch.baddbmm(bias[:, :, None], weight, x.relu_().view(count, -1, x.shape[-1]))
-    return x.view(count, -1)
+        x = torch.baddbmm(bias[:, :, None], weight, x.relu_().view(count, weight.shape[2], x.shape[-1]))
+    return x.view(count, shared.shape[1])

@@ -1,0 +1,184 @@
+"""Assignment: against the reference's numbers, against plain loops, and the cases one can work out by hand."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from semiseg.models.assign import assign
+from semiseg.models.fcos_head import make_locations
+from semiseg.structures.inputs import Targets
+from semiseg.structures.outputs import Assignment, Locations
+
+GOLDEN = Path(__file__).parent / "golden" / "model_assignment.npz"
+NONE = torch.zeros(0, dtype=torch.int64)
+CPU = torch.device("cpu")
+RANGES = [64.0, 128.0, 256.0, 512.0]
+
+
+def make_targets(
+    boxes: Tensor, image_index: Tensor, crowd: Tensor | None = None, crowd_image: Tensor | None = None
+) -> Targets:
+    count = boxes.shape[0]
+    return Targets(
+        boxes_xyxy=boxes,
+        labels=torch.zeros(count, dtype=torch.int64),
+        image_index=image_index,
+        supervision=torch.zeros(count, dtype=torch.int64),
+        masks=torch.zeros(0, 1, 1, dtype=torch.bool),
+        mask_instance=NONE,
+        mask_weight=torch.zeros(0),
+        crowd_boxes_xyxy=torch.zeros(0, 4) if crowd is None else crowd,
+        crowd_image_index=NONE if crowd_image is None else crowd_image,
+        mask_stride=4,
+    )
+
+
+def as_dict(assignment: Assignment) -> dict[tuple[int, int], int]:
+    """{(image, location): instance}."""
+    columns = (assignment.image_index, assignment.location_index, assignment.instance_index)
+    return {(image, location): instance for image, location, instance in torch.stack(columns, dim=1).tolist()}
+
+
+def assign_slowly(
+    locations: Locations, boxes: Tensor, image_index: Tensor, ranges: list[float], radius: float
+) -> dict[tuple[int, int], int]:
+    """METHOD's rule in plain loops."""
+    found: dict[tuple[int, int], tuple[float, int]] = {}
+    lower, upper = [-1.0, *ranges], [*ranges, math.inf]
+    for instance, (x1, y1, x2, y2) in enumerate(boxes.tolist()):
+        for number, ((x, y), stride, level) in enumerate(
+            zip(locations.xy.tolist(), locations.stride.tolist(), locations.level.tolist(), strict=True)
+        ):
+            reach, centre_x, centre_y = radius * stride, (x1 + x2) / 2, (y1 + y2) / 2
+            in_centre = max(centre_x - reach, x1) < x < min(centre_x + reach, x2) and max(
+                centre_y - reach, y1
+            ) < y < min(centre_y + reach, y2)
+            longest = max(x - x1, y - y1, x2 - x, y2 - y)
+            if not in_centre or not lower[level] <= longest <= upper[level]:
+                continue
+            key, rank = (int(image_index[instance]), number), ((x2 - x1) * (y2 - y1), instance)
+            found[key] = min(found.get(key, rank), rank)
+    return {key: rank[1] for key, rank in found.items()}
+
+
+@pytest.mark.parametrize(("name", "expected_positives"), [("pad", 72), ("ceil", 72), ("big", 131)])
+def test_equals_the_reference(name: str, expected_positives: int) -> None:
+    golden = {
+        key.removeprefix(f"{name}_"): torch.from_numpy(value)
+        for key, value in np.load(GOLDEN).items()
+        if key.startswith(name)
+    }
+    sizes = [(height, width) for height, width in golden["feature_sizes"].tolist()]
+    locations = make_locations(sizes, [8, 16, 32, 64, 128], CPU)
+    targets = make_targets(golden["boxes"], golden["box_image"])
+    found = assign(
+        locations, targets, num_images=int(golden["box_image"].max()) + 1, level_ranges=RANGES, centre_radius=1.5
+    )
+    assert found.image_index.shape[0] == expected_positives
+    # the reference lists its positives by level, image, location; ours are by image, location
+    place = golden["level"] * 10**8 + golden["image"] * 10**6
+    ours = locations.level[found.location_index] * 10**8 + found.image_index * 10**6 + found.location_index
+    order = ours.argsort()
+    torch.testing.assert_close(ours[order] // 10**6, place // 10**6, rtol=0, atol=0)
+    torch.testing.assert_close(locations.xy[found.location_index[order]], golden["xy"], rtol=0, atol=0)
+    torch.testing.assert_close(found.instance_index[order], golden["instance"], rtol=0, atol=0)
+    torch.testing.assert_close(found.box_distances[order], golden["distances"], rtol=0, atol=0)
+    torch.testing.assert_close(found.centreness[order], golden["centreness"], rtol=0, atol=1.2e-7)
+    assert not found.ignored.any()
+
+
+def test_equals_plain_loops_on_crowded_images() -> None:
+    generator = torch.Generator().manual_seed(4)
+    locations = make_locations([(16, 16), (8, 8), (4, 4), (2, 2)], [8, 16, 32, 64], CPU)
+    corner = torch.rand(60, 2, generator=generator) * 100
+    # whole pixels, so that ties of area and points exactly on a border occur
+    boxes = torch.cat([corner, corner + 2 + torch.rand(60, 2, generator=generator) * 90], dim=1).round()
+    image_index = torch.arange(3).repeat_interleave(20)
+    found = assign(
+        locations, make_targets(boxes, image_index), num_images=3, level_ranges=[24, 48, 96], centre_radius=1.5
+    )
+    expected = assign_slowly(locations, boxes, image_index, [24.0, 48.0, 96.0], 1.5)
+    assert len(expected) > 100
+    assert as_dict(found) == expected
+    places = found.image_index * locations.xy.shape[0] + found.location_index
+    assert torch.equal(places, places.sort().values), "positives are ordered by image, then location"
+
+
+def test_smallest_box_wins_and_at_equal_areas_the_first() -> None:
+    locations = make_locations([(4, 4)], [8], CPU)
+    large, small = [0.0, 0.0, 30.0, 30.0], [6.0, 6.0, 18.0, 18.0]  # both hold (12, 12) in their centre square
+    for boxes, winner in (([large, small], 1), ([small, large], 0), ([small, small, large], 0)):
+        targets = make_targets(torch.tensor(boxes), torch.zeros(len(boxes), dtype=torch.int64))
+        found = as_dict(assign(locations, targets, num_images=1, level_ranges=[], centre_radius=1.5))
+        assert found[(0, 5)] == winner  # location 5 is (12, 12)
+
+
+@pytest.mark.parametrize(("far_side", "levels"), [(75.0, {0}), (76.0, {0, 1}), (77.0, {1})])
+def test_both_ends_of_a_range_are_included(far_side: float, levels: set[int]) -> None:
+    # one column of locations at x = 4, 12, ... and one at 8, 24, ...: (12, 12) sees the far side 64 away at x2 = 76
+    locations = Locations(
+        xy=torch.tensor([[12.0, 12.0], [12.0, 12.0]]), stride=torch.tensor([40.0, 40.0]), level=torch.tensor([0, 1])
+    )
+    targets = make_targets(torch.tensor([[1.0, 1.0, far_side, 30.0]]), torch.tensor([0]))
+    found = assign(locations, targets, num_images=1, level_ranges=[64.0], centre_radius=1.5)
+    assert set(locations.level[found.location_index].tolist()) == levels
+
+
+def test_border_of_the_centre_square_is_outside() -> None:
+    locations = make_locations([(1, 5)], [8], CPU)  # x = 4, 12, 20, 28, 36; y = 4
+    # centre x = 24: the square reaches from 12 to 36, both excluded
+    targets = make_targets(torch.tensor([[0.0, 0.0, 48.0, 8.0]]), torch.tensor([0]))
+    found = assign(locations, targets, num_images=1, level_ranges=[], centre_radius=1.5)
+    assert found.location_index.tolist() == [2, 3]
+    torch.testing.assert_close(found.box_distances[0], torch.tensor([20.0, 4.0, 28.0, 4.0]) / 8)
+    torch.testing.assert_close(found.centreness[0], torch.tensor(math.sqrt(20 / 28)))
+
+
+def test_crowd_is_ignored_but_not_where_a_box_is_positive() -> None:
+    locations = make_locations([(4, 4)], [8], CPU)
+    crowd = torch.tensor([[0.0, 0.0, 16.0, 16.0], [0.0, 0.0, 9.0, 9.0]])  # holds 4, 12 squared; holds (4, 4)
+    targets = make_targets(torch.tensor([[0.0, 0.0, 8.0, 8.0]]), torch.tensor([0]), crowd, torch.tensor([0, 2]))
+    found = assign(locations, targets, num_images=3, level_ranges=[], centre_radius=1.5)
+    assert as_dict(found) == {(0, 0): 0}
+    assert found.ignored.nonzero().tolist() == [[0, 1], [0, 4], [0, 5], [2, 0]]
+
+
+def test_images_without_boxes() -> None:
+    locations = make_locations([(4, 4), (2, 2)], [8, 16], CPU)
+    one = make_targets(torch.tensor([[0.0, 0.0, 20.0, 20.0]]), torch.tensor([1]))
+    found = assign(locations, one, num_images=3, level_ranges=[64.0], centre_radius=1.5)
+    assert set(found.image_index.tolist()) == {1}
+    none = assign(
+        locations, make_targets(torch.zeros(0, 4), NONE), num_images=2, level_ranges=[64.0], centre_radius=1.5
+    )
+    assert none.box_distances.shape == (0, 4)
+    assert none.ignored.shape == (2, 20)
+    assert not none.ignored.any()
+
+
+def test_assignment_does_not_know_of_masks() -> None:
+    """The first instance of an image with an empty mask costs nothing: supervision never enters."""
+    locations = make_locations([(8, 8)], [8], CPU)
+    boxes, image_index = torch.tensor([[3.0, 3.0, 30.0, 40.0], [20.0, 20.0, 60.0, 60.0]]), torch.zeros(2).long()
+    plain = make_targets(boxes, image_index)
+    with_empty_mask = Targets(
+        **{
+            **plain.__dict__,
+            "supervision": torch.tensor([1, 0]),
+            "masks": torch.zeros(1, 16, 16, dtype=torch.bool),
+            "mask_instance": torch.tensor([0]),
+            "mask_weight": torch.ones(1),
+        }
+    )
+    first, second = (
+        assign(locations, targets, num_images=1, level_ranges=[], centre_radius=1.5)
+        for targets in (plain, with_empty_mask)
+    )
+    assert as_dict(first) == as_dict(second)
+    assert set(first.instance_index.tolist()) == {0, 1}
