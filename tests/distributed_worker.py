@@ -1,46 +1,55 @@
-"""One process of `test_distributed`: gradients and losses of one optimizer step, written by the main process.
+"""One process of `test_distributed`: losses and gradients of one optimizer step, and detections of the validation set.
 
-usage: accelerate launch --cpu --num_processes N -m tests.distributed_worker DATA_ROOT OUT [EMPTY_RANK]
+usage: accelerate launch --multi_gpu --num_processes N -m tests.distributed_worker DATA_ROOT OUT
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from semiseg.engine import train as training
-from semiseg.engine.build import build_data, build_training_loader
+from semiseg.engine.build import build_data, build_evaluation_loader, build_training_loader
 from semiseg.engine.evaluate import predict_table
-from semiseg.engine.run import build_evaluation_loader
 from semiseg.engine.session import start_accelerator
+from semiseg.structures.inputs import Batch
 from tests.test_train import without_instances
 from tests.tiny import tiny_config
 
 
-def main(root: Path, out: Path, empty_rank: int | None) -> None:
-    config = tiny_config(root)
+def gradients(state: training.TrainState, parts: list[Batch]) -> dict[str, Any]:
+    """Losses (mean over processes) and gradients (averaged by data parallelism) of one step."""
+    accelerator = state.accelerator
+    state.optimizer.zero_grad()
+    plans = [state.step_module.plan(part) for part in parts]
+    counts = accelerator.reduce(torch.stack([plan.counts for plan in plans]).sum(0), reduction="sum")
+    losses, weighted = training._forward_backward(state, parts, plans, counts)
+    numbers = accelerator.reduce(torch.stack([losses, weighted]).double(), reduction="mean")
+    flat = torch.cat([p.grad.flatten() for p in state.step_module.parameters() if p.requires_grad])
+    return {"numbers": numbers.clone(), "gradient": flat.clone()}
+
+
+def main(root: Path, out: Path) -> None:
+    config = tiny_config(root, model={"score_threshold": 0.001})
     accelerator = start_accelerator(config.runtime, seed=config.seed)
     data = build_data(config)
     rank, processes = accelerator.process_index, accelerator.num_processes
     state = training.prepare(config, data, accelerator)
     state.wrapped.train()
-    loader = build_training_loader(
-        config, data, steps=1, start_step=0, processes=processes, rank=rank, pin_memory=False
+    parts = list(
+        build_training_loader(config, data, steps=1, start_step=0, processes=processes, rank=rank, pin_memory=False)
     )
-    parts = list(loader)
-    if empty_rank is not None:
-        # On one process alone, the empty rank's images are the second half of the batch.
-        share = config.optim.batch_size // 2
-        mine = list(range(share)) if processes > 1 else list(range(empty_rank * share, (empty_rank + 1) * share))
-        if processes == 1 or rank == empty_rank:
-            parts = [without_instances(part, mine) for part in parts]
-    plans = [state.step_module.plan(part) for part in parts]
-    counts = accelerator.reduce(torch.stack([plan.counts for plan in plans]).sum(0), reduction="sum")
-    losses, weighted = training._forward_backward(state, parts, plans, counts)
-    numbers = accelerator.reduce(torch.stack([losses, weighted]).double(), reduction="mean")
-    gradient = torch.cat([p.grad.flatten() for p in state.step_module.parameters() if p.requires_grad])
+    # The second half of the batch is rank 1's: without instances there, one rank of two has none at all.
+    share = config.optim.batch_size // 2
+    emptied = {1: list(range(share, 2 * share)), 2: list(range(share)) if rank == 1 else []}[processes]
+    results = {
+        "processes": processes,
+        "all": gradients(state, parts),
+        "empty": gradients(state, [without_instances(part, emptied) for part in parts]),
+    }
     evaluation = build_evaluation_loader(
         data.val,
         short_side=64,
@@ -52,15 +61,13 @@ def main(root: Path, out: Path, empty_rank: int | None) -> None:
         processes=processes,
         rank=rank,
     )
-    detections = predict_table(
+    results["detections"] = predict_table(
         state.step_module.model, evaluation, data.val, accelerator, config=config.model, progress=False
     )
     if accelerator.is_main_process:
-        torch.save(
-            {"processes": processes, "numbers": numbers, "gradient": gradient.clone(), "detections": detections}, out
-        )
+        torch.save(results, out)
     accelerator.end_training()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else None)
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

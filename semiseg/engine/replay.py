@@ -67,7 +67,8 @@ def replay_step(path: Path) -> str:
         plan = step_module.plan(batch)
         terms = step_module(batch, plan, saved["counts"], warmup=warmup, processes=saved["processes"])
         terms.total.backward()
-        lines.append(f"part {number}: " + ", ".join(f"{name} {float(v):.6g}" for name, v in terms.weighted.items()))
+        values_now = {name: float(value.detach()) for name, value in terms.weighted.items()}
+        lines.append(f"part {number}: " + ", ".join(f"{name} {value:.6g}" for name, value in values_now.items()))
     broken = {
         "weights": [name for name, value in step_module.model.named_parameters() if not _finite(value)],
         "gradients": [
