@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from typing import TextIO
@@ -19,9 +18,7 @@ _UNKNOWN_STEPS = 1000
 class StudyProgress:
     """Follows the runs of a study; the overall time left is that of all steps at the mean rate so far."""
 
-    def __init__(
-        self, runs: Sequence[PlannedRun], *, name: str, line_seconds: float, stream: TextIO = sys.stderr
-    ) -> None:
+    def __init__(self, runs: Sequence[PlannedRun], *, name: str, line_seconds: float, stream: TextIO) -> None:
         self._stream = stream
         self._bars = stream.isatty()
         self._runs = {run.run_id: run for run in runs}
@@ -115,8 +112,9 @@ class StudyProgress:
         places = []
         for child in running:
             steps = self._steps[child.run.run_id]
-            step = self._done.get(child.run.run_id, 0)
-            places.append(f"{child.run.label} " + ("evaluates" if step == steps else f"step {step} of {steps or '?'}"))
+            step = self._done.get(child.run.run_id)
+            place = "starts" if step is None else "evaluates" if step == steps else f"step {step} of {steps}"
+            places.append(f"{child.run.label} {place}")
         left = self.seconds_left()
         time_left = "" if left is None else f"; about {format_seconds(left)} left"
         return f"{self._name}: {len(self._ended)} of {len(self._runs)} runs done; {', '.join(places)}{time_left}"

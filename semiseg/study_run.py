@@ -104,7 +104,7 @@ def runs_to_do(planned: Sequence[PlannedRun], recorded: Mapping[str, Result], *,
 
 
 def run_missing(
-    planned: Sequence[PlannedRun], *, name: str, results: Path, how: Execution, stream: TextIO = sys.stderr
+    planned: Sequence[PlannedRun], *, name: str, results: Path, how: Execution, stream: TextIO | None = None
 ) -> list[PlannedRun]:
     """Runs what is missing and records it in `results`; the runs that were trained now.
 
@@ -120,7 +120,7 @@ def run_missing(
     if todo:
         for config in {digest(run.config.data.model_dump()): run.config.data for run in todo}.values():
             prepare_data(config)
-        _Study(planned, todo, name=name, results=results, how=how, stream=stream).run()
+        _Study(planned, todo, name=name, results=results, how=how, stream=stream or sys.stderr).run()
     return todo
 
 

@@ -27,19 +27,19 @@ def check(
 
 
 def shapes(
-    out: Annotated[Path, typer.Argument(help="Folder to draw the data set into.")],
+    out: Annotated[Path, typer.Argument(help="New or empty folder for the data set.")],
     images: Annotated[int, typer.Option(min=1, help="How many images.")] = 4000,
     size: Annotated[int, typer.Option(min=32, help="Side of the square images, in pixels.")] = 128,
     seed: Annotated[int, typer.Option(help="Every image depends on the seed and its number alone.")] = 1,
 ) -> None:
     """Draw Shapes, the embedded data set, in COCO layout. Studies do this by themselves.
 
-    Example: semiseg data shapes data/shapes --images 200 --seed 7
+    Example: semiseg data shapes data/my_shapes --images 200 --seed 7
     """
-    from semiseg.data.shapes import ensure_shapes
+    from semiseg.data.shapes import make_shapes
 
-    folder = ensure_shapes(out, images=images, image_size=size, seed=seed)
-    typer.echo(f"{images} images in {folder}")
+    make_shapes(out, images=images, image_size=size, seed=seed)
+    typer.echo(f"{images} images in {out / 'images'}, their annotations in {out / 'annotations.json'}")
 
 
 def difficulty(

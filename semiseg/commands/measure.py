@@ -27,7 +27,7 @@ def measure(
     """`evaluation.difficulty.measure_difficulty` with `losses.affinity.colour_affinity`."""
 
     def affinity(image: np.ndarray) -> np.ndarray:
-        pixels, sizes = pad_images([torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)], stride)
+        pixels, sizes = pad_images([torch.from_numpy(np.array(image)).permute(2, 0, 1)], stride)
         bottom = torch.zeros(1, dtype=torch.int64)
         return colour_affinity(pixels, sizes, bottom, stride=stride, size=size, dilation=dilation)[0].numpy()
 

@@ -150,7 +150,7 @@ def _validation_files(data: DataConfig) -> tuple[Path | None, Path | None]:
     root = Path(data.root)
     if data.format == "shapes":
         shapes = data.shapes
-        pattern = f"shapes-{shapes.val_images}x{shapes.image_size}-seed{shapes.val_seed}-*/annotations.json"
+        pattern = f"shapes-{shapes.val_images}x{shapes.image_size}px-seed{shapes.val_seed}-*/annotations.json"
         annotations = max(root.glob(pattern), default=None, key=lambda path: path.stat().st_mtime)
         return (annotations, annotations.parent / "images") if annotations else (None, None)
     annotations, images = root / data.val_annotations, root / data.val_images
