@@ -100,7 +100,7 @@ def pairwise_loss(
 
     Returns:
         sums (Q,) and counts (Q,) of edges. Finite for any finite logits. Memory is in proportion to the area of the
-        boxes times K; one transfer to the host (the total area) where the device is not the CPU.
+        boxes, whatever K; one transfer to the host (the total area) where the device is not the CPU.
     """
     return _sum_edges(logits, cells, edges, image_index, None, size, dilation)
 
