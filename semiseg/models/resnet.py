@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -159,8 +158,9 @@ def read_state_dict(path: Path) -> Mapping[str, Tensor]:
 
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise UserError(f"{path}: not a weights file: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # on a damaged file torch's reader may raise anything, KeyError and IndexError included
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(f"{path}: not a weights file ({type(error).__name__}: {reason})") from None
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path}: expected a state dict, names to tensors")
     return state

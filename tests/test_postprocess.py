@@ -1,0 +1,208 @@
+"""Post-processing on predictions made by hand: thresholds, levels, NMS, clipping, masks, batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from semiseg.models.fcos_head import make_locations
+from semiseg.models.postprocess import (
+    Candidates,
+    iter_masks,
+    paste_masks,
+    postprocess,
+    select_detections,
+    to_output_boxes,
+)
+from semiseg.models.upsample import aligned_upsample
+from semiseg.structures.outputs import DenseOutputs, MaskLogits, MaskQueries
+
+SIZES, STRIDES = [(4, 6), (2, 3)], [8, 16]  # an input of 32 x 48: locations 0..23 and 24..29
+SETTINGS = {"score_threshold": 0.05, "candidates_per_level": 1000, "nms_threshold": 0.6, "max_detections": 100}
+
+
+def empty_outputs(batch: int = 1, classes: int = 3) -> DenseOutputs:
+    """Predictions of which none passes the threshold."""
+    generator = torch.Generator().manual_seed(1)
+    return DenseOutputs(
+        class_logits=torch.full((batch, 30, classes), -20.0),
+        box_distances=torch.ones(batch, 30, 4),
+        centreness_logits=torch.full((batch, 30), 20.0),
+        filters=torch.zeros(batch, 30, 1),
+        mask_features=torch.randn(batch, 1, 8, 12, generator=generator),
+        mask_feature_stride=4,
+        locations=make_locations(SIZES, STRIDES, torch.device("cpu")),
+    )
+
+
+def put(outputs: DenseOutputs, image: int, location: int, label: int, probability: float, box: list[float]) -> None:
+    """Makes the location predict a box (input pixels) with this class probability; centreness is 1."""
+    x, y = outputs.locations.xy[location].tolist()
+    distances = torch.tensor([x - box[0], y - box[1], box[2] - x, box[3] - y])
+    outputs.box_distances[image, location] = distances / outputs.locations.stride[location]
+    outputs.class_logits[image, location, label] = math.log(probability / (1 - probability))
+
+
+class FeatureMasks:
+    """Stands for a model: the mask of a query is its image's feature map, shifted by the location's number."""
+
+    mask_stride = 4
+
+    def predict_masks(self, outputs: DenseOutputs, queries: MaskQueries) -> MaskLogits:
+        maps = outputs.mask_features[queries.image_index, 0]
+        logits = maps + (queries.location_index[:, None, None] - 12) / 12
+        corner = torch.zeros(len(logits), 2)
+        return MaskLogits(logits, queries.image_index, queries.instance_index, corner, corner + 4)
+
+
+def select(outputs: DenseOutputs, sizes: list[tuple[int, int]] | None = None, **changes: float) -> list[Candidates]:
+    image_sizes = torch.tensor(sizes or [(32, 48)] * outputs.class_logits.shape[0])
+    return select_detections(outputs, image_sizes, **{**SETTINGS, **changes})  # type: ignore[arg-type]
+
+
+def test_score_is_the_root_of_probability_times_centreness() -> None:
+    outputs = empty_outputs()
+    put(outputs, 0, 8, 1, 0.5, [5.0, 3.0, 30.0, 22.0])
+    outputs.centreness_logits[0, 8] = math.log(0.32 / 0.68)
+    (found,) = select(outputs)
+    torch.testing.assert_close(found.scores, torch.tensor([0.4]))
+    torch.testing.assert_close(found.boxes_xyxy, torch.tensor([[5.0, 3.0, 30.0, 22.0]]))
+    assert found.labels.tolist() == [1]
+    assert found.queries.location_index.tolist() == [8]
+    outputs.centreness_logits[0, 8] = math.log(0.09 / 0.91)  # 0.5 x 0.09 is below 0.05
+    assert len(select(outputs)[0]) == 0
+
+
+def test_candidates_are_limited_per_level_and_detections_per_image() -> None:
+    outputs = empty_outputs()
+    for number, location in enumerate((0, 3, 5, 24, 29)):  # far apart: NMS keeps them all
+        x, y = outputs.locations.xy[location].tolist()
+        put(outputs, 0, location, 0, 0.5 + 0.1 * number, [x - 3, y - 3, x + 3, y + 3])
+    assert select(outputs)[0].queries.location_index.tolist() == [29, 24, 5, 3, 0]
+    assert select(outputs, candidates_per_level=1)[0].queries.location_index.tolist() == [29, 5]
+    assert select(outputs, max_detections=2)[0].queries.location_index.tolist() == [29, 24]
+    assert select(outputs)[0].queries.instance_index.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_equal_scores_come_by_location_then_class() -> None:
+    outputs = empty_outputs()
+    for location, label in ((5, 2), (5, 0), (0, 1)):
+        x, y = outputs.locations.xy[location].tolist()
+        put(outputs, 0, location, label, 0.5, [x - 3, y - 3, x + 3, y + 3])
+    (found,) = select(outputs)
+    assert found.queries.location_index.tolist() == [0, 5, 5]
+    assert found.labels.tolist() == [1, 0, 2]
+
+
+def test_nms_is_per_class_also_for_boxes_beyond_the_image() -> None:
+    """Unclipped boxes have negative sides; an offset per class that forgets this mixes neighbouring classes."""
+    outputs = empty_outputs()
+    put(outputs, 0, 6, 0, 0.9, [8.0, 8.0, 47.0, 47.0])
+    put(outputs, 0, 7, 2, 0.8, [8.0, 8.0, 47.0, 47.0])  # the same box in another class: stays
+    # moved by 48, the largest coordinate and one more, this box of class 1 would lie on the one of class 0
+    put(outputs, 0, 0, 1, 0.6, [-40.0, -40.0, 4.0, 4.0])
+    put(outputs, 0, 1, 1, 0.5, [-40.0, -40.0, 5.0, 4.0])  # the same object again: goes
+    assert select(outputs)[0].queries.location_index.tolist() == [6, 7, 0]
+
+
+def test_nms_uses_unclipped_boxes() -> None:
+    outputs = empty_outputs()
+    put(outputs, 0, 0, 0, 0.9, [-30.0, 0.0, 10.0, 10.0])
+    put(outputs, 0, 1, 0, 0.8, [0.0, 0.0, 12.0, 10.0])  # clipped they would overlap by 100 / 120
+    assert len(select(outputs)[0]) == 2
+
+
+def test_cells_and_boxes_in_the_padding_are_left_out() -> None:
+    outputs = empty_outputs()
+    put(outputs, 0, 4, 0, 0.9, [0.0, 0.0, 40.0, 20.0])  # at (36, 4): its cell covers 32..40
+    put(outputs, 0, 1, 1, 0.8, [0.0, 0.0, 20.0, 20.0])
+    put(outputs, 0, 26, 2, 0.7, [33.0, 1.0, 47.0, 20.0])  # at (40, 8) of stride 16
+    assert select(outputs)[0].queries.location_index.tolist() == [4, 1, 26]
+    assert select(outputs, [(32, 36)])[0].queries.location_index.tolist() == [4, 1, 26]
+    assert select(outputs, [(32, 33)])[0].queries.location_index.tolist() == [4, 1]  # 26: a cell, but no area inside
+    assert select(outputs, [(32, 32)])[0].queries.location_index.tolist() == [1]
+
+
+def test_an_image_does_not_depend_on_the_others() -> None:
+    generator = torch.Generator().manual_seed(7)
+    outputs = dataclasses.replace(
+        empty_outputs(batch=3),
+        class_logits=torch.randn(3, 30, 3, generator=generator),
+        box_distances=torch.rand(3, 30, 4, generator=generator) * 3,
+    )
+    sizes, output_sizes = torch.tensor([[32, 48], [20, 40], [32, 30]]), torch.tensor([[64, 96], [20, 40], [15, 45]])
+    together = postprocess(FeatureMasks(), outputs, sizes, output_sizes, **SETTINGS)  # type: ignore[arg-type]
+    for number in range(3):
+        fields = ("class_logits", "box_distances", "centreness_logits", "filters", "mask_features")
+        alone = dataclasses.replace(outputs, **{name: getattr(outputs, name)[number, None] for name in fields})
+        (single,) = postprocess(
+            FeatureMasks(),
+            alone,
+            sizes[number, None],
+            output_sizes[number, None],
+            **SETTINGS,  # type: ignore[arg-type]
+        )
+        assert len(single) > 5
+        assert single.masks.shape[1:] == tuple(output_sizes[number].tolist())
+        for name in ("boxes", "scores", "labels", "masks"):
+            assert torch.equal(getattr(single, name), getattr(together[number], name))
+
+
+def test_no_detections() -> None:
+    (found,) = postprocess(
+        FeatureMasks(),
+        empty_outputs(),
+        torch.tensor([[32, 48]]),
+        torch.tensor([[50, 70]]),
+        **SETTINGS,  # type: ignore[arg-type]
+    )
+    assert len(found) == 0
+    assert found.masks.shape == (0, 50, 70)
+    assert found.boxes.shape == (0, 4)
+    assert found.labels.dtype == torch.int64
+
+
+def test_masks_in_chunks_are_the_masks_at_once() -> None:
+    outputs = empty_outputs()
+    count = 7
+    queries = MaskQueries(torch.zeros(count).long(), torch.arange(count) * 4, torch.arange(count))
+    ((numbers, whole),) = iter_masks(FeatureMasks(), outputs, queries, (30, 45), (60, 90))
+    assert numbers.tolist() == list(range(count))
+    assert 0.2 < whole.float().mean() < 0.8
+    for chunk_pixels, expected in ((60 * 90 * 3, [3, 3, 1]), (1, [1] * 7)):
+        chunks = list(iter_masks(FeatureMasks(), outputs, queries, (30, 45), (60, 90), chunk_pixels=chunk_pixels))
+        assert [len(masks) for _, masks in chunks] == expected
+        assert torch.equal(torch.cat([numbers for numbers, _ in chunks]), torch.arange(count))
+        assert torch.equal(torch.cat([masks for _, masks in chunks]), whole)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 4, 8])
+def test_pasting_is_upsampling_cropping_and_resizing(stride: int) -> None:
+    logits = torch.randn(3, 64 // stride, 96 // stride, generator=torch.Generator().manual_seed(stride)) * 2
+
+    def slowly(output_hw: tuple[int, int]) -> Tensor:
+        whole = aligned_upsample(logits[:, None].sigmoid(), stride)
+        return F.interpolate(whole[..., :52, :72], size=output_hw, mode="bilinear")[:, 0] > 0.5
+
+    assert torch.equal(paste_masks(logits, stride, (52, 72), (100, 33)), slowly((100, 33)))
+    assert torch.equal(paste_masks(logits, stride, (52, 72), (52, 72)), slowly((52, 72)))
+
+
+def test_pasted_mask_of_a_half_plane_ends_where_it_should() -> None:
+    # cells of stride 4 are pixels 2, 6, 10, ...; inside from column 3 (pixel 14) on: the step is half way, at 12
+    logits = torch.full((1, 8, 8), -9.0)
+    logits[..., 3:] = 9.0
+    mask = paste_masks(logits, 4, (32, 32), (32, 32))
+    assert mask[0, 5].nonzero()[:, 0].tolist() == list(range(13, 32))  # pixel 12 itself is exactly one half
+    assert paste_masks(logits, 4, (32, 32), (32, 64))[0, 5].nonzero()[0].item() == 25
+
+
+def test_boxes_are_scaled_then_clipped() -> None:
+    boxes = torch.tensor([[-5.0, 10.0, 20.0, 40.0], [4.0, 2.0, 8.0, 6.0]])
+    expected = torch.tensor([[0.0, 5.0, 30.0, 16.0], [8.0, 1.0, 16.0, 3.0]])
+    torch.testing.assert_close(to_output_boxes(boxes, (32, 15), (16, 30)), expected)
