@@ -9,11 +9,11 @@ STAMP := $(VENV)/.installed
 
 ## quickstart: train and evaluate every run of experiments/shapes.toml and write reports/shapes/ (about 12 minutes)
 quickstart: $(STAMP)
-	$(BIN)/semiseg run shapes --jobs 2
+	$(BIN)/semiseg run shapes --jobs 2 --reproduce
 
 ## quickstart-short: the same code on a two-minute cut; writes reports/shapes_short/
 quickstart-short: $(STAMP)
-	$(BIN)/semiseg run shapes_short --jobs 2
+	$(BIN)/semiseg run shapes_short --jobs 2 --reproduce
 
 ## test: the tests
 test: $(STAMP)

@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "losses": BASE | {"losses"},
     "evaluation": BASE | {"evaluation"},
     "engine": BASE | {"data", "models", "losses", "evaluation", "engine"},
-    "study": BASE | {"engine", "study"},
+    "study": BASE | {"data", "engine", "study"},
     "report": BASE | {"data", "evaluation", "report"},
     "commands": BASE | {"data", "losses", "evaluation", "engine", "study", "report", "commands"},
     "cli": {"errors", "commands", "cli"},

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 
 from semiseg.config import ModelConfig, RunConfig, RuntimeConfig, digest, parse_config
 from semiseg.data.table import Table, load_table
-from semiseg.engine.build import build_data, build_evaluation_loader
+from semiseg.engine.build import RunData, build_data, build_evaluation_loader
 from semiseg.engine.checkpoint import load_model_folder, write_json
 from semiseg.engine.evaluate import predict_table, save_detections, score_table
 from semiseg.engine.logs import LOG_NAME, read_log
@@ -87,12 +87,29 @@ def execute_run(config: RunConfig, *, out: Path, resume: bool = True, progress: 
     metrics = measure(trained_model(state), detections=out / "detections.json")
     if not accelerator.is_main_process or metrics is None:
         return {}
-    log = read_log(out / LOG_NAME)
-    result = {
+    result = _result(config, data, accelerator, metrics, steps=state.steps, started=started, out=out)
+    write_json(out / RESULT_NAME, result)
+    return result
+
+
+def _result(
+    config: RunConfig,
+    data: RunData,
+    accelerator: Accelerator,
+    metrics: Metrics,
+    *,
+    steps: int,
+    started: float,
+    out: Path,
+) -> dict[str, Any]:
+    """The numbers of a finished run and where they come from."""
+    log = [line for line in read_log(out / LOG_NAME) if "losses" in line]
+    train_seconds = log[-1]["seconds"] if log else 0.0
+    return {
         "metrics": metrics.to_dict(),
-        "steps": state.steps,
-        "train_seconds": log[-1]["seconds"] if log else 0.0,
-        "seconds": round((log[-1]["seconds"] if log else 0.0) + time.perf_counter() - started, 2),
+        "steps": steps,
+        "train_seconds": train_seconds,
+        "seconds": max(train_seconds, round(time.perf_counter() - started, 2)),
         "data_fingerprint": data.fingerprint,
         "split_digest": data.split_digest,
         "classes": list(data.train.class_names),
@@ -100,11 +117,9 @@ def execute_run(config: RunConfig, *, out: Path, resume: bool = True, progress: 
         "processes": accelerator.num_processes,
         "versions": package_versions(),
         "git_revision": git_revision(),
-        "command": " ".join(sys.argv),
+        "command": " ".join(["semiseg", *sys.argv[1:]]),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    write_json(out / RESULT_NAME, result)
-    return result
 
 
 def evaluate_model(

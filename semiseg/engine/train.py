@@ -155,7 +155,8 @@ def train(
             if state.step % config.runtime.log_every == 0 or state.step == state.steps:
                 _log_window(state, window, log)
                 window = _Window()
-            if state.step % config.runtime.checkpoint_every == 0 and state.step < state.steps:
+            # The last step is saved too: an interruption of the evaluation that follows costs no training.
+            if state.step % config.runtime.checkpoint_every == 0 or state.step == state.steps:
                 _save(state, out)
             if validate and state.step % config.runtime.evaluate_every == 0 and state.step < state.steps:
                 _validate(state, validate, data, log, out)

@@ -1,0 +1,194 @@
+"""The way of one annotation: sixteen steps from the split file to the printed number, on one tiny data set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from semiseg.config import RunConfig
+from semiseg.data.collate import Collate
+from semiseg.data.dataset import withhold
+from semiseg.data.transforms import TrainTransform
+from semiseg.engine.build import RunData, build_data, build_objective, train_dataset
+from semiseg.engine.evaluate import predict_batch, score_table
+from semiseg.evaluation.coco_metrics import Metrics
+from semiseg.losses.terms import compute_losses, mask_targets, term_counts
+from semiseg.models.assign import assign
+from semiseg.models.condinst import CondInst, build_model
+from semiseg.models.postprocess import postprocess
+from semiseg.models.sample import mask_quotas, sample_positives
+from semiseg.report.aggregate import ReportInput, ReportRow, ReportTable, measurements, summarise
+from semiseg.report.tables import csv_table
+from semiseg.results import Result, append, read
+from semiseg.splits import load_split
+from semiseg.structures.inputs import Batch, Supervision
+from tests.tiny import tiny_config
+
+
+def test_sixteen_steps(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, model={"score_threshold": 0.001})
+    data = build_data(config)
+    torch.manual_seed(0)
+    model = build_model(config.model, num_classes=len(data.train.class_names))
+    batch = from_split_file_to_batch(config, data)
+    from_batch_to_loss(config, model, batch)
+    from_model_to_printed_number(config, data, model, batch, tmp_path)
+
+
+def from_split_file_to_batch(config: RunConfig, data: RunData) -> Batch:
+    # 1 splits/x.toml -> ClassSplit: which classes have masks
+    split = load_split("shapes_few_seen", data.train.class_names)
+    assert split == data.split
+    assert (len(split.seen), len(split.unseen)) == (3, 9)
+    # 2 dataset: row + split -> supervision; a withheld mask is gone from here on
+    dataset = train_dataset(config, data)
+    row = data.train.rows[0]
+    instances = withhold(row["objects"], class_names=data.train.class_names, rule=dataset.rule)
+    for number, label in enumerate(instances.labels):
+        seen = data.train.class_names[label] in split.seen
+        assert instances.supervision[number] == (Supervision.MASK if seen else Supervision.BOX)
+        assert (number in instances.mask_instance) == seen
+    # 3 transforms: geometry chosen from the sample's seed, applied to image, boxes and masks alike -> Sample
+    geometry = TrainTransform(short_sides=[64], long_side=64, flip=0.5)((row["height"], row["width"]), 7)
+    samples = [dataset[index, 7] for index in range(4)]
+    assert samples[0].image.shape == (3, *geometry.input_hw)
+    assert torch.equal(samples[0].boxes_xyxy, geometry.boxes(instances.boxes_xyxy))
+    # 4 collate -> Batch
+    batch = Collate(config.model.size_divisor)(samples)
+    assert batch.targets is not None
+    assert batch.targets.num_instances == sum(len(sample.labels) for sample in samples)
+    assert 0 < len(batch.targets.masks) < batch.targets.num_instances
+    return batch
+
+
+def from_batch_to_loss(config: RunConfig, model: CondInst, batch: Batch) -> None:
+    targets = batch.targets
+    assert targets is not None
+    # 5 CondInst.forward -> DenseOutputs
+    outputs = model.train()(batch.images, batch.image_sizes_hw)
+    # 6 assign -> Assignment: every box that has a positive has it at a location inside it
+    assignment = assign(
+        outputs.locations,
+        targets,
+        num_images=4,
+        level_ranges=model.level_ranges,
+        centre_radius=config.model.centre_radius,
+    )
+    xy, boxes = outputs.locations.xy[assignment.location_index], targets.boxes_xyxy[assignment.instance_index]
+    assert ((xy > boxes[:, :2]) & (xy < boxes[:, 2:])).all()
+    # 7 sample -> MaskQueries: the best positives of each box
+    quotas = mask_quotas(
+        assignment,
+        num_instances=targets.num_instances,
+        num_images=4,
+        image_index=targets.image_index,
+        max_positives=config.model.max_mask_positives,
+    )
+    queries = sample_positives(outputs, assignment, quotas)
+    assert torch.equal(torch.bincount(queries.instance_index, minlength=targets.num_instances), quotas)
+    # 8 predict_masks -> MaskLogits
+    mask_logits = model.predict_masks(outputs, queries)
+    assert mask_logits.logits.shape == (len(queries.image_index), 16, 16)
+    # 9 losses.terms: supervision x objective -> terms
+    prepared = mask_targets(batch, objective=build_objective(config.objective))
+    counts = term_counts(assignment, targets, prepared, quotas)
+    terms = compute_losses(outputs, assignment, mask_logits, targets, prepared, counts, warmup=1.0, processes=1)
+    assert {name for name, value in terms.unweighted.items() if value > 0} == {
+        *("classification", "box", "centreness", "dice", "projection", "pairwise")
+    }
+    # 10 the loss: one number, and every trainable weight hears of it
+    terms.total.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+
+
+def from_model_to_printed_number(config: RunConfig, data: RunData, model: CondInst, batch: Batch, folder: Path) -> None:
+    model.eval()
+    # 11 postprocess -> Detections
+    with torch.no_grad():
+        outputs = model(batch.images, batch.image_sizes_hw)
+    settings = {
+        "score_threshold": config.model.score_threshold,
+        "nms_threshold": config.model.nms_threshold,
+    }
+    counts = {"candidates_per_level": config.model.candidates_per_level, "max_detections": config.model.max_detections}
+    detections = postprocess(model, outputs, batch.image_sizes_hw, batch.image_sizes_hw, **settings, **counts)
+    assert detections[0].masks.shape[1:] == (64, 64)
+    # 12 evaluate -> COCO results of the same detections
+    sizes = data.train.original_sizes_hw()
+    with torch.no_grad():
+        results = predict_batch(model, batch, sizes, data.train.category_ids, config=config.model)
+    assert [r["score"] for r in results if r["image_id"] == batch.image_ids[0]] == detections[0].scores.tolist()
+    # 13 coco_metrics: here of the ground truth itself, so that the number at the end is known
+    perfect = [
+        {
+            "image_id": row["image_id"],
+            "category_id": data.val.category_ids[item["label"]],
+            "bbox": [item["box_xyxy"][0], item["box_xyxy"][1], *sides(item["box_xyxy"])],
+            "score": 1.0,
+            "segmentation": {"size": [64, 64], "counts": item["rle_counts"]},
+        }
+        for row in data.val.rows
+        for item in row["objects"]
+    ]
+    metrics = score_table(perfect, data.val)
+    # 14 results: one appended line per finished run
+    append(folder / "results.jsonl", recorded(config, data, metrics))
+    stored = read(folder / "results.jsonl")
+    # 15 aggregate: seeds and class groups -> one line per row of the table
+    assert data.split is not None
+    row = ReportRow("projection+pairwise", "yes", "yes", "projection + pairwise")
+    table = ReportTable(
+        name="table6",
+        title="Table 6",
+        split="shapes_few_seen",
+        split_digest=data.split.digest(),
+        seen=data.split.seen,
+        unseen=data.split.unseen,
+        rows=(row,),
+        published=None,
+    )
+    report = ReportInput(
+        study="walk",
+        title="walk",
+        question="?",
+        seeds=(0,),
+        tables=(table,),
+        results={("table6", row.name, 0): stored[0]},
+        data="",
+        schedule="",
+        pretraining=None,
+        run_command="",
+        report_command="",
+    )
+    summary = summarise(measurements(report, table), table)
+    # 16 tables: the printed number
+    header, line = csv_table(summary).splitlines()
+    assert header.startswith("row,projection,pairwise,seeds,all_AP,all_AP50,all_AP75,unseen_AP,")
+    assert line.startswith("projection+pairwise,yes,yes,1,100.00,100.00,100.00,100.00,")
+
+
+def sides(box_xyxy: list[float]) -> tuple[float, float]:
+    return box_xyxy[2] - box_xyxy[0], box_xyxy[3] - box_xyxy[1]
+
+
+def recorded(config: RunConfig, data: RunData, metrics: Metrics) -> Result:
+    return Result(
+        run_id="0",
+        study="walk",
+        row="projection+pairwise",
+        split="shapes_few_seen",
+        split_digest=data.split_digest,
+        seed=config.seed,
+        config=config.model_dump(mode="json"),
+        identity=config.identity(),
+        data_fingerprint=data.fingerprint,
+        metrics=metrics.to_dict(),
+        steps=4,
+        seconds=1.0,
+        device="cpu",
+        versions={},
+        git_revision=None,
+        command=[],
+        finished="2026-01-01T00:00:00+00:00",
+    )
