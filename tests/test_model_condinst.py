@@ -79,13 +79,15 @@ def test_resnet50_freezes_stem_and_first_stage_and_every_batch_norm(resnet50: Co
 
 
 def test_every_class_starts_at_one_percent(resnet50: CondInst) -> None:
-    probability = resnet50.head.class_logits.bias.sigmoid()
+    bias = resnet50.head.class_logits.bias
+    assert bias is not None
+    probability = bias.sigmoid()
     torch.testing.assert_close(probability, torch.full((80,), 0.01))
     for conv in (resnet50.head.class_logits, resnet50.head.box_tower[0], resnet50.controller):
         assert isinstance(conv, nn.Conv2d)
         assert 0.0098 < conv.weight.std() < 0.0102
         assert conv.bias is not None
-    assert not resnet50.controller.bias.any()
+    assert not resnet50.state_dict()["controller.bias"].any()
 
 
 @pytest.mark.parametrize(

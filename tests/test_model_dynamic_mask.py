@@ -81,7 +81,7 @@ def test_equals_the_plain_head_with_its_gradients(num_layers: int) -> None:
     upstream = torch.randn(8, 6, 7, generator=generator)
     logits = dynamic_masks(features, filters, image_index, location, range_, shapes=shapes, stride=8)
     gradients = torch.autograd.grad((logits * upstream).sum(), [features, filters])
-    exact = [features.detach().double().requires_grad_(), filters.detach().double().requires_grad_()]
+    exact = (features.detach().double().requires_grad_(), filters.detach().double().requires_grad_())
     expected = masks_slowly(*exact, image_index, location.double(), range_.double(), shapes, 8)
     expected_gradients = torch.autograd.grad((expected * upstream).sum(), exact)
     torch.testing.assert_close(logits.double(), expected, rtol=1e-5, atol=1e-5)

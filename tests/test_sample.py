@@ -13,7 +13,10 @@ from semiseg.structures.outputs import Assignment, DenseOutputs
 
 def make_assignment(counts: list[int], image_of: list[int], num_locations: int) -> Assignment:
     """`counts[i]` positives of instance i, at the next free locations of its image."""
-    image_index, location_index, instance_index, used = [], [], [], [0] * (max(image_of, default=-1) + 1)
+    image_index: list[int] = []
+    location_index: list[int] = []
+    instance_index: list[int] = []
+    used = [0] * (max(image_of, default=-1) + 1)
     for instance, (count, image) in enumerate(zip(counts, image_of, strict=True)):
         image_index += [image] * count
         instance_index += [instance] * count
