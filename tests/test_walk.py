@@ -131,7 +131,7 @@ def from_model_to_printed_number(config: RunConfig, data: RunData, model: CondIn
         for row in data.val.rows
         for item in row["objects"]
     ]
-    metrics = score_table(perfect, data.val)
+    metrics = score_table(perfect, data.val, image_ids=data.val.image_ids)
     # 14 results: one appended line per finished run
     append(folder / "results.jsonl", recorded(config, data, metrics))
     stored = read(folder / "results.jsonl")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast, gather_object
 from pycocotools import mask as rle_codec
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -25,16 +25,33 @@ from semiseg.models.postprocess import Candidates, iter_masks, select_detections
 from semiseg.structures.inputs import Batch
 
 
+class Predictions(NamedTuple):
+    """What was predicted on all processes together; on other processes than the main one both are empty.
+
+    Attributes:
+        results: detections as COCO results, by image, best first.
+        image_ids: the images that were looked at, each as often as it was, also those without detections.
+    """
+
+    results: list[dict[str, Any]]
+    image_ids: list[int]
+
+
 def predict_table(
     model: CondInst, loader: DataLoader, table: Table, accelerator: Accelerator, *, config: ModelConfig, progress: bool
-) -> list[dict[str, Any]]:
-    """Detections of every image of the table as COCO results; complete on the main process, empty elsewhere.
+) -> Predictions:
+    """Detections of the images of `loader`, this process's share of the table.
 
     Masks become RLE chunk by chunk, so that memory does not grow with their number.
     """
+    if accelerator.num_processes > 1:
+        # Running statistics of batch norm are each process's own; the main process's are the ones that are saved.
+        for buffer in model.buffers():
+            broadcast(buffer)
     was_training = model.training
     model.eval()
     results: list[dict[str, Any]] = []
+    image_ids: list[int] = []
     sizes = table.original_sizes_hw()
     bar = tqdm(
         loader, desc="predicting", unit="batch", disable=not (progress and accelerator.is_main_process), file=sys.stderr
@@ -42,10 +59,13 @@ def predict_table(
     with torch.inference_mode(), accelerator.autocast():
         for batch in bar:
             results += predict_batch(model, batch.to(accelerator.device), sizes, table.category_ids, config=config)
+            image_ids += batch.image_ids
     model.train(was_training)
     if accelerator.num_processes > 1:
-        results = gather_object(results)
-    return sorted(results, key=lambda item: (item["image_id"], -item["score"])) if accelerator.is_main_process else []
+        results, image_ids = gather_object(results), gather_object(image_ids)
+    if not accelerator.is_main_process:
+        return Predictions([], [])
+    return Predictions(sorted(results, key=lambda item: (item["image_id"], -item["score"])), image_ids)
 
 
 def predict_batch(
@@ -100,14 +120,14 @@ def _as_results(
     ]
 
 
-def score_table(results: list[dict[str, Any]], table: Table) -> Metrics:
-    """Official box and mask AP of the results, for all classes and for each of them."""
+def score_table(results: list[dict[str, Any]], table: Table, *, image_ids: Collection[int]) -> Metrics:
+    """Official box and mask AP of the results, for all classes and for each of them.
+
+    Args:
+        image_ids: the images that were looked at; must be the table's, each once.
+    """
     return evaluate_detections(
-        table.annotations_file,
-        results,
-        class_names=table.class_names,
-        groups={"all": table.class_names},
-        image_ids=table.image_ids,
+        table.annotations_file, results, class_names=table.class_names, groups={}, image_ids=image_ids
     )
 
 

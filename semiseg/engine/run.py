@@ -51,7 +51,8 @@ def execute_run(config: RunConfig, *, out: Path, resume: bool = True, progress: 
         _claim(config, out, resume=resume)
         return json.loads((out / RESULT_NAME).read_text(encoding="utf-8"))
     accelerator = start_accelerator(config.runtime, seed=config.seed)
-    with accelerator.main_process_first():
+    # On each machine one process converts; where machines share the folder, the first of all.
+    with accelerator.main_process_first(), accelerator.local_main_process_first():
         data = build_data(config)
     if accelerator.is_main_process:
         _claim(config, out, resume=resume)
@@ -146,12 +147,12 @@ def evaluate_model(
         processes=accelerator.num_processes,
         rank=accelerator.process_index,
     )
-    results = predict_table(model, loader, table, accelerator, config=model_config, progress=progress)
+    results, image_ids = predict_table(model, loader, table, accelerator, config=model_config, progress=progress)
     if not accelerator.is_main_process:
         return None
     if detections is not None:
         save_detections(detections, results)
-    return score_table(results, table)
+    return score_table(results, table, image_ids=image_ids)
 
 
 def evaluate_run(
