@@ -1,4 +1,4 @@
-"""One process of `test_distributed`: losses and gradients of one optimizer step, and detections of the validation set.
+"""One process of `test_distributed`: losses and gradients of one optimizer step, detections, a loss that is not finite.
 
 usage: accelerate launch --multi_gpu --num_processes N -m tests.distributed_worker DATA_ROOT OUT
 """
@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 
 from semiseg.engine import train as training
 from semiseg.engine.build import build_data, build_evaluation_loader, build_training_loader
 from semiseg.engine.evaluate import predict_table
 from semiseg.engine.session import start_accelerator
+from semiseg.errors import UserError
 from semiseg.structures.inputs import Batch
 from tests.test_train import without_instances
 from tests.tiny import tiny_config
@@ -28,8 +30,27 @@ def gradients(state: training.TrainState, parts: list[Batch]) -> dict[str, Any]:
     counts = accelerator.reduce(torch.stack([plan.counts for plan in plans]).sum(0), reduction="sum")
     losses, weighted = training._forward_backward(state, parts, plans, counts)
     numbers = accelerator.reduce(torch.stack([losses, weighted]).double(), reduction="mean")
-    flat = torch.cat([p.grad.flatten() for p in state.step_module.parameters() if p.requires_grad])
+    flat = torch.cat([p.grad.flatten() for p in state.step_module.parameters() if p.grad is not None])
     return {"numbers": numbers.clone(), "gradient": flat.clone()}
+
+
+def stop_by_last_process(state: training.TrainState, parts: list[Batch], out: Path) -> dict[str, Any]:
+    """What every process says, and whether its weights stay, when the loss of the last one is not finite."""
+    accelerator = state.accelerator
+    bias = state.step_module.model.head.class_logits.bias
+    assert bias is not None
+    if accelerator.is_last_process:
+        with torch.no_grad():
+            bias.fill_(float("nan"))
+    before = [parameter.clone() for parameter in state.step_module.parameters()]
+    sentence = "it went on"
+    try:
+        training.optimizer_step(state, parts, out=out)
+    except UserError as error:
+        sentence = str(error)
+    pairs = zip(before, state.step_module.parameters(), strict=True)
+    unchanged = all(torch.allclose(old, new, rtol=0, atol=0, equal_nan=True) for old, new in pairs)
+    return {"sentences": gather_object([sentence]), "unchanged": gather_object([unchanged])}
 
 
 def main(root: Path, out: Path) -> None:
@@ -61,9 +82,10 @@ def main(root: Path, out: Path) -> None:
         processes=processes,
         rank=rank,
     )
-    results["detections"] = predict_table(
+    results["detections"], results["image_ids"] = predict_table(
         state.step_module.model, evaluation, data.val, accelerator, config=config.model, progress=False
     )
+    results["stopped"] = stop_by_last_process(state, parts, out.parent)
     if accelerator.is_main_process:
         torch.save(results, out)
     accelerator.end_training()

@@ -1,4 +1,4 @@
-"""Two processes (gloo) give the losses, gradients and detections of one."""
+"""Two processes (gloo) give the losses, gradients and detections of one, and stop together."""
 
 from __future__ import annotations
 
@@ -56,3 +56,14 @@ def test_detections_are_gathered_once_per_image(one_and_two: list[dict[str, Any]
     one, two = (result["detections"] for result in one_and_two)
     assert len({item["image_id"] for item in one}) == 4
     assert two == one
+    assert [sorted(result["image_ids"]) for result in one_and_two] == [[1, 2, 3, 4], [1, 2, 3, 4]]
+
+
+def test_a_loss_that_is_not_finite_on_one_process_stops_all_before_the_update(
+    one_and_two: list[dict[str, Any]],
+) -> None:
+    stopped = one_and_two[1]["stopped"]
+    assert stopped["unchanged"] == [True, True]
+    assert len(set(stopped["sentences"])) == 1
+    assert "classification nan" in stopped["sentences"][0]
+    assert "_rank1.pt" in stopped["sentences"][0]

@@ -2,29 +2,60 @@
 
 from __future__ import annotations
 
+import os
 import signal
+from datetime import timedelta
 from types import FrameType, TracebackType
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    set_seed,
+)
 
 from semiseg.config import RuntimeConfig
+from semiseg.errors import UserError
+
+# How long processes wait for one another. NCCL's ten minutes can pass while the main process converts annotations or
+# runs the COCO evaluation; a process that died is noticed by the launcher, not by this.
+PATIENCE = timedelta(hours=2)
 
 
 def start_accelerator(runtime: RuntimeConfig, *, seed: int) -> Accelerator:
     """One process's view of the run; the same call for one CPU, one GPU and `accelerate launch`.
 
-    Threads and seeds are set here, so that whatever is built next is reproducible.
+    Threads and seeds are set here, so that whatever is built next is reproducible. What a run computes follows from
+    its configuration alone, never from flags of the launcher.
+
+    Raises:
+        UserError: the launcher asks for another precision than the configuration, or fp16 without a GPU.
     """
     if runtime.threads:
         torch.set_num_threads(runtime.threads)
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched not in ("no", runtime.precision):
+        raise UserError(
+            f"accelerate was launched with mixed precision {launched!r}, but runtime.precision is "
+            f"{runtime.precision!r}: choose it in the configuration and launch with '--mixed_precision no'"
+        )
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision=runtime.precision,
-        # Gradients are views into the reduction buckets: one copy of them less in memory.
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        # Said here because accelerate would otherwise divide the loss by the launcher's flag of this name.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        kwargs_handlers=[
+            # Gradients are views into the reduction buckets: one copy of them less in memory.
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=PATIENCE),
+        ],
     )
+    if runtime.precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError(
+            "runtime.precision = 'fp16' needs a GPU (accelerate would go on in float32); use 'no' or 'bf16'"
+        )
     set_seed(seed)
     return accelerator
 

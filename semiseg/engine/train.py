@@ -7,15 +7,17 @@ loss is finite -> clip -> update. What may stop it: a signal (saved first), a no
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -125,7 +127,8 @@ def train(
             kept in `best/`.
 
     Raises:
-        UserError: on a non-finite loss; the file named in the message replays the step.
+        UserError: on a non-finite loss of any process, and then on all of them; the file named in the message
+            replays the step. Also if the processes do not find the same checkpoint.
         KeyboardInterrupt: after SIGINT or SIGTERM, with a checkpoint written.
     """
     state = prepare(config, data, accelerator)
@@ -159,7 +162,9 @@ def train(
             if state.step % config.runtime.checkpoint_every == 0 or state.step == state.steps:
                 _save(state, out)
             if validate and state.step % config.runtime.evaluate_every == 0 and state.step < state.steps:
+                began = time.perf_counter()
                 _validate(state, validate, data, log, out)
+                window.started += time.perf_counter() - began  # no part of the time of training
     return state
 
 
@@ -182,7 +187,7 @@ def _validate(state: TrainState, validate: Validate, data: RunData, log: Trainin
     log.write({"step": state.step, "steps": state.steps, "seconds": log.seconds_before, "validation": metrics})
     path = out / "best.json"
     best = json.loads(path.read_text(encoding="utf-8"))["mask_AP"] if path.exists() else -1.0
-    if metrics["mask_AP"] > best:
+    if metrics.get("mask_AP", -1.0) > best:  # absent where no class has ground truth
         save_model(out / "best", trained_model(state).state_dict(), model_info(state.config, data))
         write_json(path, {"step": state.step, **metrics})
 
@@ -204,12 +209,8 @@ def optimizer_step(state: TrainState, parts: list[Batch], *, out: Path, stop: bo
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     losses, weighted = _forward_backward(state, parts, plans, counts)
-    if not bool(torch.isfinite(weighted).all()):
-        path = write_nonfinite_step(out, state, parts, counts, weighted)
-        raise UserError(
-            f"step {state.step + 1}: the loss is not finite ({_describe(weighted)}); the weights were not updated; "
-            f"'semiseg train --replay {path}' runs the step again"
-        )
+    if _nonfinite_anywhere(accelerator, weighted):
+        _stop_nonfinite(state, parts, counts, weighted, out)
     if config.optim.clip_norm is not None:
         accelerator.clip_grad_norm_(state.wrapped.parameters(), config.optim.clip_norm)
     state.optimizer.step()
@@ -236,9 +237,26 @@ def _forward_backward(
     return torch.stack(losses).sum(0), torch.stack(weighted).sum(0)
 
 
-def _describe(weighted: Tensor) -> str:
+def _nonfinite_anywhere(accelerator: Accelerator, weighted: Tensor) -> bool:
+    """Whether a loss of any process is not finite: its gradient has reached all of them, so all must stop."""
+    number = (~torch.isfinite(weighted)).sum(0, keepdim=True)
+    if accelerator.num_processes > 1:
+        number = accelerator.reduce(number, reduction="sum")
+    return bool(number > 0)
+
+
+def _stop_nonfinite(state: TrainState, parts: list[Batch], counts: Tensor, weighted: Tensor, out: Path) -> NoReturn:
+    """Writes the step where the loss is not finite, then stops every process with the same sentence."""
     values = dict(zip(LOSS_NAMES, weighted.tolist(), strict=True))
-    return ", ".join(f"{name} {value}" for name, value in values.items() if value - value != 0)
+    broken = ", ".join(f"{name} {value}" for name, value in values.items() if not math.isfinite(value))
+    told = []
+    if broken:
+        path = write_nonfinite_step(out, state, parts, counts, weighted)
+        told.append(
+            f"step {state.step + 1}: the loss is not finite ({broken}); the weights were not updated; "
+            f"'semiseg train --replay {path}' runs the step again"
+        )
+    raise UserError(gather_object(told)[0])
 
 
 def _next_parts(batches: Iterator[Batch], state: TrainState, window: _Window) -> list[Batch]:
@@ -279,6 +297,11 @@ def _log_window(state: TrainState, window: _Window, log: TrainingLog | None) -> 
 def restore(state: TrainState, folder: Path) -> None:
     """Continues exactly where the latest checkpoint of `folder` was written; does nothing if there is none."""
     path = latest_checkpoint(folder)
+    found = set(gather_object([path.name if path else "none"]))
+    if len(found) > 1:
+        raise UserError(
+            f"{folder}: not the same on every machine (latest: {', '.join(sorted(found))}); share the folder"
+        )
     if path is None:
         return
     saved = load_tensors(path)
