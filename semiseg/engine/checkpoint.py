@@ -112,7 +112,11 @@ def save_model(folder: Path, state: dict[str, Tensor], info: ModelInfo) -> None:
 
 
 def load_model_folder(folder: Path) -> tuple[dict[str, Tensor], ModelInfo]:
-    """Reads a model folder: its weights (CPU) and its description."""
+    """Reads a model folder: its weights (CPU) and its description.
+
+    The description's `config.weights` is None: a model built from it needs no file or download of the backbone's
+    initial weights, which would be overwritten.
+    """
     path = folder / "config.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -124,7 +128,7 @@ def load_model_folder(folder: Path) -> tuple[dict[str, Tensor], ModelInfo]:
     if values.get("format") != MODEL_FORMAT:
         raise UserError(f"{path}: format {values.get('format')!r} is not known, expected {MODEL_FORMAT}")
     info = ModelInfo(
-        config=parse_config(ModelConfig, values["model"], where=str(path)),
+        config=parse_config(ModelConfig, {**values["model"], "weights": None}, where=str(path)),
         class_names=tuple(values["class_names"]),
         category_ids=tuple(values["category_ids"]),
         short_side=values["short_side"],
