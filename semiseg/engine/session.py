@@ -31,7 +31,7 @@ def start_accelerator(runtime: RuntimeConfig, *, seed: int) -> Accelerator:
     its configuration alone, never from flags of the launcher.
 
     Raises:
-        UserError: the launcher asks for another precision than the configuration, or fp16 without a GPU.
+        UserError: the launcher asks for another precision than the configuration.
     """
     if runtime.threads:
         torch.set_num_threads(runtime.threads)
@@ -52,10 +52,6 @@ def start_accelerator(runtime: RuntimeConfig, *, seed: int) -> Accelerator:
             InitProcessGroupKwargs(timeout=PATIENCE),
         ],
     )
-    if runtime.precision == "fp16" and accelerator.device.type == "cpu":
-        raise UserError(
-            "runtime.precision = 'fp16' needs a GPU (accelerate would go on in float32); use 'no' or 'bf16'"
-        )
     set_seed(seed)
     return accelerator
 

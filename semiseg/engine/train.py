@@ -95,6 +95,9 @@ class _Window:
 
 def prepare(config: RunConfig, data: RunData, accelerator: Accelerator) -> TrainState:
     """Builds model and optimiser, loads initial weights (`init_from`), and wraps them for the processes at hand."""
+    if config.runtime.precision == "fp16" and accelerator.device.type == "cpu":
+        # accelerate would go on in float32 without a word
+        raise UserError("runtime.precision = 'fp16' needs a GPU; choose 'no' or 'bf16'")
     step_module = build_step(config, num_classes=len(data.train.class_names))
     if config.init_from is not None:
         load_initial(step_module.model, initial_weights(Path(config.init_from)), where=config.init_from)
