@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import json
 import tomllib
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -100,7 +101,7 @@ class ModelConfig(Section):
     """FCOS + CondInst; the defaults are the paper's ResNet-50-FPN.
 
     backbone: `small` is the two-blocks-per-stage network for Shapes, its widths in `small_widths`.
-    weights: None (random), `imagenet` (torchvision's) or a path to a state dict of the backbone.
+    weights: of the backbone: `imagenet` (torchvision's), `random`, or a path to a state dict.
     frozen_stages: how many of (stem + first stage, second, ...) are not trained; 1 is the paper's.
     stride_in_1x1: bottlenecks stride in their first 1x1 (the reference's weights), not in the 3x3 (torchvision's).
     strides: of the levels that predict; mask_feature_stride: of the mask branch; mask_stride: of the mask logits.
@@ -108,7 +109,7 @@ class ModelConfig(Section):
     """
 
     backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101", "small"] = "resnet50"
-    weights: str | None = None
+    weights: str = "imagenet"
     small_widths: list[PositiveInt] = [24, 48, 96, 160]
     backbone_norm: Norm = "frozen_bn"
     frozen_stages: Annotated[int, Field(ge=0, le=4)] = 1
@@ -134,6 +135,12 @@ class ModelConfig(Section):
     candidates_per_level: PositiveInt = 1000
     nms_threshold: Probability = 0.6
     max_detections: PositiveInt = 100
+
+    @model_validator(mode="after")
+    def _weights_exist(self) -> ModelConfig:
+        if self.backbone == "small" and self.weights == "imagenet":
+            raise ValueError("backbone 'small' has no ImageNet weights: set weights to 'random' or a path")
+        return self
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> ModelConfig:
@@ -219,10 +226,19 @@ class RunConfig(Section):
     seed: int = 0
     init_from: str | None = None
 
+    @model_validator(mode="after")
+    def _frozen_weights_are_good_ones(self) -> RunConfig:
+        if self.model.weights == "random" and self.init_from is None and self.model.frozen_stages > 0:
+            raise ValueError(
+                "model.frozen_stages > 0 would freeze random weights: set model.frozen_stages = 0, "
+                "or give model.weights or init_from"
+            )
+        return self
+
     def identity(self) -> dict[str, Any]:
         """What can change the numbers of the run: the config without paths, workers, logging and the split's name.
 
-        The caller adds the digests of split, data and initial weights.
+        A file of backbone weights is named by its content. The caller adds the digests of split, data and `init_from`.
         """
         values = self.model_dump(mode="json", exclude={"runtime", "init_from"})
         for name in ("root", "train_images", "train_annotations", "val_images", "val_annotations"):
@@ -230,6 +246,8 @@ class RunConfig(Section):
         if values["data"]["format"] != "shapes":
             del values["data"]["shapes"]
         del values["supervision"]["split"]
+        if self.model.weights not in ("imagenet", "random"):
+            values["model"]["weights"] = file_digest(Path(self.model.weights))
         if self.runtime.precision != "no":
             values["precision"] = self.runtime.precision
         return values
@@ -239,6 +257,15 @@ def digest(value: Any, length: int = 16) -> str:
     """Hex digest of any JSON-serialisable value, independent of key order."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def file_digest(path: Path, length: int = 16) -> str:
+    """Hex digest of a file's content; a missing file is a `UserError`."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:length]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -251,7 +278,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid TOML: {error}") from None
 
 
-def load_run_config(path: Path, overrides: list[str] = []) -> RunConfig:  # noqa: B006 (never changed)
+def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a run's TOML file and applies `a.b=c` overrides."""
     return parse_config(RunConfig, apply_overrides(read_toml(path), overrides), where=str(path))
 
@@ -264,7 +291,7 @@ def parse_config(kind: type[Config], values: dict[str, Any], *, where: str) -> C
         raise UserError("; ".join(_explain(kind, item, where) for item in error.errors())) from None
 
 
-def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """A copy of `values` with each `a.b=c` set; c is read as a TOML value, or as text if it is none."""
     result = json.loads(json.dumps(values))
     for item in overrides:

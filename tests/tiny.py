@@ -20,6 +20,7 @@ TINY: dict[str, Any] = {
     "supervision": {"source": "split", "split": "shapes_few_seen"},
     "model": {
         "backbone": "small",
+        "weights": "random",
         "small_widths": [8, 8, 16, 16],
         "backbone_norm": "frozen_bn",
         "frozen_stages": 0,

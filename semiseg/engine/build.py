@@ -89,6 +89,11 @@ def build_objective(config: ObjectiveConfig) -> Objective:
     )
 
 
+def without_initial_weights(config: RunConfig) -> RunConfig:
+    """The same run for a model whose weights will all be loaded: its backbone need not find any of its own."""
+    return config.model_copy(update={"model": config.model.model_copy(update={"weights": "random"})})
+
+
 def build_step(config: RunConfig, *, num_classes: int) -> TrainStep:
     """The model with its assignment and losses."""
     return TrainStep(

@@ -128,7 +128,7 @@ def load_model_folder(folder: Path) -> tuple[dict[str, Tensor], ModelInfo]:
     if values.get("format") != MODEL_FORMAT:
         raise UserError(f"{path}: format {values.get('format')!r} is not known, expected {MODEL_FORMAT}")
     info = ModelInfo(
-        config=parse_config(ModelConfig, {**values["model"], "weights": None}, where=str(path)),
+        config=parse_config(ModelConfig, {**values["model"], "weights": "random"}, where=str(path)),
         class_names=tuple(values["class_names"]),
         category_ids=tuple(values["category_ids"]),
         short_side=values["short_side"],

@@ -58,7 +58,7 @@ def replay_step(path: Path) -> str:
         raise UserError(f"{path}: not a replay file; its keys are {', '.join(sorted(saved)[:8])}")
     config = parse_config(RunConfig, json.loads(saved["config"]), where=str(path))
     # The file holds all weights: those that the backbone began with need not be here.
-    config = config.model_copy(update={"model": config.model.model_copy(update={"weights": None})})
+    config = config.model_copy(update={"model": config.model.model_copy(update={"weights": "random"})})
     step_module = build_step(config, num_classes=saved["num_classes"])
     step_module.model.load_state_dict(saved["model"])
     step_module.train()

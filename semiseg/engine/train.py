@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from semiseg.config import RunConfig
-from semiseg.engine.build import RunData, build_step, build_training_loader
+from semiseg.engine.build import RunData, build_step, build_training_loader, without_initial_weights
 from semiseg.engine.checkpoint import (
     ModelInfo,
     initial_weights,
@@ -98,8 +98,12 @@ def prepare(config: RunConfig, data: RunData, accelerator: Accelerator) -> Train
     if config.runtime.precision == "fp16" and accelerator.device.type == "cpu":
         # accelerate would go on in float32 without a word
         raise UserError("runtime.precision = 'fp16' needs a GPU; choose 'no' or 'bf16'")
-    step_module = build_step(config, num_classes=len(data.train.class_names))
-    if config.init_from is not None:
+    num_classes = len(data.train.class_names)
+    if config.init_from is None:
+        with accelerator.main_process_first():  # one download for all
+            step_module = build_step(config, num_classes=num_classes)
+    else:
+        step_module = build_step(without_initial_weights(config), num_classes=num_classes)
         load_initial(step_module.model, initial_weights(Path(config.init_from)), where=config.init_from)
     if config.runtime.channels_last:
         step_module.to(memory_format=torch.channels_last)

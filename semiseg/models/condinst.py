@@ -186,17 +186,18 @@ def build_model(config: ModelConfig, *, num_classes: int) -> CondInst:
 
 
 def _build_backbone(config: ModelConfig) -> ResNetFeatures | SmallResNet:
+    weights = None if config.weights == "random" else config.weights
     if config.backbone == "small":
         return build_small_resnet(
             config.small_widths,
             norm=config.backbone_norm,
-            weights=config.weights,
+            weights=weights,
             frozen_stages=config.frozen_stages,
         )
     return build_resnet(
         config.backbone,
         norm=config.backbone_norm,
-        weights=config.weights,
+        weights=weights,
         frozen_stages=config.frozen_stages,
         stride_in_1x1=config.stride_in_1x1,
     )

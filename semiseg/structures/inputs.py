@@ -21,7 +21,8 @@ class Supervision(IntEnum):
     PSEUDO = 2  # a mask that a teacher or an imported prediction supplied, with a weight
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
+    """The check of the contracts: a broken one is a programming error, so a ValueError."""
     if not condition:
         raise ValueError(message)
 
@@ -61,16 +62,17 @@ class Sample:
     bottom_rows_without_affinity: int = 0
 
     def __post_init__(self) -> None:
-        _require(self.image.dtype == torch.uint8 and self.image.ndim == 3, "image must be (3, H, W) uint8")
+        require(self.image.dtype == torch.uint8 and self.image.ndim == 3, "image must be (3, H, W) uint8")
         count = self.boxes_xyxy.shape[0]
-        _require(self.boxes_xyxy.shape == (count, 4), "boxes_xyxy must be (N, 4)")
-        _require(self.labels.shape == (count,), "labels must be (N,)")
-        _require(self.supervision.shape == (count,), "supervision must be (N,)")
-        expected = (self.mask_instance.shape[0], *grid_size(tuple(self.image.shape[-2:]), self.mask_stride))
-        _require(tuple(self.masks.shape) == expected, f"masks must be {expected}, not {tuple(self.masks.shape)}")
+        require(self.boxes_xyxy.shape == (count, 4), "boxes_xyxy must be (N, 4)")
+        require(self.labels.shape == (count,), "labels must be (N,)")
+        require(self.supervision.shape == (count,), "supervision must be (N,)")
+        size_hw = (self.image.shape[-2], self.image.shape[-1])
+        expected = (self.mask_instance.shape[0], *grid_size(size_hw, self.mask_stride))
+        require(tuple(self.masks.shape) == expected, f"masks must be {expected}, not {tuple(self.masks.shape)}")
         with_mask = (self.supervision != Supervision.BOX).nonzero()[:, 0]
-        _require(torch.equal(self.mask_instance.sort().values, with_mask), "one mask per mask-supervised instance")
-        _require(self.crowd_boxes_xyxy.ndim == 2 and self.crowd_boxes_xyxy.shape[1] == 4, "crowd boxes must be (K, 4)")
+        require(torch.equal(self.mask_instance.sort().values, with_mask), "one mask per mask-supervised instance")
+        require(self.crowd_boxes_xyxy.ndim == 2 and self.crowd_boxes_xyxy.shape[1] == 4, "crowd boxes must be (K, 4)")
 
 
 @dataclass(frozen=True)
@@ -103,13 +105,13 @@ class Targets:
 
     def __post_init__(self) -> None:
         count, mask_count = self.boxes_xyxy.shape[0], self.masks.shape[0]
-        _require(self.boxes_xyxy.shape == (count, 4), "boxes_xyxy must be (N, 4)")
+        require(self.boxes_xyxy.shape == (count, 4), "boxes_xyxy must be (N, 4)")
         for name in ("labels", "image_index", "supervision"):
-            _require(getattr(self, name).shape == (count,), f"{name} must be (N,)")
-        _require(self.masks.ndim == 3, "masks must be (M, h, w)")
+            require(getattr(self, name).shape == (count,), f"{name} must be (N,)")
+        require(self.masks.ndim == 3, "masks must be (M, h, w)")
         for name in ("mask_instance", "mask_weight"):
-            _require(getattr(self, name).shape == (mask_count,), f"{name} must be (M,)")
-        _require(self.crowd_boxes_xyxy.shape == (self.crowd_image_index.shape[0], 4), "crowd boxes must be (K, 4)")
+            require(getattr(self, name).shape == (mask_count,), f"{name} must be (M,)")
+        require(self.crowd_boxes_xyxy.shape == (self.crowd_image_index.shape[0], 4), "crowd boxes must be (K, 4)")
 
     @property
     def num_instances(self) -> int:
@@ -140,10 +142,10 @@ class Batch:
 
     def __post_init__(self) -> None:
         count = self.images.shape[0]
-        _require(self.images.dtype == torch.uint8 and self.images.ndim == 4, "images must be (B, 3, H, W) uint8")
-        _require(self.image_sizes_hw.shape == (count, 2), "image_sizes_hw must be (B, 2)")
-        _require(len(self.image_ids) == count, "one image id per image")
-        _require(self.bottom_rows_without_affinity.shape == (count,), "bottom_rows_without_affinity must be (B,)")
+        require(self.images.dtype == torch.uint8 and self.images.ndim == 4, "images must be (B, 3, H, W) uint8")
+        require(self.image_sizes_hw.shape == (count, 2), "image_sizes_hw must be (B, 2)")
+        require(len(self.image_ids) == count, "one image id per image")
+        require(self.bottom_rows_without_affinity.shape == (count,), "bottom_rows_without_affinity must be (B,)")
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         return _move(self, device, non_blocking)

@@ -11,10 +11,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
+from semiseg.structures.inputs import require
 
 
 @dataclass(frozen=True)
@@ -33,8 +30,8 @@ class Locations:
 
     def __post_init__(self) -> None:
         count = self.xy.shape[0]
-        _require(self.xy.shape == (count, 2), "xy must be (R, 2)")
-        _require(self.stride.shape == (count,) and self.level.shape == (count,), "stride and level must be (R,)")
+        require(self.xy.shape == (count, 2), "xy must be (R, 2)")
+        require(self.stride.shape == (count,) and self.level.shape == (count,), "stride and level must be (R,)")
 
 
 @dataclass(frozen=True)
@@ -61,11 +58,11 @@ class DenseOutputs:
 
     def __post_init__(self) -> None:
         batch, count = self.class_logits.shape[:2]
-        _require(self.box_distances.shape == (batch, count, 4), "box_distances must be (B, R, 4)")
-        _require(self.centreness_logits.shape == (batch, count), "centreness_logits must be (B, R)")
-        _require(self.filters.shape[:2] == (batch, count), "filters must be (B, R, D)")
-        _require(self.mask_features.shape[0] == batch, "mask_features must be (B, F, h, w)")
-        _require(self.locations.xy.shape[0] == count, "one location per prediction")
+        require(self.box_distances.shape == (batch, count, 4), "box_distances must be (B, R, 4)")
+        require(self.centreness_logits.shape == (batch, count), "centreness_logits must be (B, R)")
+        require(self.filters.shape[:2] == (batch, count), "filters must be (B, R, D)")
+        require(self.mask_features.shape[0] == batch, "mask_features must be (B, F, h, w)")
+        require(self.locations.xy.shape[0] == count, "one location per prediction")
 
 
 @dataclass(frozen=True)
@@ -90,11 +87,11 @@ class Assignment:
 
     def __post_init__(self) -> None:
         count = self.image_index.shape[0]
-        _require(self.location_index.shape == (count,), "location_index must be (P,)")
-        _require(self.instance_index.shape == (count,), "instance_index must be (P,)")
-        _require(self.box_distances.shape == (count, 4), "box_distances must be (P, 4)")
-        _require(self.centreness.shape == (count,), "centreness must be (P,)")
-        _require(self.ignored.ndim == 2 and self.ignored.dtype == torch.bool, "ignored must be (B, R) bool")
+        require(self.location_index.shape == (count,), "location_index must be (P,)")
+        require(self.instance_index.shape == (count,), "instance_index must be (P,)")
+        require(self.box_distances.shape == (count, 4), "box_distances must be (P, 4)")
+        require(self.centreness.shape == (count,), "centreness must be (P,)")
+        require(self.ignored.ndim == 2 and self.ignored.dtype == torch.bool, "ignored must be (B, R) bool")
 
 
 @dataclass(frozen=True)
@@ -113,8 +110,8 @@ class MaskQueries:
 
     def __post_init__(self) -> None:
         count = self.image_index.shape[0]
-        _require(self.location_index.shape == (count,), "location_index must be (Q,)")
-        _require(self.instance_index.shape == (count,), "instance_index must be (Q,)")
+        require(self.location_index.shape == (count,), "location_index must be (Q,)")
+        require(self.instance_index.shape == (count,), "instance_index must be (Q,)")
 
 
 @dataclass(frozen=True)
@@ -137,11 +134,11 @@ class MaskLogits:
 
     def __post_init__(self) -> None:
         count = self.logits.shape[0]
-        _require(self.logits.ndim == 3, "logits must be (Q, h, w)")
+        require(self.logits.ndim == 3, "logits must be (Q, h, w)")
         for name in ("image_index", "instance_index"):
-            _require(getattr(self, name).shape == (count,), f"{name} must be (Q,)")
+            require(getattr(self, name).shape == (count,), f"{name} must be (Q,)")
         for name in ("origin_xy", "stride_xy"):
-            _require(getattr(self, name).shape == (count, 2), f"{name} must be (Q, 2)")
+            require(getattr(self, name).shape == (count, 2), f"{name} must be (Q, 2)")
 
 
 @dataclass(frozen=True)
@@ -162,9 +159,9 @@ class Detections:
 
     def __post_init__(self) -> None:
         count = self.boxes.shape[0]
-        _require(self.boxes.shape == (count, 4), "boxes must be (N, 4)")
-        _require(self.scores.shape == (count,) and self.labels.shape == (count,), "scores and labels must be (N,)")
-        _require(self.masks.shape[0] == count and self.masks.dtype == torch.bool, "masks must be (N, H, W) bool")
+        require(self.boxes.shape == (count, 4), "boxes must be (N, 4)")
+        require(self.scores.shape == (count,) and self.labels.shape == (count,), "scores and labels must be (N,)")
+        require(self.masks.shape[0] == count and self.masks.dtype == torch.bool, "masks must be (N, H, W) bool")
 
     def __len__(self) -> int:
         return self.boxes.shape[0]
