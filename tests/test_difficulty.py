@@ -26,18 +26,18 @@ def shapes_difficulty(tmp_path_factory: pytest.TempPathFactory) -> Difficulty:
         affinity=_affinity_stride2,
         stride=2,
         size=3,
-        dilation=2,
+        dilation=1,
         thresholds=(0, 0.1, 0.3),
     )
 
 
 def test_boxes_of_shapes_say_little_about_masks(shapes_difficulty: Difficulty) -> None:
     assert shapes_difficulty.overall.low_fill >= 0.2
-    assert shapes_difficulty.instances_per_image[0] >= 3
+    assert shapes_difficulty.instances_per_image[0] >= 2
     assert all(row.instances >= 10 for row in shapes_difficulty.classes.values())
     assert len(shapes_difficulty.classes) == 12
-    assert 0.7 < shapes_difficulty.overall.visible < 0.95
-    assert shapes_difficulty.overall.foreign > 0.1
+    assert 0.7 < shapes_difficulty.overall.visible < 0.97
+    assert shapes_difficulty.overall.foreign > 0.05
 
 
 def test_colours_of_shapes_say_much_but_not_all(shapes_difficulty: Difficulty) -> None:
@@ -45,7 +45,7 @@ def test_colours_of_shapes_say_much_but_not_all(shapes_difficulty: Difficulty) -
     assert edges[0].share == 1
     assert 0.85 <= edges[0].positive <= 0.97
     assert 0.97 <= edges[0.1].positive < 0.995
-    assert 0.97 <= edges[0.3].positive < 0.995
+    assert 0.97 <= edges[0.3].positive < 1
     assert 0.3 < edges[0.3].share < edges[0.1].share < 0.8
 
 
@@ -164,7 +164,7 @@ def _affinity_stride2(image: NDArray[np.uint8]) -> NDArray[np.float64]:
     to_xyz = np.array([[0.412453, 0.35758, 0.180423], [0.212671, 0.71516, 0.072169], [0.019334, 0.119193, 0.950227]])
     ratio = linear @ to_xyz.T / (0.95047, 1.0, 1.08883)
     x, y, z = np.moveaxis(np.where(ratio > 0.008856, np.cbrt(ratio), 7.787 * ratio + 16 / 116), 2, 0)
-    return _similarity(np.stack((116 * y - 16, 500 * (x - y), 200 * (y - z)), axis=-1), dilation=2)
+    return _similarity(np.stack((116 * y - 16, 500 * (x - y), 200 * (y - z)), axis=-1), dilation=1)
 
 
 def _similarity(values: NDArray[np.float64], *, dilation: int) -> NDArray[np.float64]:

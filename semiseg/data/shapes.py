@@ -23,7 +23,7 @@ from semiseg.config import digest
 from semiseg.data.shapes_scene import LABELS, SceneObject, compose
 from semiseg.errors import UserError
 
-GENERATOR_VERSION = 1  # raised with every change of pictures or annotations, so that no stale folder is used
+GENERATOR_VERSION = 2  # raised with every change of pictures or annotations, so that no stale folder is used
 SHAPES_CLASSES: tuple[str, ...] = LABELS
 ANNOTATIONS = "annotations.json"
 IMAGES = "images"

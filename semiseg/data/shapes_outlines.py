@@ -16,8 +16,8 @@ from semiseg.data.shapes_raster import Outline, Ring
 
 
 def arrow(draws: Draws) -> Outline:
-    """A thin shaft with a large barbed head."""
-    shaft, head, barb = draws.uniform(0.06, 0.1), draws.uniform(0.55, 0.8), draws.uniform(0.0, 0.2)
+    """A shaft with a large barbed head."""
+    shaft, head, barb = draws.uniform(0.18, 0.26), draws.uniform(0.65, 0.9), draws.uniform(0.0, 0.15)
     neck = draws.uniform(-0.1, 0.2)
     upper = [(-1.0, -shaft), (neck, -shaft), (neck - barb, -head), (1.0, 0.0)]
     return Outline([_mirrored(upper)])
@@ -25,7 +25,7 @@ def arrow(draws: Draws) -> Outline:
 
 def boomerang(draws: Draws) -> Outline:
     """Two arms that meet at an angle of 55 to 100 degrees."""
-    half_angle, width = math.radians(draws.uniform(28, 50)), draws.uniform(0.34, 0.46)
+    half_angle, width = math.radians(draws.uniform(32, 48)), draws.uniform(0.38, 0.48)
     arm = np.array([math.cos(half_angle), math.sin(half_angle)])
     across = np.array([-arm[1], arm[0]]) * width
     inner = arm - across
@@ -36,14 +36,14 @@ def boomerang(draws: Draws) -> Outline:
 
 def bowtie(draws: Draws) -> Outline:
     """Two triangles that meet at a waist."""
-    waist, left, right = draws.uniform(0.06, 0.14), draws.uniform(0.5, 0.75), draws.uniform(0.5, 0.75)
+    waist, left, right = draws.uniform(0.18, 0.28), draws.uniform(0.6, 0.85), draws.uniform(0.6, 0.85)
     upper = [(-1.0, -left), (0.0, -waist), (1.0, -right)]
     return Outline([_mirrored(upper)])
 
 
 def crescent(draws: Draws) -> Outline:
     """A disc from which a shifted disc is bitten."""
-    radius, shift = draws.uniform(0.8, 0.95), draws.uniform(0.4, 0.6)
+    radius, shift = draws.uniform(0.72, 0.85), draws.uniform(0.5, 0.65)
     x = (1 - radius**2 + shift**2) / (2 * shift)
     y = math.sqrt(1 - x**2)
     outer, inner = math.atan2(y, x), math.atan2(y, x - shift)
@@ -54,21 +54,21 @@ def crescent(draws: Draws) -> Outline:
 
 def cross(draws: Draws) -> Outline:
     """Two crossing bars."""
-    a, b, long = draws.uniform(0.2, 0.3), draws.uniform(0.2, 0.3), draws.uniform(0.75, 1.0)
+    a, b, long = draws.uniform(0.3, 0.4), draws.uniform(0.3, 0.4), draws.uniform(0.8, 1.0)
     centre = draws.uniform(-0.3, 0.3)
     return Outline([_box(-1.0, -a, 1.0, a), _box(centre - b, -long, centre + b, long)])
 
 
 def dumbbell(draws: Draws) -> Outline:
     """Two discs joined by a thin bar."""
-    left, right, bar = draws.uniform(0.3, 0.45), draws.uniform(0.3, 0.45), draws.uniform(0.05, 0.08)
+    left, right, bar = draws.uniform(0.4, 0.48), draws.uniform(0.4, 0.48), draws.uniform(0.09, 0.13)
     discs = [_ellipse(-1 + left, 0, left, left), _ellipse(1 - right, 0, right, right)]
     return Outline([*discs, _box(-1 + left, -bar, 1 - right, bar)])
 
 
 def key(draws: Draws) -> Outline:
     """A ring with a thin shaft and two teeth."""
-    bow, hole, shaft = draws.uniform(0.4, 0.52), draws.uniform(0.38, 0.48), draws.uniform(0.06, 0.09)
+    bow, hole, shaft = draws.uniform(0.54, 0.64), draws.uniform(0.3, 0.4), draws.uniform(0.13, 0.18)
     tooth, gap = draws.uniform(0.25, 0.35), draws.uniform(0.3, 0.4)
     teeth = [_box(0.85, 0.0, 1.0, tooth), _box(0.85 - gap, 0.0, 1.0 - gap, tooth)]
     start = -1 + bow * (1.1 + hole)  # the shaft must not reach into the hole
@@ -78,7 +78,7 @@ def key(draws: Draws) -> Outline:
 
 def leaf(draws: Draws) -> Outline:
     """A lens with a sharp end and a thin stalk."""
-    half_width, stalk, length = draws.uniform(0.36, 0.5), draws.uniform(0.05, 0.08), draws.uniform(0.3, 0.8)
+    half_width, stalk, length = draws.uniform(0.5, 0.64), draws.uniform(0.08, 0.11), draws.uniform(0.3, 0.6)
     radius = (1 + half_width**2) / (2 * half_width)
     half_angle = math.asin(1 / radius)
     upper = _arc(radius, -math.pi / 2 - half_angle, -math.pi / 2 + half_angle)
@@ -88,7 +88,7 @@ def leaf(draws: Draws) -> Outline:
 
 def mushroom(draws: Draws) -> Outline:
     """A cap on a stem."""
-    cap, dome, stem = draws.uniform(0.8, 1.0), draws.uniform(0.75, 0.95), draws.uniform(0.14, 0.22)
+    cap, dome, stem = draws.uniform(0.8, 1.0), draws.uniform(0.75, 0.95), draws.uniform(0.2, 0.28)
     ring = _arc(1.0, math.pi, 2 * math.pi) * (cap, dome)
     foot = [(-stem, -0.05), (stem, -0.05), (stem * 1.3, 0.95), (-stem * 1.3, 0.95)]
     return Outline([ring, np.array(foot)])
@@ -96,13 +96,13 @@ def mushroom(draws: Draws) -> Outline:
 
 def ring(draws: Draws) -> Outline:
     """An ellipse with a large hole."""
-    flat, hole, shift = draws.uniform(0.8, 1.0), draws.uniform(0.4, 0.5), draws.uniform(-0.15, 0.15)
+    flat, hole, shift = draws.uniform(0.8, 1.0), draws.uniform(0.36, 0.46), draws.uniform(-0.15, 0.15)
     return Outline([_ellipse(0, 0, 1, flat)], [_ellipse(shift, 0, hole, flat * hole)])
 
 
 def snake(draws: Draws) -> Outline:
     """A thick wave of one to one and a half periods."""
-    waves, height, half_width = draws.uniform(1.1, 1.4), draws.uniform(0.36, 0.48), draws.uniform(0.13, 0.18)
+    waves, height, half_width = draws.uniform(1.1, 1.3), draws.uniform(0.36, 0.46), draws.uniform(0.24, 0.29)
     t = np.linspace(-1, 1, 41)
     phase = draws.uniform(0, 1)
     angles = math.pi * (waves * t + 2 * phase)
@@ -114,7 +114,7 @@ def snake(draws: Draws) -> Outline:
 
 def star(draws: Draws) -> Outline:
     """Four to six points."""
-    points, inner = draws.integer(4, 6), draws.uniform(0.38, 0.52)
+    points, inner = draws.integer(4, 6), draws.uniform(0.52, 0.64)
     angles = [math.pi * k / points for k in range(2 * points)]
     radii = [1.0 if k % 2 == 0 else inner for k in range(2 * points)]
     return Outline([np.array([(r * math.cos(a), r * math.sin(a)) for r, a in zip(radii, angles, strict=True)])])

@@ -91,7 +91,7 @@ def paint_background(draws: Draws, palette: Palette, size: int) -> Pixels:
     pixels = first + (second - first) * along
     pixels += _smooth_noise(draws, size, cells=4, channels=3) * draws.uniform(5, 35)
     pixels += _smooth_noise(draws, size, cells=16, channels=1) * draws.uniform(0, 10)
-    for _ in range(draws.integer(5, 13)):
+    for _ in range(draws.integer(0, 2)):
         _paint_clutter(draws, palette, pixels, unit)
     return pixels
 
@@ -119,8 +119,8 @@ def paint_object(
         family: may have a texture of its own.
     """
     behind = pixels[:, *patch.window][:, patch.mask].mean(axis=1).reshape(3, 1, 1)
-    if colour is None or float(np.abs(colour - behind).max()) < 40:  # a doubled one must not vanish altogether
-        colour = palette.pick_unlike(draws, behind, 70)
+    if colour is None or float(np.abs(colour - behind).max()) < 30:  # a doubled one must not vanish altogether
+        colour = palette.pick_unlike(draws, behind, 55)
     texture = _pick_texture(draws, family)
     if texture == "gradient":
         second = np.clip(colour + 30 * draws.field(3, 1, 1), 0, 255)

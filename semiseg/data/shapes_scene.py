@@ -16,13 +16,14 @@ from semiseg.data.shapes_outlines import FAMILIES
 from semiseg.data.shapes_paint import Frame, Palette, add_noise, paint_background, paint_double, paint_object
 from semiseg.data.shapes_raster import Outline, Patch, Ring, fill
 
-FEWEST, MOST = 3, 7  # objects in a picture; now and then less, if no place is found
+FEWEST, MOST = 2, 4  # objects in a picture; now and then less, if no place is found
 MIN_VISIBLE_PIXELS = 24
-MIN_VISIBLE_SHARE = 0.25
-LARGE, SMALL = (0.74, 1.02), (0.3, 0.5)  # longer side of an object's box, as a share of the image's side
-INSIDE = 0.3  # the centre's least distance from the image's edge, as a share of the object's side
-DOUBLED = 0.4  # share of the objects that lie on a blob of their own colour
-TRIES = 4  # positions tried for each object
+MIN_VISIBLE_SHARE = 0.7
+SIDES = (0.32, 0.56)  # longer side of an object's box, as a share of the image's side
+ANGLES = (0.0, 50.0)  # degrees; half of the objects are mirrored as well. Slanting shapes fill less of their box
+INSIDE = 0.4  # the centre's least distance from the image's edge, as a share of the object's side
+DOUBLED = 0.33  # share of the objects that lie on a blob of their own colour
+TRIES = 8  # positions tried for each object
 LABELS = tuple(sorted(FAMILIES))  # label -> family
 
 
@@ -67,12 +68,11 @@ def compose(seed: int, index: int, size: int) -> tuple[NDArray[np.uint8], list[S
 def _place_objects(draws: Draws, size: int) -> list[_Placed]:
     """Objects from back to front, each leaving enough of those behind it in sight."""
     wanted = draws.integer(FEWEST, MOST)
-    share = draws.uniform(MIN_VISIBLE_SHARE, 0.95)  # some pictures are crowded, some are not
-    large = 2 if draws.chance(0.7) else 1
-    sides = [size * draws.uniform(*(LARGE if k < large else SMALL)) for k in range(wanted)]
+    share = draws.uniform(MIN_VISIBLE_SHARE, 1.0)  # some pictures are crowded, some are not
+    sides = [size * draws.uniform(*SIDES) for _ in range(wanted)]
     sides.sort(key=lambda side: side * draws.uniform(0.3, 1.0), reverse=True)
     placed: list[_Placed] = []
-    spare = [size * SMALL[0]] * 8  # for pictures in which too few found a place
+    spare = [size * SIDES[0]] * 8  # for pictures in which too few found a place
     for number, side in enumerate(sides + spare):
         if number >= wanted and len(placed) >= FEWEST:
             break
@@ -87,7 +87,7 @@ def _place_objects(draws: Draws, size: int) -> list[_Placed]:
 def _draw_object(draws: Draws, size: int, label: int, side: float) -> _Placed:
     outline = FAMILIES[LABELS[label]](draws)
     scales = (1.0, draws.uniform(0.8, 1.0) * draws.choice((-1.0, 1.0)))
-    angle = _pick_angle(draws, outline, scales)
+    angle = math.radians(draws.uniform(*ANGLES))
     margin = INSIDE * side
     x, y = draws.uniform(margin, size - margin), draws.uniform(margin, size - margin)
     outline, frame = _positioned(outline, angle, scales, side, (x, y))
@@ -96,18 +96,6 @@ def _draw_object(draws: Draws, size: int, label: int, side: float) -> _Placed:
     visible = np.zeros((size, size), dtype=np.bool_)
     visible[patch.window] = patch.mask
     return _Placed(label, frame, patch, visible, int(whole.mask.sum()))
-
-
-def _pick_angle(draws: Draws, outline: Outline, scales: tuple[float, float]) -> float:
-    """A direction; slanting ones for slender shapes, which then have square boxes that they hardly fill."""
-    points = np.concatenate(list(outline.solids))
-    angle = 0.0
-    for _ in range(TRIES):
-        angle = draws.uniform(0, 2 * math.pi)
-        width, height = np.ptp(_turned(points, angle, scales), axis=0)
-        if min(width, height) >= 0.75 * max(width, height):
-            break
-    return angle
 
 
 def _turned(ring: Ring, angle: float, scales: tuple[float, float]) -> Ring:
