@@ -88,7 +88,7 @@ def _draw_all(folder: Path, *, images: int, image_size: int, seed: int) -> None:
     (folder / IMAGES).mkdir(parents=True)
     records: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for index in tqdm(range(images), desc=f"drawing {images} Shapes pictures", unit="img"):
+    for index in tqdm(range(images), desc=f"drawing {images} Shapes pictures", unit="img", disable=None):
         pixels, objects = compose(seed, index, image_size)
         name = f"{index + 1:06d}.png"
         # Noise has no repetitions to look for; this finds the flat parts and is the quickest to write and to read.

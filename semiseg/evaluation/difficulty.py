@@ -117,7 +117,7 @@ def measure_difficulty(
     edges = _EdgeCounts(thresholds)
     rows: dict[int, list[_Row]] = {category_id: [] for category_id in sorted(coco.getCatIds())}
     numbers = []
-    for image_id in tqdm(image_ids, desc="measuring difficulty", unit="img", disable=not progress):
+    for image_id in tqdm(image_ids, desc="measuring difficulty", unit="img", disable=None if progress else True):
         anns = [a for a in coco.imgToAnns[image_id] if a.get("segmentation") and not a.get("iscrowd", 0)]
         numbers.append(len(anns))
         if not anns:
