@@ -131,7 +131,8 @@ def _image_problems(entries: list[dict[str, Any]], folder: Path) -> Iterator[Pro
             return bad.at(str(path))
         return None
 
-    with ThreadPoolExecutor(os.cpu_count()) as threads, tqdm(total=len(entries), unit=" images", delay=1, disable=None) as bar:
+    bar = tqdm(total=len(entries), unit=" images", delay=1, disable=None)
+    with ThreadPoolExecutor(os.cpu_count()) as threads, bar:
         for first in range(0, len(entries), IMAGES_AT_ONCE):
             for problem in threads.map(decode, entries[first : first + IMAGES_AT_ONCE]):
                 bar.update()

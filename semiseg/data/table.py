@@ -158,7 +158,8 @@ def _convert(annotations: Path, folder: Path) -> None:
             features=FEATURES, path=str(temporary / "rows.arrow"), writer_batch_size=ROWS_PER_WRITE
         ) as writer:
             records = image_records(coco, report=report)
-            for record in tqdm(records, total=len(coco.images), desc=annotations.name, unit=" images", delay=1, disable=None):
+            count, name = len(coco.images), annotations.name
+            for record in tqdm(records, total=count, desc=name, unit=" images", delay=1, disable=None):
                 writer.write(record)
             writer.finalize()
         classes = {"class_names": coco.class_names, "category_ids": coco.category_ids}
