@@ -121,7 +121,7 @@ def read_config(path: Path, overrides: Sequence[str]) -> RunConfig:
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a table of values, not {type(values).__name__}")
     # A run's own config.json holds the configuration beside its identity.
-    values = values["config"] if set(values) == {"config", "identity"} else values
+    values = values["config"] if {"config", "identity"} <= set(values) else values
     return parse_config(RunConfig, apply_overrides(values, list(overrides)), where=str(path))
 
 

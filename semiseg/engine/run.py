@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from semiseg.config import ModelConfig, RunConfig, RuntimeConfig, digest, parse_config
+from semiseg.config import ModelConfig, RunConfig, RuntimeConfig, digest, file_digest, parse_config
 from semiseg.data.table import Table, load_table
-from semiseg.engine.build import RunData, build_data, build_evaluation_loader
-from semiseg.engine.checkpoint import load_model_folder, write_json
+from semiseg.engine.build import RunData, annotation_paths, build_data, build_evaluation_loader
+from semiseg.engine.checkpoint import load_model_folder, weights_file, write_json
 from semiseg.engine.evaluate import predict_table, save_detections, score_table
 from semiseg.engine.logs import LOG_NAME, read_log
 from semiseg.engine.session import start_accelerator
@@ -47,16 +47,15 @@ def execute_run(config: RunConfig, *, out: Path, resume: bool = True, progress: 
     Raises:
         UserError: if `out` holds another run, or `resume` is False and it holds an unfinished one.
     """
-    if (out / RESULT_NAME).exists():
-        _claim(config, out, resume=resume)
-        return json.loads((out / RESULT_NAME).read_text(encoding="utf-8"))
     accelerator = start_accelerator(config.runtime, seed=config.seed)
     # On each machine one process converts; where machines share the folder, the first of all.
     with accelerator.main_process_first(), accelerator.local_main_process_first():
         data = build_data(config)
     if accelerator.is_main_process:
-        _claim(config, out, resume=resume)
+        _claim(config, data, out, resume=resume)
     accelerator.wait_for_everyone()
+    if (out / RESULT_NAME).exists():
+        return json.loads((out / RESULT_NAME).read_text(encoding="utf-8"))
     started = time.perf_counter()
 
     def measure(model: CondInst, *, detections: Path | None = None) -> Metrics | None:
@@ -176,18 +175,20 @@ def evaluate_run(
     weights, info = load_model_folder(folder / "model" if (folder / "model").is_dir() else folder)
     if annotations is not None and images is not None:
         runtime, seed = RuntimeConfig(), 0
-        table = load_table(annotations, images, cache=annotations.parent / "arrow")
+        paths, cache = (annotations, images), annotations.parent / "arrow"
     elif annotations is None and images is None and (folder / "model").is_dir():
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]
         config = parse_config(RunConfig, values, where=str(folder / "config.json"))
         runtime, seed = config.runtime, config.seed
-        table = build_data(config).val
+        paths, cache = annotation_paths(config.data)["val"], Path(config.data.root) / "arrow"
     else:
         raise UserError(f"{folder}: give both the annotation file and the image folder to evaluate a model folder on")
+    accelerator = start_accelerator(runtime, seed=seed)
+    with accelerator.main_process_first(), accelerator.local_main_process_first():
+        table = load_table(*paths, cache=cache)
     if info.class_names != table.class_names:
         differing = ", ".join(sorted(set(info.class_names) ^ set(table.class_names))) or "their order"
         raise UserError(f"{folder}: its classes differ from those of {table.annotations_file} in {differing}")
-    accelerator = start_accelerator(runtime, seed=seed)
     model = build_model(info.config, num_classes=len(info.class_names))
     model.load_state_dict(weights)
     return evaluate_model(
@@ -210,17 +211,28 @@ def headline(metrics: Metrics) -> dict[str, float]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _claim(config: RunConfig, out: Path, *, resume: bool) -> None:
+def _claim(config: RunConfig, data: RunData, out: Path, *, resume: bool) -> None:
     """Writes the run's configuration into its folder, or checks that the folder holds the same run."""
     path = out / "config.json"
+    wanted = {"identity": config.identity(), "inputs": _inputs(config, data)}
     if path.exists():
-        held = json.loads(path.read_text(encoding="utf-8"))
-        if digest(held["identity"]) != digest(config.identity()):
-            raise UserError(f"{out}: holds another run ({_first_difference(held['identity'], config.identity())})")
+        text = json.loads(path.read_text(encoding="utf-8"))
+        held = {name: text.get(name) for name in wanted}
+        if digest(held) != digest(wanted):
+            raise UserError(f"{out}: holds another run ({_first_difference(held, wanted)})")
         if not resume:
             raise UserError(f"{out}: holds this run already; '--resume' continues it, another --out starts afresh")
     out.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"identity": config.identity(), "config": config.model_dump(mode="json")})
+    write_json(path, {**wanted, "config": config.model_dump(mode="json")})
+
+
+def _inputs(config: RunConfig, data: RunData) -> dict[str, str | None]:
+    """Digests of what the configuration only names: with `RunConfig.identity` all that can change a run's numbers."""
+    return {
+        "data": data.fingerprint,
+        "split": data.split_digest if config.supervision.source == "split" else None,
+        "init_from": file_digest(weights_file(Path(config.init_from))) if config.init_from is not None else None,
+    }
 
 
 def _first_difference(held: Any, wanted: Any, path: str = "") -> str:
