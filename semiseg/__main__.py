@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
-from semiseg.cli import app
+import io
+import signal
+import sys
+from types import FrameType
 
 
 def main() -> None:
     """Runs the command line; exits with 0, with 2 on bad input, with 130 when interrupted."""
-    app(prog_name="semiseg")
+    interrupted: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        interrupted.append(number)
+        raise KeyboardInterrupt
+
+    # A stop from outside (SIGTERM) leaves as little behind as Ctrl-C does. What was started to ignore them still does.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, interrupt)
+    for stream in (sys.stdout, sys.stderr):
+        # A character that the terminal's encoding lacks is shown escaped.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        from semiseg.cli import app
+
+        app(prog_name="semiseg")
+    except (Exception, KeyboardInterrupt):
+        # Modules that are just being imported may turn an interruption into an error of their own.
+        if not interrupted:
+            raise
+        sys.stderr.write("semiseg: interrupted\n")
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -27,6 +28,13 @@ def _speaks(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args, **named)
         except UserError as error:
             typer.echo(f"semiseg: {error}", err=True)
+            raise typer.Exit(2) from None
+        except OSError as error:
+            # A path that cannot be read or written; anything else keeps its traceback.
+            if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            place = f"{error.filename2 or error.filename}: " if error.filename is not None else ""
+            typer.echo(f"semiseg: {place}{error.strerror}", err=True)
             raise typer.Exit(2) from None
         except KeyboardInterrupt as interruption:
             typer.echo(f"semiseg: {interruption.args[0] if interruption.args else 'interrupted'}", err=True)

@@ -7,6 +7,7 @@ never typed twice. The digest of a run covers what can change its numbers and no
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import json
@@ -22,23 +23,25 @@ from semiseg.errors import UserError
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
+Side = Annotated[int, Field(ge=32)]  # of an image in pixels; 32 is the coarsest stride of the backbone
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy takes
 Config = TypeVar("Config", bound=BaseModel)
 
 
 class Section(BaseModel):
     """A table of the configuration: unknown keys are errors, values are frozen, types are not coerced from text."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ShapesConfig(Section):
     """The embedded data set; ignored unless `data.format = "shapes"`."""
 
-    image_size: Annotated[int, Field(ge=32)] = 128
+    image_size: Side = 128
     train_images: PositiveInt = 4000
     val_images: PositiveInt = 200
-    train_seed: int = 1
-    val_seed: int = 2
+    train_seed: Seed = 1
+    val_seed: Seed = 2
 
 
 class DataConfig(Section):
@@ -54,10 +57,10 @@ class DataConfig(Section):
     val_images: str = "val2017"
     val_annotations: str = "annotations/instances_val2017.json"
     shapes: ShapesConfig = ShapesConfig()
-    short_sides: list[PositiveInt] = [640, 672, 704, 736, 768, 800]
-    long_side: PositiveInt = 1333
-    val_short_side: PositiveInt = 800
-    val_long_side: PositiveInt = 1333
+    short_sides: Annotated[list[Side], Field(min_length=1)] = [640, 672, 704, 736, 768, 800]
+    long_side: Side = 1333
+    val_short_side: Side = 800
+    val_long_side: Side = 1333
     flip: Probability = 0.5
     bottom_rows_without_affinity: Annotated[int, Field(ge=0)] = 10
 
@@ -90,7 +93,7 @@ class ObjectiveConfig(Section):
     box: Literal["none", "projection", "projection+pairwise", "box_as_mask"] = "projection+pairwise"
     affinity_threshold: Probability = 0.3
     affinity_size: Literal[3, 5, 7] = 3
-    affinity_dilation: PositiveInt = 2
+    affinity_dilation: Annotated[int, Field(ge=1, le=64)] = 2
     pairwise_warmup_steps: Annotated[int, Field(ge=0)] | None = None
 
 
@@ -223,7 +226,7 @@ class RunConfig(Section):
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig(steps=90_000)
     runtime: RuntimeConfig = RuntimeConfig()
-    seed: int = 0
+    seed: Seed = 0
     init_from: str | None = None
 
     @model_validator(mode="after")
@@ -269,13 +272,31 @@ def file_digest(path: Path, length: int = 16) -> str:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Parses a TOML file; a syntax error or a missing file is a `UserError` that names it."""
+    """Parses a TOML file; a syntax error or an unreadable file is a `UserError` that names it."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(_read_text(path))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Parses a JSON file that holds a table; anything else is a `UserError` that names it."""
+    try:
+        values = json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a table of values, not {type(values).__name__}")
+    return values
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")  # editors on Windows write a mark at the start
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid TOML: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -293,7 +314,7 @@ def parse_config(kind: type[Config], values: dict[str, Any], *, where: str) -> C
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """A copy of `values` with each `a.b=c` set; c is read as a TOML value, or as text if it is none."""
-    result = json.loads(json.dumps(values))
+    result = copy.deepcopy(values)
     for item in overrides:
         key, sign, text = item.partition("=")
         if not sign or not all(key.strip().split(".")):
@@ -309,11 +330,18 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
 
 
 def merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the tables of `change` laid over it, key by key; lists and values are replaced whole."""
+    """`base` with the tables of `change` laid over it, key by key; lists and values are replaced whole.
+
+    Raises:
+        UserError: a key is a table in one of them and a value in the other.
+    """
     result = dict(base)
     for key, value in change.items():
-        both_tables = isinstance(value, dict) and isinstance(result.get(key), dict)
-        result[key] = merge(result[key], value) if both_tables else value
+        tables = [isinstance(item, dict) for item in (result.get(key, value), value)]
+        if any(tables) and not all(tables):
+            wrong = value if tables[0] else result[key]
+            raise UserError(f"{key!r}: expected a table of values, not {wrong!r}")
+        result[key] = merge(result[key], value) if all(tables) and key in result else value
     return result
 
 
@@ -332,7 +360,7 @@ def _explain(kind: type[BaseModel], item: Any, where: str) -> str:
         hint = f" Did you mean {near[0]!r}?" if near else f" Allowed here: {', '.join(allowed)}."
         return f"{where}: unknown key {path!r}.{hint}"
     message = item["msg"].removeprefix("Value error, ")
-    if item["type"] in ("missing", "value_error") and not path:
+    if not path:
         return f"{where}: {message}"
     shown = "" if isinstance(item["input"], dict) else f" (value: {item['input']!r})"
     return f"{where}: {path!r}: {message}{shown}"

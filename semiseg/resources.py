@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 from semiseg.errors import UserError
 
@@ -47,7 +47,7 @@ def available(kind: Kind) -> list[str]:
     """Names that `find` knows beside paths: of the working project and of the packaged copy, sorted, without suffix."""
     folder, suffix, _ = _PLACES[kind]
     roots = (Path(folder), packaged_root() / folder)
-    return sorted({path.stem for root in roots for path in root.glob(f"*{suffix}")})
+    return sorted({path.stem for root in roots for path in root.glob(f"*{suffix}") if path.is_file()})
 
 
 def packaged_root() -> Path:
@@ -58,6 +58,40 @@ def packaged_root() -> Path:
     package = Path(__file__).parent
     shipped = package / "_shipped"
     return shipped if shipped.is_dir() else package.parent
+
+
+def require_folder(path: Path) -> None:
+    """Looks, before any work, whether files can be written into a folder that may not exist yet.
+
+    Raises:
+        UserError: it or a folder above it is a file, or writing is not permitted.
+    """
+    there = next(part for part in (path, *path.absolute().parents) if part.exists())
+    if not there.is_dir():
+        raise UserError(
+            f"{path}: no folder can be made: {there} is a file" if there != path else f"{path}: is no folder"
+        )
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{there}: no permission to write there")
+
+
+def lock_folder(folder: Path, name: str) -> IO[bytes]:
+    """An exclusive lock on a folder, held by this process until the returned file is closed.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    import fcntl
+
+    lock = (folder / name).open("wb")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        lock.close()
+        raise UserError(f"{folder}: another process is training this run; wait for it or end it first") from None
+    except OSError:
+        pass  # a file system without locks
+    return lock
 
 
 def write_text(path: Path, text: str) -> None:

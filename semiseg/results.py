@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def read(path: Path) -> list[Result]:
         return []
     results = []
     names = {item.name for item in fields(Result)}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         if not line.strip():
             continue
         try:
@@ -108,10 +109,20 @@ def read(path: Path) -> list[Result]:
             extra = ", ".join(sorted(set(values) - names)) if isinstance(values, dict) else "no table"
             raise UserError(f"{path}, line {number}: not a result of this version ({extra})")
         try:
-            results.append(Result(**values))
-        except TypeError as error:
+            result = Result(**values)
+            _check(result)
+        except (TypeError, ValueError) as error:
             raise UserError(f"{path}, line {number}: not a result of this version ({error})") from None
+        results.append(result)
     return results
+
+
+def _check(result: Result) -> None:
+    """Raises ValueError for values that nobody could have recorded."""
+    for name in ("config", "identity", "metrics"):
+        if not isinstance(getattr(result, name), Mapping):
+            raise ValueError(f"{name!r} is {getattr(result, name)!r}")
+    datetime.fromisoformat(result.finished)
 
 
 def latest(results: Iterable[Result]) -> dict[str, Result]:

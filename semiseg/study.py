@@ -9,20 +9,21 @@ class split (all masks, boxes only) are there once and read for every table. `st
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from semiseg.config import RunConfig, Section, apply_overrides, merge, parse_config, read_toml
+from semiseg.config import RunConfig, Section, Seed, apply_overrides, merge, parse_config, read_toml
 from semiseg.errors import UserError
 from semiseg.resources import find
 
 PRETRAIN_ROW = "pretrain"
 
 RunKey = tuple[str, str | None, int]  # row, split, seed
-Name = Annotated[str, Field(min_length=1, pattern=r"^[^/\\]+$")]
+Name = Annotated[str, Field(min_length=1, pattern=r"^[^./\\][^/\\]*$")]  # part of a folder's name
 
 
 class StudyRow(Section):
@@ -61,7 +62,7 @@ class Study(Section):
     name: Name
     title: str
     question: str = ""
-    seeds: list[int] = Field(default=[0], min_length=1)
+    seeds: list[Seed] = Field(default=[0], min_length=1)
     base: dict[str, Any] = Field(default_factory=dict)
     pretrain: dict[str, Any] | None = None
     splits: dict[str, str] = Field(default_factory=dict)
@@ -88,6 +89,15 @@ class Study(Section):
         unused = [name for name in rows if not any(name in table.rows for table in self.tables)]
         if unused:
             raise ValueError(f"row {unused[0]!r} is in no table")
+        return self
+
+    @model_validator(mode="after")
+    def _seeds_are_the_studys(self) -> Study:
+        places = {"[base]": self.base, "[pretrain]": self.pretrain or {}}
+        places |= {f"row {row.name!r}": row.set for row in self.rows}
+        for place, values in places.items():
+            if "seed" in values:
+                raise ValueError(f"{place} sets 'seed', but the seeds of a study are its own 'seeds'")
         return self
 
 
@@ -175,12 +185,13 @@ def _pretraining(study: Study, seed: int) -> StudyRun | None:
     if study.pretrain is None:
         return None
     boxes_alone: dict[str, Any] = {"supervision": {"source": "boxes"}, "objective": {"box": "none"}}
-    values = merge(merge(merge(study.base, boxes_alone), study.pretrain), {"seed": seed})
-    config = parse_config(RunConfig, values, where=f"study {study.name!r}, [pretrain]")
+    where = f"study {study.name!r}, [pretrain]"
+    values = _merged(study.base, boxes_alone, study.pretrain, {"seed": seed}, where=where)
+    config = parse_config(RunConfig, values, where=where)
     if config.supervision.source != "boxes":
         # Its weights reach every row: masks here would be masks of unseen classes there.
         raise UserError(
-            f"study {study.name!r}, [pretrain]: 'supervision.source' is {config.supervision.source!r}; "
+            f"{where}: 'supervision.source' is {config.supervision.source!r}; "
             "the pretraining that all rows share may use 'boxes' only"
         )
     return StudyRun(PRETRAIN_ROW, None, seed, config)
@@ -190,7 +201,7 @@ def _row_run(study: Study, row: StudyRow, table: StudyTable, seed: int, init: St
     where = f"study {study.name!r}, row {row.name!r}"
     split = study.splits[table.split] if table.split is not None else None
     by_split: dict[str, Any] = {"supervision": {"source": "split", "split": split}} if split is not None else {}
-    values = merge(merge(merge(study.base, by_split), row.set), {"seed": seed})
+    values = _merged(study.base, by_split, row.set, {"seed": seed}, where=where)
     supervision = values.get("supervision", {})
     if supervision.get("source") != "split":
         supervision = {key: value for key, value in supervision.items() if key != "split"}
@@ -200,6 +211,14 @@ def _row_run(study: Study, row: StudyRow, table: StudyTable, seed: int, init: St
     if init is not None and config.init_from is not None:
         raise UserError(f"{where}: 'init_from' is {config.init_from!r}, but its weights come from the [pretrain] run")
     return StudyRun(row.name, config.supervision.split, seed, config, init)
+
+
+def _merged(*tables: dict[str, Any], where: str) -> dict[str, Any]:
+    """Each table laid over those before it."""
+    try:
+        return functools.reduce(merge, tables, {})
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def near_hint(name: str, known: Iterable[str]) -> str:

@@ -176,16 +176,16 @@ def matching_results(study: Study, results: Iterable[Result]) -> dict[RunKey, Re
 
 
 def _is_result_of(result: Result, run: StudyRun) -> bool:
-    if result.identity["config"] != digest(run.config.identity()):
+    if result.identity.get("config") != digest(run.config.identity()):
         return False
     split_digest = None
     if run.split is not None:
         try:
-            split_digest = load_split(run.split, list(result.metrics["instances"])).digest()
+            split_digest = load_split(run.split, list(result.metrics.get("instances", ()))).digest()
         except UserError:
             return False  # a result of another data set
-    identity = run_identity(run, data=result.identity["data"], split_digest=split_digest, weights=None)
+    identity = run_identity(run, data=result.identity.get("data", ""), split_digest=split_digest, weights=None)
     if (run.init or run).config.init_from is not None:
         # Weights that the study takes from a file are not looked for: the report needs recorded results only.
-        identity["init"] = result.identity["init"]
+        identity["init"] = result.identity.get("init")
     return digest(identity) == result.run_id

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Literal, TextIO
+from typing import Any, Literal, TextIO
 
-from semiseg.config import DataConfig, digest
+from semiseg.config import DataConfig, digest, read_json
 from semiseg.errors import UserError
 from semiseg.results import Result, append, latest, read
 from semiseg.study import PRETRAIN_ROW
@@ -73,8 +73,7 @@ class RunStatus:
 def run_status(run: PlannedRun, recorded: Mapping[str, Result]) -> RunStatus:
     """Where a run stands, by its folder and the record."""
     if (run.folder / RESULT_NAME).is_file():
-        values = json.loads((run.folder / RESULT_NAME).read_text(encoding="utf-8"))
-        return RunStatus(run, "done", when=values.get("finished"))
+        return RunStatus(run, "done", when=_held_result(run)["finished"])
     if run.run_id in recorded:
         return RunStatus(run, "done", when=recorded[run.run_id].finished, recorded_only=True)
     if (run.folder / "identity.json").is_file():
@@ -241,11 +240,7 @@ def read_result(run: PlannedRun, *, typed: Sequence[str]) -> Result:
     Raises:
         UserError: the result is missing or not whole, or the split was changed while it trained.
     """
-    path = run.folder / RESULT_NAME
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        raise UserError(f"{path}: the run ended without a readable result") from None
+    path, values = run.folder / RESULT_NAME, _held_result(run)
     if run.split is not None and values.get("split_digest") != run.split_digest:
         raise UserError(f"{path}: the class split {run.split!r} was changed while the run trained; remove {run.folder}")
     try:
@@ -273,6 +268,19 @@ def read_result(run: PlannedRun, *, typed: Sequence[str]) -> Result:
         )
     except KeyError as error:
         raise UserError(f"{path}: {error} is missing") from None
+
+
+def _held_result(run: PlannedRun) -> dict[str, Any]:
+    """What the run's folder says of its end."""
+    path = run.folder / RESULT_NAME
+    if not path.is_file():
+        raise UserError(f"{path}: the run ended without a readable result")
+    try:
+        values = read_json(path)
+        datetime.fromisoformat(values["finished"])
+    except (UserError, KeyError, TypeError, ValueError):
+        raise UserError(f"{path}: not a readable result; remove it, and the run is evaluated again") from None
+    return values
 
 
 def _told_end(child: Child) -> str:

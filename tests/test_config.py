@@ -36,7 +36,7 @@ def parse(values: dict[str, Any]) -> RunConfig:
         ({"data": {"zzz": 1}}, r"unknown key 'data\.zzz'\. Allowed here: format, root, "),
         ({"seed": "1"}, r"'seed': .*integer.* \(value: '1'\)"),
         ({"data": {"flip": 1.5}}, r"'data\.flip': .*less than or equal to 1.* \(value: 1\.5\)"),
-        ({"data": {"short_sides": [0]}}, r"'data\.short_sides\.0': .*greater than or equal to 1"),
+        ({"data": {"short_sides": [0]}}, r"'data\.short_sides\.0': .*greater than or equal to 32"),
         ({"model": {"backbone": "vgg"}}, r"'model\.backbone': .*'resnet18'.*\(value: 'vgg'\)"),
         ({"optim": {}}, r"give exactly one of 'steps' and 'epochs'"),
         ({"optim": {"steps": 5, "epochs": 1.0}}, r"give exactly one of 'steps' and 'epochs'"),

@@ -300,3 +300,22 @@ def test_classes_and_groups_must_be_the_files(tmp_path):
     (tmp_path / "list.json").write_text("[]")
     with pytest.raises(UserError, match="not a COCO instances file"):
         evaluate_detections(tmp_path / "list.json", [], class_names=CLASSES, groups={}, image_ids=[0])
+
+
+def test_outlines_without_a_point_and_byte_order_marks(tmp_path: Path) -> None:
+    """`[[]]`, written by some tools for "not annotated", is no mask; training reads such files too."""
+    whole = truth_of(8, 8, 32, 32, image=1, category=3, number=1)
+    outline = [8, 8, 40, 8, 40, 40, 8, 40]
+    content = {
+        "images": [{"id": 1, "file_name": "1.png", "height": SIZE, "width": SIZE}],
+        "categories": [{"id": 3, "name": "ring"}],
+    }
+    path = tmp_path / "truth.json"
+    for segmentation, measured in (([[]], False), ([[], outline], True)):
+        annotations = [{**whole, "segmentation": segmentation}]
+        path.write_bytes(b"\xef\xbb\xbf" + json.dumps({**content, "annotations": annotations}).encode())
+        metrics = evaluate_detections(path, [found(whole, score=0.9)], class_names=["ring"], groups={}, image_ids=[1])
+        assert (metrics.segm is not None) == measured
+        assert metrics.bbox.groups["all"]["AP"] == 100.0
+        if metrics.segm is not None:
+            assert metrics.segm.groups["all"]["AP"] == 100.0

@@ -54,6 +54,22 @@ def test_the_same_result_is_recorded_once_and_a_newer_one_wins(tmp_path: Path) -
     assert latest(read(path)) == {"0123": newer}
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"identity": 3}, r"'identity' is 3"),
+        ({"metrics": None}, r"'metrics' is None"),
+        ({"finished": "yesterday"}, "yesterday"),
+        ({"finished": 5}, "fromisoformat"),
+    ],
+)
+def test_values_of_another_kind_are_told(tmp_path: Path, change: dict, told: str) -> None:
+    path = tmp_path / "results.jsonl"
+    append(path, replace(RESULT, **change))
+    with pytest.raises(UserError, match=rf"results\.jsonl, line 1: not a result of this version \(.*{told}"):
+        read(path)
+
+
 def test_a_line_cut_off_is_ignored_and_not_glued_to_the_next(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     append(path, RESULT)

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from semiseg.errors import UserError
+
 
 def check(
     annotations: Annotated[Path, typer.Argument(help="COCO instances json.")],
@@ -61,6 +63,11 @@ def difficulty(
     """
     from semiseg.commands.measure import measure
 
+    if size % 2 == 0:
+        raise UserError(f"--size {size}: expected an odd number, such as 3 or 5")
+    wrong = [value for value in threshold or () if not 0 <= value <= 1]
+    if wrong:
+        raise UserError(f"--threshold {wrong[0]:g}: expected a number from 0 to 1")
     measured = measure(
         annotations,
         images,

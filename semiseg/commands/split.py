@@ -96,6 +96,10 @@ def make(
 
     semiseg split make tenth --dataset coco --fraction 0.1 --fraction person=0.01
     """
+    if out is None and (not name or name.startswith(".") or Path(name).name != name):
+        raise UserError(
+            f"{name!r}: no name for a split: expected one without '/' or a dot in front; --out takes a path"
+        )
     path = out or Path("splits") / f"{name}.toml"
     if path.exists() and not force:
         raise UserError(f"{path}: exists already; '--force' replaces it")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from semiseg.errors import UserError
+from semiseg.resources import require_folder
 
 if TYPE_CHECKING:
     from semiseg.study import Study
@@ -62,6 +63,7 @@ def run(
         typer.echo(_status_table([run_status(item, recorded) for item in todo]), nl=False)
         typer.echo(f"{len(todo)} of {len(planned)} runs to train")
         return
+    require_folder(folder)
     how = Execution(jobs=jobs, processes=processes, reproduce=reproduce, typed=("semiseg", *sys.argv[1:]))
     trained = run_missing(planned, name=loaded.name, results=folder / RESULTS_NAME, how=how)
     if not trained:
@@ -101,6 +103,7 @@ def report(study: StudyName, overrides: Overrides = None, seeds: Seeds = None, o
     Example: semiseg report shapes
     """
     loaded = _load(study, overrides, seeds)
+    require_folder(_folder(loaded, out))
     _build_report(loaded, _folder(loaded, out), command=_command(study, overrides, seeds, out))
 
 

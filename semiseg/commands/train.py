@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from semiseg.config import RunConfig, apply_overrides, load_run_config, parse_config
+from semiseg.config import RunConfig, apply_overrides, load_run_config, parse_config, read_json
 from semiseg.errors import UserError
+from semiseg.resources import find, require_folder, write_text
 
 if TYPE_CHECKING:
     from semiseg.evaluation.coco_metrics import Metrics
@@ -85,9 +86,12 @@ def evaluate(
     if (annotations is None) != (images is None):
         raise UserError("give both --annotations and --images, or neither")
     if split is not None:
-        from semiseg.resources import find
-
         find("splits", split)  # a misspelt name is said before the work, not after it
+    for path in (out, detections):
+        if path is not None:
+            require_folder(path.parent)
+            if path.is_dir():
+                raise UserError(f"{path}: is a folder, expected a file to write")
     from semiseg.engine.run import evaluate_run
 
     metrics = evaluate_run(
@@ -103,8 +107,6 @@ def evaluate(
         groups |= {"unseen": loaded.unseen, "seen": loaded.seen}
     typer.echo(_metrics_table(metrics, groups), nl=False)
     if out is not None:
-        from semiseg.resources import write_text
-
         write_text(out, json.dumps(metrics.to_dict(), indent=1, ensure_ascii=False) + "\n")
 
 
@@ -112,16 +114,10 @@ def read_config(path: Path, overrides: Sequence[str]) -> RunConfig:
     """A run's configuration from TOML, or from the JSON that runs write."""
     if path.suffix != ".json":
         return load_run_config(path, list(overrides))
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a table of values, not {type(values).__name__}")
+    values = read_json(path)
     # A run's own config.json holds the configuration beside its identity.
-    values = values["config"] if {"config", "identity"} <= set(values) else values
+    if {"config", "identity"} <= set(values) and isinstance(values["config"], dict):
+        values = values["config"]
     return parse_config(RunConfig, apply_overrides(values, list(overrides)), where=str(path))
 
 

@@ -154,7 +154,8 @@ def _images(entries: list[Any], report: Reporter) -> list[dict[str, Any]]:
     for index, entry in enumerate(entries):
         try:
             number = _integer(entry, "id", Kind.IMAGE)
-            _text(entry, "file_name", Kind.IMAGE)
+            if "\0" in _text(entry, "file_name", Kind.IMAGE):
+                _bad(Kind.IMAGE, f"'file_name' is {_shown(entry['file_name'])}, allowed: a file name")
             for side in ("height", "width"):
                 if not 0 < _integer(entry, side, Kind.IMAGE) <= LARGEST_SIDE:
                     _bad(Kind.IMAGE, f"{side!r} is {entry[side]}, allowed: a positive number of pixels")
@@ -188,11 +189,19 @@ def _annotations(
                 _bad(Kind.UNKNOWN_CATEGORY, f"category_id {category_id} is not in 'categories', allowed: {allowed}")
             if entry.get("iscrowd", 0) not in (0, 1):
                 _bad(Kind.ANNOTATION, f"'iscrowd' is {entry['iscrowd']!r}, allowed: 0 or 1")
+            _check_area(entry)
         except BadValue as bad:
             report(bad.at(place))
             continue
         by_image.setdefault(image_id, []).append(entry)
     return by_image
+
+
+def _check_area(entry: dict[str, Any]) -> None:
+    """Training does not need the area, the evaluation does: absent, or a number."""
+    area = entry.get("area", 0)
+    if type(area) not in (int, float) or not is_finite(area) or area < 0:
+        _bad(Kind.ANNOTATION, f"'area' is {_shown(area)}, allowed: a number of pixels, or no 'area' at all")
 
 
 def _box(value: Any, image: dict[str, Any], place: str, report: Reporter) -> list[float]:
@@ -235,6 +244,8 @@ def _text(entry: Any, name: str, kind: Kind) -> str:
     value = _field(entry, name, kind)
     if not isinstance(value, str) or not value.strip():
         _bad(kind, f"{name!r} is {_shown(value)}, allowed: a text that is not empty")
+    if any("\ud800" <= character <= "\udfff" for character in value):  # JSON can hold half a character
+        _bad(kind, f"{name!r} is {_shown(value)}, allowed: a text of whole characters")
     return value
 
 

@@ -8,6 +8,7 @@ or one on more processes sees the same batches.
 from __future__ import annotations
 
 import hashlib
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -180,6 +181,12 @@ def build_eval_loader(
     return _loader(dataset, batches, collate, workers, pin_memory, start_method)
 
 
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    """Ctrl-C and a batch system's SIGTERM reach workers too, which must outlive the step that is being finished."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _loader(
     dataset: InstanceDataset,
     batches: StepBatches | list[list[Key]],
@@ -191,7 +198,11 @@ def _loader(
     # A generator of its own: DataLoader draws a seed at every start, which would shift the global generator.
     settings: dict[str, Any] = {"generator": torch.Generator().manual_seed(0)}
     if workers:
-        settings |= {"multiprocessing_context": start_method, "persistent_workers": True}
+        settings |= {
+            "multiprocessing_context": start_method,
+            "persistent_workers": True,
+            "worker_init_fn": _leave_signals_to_the_main_process,
+        }
     return BatchLoader(
         _Guarded(dataset),
         batch_sampler=batches,

@@ -14,8 +14,10 @@ import uuid
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
+import pyarrow
 from datasets import Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 from tqdm import tqdm
@@ -98,14 +100,16 @@ def load_table(annotations: Path, images: Path, *, cache: Path) -> Table:
     """
     fingerprint = _digest(annotations)[:16]
     folder = cache / f"{annotations.stem}-{fingerprint}-v{CONVERTER_VERSION}"
-    if not folder.is_dir():
+    try:
+        rows, classes = _open(annotations, folder)
+    except (pyarrow.ArrowException, OSError, ValueError):  # a damaged table is made anew
+        shutil.rmtree(folder, ignore_errors=True)
         try:
-            _convert(annotations, folder)
+            rows, classes = _open(annotations, folder)
         except OSError as error:
-            raise UserError(f"{cache}: the Arrow table cannot be written: {error.strerror}") from None
-    classes = json.loads((folder / "classes.json").read_text(encoding="utf-8"))
+            raise UserError(f"{cache}: the Arrow table cannot be written: {error.strerror or error}") from None
     table = Table(
-        rows=datasets.Dataset.from_file(str(folder / "rows.arrow")),
+        rows=rows,
         class_names=tuple(classes["class_names"]),
         category_ids=tuple(classes["category_ids"]),
         images_folder=images,
@@ -114,6 +118,14 @@ def load_table(annotations: Path, images: Path, *, cache: Path) -> Table:
     )
     _require_images(table)
     return table
+
+
+def _open(annotations: Path, folder: Path) -> tuple[datasets.Dataset, dict[str, Any]]:
+    """The rows and the classes, converted first if they are not there."""
+    if not folder.is_dir():
+        _convert(annotations, folder)
+    classes = json.loads((folder / "classes.json").read_text(encoding="utf-8"))
+    return datasets.Dataset.from_file(str(folder / "rows.arrow")), classes
 
 
 def missing_images(folder: Path, file_names: list[str]) -> list[str]:

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from semiseg.config import ModelConfig, parse_config
+from semiseg.config import ModelConfig, Section, Side, parse_config
 from semiseg.errors import UserError
 from semiseg.resources import write_text
 
@@ -45,6 +45,17 @@ class ModelInfo:
     long_side: int
 
 
+class _Description(Section):
+    """`config.json` of a model folder."""
+
+    format: int
+    model: dict[str, Any]
+    class_names: list[str]
+    category_ids: list[int]
+    short_side: Side
+    long_side: Side
+
+
 def save_tensors(path: Path, state: dict[str, Any]) -> None:
     """torch.save to a temporary file of the same folder, flushed to disk, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,11 +73,14 @@ def save_tensors(path: Path, state: dict[str, Any]) -> None:
 def load_tensors(path: Path) -> dict[str, Any]:
     """Reads a file of `save_tensors` on the CPU; a broken one is a `UserError`."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except Exception as error:
-        raise UserError(f"{path}: not a readable checkpoint: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # on a damaged file torch's reader may raise anything
+        raise UserError(f"{path}: not a readable checkpoint, or damaged ({type(error).__name__})") from error
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: not a checkpoint: holds {type(state).__name__}, expected a table")
+    return state
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any], *, step: int, keep: int) -> Path:
@@ -81,6 +95,14 @@ def save_checkpoint(folder: Path, state: dict[str, Any], *, step: int, keep: int
 def latest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint with the highest step, or None."""
     return max(folder.glob(CHECKPOINT_PATTERN), default=None)
+
+
+def remove_leftovers(out: Path) -> None:
+    """Removes what a killed process left half-written in a run's folder; nobody else may be writing there."""
+    for path in (*out.glob(".*.tmp"), *out.glob(f"checkpoints/.{CHECKPOINT_PATTERN}.tmp*")):
+        path.unlink(missing_ok=True)
+    for path in (*out.glob(".model.*"), *out.glob(".best.*")):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def save_model(folder: Path, state: dict[str, Tensor], info: ModelInfo) -> None:
@@ -123,15 +145,17 @@ def load_model_folder(folder: Path) -> tuple[dict[str, Tensor], ModelInfo]:
     except FileNotFoundError as error:
         raise UserError(f"{folder}: not a model folder: {Path(error.filename or path).name} is missing") from None
     except Exception as error:
-        raise UserError(f"{folder}: not a readable model folder: {str(error).splitlines()[0]}") from error
-    if values.get("format") != MODEL_FORMAT:
-        raise UserError(f"{path}: format {values.get('format')!r} is not known, expected {MODEL_FORMAT}")
+        raise UserError(f"{folder}: not a readable model folder, or damaged ({type(error).__name__})") from error
+    if not isinstance(values, dict) or values.get("format") != MODEL_FORMAT:
+        found = values.get("format") if isinstance(values, dict) else None
+        raise UserError(f"{path}: format {found!r} is not known, expected {MODEL_FORMAT}")
+    said = parse_config(_Description, values, where=str(path))
     info = ModelInfo(
-        config=parse_config(ModelConfig, {**values["model"], "weights": "random"}, where=str(path)),
-        class_names=tuple(values["class_names"]),
-        category_ids=tuple(values["category_ids"]),
-        short_side=values["short_side"],
-        long_side=values["long_side"],
+        config=parse_config(ModelConfig, {**said.model, "weights": "random"}, where=str(path)),
+        class_names=tuple(said.class_names),
+        category_ids=tuple(said.category_ids),
+        short_side=said.short_side,
+        long_side=said.long_side,
     )
     return weights, info
 

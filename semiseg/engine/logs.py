@@ -16,15 +16,18 @@ LOG_NAME = "log.jsonl"
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a log; a last line cut off by an interruption is left out."""
+    """The complete lines of a log, up to the first that is none: one cut off by an interruption is left out."""
     if not path.exists():
         return []
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except json.JSONDecodeError:
             break
+        if not isinstance(line, dict) or not {"step", "seconds"} <= set(line):
+            break
+        lines.append(line)
     return lines
 
 

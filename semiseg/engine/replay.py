@@ -54,8 +54,8 @@ def replay_step(path: Path) -> str:
         UserError: if the file is not one of `write_nonfinite_step`.
     """
     saved = load_tensors(path)
-    if not {"config", "parts", "counts", "model"} <= set(saved):
-        raise UserError(f"{path}: not a replay file; its keys are {', '.join(sorted(saved)[:8])}")
+    if not {"config", "num_classes", "model", "step", "steps", "processes", "counts", "parts"} <= set(saved):
+        raise UserError(f"{path}: not a replay file; its keys are {', '.join(sorted(map(str, saved))[:8])}")
     config = parse_config(RunConfig, json.loads(saved["config"]), where=str(path))
     # The file holds all weights: those that the backbone began with need not be here.
     config = config.model_copy(update={"model": config.model.model_copy(update={"weights": "random"})})

@@ -6,11 +6,12 @@ a folder with it is finished).
 
 from __future__ import annotations
 
-import json
 import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -19,10 +20,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from semiseg.config import ModelConfig, RunConfig, RuntimeConfig, digest, file_digest, parse_config
+from semiseg.config import ModelConfig, RunConfig, RuntimeConfig, digest, file_digest, parse_config, read_json
 from semiseg.data.table import Table, load_table
 from semiseg.engine.build import RunData, annotation_paths, build_data, build_evaluation_loader
-from semiseg.engine.checkpoint import load_model_folder, weights_file, write_json
+from semiseg.engine.checkpoint import latest_checkpoint, load_model_folder, remove_leftovers, weights_file, write_json
 from semiseg.engine.evaluate import predict_table, save_detections, score_table
 from semiseg.engine.logs import LOG_NAME, read_log
 from semiseg.engine.session import start_accelerator
@@ -30,8 +31,10 @@ from semiseg.engine.train import save_trained, train, trained_model
 from semiseg.errors import UserError
 from semiseg.evaluation.coco_metrics import Metrics
 from semiseg.models.condinst import CondInst, build_model
+from semiseg.resources import lock_folder, require_folder
 
 RESULT_NAME = "result.json"
+LOCK_NAME = ".train.lock"
 
 
 def execute_run(config: RunConfig, *, out: Path, resume: bool = True, progress: bool = True) -> dict[str, Any]:
@@ -47,15 +50,22 @@ def execute_run(config: RunConfig, *, out: Path, resume: bool = True, progress: 
     Raises:
         UserError: if `out` holds another run, or `resume` is False and it holds an unfinished one.
     """
+    check_folder(config, out, resume=resume)
     accelerator = start_accelerator(config.runtime, seed=config.seed)
     # On each machine one process converts; where machines share the folder, the first of all.
     with accelerator.main_process_first(), accelerator.local_main_process_first():
         data = build_data(config)
-    if accelerator.is_main_process:
-        _claim(config, data, out, resume=resume)
-    accelerator.wait_for_everyone()
-    if (out / RESULT_NAME).exists():
-        return json.loads((out / RESULT_NAME).read_text(encoding="utf-8"))
+    inputs = run_inputs(config, data)
+    with claimed(config, out, inputs=inputs, resume=resume) if accelerator.is_main_process else nullcontext():
+        accelerator.wait_for_everyone()
+        if (out / RESULT_NAME).exists():
+            return _held_result(out / RESULT_NAME)
+        return _train_and_evaluate(config, data, accelerator, out=out, progress=progress)
+
+
+def _train_and_evaluate(
+    config: RunConfig, data: RunData, accelerator: Accelerator, *, out: Path, progress: bool
+) -> dict[str, Any]:
     started = time.perf_counter()
 
     def measure(model: CondInst, *, detections: Path | None = None) -> Metrics | None:
@@ -177,8 +187,8 @@ def evaluate_run(
         runtime, seed = RuntimeConfig(), 0
         paths, cache = (annotations, images), annotations.parent / "arrow"
     elif annotations is None and images is None and (folder / "model").is_dir():
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]
-        config = parse_config(RunConfig, values, where=str(folder / "config.json"))
+        values = read_json(folder / "config.json")
+        config = parse_config(RunConfig, values.get("config", {}), where=str(folder / "config.json"))
         runtime, seed = config.runtime, config.seed
         paths, cache = annotation_paths(config.data)["val"], Path(config.data.root) / "arrow"
     else:
@@ -190,7 +200,10 @@ def evaluate_run(
         differing = ", ".join(sorted(set(info.class_names) ^ set(table.class_names))) or "their order"
         raise UserError(f"{folder}: its classes differ from those of {table.annotations_file} in {differing}")
     model = build_model(info.config, num_classes=len(info.class_names))
-    model.load_state_dict(weights)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError:
+        raise UserError(f"{folder}: the weights are not those of the model that its config.json describes") from None
     return evaluate_model(
         model.to(accelerator.device),
         table,
@@ -211,22 +224,7 @@ def headline(metrics: Metrics) -> dict[str, float]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _claim(config: RunConfig, data: RunData, out: Path, *, resume: bool) -> None:
-    """Writes the run's configuration into its folder, or checks that the folder holds the same run."""
-    path = out / "config.json"
-    wanted = {"identity": config.identity(), "inputs": _inputs(config, data)}
-    if path.exists():
-        text = json.loads(path.read_text(encoding="utf-8"))
-        held = {name: text.get(name) for name in wanted}
-        if digest(held) != digest(wanted):
-            raise UserError(f"{out}: holds another run ({_first_difference(held, wanted)})")
-        if not resume:
-            raise UserError(f"{out}: holds this run already; '--resume' continues it, another --out starts afresh")
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(path, {**wanted, "config": config.model_dump(mode="json")})
-
-
-def _inputs(config: RunConfig, data: RunData) -> dict[str, str | None]:
+def run_inputs(config: RunConfig, data: RunData) -> dict[str, str | None]:
     """Digests of what the configuration only names: with `RunConfig.identity` all that can change a run's numbers."""
     return {
         "data": data.fingerprint,
@@ -235,12 +233,59 @@ def _inputs(config: RunConfig, data: RunData) -> dict[str, str | None]:
     }
 
 
+def check_folder(config: RunConfig, out: Path, *, inputs: dict[str, str | None] | None = None, resume: bool) -> None:
+    """Looks whether a run may be trained in a folder; a folder without a checkpoint is free.
+
+    Args:
+        inputs: of `run_inputs`; None before the data is read.
+
+    Raises:
+        UserError: no folder, or it holds another run, or this one without `resume`.
+    """
+    require_folder(out)
+    path = out / "config.json"
+    begun = (out / RESULT_NAME).exists() or latest_checkpoint(out / "checkpoints") is not None
+    if not begun:
+        return
+    stored = read_json(path) if path.exists() else {}
+    if not isinstance(stored.get("identity"), dict):
+        raise UserError(f"{path}: says not which run {out} holds; another --out starts afresh")
+    wanted = {"identity": config.identity(), **({} if inputs is None else {"inputs": inputs})}
+    held = {name: stored.get(name) for name in wanted}
+    if digest(held) != digest(wanted):
+        raise UserError(f"{out}: holds another run ({_first_difference(held, wanted)})")
+    if not resume:
+        raise UserError(f"{out}: holds this run already; '--resume' continues it, another --out starts afresh")
+
+
+def _held_result(path: Path) -> dict[str, Any]:
+    try:
+        result = read_json(path)
+    except UserError as error:
+        raise UserError(f"{error}; remove it, and '--resume' evaluates again") from None
+    if not {"metrics", "steps"} <= set(result):
+        raise UserError(f"{path}: no result of a run; remove it, and '--resume' evaluates again")
+    return result
+
+
+@contextmanager
+def claimed(config: RunConfig, out: Path, *, inputs: dict[str, str | None], resume: bool) -> Iterator[None]:
+    """Keeps other processes from training in the folder and writes the run's configuration into it."""
+    out.mkdir(parents=True, exist_ok=True)
+    with lock_folder(out, LOCK_NAME):
+        check_folder(config, out, inputs=inputs, resume=resume)
+        identity, values = config.identity(), config.model_dump(mode="json")
+        write_json(out / "config.json", {"identity": identity, "inputs": inputs, "config": values})
+        remove_leftovers(out)
+        yield
+
+
 def _first_difference(held: Any, wanted: Any, path: str = "") -> str:
     if isinstance(held, dict) and isinstance(wanted, dict):
         for key in sorted(set(held) | set(wanted)):
             if held.get(key) != wanted.get(key):
                 return _first_difference(held.get(key), wanted.get(key), f"{path}.{key}".lstrip("."))
-    return f"its {path} is {held!r}, wanted {wanted!r}"
+    return f"its {path.removeprefix('identity.')} is {held!r}, wanted {wanted!r}"
 
 
 def device_name(device: torch.device) -> str:

@@ -6,7 +6,6 @@ loss is finite -> clip -> update. What may stop it: a signal (saved first), a no
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from semiseg.config import RunConfig
+from semiseg.config import RunConfig, read_json
 from semiseg.engine.build import RunData, build_step, build_training_loader, without_initial_weights
 from semiseg.engine.checkpoint import (
     ModelInfo,
@@ -158,7 +157,7 @@ def train(
             report = optimizer_step(state, parts, out=out, stop=stop.requested)
             if report is None:
                 _save(state, out)
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt(_stopped(state))
             window.add(report)
             if log:
                 log.advance()
@@ -172,7 +171,13 @@ def train(
                 began = time.perf_counter()
                 _validate(state, validate, data, log, out)
                 window.started += time.perf_counter() - began  # no part of the time of training
+        if stop.requested:  # during the last step
+            raise KeyboardInterrupt(_stopped(state))
     return state
+
+
+def _stopped(state: TrainState) -> str:
+    return f"stopped after step {state.step} of {state.steps}; '--resume' continues"
 
 
 def open_log(state: TrainState, out: Path, *, progress: bool) -> TrainingLog:
@@ -193,7 +198,7 @@ def _validate(state: TrainState, validate: Validate, data: RunData, log: Trainin
         return
     log.write({"step": state.step, "steps": state.steps, "seconds": log.seconds, "validation": metrics})
     path = out / "best.json"
-    best = json.loads(path.read_text(encoding="utf-8"))["mask_AP"] if path.exists() else -1.0
+    best = read_json(path).get("mask_AP", -1.0) if path.exists() else -1.0
     if metrics.get("mask_AP", -1.0) > best:  # absent where no class has ground truth
         save_model(out / "best", trained_model(state).state_dict(), model_info(state.config, data))
         write_json(path, {"step": state.step, **metrics})
@@ -311,7 +316,16 @@ def restore(state: TrainState, folder: Path) -> None:
         )
     if path is None:
         return
-    saved = load_tensors(path)
+    advice = "remove it to continue from the checkpoint before, or from the start"
+    try:
+        _load(state, load_tensors(path))
+    except UserError as error:
+        raise UserError(f"{error}; {advice}") from None
+    except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+        raise UserError(f"{path}: no checkpoint of this run ({type(error).__name__}); {advice}") from error
+
+
+def _load(state: TrainState, saved: dict[str, Any]) -> None:
     state.step_module.model.load_state_dict(saved["model"])
     state.optimizer.load_state_dict(saved["optimizer"])
     if state.accelerator.scaler is not None and saved["scaler"]:
@@ -319,7 +333,7 @@ def restore(state: TrainState, folder: Path) -> None:
     if state.ema is not None:
         state.ema.module.load_state_dict(saved["ema"])
         state.ema.n_averaged.fill_(saved["step"])
-    state.step = saved["step"]
+    state.step = int(saved["step"])
 
 
 def _save(state: TrainState, out: Path) -> None:

@@ -161,7 +161,7 @@ def load_ground_truth(annotations_file: Path) -> COCO:
     published files contain id 0 or text. A missing `iscrowd` is 0, a missing `area` the mask's, else the box's.
     """
     try:
-        content = json.loads(annotations_file.read_text(encoding="utf-8"))
+        content = json.loads(annotations_file.read_bytes())
         truth = COCO()
         truth.dataset = {key: content[key] for key in ("images", "categories")}
         truth.dataset["annotations"] = [
@@ -175,6 +175,9 @@ def load_ground_truth(annotations_file: Path) -> COCO:
         raise UserError(f"{annotations_file}: not a COCO instances file: {error}") from None
     for annotation in truth.dataset["annotations"]:
         annotation.setdefault("iscrowd", 0)
+        outlines = annotation.get("segmentation")
+        if isinstance(outlines, list):  # [[]], an outline without a point, is no mask
+            annotation["segmentation"] = [outline for outline in outlines if outline]
         if "area" not in annotation:
             annotation["area"] = _area(truth, annotation)
     return truth

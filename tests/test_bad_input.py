@@ -1,0 +1,285 @@
+"""Bad input through the command line: one sentence that names the place, exit code 2, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomlkit
+from typer.testing import CliRunner
+
+from semiseg.cli import app
+from semiseg.config import merge
+from semiseg.data.table import load_table
+from semiseg.engine.logs import read_log
+from semiseg.engine.run import claimed, execute_run
+from semiseg.errors import UserError
+from semiseg.resources import lock_folder
+from tests.coco_files import CocoFiles, make_coco
+from tests.tiny import TINY, tiny_config
+
+TRIANGLE = [[1, 1, 20, 1, 20, 20]]
+
+
+def complaint(*arguments: str | Path) -> str:
+    """The one line with which a command refuses its input."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 2, f"exit code {result.exit_code}\n{result.output}\n{result.exception!r}"
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert result.stderr.startswith("semiseg: ")
+    return result.stderr.removeprefix("semiseg: ").rstrip("\n")
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> CocoFiles:
+    """Every instance with a mask, so that masks are evaluated."""
+    return make_coco(tmp_path / "coco").rewrite(
+        lambda content: [item.update(segmentation=TRIANGLE) for item in content["annotations"]] and None
+    )
+
+
+def train_file(files: CocoFiles, **sections: dict[str, Any]) -> Path:
+    """The configuration of a tiny run on `files`, for training and validation."""
+    data = {"format": "coco", "root": str(files.annotations.parent)}
+    for kind in ("train", "val"):
+        data |= {f"{kind}_images": files.images.name, f"{kind}_annotations": files.annotations.name}
+    own = {"short_sides": [64], "long_side": 96, "val_short_side": 64, "val_long_side": 96}
+    values = {**TINY, "data": {**data, **own}, "supervision": {"source": "as_annotated"}}
+    path = files.annotations.parent / "run.toml"
+    path.write_text(tomlkit.dumps(merge(merge(values, {"optim": {"steps": 1}}), sections)))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("latin.toml", 'a = "é"'.encode("latin-1"), r"latin.toml: not valid TOML: 'utf-8' codec"),
+        ("date.toml", b"seed = 2020-01-01", "date.toml: 'seed': Input should be a valid integer"),
+        ("latin.json", '{"a": "é"}'.encode("latin-1"), "latin.json: not valid JSON"),
+        ("deep.json", b"[" * 100_000, "deep.json: not valid JSON"),
+        ("list.json", b"[1]", "list.json: expected a table of values, not list"),
+        ("held.json", b'{"config": 3, "identity": {}}', "held.json: unknown key"),
+        ("folder.toml", None, "folder.toml: cannot be read: Is a directory"),
+        ("folder.json", None, "folder.json: cannot be read: Is a directory"),
+    ],
+)
+def test_unreadable_configurations(tmp_path: Path, name: str, content: bytes | None, told: str) -> None:
+    path = tmp_path / name
+    path.mkdir() if content is None else path.write_bytes(content)
+    assert told in complaint("train", path, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_byte_order_mark_is_no_error(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_bytes(b"\xef\xbb\xbfseed = 'x'")
+    assert "'seed': Input should be a valid integer" in complaint("train", path, "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("seed=-1", "'seed': Input should be greater than or equal to 0"),
+        ("seed=4294967296", "'seed': Input should be less than 4294967296"),
+        ("optim.learning_rate=inf", "'optim.learning_rate': Input should be a finite number"),
+        ("model.pixel_mean=[nan, 1.0, 1.0]", "'model.pixel_mean.0': Input should be a finite number"),
+        ("data.short_sides=[]", "'data.short_sides': List should have at least 1 item"),
+        ("data.val_long_side=1", "'data.val_long_side': Input should be greater than or equal to 32"),
+        ("objective.affinity_dilation=1000", "'objective.affinity_dilation': Input should be less than or equal to 64"),
+        ("data=5", "'data': Input should be a valid dictionary"),
+    ],
+)
+def test_impossible_values(tmp_path: Path, change: str, told: str) -> None:
+    (tmp_path / "run.toml").write_text("")
+    assert told in complaint("train", tmp_path / "run.toml", "--out", tmp_path / "out", "--set", change)
+
+
+def test_an_out_that_is_a_file_is_said_before_any_work(files: CocoFiles) -> None:
+    config = train_file(files)
+    assert f"{config}: is no folder" in complaint("train", config, "--out", config)
+    assert f"{config} is a file" in complaint("train", config, "--out", config / "x")
+    assert f"{config}: is no folder" in complaint("evaluate", "runs/x", "--out", config / "x.json")
+    assert "is a folder, expected a file" in complaint("evaluate", "runs/x", "--detections", config.parent)
+    assert f"{config}: is no folder" in complaint("run", "shapes", "--out", config)
+    assert not list(config.parent.glob("arrow"))
+
+
+def study_text(**changes: Any) -> str:
+    rows = [{"name": "neither", "set": {"objective": {"box": "none"}}}]
+    tables = [{"name": "t", "title": "T", "split": "few", "rows": ["neither"]}]
+    splits = {"few": "shapes_few_seen"}
+    values = {"title": "T", "base": {"data": {"format": "shapes"}}, "rows": rows, "splits": splits, "tables": tables}
+    return tomlkit.dumps({**values, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"base": {"supervision": 3}}, "study 's', row 'neither': 'supervision': expected a table of values, not 3"),
+        ({"base": {"seed": 4}}, r"[base] sets 'seed', but the seeds of a study are its own 'seeds'"),
+        ({"rows": [{"name": "neither", "set": {"seed": 1}}]}, "row 'neither' sets 'seed'"),
+        ({"pretrain": {"objective": "none"}}, "study 's', [pretrain]: 'objective': expected a table of values"),
+        ({"seeds": [-1]}, "'seeds.0': Input should be greater than or equal to 0"),
+        ({"name": ".."}, "'name': String should match pattern"),
+    ],
+)
+def test_bad_studies(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
+    path = tmp_path / "s.toml"
+    path.write_text(study_text(**changes))
+    assert told in complaint("run", path, "--dry-run")
+
+
+def test_names_of_splits_stay_in_their_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("../x", "a/b", ".x", ""):
+        assert "no name for a split" in complaint("split", "make", name, "--dataset", "coco", "--seen", "cat")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "splits" / "folder.toml").mkdir(parents=True)
+    assert CliRunner().invoke(app, ["split", "list"]).exit_code == 0
+
+
+def test_difficulty_of_impossible_neighbourhoods() -> None:
+    assert "--size 4: expected an odd number" in complaint("data", "difficulty", "a.json", "images", "--size", "4")
+    assert "from 0 to 1" in complaint("data", "difficulty", "a.json", "images", "--threshold", "3")
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "told"),
+    [
+        ("annotations", {"area": None}, "annotation 1: 'area' is None, allowed: a number"),
+        ("annotations", {"area": "12"}, "annotation 1: 'area' is '12'"),
+        ("images", {"file_name": "a\0b/c.png"}, r"images[0]: 'file_name' is 'a\x00b/c.png'"),
+        ("images", {"file_name": "c\ud800.png"}, r"images[0]: 'file_name' is 'c\ud800.png'"),
+        ("categories", {"name": "c\ud800"}, r"categories[0]: 'name' is 'c\ud800', allowed: a text of whole characters"),
+    ],
+)
+def test_values_that_only_a_later_stage_would_trip_over(
+    files: CocoFiles, section: str, changes: dict[str, Any], told: str
+) -> None:
+    files.rewrite(lambda content: content[section][0].update(changes))
+    checked = CliRunner().invoke(app, ["data", "check", str(files.annotations)])
+    assert checked.exit_code == 2
+    assert told in checked.output
+    out = files.annotations.parent / "out"
+    assert told in complaint("train", train_file(files), "--out", out)
+    assert not out.exists()
+
+
+def test_a_run_folder_that_was_damaged(files: CocoFiles) -> None:
+    """One run, then one file after the other made unreadable; the last checkpoint alone brings everything back."""
+    config, out = train_file(files, optim={"steps": 2}, runtime={"checkpoint_every": 1}), files.images.parent / "out"
+    again = ("train", config, "--out", out, "--resume")
+    assert CliRunner().invoke(app, [str(part) for part in again]).exit_code == 0
+    result, last = out / "result.json", out / "checkpoints" / "step_00000002.pt"
+    metrics = json.loads(result.read_text())["metrics"]
+
+    assert "'--resume' continues it" in complaint("train", config, "--out", out)
+    result.write_text('{"metrics": ')
+    assert "result.json: not valid JSON" in complaint(*again)
+    result.write_text("{}")
+    assert "result.json: no result of a run; remove it" in complaint(*again)
+    result.unlink()
+    content = last.read_bytes()
+    for damaged in (b"", content[: len(content) // 2]):
+        last.write_bytes(damaged)
+        assert "step_00000002.pt: not a readable checkpoint" in complaint(*again)
+    last.unlink()
+    log, held = out / "log.jsonl", (out / "config.json").read_text()
+    log.write_bytes(log.read_bytes().splitlines(keepends=True)[0] + b"\xff\xfe\n[1]\n{}\n")
+    (out / "config.json").write_text("{}")
+    assert "config.json: says not which run" in complaint(*again)
+    (out / "config.json").write_text(held)
+    (out / ".model.old123").mkdir()
+    assert CliRunner().invoke(app, [str(part) for part in again]).exit_code == 0
+    assert json.loads(result.read_text())["metrics"] == metrics
+    assert [line["step"] for line in read_log(log)] == [1, 2]
+    assert not list(out.glob(".model*"))
+
+    description = json.loads((out / "model" / "config.json").read_text())
+    for change, told in (
+        ({"class_names": None}, "config.json: 'class_names': Input should be a valid list"),
+        ({"format": 2}, "config.json: format 2 is not known"),
+        ({"model": {**description["model"], "neck_channels": 32}}, "the weights are not those of the model"),
+    ):
+        (out / "model" / "config.json").write_text(json.dumps({**description, **change}))
+        assert told in complaint("evaluate", out)
+
+
+def test_replay_of_other_files(tmp_path: Path) -> None:
+    path = tmp_path / "replay.pt"
+    for content in (b"", b"text", b"PK\x03\x04 no archive"):
+        path.write_bytes(content)
+        assert "replay.pt: not a readable checkpoint, or damaged" in complaint("train", "--replay", path)
+    assert "not a readable checkpoint" in complaint("train", "--replay", tmp_path)
+
+
+def test_a_folder_is_trained_by_one_process_at_a_time(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "data", optim={"steps": 1})
+    code = "import sys; from pathlib import Path; from semiseg.resources import lock_folder\n"
+    code += "held = lock_folder(Path(sys.argv[1]), sys.argv[2]); print('held', flush=True); sys.stdin.read()"
+    out = tmp_path / "out"
+    out.mkdir()
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(out), ".train.lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout is not None
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match="another process is training this run"):
+        execute_run(config, out=out, progress=False)
+    assert [path.name for path in out.iterdir()] == [".train.lock"]
+    other.communicate()
+    with claimed(config, out, resume=False):
+        assert (out / "config.json").is_file()
+    lock_folder(out, ".train.lock").close()
+
+
+def test_a_folder_where_nothing_was_trained_is_free(tmp_path: Path) -> None:
+    """A first attempt that failed, say for a missing file of weights, is no other run."""
+    for seed in (0, 1):
+        with claimed(tiny_config(tmp_path / "data", seed=seed), tmp_path / "out", resume=False):
+            pass
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["config"]["seed"] == 1
+
+
+@pytest.mark.parametrize("name", ["rows.arrow", "classes.json"])
+def test_a_damaged_table_is_made_anew(files: CocoFiles, tmp_path: Path, name: str) -> None:
+    cache = tmp_path / "arrow"
+    table = load_table(files.annotations, files.images, cache=cache)
+    rows = table.rows.to_list()
+    path = next(cache.iterdir()) / name
+    for content in (path.read_bytes()[:-9], b""):
+        path.unlink()
+        path.write_bytes(content)
+        assert load_table(files.annotations, files.images, cache=cache).rows.to_list() == rows
+    path.unlink()
+    assert load_table(files.annotations, files.images, cache=cache).class_names == table.class_names
+
+
+def test_termination_of_a_whole_process_group_is_an_orderly_stop(files: CocoFiles) -> None:
+    """As batch systems do it: the loader's workers get the signal too."""
+    out = files.annotations.parent / "out"
+    config = train_file(files, optim={"steps": 5000}, runtime={"workers": 1})
+    done = subprocess.Popen(
+        [sys.executable, "-m", "semiseg", "train", str(config), "--out", str(out)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    until = time.monotonic() + 60
+    while not read_log(out / "log.jsonl") and time.monotonic() < until:
+        time.sleep(0.05)
+    os.killpg(done.pid, signal.SIGTERM)
+    _, told = done.communicate(timeout=60)
+    assert done.returncode == 130
+    assert told.startswith("semiseg: stopped after step ")
+    assert told.count("\n") == 1
+    step = read_log(out / "log.jsonl")[-1]["step"]
+    assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step_{step:08d}.pt"]
