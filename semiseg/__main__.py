@@ -5,7 +5,19 @@ from __future__ import annotations
 import io
 import signal
 import sys
+import warnings
+from pathlib import Path
 from types import FrameType
+
+_library_format = warnings.formatwarning
+
+
+def _formatted(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Warnings of this package as sentences; those of libraries keep their place in the code."""
+    own = Path(filename).is_relative_to(Path(__file__).parent)
+    return f"semiseg: {message}\n" if own else _library_format(message, category, filename, lineno, line)
 
 
 def main() -> None:
@@ -24,6 +36,7 @@ def main() -> None:
         # A character that the terminal's encoding lacks is shown escaped.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    warnings.formatwarning = _formatted
     try:
         from semiseg.cli import app
 

@@ -103,7 +103,7 @@ def read(path: Path) -> list[Result]:
         try:
             values = json.loads(line)
         except json.JSONDecodeError:
-            warnings.warn(f"{path}, line {number}: cut off by an interruption; ignored", stacklevel=2)
+            warnings.warn(f"{path}, line {number}: cut off by an interruption, or damaged; ignored", stacklevel=2)
             continue
         if not isinstance(values, dict) or set(values) - names:
             extra = ", ".join(sorted(set(values) - names)) if isinstance(values, dict) else "no table"
@@ -119,7 +119,7 @@ def read(path: Path) -> list[Result]:
 
 def _check(result: Result) -> None:
     """Raises ValueError for values that nobody could have recorded."""
-    for name in ("config", "identity", "metrics"):
+    for name in ("config", "identity", "metrics", "versions"):
         if not isinstance(getattr(result, name), Mapping):
             raise ValueError(f"{name!r} is {getattr(result, name)!r}")
     datetime.fromisoformat(result.finished)

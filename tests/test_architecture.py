@@ -17,7 +17,7 @@ ALLOWED: dict[str, set[str]] = {
     "resources": {"errors"},
     "config": {"errors"},
     "splits": {"errors", "resources", "config"},
-    "structures": {"errors"},
+    "structures": {"errors", "structures"},
     "results": {"errors", "resources", "config"},
     "data": BASE | {"data"},
     "models": BASE | {"models"},

@@ -15,13 +15,16 @@ import pytest
 import tomlkit
 from typer.testing import CliRunner
 
+from semiseg import __main__ as entry
 from semiseg.cli import app
+from semiseg.commands.study_report import record_difficulty
 from semiseg.config import merge
 from semiseg.data.table import load_table
 from semiseg.engine.logs import read_log
 from semiseg.engine.run import claimed, execute_run
 from semiseg.errors import UserError
 from semiseg.resources import lock_folder
+from semiseg.study import load_study
 from tests.coco_files import CocoFiles, make_coco
 from tests.tiny import TINY, tiny_config
 
@@ -283,3 +286,19 @@ def test_termination_of_a_whole_process_group_is_an_orderly_stop(files: CocoFile
     assert told.count("\n") == 1
     step = read_log(out / "log.jsonl")[-1]["step"]
     assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step_{step:08d}.pt"]
+
+
+def test_a_damaged_difficulty_is_measured_anew(tmp_path: Path) -> None:
+    base = {**TINY, "data": {**TINY["data"], "root": str(tmp_path / "data")}}
+    (tmp_path / "s.toml").write_text(study_text(base=base))
+    study = load_study(str(tmp_path / "s.toml"))
+    for content in ("{", "[]", "{}"):
+        (tmp_path / "difficulty.json").write_text(content)
+        record_difficulty(study, tmp_path)
+        assert len(json.loads((tmp_path / "difficulty.json").read_text())["sentences"]) == 3
+
+
+def test_warnings_of_the_package_are_sentences() -> None:
+    own = str(Path(entry.__file__).parent / "results.py")
+    assert entry._formatted("r.jsonl, line 2: ignored", UserWarning, own, 3) == "semiseg: r.jsonl, line 2: ignored\n"
+    assert "library.py:3: UserWarning: old" in entry._formatted("old", UserWarning, "/x/library.py", 3)

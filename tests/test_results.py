@@ -61,6 +61,7 @@ def test_the_same_result_is_recorded_once_and_a_newer_one_wins(tmp_path: Path) -
         ({"metrics": None}, r"'metrics' is None"),
         ({"finished": "yesterday"}, "yesterday"),
         ({"finished": 5}, "fromisoformat"),
+        ({"versions": None}, r"'versions' is None"),
     ],
 )
 def test_values_of_another_kind_are_told(tmp_path: Path, change: dict, told: str) -> None:

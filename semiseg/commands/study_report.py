@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from semiseg.commands.measure import measure
-from semiseg.config import DataConfig, RunConfig
+from semiseg.config import DataConfig, RunConfig, read_json
 from semiseg.data.shapes import ensure_shapes
 from semiseg.errors import UserError
 from semiseg.report.aggregate import ReportInput, ReportRow, ReportTable
@@ -90,8 +90,11 @@ def record_difficulty(study: Study, folder: Path) -> None:
         "threshold": objective.affinity_threshold,
     }
     path = folder / DIFFICULTY_NAME
-    if path.exists() and json.loads(path.read_text(encoding="utf-8")).get("parameters") == parameters:
-        return
+    try:
+        if path.exists() and read_json(path).get("parameters") == parameters:
+            return
+    except UserError:
+        pass  # damaged: measured anew
     threshold = objective.affinity_threshold
     measured = measure(
         drawn / "annotations.json",
@@ -161,8 +164,8 @@ def _recorded_difficulty(path: Path) -> tuple[str, ...]:
     if not path.exists():
         return ()
     try:
-        return tuple(json.loads(path.read_text(encoding="utf-8"))["sentences"])
-    except (json.JSONDecodeError, KeyError, TypeError):
+        return tuple(read_json(path)["sentences"])
+    except (UserError, KeyError, TypeError):
         raise UserError(f"{path}: not readable; remove it, 'semiseg run' measures again") from None
 
 

@@ -140,6 +140,13 @@ class ReportInput:
         return list(found.values())
 
 
+def _metrics(result: Result) -> Metrics:
+    try:
+        return Metrics.from_dict(result.metrics)
+    except UserError as error:
+        raise UserError(f"recorded run {result.run_id} ({result.row}, seed {result.seed}): {error}") from None
+
+
 def measurements(report: ReportInput, table: ReportTable, *, iou_type: str = "segm") -> pd.DataFrame:
     """One line per measured cell of a table: row, seed, and the columns of METRIC_COLUMNS (NaN = not measured)."""
     groups = {"all": table.seen + table.unseen, "unseen": table.unseen, "seen": table.seen}
@@ -148,7 +155,7 @@ def measurements(report: ReportInput, table: ReportTable, *, iou_type: str = "se
         for seed in report.seeds:
             if (result := report.results.get((table.name, row.name, seed))) is None:
                 continue
-            metrics = Metrics.from_dict(result.metrics)
+            metrics = _metrics(result)
             line: dict[str, object] = {"row": row.name, "seed": seed}
             for group, classes in groups.items():
                 numbers = metrics.group(iou_type, classes)
@@ -163,7 +170,7 @@ def class_measurements(report: ReportInput, table: ReportTable) -> pd.DataFrame:
     columns = {}
     for row in table.rows:
         results = (report.results.get((table.name, row.name, seed)) for seed in report.seeds)
-        per_seed = [Metrics.from_dict(result.metrics).segm for result in results if result is not None]
+        per_seed = [_metrics(result).segm for result in results if result is not None]
         columns[row.name] = [
             _mean(numbers["AP"] for segm in per_seed if segm and (numbers := segm.classes.get(name)))
             for name in (*table.unseen, *table.seen)
