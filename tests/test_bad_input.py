@@ -238,7 +238,7 @@ def test_a_folder_is_trained_by_one_process_at_a_time(tmp_path: Path) -> None:
         execute_run(config, out=out, progress=False)
     assert [path.name for path in out.iterdir()] == [".train.lock"]
     other.communicate()
-    with claimed(config, out, resume=False):
+    with claimed(config, out, inputs={}, resume=False):
         assert (out / "config.json").is_file()
     lock_folder(out, ".train.lock").close()
 
@@ -246,7 +246,7 @@ def test_a_folder_is_trained_by_one_process_at_a_time(tmp_path: Path) -> None:
 def test_a_folder_where_nothing_was_trained_is_free(tmp_path: Path) -> None:
     """A first attempt that failed, say for a missing file of weights, is no other run."""
     for seed in (0, 1):
-        with claimed(tiny_config(tmp_path / "data", seed=seed), tmp_path / "out", resume=False):
+        with claimed(tiny_config(tmp_path / "data", seed=seed), tmp_path / "out", inputs={}, resume=False):
             pass
     assert json.loads((tmp_path / "out" / "config.json").read_text())["config"]["seed"] == 1
 

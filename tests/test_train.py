@@ -95,9 +95,10 @@ def test_four_steps_equal_two_and_resume_and_two(root: Path, tmp_path: Path) -> 
             raise Stop
         return original(state, parts, **keywords)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "optimizer_step", cut_off)
-        execute_run(config, out=tmp_path / "cut", progress=False)
+        with pytest.raises(Stop):
+            execute_run(config, out=tmp_path / "cut", progress=False)
     assert [line["step"] for line in read_log(tmp_path / "cut" / "log.jsonl")] == [1, 2, 3]
     execute_run(config, out=tmp_path / "cut", progress=False)
 
@@ -122,6 +123,9 @@ def test_finished_run_is_not_trained_again_and_a_folder_holds_one_run(root: Path
     other = tiny_config(root, optim={"steps": 1}, seed=5)
     with pytest.raises(UserError, match=r"holds another run \(its seed is 0, wanted 5\)"):
         execute_run(other, out=tmp_path, progress=False)
+    another_split = tiny_config(root, optim={"steps": 1}, supervision={"split": "shapes_many_seen"})
+    with pytest.raises(UserError, match=r"holds another run \(its inputs.split is "):
+        execute_run(another_split, out=tmp_path, progress=False)
 
 
 def test_accumulation_changes_neither_losses_nor_gradients(root: Path) -> None:
@@ -204,6 +208,7 @@ def test_init_from_takes_weights_only(root: Path, tmp_path: Path) -> None:
     assert not state.optimizer.state_dict()["state"]
     pretrained = load_tensors(training.save_checkpoint(tmp_path, {"model": {}}, step=1, keep=1))
     assert pretrained == {"model": {}}
+    wider = tiny_config(root, init_from=config.init_from, model={"neck_channels": 32})
+    data, accelerator = build_data(wider), start_accelerator(wider.runtime, seed=0)
     with pytest.raises(UserError, match="weights do not fit the model"):
-        wider = tiny_config(root, init_from=config.init_from, model={"neck_channels": 32})
-        training.prepare(wider, build_data(wider), start_accelerator(wider.runtime, seed=0))
+        training.prepare(wider, data, accelerator)

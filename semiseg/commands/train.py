@@ -116,7 +116,7 @@ def read_config(path: Path, overrides: Sequence[str]) -> RunConfig:
         return load_run_config(path, list(overrides))
     values = read_json(path)
     # A run's own config.json holds the configuration beside its identity.
-    if set(values) == {"config", "identity"} and isinstance(values["config"], dict):
+    if {"config", "identity"} <= set(values) and isinstance(values["config"], dict):
         values = values["config"]
     return parse_config(RunConfig, apply_overrides(values, list(overrides)), where=str(path))
 

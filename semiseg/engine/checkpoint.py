@@ -24,6 +24,7 @@ from semiseg.resources import write_text
 
 CHECKPOINT_PATTERN = "step_*.pt"
 MODEL_FORMAT = 1
+WEIGHTS_NAME = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -109,9 +110,7 @@ def save_model(folder: Path, state: dict[str, Tensor], info: ModelInfo) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
-        save_file(
-            {key: value.detach().cpu().contiguous() for key, value in state.items()}, temporary / "model.safetensors"
-        )
+        save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, temporary / WEIGHTS_NAME)
         description = {
             "format": MODEL_FORMAT,
             "model": info.config.model_dump(mode="json"),
@@ -142,7 +141,7 @@ def load_model_folder(folder: Path) -> tuple[dict[str, Tensor], ModelInfo]:
     path = folder / "config.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        weights = load_file(folder / "model.safetensors")
+        weights = load_file(folder / WEIGHTS_NAME)
     except FileNotFoundError as error:
         raise UserError(f"{folder}: not a model folder: {Path(error.filename or path).name} is missing") from None
     except Exception as error:
@@ -161,18 +160,22 @@ def load_model_folder(folder: Path) -> tuple[dict[str, Tensor], ModelInfo]:
     return weights, info
 
 
+def weights_file(source: Path) -> Path:
+    """The file that `init_from` means: a checkpoint, or the weights of a model folder or of a run's folder."""
+    if not source.is_dir():
+        return source
+    folders = [folder for folder in (source, source / "model") if (folder / WEIGHTS_NAME).exists()]
+    return (folders[0] if folders else source) / WEIGHTS_NAME
+
+
 def initial_weights(source: Path) -> dict[str, Tensor]:
     """Weights to start from: a model folder, or a checkpoint file (its EMA weights where it has them)."""
-    if source.is_dir():
-        folder = (
-            source
-            if (source / "config.json").exists() and (source / "model.safetensors").exists()
-            else source / "model"
-        )
-        return load_model_folder(folder)[0]
-    state = load_tensors(source)
+    path = weights_file(source)
+    if path.name == WEIGHTS_NAME:
+        return load_model_folder(path.parent)[0]
+    state = load_tensors(path)
     if "model" not in state:
-        raise UserError(f"{source}: holds no 'model' to start from; its keys are {', '.join(sorted(state)[:8])}")
+        raise UserError(f"{path}: holds no 'model' to start from; its keys are {', '.join(sorted(state)[:8])}")
     return state["ema"] if state.get("ema") else state["model"]
 
 

@@ -41,7 +41,7 @@ class TrainingLog:
     def __init__(self, out: Path, *, steps: int, start_step: int, tensorboard: bool, progress: bool) -> None:
         self.path = out / LOG_NAME
         kept = [line for line in read_log(self.path) if line["step"] <= start_step]
-        self.seconds_before = kept[-1]["seconds"] if kept else 0.0
+        self.seconds = kept[-1]["seconds"] if kept else 0.0  # of training so far, over all interruptions
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = self.path.open("a", encoding="utf-8")
         self._writer = None

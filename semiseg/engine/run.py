@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from semiseg.config import ModelConfig, RunConfig, RuntimeConfig, digest, parse_config, read_json
+from semiseg.config import ModelConfig, RunConfig, RuntimeConfig, digest, file_digest, parse_config, read_json
 from semiseg.data.table import Table, load_table
-from semiseg.engine.build import RunData, build_data, build_evaluation_loader
-from semiseg.engine.checkpoint import latest_checkpoint, load_model_folder, remove_leftovers, write_json
+from semiseg.engine.build import RunData, annotation_paths, build_data, build_evaluation_loader
+from semiseg.engine.checkpoint import latest_checkpoint, load_model_folder, remove_leftovers, weights_file, write_json
 from semiseg.engine.evaluate import predict_table, save_detections, score_table
 from semiseg.engine.logs import LOG_NAME, read_log
 from semiseg.engine.session import start_accelerator
@@ -51,14 +51,15 @@ def execute_run(config: RunConfig, *, out: Path, resume: bool = True, progress: 
         UserError: if `out` holds another run, or `resume` is False and it holds an unfinished one.
     """
     check_folder(config, out, resume=resume)
-    if (out / RESULT_NAME).exists():
-        return _held_result(out / RESULT_NAME)
     accelerator = start_accelerator(config.runtime, seed=config.seed)
     # On each machine one process converts; where machines share the folder, the first of all.
     with accelerator.main_process_first(), accelerator.local_main_process_first():
         data = build_data(config)
-    with claimed(config, out, resume=resume) if accelerator.is_main_process else nullcontext():
+    inputs = run_inputs(config, data)
+    with claimed(config, out, inputs=inputs, resume=resume) if accelerator.is_main_process else nullcontext():
         accelerator.wait_for_everyone()
+        if (out / RESULT_NAME).exists():
+            return _held_result(out / RESULT_NAME)
         return _train_and_evaluate(config, data, accelerator, out=out, progress=progress)
 
 
@@ -184,18 +185,20 @@ def evaluate_run(
     weights, info = load_model_folder(folder / "model" if (folder / "model").is_dir() else folder)
     if annotations is not None and images is not None:
         runtime, seed = RuntimeConfig(), 0
-        table = load_table(annotations, images, cache=annotations.parent / "arrow")
+        paths, cache = (annotations, images), annotations.parent / "arrow"
     elif annotations is None and images is None and (folder / "model").is_dir():
         values = read_json(folder / "config.json")
         config = parse_config(RunConfig, values.get("config", {}), where=str(folder / "config.json"))
         runtime, seed = config.runtime, config.seed
-        table = build_data(config).val
+        paths, cache = annotation_paths(config.data)["val"], Path(config.data.root) / "arrow"
     else:
         raise UserError(f"{folder}: give both the annotation file and the image folder to evaluate a model folder on")
+    accelerator = start_accelerator(runtime, seed=seed)
+    with accelerator.main_process_first(), accelerator.local_main_process_first():
+        table = load_table(*paths, cache=cache)
     if info.class_names != table.class_names:
         differing = ", ".join(sorted(set(info.class_names) ^ set(table.class_names))) or "their order"
         raise UserError(f"{folder}: its classes differ from those of {table.annotations_file} in {differing}")
-    accelerator = start_accelerator(runtime, seed=seed)
     model = build_model(info.config, num_classes=len(info.class_names))
     try:
         model.load_state_dict(weights)
@@ -221,8 +224,20 @@ def headline(metrics: Metrics) -> dict[str, float]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def check_folder(config: RunConfig, out: Path, *, resume: bool) -> None:
-    """Looks whether a run may be trained in a folder, before any work; a folder without a checkpoint is free.
+def run_inputs(config: RunConfig, data: RunData) -> dict[str, str | None]:
+    """Digests of what the configuration only names: with `RunConfig.identity` all that can change a run's numbers."""
+    return {
+        "data": data.fingerprint,
+        "split": data.split_digest if config.supervision.source == "split" else None,
+        "init_from": file_digest(weights_file(Path(config.init_from))) if config.init_from is not None else None,
+    }
+
+
+def check_folder(config: RunConfig, out: Path, *, inputs: dict[str, str | None] | None = None, resume: bool) -> None:
+    """Looks whether a run may be trained in a folder; a folder without a checkpoint is free.
+
+    Args:
+        inputs: of `run_inputs`; None before the data is read.
 
     Raises:
         UserError: no folder, or it holds another run, or this one without `resume`.
@@ -232,11 +247,13 @@ def check_folder(config: RunConfig, out: Path, *, resume: bool) -> None:
     begun = (out / RESULT_NAME).exists() or latest_checkpoint(out / "checkpoints") is not None
     if not begun:
         return
-    held = read_json(path).get("identity") if path.exists() else None
-    if not isinstance(held, dict):
+    stored = read_json(path) if path.exists() else {}
+    if not isinstance(stored.get("identity"), dict):
         raise UserError(f"{path}: says not which run {out} holds; another --out starts afresh")
-    if digest(held) != digest(config.identity()):
-        raise UserError(f"{out}: holds another run ({_first_difference(held, config.identity())})")
+    wanted = {"identity": config.identity(), **({} if inputs is None else {"inputs": inputs})}
+    held = {name: stored.get(name) for name in wanted}
+    if digest(held) != digest(wanted):
+        raise UserError(f"{out}: holds another run ({_first_difference(held, wanted)})")
     if not resume:
         raise UserError(f"{out}: holds this run already; '--resume' continues it, another --out starts afresh")
 
@@ -252,12 +269,13 @@ def _held_result(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def claimed(config: RunConfig, out: Path, *, resume: bool) -> Iterator[None]:
+def claimed(config: RunConfig, out: Path, *, inputs: dict[str, str | None], resume: bool) -> Iterator[None]:
     """Keeps other processes from training in the folder and writes the run's configuration into it."""
     out.mkdir(parents=True, exist_ok=True)
     with lock_folder(out, LOCK_NAME):
-        check_folder(config, out, resume=resume)
-        write_json(out / "config.json", {"identity": config.identity(), "config": config.model_dump(mode="json")})
+        check_folder(config, out, inputs=inputs, resume=resume)
+        identity, values = config.identity(), config.model_dump(mode="json")
+        write_json(out / "config.json", {"identity": identity, "inputs": inputs, "config": values})
         remove_leftovers(out)
         yield
 
@@ -267,7 +285,7 @@ def _first_difference(held: Any, wanted: Any, path: str = "") -> str:
         for key in sorted(set(held) | set(wanted)):
             if held.get(key) != wanted.get(key):
                 return _first_difference(held.get(key), wanted.get(key), f"{path}.{key}".lstrip("."))
-    return f"its {path} is {held!r}, wanted {wanted!r}"
+    return f"its {path.removeprefix('identity.')} is {held!r}, wanted {wanted!r}"
 
 
 def device_name(device: torch.device) -> str:

@@ -196,7 +196,7 @@ def _validate(state: TrainState, validate: Validate, data: RunData, log: Trainin
     metrics = validate(trained_model(state))
     if metrics is None or log is None:
         return
-    log.write({"step": state.step, "steps": state.steps, "seconds": log.seconds_before, "validation": metrics})
+    log.write({"step": state.step, "steps": state.steps, "seconds": log.seconds, "validation": metrics})
     path = out / "best.json"
     best = read_json(path).get("mask_AP", -1.0) if path.exists() else -1.0
     if metrics.get("mask_AP", -1.0) > best:  # absent where no class has ground truth
@@ -290,12 +290,12 @@ def _log_window(state: TrainState, window: _Window, log: TrainingLog | None) -> 
     losses, weighted = means.tolist()
     counts = torch.stack(window.counts).mean(0).tolist()
     elapsed = time.perf_counter() - window.started
-    log.seconds_before += elapsed
+    log.seconds += elapsed
     log.write(
         {
             "step": state.step,
             "steps": state.steps,
-            "seconds": round(log.seconds_before, 3),
+            "seconds": round(log.seconds, 3),
             "images_per_second": round(steps * state.config.optim.batch_size / elapsed, 2),
             "data_seconds": round(window.data_seconds, 3),
             "learning_rate": state.optimizer.param_groups[0]["lr"],
