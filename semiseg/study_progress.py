@@ -16,13 +16,14 @@ _UNKNOWN_STEPS = 1000
 
 
 class StudyProgress:
-    """Follows the runs of a study; the overall time left is that of all steps at the mean rate so far."""
+    """Follows the runs of a study; the overall time left is that of all images to train on, at the mean rate so far."""
 
     def __init__(self, runs: Sequence[PlannedRun], *, name: str, line_seconds: float, stream: TextIO) -> None:
         self._stream = stream
         self._bars = stream.isatty()
         self._runs = {run.run_id: run for run in runs}
         self._steps = {run.run_id: planned_steps(run.config) for run in runs}
+        self._batch = {run.run_id: run.config.optim.batch_size for run in runs}
         self._done: dict[str, int] = {}
         self._ended: set[str] = set()
         self._first: dict[str, int] = {}
@@ -31,7 +32,7 @@ class StudyProgress:
         self._line_seconds = line_seconds
         self._started = self._told = time.monotonic()
         self._overall = tqdm(
-            total=self._total(), desc=name, unit="step", position=0, smoothing=0.0, dynamic_ncols=True,
+            total=self._total(), desc=name, unit="img", position=0, smoothing=0.0, dynamic_ncols=True,
             file=stream, disable=not self._bars,
         )  # fmt: skip
 
@@ -46,8 +47,8 @@ class StudyProgress:
             for child in running:
                 self._show_child(child)
             self._overall.total = self._total()
-            self._overall.initial = sum(self._first.values())
-            self._overall.n = sum(self._done.values())
+            self._overall.initial = self._images(self._first)
+            self._overall.n = self._images(self._done)
             self._overall.set_postfix_str(f"{len(self._ended)} of {len(self._runs)} runs", refresh=False)
             self._overall.refresh()
         elif time.monotonic() - self._told >= self._line_seconds:
@@ -82,14 +83,18 @@ class StudyProgress:
 
     def seconds_left(self) -> float | None:
         """For all runs, at the mean rate so far; None before the first step."""
-        done = sum(self._done.values()) - sum(self._first.values())
-        left = self._total() - sum(self._done.values())
+        done = self._images(self._done) - self._images(self._first)
+        left = self._total() - self._images(self._done)
         return left * (time.monotonic() - self._started) / done if done > 0 else None
 
     def _total(self) -> int:
         known = [steps for steps in self._steps.values() if steps is not None]
         guess = max(known, default=_UNKNOWN_STEPS)
-        return sum(guess if steps is None else steps for steps in self._steps.values())
+        return self._images({run_id: guess if steps is None else steps for run_id, steps in self._steps.items()})
+
+    def _images(self, steps: dict[str, int]) -> int:
+        """Images of so many steps of each run: runs differ in their batch size, and images cost more alike."""
+        return sum(number * self._batch[run_id] for run_id, number in steps.items())
 
     def _show_child(self, child: Child) -> None:
         found = child.step()

@@ -380,7 +380,7 @@ def test_progress_on_a_terminal_is_bars(project: Path) -> None:
     text = stream.getvalue()
     assert "pretrain-s0: " in text
     assert "5 of 5 runs" in text
-    assert "150/150" in text
+    assert "2400/2400" in text
 
 
 def test_the_last_whole_log_line_counts(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable, Sequence
 
@@ -30,7 +31,7 @@ def warnings(report: ReportInput) -> list[str]:
             ("data", lambda run: run.data_fingerprint),
             ("code (git revisions)", lambda run: run.git_revision or "outside git"),
             ("versions", lambda run: ", ".join(f"{name} {value}" for name, value in sorted(run.versions.items()))),
-            ("devices", lambda run: run.device),
+            ("devices", lambda run: re.sub(r", \d+ threads", "", run.device)),  # threads change the last bits only
         )
         if len({key(run) for run in runs}) > 1
     ]
