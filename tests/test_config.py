@@ -47,6 +47,8 @@ def parse(values: dict[str, Any]) -> RunConfig:
         ({"model": {"level_ranges": [64, 32, 256, 512]}}, r"level_ranges must ascend"),
         ({"model": {"mask_feature_stride": 8, "mask_stride": 3}}, r"multiple of mask_stride"),
         ({"model": {"neck_channels": 48}}, r"neck_channels must divide by tower_groups"),
+        ({"model": {"backbone": "small"}}, r"'small' has no ImageNet weights: set weights to 'random' or a path"),
+        ({"model": {"weights": "random"}}, r"model\.frozen_stages > 0 would freeze random weights"),
         ({"model": {"pixel_std": [1.0, 1.0, 0.0]}}, r"'model\.pixel_std\.2': .*greater than 0"),
     ],
 )

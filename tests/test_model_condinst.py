@@ -19,6 +19,7 @@ from semiseg.structures.outputs import DenseOutputs, MaskQueries
 
 SMALL: dict[str, Any] = {
     "backbone": "small",
+    "weights": "random",
     "small_widths": [8, 8, 16, 16],
     "backbone_norm": "gn",
     "frozen_stages": 0,
@@ -54,7 +55,7 @@ def tensors_of(outputs: DenseOutputs) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def resnet50() -> CondInst:
-    return build_model(ModelConfig(), num_classes=80)
+    return build_model(ModelConfig(weights="random"), num_classes=80)
 
 
 def test_resnet50_has_the_parameters_of_the_reference(resnet50: CondInst) -> None:
@@ -96,7 +97,7 @@ def test_every_class_starts_at_one_percent(resnet50: CondInst) -> None:
 )
 def test_backbones(name: str, channels: int, stride_in_1x1: bool) -> None:
     model = build_model(
-        ModelConfig(backbone=name, mask_channels=8, stride_in_1x1=stride_in_1x1),  # type: ignore[arg-type]
+        ModelConfig(backbone=name, weights="random", mask_channels=8, stride_in_1x1=stride_in_1x1),  # type: ignore[arg-type]
         num_classes=3,
     )
     with torch.no_grad():

@@ -87,9 +87,11 @@ def test_files_that_are_no_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"backbone": "small", "weights": "imagenet"}, "no ImageNet weights of backbone 'small'"),
-        ({"backbone": "small", "small_widths": [8, 8, 8]}, "model.small_widths: 4 widths needed, one per stage, not 3"),
-        ({"stride_in_1x1": True}, "model.stride_in_1x1 needs a backbone with bottlenecks"),
+        (
+            {"backbone": "small", "weights": "random", "small_widths": [8, 8, 8]},
+            "model.small_widths: 4 widths needed, one per stage, not 3",
+        ),
+        ({"weights": "random", "stride_in_1x1": True}, "model.stride_in_1x1 needs a backbone with bottlenecks"),
     ],
 )
 def test_impossible_backbones(changes: dict[str, Any], message: str) -> None:
