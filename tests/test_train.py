@@ -203,12 +203,17 @@ def test_init_from_takes_weights_only(root: Path, tmp_path: Path) -> None:
     boxes_alone = {"supervision": {"source": "boxes"}, "objective": {"box": "none"}}
     execute_run(tiny_config(root, **boxes_alone), out=tmp_path / "pretrain", progress=False)
     config = tiny_config(root, init_from=str(tmp_path / "pretrain" / "model"))
-    state = training.prepare(config, build_data(config), start_accelerator(config.runtime, seed=0))
+    data, accelerator = build_data(config), start_accelerator(config.runtime, seed=0)
+    state = training.prepare(config, data, accelerator)
     assert state.step == 0
     assert not state.optimizer.state_dict()["state"]
     pretrained = load_tensors(training.save_checkpoint(tmp_path, {"model": {}}, step=1, keep=1))
     assert pretrained == {"model": {}}
+    ten = replace(data, train=replace(data.train, class_names=data.train.class_names[:10]))
+    with pytest.warns(
+        UserWarning, match=r"has other classes: .*class_logits\.weight.* start"
+    ):
+        training.prepare(config, ten, accelerator)
     wider = tiny_config(root, init_from=config.init_from, model={"neck_channels": 32})
-    data, accelerator = build_data(wider), start_accelerator(wider.runtime, seed=0)
     with pytest.raises(UserError, match="weights do not fit the model"):
         training.prepare(wider, data, accelerator)

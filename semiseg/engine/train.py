@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -103,7 +104,9 @@ def prepare(config: RunConfig, data: RunData, accelerator: Accelerator) -> Train
             step_module = build_step(config, num_classes=num_classes)
     else:
         step_module = build_step(without_initial_weights(config), num_classes=num_classes)
-        load_initial(step_module.model, initial_weights(Path(config.init_from)), where=config.init_from)
+        afresh = load_initial(step_module.model, initial_weights(Path(config.init_from)), where=config.init_from)
+        if afresh and accelerator.is_main_process:
+            warnings.warn(f"{config.init_from} has other classes: {', '.join(afresh)} start afresh", stacklevel=2)
     if config.runtime.channels_last:
         step_module.to(memory_format=torch.channels_last)
     optimizer = build_optimizer(step_module.model, config.optim)
