@@ -28,7 +28,7 @@ from semiseg.report.aggregate import ReportInput, ReportTable
 from semiseg.report.figures import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION, new_figure, plain, png
 
 IMAGES = 4
-SCORE_THRESHOLD = 0.3
+SCORE_THRESHOLD = 0.4
 INSTANCE_COLOURS = (ORANGE, SKY, GREEN, VERMILLION, PURPLE, BLUE, "#F0E442", "#7F3C8D", "#11A579", "#A5AA99")
 UNMATCHED = "#BBBBBB"
 _PANEL_INCHES = 1.75
