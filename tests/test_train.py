@@ -179,6 +179,17 @@ def test_nonfinite_loss_stops_before_the_update_and_replays(root: Path, tmp_path
     assert "weights that are not finite: 1, first mask_branch" in text
 
 
+def test_clipping_bounds_the_update(root: Path, tmp_path: Path) -> None:
+    plain = {"learning_rate": 1.0, "momentum": 0.0, "weight_decay": 0.0}
+    config = tiny_config(root, optim={**plain, "clip_norm": 1e-3})
+    state = training.prepare(config, build_data(config), start_accelerator(config.runtime, seed=0))
+    before = torch.cat([parameter.detach().flatten() for parameter in state.step_module.parameters()]).double()
+    training.optimizer_step(state, first_batches(config, 1), out=tmp_path)
+    after = torch.cat([parameter.detach().flatten() for parameter in state.step_module.parameters()]).double()
+    # With SGD at rate 1 the update is the gradient, whose norm was far above the bound.
+    assert float((after - before).norm()) == pytest.approx(1e-3, rel=1e-3)
+
+
 def test_log_has_every_term_weighted_and_unweighted_and_the_counts(root: Path, tmp_path: Path) -> None:
     config = tiny_config(root, optim={"steps": 4}, runtime={"log_every": 2, "evaluate_every": 2, "tensorboard": True})
     execute_run(config, out=tmp_path, progress=False)
@@ -210,9 +221,7 @@ def test_init_from_takes_weights_only(root: Path, tmp_path: Path) -> None:
     pretrained = load_tensors(training.save_checkpoint(tmp_path, {"model": {}}, step=1, keep=1))
     assert pretrained == {"model": {}}
     ten = replace(data, train=replace(data.train, class_names=data.train.class_names[:10]))
-    with pytest.warns(
-        UserWarning, match=r"has other classes: .*class_logits\.weight.* start"
-    ):
+    with pytest.warns(UserWarning, match=r"has other classes: .*class_logits\.weight.* start"):
         training.prepare(config, ten, accelerator)
     wider = tiny_config(root, init_from=config.init_from, model={"neck_channels": 32})
     with pytest.raises(UserError, match="weights do not fit the model"):
