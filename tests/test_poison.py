@@ -61,7 +61,7 @@ def everything(config: RunConfig) -> tuple[list[Batch], list[float], Tensor]:
         plan = module.plan(batch)
         terms = module(batch, plan, plan.counts, warmup=1.0, processes=1)
         terms.total.backward()
-        losses += [float(terms.weighted[name]) for name in LOSS_NAMES]
+        losses += [float(terms.weighted[name].detach()) for name in LOSS_NAMES]
     return batches, losses, torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
 
 
