@@ -11,6 +11,7 @@ import copy
 import difflib
 import hashlib
 import json
+import math
 import tomllib
 from collections.abc import Sequence
 from itertools import pairwise
@@ -198,6 +199,13 @@ class OptimConfig(Section):
         if self.batch_size % self.accumulation:
             raise ValueError(f"batch_size {self.batch_size} must divide by accumulation {self.accumulation}")
         return self
+
+    def num_steps(self, num_images: int) -> int:
+        """Optimizer steps of the run: given, or from epochs (an epoch shows each of `num_images` images once)."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        return max(1, math.ceil(self.epochs * num_images / self.batch_size))
 
 
 class RuntimeConfig(Section):

@@ -9,6 +9,7 @@ from typing import IO, Literal
 
 from semiseg.errors import UserError
 
+WEIGHTS_NAME = "model.safetensors"  # in a model folder
 Kind = Literal["splits", "experiments", "published"]
 
 # kind -> (folder below the working project or the packaged copy, suffix, the word for one of them)
@@ -109,3 +110,11 @@ def write_bytes(path: Path, content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def weights_file(source: Path) -> Path:
+    """The file that `init_from` means: a checkpoint, or the weights of a model folder or of a run's folder."""
+    if not source.is_dir():
+        return source
+    folders = [folder for folder in (source, source / "model") if (folder / WEIGHTS_NAME).exists()]
+    return (folders[0] if folders else source) / WEIGHTS_NAME

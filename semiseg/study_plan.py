@@ -6,16 +6,15 @@ the same run, which is never trained twice; different ones never share a folder.
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from semiseg.config import DataConfig, RunConfig, digest
+from semiseg.config import DataConfig, RunConfig, digest, file_digest
 from semiseg.errors import UserError
+from semiseg.resources import weights_file
 from semiseg.results import Result
 from semiseg.splits import load_split
 from semiseg.study import RunKey, Study, StudyRun, study_runs
@@ -132,8 +131,7 @@ def data_digest(config: DataConfig) -> str:
 
 def weights_digest(init_from: str) -> str:
     """Digest of the file (or of the model folder's weights file) that a run starts from."""
-    path = Path(init_from)
-    path = path / "model.safetensors" if path.is_dir() else path
+    path = weights_file(Path(init_from))
     if not path.is_file():
         raise UserError(f"{path}: no such file; 'init_from' is {init_from!r}")
     return _file_digest(path, (path.stat().st_mtime_ns, path.stat().st_size))
@@ -147,17 +145,14 @@ def _stamp(path: Path, config: DataConfig) -> tuple[int, int]:
 
 @lru_cache(maxsize=16)
 def _file_digest(path: Path, stamp: tuple[int, int]) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_digest(path, 64)
 
 
 def planned_steps(config: RunConfig) -> int | None:
     """Optimizer steps of a run, None if that needs the data set's size."""
-    if config.optim.steps is not None:
-        return config.optim.steps
-    if config.data.format == "shapes" and config.optim.epochs is not None:
-        return max(1, math.ceil(config.optim.epochs * config.data.shapes.train_images / config.optim.batch_size))
-    return None
+    if config.optim.steps is None and config.data.format != "shapes":
+        return None
+    return config.optim.num_steps(config.data.shapes.train_images)
 
 
 def matching_results(study: Study, results: Iterable[Result]) -> dict[RunKey, Result]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from semiseg.commands.measure import measure
 from semiseg.config import DataConfig, RunConfig, read_json
-from semiseg.data.shapes import ensure_shapes
+from semiseg.data.shapes import ensure_shapes, shapes_folder
 from semiseg.errors import UserError
 from semiseg.report.aggregate import ReportInput, ReportRow, ReportTable
 from semiseg.report.page import build_report, report_text
@@ -153,10 +153,10 @@ def _validation_files(data: DataConfig) -> tuple[Path | None, Path | None]:
     root = Path(data.root)
     if data.format == "shapes":
         shapes = data.shapes
-        pattern = f"shapes-{shapes.val_images}x{shapes.image_size}px-seed{shapes.val_seed}-*/annotations.json"
-        annotations = max(root.glob(pattern), default=None, key=lambda path: path.stat().st_mtime)
-        return (annotations, annotations.parent / "images") if annotations else (None, None)
-    annotations, images = root / data.val_annotations, root / data.val_images
+        folder = shapes_folder(root, images=shapes.val_images, image_size=shapes.image_size, seed=shapes.val_seed)
+        annotations, images = folder / "annotations.json", folder / "images"
+    else:
+        annotations, images = root / data.val_annotations, root / data.val_images
     return (annotations, images) if annotations.is_file() and images.is_dir() else (None, None)
 
 
@@ -182,21 +182,23 @@ def _data_sentence(data: DataConfig) -> str:
 
 def _schedule_sentence(config: RunConfig) -> str:
     optim, model = config.optim, config.model
-    steps = planned_steps(config)
-    length = f"{steps} steps" if steps is not None else f"{optim.epochs:g} epochs"
     return (
-        f"{length} of {optim.batch_size} images, {optim.optimizer}, rate {optim.learning_rate:g} ({optim.schedule}); "
+        f"{_length(config)} of {optim.batch_size} images, {optim.optimizer}, "
+        f"rate {optim.learning_rate:g} ({optim.schedule}); "
         f"backbone {model.backbone}, masks at stride {model.mask_stride}, τ = {config.objective.affinity_threshold:g}."
     )
 
 
 def _pretraining_sentence(config: RunConfig) -> str:
-    steps = planned_steps(config)
-    length = f"{steps} steps" if steps is not None else f"{config.optim.epochs:g} epochs"
     return (
         f"Every row starts from the detector that its seed pretrained on boxes alone, without any mask "
-        f"({length} of {config.optim.batch_size} images, rate {config.optim.learning_rate:g})."
+        f"({_length(config)} of {config.optim.batch_size} images, rate {config.optim.learning_rate:g})."
     )
+
+
+def _length(config: RunConfig) -> str:
+    steps = planned_steps(config)
+    return f"{steps} steps" if steps is not None else f"{config.optim.epochs:g} epochs"
 
 
 def _percent(share: float) -> str:

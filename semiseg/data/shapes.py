@@ -30,11 +30,17 @@ IMAGES = "images"
 SMALLEST_IMAGE = 32
 
 
+def shapes_folder(root: Path, *, images: int, image_size: int, seed: int) -> Path:
+    """Where `ensure_shapes` puts a data set; its name carries a digest of parameters and generator version."""
+    parameters = {"images": images, "image_size": image_size, "seed": seed, "version": GENERATOR_VERSION}
+    return root / f"shapes-{images}x{image_size}px-seed{seed}-{digest(parameters, 8)}"
+
+
 def ensure_shapes(root: Path, *, images: int, image_size: int, seed: int) -> Path:
     """The folder of a Shapes data set under `root`, drawn first if it is not there: `images/`, `annotations.json`.
 
-    Its name carries a digest of the parameters and of the generator's version. A folder with missing pictures is
-    drawn anew. If several processes ask for one folder at once, each draws it and the first to finish is kept.
+    Its name is `shapes_folder`'s. A folder with missing pictures is drawn anew. If several processes ask for one
+    folder at once, each draws it and the first to finish is kept.
 
     Args:
         images: number of pictures.
@@ -44,8 +50,7 @@ def ensure_shapes(root: Path, *, images: int, image_size: int, seed: int) -> Pat
     Raises:
         UserError: impossible parameters.
     """
-    parameters = {"images": images, "image_size": image_size, "seed": seed, "version": GENERATOR_VERSION}
-    folder = root / f"shapes-{images}x{image_size}px-seed{seed}-{digest(parameters, 8)}"
+    folder = shapes_folder(root, images=images, image_size=image_size, seed=seed)
     # In this order: a folder that another process puts in place right now is complete and must not be removed.
     if folder.exists() and not _is_complete(folder, images):
         shutil.rmtree(folder)

@@ -20,11 +20,10 @@ from torch import Tensor, nn
 
 from semiseg.config import ModelConfig, Section, Side, parse_config
 from semiseg.errors import UserError
-from semiseg.resources import write_text
+from semiseg.resources import WEIGHTS_NAME, weights_file, write_text
 
 CHECKPOINT_PATTERN = "step_*.pt"
 MODEL_FORMAT = 1
-WEIGHTS_NAME = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -158,14 +157,6 @@ def load_model_folder(folder: Path) -> tuple[dict[str, Tensor], ModelInfo]:
         long_side=said.long_side,
     )
     return weights, info
-
-
-def weights_file(source: Path) -> Path:
-    """The file that `init_from` means: a checkpoint, or the weights of a model folder or of a run's folder."""
-    if not source.is_dir():
-        return source
-    folders = [folder for folder in (source, source / "model") if (folder / WEIGHTS_NAME).exists()]
-    return (folders[0] if folders else source) / WEIGHTS_NAME
 
 
 def initial_weights(source: Path) -> dict[str, Tensor]:

@@ -1,8 +1,6 @@
-"""The optimiser and the length of a run, from its configuration."""
+"""The optimiser and its learning rate, from the configuration."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import nn
@@ -29,14 +27,6 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, fused=True)
     return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
-
-
-def num_steps(config: OptimConfig, *, num_images: int) -> int:
-    """Optimizer steps of the run: given, or from epochs (an epoch shows each of `num_images` images once)."""
-    if config.steps is not None:
-        return config.steps
-    assert config.epochs is not None
-    return max(1, math.ceil(config.epochs * num_images / config.batch_size))
 
 
 def learning_rate(config: OptimConfig, *, step: int, steps: int) -> float:

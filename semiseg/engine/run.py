@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from semiseg.config import ModelConfig, RunConfig, RuntimeConfig, digest, file_digest, parse_config, read_json
 from semiseg.data.table import Table, load_table
 from semiseg.engine.build import RunData, annotation_paths, build_data, build_evaluation_loader
-from semiseg.engine.checkpoint import latest_checkpoint, load_model_folder, remove_leftovers, weights_file, write_json
+from semiseg.engine.checkpoint import latest_checkpoint, load_model_folder, remove_leftovers, write_json
 from semiseg.engine.evaluate import predict_table, save_detections, score_table
 from semiseg.engine.logs import LOG_NAME, read_log
 from semiseg.engine.session import start_accelerator
@@ -31,7 +31,7 @@ from semiseg.engine.train import save_trained, train, trained_model
 from semiseg.errors import UserError
 from semiseg.evaluation.coco_metrics import Metrics
 from semiseg.models.condinst import CondInst, build_model
-from semiseg.resources import lock_folder, require_folder
+from semiseg.resources import lock_folder, require_folder, weights_file
 
 RESULT_NAME = "result.json"
 LOCK_NAME = ".train.lock"

@@ -34,7 +34,7 @@ from semiseg.engine.checkpoint import (
     write_json,
 )
 from semiseg.engine.logs import TrainingLog
-from semiseg.engine.optim import build_optimizer, learning_rate, num_steps
+from semiseg.engine.optim import build_optimizer, learning_rate
 from semiseg.engine.replay import write_nonfinite_step
 from semiseg.engine.schedules import pairwise_warmup
 from semiseg.engine.session import StopOnSignal
@@ -115,7 +115,7 @@ def prepare(config: RunConfig, data: RunData, accelerator: Accelerator) -> Train
     ema = None
     if decay is not None:
         ema = AveragedModel(step_module.model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
-    steps = num_steps(config.optim, num_images=len(data.train.rows))
+    steps = config.optim.num_steps(len(data.train.rows))
     return TrainState(config, accelerator, step_module, wrapped, prepared, ema, steps)
 
 

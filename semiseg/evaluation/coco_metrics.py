@@ -11,7 +11,6 @@ import contextlib
 import io
 import json
 import math
-import unicodedata
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from semiseg.errors import UserError
+from semiseg.splits import normalise
 
 METRIC_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 ALL_CLASSES = "all"
@@ -254,7 +254,7 @@ def _read_numbers(precision: np.ndarray) -> Numbers:
 def _check_classes(
     truth: COCO, class_names: Sequence[str], groups: Mapping[str, Collection[str]], *, where: Path
 ) -> None:
-    found = [unicodedata.normalize("NFC", str(truth.cats[key]["name"])).strip() for key in sorted(truth.cats)]
+    found = [normalise(str(truth.cats[key]["name"])) for key in sorted(truth.cats)]
     if found != list(class_names):
         raise UserError(
             f"{where}: its classes ({', '.join(found)}) are not the evaluated ones ({', '.join(class_names)})"

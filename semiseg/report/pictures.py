@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import random
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from semiseg.errors import UserError
 from semiseg.evaluation.coco_metrics import load_ground_truth
 from semiseg.report.aggregate import ReportInput, ReportTable
 from semiseg.report.figures import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION, new_figure, plain, png
+from semiseg.splits import normalise
 
 IMAGES = 4
 SCORE_THRESHOLD = 0.4
@@ -142,7 +142,7 @@ def _draw(
 
 
 def _class_name(truth: COCO, category_id: int) -> str:
-    return unicodedata.normalize("NFC", str(truth.cats[category_id]["name"])).strip()
+    return normalise(str(truth.cats[category_id]["name"]))
 
 
 def _truth_instances(table: ReportTable, truth: COCO, annotations: Sequence[Mapping[str, Any]]) -> list[_Instance]:
