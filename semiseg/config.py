@@ -7,26 +7,20 @@ never typed twice. The digest of a run covers what can change its numbers and no
 
 from __future__ import annotations
 
-import copy
-import difflib
-import hashlib
-import json
 import math
-import tomllib
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from semiseg.errors import UserError
+from semiseg.config_files import apply_overrides, file_digest, parse_config, read_toml
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 Side = Annotated[int, Field(ge=32)]  # of an image in pixels; 32 is the coarsest stride of the backbone
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy takes
-Config = TypeVar("Config", bound=BaseModel)
 
 
 class Section(BaseModel):
@@ -45,19 +39,40 @@ class ShapesConfig(Section):
     val_seed: Seed = 2
 
 
+class VocConfig(Section):
+    """Image sets of PASCAL VOC 2012; ignored unless `data.format = "voc"`.
+
+    `train_aug` is the usual 10 582 images: VOC's train and SBD's images outside VOC's val. Any other name is a list in
+    `ImageSets/Segmentation`.
+    """
+
+    train_set: str = "train_aug"
+    val_set: str = "val"
+
+
+class HubConfig(Section):
+    """Splits of a data set on the Hugging Face Hub; ignored unless `data.root` begins with `hf:`."""
+
+    train_split: str = "train"
+    val_split: str = "validation"
+
+
 class DataConfig(Section):
     """Where images and annotations are and how they become batches.
 
-    `root` holds the data set and its Arrow cache. For COCO the four names are relative to `root`.
+    `root` holds the data set and its Arrow cache. For COCO the four names are relative to `root`. `hf:OWNER/NAME` is a
+    data set on the Hugging Face Hub, `hf:FOLDER` one of the same form on disk.
     """
 
-    format: Literal["shapes", "coco"] = "coco"
+    format: Literal["shapes", "coco", "voc"] = "coco"
     root: str = "data/coco"
     train_images: str = "train2017"
     train_annotations: str = "annotations/instances_train2017.json"
     val_images: str = "val2017"
     val_annotations: str = "annotations/instances_val2017.json"
     shapes: ShapesConfig = ShapesConfig()
+    voc: VocConfig = VocConfig()
+    hub: HubConfig = HubConfig()
     short_sides: Annotated[list[Side], Field(min_length=1)] = [640, 672, 704, 736, 768, 800]
     long_side: Side = 1333
     val_short_side: Side = 800
@@ -108,6 +123,8 @@ class ModelConfig(Section):
     weights: of the backbone: `imagenet` (torchvision's), `random`, or a path to a state dict.
     frozen_stages: how many of (stem + first stage, second, ...) are not trained; 1 is the paper's.
     stride_in_1x1: bottlenecks stride in their first 1x1 (the reference's weights), not in the 3x3 (torchvision's).
+    deformable_interval: the 3x3 of every so many bottlenecks of C3..C5 is deformable; 0 = none.
+    neck: `fpn`, or `bifpn` with `neck_repeats` repeats and `neck_norm` behind every convolution.
     strides: of the levels that predict; mask_feature_stride: of the mask branch; mask_stride: of the mask logits.
     level_ranges: boundaries of max(l, t, r, b) in pixels between consecutive levels, one fewer than levels.
     """
@@ -118,7 +135,11 @@ class ModelConfig(Section):
     backbone_norm: Norm = "frozen_bn"
     frozen_stages: Annotated[int, Field(ge=0, le=4)] = 1
     stride_in_1x1: bool = False
+    deformable_interval: Annotated[int, Field(ge=0)] = 0
+    neck: Literal["fpn", "bifpn"] = "fpn"
     neck_channels: PositiveInt = 256
+    neck_repeats: PositiveInt = 6
+    neck_norm: Norm = "bn"
     strides: list[PositiveInt] = [8, 16, 32, 64, 128]
     level_ranges: list[PositiveInt] = [64, 128, 256, 512]
     tower_convs: Annotated[int, Field(ge=0)] = 4
@@ -144,6 +165,15 @@ class ModelConfig(Section):
     def _weights_exist(self) -> ModelConfig:
         if self.backbone == "small" and self.weights == "imagenet":
             raise ValueError("backbone 'small' has no ImageNet weights: set weights to 'random' or a path")
+        return self
+
+    @model_validator(mode="after")
+    def _bottlenecks_are_there(self) -> ModelConfig:
+        for name in ("deformable_interval", "stride_in_1x1"):
+            if getattr(self, name) and self.backbone not in ("resnet50", "resnet101"):
+                raise ValueError(
+                    f"{name} needs a backbone with bottlenecks (resnet50, resnet101), not {self.backbone!r}"
+                )
         return self
 
     @model_validator(mode="after")
@@ -209,7 +239,13 @@ class OptimConfig(Section):
 
 
 class RuntimeConfig(Section):
-    """How a run is executed; nothing here is part of its identity."""
+    """How a run is executed; nothing here is part of its identity.
+
+    images_per_process: at most so many images at once in a process, the rest in accumulation parts; 0 = no limit.
+    batch_rule: `keep` takes `optim.batch_size` whatever the number of processes. `linear` takes images_per_process
+        times the number of processes, with the learning rate in proportion and as many images in all: another run,
+        with numbers of its own.
+    """
 
     workers: Annotated[int, Field(ge=0)] = 2
     threads: Annotated[int, Field(ge=0)] = 0  # per process; 0 = torch's own choice
@@ -220,6 +256,21 @@ class RuntimeConfig(Section):
     evaluate_every: Annotated[int, Field(ge=0)] = 0  # steps; 0 = only at the end
     tensorboard: bool = True
     channels_last: bool = False
+    images_per_process: Annotated[int, Field(ge=0)] = 0
+    batch_rule: Literal["keep", "linear"] = "keep"
+
+    @model_validator(mode="after")
+    def _linear_rule_knows_its_share(self) -> RuntimeConfig:
+        if self.batch_rule == "linear" and self.images_per_process == 0:
+            raise ValueError("batch_rule = 'linear' needs images_per_process, the images of one process and step")
+        return self
+
+
+# Keys that came after results had been recorded: at these values they are left out of a run's identity, so that runs
+# from before keep theirs.
+ADDED_LATER: dict[str, dict[str, Any]] = {
+    "model": {"deformable_interval": 0, "neck": "fpn", "neck_repeats": 6, "neck_norm": "bn"},
+}
 
 
 class RunConfig(Section):
@@ -252,8 +303,12 @@ class RunConfig(Section):
         A file of backbone weights is named by its content. The caller adds the digests of split, data and `init_from`.
         """
         values = self.model_dump(mode="json", exclude={"runtime", "init_from"})
-        for name in ("root", "train_images", "train_annotations", "val_images", "val_annotations"):
+        for name in ("root", "train_images", "train_annotations", "val_images", "val_annotations", "voc", "hub"):
             del values["data"][name]
+        for section, added in ADDED_LATER.items():
+            for name, value in added.items():
+                if values[section][name] == value:
+                    del values[section][name]
         if values["data"]["format"] != "shapes":
             del values["data"]["shapes"]
         del values["supervision"]["split"]
@@ -264,124 +319,6 @@ class RunConfig(Section):
         return values
 
 
-def digest(value: Any, length: int = 16) -> str:
-    """Hex digest of any JSON-serialisable value, independent of key order."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:length]
-
-
-def file_digest(path: Path, length: int = 16) -> str:
-    """Hex digest of a file's content; a missing file is a `UserError`."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:length]
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """Parses a TOML file; a syntax error or an unreadable file is a `UserError` that names it."""
-    try:
-        return tomllib.loads(_read_text(path))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: not valid TOML: {error}") from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Parses a JSON file that holds a table; anything else is a `UserError` that names it."""
-    try:
-        values = json.loads(_read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a table of values, not {type(values).__name__}")
-    return values
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")  # editors on Windows write a mark at the start
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-
-
 def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a run's TOML file and applies `a.b=c` overrides."""
     return parse_config(RunConfig, apply_overrides(read_toml(path), overrides), where=str(path))
-
-
-def parse_config(kind: type[Config], values: dict[str, Any], *, where: str) -> Config:
-    """Validates `values`; every error becomes one sentence with place, value and the allowed or nearest ones."""
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise UserError("; ".join(_explain(kind, item, where) for item in error.errors())) from None
-
-
-def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of `values` with each `a.b=c` set; c is read as a TOML value, or as text if it is none."""
-    result = copy.deepcopy(values)
-    for item in overrides:
-        key, sign, text = item.partition("=")
-        if not sign or not all(key.strip().split(".")):
-            raise UserError(f"--set {item!r}: expected the form a.b=value")
-        table = result
-        *parents, last = key.strip().split(".")
-        for parent in parents:
-            table = table.setdefault(parent, {})
-            if not isinstance(table, dict):
-                raise UserError(f"--set {item!r}: {parent!r} is a value, not a table")
-        table[last] = _toml_value(text.strip())
-    return result
-
-
-def merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the tables of `change` laid over it, key by key; lists and values are replaced whole.
-
-    Raises:
-        UserError: a key is a table in one of them and a value in the other.
-    """
-    result = dict(base)
-    for key, value in change.items():
-        tables = [isinstance(item, dict) for item in (result.get(key, value), value)]
-        if any(tables) and not all(tables):
-            wrong = value if tables[0] else result[key]
-            raise UserError(f"{key!r}: expected a table of values, not {wrong!r}")
-        result[key] = merge(result[key], value) if all(tables) and key in result else value
-    return result
-
-
-def _toml_value(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
-def _explain(kind: type[BaseModel], item: Any, where: str) -> str:
-    path = ".".join(str(part) for part in item["loc"])
-    if item["type"] == "extra_forbidden":
-        allowed = _keys_at(kind, item["loc"][:-1])
-        near = difflib.get_close_matches(str(item["loc"][-1]), allowed, n=1, cutoff=0.5)
-        hint = f" Did you mean {near[0]!r}?" if near else f" Allowed here: {', '.join(allowed)}."
-        return f"{where}: unknown key {path!r}.{hint}"
-    message = item["msg"].removeprefix("Value error, ")
-    if not path:
-        return f"{where}: {message}"
-    shown = "" if isinstance(item["input"], dict) else f" (value: {item['input']!r})"
-    return f"{where}: {path!r}: {message}{shown}"
-
-
-def _keys_at(kind: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
-    current: Any = kind
-    for part in location:
-        if isinstance(part, int):
-            continue
-        annotation = current.model_fields[part].annotation
-        candidates = [annotation, *get_args(annotation)]
-        current = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
-        if current is None:
-            return []
-    return list(current.model_fields)

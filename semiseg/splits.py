@@ -25,7 +25,8 @@ from typing import Any
 import tomlkit
 from pydantic import Field
 
-from semiseg.config import Section, digest, parse_config, read_toml
+from semiseg.config import Section
+from semiseg.config_files import digest, parse_config, read_toml
 from semiseg.errors import UserError
 from semiseg.resources import find, write_text
 

@@ -12,11 +12,12 @@ import difflib
 import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from semiseg.config import RunConfig, Section, Seed, apply_overrides, merge, parse_config, read_toml
+from semiseg.config import RunConfig, Section, Seed
+from semiseg.config_files import apply_overrides, merge, parse_config, read_toml
 from semiseg.errors import UserError
 from semiseg.resources import find
 
@@ -46,13 +47,13 @@ class StudyTable(Section):
     """One table: its rows under one split.
 
     split: key of the study's `[splits]`; its unseen and seen classes are the column groups.
-    number: of the printed table beside which it is shown, or None.
+    number: of the printed table beside which it is shown (or the name of the ablation), or None.
     """
 
     name: Name
     title: str
     split: str | None = None
-    number: int | None = None
+    number: int | Literal["tau", "neighbourhood"] | None = None
     rows: list[str] = Field(min_length=1)
 
 

@@ -12,7 +12,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from semiseg.config import DataConfig, RunConfig, digest, file_digest
+from semiseg.config import DataConfig, RunConfig
+from semiseg.config_files import digest, file_digest
 from semiseg.errors import UserError
 from semiseg.resources import weights_file
 from semiseg.results import Result

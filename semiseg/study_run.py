@@ -16,7 +16,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Literal, TextIO
 
-from semiseg.config import DataConfig, digest, read_json
+from semiseg.config import DataConfig
+from semiseg.config_files import digest, read_json
 from semiseg.errors import UserError
 from semiseg.results import Result, append, latest, read
 from semiseg.study import PRETRAIN_ROW

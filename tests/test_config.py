@@ -7,16 +7,8 @@ from typing import Any
 
 import pytest
 
-from semiseg.config import (
-    ModelConfig,
-    RunConfig,
-    apply_overrides,
-    digest,
-    load_run_config,
-    merge,
-    parse_config,
-    read_toml,
-)
+from semiseg.config import ModelConfig, RunConfig, load_run_config
+from semiseg.config_files import apply_overrides, digest, merge, parse_config, read_toml
 from semiseg.errors import UserError
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from semiseg.config import RunConfig, merge, parse_config
+from semiseg.config import RunConfig
+from semiseg.config_files import merge, parse_config
 
 TINY: dict[str, Any] = {
     "data": {

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from semiseg.commands.measure import measure
-from semiseg.config import DataConfig, RunConfig, read_json
+from semiseg.config import DataConfig, RunConfig
+from semiseg.config_files import read_json
 from semiseg.data.shapes import ensure_shapes, shapes_folder
 from semiseg.errors import UserError
 from semiseg.report.aggregate import ReportInput, ReportRow, ReportTable

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from semiseg.config import RunConfig, apply_overrides, load_run_config, parse_config, read_json
+from semiseg.config import RunConfig, load_run_config
+from semiseg.config_files import apply_overrides, parse_config, read_json
 from semiseg.errors import UserError
 from semiseg.resources import find, require_folder, write_text
 

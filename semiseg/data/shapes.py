@@ -19,7 +19,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from semiseg.config import digest
+from semiseg.config_files import digest
 from semiseg.data.shapes_scene import LABELS, SceneObject, compose
 from semiseg.errors import UserError
 

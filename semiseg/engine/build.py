@@ -7,7 +7,8 @@ from pathlib import Path
 
 from torch.utils.data import DataLoader
 
-from semiseg.config import DataConfig, ObjectiveConfig, RunConfig, digest
+from semiseg.config import DataConfig, ObjectiveConfig, RunConfig
+from semiseg.config_files import digest
 from semiseg.data.collate import Collate
 from semiseg.data.dataset import InstanceDataset, build_rule
 from semiseg.data.loader import StepBatches, build_eval_loader, build_train_loader

@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from semiseg.config import ModelConfig, Section, Side, parse_config
+from semiseg.config import ModelConfig, Section, Side
+from semiseg.config_files import parse_config
 from semiseg.errors import UserError
 from semiseg.resources import WEIGHTS_NAME, weights_file, write_text
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from semiseg.config import RunConfig, parse_config
+from semiseg.config import RunConfig
+from semiseg.config_files import parse_config
 from semiseg.engine.build import build_step
 from semiseg.engine.checkpoint import load_tensors, save_tensors
 from semiseg.engine.schedules import pairwise_warmup

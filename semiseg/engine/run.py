@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from semiseg.config import ModelConfig, RunConfig, RuntimeConfig, digest, file_digest, parse_config, read_json
+from semiseg.config import ModelConfig, RunConfig, RuntimeConfig
+from semiseg.config_files import digest, file_digest, parse_config, read_json
 from semiseg.data.table import Table, load_table
 from semiseg.engine.build import RunData, annotation_paths, build_data, build_evaluation_loader
 from semiseg.engine.checkpoint import latest_checkpoint, load_model_folder, remove_leftovers, write_json

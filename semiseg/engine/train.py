@@ -21,7 +21,8 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from semiseg.config import RunConfig, read_json
+from semiseg.config import RunConfig
+from semiseg.config_files import read_json
 from semiseg.engine.build import RunData, build_step, build_training_loader, without_initial_weights
 from semiseg.engine.checkpoint import (
     ModelInfo,
