@@ -13,13 +13,14 @@ from torchvision.models import resnet18
 from torchvision.models._api import WeightsEnum
 
 from semiseg.config import ModelConfig
+from semiseg.config_files import parse_config
 from semiseg.errors import UserError
 from semiseg.models.condinst import CondInst, build_model
 
 
 def build(**changes: Any) -> CondInst:
     values: dict[str, Any] = {"backbone": "resnet18", "neck_channels": 32, "mask_branch_channels": 8, **changes}
-    return build_model(ModelConfig(**values), num_classes=2)
+    return build_model(parse_config(ModelConfig, values, where="test"), num_classes=2)
 
 
 @pytest.mark.parametrize("norm", ["frozen_bn", "bn"])
@@ -91,7 +92,7 @@ def test_files_that_are_no_weights(tmp_path: Path) -> None:
             {"backbone": "small", "weights": "random", "small_widths": [8, 8, 8]},
             "model.small_widths: 4 widths needed, one per stage, not 3",
         ),
-        ({"weights": "random", "stride_in_1x1": True}, "model.stride_in_1x1 needs a backbone with bottlenecks"),
+        ({"weights": "random", "stride_in_1x1": True}, "stride_in_1x1 needs a backbone with bottlenecks"),
     ],
 )
 def test_impossible_backbones(changes: dict[str, Any], message: str) -> None:
