@@ -14,6 +14,7 @@ from typing import Any
 
 from semiseg.config import DataConfig, RunConfig
 from semiseg.config_files import digest, file_digest
+from semiseg.data.sources import expected_files
 from semiseg.errors import UserError
 from semiseg.resources import weights_file
 from semiseg.results import Result
@@ -109,7 +110,7 @@ def class_names(config: DataConfig) -> tuple[str, ...]:
         from semiseg.data.shapes import SHAPES_CLASSES
 
         return tuple(SHAPES_CLASSES)
-    path = Path(config.root) / config.val_annotations
+    path = expected_files(config)["val"].annotations
     return _class_names_of(path, _stamp(path, config))
 
 
@@ -126,8 +127,9 @@ def data_digest(config: DataConfig) -> str:
         from semiseg.data.shapes import GENERATOR_VERSION
 
         return f"shapes-{GENERATOR_VERSION}"
-    files = [Path(config.root) / name for name in (config.train_annotations, config.val_annotations)]
-    return digest([_file_digest(path, _stamp(path, config)) for path in files])
+    files = expected_files(config)
+    paths = [files[name].annotations for name in ("train", "val")]
+    return digest([_file_digest(path, _stamp(path, config)) for path in paths])
 
 
 def weights_digest(init_from: str) -> str:

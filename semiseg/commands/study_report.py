@@ -10,7 +10,8 @@ from pathlib import Path
 from semiseg.commands.measure import measure
 from semiseg.config import DataConfig, RunConfig
 from semiseg.config_files import read_json
-from semiseg.data.shapes import ensure_shapes, shapes_folder
+from semiseg.data.shapes import ensure_shapes
+from semiseg.data.sources import expected_files
 from semiseg.errors import UserError
 from semiseg.report.aggregate import ReportInput, ReportRow, ReportTable
 from semiseg.report.page import build_report, report_text
@@ -151,13 +152,7 @@ def _class_names(study: Study, table: StudyTable, found: Mapping[RunKey, Result]
 
 def _validation_files(data: DataConfig) -> tuple[Path | None, Path | None]:
     """Annotation file and image folder for the pictures, if they are here."""
-    root = Path(data.root)
-    if data.format == "shapes":
-        shapes = data.shapes
-        folder = shapes_folder(root, images=shapes.val_images, image_size=shapes.image_size, seed=shapes.val_seed)
-        annotations, images = folder / "annotations.json", folder / "images"
-    else:
-        annotations, images = root / data.val_annotations, root / data.val_images
+    annotations, images = expected_files(data)["val"]
     return (annotations, images) if annotations.is_file() and images.is_dir() else (None, None)
 
 

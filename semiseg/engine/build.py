@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch.utils.data import DataLoader
 
-from semiseg.config import DataConfig, ObjectiveConfig, RunConfig
+from semiseg.config import ObjectiveConfig, RunConfig
 from semiseg.config_files import digest
 from semiseg.data.collate import Collate
 from semiseg.data.dataset import InstanceDataset, build_rule
 from semiseg.data.loader import StepBatches, build_eval_loader, build_train_loader
-from semiseg.data.shapes import ensure_shapes
+from semiseg.data.sources import cache_folder, ensure_files
 from semiseg.data.table import Table, load_table
 from semiseg.data.transforms import EvalTransform, TrainTransform
 from semiseg.engine.step import TrainStep
@@ -45,31 +44,12 @@ class RunData:
         return None if self.split is None else self.split.digest()
 
 
-def annotation_paths(config: DataConfig) -> dict[str, tuple[Path, Path]]:
-    """{"train": (annotation file, image folder), "val": ...}; generates the embedded data set on first use."""
-    root = Path(config.root)
-    if config.format == "shapes":
-        shapes = config.shapes
-        folders = {
-            name: ensure_shapes(root, images=images, image_size=shapes.image_size, seed=seed)
-            for name, images, seed in (
-                ("train", shapes.train_images, shapes.train_seed),
-                ("val", shapes.val_images, shapes.val_seed),
-            )
-        }
-        return {name: (folder / "annotations.json", folder / "images") for name, folder in folders.items()}
-    return {
-        "train": (root / config.train_annotations, root / config.train_images),
-        "val": (root / config.val_annotations, root / config.val_images),
-    }
-
-
 def build_data(config: RunConfig) -> RunData:
     """Opens (and on first use converts) both tables and loads the class split."""
-    cache = Path(config.data.root) / "arrow"
+    cache = cache_folder(config.data)
     tables = {
-        name: load_table(annotations, images, cache=cache)
-        for name, (annotations, images) in annotation_paths(config.data).items()
+        name: load_table(files.annotations, files.images, cache=cache)
+        for name, files in ensure_files(config.data).items()
     }
     train, val = tables["train"], tables["val"]
     if train.class_names != val.class_names:

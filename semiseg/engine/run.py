@@ -22,8 +22,9 @@ from accelerate import Accelerator
 
 from semiseg.config import ModelConfig, RunConfig, RuntimeConfig
 from semiseg.config_files import digest, file_digest, parse_config, read_json
+from semiseg.data.sources import AnnotatedImages, cache_folder, ensure_files
 from semiseg.data.table import Table, load_table
-from semiseg.engine.build import RunData, annotation_paths, build_data, build_evaluation_loader
+from semiseg.engine.build import RunData, build_data, build_evaluation_loader
 from semiseg.engine.checkpoint import latest_checkpoint, load_model_folder, remove_leftovers, write_json
 from semiseg.engine.evaluate import predict_table, save_detections, score_table
 from semiseg.engine.logs import LOG_NAME, read_log
@@ -186,17 +187,17 @@ def evaluate_run(
     weights, info = load_model_folder(folder / "model" if (folder / "model").is_dir() else folder)
     if annotations is not None and images is not None:
         runtime, seed = RuntimeConfig(), 0
-        paths, cache = (annotations, images), annotations.parent / "arrow"
+        files, cache = AnnotatedImages(annotations, images), annotations.parent / "arrow"
     elif annotations is None and images is None and (folder / "model").is_dir():
         values = read_json(folder / "config.json")
         config = parse_config(RunConfig, values.get("config", {}), where=str(folder / "config.json"))
         runtime, seed = config.runtime, config.seed
-        paths, cache = annotation_paths(config.data)["val"], Path(config.data.root) / "arrow"
+        files, cache = ensure_files(config.data)["val"], cache_folder(config.data)
     else:
         raise UserError(f"{folder}: give both the annotation file and the image folder to evaluate a model folder on")
     accelerator = start_accelerator(runtime, seed=seed)
     with accelerator.main_process_first(), accelerator.local_main_process_first():
-        table = load_table(*paths, cache=cache)
+        table = load_table(files.annotations, files.images, cache=cache)
     if info.class_names != table.class_names:
         differing = ", ".join(sorted(set(info.class_names) ^ set(table.class_names))) or "their order"
         raise UserError(f"{folder}: its classes differ from those of {table.annotations_file} in {differing}")
