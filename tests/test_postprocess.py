@@ -117,15 +117,24 @@ def test_nms_uses_unclipped_boxes() -> None:
     assert len(select(outputs)[0]) == 2
 
 
-def test_cells_and_boxes_in_the_padding_are_left_out() -> None:
+def test_cells_that_the_image_alone_would_not_have_are_left_out() -> None:
+    """Alone, an image is padded to a multiple of 32: its cells up to there compete, as in the reference."""
     outputs = empty_outputs()
     put(outputs, 0, 4, 0, 0.9, [0.0, 0.0, 40.0, 20.0])  # at (36, 4): its cell covers 32..40
     put(outputs, 0, 1, 1, 0.8, [0.0, 0.0, 20.0, 20.0])
     put(outputs, 0, 26, 2, 0.7, [33.0, 1.0, 47.0, 20.0])  # at (40, 8) of stride 16
     assert select(outputs)[0].queries.location_index.tolist() == [4, 1, 26]
     assert select(outputs, [(32, 36)])[0].queries.location_index.tolist() == [4, 1, 26]
-    assert select(outputs, [(32, 33)])[0].queries.location_index.tolist() == [4, 1]  # 26: a cell, but no area inside
-    assert select(outputs, [(32, 32)])[0].queries.location_index.tolist() == [1]
+    assert select(outputs, [(32, 33)])[0].queries.location_index.tolist() == [4, 1]  # 26 has no area in the image
+    assert select(outputs, [(32, 32)])[0].queries.location_index.tolist() == [1]  # padded to 32: no cell at 32..40
+    assert select(outputs, [(32, 20)])[0].queries.location_index.tolist() == [1]
+
+
+def test_boxes_from_the_images_own_padding_count_where_they_reach_into_it() -> None:
+    outputs = empty_outputs()
+    put(outputs, 0, 3, 0, 0.9, [2.0, 2.0, 30.0, 20.0])  # at (28, 4), in the padding of an image 20 wide
+    put(outputs, 0, 9, 1, 0.8, [25.0, 9.0, 31.0, 15.0])  # at (28, 12): wholly in the padding
+    assert select(outputs, [(32, 20)])[0].queries.location_index.tolist() == [3]
 
 
 def test_an_image_does_not_depend_on_the_others() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import batched_nms
 
+from semiseg.models.resnet import BACKBONE_STRIDES
 from semiseg.models.upsample import aligned_upsample
 from semiseg.structures.outputs import DenseOutputs, Detections, Locations, MaskLogits, MaskQueries
 
@@ -58,6 +59,7 @@ def select_detections(
     candidates_per_level: int,
     nms_threshold: float,
     max_detections: int,
+    size_divisor: int = BACKBONE_STRIDES[-1],
 ) -> list[Candidates]:
     """Chooses the detections of each image (METHOD section 3, inference).
 
@@ -65,7 +67,7 @@ def select_detections(
     class on unclipped boxes, the best of what is left, without boxes wholly in the padding. Equal scores: the lower
     location, then the lower class.
 
-    Deviation: cells that lie wholly in an image's padding are left out, so that larger neighbours in the batch add
+    Cells that the image would not have if it were alone are left out, so that larger neighbours in the batch add
     nothing (docs/NUMERICS.md).
 
     Args:
@@ -75,13 +77,15 @@ def select_detections(
         candidates_per_level: before NMS.
         nms_threshold: of the IoU above which the lower-scored box of a class goes.
         max_detections: per image.
+        size_divisor: to multiples of which an image alone is padded.
     """
+    own_sizes = (image_sizes_hw + size_divisor - 1) // size_divisor * size_divisor
     level_sizes = torch.bincount(outputs.locations.level).tolist()
     results = []
     for image in range(outputs.class_logits.shape[0]):
         scores = outputs.class_logits[image].float().sigmoid()  # (R, C)
         scores = scores * outputs.centreness_logits[image, :, None].float().sigmoid()
-        scores = scores * _cell_in_image(outputs.locations, image_sizes_hw[image])[:, None]
+        scores = scores * _cell_exists(outputs.locations, own_sizes[image])[:, None]
         location, label = _best_per_level(scores, level_sizes, score_threshold, candidates_per_level)
         score, boxes = scores[location, label], decode_boxes(outputs, image, location)
         # double: batched_nms keeps classes apart by large offsets, which in float32 would round the boxes
@@ -205,8 +209,8 @@ def postprocess(
     return results
 
 
-def _cell_in_image(locations: Locations, size_hw: Tensor) -> Tensor:
-    """(R,) bool: the cell of the location has a pixel in the unpadded image."""
+def _cell_exists(locations: Locations, size_hw: Tensor) -> Tensor:
+    """(R,) bool: the cell of the location begins inside an input of this size."""
     corner = locations.xy - torch.div(locations.stride, 2, rounding_mode="floor")[:, None]
     return (corner < size_hw.flip(0)).all(dim=1)
 
