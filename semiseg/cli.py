@@ -10,13 +10,14 @@ from typing import Annotated, Any
 import typer
 
 from semiseg import __version__
-from semiseg.commands import data, split, study, train
+from semiseg.commands import convert, data, split, study, train
 from semiseg.errors import UserError
 
 # Plain help: the rich one costs a fifth of a second and breaks lines in examples.
 app = typer.Typer(name="semiseg", no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 splits = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 data_sets = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+conversions = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 
 def _speaks(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -64,6 +65,7 @@ def root(
 for group, name, about in (
     (splits, "split", "Class splits: which classes have masks and which only boxes."),
     (data_sets, "data", "Data sets: check one, draw Shapes, measure one."),
+    (conversions, "convert", "Checkpoints of other implementations become model folders."),
 ):
     app.add_typer(group, name=name, help=about)
 
@@ -74,6 +76,7 @@ splits.command("check")(_speaks(split.check))
 data_sets.command("check")(_speaks(data.check))
 data_sets.command("shapes")(_speaks(data.shapes))
 data_sets.command("difficulty")(_speaks(data.difficulty))
+conversions.command("adelaidet")(_speaks(convert.adelaidet))
 app.command("train")(_speaks(train.train))
 app.command("evaluate")(_speaks(train.evaluate))
 app.command("run")(_speaks(study.run))

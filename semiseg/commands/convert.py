@@ -1,0 +1,115 @@
+"""`semiseg convert`: checkpoints of other implementations become model folders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from semiseg.commands.known_classes import COCO_CATEGORY_IDS, COCO_CLASSES
+from semiseg.config import ModelConfig
+from semiseg.errors import UserError
+from semiseg.resources import WEIGHTS_NAME, require_folder
+
+if TYPE_CHECKING:
+    from semiseg.interop.adelaidet import Converted
+
+
+def adelaidet(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A released CondInst or BoxInst file, .pth.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Model folder to write; an existing model folder is replaced.")
+    ],
+    annotations: Annotated[
+        Path | None, typer.Option(help="COCO json with the model's classes. Default, for 80 classes: COCO's.")
+    ] = None,
+    short_side: Annotated[int, typer.Option(min=32, help="Short side of images in evaluation, in pixels.")] = 800,
+    long_side: Annotated[int, typer.Option(min=32, help="Largest long side, in pixels.")] = 1333,
+) -> None:
+    """Convert a released CondInst or BoxInst checkpoint into a model folder.
+
+    The folder serves evaluate, predict, and init_from of a training.
+
+    Example: semiseg convert adelaidet BoxInst_MS_R_50_3x.pth models/boxinst_r50
+    """
+    _check_out(out)
+    from semiseg.engine.checkpoint import ModelInfo, save_model
+    from semiseg.interop.adelaidet import convert_checkpoint
+
+    converted = convert_checkpoint(checkpoint)
+    class_names, category_ids = _classes(converted.num_classes, annotations, checkpoint)
+    info = ModelInfo(
+        config=converted.config,
+        class_names=class_names,
+        category_ids=category_ids,
+        short_side=short_side,
+        long_side=long_side,
+    )
+    save_model(out.resolve(), converted.weights, info)
+    typer.echo(_summary(converted, checkpoint, out))
+
+
+def _check_out(out: Path) -> None:
+    """Only a new or empty folder or a model folder may be written; anything else would be lost."""
+    require_folder(out.absolute().parent)
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UserError(f"{out}: is a file, expected a model folder to write")
+    held = {path.name for path in out.iterdir()}
+    if held and held != {WEIGHTS_NAME, "config.json"}:
+        raise UserError(f"{out}: holds other things than a model, which would be lost; give a new folder")
+
+
+def _classes(count: int, annotations: Path | None, checkpoint: Path) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Name and category id of each label."""
+    if annotations is not None:
+        from semiseg.data.coco import read_coco
+
+        coco = read_coco(annotations)
+        if len(coco.class_names) != count:
+            raise UserError(f"{annotations}: has {len(coco.class_names)} classes, but {checkpoint} has {count}")
+        return coco.class_names, coco.category_ids
+    if count != len(COCO_CLASSES):
+        raise UserError(
+            f"{checkpoint}: has {count} classes, not COCO's {len(COCO_CLASSES)}; name them with --annotations, a COCO "
+            "json of its data set"
+        )
+    return COCO_CLASSES, COCO_CATEGORY_IDS
+
+
+def _summary(converted: Converted, checkpoint: Path, out: Path) -> str:
+    config = converted.config
+    neck = "FPN" if config.neck == "fpn" else f"BiFPN with {config.neck_repeats} repeats"
+    deformable = {0: "no block", 1: "every block of res3 to res5"}.get(
+        config.deformable_interval, f"every {config.deformable_interval}th block of res3 to res5 from the first"
+    )
+    lines = [
+        f"{checkpoint}: {config.backbone} (deformable: {deformable}), {neck} of {config.neck_channels} channels, "
+        f"{config.mask_channels} mask channels, {converted.num_classes} classes",
+        f"dropped, since only training needs it: {_dropped(converted.dropped)}",
+        f"written to {out}; a training that starts from it needs",
+        "",
+        f"init_from = {json.dumps(str(out), ensure_ascii=False)}",
+        "",
+        "[model]",
+        *model_lines(config),
+    ]
+    return "\n".join(lines)
+
+
+def _dropped(keys: tuple[str, ...]) -> str:
+    counters = [key for key in keys if key.endswith(".num_batches_tracked") and key.startswith("backbone.")]
+    told = [key for key in keys if key not in counters]
+    if counters:
+        told.append(f"num_batches_tracked of {len(counters)} frozen norms")
+    return ", ".join(told) or "nothing"
+
+
+def model_lines(config: ModelConfig) -> list[str]:
+    """TOML lines of what differs from the defaults, without the backbone's initial weights."""
+    usual = ModelConfig().model_dump(mode="json")
+    values = config.model_dump(mode="json", exclude={"weights"})
+    return [f"{name} = {json.dumps(value)}" for name, value in values.items() if value != usual[name]]
