@@ -14,6 +14,7 @@ from semiseg.data.loader import StepBatches, build_eval_loader, build_train_load
 from semiseg.data.sources import cache_folder, ensure_files
 from semiseg.data.table import Table, load_table
 from semiseg.data.transforms import EvalTransform, TrainTransform
+from semiseg.engine.processes import parts_per_step
 from semiseg.engine.step import TrainStep
 from semiseg.errors import UserError
 from semiseg.losses.terms import Objective
@@ -101,11 +102,11 @@ def train_dataset(config: RunConfig, data: RunData) -> InstanceDataset:
 def build_training_loader(
     config: RunConfig, data: RunData, *, steps: int, start_step: int, processes: int, rank: int, pin_memory: bool
 ) -> DataLoader:
-    """Batches of one process from `start_step` on, `accumulation` of them per optimizer step."""
+    """Batches of one process from `start_step` on, `parts_per_step` of them per optimizer step."""
     batches = StepBatches(
         len(data.train.rows),
         batch_size=config.optim.batch_size,
-        accumulation=config.optim.accumulation,
+        accumulation=parts_per_step(config, processes),
         processes=processes,
         rank=rank,
         seed=config.seed,

@@ -10,6 +10,7 @@ import platform
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
@@ -28,7 +29,8 @@ from semiseg.engine.build import RunData, build_data, build_evaluation_loader
 from semiseg.engine.checkpoint import latest_checkpoint, load_model_folder, remove_leftovers, write_json
 from semiseg.engine.evaluate import predict_table, save_detections, score_table
 from semiseg.engine.logs import LOG_NAME, read_log
-from semiseg.engine.session import start_accelerator
+from semiseg.engine.processes import fit_to_processes, images_in_evaluation, parts_per_step, told_change
+from semiseg.engine.session import agree, start_accelerator
 from semiseg.engine.train import save_trained, train, trained_model
 from semiseg.errors import UserError
 from semiseg.evaluation.coco_metrics import Metrics
@@ -52,17 +54,29 @@ def execute_run(config: RunConfig, *, out: Path, resume: bool = True, progress: 
     Raises:
         UserError: if `out` holds another run, or `resume` is False and it holds an unfinished one.
     """
-    check_folder(config, out, resume=resume)
     accelerator = start_accelerator(config.runtime, seed=config.seed)
+    config = _fitted(config, accelerator)
+    check_folder(config, out, resume=resume)
     # On each machine one process converts; where machines share the folder, the first of all.
     with accelerator.main_process_first(), accelerator.local_main_process_first():
         data = build_data(config)
     inputs = run_inputs(config, data)
     with claimed(config, out, inputs=inputs, resume=resume) if accelerator.is_main_process else nullcontext():
         accelerator.wait_for_everyone()
-        if (out / RESULT_NAME).exists():
+        if agree((out / RESULT_NAME).exists(), where=out):
             return _held_result(out / RESULT_NAME)
         return _train_and_evaluate(config, data, accelerator, out=out, progress=progress)
+
+
+def _fitted(config: RunConfig, accelerator: Accelerator) -> RunConfig:
+    """The run that these processes execute; what the linear rule changes is said once."""
+    processes = accelerator.num_processes
+    fitted = fit_to_processes(config, processes)
+    parts_per_step(fitted, processes)  # a batch that cannot be shared is said before any work
+    told = told_change(config, fitted, processes)
+    if told and accelerator.is_main_process:
+        warnings.warn(told, stacklevel=3)
+    return fitted
 
 
 def _train_and_evaluate(
@@ -78,6 +92,7 @@ def _train_and_evaluate(
             model_config=config.model,
             short_side=config.data.val_short_side,
             long_side=config.data.val_long_side,
+            batch_size=images_in_evaluation(config.runtime),
             workers=config.runtime.workers,
             detections=detections,
             progress=progress,
@@ -142,6 +157,7 @@ def evaluate_model(
     model_config: ModelConfig,
     short_side: int,
     long_side: int,
+    batch_size: int,
     workers: int,
     detections: Path | None,
     progress: bool,
@@ -153,7 +169,7 @@ def evaluate_model(
         long_side=long_side,
         mask_stride=model_config.mask_stride,
         size_divisor=model_config.size_divisor,
-        batch_size=8,
+        batch_size=batch_size,
         workers=workers,
         processes=accelerator.num_processes,
         rank=accelerator.process_index,
@@ -213,6 +229,7 @@ def evaluate_run(
         model_config=info.config,
         short_side=info.short_side,
         long_side=info.long_side,
+        batch_size=images_in_evaluation(runtime),
         workers=runtime.workers,
         detections=detections,
         progress=progress,

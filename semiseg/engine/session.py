@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import signal
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType, TracebackType
+from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
+    gather_object,
     set_seed,
 )
 
@@ -22,6 +25,8 @@ from semiseg.errors import UserError
 # How long processes wait for one another. NCCL's ten minutes can pass while the main process converts annotations or
 # runs the COCO evaluation; a process that died is noticed by the launcher, not by this.
 PATIENCE = timedelta(hours=2)
+
+Fact = TypeVar("Fact")
 
 
 def start_accelerator(runtime: RuntimeConfig, *, seed: int) -> Accelerator:
@@ -54,6 +59,33 @@ def start_accelerator(runtime: RuntimeConfig, *, seed: int) -> Accelerator:
     )
     set_seed(seed)
     return accelerator
+
+
+def gather_to_main(items: list[Any]) -> list[Any]:
+    """The items of all processes in the order of the processes, on the main process; nothing on the others.
+
+    Unlike accelerate's own `gather_object`, which hands everything to everyone: of detections with masks that would be
+    gigabytes per machine.
+    """
+    state = PartialState()
+    if state.num_processes == 1:
+        return items
+    gathered: list[list[Any]] | None = [[]] * state.num_processes if state.is_main_process else None
+    torch.distributed.gather_object(items, gathered, dst=0)
+    return [item for share in gathered or [] for item in share]
+
+
+def agree(fact: Fact, *, where: Path) -> Fact:
+    """What every process finds in the run's folder, if they find the same.
+
+    Raises:
+        UserError: they do not, on all of them: the machines do not see the same folder.
+    """
+    found = gather_object([fact])
+    if len(set(found)) > 1:
+        told = ", ".join(sorted({str(item) for item in found}))
+        raise UserError(f"{where}: not the same on every machine (found: {told}); share the folder")
+    return fact
 
 
 class StopOnSignal:

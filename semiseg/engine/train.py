@@ -36,9 +36,10 @@ from semiseg.engine.checkpoint import (
 )
 from semiseg.engine.logs import TrainingLog
 from semiseg.engine.optim import build_optimizer, learning_rate
+from semiseg.engine.processes import parts_per_step
 from semiseg.engine.replay import write_nonfinite_step
 from semiseg.engine.schedules import pairwise_warmup
-from semiseg.engine.session import StopOnSignal
+from semiseg.engine.session import StopOnSignal, agree
 from semiseg.engine.step import StepPlan, TrainStep
 from semiseg.errors import UserError
 from semiseg.losses.terms import COUNT_NAMES, LOSS_NAMES
@@ -57,6 +58,7 @@ class TrainState:
         step_module: the bare TrainStep. `wrapped` is the same under data parallelism and mixed precision.
         step: optimizer steps done.
         ema: running average of the model's weights, or None.
+        parts: accumulation parts of this process per step.
     """
 
     config: RunConfig
@@ -66,6 +68,7 @@ class TrainState:
     optimizer: Any
     ema: AveragedModel | None
     steps: int
+    parts: int
     step: int = 0
 
 
@@ -117,7 +120,8 @@ def prepare(config: RunConfig, data: RunData, accelerator: Accelerator) -> Train
     if decay is not None:
         ema = AveragedModel(step_module.model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
     steps = config.optim.num_steps(len(data.train.rows))
-    return TrainState(config, accelerator, step_module, wrapped, prepared, ema, steps)
+    parts = parts_per_step(config, accelerator.num_processes)
+    return TrainState(config, accelerator, step_module, wrapped, prepared, ema, steps, parts)
 
 
 def train(
@@ -277,7 +281,7 @@ def _stop_nonfinite(state: TrainState, parts: list[Batch], counts: Tensor, weigh
 
 def _next_parts(batches: Iterator[Batch], state: TrainState, window: _Window) -> list[Batch]:
     waited = time.perf_counter()
-    parts = [next(batches) for _ in range(state.config.optim.accumulation)]
+    parts = [next(batches) for _ in range(state.parts)]
     window.data_seconds += time.perf_counter() - waited
     device = state.accelerator.device
     return [batch.to(device, non_blocking=True) for batch in parts]
@@ -313,11 +317,7 @@ def _log_window(state: TrainState, window: _Window, log: TrainingLog | None) -> 
 def restore(state: TrainState, folder: Path) -> None:
     """Continues exactly where the latest checkpoint of `folder` was written; does nothing if there is none."""
     path = latest_checkpoint(folder)
-    found = set(gather_object([path.name if path else "none"]))
-    if len(found) > 1:
-        raise UserError(
-            f"{folder}: not the same on every machine (latest: {', '.join(sorted(found))}); share the folder"
-        )
+    agree(path.name if path else None, where=folder)
     if path is None:
         return
     advice = "remove it to continue from the checkpoint before, or from the start"

@@ -1,0 +1,105 @@
+"""How a step's batch is shared by the processes of a run, and what changes when their number does.
+
+A configuration says what a run computes; the number of processes is only known when it starts. Under
+`runtime.batch_rule = "keep"` it changes nothing but the number of parts in which a process goes through its share.
+Under "linear" the batch follows the processes, and the learning rate and the number of steps follow the batch: that is
+another run, so it is settled here before any identity is taken (docs/MACHINES.md).
+"""
+
+from __future__ import annotations
+
+from semiseg.config import OptimConfig, RunConfig, RuntimeConfig
+from semiseg.errors import UserError
+
+# Images of one forward in evaluation: inference holds no activations for a backward, so eight fit where two train.
+EVALUATION_IMAGES = 8
+
+
+def fit_to_processes(config: RunConfig, processes: int) -> RunConfig:
+    """The run that so many processes execute: the configuration itself under "keep", its scaled form under "linear".
+
+    Linear rule: batch B' = images_per_process x processes, learning rate x B'/B, and steps (and warm-ups that are given
+    in steps) x B/B', rounded up, so that at least as many images are seen. Epochs, milestones and default warm-ups
+    already follow from the steps. Fitting twice to the same number of processes changes nothing more.
+
+    Source: Goyal et al., Accurate, Large Minibatch SGD (2017), section 2.1.
+
+    Raises:
+        UserError: images_per_process does not divide by optim.accumulation under "linear".
+    """
+    if config.runtime.batch_rule == "keep":
+        return config
+    optim, images = config.optim, config.runtime.images_per_process
+    if images % optim.accumulation:
+        raise UserError(
+            f"runtime.images_per_process = {images} must divide by optim.accumulation = {optim.accumulation} "
+            "where runtime.batch_rule is 'linear'"
+        )
+    batch_size = images * processes
+    if batch_size == optim.batch_size:
+        return config
+
+    def scaled(steps: int | None) -> int | None:
+        return None if steps is None else (steps * optim.batch_size + batch_size - 1) // batch_size
+
+    fitted = {
+        "batch_size": batch_size,
+        "learning_rate": optim.learning_rate * batch_size / optim.batch_size,
+        "steps": scaled(optim.steps),
+        "warmup_steps": scaled(optim.warmup_steps),
+    }
+    warmup = {"pairwise_warmup_steps": scaled(config.objective.pairwise_warmup_steps)}
+    return config.model_copy(
+        update={"optim": optim.model_copy(update=fitted), "objective": config.objective.model_copy(update=warmup)}
+    )
+
+
+def told_change(config: RunConfig, fitted: RunConfig, processes: int) -> str | None:
+    """A sentence with the old and new values of what `fit_to_processes` changed; None if it changed nothing."""
+    changes = []
+    for section in ("optim", "objective"):
+        before, after = getattr(config, section), getattr(fitted, section)
+        for name in type(before).model_fields:
+            old, new = getattr(before, name), getattr(after, name)
+            if old != new:
+                # Rates to six digits, numbers of steps in full.
+                shown = [f"{value:g}" if isinstance(value, float) else str(value) for value in (old, new)]
+                changes.append(f"{section}.{name} {' -> '.join(shown)}")
+    if not changes:
+        return None
+    return (
+        f"runtime.batch_rule = 'linear' on {processes} processes of {config.runtime.images_per_process} images: "
+        f"{', '.join(changes)}; this is another run than on other numbers of processes, with results of its own"
+    )
+
+
+def parts_per_step(config: RunConfig, processes: int) -> int:
+    """Accumulation parts in which each process goes through its share of a step; not part of a run's identity.
+
+    The smallest number from `optim.accumulation` on that cuts the batch into equal parts of at most
+    `runtime.images_per_process` images (0 = no limit).
+
+    Raises:
+        UserError: the batch has no equal shares for so many processes.
+    """
+    optim, limit = config.optim, config.runtime.images_per_process or config.optim.batch_size
+    if _can_share(optim, processes):
+        share = optim.batch_size // processes
+        return next(n for n in range(optim.accumulation, share + 1) if share % n == 0 and share // n <= limit)
+    allowed = [number for number in range(1, optim.batch_size + 1) if _can_share(optim, number)]
+    near = [max(n for n in allowed if n < processes), *(n for n in allowed if n > processes)][:2]
+    parts = f" in {optim.accumulation} parts each" if optim.accumulation > 1 else ""
+    raise UserError(
+        f"optim.batch_size = {optim.batch_size} has no equal shares for {processes} processes{parts}: take "
+        f"{' or '.join(map(str, near))} of them, or set optim.batch_size to a multiple of "
+        f"{processes * optim.accumulation}, or runtime.batch_rule = 'linear' with runtime.images_per_process"
+    )
+
+
+def _can_share(optim: OptimConfig, processes: int) -> bool:
+    return optim.batch_size % processes == 0 and optim.batch_size // processes >= optim.accumulation
+
+
+def images_in_evaluation(runtime: RuntimeConfig) -> int:
+    """Images of one forward in evaluation: eight, or fewer where `images_per_process` allows fewer."""
+    return min(runtime.images_per_process or EVALUATION_IMAGES, EVALUATION_IMAGES)
