@@ -114,6 +114,7 @@ class ObjectiveConfig(Section):
 
 
 Norm = Literal["bn", "sync_bn", "gn", "frozen_bn"]
+BIFPN_STRIDES = (8, 16, 32, 64, 128)
 
 
 class ModelConfig(Section):
@@ -174,6 +175,14 @@ class ModelConfig(Section):
                 raise ValueError(
                     f"{name} needs a backbone with bottlenecks (resnet50, resnet101), not {self.backbone!r}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _neck_has_the_levels(self) -> ModelConfig:
+        if self.neck == "bifpn" and tuple(self.strides) != BIFPN_STRIDES:
+            raise ValueError(f"neck 'bifpn' needs strides {list(BIFPN_STRIDES)}, not {self.strides}")
+        if self.neck == "bifpn" and self.mask_feature_stride < BIFPN_STRIDES[0]:
+            raise ValueError(f"neck 'bifpn' has no mask_feature_stride {self.mask_feature_stride}: take 8 or 16")
         return self
 
     @model_validator(mode="after")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from semiseg.config import ModelConfig
+from semiseg.models.bifpn import BiFPN
 from semiseg.models.dynamic_mask import dynamic_masks, filter_shapes, num_filter_numbers
 from semiseg.models.fcos_head import HEAD_STD, FCOSHead, flatten_levels, make_locations
 from semiseg.models.fpn import FeaturePyramid
@@ -43,7 +44,7 @@ class CondInst(nn.Module):
         self,
         *,
         backbone: ResNetFeatures | SmallResNet,
-        neck: FeaturePyramid,
+        neck: FeaturePyramid | BiFPN,
         head: FCOSHead,
         mask_branch: MaskBranch,
         strides: Sequence[int],
@@ -148,12 +149,7 @@ def build_model(config: ModelConfig, *, num_classes: int) -> CondInst:
         UserError: weights that cannot be had or do not fit, widths that do not fit.
     """
     backbone = _build_backbone(config)
-    neck = FeaturePyramid(
-        backbone.channels,
-        config.neck_channels,
-        first_stride=min(config.strides[0], config.mask_feature_stride),
-        last_stride=config.strides[-1],
-    )
+    neck = _build_neck(config, backbone.channels)
     head = FCOSHead(
         config.neck_channels,
         num_classes=num_classes,
@@ -200,4 +196,16 @@ def _build_backbone(config: ModelConfig) -> ResNetFeatures | SmallResNet:
         weights=weights,
         frozen_stages=config.frozen_stages,
         stride_in_1x1=config.stride_in_1x1,
+        deformable_interval=config.deformable_interval,
+    )
+
+
+def _build_neck(config: ModelConfig, backbone_channels: Sequence[int]) -> FeaturePyramid | BiFPN:
+    if config.neck == "bifpn":
+        return BiFPN(backbone_channels, config.neck_channels, repeats=config.neck_repeats, norm=config.neck_norm)
+    return FeaturePyramid(
+        backbone_channels,
+        config.neck_channels,
+        first_stride=min(config.strides[0], config.mask_feature_stride),
+        last_stride=config.strides[-1],
     )

@@ -19,6 +19,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet, conv1x1
 
 from semiseg.config import Norm
 from semiseg.errors import UserError
+from semiseg.models.deformable import DeformableConv
 from semiseg.models.norms import freeze, norm_layer
 
 BACKBONE_STRIDES = (4, 8, 16, 32)
@@ -35,18 +36,33 @@ class ResNetFeatures(ResNet):
     """
 
     def __init__(
-        self, block: type[BasicBlock | Bottleneck], layers: list[int], *, norm: NormLayer, stride_in_1x1: bool = False
+        self,
+        block: type[BasicBlock | Bottleneck],
+        layers: list[int],
+        *,
+        norm: NormLayer,
+        stride_in_1x1: bool = False,
+        deformable_interval: int = 0,
     ) -> None:
         super().__init__(block, layers, norm_layer=norm)
         del self.avgpool, self.fc
         self.channels = tuple(width * block.expansion for width in (64, 128, 256, 512))
         if stride_in_1x1:
             self._move_stride_to_1x1()
+        if deformable_interval:
+            self._make_deformable(deformable_interval)
 
     def _move_stride_to_1x1(self) -> None:
         for stage in (self.layer2, self.layer3, self.layer4):
             first = stage[0]
             first.conv1.stride, first.conv2.stride = first.conv2.stride, first.conv1.stride
+
+    def _make_deformable(self, interval: int) -> None:
+        """Blocks 0, interval, 2 * interval ... of every stage but the first get a deformable 3x3 of the same stride."""
+        for stage in (self.layer2, self.layer3, self.layer4):
+            for bottleneck in list(stage)[::interval]:
+                plain = bottleneck.conv2
+                bottleneck.conv2 = DeformableConv(plain.in_channels, plain.out_channels, stride=plain.stride[0])
 
     def forward(self, images: Tensor) -> list[Tensor]:
         c2 = self.layer1(self.maxpool(self.relu(self.bn1(self.conv1(images)))))
@@ -91,7 +107,13 @@ def _small_stage(before: int, after: int, norm: NormLayer) -> nn.Sequential:
 
 
 def build_resnet(
-    name: ResNetName, *, norm: Norm, weights: str | None, frozen_stages: int, stride_in_1x1: bool
+    name: ResNetName,
+    *,
+    norm: Norm,
+    weights: str | None,
+    frozen_stages: int,
+    stride_in_1x1: bool,
+    deformable_interval: int = 0,
 ) -> ResNetFeatures:
     """A ResNet, its weights loaded and its first stages frozen.
 
@@ -102,15 +124,24 @@ def build_resnet(
         frozen_stages: how many of (stem + first stage), second, third, fourth are not trained.
         stride_in_1x1: strides of bottlenecks in their first 1x1 (the reference's weights) instead of the 3x3
             (torchvision's weights); the parameters are the same.
+        deformable_interval: every so many bottlenecks of C3..C5 have a deformable 3x3; 0 = none.
 
     Raises:
-        UserError: weights that cannot be had or do not fit; `stride_in_1x1` for a network without bottlenecks.
+        UserError: weights that cannot be had or do not fit; `stride_in_1x1` or `deformable_interval` for a network
+            without bottlenecks.
     """
     blocks = {"resnet18": [2, 2, 2, 2], "resnet34": [3, 4, 6, 3], "resnet50": [3, 4, 6, 3], "resnet101": [3, 4, 23, 3]}
     block = BasicBlock if name in ("resnet18", "resnet34") else Bottleneck
-    if stride_in_1x1 and block is BasicBlock:
-        raise UserError(f"model.stride_in_1x1 needs a backbone with bottlenecks (resnet50, resnet101), not {name!r}")
-    backbone = ResNetFeatures(block, blocks[name], norm=norm_layer(norm), stride_in_1x1=stride_in_1x1)
+    for key, value in (("stride_in_1x1", stride_in_1x1), ("deformable_interval", deformable_interval)):
+        if value and block is BasicBlock:
+            raise UserError(f"model.{key} needs a backbone with bottlenecks (resnet50, resnet101), not {name!r}")
+    backbone = ResNetFeatures(
+        block,
+        blocks[name],
+        norm=norm_layer(norm),
+        stride_in_1x1=stride_in_1x1,
+        deformable_interval=deformable_interval,
+    )
     if weights is not None:
         state = _imagenet_state(name) if weights == "imagenet" else read_state_dict(Path(weights))
         load_backbone_state(backbone, state, origin=weights)
@@ -139,10 +170,15 @@ def freeze_stages(backbone: ResNetFeatures | SmallResNet, count: int) -> None:
 
 
 def load_backbone_state(backbone: nn.Module, state: Mapping[str, Tensor], *, origin: str) -> None:
-    """Loads a state dict in torchvision's names; the classifier `fc.*` is left out, anything else must fit exactly."""
+    """Loads a state dict in torchvision's names; the classifier `fc.*` is left out, anything else must fit exactly.
+
+    Only the shifts of deformable convolutions may be missing, as they are in weights of the plain network: those stay
+    as they are.
+    """
     kept = {key: value for key, value in state.items() if not key.startswith("fc.")}
+    shifts = {key: value for key, value in backbone.state_dict().items() if ".conv2.offset." in key}
     try:
-        backbone.load_state_dict(kept)
+        backbone.load_state_dict({**shifts, **kept})
     except RuntimeError as error:
         first_lines = " ".join(line.strip() for line in str(error).splitlines()[1:3])[:300]
         raise UserError(f"{origin}: these weights do not fit the backbone: {first_lines}") from None
