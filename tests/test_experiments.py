@@ -1,0 +1,210 @@
+"""Every shipped study: its file is right, its runs are shared as they should be, and its first step trains."""
+
+from __future__ import annotations
+
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from semiseg.commands.known_classes import COCO_CLASSES
+from semiseg.config import RunConfig
+from semiseg.config_files import digest, merge, parse_config
+from semiseg.engine.build import RunData, build_data, build_training_loader
+from semiseg.engine.optim import learning_rate
+from semiseg.engine.session import start_accelerator
+from semiseg.engine.train import optimizer_step, prepare
+from semiseg.losses.terms import COUNT_NAMES, MASK_LOSSES, TERMS
+from semiseg.report.aggregate import read_published
+from semiseg.splits import load_split
+from semiseg.structures.inputs import Supervision
+from semiseg.study import Study, StudyRun, load_study, study_runs
+from semiseg.study_plan import run_identity
+from tests.coco_files import make_coco, polygon_annotation
+from tests.tiny import TINY
+
+ROOT = Path(__file__).parent.parent
+STUDIES = sorted(path.stem for path in (ROOT / "experiments").glob("*.toml"))
+COCO_TABLES = {
+    "coco_table2": "2",
+    "coco_tau": "tau",
+    "coco_neighbourhood": "neighbourhood",
+    "coco_table3": "3",
+    "coco_table4": "4",
+}
+PUBLISHED = read_published(ROOT / "reports" / "published" / "boxinst.csv")
+
+
+@pytest.fixture(autouse=True)
+def _in_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def run_ids(study: Study) -> dict[str, str]:
+    """Row -> id of its runs (of the first seed and split), on one made-up data set."""
+    ids: dict[str, str] = {}
+    for run in study_runs(study):
+        identity = run_identity(run, data="d", split_digest=run.split, weights=None)
+        ids.setdefault(run.row, digest(identity))
+    return ids
+
+
+def printed_rows(table: str) -> list[str]:
+    return list(dict.fromkeys(PUBLISHED.loc[PUBLISHED["table"] == table, "row"]))
+
+
+def test_there_is_a_study_for_every_table() -> None:
+    assert {*COCO_TABLES, "coco_voc_splits", "shapes", "shapes_table2", "shapes_tau"} <= set(STUDIES)
+    found = {str(table.number) for name in STUDIES if name.startswith("coco") for table in load_study(name).tables}
+    assert found == {"2", "3", "4", "6", "7", "tau", "neighbourhood"}
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_rows_are_named_as_in_the_paper(name: str) -> None:
+    """So that the printed numbers stand beside ours; rows that the paper leaves out are known ones."""
+    study = load_study(name)
+    assert study.question
+    assert study_runs(study)
+    for table in study.tables:
+        if table.number is not None:
+            assert set(table.rows) - set(printed_rows(str(table.number))) <= {"full-masks", "0.3"}, table.name
+    rows = {row.name: row for row in study.rows}
+    for table in study.tables:
+        printed = PUBLISHED[PUBLISHED["table"] == str(table.number)].set_index("row")
+        for row in set(table.rows) & set(printed.index):
+            words = {True: "yes", False: "no", None: ""}
+            expected = set(printed.loc[[row], "projection"])
+            assert {words[rows[row].projection]} == expected, (table.name, row)
+            assert {words[rows[row].pairwise]} == set(printed.loc[[row], "pairwise"]), (table.name, row)
+
+
+@pytest.mark.parametrize(("name", "table"), COCO_TABLES.items())
+def test_coco_studies_have_all_rows_of_their_table(name: str, table: str) -> None:
+    wanted = [row for row in printed_rows(table) if table != "4" or row.startswith(("condinst", "boxinst"))]
+    assert load_study(name).tables[0].rows == wanted
+    assert {run.config.data.val_annotations for run in study_runs(load_study(name))} == {
+        "annotations/instances_val2017.json"
+    }
+
+
+def test_runs_that_several_tables_show_are_trained_once() -> None:
+    ids = {name: run_ids(load_study(name)) for name in (*COCO_TABLES, "coco_voc_splits")}
+    boxes = ids["coco_voc_splits"]["box-supervised"]
+    assert ids["coco_table3"]["projection+pairwise"] == boxes
+    assert ids["coco_tau"]["0.1"] == boxes
+    assert ids["coco_neighbourhood"]["size3-dilation2"] == boxes
+    assert ids["coco_table2"]["dice"] == ids["coco_voc_splits"]["full-masks"]
+    assert ids["coco_table2"]["redesigned"] == ids["coco_tau"]["full"]
+    # 8 rows of Table 4, 5 of Tables 6 and 7 (of which 3 depend on the split), and 1 + 1 + 2 + 2 + 3 of the others.
+    distinct = {run_id for study in ids.values() for run_id in study.values()}
+    assert len(distinct) == 8 + 5 + 1 + 2 + 2 + 3
+
+
+def test_table_4_is_the_papers_recipe() -> None:
+    runs = {run.row: run.config for run in study_runs(load_study("coco_table4"))}
+    for row, config in runs.items():
+        optim = config.optim
+        drops = (210_000, 250_000) if row.endswith("3x") or row.startswith("condinst") else (60_000, 80_000)
+        steps = optim.steps or 0
+        assert steps == {210_000: 270_000, 60_000: 90_000}[drops[0]], row
+        for number, drop in enumerate(drops):
+            before, after = (learning_rate(optim, step=step, steps=steps) for step in (drop - 1, drop))
+            assert (before, after) == pytest.approx((0.01 * 0.1**number, 0.001 * 0.1**number)), row
+        assert (optim.batch_size, config.data.long_side) == (16, 1333)
+        assert config.model.backbone == ("resnet50" if "r50" in row else "resnet101"), row
+        assert config.model.mask_channels == (8 if row.startswith("condinst") else 16), row
+        assert config.supervision.source == ("masks" if row.startswith("condinst") else "boxes"), row
+        assert (config.model.neck, config.model.neck_channels) == (("bifpn", 160) if "bifpn" in row else ("fpn", 256))
+        assert config.model.deformable_interval == (1 if "dcn" in row else 0), row
+        sides = [800] if row.endswith("noaug") else [640, 672, 704, 736, 768, 800]
+        assert config.data.short_sides == sides, row
+
+
+def tiny(config: RunConfig, root: Path) -> RunConfig:
+    """The run at the smallest size that keeps what defines it: supervision, objective, neck, kind of backbone."""
+    values = config.model_dump(mode="json", exclude={"data", "optim", "runtime", "init_from"})
+    bottlenecks = config.model.deformable_interval > 0
+    keep = {"backbone": "resnet50" if bottlenecks else "small", "mask_channels": config.model.mask_channels}
+    keep |= {"strides": [8, 16, 32, 64, 128], "level_ranges": [16, 32, 64, 128], "neck_repeats": 1}
+    changes: dict[str, Any] = {**TINY, "model": {**TINY["model"], **keep}}
+    del changes["supervision"]
+    changes["optim"] = {**changes["optim"], "steps": 9, "batch_size": 2}
+    changes["data"] = {**changes["data"], "root": str(root)}
+    if config.data.format != "shapes":
+        files = {"train_images": "images", "val_images": "images"}
+        files |= {"train_annotations": "instances.json", "val_annotations": "instances.json"}
+        changes["data"] |= {"format": "coco", "short_sides": [64], **files}
+        changes["data"]["bottom_rows_without_affinity"] = config.data.bottom_rows_without_affinity
+    return parse_config(RunConfig, merge(values, changes), where="tiny")
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Data folders by format; COCO's has COCO's 80 classes, the VOC classes and the others in turn."""
+    coco = tmp_path_factory.mktemp("coco")
+    split = load_split("coco_voc20_seen", COCO_CLASSES)
+    names = [name for pair in zip_longest(split.seen, split.unseen) for name in pair if name]
+    annotations = [
+        # Category ids are 1, 3, 5, ...
+        polygon_annotation(
+            4 * image + n, image_id=image, category_id=2 * n + 1, points=[8 * n, 8, 8 * n + 36, 12, 8 * n + 16, 52]
+        )
+        for image in range(1, 7)
+        for n in range(4)
+    ]
+    files = make_coco(coco, sizes_hw=[(64, 64)] * 6, class_names=names, annotations=annotations)
+    random = np.random.default_rng(0)
+    for path in files.images.iterdir():  # smooth, so that neighbours reach every threshold
+        Image.fromarray(random.integers(126, 131, (64, 64, 3)).astype(np.uint8)).save(path)
+    return {"shapes": tmp_path_factory.mktemp("shapes"), "coco": coco, "voc": coco}
+
+
+def distinct_runs() -> dict[str, StudyRun]:
+    """Every shipped study's runs of its first seed, those that are alike at tiny size once."""
+    runs: dict[str, StudyRun] = {}
+    for name in STUDIES:
+        for run in study_runs(load_study(name)):
+            if run.seed == 0:
+                key = digest([tiny(run.config, Path("root")).model_dump(mode="json"), run.split])
+                runs.setdefault(key, run)
+    return runs
+
+
+def expected_losses(config: RunConfig) -> set[str]:
+    """Mask losses that instances of the run get, by its own words."""
+    kinds = {
+        "masks": [Supervision.MASK],
+        "boxes": [Supervision.BOX],
+        "split": [Supervision.MASK, Supervision.BOX],
+        "as_annotated": [Supervision.MASK, Supervision.BOX],
+    }[config.supervision.source]
+    objective = {Supervision.MASK: config.objective.mask, Supervision.BOX: config.objective.box}
+    return {term for kind in kinds for term in TERMS[kind, objective[kind]]}
+
+
+def test_the_first_step_of_every_run(roots: dict[str, Path], tmp_path: Path) -> None:
+    runs = distinct_runs()
+    assert len(runs) >= 20
+    tables: dict[tuple[str, str | None], RunData] = {}
+    for run in runs.values():
+        config = tiny(run.config, roots[run.config.data.format])
+        where = f"{run.row} ({run.split}), {config.data.format}"
+        source = (config.data.format, config.supervision.split)
+        if source not in tables:
+            tables[source] = build_data(config)
+        accelerator = start_accelerator(config.runtime, seed=0)
+        state = prepare(config, tables[source], accelerator)
+        before = state.step_module.model.controller.weight.detach().clone()
+        loader = build_training_loader(
+            config, tables[source], steps=1, start_step=0, processes=1, rank=0, pin_memory=False
+        )
+        report = optimizer_step(state, list(loader), out=tmp_path)
+        assert report is not None
+        assert torch.isfinite(report.weighted).all(), where
+        assert not torch.equal(before, state.step_module.model.controller.weight), where
+        counts = dict(zip(COUNT_NAMES, report.counts.tolist(), strict=True))
+        assert {name for name in MASK_LOSSES if counts[name] > 0} == expected_losses(config), where
