@@ -38,5 +38,11 @@ def classes_of(dataset: str | None, annotations: Path | None) -> tuple[str, ...]
         from semiseg.data.shapes import SHAPES_CLASSES
 
         return SHAPES_CLASSES
-    which = f"data set {dataset!r} is not known by name (known: coco, shapes)" if dataset else "no data set is named"
+    if dataset == "voc":
+        from semiseg.data.voc import VOC_CLASSES
+
+        return VOC_CLASSES
+    which = (
+        f"data set {dataset!r} is not known by name (known: coco, shapes, voc)" if dataset else "no data set is named"
+    )
     raise UserError(f"{which}; give an annotation file of it")

@@ -70,7 +70,7 @@ def check(
 
 def make(
     name: Annotated[str, typer.Argument(help="Name of the split; written to splits/NAME.toml.")],
-    dataset: Annotated[str | None, typer.Option(help="'coco' or 'shapes', or a word of your own for the file.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="'coco', 'shapes', 'voc', or a word of your own.")] = None,
     annotations: Annotated[Path | None, typer.Option(help="COCO json with the classes, for other data sets.")] = None,
     seen: Annotated[
         list[str] | None, typer.Option(help="Seen classes, comma-separated, or how many to draw. Repeatable.")

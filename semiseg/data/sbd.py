@@ -1,0 +1,99 @@
+"""SBD, the Semantic Boundaries Dataset: masks of instances for 11 355 images of PASCAL VOC, from MATLAB files.
+
+A file `inst/NAME.mat` holds the struct `GTinst`: `Segmentation`, a map of indices 0 (background) and 1..n, and
+`Categories`, the classes 1..20 of the n instances. Their order is not that of VOC's XML, so boxes are those of the
+masks: from the first to the last pixel, which is included, as in VOC's own. SBD knows no "difficult".
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from semiseg.data.voc_objects import VOC_CLASSES, VOID, ImageRecord, ObjectRecord, image_size, make_object
+from semiseg.errors import UserError
+
+ARCHIVE = "benchmark.tgz"
+FOLDERS = ("SBD", "benchmark_RELEASE/dataset", "SBD/benchmark_RELEASE/dataset")
+INSTALL = "pip install 'semiseg[sbd]'"
+
+
+def find_sbd(root: Path) -> Path:
+    """The folder with SBD's `inst/`, `train.txt` and `val.txt` below a data root.
+
+    Raises:
+        UserError: none is there; says what to download and where to put it.
+    """
+    for name in FOLDERS:
+        if (root / name / "inst").is_dir():
+            return root / name
+    raise UserError(
+        f"{root}: no SBD there, which the image set 'train_aug' needs; download {ARCHIVE} from the SBD page and unpack "
+        f"it in {root}, so that {root / FOLDERS[1] / 'inst'} is there, or set data.voc.train_set to 'train'"
+    )
+
+
+def sbd_list(sbd: Path) -> list[str]:
+    """Names of the images of SBD's own train and val lists."""
+    names = []
+    for path in (sbd / "train.txt", sbd / "val.txt"):
+        try:
+            names += path.read_text(encoding="utf-8").split()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"{path}: the list of images cannot be read: {reason}; it is part of {ARCHIVE}") from None
+    return names
+
+
+def sbd_record(sbd: Path, name: str, *, image: Path) -> ImageRecord:
+    """The instances of an image, numbered as in its map; an instance without a pixel is left out.
+
+    Args:
+        sbd: see `find_sbd`.
+        image: the photograph in VOC's `JPEGImages`; SBD annotates VOC's own images.
+
+    Raises:
+        UserError: SciPy is not installed; a file is missing, broken or contradicts itself.
+    """
+    if not image.is_file():
+        raise UserError(f"{image}: no such image, but SBD lists it; copy {sbd / 'img' / image.name} there")
+    path = sbd / "inst" / f"{name}.mat"
+    indices, categories = _read_mat(path)
+    size_hw = image_size(image)
+    if indices.shape != size_hw:
+        raise UserError(f"{path}: 'Segmentation' is {indices.shape}, allowed: (height, width) of its image, {size_hw}")
+    largest = max((int(value) for value in np.unique(indices) if value != VOID), default=0)
+    if largest > len(categories):
+        raise UserError(f"{path}: 'Segmentation' has index {largest}, but 'Categories' {len(categories)} entries")
+    wrong = [value for value in categories if not 1 <= value <= len(VOC_CLASSES)]
+    if wrong:
+        raise UserError(f"{path}: 'Categories' holds {wrong[0]}, allowed: 1 to {len(VOC_CLASSES)}")
+    objects = [_object(number, category, indices == number) for number, category in enumerate(categories, start=1)]
+    return ImageRecord(name, size_hw, [item for item in objects if item is not None])
+
+
+def _object(number: int, category: int, mask: np.ndarray) -> ObjectRecord | None:
+    if not mask.any():
+        return None
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    left, top = int(columns[0]), int(rows[0])
+    box_xywh = (left, top, int(columns[-1]) - left + 1, int(rows[-1]) - top + 1)
+    return make_object(number, category, box_xywh, mask=mask)
+
+
+def _read_mat(path: Path) -> tuple[np.ndarray, list[int]]:
+    """`Segmentation` (H, W) and `Categories` (n) of a file."""
+    try:
+        from scipy.io import loadmat
+    except ImportError:
+        raise UserError(f"SBD's files are MATLAB's, and SciPy, which reads them, is missing: {INSTALL}") from None
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; it is part of {ARCHIVE}")
+    try:
+        struct = loadmat(str(path), variable_names=["GTinst"])["GTinst"][0, 0]
+        indices, categories = np.asarray(struct["Segmentation"]), np.asarray(struct["Categories"])
+        return indices, [int(value) for value in categories.ravel()]
+    except Exception as error:  # damaged bytes surface as almost anything in SciPy's reader
+        detail = " ".join(str(error).split())
+        raise UserError(f"{path}: no readable SBD file: {type(error).__name__}: {detail}") from None

@@ -1,0 +1,197 @@
+"""PASCAL VOC 2012 (and SBD beside it) -> a COCO json per image set, written on first use.
+
+Image sets: the lists of `ImageSets/Segmentation` (`train`, `val`, `trainval`, or any file that lies there), and three
+that are made here for training. These leave out the images of Segmentation/val, on which a training is evaluated:
+`train_aug` (Segmentation/train, and all of SBD with SBD's masks) and `main_train`, `main_trainval` (the lists of
+`ImageSets/Main`, masks where `SegmentationObject` has the image, boxes elsewhere).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tqdm import tqdm
+
+from semiseg.data.sbd import find_sbd, sbd_list, sbd_record
+from semiseg.data.voc_objects import VOC_CLASSES, ImageRecord, voc_record
+from semiseg.errors import UserError
+from semiseg.resources import require_folder, write_text
+
+logger = logging.getLogger(__name__)
+
+CONVERTER_VERSION = 1  # raise it when the json changes: older files are then left alone and made anew
+ARCHIVE = "VOCtrainval_11-May-2012.tar"
+EVALUATION_SET = "val"
+DERIVED_SETS = ("train_aug", "main_train", "main_trainval")
+LARGEST_MISFIT = 0.01  # share of the masks of a set that may contradict their object before it is an error
+IDS_PER_IMAGE = 1000
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """An image of a set and where its objects come from.
+
+    Attributes:
+        source: `masks` (SegmentationObject must have it), `boxes` (masks if SegmentationObject has it), `sbd`.
+    """
+
+    name: str
+    source: str
+
+
+def voc_files(root: Path, image_set: str) -> tuple[Path, Path]:
+    """Where `ensure_voc` has or would have its two paths; nothing is read or made.
+
+    The image folder depends on which of the three layouts is there; without any it is that of the unpacked archive.
+    """
+    images = (_find_voc(root) or root / "VOCdevkit" / "VOC2012") / "JPEGImages"
+    return root / "semiseg" / f"voc2012_{image_set}_v{CONVERTER_VERSION}.json", images
+
+
+def ensure_voc(root: Path, image_set: str) -> tuple[Path, Path]:
+    """COCO instances json of an image set, converted first if it is not there, and its image folder.
+
+    The json is the same byte for byte wherever and in whichever layout the data lie, since its digest identifies the
+    data. Boxes are xywh in pixels of the stored image: VOC's pixels count from 1 and include the last one.
+
+    Args:
+        root: the folder that holds `VOCdevkit/VOC2012`, or `VOCdevkit`, or `VOC2012` itself; SBD is looked for in
+            `root/SBD` and `root/benchmark_RELEASE/dataset`.
+        image_set: see the module.
+
+    Raises:
+        UserError: unknown set; something is missing (what to download and where to put it) or broken (which file);
+            more than 1 % of the masks contradict their objects.
+    """
+    annotations, images = voc_files(root, image_set)
+    if annotations.is_file():
+        return annotations, images
+    voc = _require_voc(root)
+    sbd = find_sbd(root) if image_set == "train_aug" else None
+    listed = _image_set(voc, sbd, image_set)
+    require_folder(annotations.parent)
+    bar = tqdm(listed, desc=f"VOC 2012 {image_set}", unit=" images", delay=1, disable=None)
+    records = [_record(item, voc, sbd, evaluated=image_set == EVALUATION_SET) for item in bar]
+    _check_misfits(records, image_set)
+    write_text(annotations, json.dumps(_coco(records, image_set), separators=(",", ":")) + "\n")
+    return annotations, images
+
+
+def _find_voc(root: Path) -> Path | None:
+    candidates = (root / "VOCdevkit" / "VOC2012", root / "VOC2012", root)
+    return next((folder for folder in candidates if (folder / "JPEGImages").is_dir()), None)
+
+
+def _require_voc(root: Path) -> Path:
+    voc = _find_voc(root)
+    if voc is None:
+        raise UserError(
+            f"{root}: no PASCAL VOC 2012 there; download {ARCHIVE} from the VOC 2012 page and unpack it in {root}, "
+            f"so that {root / 'VOCdevkit' / 'VOC2012' / 'JPEGImages'} is there"
+        )
+    for part in ("Annotations", "SegmentationObject", "ImageSets/Segmentation"):
+        if not (voc / part).is_dir():
+            raise UserError(
+                f"{voc / part}: no such folder; it is part of {ARCHIVE}: unpack that again, so that {voc} is complete"
+            )
+    return voc
+
+
+def _image_set(voc: Path, sbd: Path | None, image_set: str) -> list[_Listed]:
+    """The images of a set, sorted by name, each once."""
+    lists = voc / "ImageSets" / "Segmentation"
+    there = sorted(path.stem for path in lists.glob("*.txt"))
+    if image_set in DERIVED_SETS:
+        if sbd is not None:
+            source = dict.fromkeys(sbd_list(sbd), "sbd") | dict.fromkeys(_names(lists / "train.txt"), "masks")
+        else:
+            main = voc / "ImageSets" / "Main" / f"{image_set.removeprefix('main_')}.txt"
+            source = dict.fromkeys(_names(main), "boxes")
+        for name in _names(lists / f"{EVALUATION_SET}.txt"):
+            source.pop(name, None)
+    elif image_set in there:
+        source = dict.fromkeys(_names(lists / f"{image_set}.txt"), "masks")
+    else:
+        raise UserError(
+            f"VOC image set {image_set!r}: there is none in {lists}; known: {', '.join([*there, *DERIVED_SETS])}"
+        )
+    if not source:
+        raise UserError(f"VOC image set {image_set!r}: lists no image")
+    return [_Listed(name, source[name]) for name in sorted(source)]
+
+
+def _names(path: Path) -> list[str]:
+    """The first word of each line."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: the list of images cannot be read: {reason}; it is part of {ARCHIVE}") from None
+    return [line.split()[0] for line in lines if line.strip()]
+
+
+def _record(item: _Listed, voc: Path, sbd: Path | None, *, evaluated: bool) -> ImageRecord:
+    """The objects of an image.
+
+    Mask AP needs a mask of every instance: in the evaluation's set an object of which no mask is known is ignored by
+    its box; elsewhere it is an instance with a box.
+    """
+    if item.source == "sbd" and sbd is not None:
+        return sbd_record(sbd, item.name, image=voc / "JPEGImages" / f"{item.name}.jpg")
+    without_mask: Literal["box", "ignored"] = "ignored" if evaluated else "box"
+    return voc_record(voc, item.name, masks_required=item.source == "masks", without_mask=without_mask)
+
+
+def _check_misfits(records: Sequence[ImageRecord], image_set: str) -> None:
+    misfits = [text for record in records for text in record.misfits]
+    masks = len(misfits) + sum(item.rle is not None for record in records for item in record.objects)
+    if not misfits:
+        return
+    told = f"{len(misfits)} of {masks} masks of VOC image set {image_set!r} contradict their objects: {misfits[0]}"
+    if len(misfits) > LARGEST_MISFIT * masks:
+        raise UserError(
+            f"{told}; at most {LARGEST_MISFIT:.0%} may: are Annotations, SegmentationObject and SegmentationClass of "
+            "one release?"
+        )
+    logger.warning("%s; they are left out, the boxes stay", told)
+
+
+def _coco(records: Sequence[ImageRecord], image_set: str) -> dict[str, Any]:
+    images, annotations = [], []
+    for image_id, record in zip(_image_ids([record.name for record in records]), records, strict=True):
+        height, width = record.size_hw
+        images.append({"id": image_id, "file_name": f"{record.name}.jpg", "height": height, "width": width})
+        for item in record.objects:
+            annotation: dict[str, Any] = {
+                "id": image_id * IDS_PER_IMAGE + item.number,
+                "image_id": image_id,
+                "category_id": item.category_id,
+                "bbox": list(item.box_xywh),
+                "area": item.area,
+                "iscrowd": int(item.is_crowd),
+            }
+            if item.rle is not None:
+                annotation["segmentation"] = {"size": [height, width], "counts": item.rle}
+            annotations.append(annotation)
+    return {
+        "info": {"description": f"PASCAL VOC 2012, {image_set}", "version": str(CONVERTER_VERSION)},
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": number, "name": name} for number, name in enumerate(VOC_CLASSES, start=1)],
+    }
+
+
+def _image_ids(names: Sequence[str]) -> list[int]:
+    """The digits of VOC's own names, so that an image has one id in every set; other names are numbered in order.
+
+    Annotation ids come from them, and by these a mask fraction keeps the same masks in every set.
+    """
+    if all(re.fullmatch(r"\d{4}_\d{6}", name) for name in names):
+        return [int(name.replace("_", "")) for name in names]
+    return list(range(1, len(names) + 1))

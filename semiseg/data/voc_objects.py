@@ -1,0 +1,218 @@
+"""One image of PASCAL VOC: its XML and index maps -> its objects with boxes and masks.
+
+In a map of `SegmentationObject`, index n is the n-th `object` of the image's XML, 0 is background, and 255 is void: the
+borders of objects, which belong to no mask.
+"""
+
+from __future__ import annotations
+
+import math
+import xml.etree.ElementTree as ElementTree
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from semiseg.errors import UserError
+
+# In alphabetical order, which is that of the indices 1..20 in `SegmentationClass` and of SBD's categories.
+VOC_CLASSES: tuple[str, ...] = (
+    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
+    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
+)
+VOID = 255
+SMALLEST_SHARE_IN_BOX = 0.5  # of a mask's pixels in the box of its object; less, and it is another object's
+
+
+@dataclass(frozen=True)
+class ObjectRecord:
+    """One object.
+
+    Attributes:
+        number: of the object in its image, from 1.
+        category_id: 1..20, index + 1 in `VOC_CLASSES`.
+        box_xywh: pixels of the stored image, half-open; as annotated, so it may reach over the image.
+        area: of the mask in pixels, without a mask that of the box.
+        rle: compressed COCO RLE counts, None if no mask is known.
+        is_crowd: ignored in training and evaluation.
+    """
+
+    number: int
+    category_id: int
+    box_xywh: tuple[float, float, float, float]
+    area: float
+    rle: str | None
+    is_crowd: bool
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """One image; `misfits` says in words which masks contradict their object and were left out."""
+
+    name: str
+    size_hw: tuple[int, int]
+    objects: list[ObjectRecord]
+    misfits: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _XmlObject:
+    category_id: int
+    box_xywh: tuple[float, float, float, float]
+    difficult: bool
+
+
+def voc_record(
+    voc: Path, name: str, *, masks_required: bool, without_mask: Literal["box", "ignored"] = "box"
+) -> ImageRecord:
+    """The objects of an image in the XML's order; "difficult" ones are crowd.
+
+    Args:
+        voc: the folder VOC2012.
+        masks_required: a missing map in `SegmentationObject` is an error; otherwise such an image has boxes only.
+        without_mask: what an object of a *segmented* image without a pixel in the map is: an instance with a box,
+            or ignored by its box.
+
+    Raises:
+        UserError: a file is missing or broken; names it.
+    """
+    size_hw = image_size(voc / "JPEGImages" / f"{name}.jpg")
+    annotated = _read_xml(voc / "Annotations" / f"{name}.xml")
+    map_path = voc / "SegmentationObject" / f"{name}.png"
+    masks: dict[int, np.ndarray] = {}
+    misfits: list[str] = []
+    is_segmented = masks_required or map_path.is_file()
+    if is_segmented:
+        class_path = voc / "SegmentationClass" / f"{name}.png"
+        classes = read_indices(class_path, size_hw) if class_path.is_file() else None
+        masks, misfits = _masks(read_indices(map_path, size_hw), classes, annotated, str(map_path))
+    objects = []
+    for number, item in enumerate(annotated, start=1):
+        mask = masks.get(number)
+        ignored = item.difficult or (mask is None and is_segmented and without_mask == "ignored")
+        objects.append(make_object(number, item.category_id, item.box_xywh, mask=mask, is_crowd=ignored))
+    return ImageRecord(name, size_hw, objects, misfits)
+
+
+def make_object(
+    number: int,
+    category_id: int,
+    box_xywh: tuple[float, float, float, float],
+    *,
+    mask: np.ndarray | None,
+    is_crowd: bool = False,
+) -> ObjectRecord:
+    """An object with its mask (H, W) bool encoded; None if there is none."""
+    if mask is None:
+        return ObjectRecord(number, category_id, box_xywh, box_xywh[2] * box_xywh[3], None, is_crowd)
+    counts = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))["counts"].decode("ascii")
+    return ObjectRecord(number, category_id, box_xywh, int(np.count_nonzero(mask)), counts, is_crowd)
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(height, width) of an image file, from its header."""
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such image; it is part of VOCtrainval_11-May-2012.tar") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        raise UserError(f"{path}: the image cannot be read: not an image or damaged") from None
+
+
+def read_indices(path: Path, size_hw: tuple[int, int]) -> np.ndarray:
+    """(H, W) uint8: the indices of a palette image, not its colours.
+
+    Raises:
+        UserError: missing, damaged, an image of colours, or of another size than its photograph's `size_hw`.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode not in ("P", "L"):
+                raise UserError(
+                    f"{path}: holds {image.mode} colours, allowed: a palette image, whose values are indices"
+                )
+            indices = np.array(image, dtype=np.uint8)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; it is part of VOCtrainval_11-May-2012.tar") from None
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: the image cannot be decoded: {error}") from None
+    if indices.shape != size_hw:
+        raise UserError(
+            f"{path}: {indices.shape[1]} x {indices.shape[0]} pixels (width x height), allowed: those of its "
+            f"photograph, {size_hw[1]} x {size_hw[0]}"
+        )
+    return indices
+
+
+def _masks(
+    indices: np.ndarray, classes: np.ndarray | None, annotated: list[_XmlObject], where: str
+) -> tuple[dict[int, np.ndarray], list[str]]:
+    """Object number -> mask (H, W) bool, and what contradicts its object; an object without a pixel has no mask."""
+    masks: dict[int, np.ndarray] = {}
+    misfits = []
+    for number in (int(value) for value in np.unique(indices) if value not in (0, VOID)):
+        mask = indices == number
+        if number > len(annotated):
+            misfits.append(f"{where}: index {number}, but the XML has {len(annotated)} objects")
+        elif (contradiction := _contradiction(mask, classes, annotated[number - 1])) is not None:
+            misfits.append(f"{where}: index {number}: {contradiction}")
+        else:
+            masks[number] = mask
+    return masks, misfits
+
+
+def _contradiction(mask: np.ndarray, classes: np.ndarray | None, item: _XmlObject) -> str | None:
+    expected = VOC_CLASSES[item.category_id - 1]
+    if classes is not None:
+        most = int(np.bincount(classes[mask], minlength=VOID + 1).argmax())
+        if most != item.category_id:
+            found = VOC_CLASSES[most - 1] if 0 < most <= len(VOC_CLASSES) else f"index {most}"
+            return f"the XML says {expected!r}, SegmentationClass {found!r}"
+    x, y, width, height = item.box_xywh
+    rows, columns = (index + 0.5 for index in np.nonzero(mask))  # centres of the pixels
+    inside = (x <= columns) & (columns < x + width) & (y <= rows) & (rows < y + height)
+    if inside.mean() < SMALLEST_SHARE_IN_BOX:
+        return f"{inside.mean():.0%} of the mask lie in the box of its {expected!r}"
+    return None
+
+
+def _read_xml(path: Path) -> list[_XmlObject]:
+    try:
+        root = ElementTree.parse(path).getroot()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; it is part of VOCtrainval_11-May-2012.tar") from None
+    except (ElementTree.ParseError, OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as XML: {error}") from None
+    return [
+        _xml_object(element, f"{path}: object {number}") for number, element in enumerate(root.findall("object"), 1)
+    ]
+
+
+def _xml_object(element: ElementTree.Element, where: str) -> _XmlObject:
+    name = (element.findtext("name") or "").strip()
+    if name not in VOC_CLASSES:
+        raise UserError(f"{where}: 'name' is {name!r}, allowed: {', '.join(VOC_CLASSES)}")
+    difficult = (element.findtext("difficult") or "0").strip()
+    if difficult not in ("0", "1"):
+        raise UserError(f"{where}: 'difficult' is {difficult!r}, allowed: 0 or 1")
+    # An object's parts (heads, hands) have boxes of their own further down.
+    left, top, right, bottom = (_coordinate(element, key, where) for key in ("xmin", "ymin", "xmax", "ymax"))
+    # Pixels count from 1 and the last one is included.
+    box = (left - 1, top - 1, right - left + 1, bottom - top + 1)
+    return _XmlObject(VOC_CLASSES.index(name) + 1, box, difficult == "1")
+
+
+def _coordinate(element: ElementTree.Element, key: str, where: str) -> float:
+    """A whole number as int, so that the json shows it as VOC writes it; a few of VOC's are not whole."""
+    text = element.findtext(f"bndbox/{key}")
+    try:
+        value = float(text or "")
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise UserError(f"{where}: '{key}' is {text!r}, allowed: a number of pixels")
+    return int(value) if value.is_integer() else value
