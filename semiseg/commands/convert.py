@@ -82,13 +82,18 @@ def _classes(count: int, annotations: Path | None, checkpoint: Path) -> tuple[tu
 
 def _summary(converted: Converted, checkpoint: Path, out: Path) -> str:
     config = converted.config
-    neck = "FPN" if config.neck == "fpn" else f"BiFPN with {config.neck_repeats} repeats"
-    deformable = {0: "no block", 1: "every block of res3 to res5"}.get(
-        config.deformable_interval, f"every {config.deformable_interval}th block of res3 to res5 from the first"
-    )
+    interval = config.deformable_interval
+    blocks = "every block" if interval == 1 else f"blocks 0, {interval}, {2 * interval}, ..."
+    repeats = f"repeats {config.neck_repeats}, " if config.neck == "bifpn" else ""
+    recognised = [
+        config.backbone,
+        *([f"deformable {blocks} of res3 to res5"] if interval else []),
+        f"{'BiFPN' if config.neck == 'bifpn' else 'FPN'} ({repeats}channels {config.neck_channels})",
+        f"{config.mask_channels} mask channels",
+        f"{converted.num_classes} classes",
+    ]
     lines = [
-        f"{checkpoint}: {config.backbone} (deformable: {deformable}), {neck} of {config.neck_channels} channels, "
-        f"{config.mask_channels} mask channels, {converted.num_classes} classes",
+        f"{checkpoint}: {', '.join(recognised)}",
         f"dropped, since only training needs it: {_dropped(converted.dropped)}",
         f"written to {out}; a training that starts from it needs",
         "",
@@ -104,7 +109,7 @@ def _dropped(keys: tuple[str, ...]) -> str:
     counters = [key for key in keys if key.endswith(".num_batches_tracked") and key.startswith("backbone.")]
     told = [key for key in keys if key not in counters]
     if counters:
-        told.append(f"num_batches_tracked of {len(counters)} frozen norms")
+        told.append(f"num_batches_tracked of frozen norms ({len(counters)})")
     return ", ".join(told) or "nothing"
 
 

@@ -7,6 +7,7 @@ other does. Source of the names: the checkpoints themselves (METHOD section 3).
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,9 @@ def read_state(path: Path) -> dict[str, Tensor]:
         UserError: the file cannot be read as tensors and plain values, or holds no state dict.
     """
     try:
-        held = load_tensors(path)
+        with warnings.catch_warnings():  # torch warns of a pickle's protocol before it refuses it
+            warnings.simplefilter("ignore", UserWarning)
+            held = load_tensors(path)
     except UserError as error:
         if isinstance(error.__cause__, pickle.UnpicklingError):
             raise UserError(
@@ -66,8 +69,10 @@ def read_state(path: Path) -> dict[str, Tensor]:
             ) from None
         raise
     state: Any = held.get("model", held)
-    if not isinstance(state, Mapping) or not state:
+    if not isinstance(state, Mapping):
         raise UserError(f"{path}: 'model' is not a state dict, names to tensors")
+    if not state:
+        raise UserError(f"{path}: holds no tensors")
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise UserError(f"{path}: not a state dict: {key!r} is {type(value).__name__}, expected a tensor")
@@ -114,6 +119,4 @@ def _refuse_unmatched(*, unknown: list[str], missing: list[str], reshaped: list[
     kinds = (("unknown", unknown), ("missing", missing), ("of another shape", reshaped))
     told = [f"{len(keys)} {kind}: {', '.join(keys)}" for kind, keys in kinds if keys]
     if told:
-        raise UserError(
-            f"{where}: keys do not match the recognised network, so nothing is converted; {'; '.join(told)}"
-        )
+        raise UserError(f"{where}: its keys are not those of the network that they look like; {'; '.join(told)}")
