@@ -1,4 +1,7 @@
-"""Weights of the backbone: loaded in full, or a sentence that says what is wrong."""
+"""Weights: sizes of the released networks; of the backbone; and of a whole model that a training starts from.
+
+They are loaded in full, or a sentence says what is wrong.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,19 @@ from torchvision.models._api import WeightsEnum
 
 from semiseg.config import ModelConfig
 from semiseg.config_files import parse_config
+from semiseg.engine.checkpoint import (
+    FREE_SETTINGS,
+    ModelInfo,
+    check_initial,
+    differing_settings,
+    initial_weights,
+    load_initial,
+    save_model,
+)
 from semiseg.errors import UserError
 from semiseg.models.condinst import CondInst, build_model
+from semiseg.resources import available
+from semiseg.study import load_study, study_runs
 
 
 def build(**changes: Any) -> CondInst:
@@ -98,3 +112,143 @@ def test_files_that_are_no_weights(tmp_path: Path) -> None:
 def test_impossible_backbones(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         build(**changes)
+
+
+BIFPN: dict[str, Any] = {"neck": "bifpn", "neck_channels": 160, "neck_repeats": 6, "neck_norm": "bn"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "entries", "numbers", "parameters"),
+    [
+        ({}, 370, 34_367_770, 34_259_731),
+        ({"mask_channels": 8}, 370, 34_219_218, 34_111_179),
+        (BIFPN, 717, 39_009_120, 38_884_389),
+        ({**BIFPN, "backbone": "resnet101", "deformable_interval": 1}, 1032, 59_982_730, 59_753_551),
+    ],
+    ids=["BoxInst R50", "CondInst R50", "BoxInst R50 BiFPN", "BoxInst R101 BiFPN DCN"],
+)
+def test_networks_are_as_large_as_the_released_ones(
+    changes: dict[str, Any], entries: int, numbers: int, parameters: int
+) -> None:
+    """Entries and numbers of the released state dicts, without the two constants of their mask head (6 numbers).
+
+    The parameters are those numbers without the statistics of norms and without all of a frozen norm.
+    """
+    with torch.device("meta"):
+        model = build_model(ModelConfig(weights="random", **changes), num_classes=80)
+    state = model.state_dict()
+    assert (len(state), sum(value.numel() for value in state.values())) == (entries, numbers)
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+
+
+SMALL: dict[str, Any] = {
+    "backbone": "small",
+    "weights": "random",
+    "small_widths": [8, 8, 16, 16],
+    "backbone_norm": "frozen_bn",
+    "frozen_stages": 0,
+    "neck_channels": 16,
+    "strides": [8, 16, 32],
+    "level_ranges": [28, 56],
+    "tower_convs": 1,
+    "tower_groups": 4,
+    "mask_branch_channels": 8,
+    "mask_branch_convs": 1,
+    "mask_branch_norm": "bn",
+    "mask_channels": 4,
+}
+
+
+def config_of(**changes: Any) -> ModelConfig:
+    return parse_config(ModelConfig, {**SMALL, **changes}, where="test")
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("start") / "model"
+    info = ModelInfo(config_of(), ("a", "b"), (1, 2), short_side=64, long_side=64)
+    save_model(folder, build_model(config_of(), num_classes=2).state_dict(), info)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"backbone_norm": "bn", "mask_branch_norm": "frozen_bn", "neck_norm": "gn", "neck_repeats": 2},
+        {"mask_stride": 8, "max_mask_positives": 5, "centre_radius": 2.0, "frozen_stages": 2},
+        {"score_threshold": 0.2, "candidates_per_level": 9, "nms_threshold": 0.5, "max_detections": 7},
+    ],
+)
+def test_settings_that_may_differ_from_the_initial_weights(model_folder: Path, changes: dict[str, Any]) -> None:
+    check_initial(model_folder, config_of(**changes))
+    model = build_model(config_of(**changes), num_classes=2)
+    weights = initial_weights(model_folder)
+    assert load_initial(model, weights, where="here") == []
+    found = model.state_dict()
+    assert all(torch.equal(found[key], value) for key, value in weights.items() if key in found)
+    images, sizes = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8), torch.tensor([[64, 64]])
+    original = build_model(config_of(), num_classes=2).eval()
+    load_initial(original, weights, where="here")
+    with torch.no_grad():
+        one, other = original(images, sizes), model.eval()(images, sizes)
+    torch.testing.assert_close(one.class_logits, other.class_logits)
+    torch.testing.assert_close(one.mask_features, other.mask_features)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"pixel_std": [1.0, 1.0, 1.0]}, "model.pixel_std = [58.395, 57.12, 57.375] (now [1.0, 1.0, 1.0])"),
+        ({"strides": [4, 8, 16]}, "model.strides = [8, 16, 32] (now [4, 8, 16])"),
+        ({"tower_groups": 2}, "model.tower_groups = 4 (now 2)"),
+        ({"mask_branch_norm": "gn"}, 'model.mask_branch_norm = "bn" (now "gn")'),
+        (
+            {"level_ranges": [32, 64], "pixel_mean": [0.0, 0.0, 0.0]},
+            "model.level_ranges = [28, 56] (now [32, 64]), "
+            "model.pixel_mean = [123.675, 116.28, 103.53] (now [0.0, 0.0, 0.0])",
+        ),
+    ],
+)
+def test_initial_weights_of_another_network(model_folder: Path, changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check_initial(model_folder, config_of(**changes))
+    assert str(caught.value) == (f"{model_folder}: its weights are of another network; to start from them set {named}")
+
+
+def test_which_settings_are_compared() -> None:
+    """All but the free ones, so that a new setting is compared until somebody says otherwise."""
+    assert set(ModelConfig.model_fields) >= FREE_SETTINGS
+    reference = ModelConfig(weights="random", stride_in_1x1=True, **BIFPN)
+    plain = ModelConfig(weights="imagenet")
+    assert differing_settings(reference, plain) == ["stride_in_1x1", "neck", "neck_channels"]
+    assert differing_settings(plain, reference) == ["stride_in_1x1", "neck", "neck_channels"]
+    fewer = reference.model_copy(update={"neck_repeats": 3, "neck_norm": "gn"})
+    assert differing_settings(reference, fewer) == ["neck_repeats", "neck_norm"]
+    assert differing_settings(reference, reference.model_copy(update={"neck_norm": "sync_bn"})) == []
+
+
+def test_a_checkpoint_file_says_nothing_of_its_network(tmp_path: Path) -> None:
+    path = tmp_path / "step_00000001.pt"
+    torch.save({"model": {}}, path)
+    check_initial(path, config_of())
+    with pytest.raises(UserError, match=r"not a model folder: config.json is missing"):
+        check_initial(tmp_path, config_of())
+
+
+def test_rows_of_the_shipped_studies_fit_their_pretraining() -> None:
+    compared = 0
+    for name in available("experiments"):
+        for run in study_runs(load_study(name)):
+            if run.init is not None:
+                compared += 1
+                assert differing_settings(run.init.config.model, run.config.model) == [], name
+    assert compared >= 30
+
+
+def test_only_the_counter_of_batches_may_be_missing(model_folder: Path) -> None:
+    weights = initial_weights(model_folder)
+    model = build_model(config_of(backbone_norm="bn"), num_classes=2)
+    del weights["backbone.bn1.running_var"]
+    with pytest.raises(UserError, match=r"here: 1 weights do not fit the model, first: backbone.bn1.running_var"):
+        load_initial(model, weights, where="here")

@@ -25,6 +25,14 @@ from semiseg.resources import WEIGHTS_NAME, weights_file, write_text
 
 CHECKPOINT_PATTERN = "step_*.pt"
 MODEL_FORMAT = 1
+# Settings that change neither the names and shapes of the weights nor what is computed from them: of training, of
+# post-processing, and `mask_stride`, which only says how far the mask logits are upsampled.
+FREE_SETTINGS = {
+    *("weights", "frozen_stages", "centre_radius", "mask_stride", "max_mask_positives"),
+    *("score_threshold", "candidates_per_level", "nms_threshold", "max_detections"),
+}
+BATCH_NORMS = ("bn", "sync_bn", "frozen_bn")  # one function in evaluation, with the same weights
+BATCHES_SEEN = ".num_batches_tracked"  # counter of `bn` and `sync_bn`; nothing is computed from it
 
 
 @dataclass(frozen=True)
@@ -138,26 +146,70 @@ def load_model_folder(folder: Path) -> tuple[dict[str, Tensor], ModelInfo]:
     The description's `config.weights` is None: a model built from it needs no file or download of the backbone's
     initial weights, which would be overwritten.
     """
+    info = read_model_info(folder)
+    try:
+        return load_file(folder / WEIGHTS_NAME), info
+    except FileNotFoundError:
+        raise UserError(f"{folder}: not a model folder: {WEIGHTS_NAME} is missing") from None
+    except Exception as error:
+        raise UserError(f"{folder}: not a readable model folder, or damaged ({type(error).__name__})") from error
+
+
+def read_model_info(folder: Path) -> ModelInfo:
+    """The description of a model folder without its weights, as in `load_model_folder`."""
     path = folder / "config.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        weights = load_file(folder / WEIGHTS_NAME)
-    except FileNotFoundError as error:
-        raise UserError(f"{folder}: not a model folder: {Path(error.filename or path).name} is missing") from None
+    except FileNotFoundError:
+        raise UserError(f"{folder}: not a model folder: {path.name} is missing") from None
     except Exception as error:
         raise UserError(f"{folder}: not a readable model folder, or damaged ({type(error).__name__})") from error
     if not isinstance(values, dict) or values.get("format") != MODEL_FORMAT:
         found = values.get("format") if isinstance(values, dict) else None
         raise UserError(f"{path}: format {found!r} is not known, expected {MODEL_FORMAT}")
     said = parse_config(_Description, values, where=str(path))
-    info = ModelInfo(
+    return ModelInfo(
         config=parse_config(ModelConfig, {**said.model, "weights": "random"}, where=str(path)),
         class_names=tuple(said.class_names),
         category_ids=tuple(said.category_ids),
         short_side=said.short_side,
         long_side=said.long_side,
     )
-    return weights, info
+
+
+def check_initial(source: Path, config: ModelConfig) -> None:
+    """Refuses weights of a network that computes something else, though they may fit in names and shapes.
+
+    A model folder says what network its weights are of; a checkpoint file does not and is not checked.
+
+    Raises:
+        UserError: names every setting that differs, what to set, and what it is now.
+    """
+    path = weights_file(source)
+    if path.name != WEIGHTS_NAME:
+        return
+    theirs = read_model_info(path.parent).config
+    wanted = [
+        f"model.{name} = {json.dumps(getattr(theirs, name))} (now {json.dumps(getattr(config, name))})"
+        for name in differing_settings(theirs, config)
+    ]
+    if wanted:
+        raise UserError(f"{source}: its weights are of another network; to start from them set {', '.join(wanted)}")
+
+
+def differing_settings(theirs: ModelConfig, ours: ModelConfig) -> list[str]:
+    """Names of the settings by which two networks compute different things from weights of the first."""
+    free = set(FREE_SETTINGS)
+    if theirs.neck != "bifpn":
+        free |= {"neck_repeats", "neck_norm"}
+    if theirs.backbone != "small":
+        free.add("small_widths")
+    values = [(name, getattr(theirs, name), getattr(ours, name)) for name in ModelConfig.model_fields]
+    return [
+        name
+        for name, one, other in values
+        if name not in free and one != other and not (name.endswith("_norm") and {one, other} <= set(BATCH_NORMS))
+    ]
 
 
 def initial_weights(source: Path) -> dict[str, Tensor]:
@@ -174,12 +226,15 @@ def initial_weights(source: Path) -> dict[str, Tensor]:
 def load_initial(model: nn.Module, weights: dict[str, Tensor], *, where: str) -> list[str]:
     """Copies weights into the model; returns the keys left as they were because the number of classes differs.
 
+    Weights of frozen batch norms fit trained ones and the reverse: what only the latter have is a counter.
+
     Raises:
         UserError: if any other key is missing, unknown or of another shape.
     """
     own = model.state_dict()
     reshaped = [key for key in own if key in weights and own[key].shape != weights[key].shape]
-    wrong = sorted(set(own) ^ set(weights)) + [key for key in reshaped if "class_logits" not in key]
+    unmatched = sorted(key for key in set(own) ^ set(weights) if not key.endswith(BATCHES_SEEN))
+    wrong = unmatched + [key for key in reshaped if "class_logits" not in key]
     if wrong:
         raise UserError(f"{where}: {len(wrong)} weights do not fit the model, first: {', '.join(wrong[:5])}")
     model.load_state_dict({key: value for key, value in weights.items() if key not in reshaped}, strict=False)

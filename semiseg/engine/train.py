@@ -26,6 +26,7 @@ from semiseg.config_files import read_json
 from semiseg.engine.build import RunData, build_step, build_training_loader, without_initial_weights
 from semiseg.engine.checkpoint import (
     ModelInfo,
+    check_initial,
     initial_weights,
     latest_checkpoint,
     load_initial,
@@ -107,6 +108,7 @@ def prepare(config: RunConfig, data: RunData, accelerator: Accelerator) -> Train
         with accelerator.main_process_first():  # one download for all
             step_module = build_step(config, num_classes=num_classes)
     else:
+        check_initial(Path(config.init_from), config.model)
         step_module = build_step(without_initial_weights(config), num_classes=num_classes)
         afresh = load_initial(step_module.model, initial_weights(Path(config.init_from)), where=config.init_from)
         if afresh and accelerator.is_main_process:
