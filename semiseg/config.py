@@ -42,7 +42,8 @@ class ShapesConfig(Section):
 class VocConfig(Section):
     """Image sets of PASCAL VOC 2012; ignored unless `data.format = "voc"`.
 
-    `train_aug` is the usual 10 582 images: VOC's train and SBD's images outside VOC's val. Any other name is a list in
+    `train_aug` is the usual 10 582 images: VOC's train and SBD's images outside VOC's val. `main_train` and
+    `main_trainval` are detection lists, where most images have boxes only (docs/DATA.md). Any other name is a list in
     `ImageSets/Segmentation`.
     """
 

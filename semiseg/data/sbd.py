@@ -15,6 +15,7 @@ from semiseg.data.voc_objects import VOC_CLASSES, VOID, ImageRecord, ObjectRecor
 from semiseg.errors import UserError
 
 ARCHIVE = "benchmark.tgz"
+SITE = "http://www.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours"
 FOLDERS = ("SBD", "benchmark_RELEASE/dataset", "SBD/benchmark_RELEASE/dataset")
 INSTALL = "pip install 'semiseg[sbd]'"
 
@@ -29,7 +30,7 @@ def find_sbd(root: Path) -> Path:
         if (root / name / "inst").is_dir():
             return root / name
     raise UserError(
-        f"{root}: no SBD there, which the image set 'train_aug' needs; download {ARCHIVE} from the SBD page and unpack "
+        f"{root}: no SBD there, which the image set 'train_aug' needs; download {SITE}/{ARCHIVE} and unpack "
         f"it in {root}, so that {root / FOLDERS[1] / 'inst'} is there, or set data.voc.train_set to 'train'"
     )
 

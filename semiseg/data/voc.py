@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 CONVERTER_VERSION = 1  # raise it when the json changes: older files are then left alone and made anew
 ARCHIVE = "VOCtrainval_11-May-2012.tar"
+SITE = "http://host.robots.ox.ac.uk/pascal/VOC/voc2012"
 EVALUATION_SET = "val"
 DERIVED_SETS = ("train_aug", "main_train", "main_trainval")
 LARGEST_MISFIT = 0.01  # share of the masks of a set that may contradict their object before it is an error
@@ -92,7 +93,7 @@ def _require_voc(root: Path) -> Path:
     voc = _find_voc(root)
     if voc is None:
         raise UserError(
-            f"{root}: no PASCAL VOC 2012 there; download {ARCHIVE} from the VOC 2012 page and unpack it in {root}, "
+            f"{root}: no PASCAL VOC 2012 there; download {SITE}/{ARCHIVE} and unpack it in {root}, "
             f"so that {root / 'VOCdevkit' / 'VOC2012' / 'JPEGImages'} is there"
         )
     for part in ("Annotations", "SegmentationObject", "ImageSets/Segmentation"):
