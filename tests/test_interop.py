@@ -23,7 +23,7 @@ from semiseg.cli import app
 from semiseg.commands.known_classes import COCO_CATEGORY_IDS, COCO_CLASSES
 from semiseg.config import ModelConfig, RunConfig
 from semiseg.config_files import parse_config
-from semiseg.engine.checkpoint import initial_weights, load_initial, load_model_folder
+from semiseg.engine.checkpoint import check_initial, initial_weights, load_initial, load_model_folder
 from semiseg.errors import UserError
 from semiseg.interop.adelaidet import convert_state, read_state
 from semiseg.models.condinst import CondInst, build_model
@@ -271,6 +271,7 @@ def test_other_classes_are_named_by_an_annotation_file_and_can_change_in_trainin
     training = parse_config(RunConfig, {**block, "data": {"format": "shapes"}}, where="printed")
     assert training.init_from == str(out)
     assert training.model.model_copy(update={"weights": "random"}) == config
+    check_initial(Path(training.init_from), training.model)
     model = build_model(config, num_classes=5)
     afresh = load_initial(model, initial_weights(Path(training.init_from)), where="converted")
     assert afresh == ["head.class_logits.weight", "head.class_logits.bias"]

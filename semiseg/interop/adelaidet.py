@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 
 from semiseg.config import ModelConfig
-from semiseg.engine.checkpoint import load_tensors
+from semiseg.engine.checkpoint import BATCHES_SEEN, load_tensors
 from semiseg.errors import UserError
 from semiseg.interop.adelaidet_names import TRAINING_ONLY, file_name, recognise
 from semiseg.models.condinst import build_model
 
 STEM = "backbone.conv1.weight"
-COUNTER = "num_batches_tracked"  # of a batch norm: older files lack it, and it changes no number at momentum 0.1
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ def convert_state(state: Mapping[str, Tensor], *, where: str) -> Converted:
     dropped = tuple(key for key in left if TRAINING_ONLY.fullmatch(key))
     _refuse_unmatched(
         unknown=[key for key in left if key not in dropped],
-        missing=[name for key, name in names.items() if name not in state and not key.endswith(COUNTER)],
+        missing=[name for key, name in names.items() if name not in state and not key.endswith(BATCHES_SEEN)],
         reshaped=[
             f"{name} {tuple(state[name].shape)}, expected {tuple(expected[key].shape)}"
             for key, name in names.items()
