@@ -1,45 +1,127 @@
-"""One process of `test_distributed`: losses and gradients of one optimizer step, detections, a loss that is not finite.
+"""The processes of `test_distributed`: groups of 1, 2 and 4, forked from one program that has imported everything.
 
-usage: accelerate launch --multi_gpu --num_processes N -m tests.distributed_worker DATA_ROOT OUT
+usage: python -m tests.distributed_worker FOLDER
+writes FOLDER/{1,2,4}.pt, what the main process of each group returned. FOLDER holds the images, drawn before.
 """
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 
+from semiseg.config import RunConfig
 from semiseg.engine import train as training
 from semiseg.engine.build import build_data, build_evaluation_loader, build_training_loader
 from semiseg.engine.evaluate import predict_table
-from semiseg.engine.session import start_accelerator
+from semiseg.engine.session import agree, gather_to_main, start_accelerator
 from semiseg.errors import UserError
-from semiseg.structures.inputs import Batch
+from semiseg.structures.inputs import Batch, Supervision
 from tests.test_train import without_instances
 from tests.tiny import tiny_config
 
+BATCH, STEPS = 8, 4
+# processes -> values of images_per_process; the first of 1 is what all others are compared with
+CUTS = {1: (0, 2), 2: (0, 2), 4: (0, 1)}
 
-def gradients(state: training.TrainState, parts: list[Batch]) -> dict[str, Any]:
-    """Losses (mean over processes) and gradients (averaged by data parallelism) of one step."""
-    accelerator = state.accelerator
-    state.optimizer.zero_grad()
+# What is taken from the images of a step, by their place in it: (no instances at all, boxes only).
+# Two steps as they are; one whose last quarter is empty; one whose first half has no masks; and one whose first half is
+# empty while nothing has a mask.
+TAKEN: tuple[tuple[range, range], ...] = (
+    (range(0), range(0)),
+    (range(6, 8), range(0)),
+    (range(0), range(4)),
+    (range(4), range(4, 8)),
+)
+
+
+def cuts_of(processes: int) -> list[tuple[str, int]]:
+    """(norm of the mask branch, images_per_process) of the runs of a group."""
+    return [("frozen_bn", 0), *(("gn", images) for images in CUTS[processes])]
+
+
+def small_run(root: Path, **sections: Any) -> RunConfig:
+    """Four steps of eight of the 32 images, each once."""
+    optim = {"batch_size": BATCH, "steps": STEPS, "clip_norm": 1.0}
+    return tiny_config(root, data={"shapes": {"train_images": BATCH * STEPS}}, optim=optim, **sections)
+
+
+def without_masks(batch: Batch, images: list[int]) -> Batch:
+    """The batch with the instances of some images supervised by their boxes alone."""
+    targets = batch.targets
+    assert targets is not None
+    chosen = torch.isin(targets.image_index, torch.tensor(images, dtype=torch.int64))
+    kept = ~chosen[targets.mask_instance]
+    changed = replace(
+        targets,
+        supervision=torch.where(chosen, torch.full_like(targets.supervision, Supervision.BOX), targets.supervision),
+        masks=targets.masks[kept],
+        mask_instance=targets.mask_instance[kept],
+        mask_weight=targets.mask_weight[kept],
+    )
+    return replace(batch, targets=changed)
+
+
+def taken_away(batch: Batch, *, step: int, first: int) -> Batch:
+    """A part whose images have the places `first`, `first` + 1, ... in the step, as `TAKEN` wants it."""
+    empty, boxes_only = ([n - first for n in places] for places in TAKEN[step])
+    return without_masks(without_instances(batch, empty), boxes_only)
+
+
+def several_steps(root: Path, out: Path, *, norm: str, images_per_process: int) -> dict[str, Any]:
+    """Losses of every step, the weights after the last, and how many instances and masks each process had."""
+    config = small_run(root, model={"mask_branch_norm": norm}, runtime={"images_per_process": images_per_process})
+    accelerator = start_accelerator(config.runtime, seed=config.seed)
+    processes, rank = accelerator.num_processes, accelerator.process_index
+    data = build_data(config)
+    state = training.prepare(config, data, accelerator)
+    state.wrapped.train()
+    loader = build_training_loader(
+        config, data, steps=STEPS, start_step=0, processes=processes, rank=rank, pin_memory=False
+    )
+    batches, losses, held = iter(loader), [], []
+    size = BATCH // (processes * state.parts)
+    for step in range(STEPS):
+        places = [(part * processes + rank) * size for part in range(state.parts)]
+        parts = [taken_away(next(batches), step=step, first=first) for first in places]
+        report = training.optimizer_step(state, parts, out=out)
+        assert report is not None
+        both = torch.stack([report.losses, report.weighted]).double()
+        losses.append(accelerator.reduce(both, reduction="mean").clone())
+        targets = [part.targets for part in parts if part.targets is not None]
+        held.append(gather_object([(sum(t.num_instances for t in targets), sum(len(t.masks) for t in targets))]))
+    weights = torch.cat([value.detach().flatten() for value in state.step_module.parameters()])
+    return {"parts": state.parts, "losses": torch.stack(losses), "weights": weights, "held": held}
+
+
+def first_gradient(root: Path) -> torch.Tensor:
+    """The gradient of the first step, averaged by data parallelism: what the weights cannot show to six digits."""
+    config = small_run(root)
+    accelerator = start_accelerator(config.runtime, seed=config.seed)
+    processes, rank = accelerator.num_processes, accelerator.process_index
+    data = build_data(config)
+    state = training.prepare(config, data, accelerator)
+    parts = list(
+        build_training_loader(config, data, steps=1, start_step=0, processes=processes, rank=rank, pin_memory=False)
+    )
     plans = [state.step_module.plan(part) for part in parts]
     counts = accelerator.reduce(torch.stack([plan.counts for plan in plans]).sum(0), reduction="sum")
-    losses, weighted = training._forward_backward(state, parts, plans, counts)
-    numbers = accelerator.reduce(torch.stack([losses, weighted]).double(), reduction="mean")
-    flat = torch.cat([p.grad.flatten() for p in state.step_module.parameters() if p.grad is not None])
-    return {"numbers": numbers.clone(), "gradient": flat.clone()}
+    training._forward_backward(state, parts, plans, counts)
+    return torch.cat([p.grad.flatten() for p in state.step_module.parameters() if p.grad is not None]).clone()
 
 
 def stop_by_last_process(state: training.TrainState, parts: list[Batch], out: Path) -> dict[str, Any]:
     """What every process says, and whether its weights stay, when the loss of the last one is not finite."""
-    accelerator = state.accelerator
     bias = state.step_module.model.head.class_logits.bias
     assert bias is not None
-    if accelerator.is_last_process:
+    if state.accelerator.is_last_process:
         with torch.no_grad():
             bias.fill_(float("nan"))
     before = [parameter.clone() for parameter in state.step_module.parameters()]
@@ -53,43 +135,86 @@ def stop_by_last_process(state: training.TrainState, parts: list[Batch], out: Pa
     return {"sentences": gather_object([sentence]), "unchanged": gather_object([unchanged])}
 
 
-def main(root: Path, out: Path) -> None:
-    config = tiny_config(root, model={"score_threshold": 0.001})
+def detections_and_stop(root: Path, out: Path) -> dict[str, Any]:
+    """Detections of the validation images, then a step whose loss is not finite on the last process."""
+    config = small_run(root, model={"score_threshold": 0.001})
     accelerator = start_accelerator(config.runtime, seed=config.seed)
+    processes, rank = accelerator.num_processes, accelerator.process_index
     data = build_data(config)
-    rank, processes = accelerator.process_index, accelerator.num_processes
     state = training.prepare(config, data, accelerator)
-    state.wrapped.train()
-    parts = list(
-        build_training_loader(config, data, steps=1, start_step=0, processes=processes, rank=rank, pin_memory=False)
-    )
-    # The second half of the batch is rank 1's: without instances there, one rank of two has none at all.
-    share = config.optim.batch_size // 2
-    emptied = {1: list(range(share, 2 * share)), 2: list(range(share)) if rank == 1 else []}[processes]
-    results = {
-        "processes": processes,
-        "all": gradients(state, parts),
-        "empty": gradients(state, [without_instances(part, emptied) for part in parts]),
-    }
     evaluation = build_evaluation_loader(
-        data.val,
-        short_side=64,
-        long_side=64,
-        mask_stride=4,
-        size_divisor=32,
-        batch_size=1,
-        workers=0,
-        processes=processes,
-        rank=rank,
-    )
-    results["detections"], results["image_ids"] = predict_table(
+        data.val, short_side=64, long_side=64, mask_stride=4, size_divisor=32, batch_size=1, workers=0,
+        processes=processes, rank=rank,
+    )  # fmt: skip
+    found, image_ids = predict_table(
         state.step_module.model, evaluation, data.val, accelerator, config=config.model, progress=False
     )
-    results["stopped"] = stop_by_last_process(state, parts, out.parent)
-    if accelerator.is_main_process:
-        torch.save(results, out)
-    accelerator.end_training()
+    training_loader = build_training_loader(
+        config, data, steps=1, start_step=0, processes=processes, rank=rank, pin_memory=False
+    )
+    return {
+        "detections": found,
+        "image_ids": image_ids,
+        "lengths": gather_object([(len(found), len(image_ids))]),
+        "stopped": stop_by_last_process(state, list(training_loader), out),
+    }
+
+
+def gathering() -> dict[str, Any]:
+    """What each process gets of unequal lists, and says of a folder that is not the same everywhere."""
+    rank = start_accelerator(tiny_config(Path()).runtime, seed=0).process_index
+    gathered = gather_to_main([f"{rank}.{number}" for number in range(rank + 1)])
+    sentence = "they agree"
+    try:
+        assert agree(True, where=Path("runs/mine")) is True
+        agree(f"step_{rank}.pt", where=Path("runs/mine"))
+    except UserError as error:
+        sentence = str(error)
+    return {"gathered": gather_object([gathered]), "disagreement": gather_object([sentence])}
+
+
+def member(rank: int, processes: int, port: int, folder: Path) -> None:
+    """One process of a group, with the environment that a launcher gives it."""
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    if processes > 1:
+        os.environ.update({name: str(value) for name, value in told.items()})
+        os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+    results: dict[str, Any] = {
+        "steps": {
+            (norm, images): several_steps(folder, folder, norm=norm, images_per_process=images)
+            for norm, images in cuts_of(processes)
+        },
+        "gradient": first_gradient(folder),
+        **gathering(),
+        **detections_and_stop(folder, folder),
+    }
+    if rank == 0:
+        torch.save({"processes": processes, **results}, folder / f"{processes}.pt")
+    if processes > 1:
+        torch.distributed.destroy_process_group()
+
+
+def free_port() -> int:
+    """A port of this machine that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def main(folder: Path) -> None:
+    """Runs the groups one after the other; raises if a member of one fails."""
+    fork = multiprocessing.get_context("fork")
+    for processes in CUTS:
+        port = free_port()
+        members = [fork.Process(target=member, args=(rank, processes, port, folder)) for rank in range(processes)]
+        for process in members:
+            process.start()
+        for process in members:
+            process.join()
+        if any(process.exitcode for process in members):
+            raise SystemExit(f"a group of {processes} failed")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    main(Path(sys.argv[1]))

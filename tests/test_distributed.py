@@ -1,8 +1,14 @@
-"""Two processes (gloo) give the losses, gradients and detections of one, and stop together."""
+"""Two and four processes (gloo) give the losses, weights and detections of one, stop together and continue each other.
+
+The images have one size and the mask branch's norm does not depend on the batch: then the way a step is cut into
+processes and parts changes nothing but the order of additions.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,60 +16,129 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from semiseg.engine.build import build_data
+from semiseg.engine.logs import read_log
+from semiseg.engine.run import execute_run
+from tests.distributed_worker import CUTS, STEPS, cuts_of, small_run
 from tests.tiny import tiny_config
 
 PROJECT = Path(__file__).parent.parent
-
-
-def launch(root: Path, out: Path, *, processes: int) -> dict[str, Any]:
-    # accelerate's `--cpu` would start one process without a word; without a GPU `--multi_gpu` means gloo.
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--main_process_port", "0"]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_processes", str(processes)]
-    command += ["--multi_gpu"] if processes > 1 else []
-    command += ["-m", "tests.distributed_worker", str(root), str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(out, weights_only=False)
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+CASES = [(norm, processes, images) for processes in CUTS for norm, images in cuts_of(processes)]
 
 
 @pytest.fixture(scope="module")
-def one_and_two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def groups(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
+    """What the groups of 1, 2 and 4 processes returned."""
     folder = tmp_path_factory.mktemp("distributed")
-    build_data(tiny_config(folder))  # generated once, before two processes ask for it
-    results = [launch(folder, folder / f"{processes}.pt", processes=processes) for processes in (1, 2)]
-    assert [result["processes"] for result in results] == [1, 2]
-    return results
+    build_data(small_run(folder))  # generated once, before several processes ask for it
+    command = [sys.executable, "-m", "tests.distributed_worker", str(folder)]
+    done = subprocess.run(command, cwd=PROJECT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = {number: torch.load(folder / f"{number}.pt", weights_only=False) for number in CUTS}
+    assert [group["processes"] for group in found.values()] == [1, 2, 4]
+    return found
 
 
-@pytest.mark.parametrize("case", ["all", "empty"])
-def test_two_processes_give_the_losses_and_gradients_of_one(one_and_two: list[dict[str, Any]], case: str) -> None:
-    one, two = (result[case] for result in one_and_two)
-    torch.testing.assert_close(two["numbers"], one["numbers"], rtol=1e-6, atol=1e-7)
-    assert float(one["gradient"].abs().max()) > 1e-3
-    difference = float((two["gradient"] - one["gradient"]).abs().max())
-    assert difference <= 1e-6 * float(one["gradient"].abs().max())
+def largest(difference: torch.Tensor) -> float:
+    return float(difference.abs().max())
 
 
-def test_the_empty_rank_changes_something(one_and_two: list[dict[str, Any]]) -> None:
-    one = one_and_two[0]
-    assert not torch.allclose(one["all"]["numbers"], one["empty"]["numbers"])
-
-
-def test_detections_are_gathered_once_per_image(one_and_two: list[dict[str, Any]]) -> None:
-    one, two = (result["detections"] for result in one_and_two)
-    assert len({item["image_id"] for item in one}) == 4
-    assert two == one
-    assert [sorted(result["image_ids"]) for result in one_and_two] == [[1, 2, 3, 4], [1, 2, 3, 4]]
-
-
-def test_a_loss_that_is_not_finite_on_one_process_stops_all_before_the_update(
-    one_and_two: list[dict[str, Any]],
+@pytest.mark.parametrize(("norm", "processes", "images"), CASES)
+def test_losses_and_weights_do_not_depend_on_processes_and_parts(
+    groups: dict[int, dict[str, Any]], norm: str, processes: int, images: int
 ) -> None:
-    stopped = one_and_two[1]["stopped"]
-    assert stopped["unchanged"] == [True, True]
+    one, other = groups[1]["steps"][norm, 0], groups[processes]["steps"][norm, images]
+    assert (one["parts"], other["parts"]) == (1, 8 // processes // images if images else 1)
+    assert one["losses"].shape[0] == STEPS
+    torch.testing.assert_close(other["losses"], one["losses"], rtol=1e-6, atol=1e-7)
+    assert largest(other["weights"] - one["weights"]) <= 1e-6 * largest(one["weights"])
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_gradients_do_not_depend_on_processes(groups: dict[int, dict[str, Any]], processes: int) -> None:
+    one, other = groups[1]["gradient"], groups[processes]["gradient"]
+    assert largest(one) > 1e-3
+    assert largest(other - one) <= 1e-6 * largest(one)
+
+
+def test_the_steps_hold_the_mixtures_that_they_are_about(groups: dict[int, dict[str, Any]]) -> None:
+    """In the groups, some processes have no instance, or none with a mask, while others do."""
+    whole, last_empty, first_half_boxes, nothing_masked = groups[4]["steps"]["gn", 0]["held"]
+    assert all(instances > masks > 0 for instances, masks in whole)
+    assert [instances > 0 for instances, _ in last_empty] == [True, True, True, False]
+    assert [masks > 0 for _, masks in first_half_boxes] == [False, False, True, True]
+    assert all(instances > 0 for instances, _ in first_half_boxes)
+    assert [instances > 0 for instances, _ in nothing_masked] == [False, False, True, True]
+    assert sum(masks for _, masks in nothing_masked) == 0
+    two, one = (groups[number]["steps"]["gn", 0]["held"] for number in (2, 1))
+    assert [instances > 0 for instances, _ in two[3]] == [False, True]
+    for step in range(STEPS):
+        sums = [tuple(map(sum, zip(*held[step], strict=True))) for held in (one, two)]
+        assert sums[0] == sums[1] == tuple(map(sum, zip(*groups[4]["steps"]["gn", 0]["held"][step], strict=True)))
+    # The steps that lack something are other steps: a comparison of zeros would hold for anything.
+    assert all(largest(loss) > 0.1 for loss in groups[1]["steps"]["gn", 0]["losses"])
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_detections_are_gathered_once_per_image_on_the_main_process(
+    groups: dict[int, dict[str, Any]], processes: int
+) -> None:
+    one, several = groups[1], groups[processes]
+    assert len({item["image_id"] for item in one["detections"]}) == 4
+    assert several["detections"] == one["detections"]
+    assert sorted(several["image_ids"]) == sorted(one["image_ids"]) == [1, 2, 3, 4]
+    assert several["lengths"] == [(len(one["detections"]), 4)] + [(0, 0)] * (processes - 1)
+
+
+def test_unequal_lists_reach_the_main_process_in_the_order_of_the_processes(groups: dict[int, dict[str, Any]]) -> None:
+    assert groups[1]["gathered"] == [["0.0"]]
+    everything = [f"{rank}.{number}" for rank in range(4) for number in range(rank + 1)]
+    assert groups[4]["gathered"] == [everything, [], [], []]
+
+
+def test_machines_that_do_not_share_the_folder_are_told_so(groups: dict[int, dict[str, Any]]) -> None:
+    assert groups[1]["disagreement"] == ["they agree"]
+    told = "runs/mine: not the same on every machine (found: step_0.pt, step_1.pt); share the folder"
+    assert groups[2]["disagreement"] == [told, told]
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_a_loss_that_is_not_finite_on_one_process_stops_all_before_the_update(
+    groups: dict[int, dict[str, Any]], processes: int
+) -> None:
+    stopped = groups[processes]["stopped"]
+    assert stopped["unchanged"] == [True] * processes
+    assert len(stopped["sentences"]) == processes
     assert len(set(stopped["sentences"])) == 1
     assert "classification nan" in stopped["sentences"][0]
-    assert "_rank1.pt" in stopped["sentences"][0]
+    assert f"_rank{processes - 1}.pt" in stopped["sentences"][0]
+
+
+def test_the_documented_launch_continues_a_run_on_other_processes(tmp_path: Path) -> None:
+    """One process to the end; two processes in two parts each from its second step: the same run, the same weights."""
+    config = tiny_config(tmp_path, runtime={"checkpoint_every": 2})
+    execute_run(config, out=tmp_path / "whole", progress=False)
+    cut = tmp_path / "cut"
+    (cut / "checkpoints").mkdir(parents=True)
+    shutil.copy(tmp_path / "whole" / "checkpoints" / "step_00000002.pt", cut / "checkpoints")
+    shutil.copy(tmp_path / "whole" / "config.json", cut)
+    # The file asks for eight GPUs; here are two processes without one.
+    launch = ["-m", "accelerate.commands.launch", "--config_file", "experiments/launch/eight_gpus.yaml"]
+    command = [sys.executable, *launch, "--num_processes", "2", "-m", "semiseg", "train", str(cut / "config.json")]
+    command += ["--out", str(cut), "--resume", "--set", "runtime.images_per_process=1"]
+    done = subprocess.run(command, cwd=PROJECT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "after 4 steps" in done.stdout
+    result = json.loads((cut / "result.json").read_text())
+    assert (result["processes"], result["metrics"]["images"]) == (2, 4)
+    assert [line["step"] for line in read_log(cut / "log.jsonl")] == [3, 4]
+    whole = read_log(tmp_path / "whole" / "log.jsonl")[2:]
+    for mine, theirs in zip(read_log(cut / "log.jsonl"), whole, strict=True):
+        assert mine["losses"] == pytest.approx(theirs["losses"], rel=1e-6, abs=1e-7)
+        assert mine["counts"] == theirs["counts"]
+    one, two = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "cut"))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-5, atol=1e-6)
