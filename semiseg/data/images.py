@@ -16,42 +16,66 @@ from semiseg.errors import UserError
 # Modes of 16 and more bits per channel, which Pillow would clip at 255 instead of scaling; all are grey.
 DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
+# EXIF orientation -> what a viewer does to the stored pixels.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
-def read_image(path: Path, *, size_hw: tuple[int, int] | None = None) -> Tensor:
+def read_image(path: Path, *, size_hw: tuple[int, int] | None = None, upright: bool = False) -> Tensor:
     """The image as (3, H, W) uint8 RGB.
 
-    Pixels are taken as stored: like the COCO tools, and unlike a photo viewer, no EXIF rotation is applied, because
-    annotations are in the frame of the stored pixels. Grey, palette, CMYK and 16-bit images become RGB; an alpha
-    channel is dropped.
+    By default pixels are taken as stored: like the COCO tools, and unlike a photo viewer, no EXIF rotation is applied,
+    because annotations are in the frame of the stored pixels. Grey, palette, CMYK and 16-bit images become RGB; an
+    alpha channel is dropped; of an animation the first picture is taken.
 
     Args:
         path: any format that Pillow reads.
-        size_hw: the (height, width) that the annotations state; another size is an error.
+        size_hw: the (height, width) of the stored pixels that the annotations state; another size is an error.
+        upright: apply the EXIF orientation, as viewers do: for images without annotations.
 
     Raises:
         UserError: missing, truncated or of another size; the message names the file.
     """
     try:
-        return decode_image(path, size_hw=size_hw)
+        return decode_image(path, size_hw=size_hw, upright=upright)
     except BadValue as bad:
         raise UserError(f"{path}: {bad.text}") from None
 
 
-def decode_image(path: Path, *, size_hw: tuple[int, int] | None) -> Tensor:
+def decode_image(path: Path, *, size_hw: tuple[int, int] | None, upright: bool = False) -> Tensor:
     """As `read_image`, but raises `BadValue` without the file's name."""
     try:
         with Image.open(path) as image:
             if size_hw is not None and (image.height, image.width) != tuple(size_hw):
                 _wrong_size(image, size_hw)
-            pixels = _rgb(image)
+            pixels = _rgb(_turned(image) if upright else image)
     except FileNotFoundError:
         raise BadValue(Kind.IMAGE_MISSING, "no such image file") from None
-    # Pillow raises SyntaxError for broken PNG chunks, EOFError and ValueError for others, OSError for truncation.
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError) as error:
+    except BadValue:
+        raise
+    except Exception as error:  # on a damaged file Pillow's readers raise whatever they happen to meet
         detail = "not an image or damaged" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-        raise BadValue(Kind.IMAGE_UNREADABLE, f"the image cannot be decoded: {detail}") from None
+        raise BadValue(
+            Kind.IMAGE_UNREADABLE, f"the image cannot be decoded: {detail or type(error).__name__}"
+        ) from None
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def _turned(image: Image.Image) -> Image.Image:
+    """The image as its EXIF orientation wants it to be seen; EXIF data that nobody can read says nothing."""
+    image.load()  # Pillow turns TIFFs by itself while it loads them, and then takes the orientation away
+    try:
+        method = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # Pillow's parser raises what it happens to meet in damaged data
+        method = None
+    return image if method is None else image.transpose(method)
 
 
 def _rgb(image: Image.Image) -> np.ndarray:

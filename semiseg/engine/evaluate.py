@@ -7,22 +7,19 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
-from pycocotools import mask as rle_codec
-from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from semiseg.config import ModelConfig
 from semiseg.data.table import Table
 from semiseg.engine.checkpoint import write_json
+from semiseg.engine.predict import coco_results, find_instances
 from semiseg.engine.session import gather_to_main
 from semiseg.evaluation.coco_metrics import Metrics, evaluate_detections
 from semiseg.models.condinst import CondInst
-from semiseg.models.postprocess import Candidates, iter_masks, select_detections, to_output_boxes
 from semiseg.structures.inputs import Batch
 
 
@@ -74,48 +71,23 @@ def predict_batch(
     *,
     config: ModelConfig,
 ) -> list[dict[str, Any]]:
-    """COCO results of one batch: boxes xywh and RLE masks in pixels of the original images."""
-    outputs = model(batch.images, batch.image_sizes_hw)
-    candidates = select_detections(
-        outputs,
-        batch.image_sizes_hw,
+    """COCO results of one batch: boxes xywh and RLE masks in pixels of the original images.
+
+    The padding that larger neighbours brought is taken away again: see `predict.find_instances`.
+    """
+    sizes = batch.image_sizes_hw.tolist()
+    found = find_instances(
+        model,
+        [image[:, :height, :width] for image, (height, width) in zip(batch.images, sizes, strict=True)],
+        output_sizes=[output_sizes[image_id] for image_id in batch.image_ids],
+        config=config,
         score_threshold=config.score_threshold,
-        candidates_per_level=config.candidates_per_level,
-        nms_threshold=config.nms_threshold,
-        max_detections=config.max_detections,
     )
-    results = []
-    for number, (image_id, found) in enumerate(zip(batch.image_ids, candidates, strict=True)):
-        height, width = batch.image_sizes_hw[number].tolist()
-        input_hw, output_hw = (height, width), output_sizes[image_id]
-        chunks = iter_masks(model, outputs, found.queries, input_hw, output_hw)
-        rles = [rle for _, masks in chunks for rle in encode_masks(masks)]
-        boxes = to_output_boxes(found.boxes_xyxy, input_hw, output_hw)
-        results += _as_results(image_id, found, boxes, rles, category_ids)
-    return results
-
-
-def encode_masks(masks: Tensor) -> list[dict[str, Any]]:
-    """(N, H, W) bool masks as COCO's compressed RLE with text counts."""
-    columns = np.asfortranarray(masks.permute(1, 2, 0).cpu().numpy().astype(np.uint8))
-    encoded = rle_codec.encode(columns)
-    return [{"size": list(map(int, item["size"])), "counts": item["counts"].decode("ascii")} for item in encoded]
-
-
-def _as_results(
-    image_id: int, found: Candidates, boxes: Tensor, rles: list[dict[str, Any]], category_ids: Sequence[int]
-) -> list[dict[str, Any]]:
-    boxes_xywh = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1).tolist()
-    return [
-        {
-            "image_id": image_id,
-            "category_id": category_ids[label],
-            "bbox": [round(value, 3) for value in box],
-            "score": score,
-            "segmentation": rle,
-        }
-        for box, score, label, rle in zip(boxes_xywh, found.scores.tolist(), found.labels.tolist(), rles, strict=True)
-    ]
+    by_image = {
+        item.number: coco_results(item, image_id=batch.image_ids[item.number], category_ids=category_ids)
+        for item in found
+    }
+    return [result for number in sorted(by_image) for result in by_image[number]]
 
 
 def score_table(results: list[dict[str, Any]], table: Table, *, image_ids: Collection[int]) -> Metrics:

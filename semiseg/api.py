@@ -1,0 +1,150 @@
+"""The Python API: load a model, detect, train; `semiseg` itself exports the names of `__all__`.
+
+These names, their arguments and the fields of what they return stay as they are documented here and in docs/API.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from semiseg.config import RunConfig, load_run_config
+from semiseg.config_files import digest, parse_config
+from semiseg.engine import predict
+from semiseg.engine.predict import LoadedModel
+from semiseg.errors import UserError
+from semiseg.splits import ClassSplit
+from semiseg.structures.outputs import Detections
+
+__all__ = ["ClassSplit", "Detections", "LoadedModel", "RunConfig", "UserError", "detect", "load_model", "train"]
+
+
+def load_model(folder: str | Path, *, device: str | torch.device | None = None) -> LoadedModel:
+    """Loads a trained model, for `detect`.
+
+    Args:
+        folder: a model folder (`model.safetensors` and `config.json`, from a training or a conversion), or the folder
+            of a finished run.
+        device: such as "cpu" or "cuda:1"; None = the GPU if there is one, else the CPU.
+
+    Returns:
+        the network in evaluation mode with `class_names`, `device` and `info` (category ids, resize rule, thresholds).
+
+    Raises:
+        UserError: no model folder, a damaged one, or no such device on this machine.
+    """
+    return predict.load_model(Path(folder), device=device)
+
+
+def detect(
+    model: LoadedModel,
+    images: Sequence[Tensor],
+    *,
+    output_sizes: Sequence[tuple[int, int]] | None = None,
+    score_threshold: float = 0.05,
+) -> list[Detections]:
+    """Detects the instances in each image.
+
+    The network sees the images as they are: nothing is resized, so give them at the scale of the training
+    (`model.info.short_side`). An image's result does not depend on the others; images of the same size, padded to a
+    multiple of 32, share a forward pass, as many at a time as about 4 million pixels.
+
+    Args:
+        model: of `load_model`.
+        images: a list of (3, H, W) uint8 RGB tensors on any device; sizes may differ.
+        output_sizes: (height, width) for each image, to which its boxes and masks are scaled; None = its own size.
+        score_threshold: in [0, 1]; keeps detections whose class probability x centreness is greater. The `scores` that
+            are returned are the square roots of that product, so 0.05 keeps scores above 0.224.
+
+    Returns:
+        one `Detections` for each image, in the order of the images, on the CPU: `boxes` (N, 4) xyxy float32 in output
+        pixels, `scores` (N,) float32 descending, `labels` (N,) int64 index into `model.class_names`, `masks`
+        (N, height, width) bool. At most `model.info.config.max_detections` each. An empty list gives an empty list.
+
+    Raises:
+        TypeError, ValueError: something else than described; the message names the image.
+    """
+    _check_model(model)
+    if isinstance(images, Tensor) or not isinstance(images, Sequence):
+        raise TypeError(f"images must be a list of tensors, not {type(images).__name__}")
+    for number, image in enumerate(images):
+        _check_image(image, f"images[{number}]")
+    if output_sizes is None:
+        sizes = [(image.shape[1], image.shape[2]) for image in images]
+    elif len(output_sizes) != len(images):
+        raise ValueError(f"output_sizes has {len(output_sizes)} entries for {len(images)} images")
+    else:
+        sizes = [_size(size, f"output_sizes[{number}]") for number, size in enumerate(output_sizes)]
+    if not 0 <= score_threshold <= 1:
+        raise ValueError(f"score_threshold must be in [0, 1], not {score_threshold!r}")
+    return predict.detect_images(model, images, output_sizes=sizes, score_threshold=score_threshold)
+
+
+def train(
+    config: RunConfig | Mapping[str, Any] | str | Path,
+    *,
+    out: str | Path | None = None,
+    resume: bool = True,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Trains and evaluates one run, or returns the result of one that is finished already.
+
+    Args:
+        config: a `RunConfig`, its values as nested dicts, or the path of a TOML file with them.
+        out: the run's folder; None = `runs/api-` and a digest of the configuration.
+        resume: continue from the latest checkpoint in the folder; False refuses a folder that has one.
+        progress: show progress bars.
+
+    Returns:
+        the contents of the run's `result.json`, and the run's folder as `folder`, which `load_model` takes. Under
+        `accelerate launch` only on the main process; elsewhere just `folder`.
+
+    Raises:
+        UserError: a configuration or data that is not valid, or a folder that holds another run.
+        KeyboardInterrupt: after SIGINT or SIGTERM, with a checkpoint written; the same call continues.
+    """
+    if isinstance(config, str | Path):
+        settings = load_run_config(Path(config))
+    elif isinstance(config, RunConfig):
+        settings = config
+    elif isinstance(config, Mapping):
+        settings = parse_config(RunConfig, dict(config), where="config")
+    else:
+        raise TypeError(f"config must be a RunConfig, a dict or a path, not {type(config).__name__}")
+    if out is None:
+        # Everything that is part of the run; what execute_run still finds to differ (data on disk) it refuses.
+        out = Path("runs") / f"api-{digest(settings.model_dump(mode='json', exclude={'runtime'}))}"
+    from semiseg.engine.run import execute_run  # with accelerate and Arrow, which `detect` need not wait for
+
+    result = execute_run(settings, out=Path(out), resume=resume, progress=progress)
+    return {**result, "folder": str(out)}
+
+
+def _check_model(model: LoadedModel) -> None:
+    if not isinstance(model, LoadedModel):
+        raise TypeError(f"model must be what load_model returns, not {type(model).__name__}")
+    if model.network.training:
+        raise ValueError("model.network is in training mode; model.network.eval() ends it")
+
+
+def _check_image(image: Tensor, name: str) -> None:
+    if not isinstance(image, Tensor):
+        raise TypeError(f"{name} must be a tensor, not {type(image).__name__}")
+    if image.dtype != torch.uint8:
+        raise TypeError(f"{name} must be uint8 with values 0 to 255, not {str(image.dtype).removeprefix('torch.')}")
+    if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
+        raise ValueError(f"{name} must be (3, height, width), not {tuple(image.shape)}")
+
+
+def _size(size: Sequence[int], name: str) -> tuple[int, int]:
+    try:
+        height, width = (int(side) for side in size)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be (height, width), not {size!r}") from None
+    if (height, width) != tuple(size) or height < 1 or width < 1:
+        raise ValueError(f"{name} must be two whole numbers of at least 1, not {size!r}")
+    return height, width

@@ -1,0 +1,125 @@
+"""`semiseg predict`: a model on image files."""
+
+from __future__ import annotations
+
+import glob
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from semiseg.commands.train import Progress
+from semiseg.errors import UserError
+from semiseg.resources import require_folder
+
+# Endings by which a folder's images are known; a file that is named itself may have any.
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".j2k"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".tga"),
+)
+DRAWN_SCORE = 0.4  # as in the pictures of the reports
+
+
+def predict(
+    model: Annotated[Path, typer.Argument(help="Model folder, or folder of a finished run.")],
+    images: Annotated[list[str], typer.Argument(help="Image files, folders of images, or quoted patterns.")],
+    out: Annotated[Path, typer.Option(help="Folder for the overlays and the results.")],
+    score: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Keep detections above this score. Default: the model's own limit."),
+    ] = None,
+    drawn_score: Annotated[
+        float, typer.Option(min=0, max=1, help="Draw those that have at least this score.")
+    ] = DRAWN_SCORE,
+    overlays: Annotated[bool, typer.Option(help="Draw the detections over the images.")] = True,
+    short_side: Annotated[
+        int | None, typer.Option(min=1, help="Shorter side in the network, in pixels. Default: the model's.")
+    ] = None,
+    long_side: Annotated[
+        int | None, typer.Option(min=1, help="Limit of the longer side. Default: the model's, in proportion.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 8,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: the GPU if there is one.")] = None,
+    progress: Progress = None,
+) -> None:
+    """Predict images.
+
+    DIR/overlays/ shows masks, boxes, classes and scores; DIR/results.json has all detections in COCO's results format,
+    DIR/images.json the images and categories that their ids mean. EXIF orientation is applied. Files that cannot be
+    read are named and left out; the exit code is then 1.
+
+    Examples:
+
+    semiseg predict runs/mine photo.jpg --out predictions
+
+    semiseg predict runs/mine/model photos 'more/**/*.png' --out predictions --drawn-score 0.6
+    """
+    began = time.perf_counter()
+    require_folder(out)
+    files = find_images(images)
+    from semiseg.engine.predict import load_model
+    from semiseg.engine.predict_files import PredictOptions, predict_files
+
+    loaded = load_model(model, device=device)
+    shorter = short_side or loaded.info.short_side
+    options = PredictOptions(
+        short_side=shorter,
+        long_side=long_side or round(loaded.info.long_side * shorter / loaded.info.short_side),
+        score_threshold=loaded.info.config.score_threshold if score is None else score**2,
+        drawn_score=drawn_score if overlays else None,
+        batch_size=batch,
+        workers=min(os.cpu_count() or 1, 4),
+    )
+    shown = sys.stderr.isatty() if progress is None else progress
+    outcome = predict_files(loaded, files, out=out, options=options, progress=shown, report=_report)
+    typer.echo(
+        f"{_counted(outcome.images, 'image')}, {_counted(outcome.detections, 'detection')},"
+        f" {time.perf_counter() - began:.1f} s; written to {out}"
+    )
+    if outcome.unreadable:
+        typer.echo(f"semiseg: {_counted(len(outcome.unreadable), 'file')} could not be read", err=True)
+        raise typer.Exit(1)
+
+
+def find_images(arguments: Sequence[str]) -> list[Path]:
+    """The files that the arguments mean, each once, in the order of the arguments, those of one sorted by name.
+
+    A file is taken whatever it is called; of a folder the files with an image's ending, not those of folders in it; a
+    pattern (`*`, `?`, `[...]`, `**` for folders at any depth) stands for all that it matches, as in a shell.
+
+    Raises:
+        UserError: an argument means nothing.
+    """
+    files: dict[str, Path] = {}
+    for argument in arguments:
+        path = Path(argument)
+        matched = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(argument, recursive=True))]
+        if not matched:
+            what = "no file matches this pattern" if glob.has_magic(argument) else "no such image or folder"
+            raise UserError(f"{argument}: {what}")
+        found = [file for item in matched for file in (_images_in(item) if item.is_dir() else [item])]
+        if not found:
+            raise UserError(f"{argument}: holds no images; known are files that end in {', '.join(IMAGE_SUFFIXES)}")
+        for file in found:
+            files.setdefault(os.path.abspath(file), file)
+    return list(files.values())
+
+
+def _images_in(folder: Path) -> list[Path]:
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and not path.is_dir()
+    )
+
+
+def _report(message: str) -> None:
+    typer.echo(f"semiseg: {message}", err=True)
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -1,0 +1,198 @@
+"""Detections drawn over their image, for looking at: masks, outlines, boxes, names and scores.
+
+Frames: original = the image that boxes and masks refer to; drawing = the picture that comes out, the same image scaled
+so that text can be read on small images and large ones stay small.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from torch import Tensor
+
+from semiseg.data.rasterise import rle_to_mask
+
+# Okabe and Ito 2008, distinguishable with any colour vision; black, which photographs are full of, is left out.
+COLOURS = (
+    *((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66)),
+    *((0, 114, 178), (213, 94, 0), (204, 121, 167)),
+)
+SMALLEST_SIDE = 480  # of the drawing's shorter side: smaller images are enlarged by a whole factor
+LARGEST_SIDE = 2048  # of the drawing's longer side: larger images are reduced
+MASK_OPACITY = 0.45
+
+Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in drawing pixels, half open
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One detection to draw.
+
+    Attributes:
+        box_xyxy: original pixels.
+        rle: COCO's compressed RLE, of the original's size.
+        text: beside the box.
+    """
+
+    box_xyxy: tuple[float, float, float, float]
+    rle: dict[str, Any]
+    text: str
+
+
+def drawing_size(original_hw: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of the drawing of an image of that size; at least 1 x 1."""
+    (height, width), shorter, longer = original_hw, min(original_hw), max(original_hw)
+    if longer > LARGEST_SIDE:
+        return max(round(height * LARGEST_SIDE / longer), 1), max(round(width * LARGEST_SIDE / longer), 1)
+    factor = min(-(-SMALLEST_SIDE // shorter), LARGEST_SIDE // longer)
+    return height * factor, width * factor
+
+
+def prepare_drawing(image: Tensor) -> Image.Image:
+    """The image (3, H, W) uint8 RGB at its drawing's size, so that the large one need not be kept."""
+    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+    height, width = drawing_size((picture.height, picture.width))
+    return picture.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def draw_detections(picture: Image.Image, original_hw: tuple[int, int], detections: Sequence[Drawn]) -> Image.Image:
+    """A new picture with the detections on it.
+
+    Masks and boxes of better detections lie over those of worse ones; labels are moved so that they neither leave the
+    picture nor, where there is room, cover one another. The colour of a detection follows from its place in the list
+    and the boxes before it: it differs from those of better detections whose boxes touch its own, as far as there are
+    colours.
+
+    Args:
+        picture: of `prepare_drawing`.
+        original_hw: the frame of the detections.
+        detections: best first.
+    """
+    scale_x, scale_y = picture.width / original_hw[1], picture.height / original_hw[0]
+    boxes = [_scaled(item.box_xyxy, scale_x, scale_y, picture.size) for item in detections]
+    colours = choose_colours(boxes)
+    line = max(round(min(picture.size) / 450), 1)
+    pixels = np.array(picture)
+    for item, colour in reversed(list(zip(detections, colours, strict=True))):
+        mask = rle_to_mask(item.rle["counts"].encode("ascii"), original_hw)
+        _paint_mask(pixels, mask, colour, line=line + 1)
+    drawing = Image.fromarray(pixels)
+    pen = ImageDraw.Draw(drawing)
+    for box, colour in reversed(list(zip(boxes, colours, strict=True))):
+        pen.rectangle((box[0], box[1], box[2] - 1, box[3] - 1), outline=colour, width=line)
+    _write_labels(pen, [item.text for item in detections], boxes, colours)
+    return drawing
+
+
+def choose_colours(boxes: Sequence[Box]) -> list[tuple[int, int, int]]:
+    """A colour for each box: the next in turn that no box before it has which touches it, or else the next."""
+    chosen: list[int] = []
+    for number, box in enumerate(boxes):
+        taken = {chosen[other] for other in range(number) if _touch(box, boxes[other])}
+        turns = [(number + shift) % len(COLOURS) for shift in range(len(COLOURS))]
+        chosen.append(next((colour for colour in turns if colour not in taken), turns[0]))
+    return [COLOURS[colour] for colour in chosen]
+
+
+def _touch(a: Box, b: Box) -> bool:
+    return a[0] <= b[2] and b[0] <= a[2] and a[1] <= b[3] and b[1] <= a[3]
+
+
+def _scaled(box: Sequence[float], scale_x: float, scale_y: float, size_wh: tuple[int, int]) -> Box:
+    """Whole pixels of the drawing, at least one, inside it."""
+    x0 = min(max(round(box[0] * scale_x), 0), size_wh[0] - 1)
+    y0 = min(max(round(box[1] * scale_y), 0), size_wh[1] - 1)
+    x1, y1 = min(round(box[2] * scale_x), size_wh[0]), min(round(box[3] * scale_y), size_wh[1])
+    return x0, y0, max(x1, x0 + 1), max(y1, y0 + 1)
+
+
+def _paint_mask(pixels: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int], *, line: int) -> None:
+    """Tints the mask in `pixels` (H, W, 3) and draws its outline, `line` pixels wide and inside the mask."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        return
+    height, width = pixels.shape[:2]
+    # Only the part of the picture that the mask covers, with whole original pixels around it.
+    top, bottom = rows[0] * height // mask.shape[0], -(-(rows[-1] + 1) * height // mask.shape[0])
+    left, right = columns[0] * width // mask.shape[1], -(-(columns[-1] + 1) * width // mask.shape[1])
+    source = (
+        left * mask.shape[1] / width,
+        top * mask.shape[0] / height,
+        right * mask.shape[1] / width,
+        bottom * mask.shape[0] / height,
+    )
+    scaled = Image.fromarray(mask.astype(np.uint8) * 255).resize(
+        (right - left, bottom - top), Image.Resampling.BILINEAR, box=source
+    )
+    inside = np.pad(np.asarray(scaled) >= 128, line)  # beyond the picture there is no mask: an outline there, too
+    inner = np.asarray(Image.fromarray(inside).convert("L").filter(ImageFilter.MinFilter(2 * line + 1))) > 0
+    inside, inner = inside[line:-line, line:-line], inner[line:-line, line:-line]
+    part = pixels[top:bottom, left:right]
+    part[inside] = (part[inside] * (1 - MASK_OPACITY) + np.array(colour) * MASK_OPACITY).astype(np.uint8)
+    part[inside & ~inner] = colour
+
+
+def _write_labels(
+    pen: ImageDraw.ImageDraw, texts: Sequence[str], boxes: Sequence[Box], colours: Sequence[tuple[int, int, int]]
+) -> None:
+    width, height = pen.im.size
+    font = load_font(min(max(round(min(width, height) / 50), 13), 24))
+    placed: list[Box] = []
+    for text, box, colour in zip(texts, boxes, colours, strict=True):
+        shown = _fitted(text, font, width - 4)
+        left, top, right, bottom = font.getbbox(shown)
+        place = place_label((int(right - left) + 5, int(bottom - top) + 5), box, placed, (width, height))
+        placed.append(place)
+        pen.rectangle((place[0], place[1], place[2] - 1, place[3] - 1), fill=colour)
+        brightness = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
+        ink = (0, 0, 0) if brightness > 110 else (255, 255, 255)
+        pen.text((place[0] + 2 - left, place[1] + 2 - top), shown, fill=ink, font=font)
+
+
+def place_label(size_wh: tuple[int, int], box: Box, placed: Sequence[Box], picture_wh: tuple[int, int]) -> Box:
+    """Where a label of that size goes: above its box, below it, in it, beside it; the first place without a label.
+
+    Every place is moved into the picture; where all are taken, the first is used.
+    """
+    width, height = size_wh
+    x0, y0, x1, y1 = box
+    corners = [(x0, y0 - height), (x0, y1), (x0, y0), (x1 - width, y0 - height), (x1 - width, y1), (x0, y1 - height)]
+    corners += [(x, y) for y in range(y0, y1, height) for x in (x1 - width, x0, x1, x0 - width)]
+    places = []
+    for x, y in corners:
+        x, y = max(min(x, picture_wh[0] - width), 0), max(min(y, picture_wh[1] - height), 0)
+        places.append((x, y, x + width, y + height))
+    free = (place for place in places if not any(_cover(place, other) for other in placed))
+    return next(free, places[0])
+
+
+def _cover(a: Box, b: Box) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def _fitted(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """The text, or as much of it as is not wider, with dots at its end."""
+    if font.getlength(text) <= width:
+        return text
+    length = next((count for count in range(len(text), 0, -1) if font.getlength(text[:count] + "…") <= width), 0)
+    return text[:length] + "…"
+
+
+def can_write(text: str) -> bool:
+    """Whether the font has a sign for every letter of the text."""
+    font = load_font(16)
+    unknown = bytes(font.getmask("\U0010ffff"))
+    return all(letter.isspace() or bytes(font.getmask(letter)) != unknown for letter in text)
+
+
+@functools.cache
+def load_font(size: int) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which matplotlib brings along: Latin, Greek, Cyrillic and more; `size` in pixels."""
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)

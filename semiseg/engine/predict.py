@@ -1,0 +1,232 @@
+"""From images to their detections: the one way that the evaluation, `semiseg predict` and the Python API share.
+
+An image's detections do not depend on the images beside it: only images of equal padded size go through the network
+together, since norms that look at the whole map (GroupNorm) would see the padding that a larger neighbour brings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pycocotools import mask as rle_codec
+from torch import Tensor
+
+from semiseg.config import ModelConfig
+from semiseg.engine.checkpoint import ModelInfo, load_model_folder
+from semiseg.errors import UserError
+from semiseg.models.condinst import CondInst, build_model
+from semiseg.models.postprocess import iter_masks, select_detections, to_output_boxes
+from semiseg.structures.inputs import pad_images
+from semiseg.structures.outputs import Detections
+
+# Padded pixels of one forward, or one image: three of 800 x 1333. With ResNet-50 about 1.5 GB.
+FORWARD_PIXELS = 2**22
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A trained network with what its model folder says of it.
+
+    Attributes:
+        network: in evaluation mode, its parameters without gradients.
+        info: class names, category ids, resize rule and thresholds.
+        device: where the network is.
+    """
+
+    network: CondInst
+    info: ModelInfo
+    device: torch.device
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Name of each label."""
+        return self.info.class_names
+
+
+@dataclass(frozen=True)
+class Found:
+    """The detections of one image, best first, with their masks still to be made.
+
+    Attributes:
+        number: of the image in the list that was given.
+        output_hw: height and width that boxes and masks are scaled to.
+        boxes_xyxy: (N, 4) float32, output pixels, clipped to the output.
+        scores: (N,) float32 in [0, 1], descending.
+        labels: (N,) int64 in 0..C-1.
+        masks: yields (numbers (M,) int64, masks (M, height, width) bool) a few at a time, so that memory does not grow
+            with N. The numbers count the detections.
+    """
+
+    number: int
+    output_hw: tuple[int, int]
+    boxes_xyxy: Tensor
+    scores: Tensor
+    labels: Tensor
+    masks: Iterator[tuple[Tensor, Tensor]]
+
+
+def load_model(folder: Path, *, device: str | torch.device | None = None) -> LoadedModel:
+    """Reads a model folder, or the `model/` of a run's folder.
+
+    Args:
+        device: None = the GPU if there is one, else the CPU.
+
+    Raises:
+        UserError: no model folder, damaged, weights of another network, or no such device.
+    """
+    place = find_device(device)
+    weights, info = load_model_folder(folder / "model" if (folder / "model").is_dir() else folder)
+    network = build_network(weights, info, where=folder).to(place).eval().requires_grad_(False)
+    return LoadedModel(network, info, place)
+
+
+def build_network(weights: dict[str, Tensor], info: ModelInfo, *, where: Path) -> CondInst:
+    """The network that a model folder describes with its weights, on the CPU; `where` names it in the error."""
+    network = build_model(info.config, num_classes=len(info.class_names))
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError:
+        raise UserError(f"{where}: the weights are not those of the model that its config.json describes") from None
+    return network
+
+
+def find_device(name: str | torch.device | None) -> torch.device:
+    """The device of that name, or the best there is; a device that this machine has not is a `UserError`."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):  # torch without CUDA asserts
+        raise UserError(f"device {str(name)!r} is not on this machine; allowed: cpu, or cuda with a GPU") from None
+    return device
+
+
+def forward_groups(
+    sizes_hw: Sequence[tuple[int, int]], *, size_divisor: int, forward_pixels: int = FORWARD_PIXELS
+) -> list[list[int]]:
+    """Which images go through the network together: those of equal padded size, as many as memory bears.
+
+    Args:
+        sizes_hw: of the images before padding.
+        size_divisor: padded heights and widths divide by it.
+        forward_pixels: padded pixels of a group, unless it is a single image.
+
+    Returns:
+        Numbers of the images; each is in one group, ascending in a group.
+    """
+    alike: dict[tuple[int, int], list[int]] = {}
+    for number, (height, width) in enumerate(sizes_hw):
+        padded_hw = (-(-height // size_divisor) * size_divisor, -(-width // size_divisor) * size_divisor)
+        alike.setdefault(padded_hw, []).append(number)
+    groups = []
+    for (height, width), numbers in alike.items():
+        size = max(forward_pixels // (height * width), 1)
+        groups += [numbers[first : first + size] for first in range(0, len(numbers), size)]
+    return groups
+
+
+def find_instances(
+    network: CondInst,
+    images: Sequence[Tensor],
+    *,
+    output_sizes: Sequence[tuple[int, int]],
+    config: ModelConfig,
+    score_threshold: float,
+) -> Iterator[Found]:
+    """Yields the detections of every image once, group by group (see `forward_groups`), not in the images' order.
+
+    To be called without gradients. A group's predictions stay in memory until its last image's masks are made.
+
+    Args:
+        network: in evaluation mode; the images are moved to its device.
+        images: (3, H, W) uint8 RGB each, of any sizes; the network sees them as they are.
+        output_sizes: (height, width) of boxes and masks, for each image.
+        config: thresholds beside the score's.
+        score_threshold: for class probability x centreness; the score is the square root of that.
+    """
+    sizes = [(image.shape[1], image.shape[2]) for image in images]
+    device = network.pixel_mean.device
+    for numbers in forward_groups(sizes, size_divisor=network.size_divisor):
+        padded, sizes_hw = pad_images([images[number].to(device) for number in numbers], network.size_divisor)
+        sizes_hw = sizes_hw.to(device)
+        outputs = network(padded, sizes_hw)
+        chosen = select_detections(
+            outputs,
+            sizes_hw,
+            score_threshold=score_threshold,
+            candidates_per_level=config.candidates_per_level,
+            nms_threshold=config.nms_threshold,
+            max_detections=config.max_detections,
+        )
+        for number, candidates in zip(numbers, chosen, strict=True):
+            input_hw, output_hw = sizes[number], output_sizes[number]
+            yield Found(
+                number=number,
+                output_hw=output_hw,
+                boxes_xyxy=to_output_boxes(candidates.boxes_xyxy, input_hw, output_hw),
+                scores=candidates.scores,
+                labels=candidates.labels,
+                masks=iter_masks(network, outputs, candidates.queries, input_hw, output_hw),
+            )
+
+
+def detect_images(
+    model: LoadedModel, images: Sequence[Tensor], *, output_sizes: Sequence[tuple[int, int]], score_threshold: float
+) -> list[Detections]:
+    """The detections of every image with all their masks, on the CPU, in the order of the images.
+
+    Arguments as for `find_instances`.
+    """
+    results: dict[int, Detections] = {}
+    with torch.inference_mode():
+        for found in find_instances(
+            model.network,
+            images,
+            output_sizes=output_sizes,
+            config=model.info.config,
+            score_threshold=score_threshold,
+        ):
+            results[found.number] = _collected(found)
+    return [results[number] for number in range(len(images))]
+
+
+def _collected(found: Found) -> Detections:
+    with torch.inference_mode(False):  # ordinary tensors, which a caller may change and differentiate
+        boxes, scores, labels = (values.cpu().clone() for values in (found.boxes_xyxy, found.scores, found.labels))
+        masks = torch.zeros(len(scores), *found.output_hw, dtype=torch.bool)
+    for numbers, some in found.masks:
+        masks[numbers.cpu()] = some.cpu()
+    return Detections(boxes=boxes, scores=scores, labels=labels, masks=masks)
+
+
+def coco_results(found: Found, *, image_id: int, category_ids: Sequence[int]) -> list[dict[str, Any]]:
+    """One image's detections as COCO results: boxes xywh and RLE masks in output pixels, best first.
+
+    Uses up `found.masks`; masks become RLE chunk by chunk.
+    """
+    rles = [rle for _, masks in found.masks for rle in encode_masks(masks)]
+    corners = found.boxes_xyxy
+    boxes_xywh = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], dim=1).tolist()
+    return [
+        {
+            "image_id": image_id,
+            "category_id": category_ids[label],
+            "bbox": [round(value, 3) for value in box],
+            "score": score,
+            "segmentation": rle,
+        }
+        for box, score, label, rle in zip(boxes_xywh, found.scores.tolist(), found.labels.tolist(), rles, strict=True)
+    ]
+
+
+def encode_masks(masks: Tensor) -> list[dict[str, Any]]:
+    """(N, H, W) bool masks as COCO's compressed RLE with text counts."""
+    columns = np.asfortranarray(masks.permute(1, 2, 0).cpu().numpy().astype(np.uint8))
+    encoded = rle_codec.encode(columns)
+    return [{"size": list(map(int, item["size"])), "counts": item["counts"].decode("ascii")} for item in encoded]
