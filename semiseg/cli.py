@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from semiseg import __version__
-from semiseg.commands import convert, data, split, study, train
+from semiseg.commands import convert, data, predict, split, study, train
 from semiseg.errors import UserError
 
 # Plain help: the rich one costs a fifth of a second and breaks lines in examples.
@@ -79,6 +79,7 @@ data_sets.command("difficulty")(_speaks(data.difficulty))
 conversions.command("adelaidet")(_speaks(convert.adelaidet))
 app.command("train")(_speaks(train.train))
 app.command("evaluate")(_speaks(train.evaluate))
+app.command("predict")(_speaks(predict.predict))
 app.command("run")(_speaks(study.run))
 app.command("status")(_speaks(study.status))
 app.command("report")(_speaks(study.report))
