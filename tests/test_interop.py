@@ -1,6 +1,6 @@
 """Released CondInst and BoxInst checkpoints: recognised and renamed without loss, or refused with the keys to blame.
 
-The key lists in tests/golden are those of real checkpoints; the names below are written down a second time.
+The key lists in tests/golden come from the reference; the names below are written down a second time.
 """
 
 from __future__ import annotations
