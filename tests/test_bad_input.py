@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from semiseg import __main__ as entry
 from semiseg.cli import app
-from semiseg.commands.study_report import record_difficulty
+from semiseg.commands.study_data import record_difficulty
 from semiseg.config_files import merge
 from semiseg.data.table import load_table
 from semiseg.engine.logs import read_log

@@ -1,13 +1,17 @@
-"""`semiseg data`: check annotations, draw the embedded data set, measure how hard box supervision is."""
+"""`semiseg data`: check annotations, draw the embedded data set, measure what boxes and colours give away."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from semiseg.errors import UserError
+from semiseg.resources import require_folder, write_text
 
 
 def check(
@@ -44,16 +48,21 @@ def shapes(
     typer.echo(f"{images} images in {out / 'images'}, their annotations in {out / 'annotations.json'}")
 
 
+Stride = Annotated[int, typer.Option(min=1, help="Of the mask grid, in pixels.")]
+Thresholds = Annotated[
+    list[float] | None, typer.Option("--threshold", help="Similarity from which an edge counts. Repeatable.")
+]
+MaxImages = Annotated[int | None, typer.Option(min=1, help="Look at the first so many images only.")]
+
+
 def difficulty(
     annotations: Annotated[Path, typer.Argument(help="COCO instances json, every instance with a mask.")],
     images: Annotated[Path, typer.Argument(help="Folder of the images.")],
-    stride: Annotated[int, typer.Option(min=1, help="Of the mask grid, in pixels.")] = 4,
+    stride: Stride = 4,
     size: Annotated[int, typer.Option(min=3, help="Side of the neighbourhood, in cells.")] = 3,
     dilation: Annotated[int, typer.Option(min=1, help="Distance between neighbours, in cells.")] = 2,
-    threshold: Annotated[
-        list[float] | None, typer.Option(help="Similarity from which an edge counts. Repeatable.")
-    ] = None,
-    max_images: Annotated[int | None, typer.Option(min=1, help="Look at the first so many images only.")] = None,
+    thresholds: Thresholds = None,
+    max_images: MaxImages = None,
 ) -> None:
     """Measure how hard box supervision is.
 
@@ -61,21 +70,86 @@ def difficulty(
 
     Example: semiseg data difficulty annotations.json images --stride 2 --threshold 0 --threshold 0.3
     """
-    from semiseg.commands.measure import measure
+    _check_edges([size], thresholds)
+    from semiseg.engine.edges import Neighbourhood, measure_edges
+    from semiseg.evaluation.difficulty import measure_difficulty
 
-    if size % 2 == 0:
-        raise UserError(f"--size {size}: expected an odd number, such as 3 or 5")
-    wrong = [value for value in threshold or () if not 0 <= value <= 1]
-    if wrong:
-        raise UserError(f"--threshold {wrong[0]:g}: expected a number from 0 to 1")
-    measured = measure(
+    edges = measure_edges(
         annotations,
         images,
+        neighbourhoods=[Neighbourhood(size, dilation)],
+        thresholds=sorted(set(thresholds or (0.0, 0.1, 0.2, 0.3, 0.5))),
         stride=stride,
-        size=size,
-        dilation=dilation,
-        thresholds=sorted(threshold or [0.0, 0.1, 0.2, 0.3, 0.5]),
+        short_side=0,
+        long_side=0,
+        bottom_rows=0,
+        max_images=max_images,
+        progress=True,
+    )
+    measured = measure_difficulty(annotations, max_images=max_images, progress=True)
+    typer.echo(f"{edges.render()}\n\n{measured.render()}")
+
+
+def affinity(
+    annotations: Annotated[Path, typer.Argument(help="COCO instances json with masks.")],
+    images: Annotated[Path, typer.Argument(help="Folder of the images.")],
+    stride: Stride = 4,
+    size: Annotated[
+        list[int] | None, typer.Option(help="Side of the neighbourhood, in cells. Repeatable. Default: 3 and 5.")
+    ] = None,
+    dilation: Annotated[
+        list[int] | None, typer.Option(help="Distance between neighbours, in cells. Repeatable. Default: 1 and 2.")
+    ] = None,
+    thresholds: Thresholds = None,
+    short_side: Annotated[
+        int, typer.Option(min=0, help="Resize images as for the network (800 for COCO). 0 = stored size.")
+    ] = 0,
+    long_side: Annotated[int, typer.Option(min=1, help="Upper limit of the longer side, with --short-side.")] = 1333,
+    bottom_rows: Annotated[
+        int, typer.Option(min=0, help="Rows at the bottom without affinity, as in training (10 for COCO).")
+    ] = 0,
+    max_images: MaxImages = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers to this JSON file too.")
+    ] = None,
+) -> None:
+    """Measure how many edges of the pairwise loss are truly positive.
+
+    For every neighbourhood and threshold: the share of edges whose colours are similar enough to count, and the share
+    of these whose two cells have the same label in the instance's mask.
+
+    Example: semiseg data affinity data/coco/annotations/instances_val2017.json data/coco/val2017 --short-side 800
+    --bottom-rows 10 --max-images 500
+    """
+    sizes, dilations = size or [3, 5], dilation or [1, 2]
+    _check_edges(sizes, thresholds)
+    if wrong := [value for value in dilations if value < 1]:
+        raise UserError(f"--dilation {wrong[0]}: expected a positive number of cells")
+    if json_file is not None:
+        require_folder(json_file.parent)
+    from semiseg.engine.edges import Neighbourhood, measure_edges
+
+    measured = measure_edges(
+        annotations,
+        images,
+        neighbourhoods=[Neighbourhood(*pair) for pair in product(sorted(set(sizes)), sorted(set(dilations)))],
+        thresholds=sorted(set(thresholds or (0.0, 0.1, 0.2, 0.3))),
+        stride=stride,
+        short_side=short_side,
+        long_side=long_side,
+        bottom_rows=bottom_rows,
         max_images=max_images,
         progress=True,
     )
     typer.echo(measured.render())
+    if json_file is not None:
+        write_text(json_file, json.dumps(measured.to_dict(), indent=1) + "\n")
+
+
+def _check_edges(sizes: Sequence[int], thresholds: Sequence[float] | None) -> None:
+    for size in sizes:
+        if size < 3 or size % 2 == 0:
+            raise UserError(f"--size {size}: expected an odd number, such as 3 or 5")
+    for threshold in thresholds or ():
+        if not 0 <= threshold <= 1:
+            raise UserError(f"--threshold {threshold:g}: expected a number from 0 to 1")

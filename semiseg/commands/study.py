@@ -70,9 +70,10 @@ def run(
         typer.echo(f"nothing to train: all {len(planned)} runs are done")
     if not trained and not reproduce and any(run_status(item, {}).state != "done" for item in planned):
         typer.echo("(some of them were recorded elsewhere; '--reproduce' trains them here)")
-    from semiseg.commands.study_report import record_difficulty
+    from semiseg.commands.study_data import record_difficulty, record_edges
 
     record_difficulty(loaded, folder)
+    record_edges(loaded, folder)
     _build_report(loaded, folder, command=_command(study, overrides, seeds, out))
 
 

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from semiseg.commands.measure import measure
+from semiseg.commands.study_data import recorded_difficulty
 from semiseg.config import DataConfig, RunConfig
-from semiseg.config_files import read_json
-from semiseg.data.shapes import ensure_shapes
 from semiseg.data.sources import expected_files
-from semiseg.errors import UserError
 from semiseg.report.aggregate import ReportInput, ReportRow, ReportTable
 from semiseg.report.page import build_report, report_text
-from semiseg.resources import find, write_text
+from semiseg.resources import find
 from semiseg.results import Result, read
 from semiseg.splits import load_split
 from semiseg.study import PRETRAIN_ROW, RunKey, Study, StudyRow, StudyTable, row_run, study_runs
 from semiseg.study_plan import RESULTS_NAME, RUNS_FOLDER, class_names, matching_results, planned_steps
 
 PUBLISHED = "boxinst"
-DIFFICULTY_NAME = "difficulty.json"
-_MEASURED_IMAGES = 400  # enough for shares of some thousand instances to a tenth of a percent
 
 
 def build(study: Study, folder: Path, *, command: Sequence[str]) -> tuple[str, Path]:
@@ -68,58 +62,11 @@ def report_input(study: Study, folder: Path, *, command: Sequence[str]) -> Repor
         run_command=shlex.join(command),
         report_command=shlex.join([command[0], "report", *command[2:]]),
         pretraining_results=tuple(found[run.key] for run in pretrainings if run.key in found),
-        difficulty=_recorded_difficulty(folder / DIFFICULTY_NAME),
+        difficulty=recorded_difficulty(folder),
         run_folders={run_id: path for run_id in run_ids for path in RUNS_FOLDER.glob(f"*/*-{run_id}")},
         val_annotations=annotations,
         val_images=images,
     )
-
-
-def record_difficulty(study: Study, folder: Path) -> None:
-    """Measures how hard the embedded data set is, once, and keeps it beside the results for the report."""
-    config = next(run.config for run in study_runs(study) if run.row != PRETRAIN_ROW)
-    if config.data.format != "shapes":
-        return
-    shapes, objective = config.data.shapes, config.objective
-    drawn = ensure_shapes(
-        Path(config.data.root), images=shapes.train_images, image_size=shapes.image_size, seed=shapes.train_seed
-    )
-    parameters = {
-        "data": drawn.name,
-        "stride": config.model.mask_stride,
-        "size": objective.affinity_size,
-        "dilation": objective.affinity_dilation,
-        "threshold": objective.affinity_threshold,
-    }
-    path = folder / DIFFICULTY_NAME
-    try:
-        if path.exists() and read_json(path).get("parameters") == parameters:
-            return
-    except UserError:
-        pass  # damaged: measured anew
-    threshold = objective.affinity_threshold
-    measured = measure(
-        drawn / "annotations.json",
-        drawn / "images",
-        stride=config.model.mask_stride,
-        size=objective.affinity_size,
-        dilation=objective.affinity_dilation,
-        thresholds=sorted({0.0, threshold}),
-        max_images=_MEASURED_IMAGES,
-        progress=False,
-    )
-    mean, least, most = measured.instances_per_image
-    every, used = measured.edges[0.0], measured.edges[threshold]
-    sentences = [
-        f"Measured on {measured.images} training images with {measured.overall.instances} instances, "
-        f"{mean:.1f} per image ({least} to {most}).",
-        f"Of the edges with their centre in a box {_percent(every.positive)} are truly positive at τ = 0; "
-        f"of those that reach τ = {threshold:g} ({_percent(used.share)} of them) {_percent(used.positive)} are.",
-        f"{_percent(measured.overall.low_fill)} of the instances fill less than half of their box; "
-        f"the mean is {_percent(measured.overall.fill)}.",
-    ]
-    content = {"parameters": parameters, "sentences": sentences}
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def _table(study: Study, table: StudyTable, found: Mapping[RunKey, Result]) -> ReportTable:
@@ -156,15 +103,6 @@ def _validation_files(data: DataConfig) -> tuple[Path | None, Path | None]:
     return (annotations, images) if annotations.is_file() and images.is_dir() else (None, None)
 
 
-def _recorded_difficulty(path: Path) -> tuple[str, ...]:
-    if not path.exists():
-        return ()
-    try:
-        return tuple(read_json(path)["sentences"])
-    except (UserError, KeyError, TypeError):
-        raise UserError(f"{path}: not readable; remove it, 'semiseg run' measures again") from None
-
-
 def _data_sentence(data: DataConfig) -> str:
     if data.format == "shapes":
         shapes = data.shapes
@@ -195,7 +133,3 @@ def _pretraining_sentence(config: RunConfig) -> str:
 def _length(config: RunConfig) -> str:
     steps = planned_steps(config)
     return f"{steps} steps" if steps is not None else f"{config.optim.epochs:g} epochs"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"

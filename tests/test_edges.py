@@ -1,0 +1,280 @@
+"""The measured edges against plain loops, against what training uses, and the verb that prints them."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from semiseg.cli import app
+from semiseg.commands.study_data import record_edges, recorded_edges, table_edges
+from semiseg.config import DataConfig, RunConfig
+from semiseg.config_files import parse_config
+from semiseg.data.collate import Collate
+from semiseg.data.images import read_image
+from semiseg.data.table import load_table
+from semiseg.engine.build import RunData, build_objective, train_dataset
+from semiseg.engine.edges import EdgeMeasurement, Neighbourhood, measure_edges
+from semiseg.errors import UserError
+from semiseg.losses.terms import mask_targets
+from semiseg.study import load_study
+from tests import slow_reference as slow
+from tests.coco_files import CocoFiles, box_annotation, ellipse, make_coco, polygon_annotation, rle_annotation
+from tests.slow_reference import in_box, offsets
+
+THRESHOLDS = (0.0, 0.1, 0.3)
+
+
+def measure(files: CocoFiles, **changes) -> EdgeMeasurement:
+    """At the stored resolution, stride 4, 3 x 3 with dilation 2, unless changed."""
+    given = {"neighbourhoods": [Neighbourhood(3, 2)], "thresholds": THRESHOLDS, "stride": 4, "short_side": 0}
+    given |= {"long_side": 1333, "bottom_rows": 0}
+    return measure_edges(files.annotations, files.images, **{**given, **changes})
+
+
+def smooth(files: CocoFiles, seed: int = 0) -> CocoFiles:
+    """Images of slowly changing colours with some noise, so that every threshold divides the edges."""
+    random = np.random.default_rng(seed)
+    for image in files.content["images"]:
+        y, x = np.mgrid[: image["height"], : image["width"]]
+        base = np.stack([90 + 9 * np.sin(x / 9), 120 + 7 * np.cos(y / 7), 140 + 5 * np.sin((x + y) / 11)], axis=2)
+        noisy = base + random.integers(-3, 4, base.shape)
+        Image.fromarray(noisy.astype(np.uint8)).save(files.images / image["file_name"])
+    return files
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> CocoFiles:
+    """Two images, 46 x 37 and 40 x 50 (sides that the grid does not divide), RLE and polygon masks, a crowd, a box."""
+    first = ellipse(46, 37, box_xyxy=(3, 5, 30, 41))
+    second = ellipse(40, 50, box_xyxy=(10, 2, 50, 40))
+    annotations = [
+        rle_annotation(1, image_id=1, category_id=1, mask=first, compressed=True),
+        rle_annotation(2, image_id=2, category_id=3, mask=second, compressed=False),
+        polygon_annotation(3, image_id=2, category_id=1, points=[2, 2, 20, 6, 9, 33]),
+        box_annotation(4, image_id=2, category_id=1, box_xywh=[1, 1, 30, 30]),
+        rle_annotation(5, image_id=1, category_id=1, mask=~first, compressed=True, iscrowd=1),
+    ]
+    folder = tmp_path_factory.mktemp("edges")
+    return smooth(make_coco(folder, sizes_hw=[(46, 37), (40, 50)], annotations=annotations))
+
+
+def slow_counts(
+    files: CocoFiles, *, stride: int, size: int, dilation: int, thresholds: tuple[float, ...], bottom_rows: int
+) -> dict[float, tuple[int, int, int]]:
+    """threshold -> (all, counting, positive) edges, cell by cell, at the stored resolution."""
+    counts = {threshold: [0, 0, 0] for threshold in thresholds}
+    from pycocotools.coco import COCO
+
+    coco = COCO(str(files.annotations))
+    for annotation in files.content["annotations"]:
+        if annotation["iscrowd"] or "segmentation" not in annotation:
+            continue
+        info = coco.imgs[annotation["image_id"]]
+        image = read_image(files.images / info["file_name"])
+        height, width = image.shape[1:]
+        mask = coco.annToMask(annotation)
+        x, y, w, h = annotation["bbox"]
+        rows, columns = -(-height // stride), -(-width // stride)
+        padded = torch.zeros(3, rows * stride, columns * stride, dtype=torch.uint8)
+        padded[:, :height, :width] = image
+        plain = slow.affinity(
+            padded, size_hw=(height, width), bottom=bottom_rows, stride=stride, size=size, dilation=dilation
+        )
+
+        def label(row: int, column: int, mask: np.ndarray = mask) -> int:
+            y, x = stride * row + stride // 2, stride * column + stride // 2
+            return int(mask[y, x]) if y < mask.shape[0] and x < mask.shape[1] else 0
+
+        for k, (dy, dx) in enumerate(offsets(size, dilation)):
+            for i in range(rows):
+                for j in range(columns):
+                    similar = plain[k][i][j]
+                    if similar is None or not in_box([x, y, x + w, y + h], i, j, stride):
+                        continue
+                    same = label(i, j) == label(i + dy, j + dx)
+                    for threshold, count in counts.items():
+                        count[0] += 1
+                        count[1] += similar >= threshold
+                        count[2] += similar >= threshold and same
+    return {threshold: tuple(count) for threshold, count in counts.items()}
+
+
+@pytest.mark.parametrize(
+    ("stride", "size", "dilation", "bottom_rows"), [(4, 3, 2, 0), (2, 3, 1, 10), (3, 5, 2, 5), (1, 3, 1, 0)]
+)
+def test_equals_plain_loops(files: CocoFiles, stride: int, size: int, dilation: int, bottom_rows: int) -> None:
+    found = measure(files, stride=stride, neighbourhoods=[Neighbourhood(size, dilation)], bottom_rows=bottom_rows)
+    expected = slow_counts(
+        files, stride=stride, size=size, dilation=dilation, thresholds=THRESHOLDS, bottom_rows=bottom_rows
+    )
+    assert (found.images, found.instances) == (2, 3)
+    for share in found.shares:
+        every, counting, positive = expected[share.threshold]
+        assert share.edges == every > 0
+        assert share.share == counting / every
+        assert share.positive == positive / counting
+    assert found.shares[0].share == 1
+    assert 0.1 < found.shares[2].share < 0.9, "a case with both kinds of edges"
+    assert found.shares[0].positive < 1
+
+
+def test_sees_what_training_sees(files: CocoFiles, tmp_path: Path) -> None:
+    """Resized, with bottom rows: the same edges as those of a padded training batch, counted with the same labels."""
+    values = {
+        "data": {"short_sides": [64], "long_side": 90, "flip": 0.0, "bottom_rows_without_affinity": 10},
+        "supervision": {"source": "boxes"},
+        "objective": {"affinity_threshold": 0.1},
+    }
+    config = parse_config(RunConfig, values, where="test")
+    table = load_table(files.annotations, files.images, cache=tmp_path)
+    boxes = train_dataset(config, RunData(table, table, None))
+    masks = train_dataset(
+        config.model_copy(update={"supervision": config.supervision.model_copy(update={"source": "masks"})}),
+        RunData(table, table, None),
+    )
+    batch, with_masks = (Collate(32)([data[0, 0], data[1, 0]]) for data in (boxes, masks))
+    edges = mask_targets(batch, objective=build_objective(config.objective)).edges["pairwise"]
+    targets = with_masks.targets
+    assert targets is not None
+    counting = positive = 0
+    for row, instance in enumerate(targets.mask_instance.tolist()):
+        image, mask = int(targets.image_index[instance]), targets.masks[row]
+        box = targets.boxes_xyxy[instance].tolist()
+        for k, (dy, dx) in enumerate(offsets(3, 2)):
+            for i, j in edges[image, k].nonzero().tolist():
+                if in_box(box, i, j, 4):
+                    counting += 1
+                    positive += bool(mask[i, j] == mask[i + dy, j + dx])
+    found = measure(files, short_side=64, long_side=90, bottom_rows=10, thresholds=[0.1]).shares[0]
+    assert round(found.share * found.edges) == counting > 500
+    assert found.positive == positive / counting
+    assert positive < counting
+
+
+def test_several_neighbourhoods_are_those_one_by_one(files: CocoFiles) -> None:
+    wanted = [Neighbourhood(3, 1), Neighbourhood(5, 2)]
+    together = measure(files, neighbourhoods=wanted).shares
+    assert together == tuple(share for one in wanted for share in measure(files, neighbourhoods=[one]).shares)
+
+
+def test_limits_and_nothing_to_measure(files: CocoFiles, tmp_path: Path) -> None:
+    assert measure(files, max_images=1).images == 1
+    assert measure(files, max_images=1).instances == 1
+    flat = make_coco(
+        tmp_path / "flat",
+        sizes_hw=[(32, 32)],
+        annotations=[polygon_annotation(1, image_id=1, category_id=1, points=[0, 0, 32, 0, 32, 32, 0, 32])],
+    )
+    Image.new("RGB", (32, 32), (9, 9, 9)).save(flat.images / "001.png")
+    assert [(share.share, share.positive) for share in measure(flat).shares] == [(1.0, 1.0)] * 3
+    # Every row at the bottom is left out: no edge at all.
+    share = measure(flat, bottom_rows=32).shares[0]
+    assert share.edges == 0
+    assert math.isnan(share.share)
+    assert math.isnan(share.positive)
+    boxes = flat.rewrite(lambda content: content["annotations"][0].pop("segmentation"))
+    with pytest.raises(UserError, match="no instance with a mask in the 1 images looked at"):
+        measure(boxes)
+
+
+def test_a_missing_image_is_named(tmp_path: Path) -> None:
+    files = make_coco(tmp_path, sizes_hw=[(32, 32)])
+    (files.images / "001.png").unlink()
+    with pytest.raises(UserError, match=r"001\.png: no such image file"):
+        measure(files)
+
+
+def test_the_verb_prints_and_writes_the_numbers(files: CocoFiles, tmp_path: Path) -> None:
+    out = tmp_path / "numbers.json"
+    arguments = ["data", "affinity", str(files.annotations), str(files.images), "--stride", "2", "--json", str(out)]
+    result = CliRunner().invoke(app, [*arguments, "--threshold", "0.1", "--threshold", "0", "--bottom-rows", "10"])
+    assert result.exit_code == 0, result.output
+    written = json.loads(out.read_text())
+    assert [(item["size"], item["dilation"], item["threshold"]) for item in written["shares"]] == [
+        (size, dilation, threshold) for size in (3, 5) for dilation in (1, 2) for threshold in (0.0, 0.1)
+    ]
+    found = measure(files, stride=2, bottom_rows=10, neighbourhoods=[Neighbourhood(5, 2)], thresholds=[0.1]).shares[0]
+    assert written["shares"][-1]["positive"] == found.positive
+    line = next(line for line in result.output.splitlines() if line.startswith("5 x 5, dilation 2") and "0.1" in line)
+    assert f"{100 * found.positive:.1f} %" in line
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        (["--size", "4"], "--size 4: expected an odd number"),
+        (["--size", "1"], "--size 1: expected an odd number"),
+        (["--dilation", "0"], "--dilation 0: expected a positive number"),
+        (["--threshold", "1.5"], "--threshold 1.5: expected a number from 0 to 1"),
+    ],
+)
+def test_impossible_options_are_told(files: CocoFiles, option: list[str], told: str) -> None:
+    result = CliRunner().invoke(app, ["data", "affinity", str(files.annotations), str(files.images), *option])
+    assert result.exit_code == 2
+    assert told in result.output
+
+
+STUDY = """
+title = "T"
+question = "Q?"
+[base]
+data = { root = "ROOT", val_annotations = "instances.json", val_images = "images", val_short_side = 48 }
+supervision.source = "boxes"
+[[rows]]
+name = "full"
+set.supervision.source = "masks"
+[[rows]]
+name = "0.0"
+set.objective.affinity_threshold = 0.0
+[[rows]]
+name = "0.1"
+set.objective.affinity_threshold = 0.1
+[[tables]]
+name = "tau"
+title = "tau"
+number = "tau"
+rows = ["full", "0.0", "0.1"]
+"""
+
+
+def test_a_study_measures_the_edges_of_its_rows_once(files: CocoFiles, tmp_path: Path) -> None:
+    (tmp_path / "tau.toml").write_text(STUDY.replace("ROOT", str(files.annotations.parent)))
+    study = load_study(str(tmp_path / "tau.toml"))
+    kinds = table_edges(study, study.tables[0])
+    assert kinds == {"0.0": (3, 2, 0.0), "0.1": (3, 2, 0.1)}
+    assert recorded_edges(tmp_path) == ({}, "")
+    record_edges(study, tmp_path)
+    shares, sentence = recorded_edges(tmp_path)
+    assert "2 validation images with 3 instances (short side 48, mask grid at stride 4)" in sentence
+    limit = DataConfig().val_long_side
+    direct = measure(files, short_side=48, long_side=limit, bottom_rows=10, thresholds=(0.0, 0.1)).shares
+    assert [shares[kind].positive for kind in kinds.values()] == [share.positive for share in direct]
+    path = tmp_path / "edges.json"
+    before = path.stat().st_mtime_ns
+    record_edges(study, tmp_path)
+    assert path.stat().st_mtime_ns == before
+    path.write_text("{")
+    with pytest.raises(UserError, match=r"edges\.json: not readable; remove it"):
+        recorded_edges(tmp_path)
+    record_edges(study, tmp_path)
+    assert recorded_edges(tmp_path)[0] == shares
+
+
+def test_only_studies_that_vary_the_edges_measure_them(tmp_path: Path) -> None:
+    for name in ("shapes", "coco_table3", "coco_table4"):
+        study = load_study(name)
+        assert all(table_edges(study, table) == {} for table in study.tables), name
+        if name != "shapes":
+            record_edges(study, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    assert (
+        len(set(table_edges(load_study("coco_neighbourhood"), load_study("coco_neighbourhood").tables[0]).values()))
+        == 4
+    )
