@@ -10,7 +10,7 @@ from typing import IO, Literal
 from semiseg.errors import UserError
 
 WEIGHTS_NAME = "model.safetensors"  # in a model folder
-Kind = Literal["splits", "experiments", "published"]
+Kind = Literal["splits", "experiments", "launch", "published"]
 
 # kind -> (folder below the working project or the packaged copy, suffix, the word for one of them)
 _PLACES: dict[Kind, tuple[str, str, str]] = {
@@ -20,6 +20,7 @@ _PLACES: dict[Kind, tuple[str, str, str]] = {
 }
 
 
+    "launch": ("experiments/launch", ".yaml", "launch file"),
 def find(kind: Kind, name: str) -> Path:
     """The file that `name` means: a path, else a file of the working project, else of the packaged copy.
 

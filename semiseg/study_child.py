@@ -44,11 +44,13 @@ class Share:
         processes: that train it together.
         threads: of each process.
         gpus: ids for CUDA_VISIBLE_DEVICES.
+        launch: accelerate's configuration file that starts the processes; None = by their number alone.
     """
 
     processes: int
     threads: int
     gpus: tuple[str, ...]
+    launch: Path | None = None
 
 
 def this_machine() -> Machine:
@@ -66,7 +68,7 @@ def this_machine() -> Machine:
     return Machine(cores, named[:count])
 
 
-def share_of(machine: Machine, *, slot: int, side_by_side: int, processes: int) -> Share:
+def share_of(machine: Machine, *, slot: int, side_by_side: int, processes: int, launch: Path | None = None) -> Share:
     """Equal shares; more runs than groups of GPUs share them in turn.
 
     Args:
@@ -74,19 +76,23 @@ def share_of(machine: Machine, *, slot: int, side_by_side: int, processes: int) 
     """
     threads = max(1, machine.cores // (side_by_side * processes))
     if not machine.gpus:
-        return Share(processes, threads, ())
+        return Share(processes, threads, (), launch)
     if processes > len(machine.gpus):
-        raise UserError(f"--processes {processes}: there are {len(machine.gpus)} GPUs, one process uses one")
+        asked = f"--processes {processes}" if launch is None else f"{launch}: num_processes {processes}"
+        raise UserError(f"{asked}: there are {len(machine.gpus)} GPUs, one process uses one")
     first = slot % (len(machine.gpus) // processes) * processes
-    return Share(processes, threads, machine.gpus[first : first + processes])
+    return Share(processes, threads, machine.gpus[first : first + processes], launch)
 
 
 def launch_command(command: Sequence[str], arguments: Sequence[str], *, share: Share) -> list[str]:
-    """The command line of a run; several processes go through accelerate.
+    """The command line of a run; several processes go through accelerate, and one that has a launch file.
 
     Args:
         command: python and what it runs, such as (python, "-m", "semiseg").
     """
+    if share.launch is not None:
+        launcher = ["-m", "accelerate.commands.launch", "--config_file", str(share.launch)]
+        return [command[0], *launcher, *command[1:], *arguments]
     if share.processes == 1:
         return [*command, *arguments]
     # `--cpu` would start a single process without a word, so gloo is asked for as in `child_environment`. Port 0 is a

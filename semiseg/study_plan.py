@@ -6,6 +6,7 @@ the same run, which is never trained twice; different ones never share a folder.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -15,6 +16,7 @@ from typing import Any
 from semiseg.config import DataConfig, RunConfig
 from semiseg.config_files import digest, file_digest
 from semiseg.data.sources import expected_files
+from semiseg.engine.processes import fit_to_processes, parts_per_step, told_change
 from semiseg.errors import UserError
 from semiseg.resources import weights_file
 from semiseg.results import Result
@@ -67,13 +69,26 @@ def run_identity(run: StudyRun, *, data: str, split_digest: str | None, weights:
     return {"config": digest(run.config.identity()), "split": split_digest, "data": data, "init": init}
 
 
-def plan(study: Study, *, only: Sequence[str] = (), runs_folder: Path = RUNS_FOLDER) -> list[PlannedRun]:
+def fitted_run(run: StudyRun, processes: int) -> StudyRun:
+    """The run, and the one that it starts from, as so many processes execute them."""
+    init = None if run.init is None else fitted_run(run.init, processes)
+    return replace(run, config=fit_to_processes(run.config, processes), init=init)
+
+
+def plan(
+    study: Study, *, only: Sequence[str] = (), processes: int = 1, runs_folder: Path = RUNS_FOLDER
+) -> list[PlannedRun]:
     """The study's runs with their identities, each run once, initial runs before those that start from them.
 
     Reads the annotation files and the class splits.
     """
     planned: dict[str, PlannedRun] = {}
-    for run in study_runs(study, only=only):
+    for asked in study_runs(study, only=only):
+        run = fitted_run(asked, processes)
+        parts_per_step(run.config, processes)  # a batch that cannot be shared is said before any run starts
+        told = told_change(asked.config, run.config, processes)
+        if told:
+            warnings.warn(told, stacklevel=2)  # rows with the same change say it once
         first = run.init or run
         names = class_names(run.config.data) if run.split is not None else ()
         split_digest = load_split(run.split, names).digest() if run.split is not None else None
@@ -173,6 +188,7 @@ def matching_results(study: Study, results: Iterable[Result]) -> dict[RunKey, Re
     return found
 
 
+    run = fitted_run(run, result.processes)
 def _is_result_of(result: Result, run: StudyRun) -> bool:
     if result.identity.get("config") != digest(run.config.identity()):
         return False

@@ -35,6 +35,7 @@ class Execution:
     Attributes:
         jobs: independent runs side by side.
         processes: per run; more than one go through accelerate.
+        launch: accelerate's configuration file for each run, of as many processes on this machine.
         reproduce: train also what is recorded but was not trained in this folder.
         typed: the command that the user typed, for the record.
         command: what runs the command line of a child.
@@ -44,6 +45,7 @@ class Execution:
 
     jobs: int = 1
     processes: int = 1
+    launch: Path | None = None
     reproduce: bool = False
     typed: tuple[str, ...] = ()
     command: tuple[str, ...] = field(default_factory=python_command)
@@ -112,16 +114,20 @@ def run_missing(
         UserError: runs failed (the others have been finished first), or a run is being trained elsewhere.
         KeyboardInterrupt: SIGINT or SIGTERM; the running ones were given time to write a checkpoint.
     """
-    for run in planned:
-        # An earlier call may have been killed between the end of a run and its record.
-        if (run.folder / RESULT_NAME).is_file():
-            append(results, read_result(run, typed=how.typed))
+    record_ended(planned, results=results, typed=how.typed)
     todo = runs_to_do(planned, latest(read(results)), reproduce=how.reproduce)
     if todo:
         for config in {digest(run.config.data.model_dump()): run.config.data for run in todo}.values():
             prepare_data(config)
         _Study(planned, todo, name=name, results=results, how=how, stream=stream or sys.stderr).run()
     return todo
+
+
+def record_ended(planned: Sequence[PlannedRun], *, results: Path, typed: Sequence[str]) -> None:
+    """Records what has ended without being recorded: an earlier call was killed, or it was trained on its own."""
+    for run in planned:
+        if (run.folder / RESULT_NAME).is_file():
+            append(results, read_result(run, typed=typed))
 
 
 def prepare_data(config: DataConfig) -> None:
@@ -192,7 +198,8 @@ class _Study:
     def _start(self, run: PlannedRun) -> None:
         slot = min(set(range(self.how.jobs)) - {child.slot for child in self.running})
         side_by_side = self.side_by_side[run.row == PRETRAIN_ROW]
-        share = share_of(self.how.machine, slot=slot, side_by_side=side_by_side, processes=self.how.processes)
+        how = self.how
+        share = share_of(how.machine, slot=slot, side_by_side=side_by_side, processes=how.processes, launch=how.launch)
         try:
             self.running.append(Child(run, command=self.how.command, share=share, slot=slot))
         except UserError as error:

@@ -14,6 +14,8 @@ from semiseg.resources import require_folder
 
 if TYPE_CHECKING:
     from semiseg.study import Study
+    from semiseg.study_launch import LaunchFile
+    from semiseg.study_plan import PlannedRun
     from semiseg.study_run import RunStatus
 
 StudyName = Annotated[str, typer.Argument(metavar="STUDY", help="Name or path of a study file (experiments/*.toml).")]
@@ -34,6 +36,10 @@ def run(
     seeds: Seeds = None,
     jobs: Annotated[int, typer.Option(min=1, help="Independent runs side by side.")] = 1,
     processes: Annotated[int, typer.Option(min=1, help="Processes per run, through accelerate.")] = 1,
+    launch: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Instead of --processes: accelerate's configuration file for each run."),
+    ] = None,
     reproduce: Annotated[
         bool, typer.Option("--reproduce", help="Train also what is only recorded, as by another machine.")
     ] = False,
@@ -56,7 +62,9 @@ def run(
 
     loaded = _load(study, overrides, seeds)
     folder = _folder(loaded, out)
-    planned = plan(loaded, only=only or ())
+    file = _launch_file(launch, processes)
+    processes = processes if file is None else file.processes
+    planned = plan(loaded, only=only or (), processes=processes)
     if dry_run:
         recorded = latest(read(folder / RESULTS_NAME))
         todo = runs_to_do(planned, recorded, reproduce=reproduce)
@@ -64,7 +72,11 @@ def run(
         typer.echo(f"{len(todo)} of {len(planned)} runs to train")
         return
     require_folder(folder)
-    how = Execution(jobs=jobs, processes=processes, reproduce=reproduce, typed=("semiseg", *sys.argv[1:]))
+    typed = ("semiseg", *sys.argv[1:])
+    if file is not None and file.machines > 1 and _told_machines(planned, file, folder, reproduce, typed):
+        return
+    path = None if file is None else file.path
+    how = Execution(jobs=jobs, processes=processes, launch=path, reproduce=reproduce, typed=typed)
     trained = run_missing(planned, name=loaded.name, results=folder / RESULTS_NAME, how=how)
     if not trained:
         typer.echo(f"nothing to train: all {len(planned)} runs are done")
@@ -77,7 +89,47 @@ def run(
     _build_report(loaded, folder, command=_command(study, overrides, seeds, out))
 
 
-def status(study: StudyName, overrides: Overrides = None, seeds: Seeds = None, out: Out = None) -> None:
+def _launch_file(name: str | None, processes: int) -> LaunchFile | None:
+    if name is None:
+        return None
+    if processes > 1:
+        raise UserError(
+            f"--processes {processes}: the number of processes is that of --launch {name}; give one of the two"
+        )
+    from semiseg.study_launch import read_launch_file
+
+    return read_launch_file(name)
+
+
+def _told_machines(
+    planned: list[PlannedRun], file: LaunchFile, folder: Path, reproduce: bool, typed: tuple[str, ...]
+) -> bool:
+    """Says what to type on several machines, whose runs nobody can start from one of them; False: all are done."""
+    from semiseg.results import latest, read
+    from semiseg.study_launch import lines_for_machines
+    from semiseg.study_plan import RESULTS_NAME
+    from semiseg.study_run import record_ended
+
+    record_ended(planned, results=folder / RESULTS_NAME, typed=typed)
+    lines = lines_for_machines(planned, latest(read(folder / RESULTS_NAME)), file, reproduce=reproduce)
+    if lines:
+        typer.echo(
+            f"# {len(lines)} runs on {file.machines} machines: in this folder, on each machine, in this order, with "
+            "RANK 0 on that of main_process_ip;\n# afterwards the same 'semiseg run' records them and reports"
+        )
+        typer.echo("\n".join(lines))
+    return bool(lines)
+
+
+def status(
+    study: StudyName,
+    overrides: Overrides = None,
+    seeds: Seeds = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="As in 'run': under the linear batch rule other runs are meant.")
+    ] = 1,
+    out: Out = None,
+) -> None:
     """Show which runs of a study are done.
 
     The others are under way (started) or missing.
@@ -90,7 +142,7 @@ def status(study: StudyName, overrides: Overrides = None, seeds: Seeds = None, o
 
     loaded = _load(study, overrides, seeds)
     recorded = latest(read(_folder(loaded, out) / RESULTS_NAME))
-    statuses = [run_status(item, recorded) for item in plan(loaded)]
+    statuses = [run_status(item, recorded) for item in plan(loaded, processes=processes)]
     typer.echo(_status_table(statuses), nl=False)
     counts = Counter(item.state for item in statuses)
     typer.echo(f"{loaded.name}: " + ", ".join(f"{counts[state]} {state}" for state in ("done", "started", "missing")))
