@@ -73,8 +73,7 @@ def voc_record(
     Args:
         voc: the folder VOC2012.
         masks_required: a missing map in `SegmentationObject` is an error; otherwise such an image has boxes only.
-        without_mask: what an object of a *segmented* image without a pixel in the map is: an instance with a box,
-            or ignored by its box.
+        without_mask: what an object without a pixel in the map is: an instance with a box, or ignored by its box.
 
     Raises:
         UserError: a file is missing or broken; names it.
@@ -84,15 +83,14 @@ def voc_record(
     map_path = voc / "SegmentationObject" / f"{name}.png"
     masks: dict[int, np.ndarray] = {}
     misfits: list[str] = []
-    is_segmented = masks_required or map_path.is_file()
-    if is_segmented:
+    if masks_required or map_path.is_file():
         class_path = voc / "SegmentationClass" / f"{name}.png"
         classes = read_indices(class_path, size_hw) if class_path.is_file() else None
         masks, misfits = _masks(read_indices(map_path, size_hw), classes, annotated, str(map_path))
     objects = []
     for number, item in enumerate(annotated, start=1):
         mask = masks.get(number)
-        ignored = item.difficult or (mask is None and is_segmented and without_mask == "ignored")
+        ignored = item.difficult or (mask is None and without_mask == "ignored")
         objects.append(make_object(number, item.category_id, item.box_xywh, mask=mask, is_crowd=ignored))
     return ImageRecord(name, size_hw, objects, misfits)
 
