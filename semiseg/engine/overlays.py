@@ -7,6 +7,7 @@ so that text can be read on small images and large ones stay small.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +15,14 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFont
+from pycocotools import mask as rle_codec
 from torch import Tensor
 
 from semiseg.data.rasterise import rle_to_mask
 
 # Okabe and Ito 2008, distinguishable with any colour vision; black, which photographs are full of, is left out.
-COLOURS = (
+COLOURS: tuple[Colour, ...] = (
     *((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66)),
     *((0, 114, 178), (213, 94, 0), (204, 121, 167)),
 )
@@ -28,6 +30,7 @@ SMALLEST_SIDE = 480  # of the drawing's shorter side: smaller images are enlarge
 LARGEST_SIDE = 2048  # of the drawing's longer side: larger images are reduced
 MASK_OPACITY = 0.45
 
+Colour = tuple[int, int, int]
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in drawing pixels, half open
 
 
@@ -79,11 +82,9 @@ def draw_detections(picture: Image.Image, original_hw: tuple[int, int], detectio
     boxes = [_scaled(item.box_xyxy, scale_x, scale_y, picture.size) for item in detections]
     colours = choose_colours(boxes)
     line = max(round(min(picture.size) / 450), 1)
-    pixels = np.array(picture)
+    drawing = picture.copy()
     for item, colour in reversed(list(zip(detections, colours, strict=True))):
-        mask = rle_to_mask(item.rle["counts"].encode("ascii"), original_hw)
-        _paint_mask(pixels, mask, colour, line=line + 1)
-    drawing = Image.fromarray(pixels)
+        _paint_mask(drawing, item.rle, colour, line=line + 1)
     pen = ImageDraw.Draw(drawing)
     for box, colour in reversed(list(zip(boxes, colours, strict=True))):
         pen.rectangle((box[0], box[1], box[2] - 1, box[3] - 1), outline=colour, width=line)
@@ -91,7 +92,7 @@ def draw_detections(picture: Image.Image, original_hw: tuple[int, int], detectio
     return drawing
 
 
-def choose_colours(boxes: Sequence[Box]) -> list[tuple[int, int, int]]:
+def choose_colours(boxes: Sequence[Box]) -> list[Colour]:
     """A colour for each box: the next in turn that no box before it has which touches it, or else the next."""
     chosen: list[int] = []
     for number, box in enumerate(boxes):
@@ -113,34 +114,42 @@ def _scaled(box: Sequence[float], scale_x: float, scale_y: float, size_wh: tuple
     return x0, y0, max(x1, x0 + 1), max(y1, y0 + 1)
 
 
-def _paint_mask(pixels: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int], *, line: int) -> None:
-    """Tints the mask in `pixels` (H, W, 3) and draws its outline, `line` pixels wide and inside the mask."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if not len(rows):
+def _paint_mask(drawing: Image.Image, rle: dict[str, Any], colour: Colour, *, line: int) -> None:
+    """Tints a mask of the original's size in the drawing, with an outline `line` pixels wide inside it."""
+    x, y, width, height = rle_codec.toBbox(rle).tolist()
+    if width == 0 or height == 0:
         return
-    height, width = pixels.shape[:2]
-    # Only the part of the picture that the mask covers, with whole original pixels around it.
-    top, bottom = rows[0] * height // mask.shape[0], -(-(rows[-1] + 1) * height // mask.shape[0])
-    left, right = columns[0] * width // mask.shape[1], -(-(columns[-1] + 1) * width // mask.shape[1])
-    source = (
-        left * mask.shape[1] / width,
-        top * mask.shape[0] / height,
-        right * mask.shape[1] / width,
-        bottom * mask.shape[0] / height,
+    original_height, original_width = rle["size"]
+    scale_x, scale_y = original_width / drawing.width, original_height / drawing.height
+    # Only the part of the drawing that the mask covers, and of the mask what that part is made of.
+    left, right = math.floor(x / scale_x), min(math.ceil((x + width) / scale_x), drawing.width)
+    top, bottom = math.floor(y / scale_y), min(math.ceil((y + height) / scale_y), drawing.height)
+    margin = 2 * math.ceil(max(scale_x, scale_y))
+    x0, y0 = max(int(x) - margin, 0), max(int(y) - margin, 0)
+    mask = rle_to_mask(rle["counts"].encode("ascii"), (original_height, original_width))
+    part = np.ascontiguousarray(mask[y0 : int(y + height) + margin, x0 : int(x + width) + margin])
+    source = (left * scale_x - x0, top * scale_y - y0, right * scale_x - x0, bottom * scale_y - y0)
+    scaled = Image.fromarray(part.view(np.uint8) * np.uint8(255)).resize(
+        (right - left, bottom - top),
+        Image.Resampling.BILINEAR,
+        box=(source[0], source[1], min(source[2], part.shape[1]), min(source[3], part.shape[0])),
     )
-    scaled = Image.fromarray(mask.astype(np.uint8) * 255).resize(
-        (right - left, bottom - top), Image.Resampling.BILINEAR, box=source
-    )
-    inside = np.pad(np.asarray(scaled) >= 128, line)  # beyond the picture there is no mask: an outline there, too
-    inner = np.asarray(Image.fromarray(inside).convert("L").filter(ImageFilter.MinFilter(2 * line + 1))) > 0
-    inside, inner = inside[line:-line, line:-line], inner[line:-line, line:-line]
-    part = pixels[top:bottom, left:right]
-    part[inside] = (part[inside] * (1 - MASK_OPACITY) + np.array(colour) * MASK_OPACITY).astype(np.uint8)
-    part[inside & ~inner] = colour
+    inside = np.asarray(scaled) >= 128
+    opacity = np.where(inside & ~_eroded(inside, line), 255, inside * round(255 * MASK_OPACITY)).astype(np.uint8)
+    drawing.paste(colour, (left, top), Image.fromarray(opacity))
+
+
+def _eroded(mask: np.ndarray, distance: int) -> np.ndarray:
+    """The pixels of a mask (H, W) from which all pixels up to `distance` rows and columns away are in the mask."""
+    height, width = mask.shape
+    steps = range(2 * distance + 1)
+    padded = np.pad(mask, distance)
+    columns = np.logical_and.reduce([padded[:, step : step + width] for step in steps])
+    return np.logical_and.reduce([columns[step : step + height] for step in steps])
 
 
 def _write_labels(
-    pen: ImageDraw.ImageDraw, texts: Sequence[str], boxes: Sequence[Box], colours: Sequence[tuple[int, int, int]]
+    pen: ImageDraw.ImageDraw, texts: Sequence[str], boxes: Sequence[Box], colours: Sequence[Colour]
 ) -> None:
     width, height = pen.im.size
     font = load_font(min(max(round(min(width, height) / 50), 13), 24))

@@ -107,9 +107,7 @@ def find_device(name: str | torch.device | None) -> torch.device:
     return device
 
 
-def forward_groups(
-    sizes_hw: Sequence[tuple[int, int]], *, size_divisor: int, forward_pixels: int = FORWARD_PIXELS
-) -> list[list[int]]:
+def forward_groups(sizes_hw: Sequence[tuple[int, int]], *, size_divisor: int, forward_pixels: int) -> list[list[int]]:
     """Which images go through the network together: those of equal padded size, as many as memory bears.
 
     Args:
@@ -138,6 +136,7 @@ def find_instances(
     output_sizes: Sequence[tuple[int, int]],
     config: ModelConfig,
     score_threshold: float,
+    forward_pixels: int = FORWARD_PIXELS,
 ) -> Iterator[Found]:
     """Yields the detections of every image once, group by group (see `forward_groups`), not in the images' order.
 
@@ -149,10 +148,11 @@ def find_instances(
         output_sizes: (height, width) of boxes and masks, for each image.
         config: thresholds beside the score's.
         score_threshold: for class probability x centreness; the score is the square root of that.
+        forward_pixels: see `forward_groups`.
     """
     sizes = [(image.shape[1], image.shape[2]) for image in images]
     device = network.pixel_mean.device
-    for numbers in forward_groups(sizes, size_divisor=network.size_divisor):
+    for numbers in forward_groups(sizes, size_divisor=network.size_divisor, forward_pixels=forward_pixels):
         padded, sizes_hw = pad_images([images[number].to(device) for number in numbers], network.size_divisor)
         sizes_hw = sizes_hw.to(device)
         outputs = network(padded, sizes_hw)

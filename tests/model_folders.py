@@ -1,0 +1,44 @@
+"""A model folder for tests: a tiny network whose random weights already find something."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from semiseg.config import ModelConfig
+from semiseg.engine.checkpoint import ModelInfo, save_model
+from semiseg.models.condinst import build_model
+from tests.coco_files import CLASS_NAMES
+from tests.tiny import tiny_config
+
+
+def make_model(
+    folder: Path,
+    *,
+    class_names: tuple[str, ...] = CLASS_NAMES,
+    category_ids: tuple[int, ...] | None = None,
+    short_side: int = 64,
+    long_side: int = 96,
+    score_threshold: float = 0.2,
+) -> ModelInfo:
+    """Writes `model.safetensors` and `config.json`; category ids are 1, 3, 5, ... as in `make_coco`.
+
+    Scores vary over the image, boxes are some cells wide, masks are parts of the image.
+    """
+    config = ModelConfig.model_validate(
+        {**tiny_config(folder).model.model_dump(), "score_threshold": score_threshold, "max_detections": 10}
+    )
+    torch.manual_seed(0)
+    network = build_model(config, num_classes=len(class_names))
+    with torch.no_grad():
+        head = network.head
+        for layer, bias in ((head.class_logits, -1.0), (head.box_distances, 1.5), (head.centreness, 0.0)):
+            layer.weight.mul_(12)
+            layer.bias.fill_(bias)
+        network.controller.weight.mul_(10)
+        network.controller.bias.normal_(std=0.7)
+    ids = category_ids or tuple(2 * label + 1 for label in range(len(class_names)))
+    info = ModelInfo(config, class_names, ids, short_side, long_side)
+    save_model(folder, network.state_dict(), info)
+    return info
