@@ -16,11 +16,11 @@ Kind = Literal["splits", "experiments", "launch", "published"]
 _PLACES: dict[Kind, tuple[str, str, str]] = {
     "splits": ("splits", ".toml", "class split"),
     "experiments": ("experiments", ".toml", "study"),
+    "launch": ("experiments/launch", ".yaml", "launch file"),
     "published": ("reports/published", ".csv", "table of printed numbers"),
 }
 
 
-    "launch": ("experiments/launch", ".yaml", "launch file"),
 def find(kind: Kind, name: str) -> Path:
     """The file that `name` means: a path, else a file of the working project, else of the packaged copy.
 

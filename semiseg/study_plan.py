@@ -188,8 +188,8 @@ def matching_results(study: Study, results: Iterable[Result]) -> dict[RunKey, Re
     return found
 
 
-    run = fitted_run(run, result.processes)
 def _is_result_of(result: Result, run: StudyRun) -> bool:
+    run = fitted_run(run, result.processes)
     if result.identity.get("config") != digest(run.config.identity()):
         return False
     split_digest = None
