@@ -27,7 +27,7 @@ def make_model(
     Scores vary over the image, boxes are some cells wide, masks are parts of the image.
     """
     config = ModelConfig.model_validate(
-        {**tiny_config(folder).model.model_dump(), "score_threshold": score_threshold, "max_detections": 10}
+        {**tiny_config(folder).model.model_dump(), "score_threshold": score_threshold, "max_detections": 20}
     )
     torch.manual_seed(0)
     network = build_model(config, num_classes=len(class_names))

@@ -104,8 +104,9 @@ def test_the_signatures_that_are_promised() -> None:
 def test_detect_is_the_network_on_one_image_at_a_time(model: semiseg.LoadedModel, images: list[Tensor]) -> None:
     outputs = [(h * 2, w + 5) if number % 2 else (h, w) for number, (h, w) in enumerate(SIZES)]
     together = semiseg.detect(model, images, output_sizes=outputs, score_threshold=0.1)
+    assert sum(map(len, together)) > 40
     for image, output_hw, found in zip(images, outputs, together, strict=True):
-        assert len(found) > 3
+        assert len(found) > 0
         assert found.masks.shape[1:] == output_hw
         assert 0 < found.masks.float().mean() < 1
         assert_same(found, slowly(model, image, output_hw, 0.1))
