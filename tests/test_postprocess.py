@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
+from pycocotools import mask as rle_codec
 from torch import Tensor
 from torch.nn import functional as F
 
+from semiseg.engine.predict import Found, coco_results, encode_masks
 from semiseg.models.fcos_head import make_locations
 from semiseg.models.postprocess import (
     Candidates,
@@ -188,6 +191,47 @@ def test_masks_in_chunks_are_the_masks_at_once() -> None:
         assert [len(masks) for _, masks in chunks] == expected
         assert torch.equal(torch.cat([numbers for numbers, _ in chunks]), torch.arange(count))
         assert torch.equal(torch.cat([masks for _, masks in chunks]), whole)
+
+
+def test_large_masks_are_made_and_encoded_one_at_a_time() -> None:
+    """The RLE path of evaluate and predict holds one full-size mask, however many there are."""
+    outputs = empty_outputs()
+    queries = MaskQueries(torch.zeros(3).long(), torch.arange(3) * 9, torch.arange(3))
+    output_hw = (900, 1250)
+    chunks = list(iter_masks(FeatureMasks(), outputs, queries, (30, 45), output_hw))
+    assert [tuple(masks.shape) for _, masks in chunks] == [(1, *output_hw)] * 3
+    found = Found(
+        number=0,
+        output_hw=output_hw,
+        boxes_xyxy=torch.zeros(3, 4),
+        scores=torch.tensor([0.9, 0.8, 0.7]),
+        labels=torch.tensor([1, 0, 1]),
+        masks=iter_masks(FeatureMasks(), outputs, queries, (30, 45), output_hw),
+    )
+    results = coco_results(found, image_id=4, category_ids=(10, 20))
+    assert [result["category_id"] for result in results] == [20, 10, 20]
+    for result, (_, masks) in zip(results, chunks, strict=True):
+        assert np.array_equal(rle_codec.decode(result["segmentation"]), masks[0].numpy())
+
+
+def test_masks_are_encoded_as_pycocotools_encodes_them() -> None:
+    generator = torch.Generator().manual_seed(3)
+    height, width = 7, 5
+    masks = torch.rand(60, height, width, generator=generator) < torch.linspace(0, 1, 60)[:, None, None]
+    assert not masks[0].any()
+    assert masks[-1].all()
+    corners = torch.zeros(5, height, width, dtype=torch.bool)
+    for number, (y, x) in enumerate(((0, 0), (0, width - 1), (height - 1, 0), (height - 1, width - 1), (3, 2))):
+        corners[number, y, x] = True
+    stripes = torch.zeros(2, height, width, dtype=torch.bool)
+    stripes[0, :, 1], stripes[1, :, 3:] = True, True  # whole columns: runs that end where a column does
+    every = torch.cat([masks, corners, stripes])
+    expected = rle_codec.encode(np.asfortranarray(every.permute(1, 2, 0).numpy().astype(np.uint8)))
+    assert len(expected) == 67
+    assert encode_masks(every) == [
+        {"size": [height, width], "counts": item["counts"].decode("ascii")} for item in expected
+    ]
+    assert encode_masks(every[:0]) == []
 
 
 @pytest.mark.parametrize("stride", [1, 2, 4, 8])

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pycocotools import mask as rle_codec
 from torch import Tensor
 
@@ -227,6 +228,19 @@ def coco_results(found: Found, *, image_id: int, category_ids: Sequence[int]) ->
 
 def encode_masks(masks: Tensor) -> list[dict[str, Any]]:
     """(N, H, W) bool masks as COCO's compressed RLE with text counts."""
-    columns = np.asfortranarray(masks.permute(1, 2, 0).cpu().numpy().astype(np.uint8))
-    encoded = rle_codec.encode(columns)
-    return [{"size": list(map(int, item["size"])), "counts": item["counts"].decode("ascii")} for item in encoded]
+    return [_encode_mask(mask) for mask in masks.cpu().numpy()]
+
+
+def _encode_mask(mask: NDArray[np.bool_]) -> dict[str, Any]:
+    """What `rle_codec.encode` gives, looking only at the columns that hold a part of the mask."""
+    height, width = mask.shape
+    columns = np.flatnonzero(mask.any(axis=0))
+    changes = np.zeros(0, dtype=np.int64)
+    if len(columns):
+        strip = mask[:, columns[0] : columns[-1] + 1].T.ravel()  # RLE runs down the columns
+        changes = np.flatnonzero(np.diff(strip, prepend=False, append=False)) + columns[0] * height
+    counts = np.diff(changes, prepend=0, append=height * width)  # of pixels outside, inside, outside, ...
+    if len(changes) and counts[-1] == 0:
+        counts = counts[:-1]
+    encoded = rle_codec.frPyObjects({"size": [height, width], "counts": counts.tolist()}, height, width)
+    return {"size": [height, width], "counts": encoded["counts"].decode("ascii")}
