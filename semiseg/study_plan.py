@@ -15,7 +15,7 @@ from typing import Any
 
 from semiseg.config import DataConfig, RunConfig
 from semiseg.config_files import digest, file_digest
-from semiseg.data.sources import expected_files
+from semiseg.data.sources import ensure_files
 from semiseg.engine.processes import fit_to_processes, parts_per_step, told_change
 from semiseg.errors import UserError
 from semiseg.resources import weights_file
@@ -80,7 +80,7 @@ def plan(
 ) -> list[PlannedRun]:
     """The study's runs with their identities, each run once, initial runs before those that start from them.
 
-    Reads the annotation files and the class splits.
+    Reads the annotation files, made on first use where the source is none of COCO's layout, and the class splits.
     """
     planned: dict[str, PlannedRun] = {}
     for asked in study_runs(study, only=only):
@@ -125,8 +125,8 @@ def class_names(config: DataConfig) -> tuple[str, ...]:
         from semiseg.data.shapes import SHAPES_CLASSES
 
         return tuple(SHAPES_CLASSES)
-    path = expected_files(config)["val"].annotations
-    return _class_names_of(path, _stamp(path, config))
+    path = ensure_files(config)["val"].annotations
+    return _class_names_of(path, _stamp(path))
 
 
 @lru_cache(maxsize=4)
@@ -142,9 +142,9 @@ def data_digest(config: DataConfig) -> str:
         from semiseg.data.shapes import GENERATOR_VERSION
 
         return f"shapes-{GENERATOR_VERSION}"
-    files = expected_files(config)
+    files = ensure_files(config)
     paths = [files[name].annotations for name in ("train", "val")]
-    return digest([_file_digest(path, _stamp(path, config)) for path in paths])
+    return digest([_file_digest(path, _stamp(path)) for path in paths])
 
 
 def weights_digest(init_from: str) -> str:
@@ -152,12 +152,11 @@ def weights_digest(init_from: str) -> str:
     path = weights_file(Path(init_from))
     if not path.is_file():
         raise UserError(f"{path}: no such file; 'init_from' is {init_from!r}")
-    return _file_digest(path, (path.stat().st_mtime_ns, path.stat().st_size))
+    return _file_digest(path, _stamp(path))
 
 
-def _stamp(path: Path, config: DataConfig) -> tuple[int, int]:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; 'data.root' is {config.root!r}, '--set data.root=...' changes it")
+def _stamp(path: Path) -> tuple[int, int]:
+    """Changes with the file's content."""
     return path.stat().st_mtime_ns, path.stat().st_size
 
 

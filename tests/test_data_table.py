@@ -6,6 +6,8 @@ import json
 import logging
 import pickle
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from semiseg.data import table as table_module
 from semiseg.data.coco import image_records, read_coco
 from semiseg.data.table import load_table, missing_images
 from semiseg.errors import UserError
+from semiseg.resources import whole_folder
 from tests.coco_files import make_coco
 
 
@@ -33,9 +36,9 @@ def test_conversion_happens_once_per_content(tmp_path: Path, monkeypatch: pytest
     calls = []
     convert = table_module._convert
 
-    def counted(annotations: Path, folder: Path) -> None:
+    def counted(annotations: Path, folder: Path, annotations_required: bool) -> None:
         calls.append(folder)
-        convert(annotations, folder)
+        convert(annotations, folder, annotations_required)
 
     monkeypatch.setattr(table_module, "_convert", counted)
     again = load_table(files.annotations, files.images, cache=cache)
@@ -69,13 +72,14 @@ def test_a_table_pickles_as_a_path(tmp_path: Path) -> None:
 def test_two_converting_at_once_both_end_up_fine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files, cache = make_coco(tmp_path), tmp_path / "cache"
     both_written = threading.Barrier(2, timeout=20)
-    rename = table_module._rename
 
-    def meet_then_rename(temporary: Path, folder: Path) -> None:
-        both_written.wait()  # neither has seen the other's table
-        rename(temporary, folder)
+    @contextmanager
+    def meet_then_rename(folder: Path) -> Iterator[Path]:
+        with whole_folder(folder) as temporary:
+            yield temporary
+            both_written.wait()  # neither has seen the other's table
 
-    monkeypatch.setattr(table_module, "_rename", meet_then_rename)
+    monkeypatch.setattr(table_module, "whole_folder", meet_then_rename)
     tables = []
     threads = [
         threading.Thread(target=lambda: tables.append(load_table(files.annotations, files.images, cache=cache)))
@@ -124,7 +128,7 @@ def test_missing_images_are_found_before_training(tmp_path: Path) -> None:
     files = make_coco(tmp_path)
     (files.images / "002.png").unlink()
     (files.images / "004.png").unlink()
-    with pytest.raises(UserError, match=r"002\.png: no such image file and 1 more of 4, named in .*instances\.json"):
+    with pytest.raises(UserError, match=r"images: 2 of the 4 images .*instances\.json names are missing, such as 002"):
         load_table(files.annotations, files.images, cache=tmp_path / "cache")
     with pytest.raises(UserError, match="no such image folder"):
         load_table(files.annotations, tmp_path / "elsewhere", cache=tmp_path / "cache")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from semiseg.data.dataset import InstanceDataset, build_rule
 from semiseg.data.loader import (
     BatchLoader,
     Key,
+    StartMethod,
     StepBatches,
     build_eval_loader,
     build_train_loader,
@@ -118,14 +121,16 @@ def make_dataset(files: CocoFiles) -> InstanceDataset:
     )
 
 
-def train_loader(dataset: InstanceDataset, workers: int, start_step: int = 0) -> BatchLoader:
+def train_loader(
+    dataset: InstanceDataset, workers: int, start_step: int = 0, start_method: StartMethod = "spawn"
+) -> BatchLoader:
     return build_train_loader(
         dataset,
         batches=step_batches(len(dataset), steps=5, start_step=start_step),
         collate=Collate(32),
         workers=workers,
         pin_memory=False,
-        start_method="spawn" if workers else None,
+        start_method=start_method if workers else None,
     )
 
 
@@ -170,3 +175,19 @@ def test_more_processes_than_images(tmp_path: Path) -> None:
     dataset = make_dataset(make_coco(tmp_path, sizes_hw=[(32, 32)], annotations=[]))
     loader = build_eval_loader(dataset, batch_size=2, processes=2, rank=1, workers=0, collate=Collate(32))
     assert list(loader) == []
+
+
+def test_a_process_that_still_holds_a_loader_ends(tmp_path: Path) -> None:
+    """As after an exception whose traceback keeps the loader: its workers must not be waited for."""
+    code = f"""
+import sys
+from pathlib import Path
+from tests.coco_files import make_coco
+from tests.test_loader import make_dataset, train_loader
+sys.held = iter(train_loader(make_dataset(make_coco(Path({str(tmp_path)!r}))), workers=1, start_method="fork"))
+next(sys.held)
+print("held")
+"""
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr, done.returncode) == ("held\n", "", 0)

@@ -70,6 +70,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "splits/many.toml": 'unseen = ["cow"]',
         "coco/train.json": json.dumps({"images": images, "annotations": [], "categories": categories}),
         "coco/val.json": json.dumps({"images": images, "annotations": [], "categories": categories, "info": {}}),
+        "coco/train2017/1.png": "",
+        "coco/val2017/1.png": "",
     }
     for name, text in files.items():
         path = tmp_path / name
@@ -180,7 +182,7 @@ def test_overrides_that_a_study_cannot_take(project: Path) -> None:
 
 def test_missing_data_are_named(project: Path) -> None:
     Path("coco/train.json").unlink()
-    with pytest.raises(UserError, match=r"coco/train\.json: no such file; 'data\.root' is 'coco'"):
+    with pytest.raises(UserError, match=r"coco: train\.json is missing: put it there, or change .*data\.train_annotations"):
         plan(load_study("study"))
 
 

@@ -80,7 +80,8 @@ def evaluate(
 ) -> None:
     """Evaluate a model or a finished run.
 
-    Box and mask AP by the official COCO evaluation, on all, seen and unseen classes.
+    Box and mask AP by the official COCO evaluation, on all, seen and unseen classes. A json without annotations, such
+    as COCO's image_info_test-dev2017.json, is only predicted: upload what --detections writes.
 
     Example: semiseg evaluate runs/mine --split shapes_few_seen
     """
@@ -107,6 +108,9 @@ def evaluate(
         loaded = load_split(split, groups["all"])
         groups |= {"unseen": loaded.unseen, "seen": loaded.seen}
     typer.echo(_metrics_table(metrics, groups), nl=False)
+    if not any(metrics.instances.values()):
+        written = f"; the detections are in {detections}" if detections is not None else ""
+        typer.echo(f"no ground truth to measure AP on {metrics.images} images{written}")
     if out is not None:
         write_text(out, json.dumps(metrics.to_dict(), indent=1, ensure_ascii=False) + "\n")
 

@@ -18,6 +18,7 @@ from semiseg.errors import UserError
 from semiseg.splits import normalise
 
 SECTIONS = ("images", "annotations", "categories")
+NO_ANNOTATIONS = f"no list 'annotations'; needed: {', '.join(SECTIONS)}"
 LARGEST_ID = 2**63 - 1  # ids are stored as int64
 LARGEST_SIDE = 2**31 - 1
 ROUNDING = 0.02  # px: COCO writes two decimals, so a box at the edge may reach over it by this much unreported
@@ -35,6 +36,7 @@ class CocoFile:
         category_ids: COCO's category id of each label, ascending.
         images: the raw image entries in the file's order.
         annotations: the raw annotations of each image id in the file's order; images without any are absent.
+        annotated: false if the file has no list `annotations` at all, as COCO's `image_info_test-dev2017.json`.
     """
 
     path: Path
@@ -43,27 +45,30 @@ class CocoFile:
     category_ids: tuple[int, ...]
     images: list[dict[str, Any]]
     annotations: dict[int, list[dict[str, Any]]]
+    annotated: bool = True
 
 
-def read_coco(path: Path, *, report: Reporter | None = None) -> CocoFile:
+def read_coco(path: Path, *, report: Reporter | None = None, annotations_required: bool = True) -> CocoFile:
     """Reads an instances file; entries with a problem are reported and left out.
 
     Args:
         path: COCO instances json.
         report: told every problem; by default the first error is raised as `UserError`.
+        annotations_required: false takes a file without the list `annotations` for one of images to be predicted.
 
     Raises:
         UserError: the file is missing, not JSON, or lacks a section, whatever the reporter.
     """
     report = report or stop_at_errors(path)
-    raw, digest = _parse(path)
+    raw, digest = _parse(path, SECTIONS if annotations_required else ("images", "categories"))
+    annotated = "annotations" in raw
     categories = _categories(raw["categories"], report)
     images = _images(raw["images"], report)
     known_images = {image["id"] for image in images}
-    annotations = _annotations(raw["annotations"], known_images, frozenset(categories), report)
+    annotations = _annotations(raw.get("annotations", []), known_images, frozenset(categories), report)
     category_ids = tuple(sorted(categories))
     class_names = tuple(categories[category_id] for category_id in category_ids)
-    return CocoFile(path, digest, class_names, category_ids, images, annotations)
+    return CocoFile(path, digest, class_names, category_ids, images, annotations, annotated)
 
 
 def image_records(coco: CocoFile, *, report: Reporter | None = None) -> Iterator[dict[str, Any]]:
@@ -106,7 +111,8 @@ def image_records(coco: CocoFile, *, report: Reporter | None = None) -> Iterator
         }
 
 
-def _parse(path: Path) -> tuple[dict[str, Any], str]:
+def _parse(path: Path, needed: Sequence[str]) -> tuple[dict[str, Any], str]:
+    """The json's content and the digest of its bytes; every section of `needed` is there, and each one is a list."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -121,7 +127,7 @@ def _parse(path: Path) -> tuple[dict[str, Any], str]:
         raise UserError(f"{path}: not JSON: no text that a JSON reader understands") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected an object with {', '.join(SECTIONS)}, not {_kind_of(raw)}")
-    missing = [name for name in SECTIONS if not isinstance(raw.get(name), list)]
+    missing = [name for name in SECTIONS if not isinstance(raw.get(name, None if name in needed else []), list)]
     if missing:
         raise UserError(f"{path}: no list {' and no list '.join(map(repr, missing))}; needed: {', '.join(SECTIONS)}")
     for name in ("images", "categories"):

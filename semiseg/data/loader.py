@@ -7,8 +7,11 @@ or one on more processes sees the same batches.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
+import multiprocessing
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,6 +26,9 @@ from semiseg.structures.inputs import Batch, Sample
 
 Key = tuple[int, int]  # (row index, sample seed)
 StartMethod = Literal["fork", "forkserver", "spawn"]
+# Forked workers share what this process has imported. Others import torch again, 0.5 GB each, and Python's own choice
+# differs between its versions. Elsewhere than on Linux forking is unsafe: None leaves the choice to the platform.
+START_METHOD: StartMethod | None = "fork" if sys.platform == "linux" else None
 
 
 class StepBatches(Sampler[list[Key]]):
@@ -152,14 +158,14 @@ def build_train_loader(
     collate: Collate,
     workers: int,
     pin_memory: bool,
-    start_method: StartMethod | None = None,
+    start_method: StartMethod | None = START_METHOD,
 ) -> BatchLoader:
     """Fetches the batches of `batches`, bit for bit the same for any number of workers.
 
     Args:
         workers: processes that read ahead; 0 = in this process.
         pin_memory: page-locked batches, for a GPU.
-        start_method: of the workers; None = the platform's own.
+        start_method: of the workers: `fork` on Linux, by default; None = the platform's own.
     """
     return _loader(dataset, batches, collate, workers, pin_memory, start_method)
 
@@ -173,7 +179,7 @@ def build_eval_loader(
     workers: int,
     collate: Collate,
     pin_memory: bool = False,
-    start_method: StartMethod | None = None,
+    start_method: StartMethod | None = START_METHOD,
 ) -> BatchLoader:
     """Every image once over all processes: rank r takes rows r, r + processes, ...; nothing is padded or repeated."""
     rows = range(rank, len(dataset), processes)
@@ -185,6 +191,16 @@ def _leave_signals_to_the_main_process(worker: int) -> None:
     """Ctrl-C and a batch system's SIGTERM reach workers too, which must outlive the step that is being finished."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """At exit multiprocessing sends SIGTERM to the workers that are left and waits for them, which ignore it."""
+    workers = [child for child in multiprocessing.active_children() if child.daemon]
+    if workers and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would complain of their end
+    for worker in workers:
+        worker.kill()
 
 
 def _loader(

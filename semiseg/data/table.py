@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import shutil
-import uuid
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +21,10 @@ from datasets import Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 from tqdm import tqdm
 
-from semiseg.data.coco import image_records, read_coco
+from semiseg.data.coco import NO_ANNOTATIONS, image_records, read_coco
 from semiseg.data.problems import Problem, stop_at_errors
 from semiseg.errors import UserError
+from semiseg.resources import whole_folder
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +62,7 @@ class Table:
         images_folder: `file_name` is relative to it.
         annotations_file: the json that the table was made from.
         fingerprint: digest of the json's content; the images' content is not part of it.
+        annotated: false for a file that only lists images, such as COCO's test sets: its rows have no objects.
     """
 
     rows: datasets.Dataset
@@ -70,6 +71,7 @@ class Table:
     images_folder: Path
     annotations_file: Path
     fingerprint: str
+    annotated: bool = True
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -85,7 +87,7 @@ class Table:
         return {image_id: (height, width) for image_id, height, width in zip(*columns, strict=True)}
 
 
-def load_table(annotations: Path, images: Path, *, cache: Path) -> Table:
+def load_table(annotations: Path, images: Path, *, cache: Path, annotations_required: bool = True) -> Table:
     """The table of an annotation file; converted on first use, with a progress bar.
 
     Two processes may convert at once: each writes a folder of its own and renames it, the later one finds it done.
@@ -94,18 +96,21 @@ def load_table(annotations: Path, images: Path, *, cache: Path) -> Table:
         annotations: COCO instances json.
         images: folder of the image files.
         cache: folder of the Arrow files; the name in it comes from the json's content and the converter's version.
+        annotations_required: false also takes a file without the list `annotations`, to predict its images.
 
     Raises:
-        UserError: bad annotations (the first error), or an image file that is not there.
+        UserError: bad annotations (the first error), or image files that are not there.
     """
+    if not images.is_dir():
+        raise UserError(f"{images}: no such image folder")
     fingerprint = _digest(annotations)[:16]
     folder = cache / f"{annotations.stem}-{fingerprint}-v{CONVERTER_VERSION}"
     try:
-        rows, classes = _open(annotations, folder)
+        rows, classes = _open(annotations, folder, annotations_required)
     except (pyarrow.ArrowException, OSError, ValueError):  # a damaged table is made anew
         shutil.rmtree(folder, ignore_errors=True)
         try:
-            rows, classes = _open(annotations, folder)
+            rows, classes = _open(annotations, folder, annotations_required)
         except OSError as error:
             raise UserError(f"{cache}: the Arrow table cannot be written: {error.strerror or error}") from None
     table = Table(
@@ -115,15 +120,18 @@ def load_table(annotations: Path, images: Path, *, cache: Path) -> Table:
         images_folder=images,
         annotations_file=annotations,
         fingerprint=fingerprint,
+        annotated=classes.get("annotated", True),
     )
+    if annotations_required and not table.annotated:
+        raise UserError(f"{annotations}: {NO_ANNOTATIONS}")
     _require_images(table)
     return table
 
 
-def _open(annotations: Path, folder: Path) -> tuple[datasets.Dataset, dict[str, Any]]:
+def _open(annotations: Path, folder: Path, annotations_required: bool) -> tuple[datasets.Dataset, dict[str, Any]]:
     """The rows and the classes, converted first if they are not there."""
     if not folder.is_dir():
-        _convert(annotations, folder)
+        _convert(annotations, folder, annotations_required)
     classes = json.loads((folder / "classes.json").read_text(encoding="utf-8"))
     return datasets.Dataset.from_file(str(folder / "rows.arrow")), classes
 
@@ -153,7 +161,7 @@ def _digest(path: Path) -> str:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _convert(annotations: Path, folder: Path) -> None:
+def _convert(annotations: Path, folder: Path, annotations_required: bool) -> None:
     """Writes the table to a temporary folder beside `folder` and renames it."""
     changed: Counter[str] = Counter()
     stop = stop_at_errors(annotations)
@@ -162,41 +170,25 @@ def _convert(annotations: Path, folder: Path) -> None:
         stop(problem)
         changed[f"{problem.kind.severity} ({problem.kind.title})"] += 1
 
-    coco = read_coco(annotations, report=report)
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    temporary.mkdir(parents=True)
-    try:
-        with ArrowWriter(
-            features=FEATURES, path=str(temporary / "rows.arrow"), writer_batch_size=ROWS_PER_WRITE
-        ) as writer:
+    coco = read_coco(annotations, report=report, annotations_required=annotations_required)
+    with whole_folder(folder) as temporary:
+        rows = str(temporary / "rows.arrow")
+        with ArrowWriter(features=FEATURES, path=rows, writer_batch_size=ROWS_PER_WRITE) as writer:
             records = image_records(coco, report=report)
             count, name = len(coco.images), annotations.name
             for record in tqdm(records, total=count, desc=name, unit=" images", delay=1, disable=None):
                 writer.write(record)
             writer.finalize()
-        classes = {"class_names": coco.class_names, "category_ids": coco.category_ids}
+        classes = {"class_names": coco.class_names, "category_ids": coco.category_ids, "annotated": coco.annotated}
         (temporary / "classes.json").write_text(json.dumps(classes, ensure_ascii=False), encoding="utf-8")
-        _rename(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     for title, count in changed.items():
         logger.warning("%s: %d x %s; `semiseg data check` lists them", annotations, count, title)
 
 
-def _rename(temporary: Path, folder: Path) -> None:
-    try:
-        temporary.rename(folder)
-    except OSError:
-        if not folder.is_dir():  # otherwise another process was first, with the same content
-            raise
-
-
 def _require_images(table: Table) -> None:
-    if not table.images_folder.is_dir():
-        raise UserError(f"{table.images_folder}: no such image folder")
     missing = missing_images(table.images_folder, table.rows.data.column("file_name").to_pylist())
     if missing:
-        more = f" and {len(missing) - 1} more of {len(table)}" if len(missing) > 1 else ""
         raise UserError(
-            f"{table.images_folder / missing[0]}: no such image file{more}, named in {table.annotations_file}"
+            f"{table.images_folder}: {len(missing)} of the {len(table)} images that {table.annotations_file} names are "
+            f"missing, such as {missing[0]}; put them there, or unpack their archive again, in full"
         )

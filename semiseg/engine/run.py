@@ -29,12 +29,13 @@ from semiseg.engine.build import RunData, build_data, build_evaluation_loader
 from semiseg.engine.checkpoint import latest_checkpoint, load_model_folder, remove_leftovers, write_json
 from semiseg.engine.evaluate import predict_table, save_detections, score_table
 from semiseg.engine.logs import LOG_NAME, read_log
+from semiseg.engine.predict import build_network
 from semiseg.engine.processes import fit_to_processes, images_in_evaluation, parts_per_step, told_change
 from semiseg.engine.session import agree, start_accelerator
 from semiseg.engine.train import save_trained, train, trained_model
 from semiseg.errors import UserError
 from semiseg.evaluation.coco_metrics import Metrics
-from semiseg.models.condinst import CondInst, build_model
+from semiseg.models.condinst import CondInst
 from semiseg.resources import lock_folder, require_folder, weights_file
 
 RESULT_NAME = "result.json"
@@ -194,7 +195,8 @@ def evaluate_run(
 
     Args:
         folder: a run's folder (with `config.json` and `model/`) or a model folder.
-        annotations, images: a COCO json and its image folder; needed for a model folder, both or neither.
+        annotations, images: a COCO json and its image folder; needed for a model folder, both or neither. A json
+            without annotations, such as COCO's test sets, is only predicted: the metrics are None.
         detections: where to write the detections as COCO results.
 
     Returns:
@@ -208,22 +210,22 @@ def evaluate_run(
         values = read_json(folder / "config.json")
         config = parse_config(RunConfig, values.get("config", {}), where=str(folder / "config.json"))
         runtime, seed = config.runtime, config.seed
-        files, cache = ensure_files(config.data)["val"], cache_folder(config.data)
+        files, cache = ensure_files(config.data, sets=("val",))["val"], cache_folder(config.data)
     else:
         raise UserError(f"{folder}: give both the annotation file and the image folder to evaluate a model folder on")
     accelerator = start_accelerator(runtime, seed=seed)
     with accelerator.main_process_first(), accelerator.local_main_process_first():
-        table = load_table(files.annotations, files.images, cache=cache)
+        table = load_table(files.annotations, files.images, cache=cache, annotations_required=False)
+    if not table.annotated and detections is None:
+        raise UserError(
+            f"{table.annotations_file}: has no annotations, so there is nothing to measure; name a file for the "
+            "detections ('--detections out.json')"
+        )
     if info.class_names != table.class_names:
         differing = ", ".join(sorted(set(info.class_names) ^ set(table.class_names))) or "their order"
         raise UserError(f"{folder}: its classes differ from those of {table.annotations_file} in {differing}")
-    model = build_model(info.config, num_classes=len(info.class_names))
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError:
-        raise UserError(f"{folder}: the weights are not those of the model that its config.json describes") from None
     return evaluate_model(
-        model.to(accelerator.device),
+        build_network(weights, info, where=folder).to(accelerator.device),
         table,
         accelerator,
         model_config=info.config,

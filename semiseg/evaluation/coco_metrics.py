@@ -123,6 +123,8 @@ def evaluate_detections(
     _check_images(truth, image_ids, where=annotations_file)
     _check_results(truth, results)
     members = {ALL_CLASSES: tuple(class_names), **groups}
+    if not truth.dataset["annotations"]:  # a test set; pycocotools would take minutes to find nothing
+        return _unmeasured(class_names, members, images=len(truth.imgs))
     has_masks = all(a.get("segmentation") for a in truth.dataset["annotations"] if not a["iscrowd"])
     if has_masks:
         _give_crowd_masks(truth)
@@ -134,6 +136,12 @@ def evaluate_detections(
         instances={name: counts[category] for category, name in category_names.items()},
         images=len(truth.imgs),
     )
+
+
+def _unmeasured(class_names: Sequence[str], groups: Collection[str], *, images: int) -> Metrics:
+    """The metrics without any ground truth."""
+    nothing = TypeMetrics(dict.fromkeys(groups, _UNMEASURED), dict.fromkeys(class_names))
+    return Metrics(bbox=nothing, segm=nothing, instances=dict.fromkeys(class_names, 0), images=images)
 
 
 def group_means(per_class: Mapping[str, Numbers | None], classes: Collection[str]) -> Numbers:

@@ -1,0 +1,294 @@
+"""A data set of the Hugging Face Hub, or of its form on disk -> COCO json and image files, once.
+
+Columns: `image`; `objects` with `bbox` (x, y, width, height), `category` and, where there are, `segmentation`,
+`iscrowd`, `area`, `id`, as a struct of lists or as a list of structs; `image_id`, `width` and `height` where there are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import datasets
+import pyarrow
+from datasets import Dataset
+from PIL import Image
+from pyarrow import compute
+from tqdm import tqdm
+
+from semiseg.config_files import digest
+from semiseg.data.hub_schema import Schema, read_schema
+from semiseg.errors import UserError
+from semiseg.resources import whole_folder
+from semiseg.splits import normalise
+
+logger = logging.getLogger(__name__)
+
+CONVERTER_VERSION = 1  # raised with every change of what is written
+ROWS_AT_ONCE = 1000
+HUB_ROOT = Path("data/hub")
+SOURCE_NAME = "source.json"
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+# Formats of Pillow whose files are kept as they are; images of others are stored as PNG.
+SUFFIXES = {
+    "JPEG": ".jpg",
+    "MPO": ".jpg",
+    "PNG": ".png",
+    "WEBP": ".webp",
+    "BMP": ".bmp",
+    "GIF": ".gif",
+    "TIFF": ".tif",
+}
+PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
+
+
+class _NotReachable(UserError):
+    """The data set could not be loaded from the Hub."""
+
+
+class _Split(NamedTuple):
+    """Rows of a split; `place` names it in messages."""
+
+    rows: Dataset
+    schema: Schema
+    place: str
+
+
+def hub_folder(name: str) -> Path:
+    """Where a data set's conversions lie: of `OWNER/NAME`, or of a folder, known by its path."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        place = folder.resolve()
+        return HUB_ROOT / f"{place.name}-{digest(str(place), 8)}"
+    return HUB_ROOT / name.replace("/", "--")
+
+
+def converted_folder(name: str, *, train_split: str, val_split: str) -> Path:
+    """The conversion that was used last; a path where nothing is if there is none. Nothing is made or loaded."""
+    wanted = _source(name, train_split, val_split)
+    found = []
+    for path in hub_folder(name).glob(f"*/{SOURCE_NAME}"):
+        try:
+            if json.loads(path.read_text(encoding="utf-8")) == wanted:
+                found.append((path.stat().st_mtime_ns, path.parent))
+        except (OSError, ValueError):
+            continue  # not ours
+    return max(found)[1] if found else hub_folder(name) / "not-converted"
+
+
+def ensure_hub(name: str, *, train_split: str, val_split: str) -> Path:
+    """The folder of a data set in COCO form: `train.json`, `train/`, `val.json`, `val/`; converted on first use.
+
+    A data set with another fingerprint is converted anew. Where the Hub cannot be reached, the conversion that was
+    used last serves, with a warning. Several processes may convert at once: the first to finish is kept.
+
+    Args:
+        name: `OWNER/NAME`, or a folder: what `datasets.load_dataset` reads, or what `save_to_disk` wrote.
+        train_split, val_split: names of splits, or parts of them such as `train[:90%]`.
+
+    Raises:
+        UserError: it cannot be loaded; no such split; a column is missing or of another type; a bad row.
+    """
+    try:
+        loaded = _load(name)
+    except _NotReachable as error:
+        folder = converted_folder(name, train_split=train_split, val_split=val_split)
+        if not folder.is_dir():
+            raise
+        logger.warning("%s; the conversion in %s is used", error, folder)
+        return folder
+    wanted = {"train": ("train_split", train_split), "val": ("val_split", val_split)}
+    splits = {}
+    for kind, (key, spec) in wanted.items():
+        rows, place = _part(loaded, spec, key, name), f"hf:{name}, split {spec!r}"
+        splits[kind] = _Split(rows, read_schema(rows.features, place), place)
+    folder = hub_folder(name) / digest([CONVERTER_VERSION, *(split.rows._fingerprint for split in splits.values())], 16)
+    if not folder.is_dir():
+        with whole_folder(folder) as temporary:
+            _convert(splits, temporary)
+            source = json.dumps(_source(name, train_split, val_split))
+            (temporary / SOURCE_NAME).write_text(source, encoding="utf-8")
+    with contextlib.suppress(OSError):  # a folder that only others may write
+        os.utime(folder / SOURCE_NAME)
+    return folder
+
+
+def _source(name: str, train_split: str, val_split: str) -> dict[str, Any]:
+    """What a conversion was made from, as its folder records it."""
+    return {"name": name, "train_split": train_split, "val_split": val_split, "converter": CONVERTER_VERSION}
+
+
+def _load(name: str) -> Mapping[str, Dataset]:
+    """All splits by name; a single table that `save_to_disk` wrote is the split `train`."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir() and not HUB_NAME.fullmatch(name):
+        raise UserError(f"hf:{name}: no such folder, and no name on the Hub, which has the form OWNER/NAME")
+    try:
+        if not folder.is_dir():
+            return datasets.load_dataset(name)
+        if not any((folder / saved).is_file() for saved in ("dataset_dict.json", "state.json")):
+            return datasets.load_dataset(str(folder))
+        loaded = datasets.load_from_disk(str(folder))
+        return {"train": loaded} if isinstance(loaded, Dataset) else loaded
+    except Exception as error:  # readers of many formats, with exceptions of their own, behind a network with others
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        if folder.is_dir():
+            raise UserError(f"hf:{name}: cannot be read: {reason}") from None
+        raise _NotReachable(
+            f"hf:{name}: no such folder, and not loaded from the Hub ({reason}); without network, get it elsewhere "
+            f"with 'hf download {name} --repo-type dataset --local-dir FOLDER' and set data.root = 'hf:FOLDER'"
+        ) from None
+
+
+def _part(loaded: Mapping[str, Dataset], spec: str, key: str, name: str) -> Dataset:
+    """The rows of a split or of a part of one."""
+    try:
+        lengths = {split: len(rows) for split, rows in loaded.items()}
+        parts = datasets.ReadInstruction.from_spec(spec).to_absolute(lengths)
+        rows = datasets.concatenate_datasets(
+            [loaded[part.splitname].select(range(part.from_, part.to)) for part in parts]
+        )
+    except (ValueError, AssertionError):
+        raise UserError(
+            f"hf:{name}: data.hub.{key} is {spec!r}, allowed: {', '.join(loaded)}, or a part such as 'train[:90%]'"
+        ) from None
+    if len(rows) == 0:
+        raise UserError(f"hf:{name}: data.hub.{key} = {spec!r} has no rows")
+    return rows
+
+
+def _convert(splits: Mapping[str, _Split], folder: Path) -> None:
+    """Writes image files and json of each split; all splits have the same categories, with ids 1, 2, ..."""
+    names = _class_names(list(splits.values()))
+    for kind, split in splits.items():
+        (folder / kind).mkdir()
+        # Written piece by piece: the outlines of a large data set need gigabytes in memory.
+        with (folder / f"{kind}.json").open("w", encoding="utf-8") as file:
+            _convert_split(split, names, folder / kind, file)
+
+
+def _class_names(splits: Sequence[_Split]) -> list[str]:
+    """Of `ClassLabel`, in its order; else the strings of all splits, sorted."""
+    first = splits[0]
+    for split in splits:
+        if split.schema.class_names != first.schema.class_names:
+            raise UserError(f"{split.place}: its categories are not those of {first.place}")
+    if first.schema.class_names is not None:
+        return list(first.schema.class_names)
+    names: set[str] = set()
+    for split in splits:
+        for batch in split.rows.select_columns("objects").with_format("arrow").iter(ROWS_AT_ONCE):
+            names |= {normalise(name) for name in _categories(batch.column("objects")) if name is not None}
+    return sorted(names)
+
+
+def _categories(objects: pyarrow.ChunkedArray) -> list[str | None]:
+    """The distinct categories, without making Python objects of anything else."""
+    if pyarrow.types.is_struct(objects.type):
+        values = compute.list_flatten(compute.struct_field(objects, "category"))
+    else:
+        values = compute.struct_field(compute.list_flatten(objects), "category")
+    return values.unique().to_pylist()
+
+
+def _convert_split(split: _Split, names: Sequence[str], images_folder: Path, file: TextIO) -> None:
+    number_of = {name: number for number, name in enumerate(names, start=1)}
+    images: dict[int, dict[str, Any]] = {}
+    count = 0
+    rows = split.rows.cast_column("image", datasets.Image(decode=False))
+    file.write('{"annotations": [')
+    for index, row in enumerate(tqdm(rows, desc=split.place, unit=" images", delay=1, disable=None)):
+        place = f"{split.place}, row {index}"
+        image = _store_image(row, index + 1, images_folder, place)
+        if image["id"] in images:
+            raise UserError(f"{place}: image_id {image['id']} is used twice")
+        images[image["id"]] = image
+        for item in _objects(row["objects"], place):
+            category = _category_name(item["category"], names, place)
+            annotation = _annotation(item, count + 1, place)
+            annotation |= {"image_id": image["id"], "category_id": number_of[category]}
+            file.write((", " if count else "") + json.dumps(annotation))
+            count += 1
+    categories = [{"id": number, "name": name} for name, number in number_of.items()]
+    file.write(f'], "categories": {json.dumps(categories)}, "images": {json.dumps(list(images.values()))}}}\n')
+
+
+def _objects(objects: Any, place: str) -> list[dict[str, Any]]:
+    """One dictionary per object, from either layout."""
+    if not isinstance(objects, dict):
+        if None in (objects or ()):
+            raise UserError(f"{place}: an object is null")
+        return list(objects or ())
+    columns = {name: values for name, values in objects.items() if values is not None}
+    lengths = {name: len(values) for name, values in columns.items()}
+    if len(set(lengths.values())) > 1 or (lengths and not {"bbox", "category"} <= set(lengths)):
+        raise UserError(f"{place}: the lists of 'objects' differ in length: {lengths}")
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _category_name(category: Any, names: Sequence[str], place: str) -> str:
+    if isinstance(category, str):
+        return normalise(category)
+    if category is None or not 0 <= category < len(names):
+        raise UserError(f"{place}: 'objects.category' is {category}, allowed: 0 to {len(names) - 1}, or a name")
+    return names[category]
+
+
+def _annotation(item: Mapping[str, Any], number: int, place: str) -> dict[str, Any]:
+    """COCO's form of an object, without image and category; what is null is left out."""
+    if item.get("id", number) is None:
+        raise UserError(f"{place}: 'objects.id' is null; leave the column out, or number every object")
+    annotation = {"id": item.get("id", number), "bbox": item["bbox"], "iscrowd": int(item.get("iscrowd") or 0)}
+    if item.get("area") is not None:
+        annotation["area"] = item["area"]
+    segmentation = item.get("segmentation")
+    if isinstance(segmentation, dict):
+        counts = segmentation.get("counts")
+        if isinstance(counts, bytes):
+            segmentation = {**segmentation, "counts": counts.decode("ascii", errors="replace")}
+        if counts is None:  # a struct of nulls
+            segmentation = None
+    if segmentation:
+        annotation["segmentation"] = segmentation
+    return annotation
+
+
+def _store_image(row: Mapping[str, Any], number: int, folder: Path, place: str) -> dict[str, Any]:
+    """Writes the image's file with its own bytes where its format is known; COCO's entry of it.
+
+    Pixels are taken as stored, without EXIF rotation, as everywhere.
+    """
+    image_id = row.get("image_id", number)
+    if image_id is None:
+        raise UserError(f"{place}: 'image_id' is null; leave the column out, or number every image")
+    stored = row["image"] or {}
+    try:
+        content = stored.get("bytes") or Path(stored.get("path") or "").read_bytes()
+        with Image.open(io.BytesIO(content)) as image:
+            size, suffix = image.size, SUFFIXES.get(image.format or "")
+            if suffix is None:
+                suffix, content = ".png", _as_png(image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{place}: the image cannot be read: {str(error) or type(error).__name__}") from None
+    told = (row.get("width", size[0]), row.get("height", size[1]))
+    if told != size:
+        raise UserError(
+            f"{place}: the image is {size[0]} x {size[1]} (width x height), but its columns say {told[0]} x {told[1]}; "
+            "EXIF rotation is not applied"
+        )
+    name = f"{image_id:012d}{suffix}"
+    (folder / name).write_bytes(content)
+    return {"id": image_id, "file_name": name, "width": size[0], "height": size[1]}
+
+
+def _as_png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    (image if image.mode in PNG_MODES else image.convert("RGB")).save(buffer, format="PNG")
+    return buffer.getvalue()
