@@ -182,7 +182,9 @@ def test_overrides_that_a_study_cannot_take(project: Path) -> None:
 
 def test_missing_data_are_named(project: Path) -> None:
     Path("coco/train.json").unlink()
-    with pytest.raises(UserError, match=r"coco: train\.json is missing: put it there, or change .*data\.train_annotations"):
+    with pytest.raises(
+        UserError, match=r"coco: train\.json is missing: put it there, or change .*data\.train_annotations"
+    ):
         plan(load_study("study"))
 
 
