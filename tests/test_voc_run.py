@@ -1,0 +1,99 @@
+"""PASCAL VOC through the configuration: Table 5's study on the tiny tree, and masks beside boxes in one training."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from semiseg.config import RunConfig
+from semiseg.config_files import merge, parse_config
+from semiseg.data.voc import VOC_CLASSES, voc_files
+from semiseg.engine.build import build_data, train_dataset
+from semiseg.engine.logs import read_log
+from semiseg.engine.run import execute_run
+from semiseg.losses.terms import LOSS_NAMES
+from semiseg.structures.inputs import Supervision
+from semiseg.study import load_study, study_runs
+from semiseg.study_plan import data_digest
+from tests.tiny import TINY
+from tests.voc_files import make_voc
+
+TABLE5 = Path(__file__).parent.parent / "experiments" / "voc_table5.toml"
+HAS_SCIPY = find_spec("scipy") is not None
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("voc")
+    make_voc(root, sbd="SBD" if HAS_SCIPY else None)
+    return root
+
+
+def tiny(config: RunConfig, root: Path) -> RunConfig:
+    """The run with a network of a few channels and two steps; data, supervision and objective stay."""
+    sizes = {name: TINY["data"][name] for name in ("short_sides", "long_side", "val_short_side", "val_long_side")}
+    changes = {
+        "data": {"root": str(root), **sizes},
+        "model": TINY["model"],
+        "optim": {"steps": 2, "batch_size": 4, "warmup_steps": 0},
+        "runtime": TINY["runtime"] | {"checkpoint_every": 100},
+    }
+    return parse_config(RunConfig, merge(config.model_dump(mode="json"), changes), where="tiny")
+
+
+def test_the_study_is_table_5s() -> None:
+    study = load_study(str(TABLE5))
+    assert [(table.number, table.split, table.rows) for table in study.tables] == [
+        (5, None, ["boxinst-r50", "boxinst-r101"])
+    ]
+    for run, depth in zip(study_runs(study), ("resnet50", "resnet101"), strict=True):
+        config = run.config
+        assert (config.model.backbone, config.model.weights) == (depth, "imagenet")
+        assert (config.data.format, config.data.voc.train_set, config.data.voc.val_set) == ("voc", "train_aug", "val")
+        assert (config.supervision.source, config.objective.box) == ("boxes", "projection+pairwise")
+        assert (config.objective.affinity_threshold, config.data.bottom_rows_without_affinity) == (0.1, 0)
+
+
+@pytest.mark.skipif(not HAS_SCIPY, reason="train_aug needs SBD, whose files SciPy reads")
+def test_first_steps_of_table_5_and_its_numbers(root: Path, tmp_path: Path) -> None:
+    run = study_runs(load_study(str(TABLE5)), only=["boxinst-r50"])[0]
+    config = tiny(run.config, root)
+    result = execute_run(config, out=tmp_path, progress=False)
+    lines = [line for line in read_log(tmp_path / "log.jsonl") if "losses" in line]
+    assert [line["step"] for line in lines] == [1, 2]
+    for line in lines:
+        assert tuple(line["losses"]) == LOSS_NAMES
+        assert line["losses"]["dice"] == 0
+        assert line["losses"]["projection"] > 0
+        assert line["counts"]["box_masks"] == line["counts"]["masks"] > 0
+    data = build_data(config)
+    assert (len(data.train), len(data.val), data.train.class_names) == (4, 2, VOC_CLASSES)
+    metrics = result["metrics"]
+    assert (metrics["images"], sum(metrics["instances"].values())) == (2, 2)
+    assert {metric: type(metrics["segm"]["groups"]["all"][metric]) for metric in ("AP", "AP50", "AP75")} == {
+        "AP": float, "AP50": float, "AP75": float,
+    }  # fmt: skip
+
+
+def test_masks_where_segmented_and_boxes_elsewhere_are_trained_together(root: Path) -> None:
+    voc = {"train_set": "main_train", "val_set": "val"}
+    values = merge(TINY, {"data": {"format": "voc", "root": str(root), "voc": voc}})
+    values["supervision"] = {"source": "as_annotated"}
+    config = parse_config(RunConfig, values, where="voc")
+    data = build_data(config)
+    samples = {
+        sample.image_id: sample for sample in (train_dataset(config, data)[k, 0] for k in range(len(data.train)))
+    }
+    segmented, boxes = samples[2007000001], samples[2008000005]
+    assert segmented.supervision.tolist() == [Supervision.MASK, Supervision.MASK]
+    assert boxes.supervision.tolist() == [Supervision.BOX]
+    assert (len(segmented.masks), len(boxes.masks), len(boxes.crowd_boxes_xyxy)) == (2, 0, 1)
+    # The identity of a run knows the images and annotations, not where they lie.
+    before = data_digest(config.data)
+    assert before == data_digest(config.data.model_copy(update={"root": f"{root}/../{root.name}"}))
+    path, content = voc_files(root, "val")[0], voc_files(root, "val")[0].read_text()
+    path.write_text(content.replace('"iscrowd":1', '"iscrowd":0', 1))
+    assert data_digest(config.data) != before
+    path.write_text(content)
