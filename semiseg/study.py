@@ -48,6 +48,7 @@ class StudyTable(Section):
 
     split: key of the study's `[splits]`; its unseen and seen classes are the column groups.
     number: of the printed table beside which it is shown (or the name of the ablation), or None.
+    compare: pairs of rows whose difference the report shows, second minus first; empty = the usual ones.
     """
 
     name: Name
@@ -55,6 +56,7 @@ class StudyTable(Section):
     split: str | None = None
     number: int | Literal["tau", "neighbourhood"] | None = None
     rows: list[str] = Field(min_length=1)
+    compare: list[Annotated[list[str], Field(min_length=2, max_length=2)]] = Field(default_factory=list)
 
 
 class Study(Section):
@@ -82,6 +84,7 @@ class Study(Section):
             raise ValueError(f"{PRETRAIN_ROW!r} is no name for a row: it is the shared detector pretraining")
         for table in self.tables:
             unknown = [name for name in table.rows if name not in rows]
+            unknown += [name for pair in table.compare for name in pair if name not in table.rows]
             if unknown:
                 raise ValueError(f"table {table.name!r}: unknown row {unknown[0]!r}.{near_hint(unknown[0], rows)}")
             if table.split is not None and table.split not in self.splits:

@@ -19,7 +19,7 @@ from semiseg.engine.optim import learning_rate
 from semiseg.engine.session import start_accelerator
 from semiseg.engine.train import optimizer_step, prepare
 from semiseg.losses.terms import COUNT_NAMES, MASK_LOSSES, TERMS
-from semiseg.report.aggregate import read_published
+from semiseg.report.published import read_published
 from semiseg.splits import load_split
 from semiseg.structures.inputs import Supervision
 from semiseg.study import Study, StudyRun, load_study, study_runs

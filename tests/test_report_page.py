@@ -279,8 +279,14 @@ def test_a_table_without_unseen_classes_says_nothing_of_them(study, tmp_path):
     results = {key: value for key, value in study.results.items() if key[0] == "table6"}
     plain = replace(study, tables=(table,), results=results)
     text = build_report(plain, out=tmp_path, published=PUBLISHED).read_text(encoding="utf-8")
-    assert "No table of this study has unseen classes" in text
+    assert "**Answer.** Neither 0.0 AP → projection " in text
     assert "gap" not in text
+    assert "unseen" not in text
+    assert "Solid boxes" not in text
+    assert "All 3 classes; mask AP in percent" in text
+    assert "| row | projection | pairwise | seeds | AP | AP50 | AP75 |" in text
+    assert "| row | ours | COCO, printed |" in text
+    assert "full-masks: not in the paper's Table 3" in text
     assert "Split" not in text
     assert "| unseen |" not in text
     assert "21.2 / 45.2 / 17.7" in text

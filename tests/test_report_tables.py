@@ -21,17 +21,17 @@ from semiseg.report.aggregate import (
     difference,
     gap_closed,
     measurements,
-    read_published,
     summarise,
     table_numbers,
 )
+from semiseg.report.published import read_published
 from semiseg.report.statements import answer, gap_caution, reading, row_order
 from semiseg.report.tables import (
-    HEADINGS,
     csv_table,
     escape_latex,
     escape_markdown,
     latex_table,
+    layout,
     markdown_table,
     table_cells,
     text_table,
@@ -259,12 +259,13 @@ def test_answer_claims_nothing_that_the_runs_do_not_show():
 
 def test_people_see_mean_and_deviation():
     report = report_of({"neither": [19.0, 22.0], "projection": [29.0]})
-    cells = table_cells(table_numbers(report, TABLE).summary, TABLE.rows)
+    shown = layout(TABLE, table_numbers(report, TABLE).summary)
+    cells = table_cells(table_numbers(report, TABLE).summary, TABLE, shown)
     assert cells[0][:5] == ["neither", "no", "no", "2", "31.0 ± 1.4"]
     assert cells[1][7] == "30.0"
     assert cells[4] == ["full-masks", "—", "—", "0", *["—"] * 9]
-    assert all(len(line) == len(HEADINGS) for line in cells)
-    latex = latex_table(TABLE, cells)
+    assert all(len(line) == len(shown.headings) for line in cells)
+    latex = latex_table(TABLE, shown, cells)
     assert latex.count("toprule") == latex.count("midrule") - latex.count("cmidrule") == latex.count("bottomrule") == 1
     assert "31.0 $\\pm$ 1.4 &" in latex
     rows = [line for line in latex.splitlines() if line.startswith(("neither", "full-masks"))]

@@ -6,7 +6,16 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from semiseg.commands.study_data import recorded_difficulty
+from semiseg.commands.study_data import EdgeKind, RowEdges, recorded_difficulty, recorded_edges, table_edges
+from semiseg.commands.study_words import (
+    data_sentence,
+    initial_weights_in_words,
+    is_alike,
+    is_paper_data,
+    pretraining_sentence,
+    row_meaning,
+    schedule_sentence,
+)
 from semiseg.config import DataConfig, RunConfig
 from semiseg.data.sources import expected_files
 from semiseg.report.aggregate import ReportInput, ReportRow, ReportTable
@@ -15,7 +24,7 @@ from semiseg.resources import find
 from semiseg.results import Result, read
 from semiseg.splits import load_split
 from semiseg.study import PRETRAIN_ROW, RunKey, Study, StudyRow, StudyTable, row_run, study_runs
-from semiseg.study_plan import RESULTS_NAME, RUNS_FOLDER, class_names, matching_results, planned_steps
+from semiseg.study_plan import RESULTS_NAME, RUNS_FOLDER, class_names, matching_results
 
 PUBLISHED = "boxinst"
 
@@ -36,7 +45,8 @@ def build(study: Study, folder: Path, *, command: Sequence[str]) -> tuple[str, P
 def report_input(study: Study, folder: Path, *, command: Sequence[str]) -> ReportInput:
     """Everything that the report of a study is made from."""
     found = matching_results(study, read(folder / RESULTS_NAME))
-    tables = tuple(_table(study, table, found) for table in study.tables)
+    edges, measured = recorded_edges(folder)
+    tables = tuple(_table(study, table, found, edges) for table in study.tables)
     cells = {
         (table.name, row, seed): result
         for table in study.tables
@@ -44,9 +54,9 @@ def report_input(study: Study, folder: Path, *, command: Sequence[str]) -> Repor
         for seed in study.seeds
         if (result := found.get(row_run(study, table, row, seed).key)) is not None
     }
-    rows = [run for run in study_runs(study) if run.row != PRETRAIN_ROW]
+    configs = [run.config for run in study_runs(study) if run.row != PRETRAIN_ROW]
     pretrainings = [run for run in study_runs(study) if run.row == PRETRAIN_ROW]
-    data = rows[0].config.data
+    data = configs[0].data
     annotations, images = _validation_files(data)
     run_ids = {result.run_id for result in found.values()}
     return ReportInput(
@@ -56,21 +66,28 @@ def report_input(study: Study, folder: Path, *, command: Sequence[str]) -> Repor
         seeds=tuple(study.seeds),
         tables=tables,
         results=cells,
-        data=_data_sentence(data),
-        schedule=_schedule_sentence(rows[0].config),
-        pretraining=_pretraining_sentence(pretrainings[0].config) if pretrainings else None,
+        data=data_sentence(data),
+        schedule=schedule_sentence(configs),
+        pretraining=pretraining_sentence(pretrainings[0].config) if pretrainings else None,
+        initial=initial_weights_in_words(configs),
+        paper_data=is_paper_data(data, len(tables[0].seen + tables[0].unseen)),
         run_command=shlex.join(command),
         report_command=shlex.join([command[0], "report", *command[2:]]),
         pretraining_results=tuple(found[run.key] for run in pretrainings if run.key in found),
         difficulty=recorded_difficulty(folder),
+        edges=measured,
         run_folders={run_id: path for run_id in run_ids for path in RUNS_FOLDER.glob(f"*/*-{run_id}")},
         val_annotations=annotations,
         val_images=images,
     )
 
 
-def _table(study: Study, table: StudyTable, found: Mapping[RunKey, Result]) -> ReportTable:
+def _table(
+    study: Study, table: StudyTable, found: Mapping[RunKey, Result], edges: Mapping[EdgeKind, RowEdges]
+) -> ReportTable:
     rows = {row.name: row for row in study.rows}
+    configs = {name: row_run(study, table, name, study.seeds[0]).config for name in table.rows}
+    kinds = table_edges(study, table)
     classes = tuple(_class_names(study, table, found))
     split = load_split(study.splits[table.split], classes) if table.split is not None else None
     return ReportTable(
@@ -81,13 +98,28 @@ def _table(study: Study, table: StudyTable, found: Mapping[RunKey, Result]) -> R
         seen=split.seen if split else classes,
         unseen=split.unseen if split else (),
         published=str(table.number) if table.number is not None else None,
-        rows=tuple(_row(rows[name]) for name in table.rows),
+        rows=tuple(
+            _row(study, rows[name], config, edges.get(kinds[name]) if name in kinds else None)
+            for name, config in configs.items()
+        ),
+        compare=tuple((first, second) for first, second in table.compare),
+        alike=is_alike(list(configs.values())),
     )
 
 
-def _row(row: StudyRow) -> ReportRow:
+def _row(study: Study, row: StudyRow, config: RunConfig, edges: RowEdges | None) -> ReportRow:
     words = {True: "yes", False: "no", None: ""}
-    return ReportRow(row.name, words[row.projection], words[row.pairwise], row.label or row.name)
+    source = config.supervision.source
+    shared = source != "split" and sum(row.name in table.rows for table in study.tables) > 1
+    return ReportRow(
+        name=row.name,
+        projection=words[row.projection],
+        pairwise=words[row.pairwise],
+        label=row.label or row.name,
+        meaning=row_meaning(row, config, in_every_table=shared),
+        every_mask=source == "masks",
+        edges=edges,
+    )
 
 
 def _class_names(study: Study, table: StudyTable, found: Mapping[RunKey, Result]) -> Sequence[str]:
@@ -101,35 +133,3 @@ def _validation_files(data: DataConfig) -> tuple[Path | None, Path | None]:
     """Annotation file and image folder for the pictures, if they are here."""
     annotations, images = expected_files(data)["val"]
     return (annotations, images) if annotations.is_file() and images.is_dir() else (None, None)
-
-
-def _data_sentence(data: DataConfig) -> str:
-    if data.format == "shapes":
-        shapes = data.shapes
-        return (
-            f"Shapes, the embedded data set: {shapes.train_images} training and {shapes.val_images} validation images "
-            f"of {shapes.image_size} by {shapes.image_size} pixels, drawn from the seeds {shapes.train_seed} and "
-            f"{shapes.val_seed}."
-        )
-    return f"COCO format: training on {data.train_images}, validation on {data.val_images}."
-
-
-def _schedule_sentence(config: RunConfig) -> str:
-    optim, model = config.optim, config.model
-    return (
-        f"{_length(config)} of {optim.batch_size} images, {optim.optimizer}, "
-        f"rate {optim.learning_rate:g} ({optim.schedule}); "
-        f"backbone {model.backbone}, masks at stride {model.mask_stride}, τ = {config.objective.affinity_threshold:g}."
-    )
-
-
-def _pretraining_sentence(config: RunConfig) -> str:
-    return (
-        f"Every row starts from the detector that its seed pretrained on boxes alone, without any mask "
-        f"({_length(config)} of {config.optim.batch_size} images, rate {config.optim.learning_rate:g})."
-    )
-
-
-def _length(config: RunConfig) -> str:
-    steps = planned_steps(config)
-    return f"{steps} steps" if steps is not None else f"{config.optim.epochs:g} epochs"

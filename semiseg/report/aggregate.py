@@ -24,6 +24,7 @@ NEITHER, BEST, UPPER_BOUND = "neither", "projection+pairwise", "full-masks"
 GROUPS = ("all", "unseen", "seen")
 TABLE_METRICS = ("AP", "AP50", "AP75")
 METRIC_COLUMNS = tuple(f"{group}_{metric}" for group in GROUPS for metric in TABLE_METRICS)
+SIZE_COLUMNS = ("all_APs", "all_APm", "all_APl")  # by the size of the objects; not in the CSV
 CSV_COLUMNS = (
     "row",
     "projection",
@@ -49,12 +50,19 @@ class ReportRow:
         name: as in the CSV, e.g. "projection+pairwise".
         projection, pairwise: "yes", "no" or "" (does not apply): which terms box-supervised instances get.
         label: what people read in tables and figures.
+        meaning: what the row trains with, in words.
+        every_mask: whether it has the mask of every object: a bound for rows that lack some.
+        edges: of all edges of its pairwise loss the share that counts and of these the truly positive ones, 0..1;
+            None where it was not measured.
     """
 
     name: str
     projection: str
     pairwise: str
     label: str
+    meaning: str = ""
+    every_mask: bool = False
+    edges: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,9 @@ class ReportTable:
         name: also its file name: letters, digits, "_" and "-".
         split, split_digest: "" where the rows do not depend on a split; then every class is a seen one.
         seen, unseen: class names with masks and with boxes only.
-        published: number of the paper's table whose printed numbers stand beside ours, as in the CSV; or None.
+        published: number or name of the paper's table whose printed numbers stand beside ours, as in the CSV; or None.
+        compare: pairs of rows whose difference is shown; empty = the usual ones (`compared_pairs`).
+        alike: whether the rows differ in supervision and mask losses alone, not in network, data or schedule.
     """
 
     name: str
@@ -76,6 +86,8 @@ class ReportTable:
     unseen: tuple[str, ...]
     published: str | None
     rows: tuple[ReportRow, ...]
+    compare: tuple[tuple[str, str], ...] = ()
+    alike: bool = True
 
 
 @dataclass(frozen=True)
@@ -88,7 +100,10 @@ class ReportInput:
         results: (table name, row name, seed) -> the run that fills this cell; missing keys are missing cells.
         pretraining_results: runs whose weights the rows start from, for the provenance.
         data, schedule: protocol in words, a sentence or two each.
-        pretraining: what the rows start from in words, or None if from scratch.
+        pretraining: the detector that the rows start from, in words, or None if there is none.
+        initial: the weights that the rows start from if there is no such detector.
+        paper_data: whether these are the data of the printed numbers.
+        edges: how the edges of the rows were measured, in a sentence.
         difficulty: measured properties of the data set, one sentence each.
         run_command, report_command: what fills missing cells and what rebuilds the report.
         run_folders: run id -> folder with log.jsonl and detections.json; folders may be gone.
@@ -108,7 +123,10 @@ class ReportInput:
     run_command: str
     report_command: str
     pretraining_results: tuple[Result, ...] = ()
+    initial: str = "random weights"
+    paper_data: bool = False
     difficulty: tuple[str, ...] = ()
+    edges: str = ""
     run_folders: Mapping[str, Path] = field(default_factory=dict)
     val_annotations: Path | None = None
     val_images: Path | None = None
@@ -148,7 +166,7 @@ def _metrics(result: Result) -> Metrics:
 
 
 def measurements(report: ReportInput, table: ReportTable, *, iou_type: str = "segm") -> pd.DataFrame:
-    """One line per measured cell of a table: row, seed, and the columns of METRIC_COLUMNS (NaN = not measured)."""
+    """One line per measured cell of a table: row, seed, METRIC_COLUMNS and SIZE_COLUMNS (NaN = not measured)."""
     groups = {"all": table.seen + table.unseen, "unseen": table.unseen, "seen": table.seen}
     lines: list[dict[str, object]] = []
     for row in table.rows:
@@ -159,10 +177,11 @@ def measurements(report: ReportInput, table: ReportTable, *, iou_type: str = "se
             line: dict[str, object] = {"row": row.name, "seed": seed}
             for group, classes in groups.items():
                 numbers = metrics.group(iou_type, classes)
-                line |= {f"{group}_{metric}": numbers[metric] for metric in TABLE_METRICS}
+                line |= {f"{group}_{metric}": value for metric, value in numbers.items()}
             lines.append(line)
-    frame = pd.DataFrame(lines, columns=["row", "seed", *METRIC_COLUMNS])
-    return frame.astype(dict.fromkeys(METRIC_COLUMNS, float))
+    columns = [*METRIC_COLUMNS, *SIZE_COLUMNS]
+    frame = pd.DataFrame(lines, columns=["row", "seed", *columns])
+    return frame.astype(dict.fromkeys(columns, float))
 
 
 def class_measurements(report: ReportInput, table: ReportTable) -> pd.DataFrame:
@@ -179,11 +198,11 @@ def class_measurements(report: ReportInput, table: ReportTable) -> pd.DataFrame:
 
 
 def summarise(measured: pd.DataFrame, table: ReportTable) -> pd.DataFrame:
-    """One line per row of the table, in its order, with exactly CSV_COLUMNS.
+    """One line per row of the table, in its order: CSV_COLUMNS, then SIZE_COLUMNS with theirs.
 
     `_std` is the sample standard deviation over seeds (n - 1), NaN for one seed.
     """
-    grouped = measured.groupby("row", sort=False)[list(METRIC_COLUMNS)]
+    grouped = measured.groupby("row", sort=False)[[*METRIC_COLUMNS, *SIZE_COLUMNS]]
     names = [row.name for row in table.rows]
     means = grouped.mean().reindex(names)
     deviations = grouped.std(ddof=1).reindex(names).add_suffix("_std")
@@ -196,7 +215,8 @@ def summarise(measured: pd.DataFrame, table: ReportTable) -> pd.DataFrame:
         },
         index=pd.Index(names, name="row"),
     )
-    return pd.concat([terms, means, deviations], axis=1).reset_index()[list(CSV_COLUMNS)]
+    sizes = (*SIZE_COLUMNS, *(f"{column}_std" for column in SIZE_COLUMNS))
+    return pd.concat([terms, means, deviations], axis=1).reset_index()[[*CSV_COLUMNS, *sizes]]
 
 
 @dataclass(frozen=True)
@@ -246,10 +266,18 @@ def difference(measured: pd.DataFrame, first: str, second: str, *, group: str) -
 
 
 def compared_pairs(table: ReportTable) -> list[tuple[str, str]]:
-    """Each row with the next one, and the two comparisons the method stands or falls with."""
+    """The table's own pairs; else each row with the next one and the comparisons that the table stands or falls with.
+
+    These are, with unseen classes, those between neither, the method and full-masks; without, each row with the first.
+    """
     names = [row.name for row in table.rows]
+    if table.compare:
+        return list(table.compare)
+    if table.unseen:
+        extra = [(NEITHER, BEST), (BEST, UPPER_BOUND), (NEITHER, UPPER_BOUND)]
+    else:
+        extra = [(names[0], name) for name in names[1:]]
     pairs = list(pairwise(names))
-    extra = [(NEITHER, BEST), (BEST, UPPER_BOUND), (NEITHER, UPPER_BOUND)]
     return pairs + [pair for pair in extra if pair not in pairs and set(pair) <= set(names)]
 
 
@@ -333,20 +361,6 @@ def table_numbers(report: ReportInput, table: ReportTable) -> TableNumbers:
             for first, second in compared_pairs(table)
         ),
     )
-
-
-def read_published(path: Path) -> pd.DataFrame:
-    """The printed numbers (`reports/published/README.md`), every cell as text."""
-    try:
-        frame = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a readable CSV: {error}") from None
-    missing = [name for name in ("table", "row", "classes", *TABLE_METRICS, "note") if name not in frame]
-    if missing:
-        raise UserError(f"{path}: column {missing[0]!r} is missing")
-    return frame
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

@@ -142,7 +142,7 @@ def gap_figure(tables: Sequence[ReportTable], gaps: Mapping[str, Sequence[GapClo
 
 
 def class_figure(table: ReportTable, classes: pd.DataFrame) -> bytes | None:
-    """Mask AP per class, sorted, unseen and seen apart: bar = the method, marks = neither and full-masks.
+    """Mask AP per class, sorted, unseen and seen apart: bar = the method, marks = the first row and full-masks.
 
     Args:
         classes: `class_measurements`. None is returned where nothing was measured.
@@ -150,9 +150,11 @@ def class_figure(table: ReportTable, classes: pd.DataFrame) -> bytes | None:
     measured = [name for name in classes.columns if classes[name].notna().any()]
     if not measured:
         return None
-    main = BEST if BEST in measured else measured[-1]
+    main = _main_row(table, classes[measured].mean())
+    marks = ((table.rows[0].name, "o", BLACK), (UPPER_BOUND, "D", GREEN))
     labels = {row.name: row.label for row in table.rows}
-    groups = [(word, [*names]) for word, names in (("unseen", table.unseen), ("seen", table.seen)) if names]
+    words = ("unseen", "seen") if table.unseen else ("", "")
+    groups = [(word, [*names]) for word, names in zip(words, (table.unseen, table.seen), strict=True) if names]
     figure = new_figure(7.2, 1.7 + 0.27 * len(classes))
     panels = figure.subplots(
         len(groups), 1, sharex=True, squeeze=False, height_ratios=[len(names) + 0.6 for _, names in groups]
@@ -161,8 +163,10 @@ def class_figure(table: ReportTable, classes: pd.DataFrame) -> bytes | None:
         ordered = classes.loc[names].sort_values(main, ascending=False, na_position="last", kind="stable")
         places = range(len(ordered))
         colour = BLUE if word == "unseen" else ORANGE
-        panel.barh(places, ordered[main].fillna(0), 0.66, color=colour, label=f"{plain(labels[main])} ({word})")
-        for name, sign, edge in ((NEITHER, "o", BLACK), (UPPER_BOUND, "D", GREEN)):
+        panel.barh(
+            places, ordered[main].fillna(0), 0.66, color=colour, label=plain(labels[main]) + f" ({word})" * bool(word)
+        )
+        for name, sign, edge in marks:
             if name in measured and name != main:
                 panel.plot(
                     ordered[name],
@@ -185,6 +189,14 @@ def class_figure(table: ReportTable, classes: pd.DataFrame) -> bytes | None:
     }
     figure.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=2, frameon=False, fontsize=8)
     return png(figure)
+
+
+def _main_row(table: ReportTable, means: pd.Series) -> str:
+    """The row that the bars show: the method, else the best of those that lack masks, the first row aside."""
+    names = list(means.index)
+    others = [row.name for row in table.rows[1:] if row.name in names]
+    boxes = [row.name for row in table.rows[1:] if row.name in others and not row.every_mask]
+    return BEST if BEST in names else str(means[boxes or others or names].idxmax())
 
 
 def loss_figure(table: ReportTable, logs: Mapping[str, Sequence[Path]]) -> bytes | None:

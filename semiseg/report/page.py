@@ -13,16 +13,15 @@ from pathlib import Path
 import pandas as pd
 
 from semiseg.report.aggregate import (
-    TABLE_METRICS,
     ReportInput,
     ReportTable,
     TableNumbers,
-    read_published,
     table_numbers,
 )
 from semiseg.report.figures import ap_figure, class_figure, gap_figure, loss_figure
 from semiseg.report.pictures import draw_pictures
 from semiseg.report.provenance import provenance, warnings
+from semiseg.report.published import data_name, edge_section, printed_difference, published_section, read_published
 from semiseg.report.statements import (
     answer,
     box_statement,
@@ -30,27 +29,18 @@ from semiseg.report.statements import (
     gap_cells,
     reading,
     row_order,
-    same_numbers_caution,
 )
 from semiseg.report.tables import (
-    HEADINGS,
     csv_table,
     escape_markdown,
     latex_table,
+    layout,
     markdown_table,
     number,
     table_cells,
     text_table,
 )
 from semiseg.resources import write_bytes, write_text
-
-_ROW_MEANINGS = {
-    "neither": "masks of seen classes, no mask loss for objects of unseen classes",
-    "projection": "masks of seen classes, BoxInst's projection term for objects of unseen classes",
-    "projection+pairwise": "masks of seen classes, BoxInst's projection and pairwise terms for objects of unseen ones",
-    "box-supervised": "no mask of any class, both terms for all (the same run in every table)",
-    "full-masks": "masks of every class, the upper bound, which the paper leaves out (the same run in every table)",
-}
 
 
 @dataclass
@@ -107,17 +97,20 @@ def build_report(report: ReportInput, *, out: Path, published: Path) -> Path:
 
 def report_text(report: ReportInput) -> str:
     """The tables as aligned text for the terminal, one after the other with its title."""
-    return "\n".join(
-        f"{table.title}\n{text_table(HEADINGS, table_cells(table_numbers(report, table).summary, table.rows))}"
-        for table in report.tables
-    )
+    texts = []
+    for table in report.tables:
+        summary = table_numbers(report, table).summary
+        shown = layout(table, summary)
+        texts.append(f"{table.title}\n{text_table(shown.headings, table_cells(summary, table, shown))}")
+    return "\n".join(texts)
 
 
 def _write_tables(numbers: TableNumbers, folder: Path) -> None:
-    cells = table_cells(numbers.summary, numbers.table.rows)
-    write_text(folder / f"{numbers.table.name}.csv", csv_table(numbers.summary))
-    write_text(folder / f"{numbers.table.name}.md", markdown_table(HEADINGS, cells, texts=3))
-    write_text(folder / f"{numbers.table.name}.tex", latex_table(numbers.table, cells))
+    table, shown = numbers.table, layout(numbers.table, numbers.summary)
+    cells = table_cells(numbers.summary, table, shown)
+    write_text(folder / f"{table.name}.csv", csv_table(numbers.summary))
+    write_text(folder / f"{table.name}.md", markdown_table(shown.headings, cells, texts=shown.texts))
+    write_text(folder / f"{table.name}.tex", latex_table(table, shown, cells))
 
 
 def _overview(report: ReportInput, tables: Sequence[TableNumbers], figures: _Figures) -> list[str]:
@@ -128,8 +121,9 @@ def _overview(report: ReportInput, tables: Sequence[TableNumbers], figures: _Fig
     bars = ap_figure(report.tables, measured) if any(len(frame) for frame in measured.values()) else None
     caption = "Mask AP in percent. Error bars: standard deviation over seeds, dots: single seeds (where several)."
     gap_caption = "Share of the gap between neither and full-masks on unseen classes; dots: single seeds."
+    groups = "on unseen and on all classes" if any(table.unseen for table in report.tables) else "on all classes"
     return [
-        *figures.show("ap.png", bars, alt="mask AP of every row on unseen and on all classes", caption=caption),
+        *figures.show("ap.png", bars, alt=f"mask AP of every row {groups}", caption=caption),
         *figures.show("gap.png", gap_figure(report.tables, gaps), alt="gap closed by every row", caption=gap_caption),
     ]
 
@@ -145,103 +139,51 @@ def _protocol(report: ReportInput) -> list[str]:
             f"boxes only for {_names(table.unseen)}."
         )
     start = (
-        "Every row starts from random weights."
+        f"Every row starts from {escape_markdown(report.initial)}."
         if report.pretraining is None
         else f"{escape_markdown(report.pretraining)} This pretraining is part of the protocol: it stands in for the "
         "ImageNet weights that the paper starts from."
     )
+    groups = "; groups of classes are read from the same evaluation" * any(table.unseen for table in report.tables)
     lines += [
         f"- **Start.** {start}",
         f"- **Schedule.** {escape_markdown(report.schedule)}",
         f"- **Seeds.** {seeds}. A seed draws the initial weights, the order of the images and the augmentation; rows "
         "of one seed are compared in pairs. Deviations are sample standard deviations over seeds (n − 1).",  # noqa: RUF001
         f"- **Rows.** {_rows_in_words(report)}",
-        "- **Measure.** COCO AP of masks in percent (pycocotools), on the validation images; groups of classes are "
-        "read from the same evaluation.",
+        f"- **Measure.** COCO AP of masks in percent (pycocotools), on the validation images{groups}.",
     ]
     return ["## Protocol", "\n".join(lines)]
 
 
 def _rows_in_words(report: ReportInput) -> str:
-    names = list(dict.fromkeys(row.name for table in report.tables for row in table.rows))
-    told = [f"`{name}`: {_ROW_MEANINGS[name]}" for name in names if name in _ROW_MEANINGS]
-    text = "All rows get the boxes and classes of every object and differ in its mask loss"
-    return f"{text}. {'; '.join(told)}." if told else f"{text}."
+    differ = "its mask loss" if all(table.alike for table in report.tables) else "its masks, mask loss and network"
+    told = {row.name: row.meaning for table in report.tables for row in table.rows if row.meaning}
+    words = "".join(f"\n  - `{name}`: {escape_markdown(meaning)}" for name, meaning in told.items())
+    return f"All rows get the boxes and classes of every object and differ in {differ}.{words}"
 
 
 def _table_section(report: ReportInput, numbers: TableNumbers, printed: pd.DataFrame, figures: _Figures) -> list[str]:
-    table = numbers.table
-    cells = table_cells(numbers.summary, table.rows)
+    table, shown = numbers.table, layout(numbers.table, numbers.summary)
+    cells = table_cells(numbers.summary, table, shown)
     files = ", ".join(f"[{kind}](tables/{table.name}.{kind})" for kind in ("csv", "md", "tex"))
+    classes = f"{len(table.seen)} seen and {len(table.unseen)} unseen classes"
+    if not table.unseen:
+        classes = f"All {len(table.seen)} classes"
     return [
         f"## {escape_markdown(table.title)}",
-        f"{len(table.seen)} seen and {len(table.unseen)} unseen classes; mask AP in percent; — = not measured. "
-        f"Files: {files}.",
-        markdown_table(HEADINGS, cells, texts=3),
+        f"{classes}; mask AP in percent; — = not measured. Files: {files}.",
+        markdown_table(shown.headings, cells, texts=shown.texts),
         row_order(numbers),
-        *_published_section(numbers, printed),
+        *published_section(report, numbers, printed),
+        *edge_section(report, numbers, printed),
         *_gap_section(numbers),
-        *_difference_section(numbers, printed),
+        *_difference_section(report, numbers, printed),
         *_box_section(numbers),
         *_class_section(numbers, figures),
         *_loss_section(report, table, figures),
         *_picture_section(report, table, figures),
     ]
-
-
-def _published_section(numbers: TableNumbers, printed: pd.DataFrame) -> list[str]:
-    table = numbers.table
-    if table.published is None:
-        return []
-    groups = ("all", "unseen") if table.unseen else ("all",)
-    lines = [
-        [
-            row.label,
-            *(
-                text
-                for group in groups
-                for text in (
-                    " / ".join(number(numbers.mean(row.name, f"{group}_{metric}")) for metric in TABLE_METRICS),
-                    _printed(printed, table.published, row.name, group),
-                )
-            ),
-        ]
-        for row in table.rows
-    ]
-    rows = printed[printed["table"] == table.published]
-    where = ", ".join(
-        " / ".join(dict.fromkeys(value for value in rows[name] if value))
-        for name in ("backbone", "schedule", "evaluation_set")
-        if name in rows and any(rows[name])
-    )
-    notes = [f"{line['row']} ({line['classes']}): {line['note']}" for _, line in rows.iterrows() if line["note"]]
-    dice = _printed(printed, "2", "dice", "all")
-    if dice != "—":
-        notes.append(
-            f"full-masks: not in the paper's Table {table.published}; for all classes its Table 2 prints {dice} "
-            "with Dice on all masks"
-        )
-    caution = same_numbers_caution(printed) if table.published in ("6", "7") else ""
-    return [
-        f"### Beside the printed numbers (BoxInst, Table {escape_markdown(table.published)})",
-        f"AP / AP50 / AP75. **The COCO numbers are from another data set** ({escape_markdown(where)}), another network "
-        "and another schedule: they are context for the order and the size of the steps, not numbers to be reached.",
-        markdown_table(
-            ("row", *(f"{group}: {whose}" for group in groups for whose in ("ours", "COCO, printed"))), lines
-        ),
-        *([caution] if caution else []),
-        "Notes to the printed numbers:\n\n" + "\n".join(f"- {escape_markdown(note)}" for note in notes)
-        if notes
-        else "",
-    ]
-
-
-def _printed(printed: pd.DataFrame, table: str, row: str, group: str) -> str:
-    """The printed "AP / AP50 / AP75" of a row, "—" if it is not in the paper."""
-    found = printed[(printed["table"] == table) & (printed["row"] == row) & (printed["classes"] == group)]
-    if found.empty:
-        return "—"
-    return " / ".join(value or "—" for value in found.iloc[0][list(TABLE_METRICS)])
 
 
 def _gap_section(numbers: TableNumbers) -> list[str]:
@@ -262,19 +204,22 @@ def _gap_section(numbers: TableNumbers) -> list[str]:
     return [heading, text, markdown_table(("row", "neither AP", "row AP", "gain", "gap closed"), lines)]
 
 
-def _difference_section(numbers: TableNumbers, printed: pd.DataFrame) -> list[str]:
-    labels = {row.name: row.label for row in numbers.table.rows}
+def _difference_section(report: ReportInput, numbers: TableNumbers, printed: pd.DataFrame) -> list[str]:
+    table = numbers.table
+    if not numbers.differences:
+        return []
+    labels = {row.name: row.label for row in table.rows}
     lines = []
     for item in numbers.differences:
         interval = item.interval
         lines.append(
             [
                 f"{labels[item.second]} − {labels[item.first]}",  # noqa: RUF001
-                item.group,
+                *([item.group] if table.unseen else []),
                 number(item.mean, item.std, sign=True),
                 "—" if interval is None else f"{interval[0]:+.1f} … {interval[1]:+.1f}",
                 reading(item),
-                _printed_difference(printed, numbers.table.published, item.first, item.second, item.group),
+                printed_difference(printed, table.published, item.first, item.second, item.group),
             ]
         )
     text = (
@@ -282,41 +227,38 @@ def _difference_section(numbers: TableNumbers, printed: pd.DataFrame) -> list[st
         "the 95 % interval of its mean (Student's t) leaves out 0, which takes at least three seeds; the pairs are "
         "judged one by one, without correction for their number. The spread over validation images is not part of it."
     )
-    headings = ("difference", "classes", "AP", "95 % interval", "reading", "COCO, printed")
-    return ["### Which differences are resolved", text, markdown_table(headings, lines, texts=2)]
-
-
-def _printed_difference(printed: pd.DataFrame, table: str | None, first: str, second: str, group: str) -> str:
-    values = []
-    for row in (first, second):
-        found = printed[(printed["table"] == table) & (printed["row"] == row) & (printed["classes"] == group)]
-        if found.empty or not found.iloc[0]["AP"]:
-            return "—"
-        values.append(float(found.iloc[0]["AP"]))
-    return number(values[1] - values[0], sign=True)
+    classes = ["classes"] if table.unseen else []
+    whose = "printed" if report.paper_data else f"{data_name(printed, table)}, printed"
+    headings = ("difference", *classes, "AP", "95 % interval", "reading", whose)
+    return ["### Which differences are resolved", text, markdown_table(headings, lines, texts=1 + len(classes))]
 
 
 def _box_section(numbers: TableNumbers) -> list[str]:
+    table = numbers.table
+    groups = ("all", "unseen", "seen") if table.unseen else ("all",)
     lines = [
-        [row.label, *(number(line[f"{group}_AP"], line[f"{group}_AP_std"]) for group in ("all", "unseen", "seen"))]
-        for row, (_, line) in zip(numbers.table.rows, numbers.box_summary.iterrows(), strict=True)
+        [row.label, *(number(line[f"{group}_AP"], line[f"{group}_AP_std"]) for group in groups)]
+        for row, (_, line) in zip(table.rows, numbers.box_summary.iterrows(), strict=True)
     ]
+    headings = ("row", *(f"{group} box AP" for group in groups)) if table.unseen else ("row", "box AP")
     return [
-        "### Box AP: is the detection equally good?",
+        f"### Box AP{': is the detection equally good?' if table.alike else ''}",
         box_statement(numbers),
-        markdown_table(("row", "all box AP", "unseen box AP", "seen box AP"), lines),
+        markdown_table(headings, lines),
     ]
 
 
 def _class_section(numbers: TableNumbers, figures: _Figures) -> list[str]:
     table = numbers.table
+    groups = [["unseen" if name in table.unseen else "seen"] if table.unseen else [] for name in numbers.classes.index]
     lines = [
-        [str(name), "unseen" if name in table.unseen else "seen", *(number(value) for value in line)]
-        for name, line in zip(numbers.classes.index, numbers.classes.to_numpy(), strict=True)
+        [str(name), *group, *(number(value) for value in line)]
+        for name, group, line in zip(numbers.classes.index, groups, numbers.classes.to_numpy(), strict=True)
     ]
+    headings = ("class", *(["group"] if table.unseen else []), *(row.label for row in table.rows))
     return [
         "### Per class",
-        markdown_table(("class", "group", *(row.label for row in table.rows)), lines, texts=2),
+        markdown_table(headings, lines, texts=2 if table.unseen else 1),
         *figures.show(
             f"{table.name}_classes.png", class_figure(table, numbers.classes), alt=f"mask AP per class, {table.name}"
         ),

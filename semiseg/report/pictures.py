@@ -49,7 +49,10 @@ class Pictures:
 
 @dataclass(frozen=True)
 class _Instance:
-    """One object to draw: box (x, y, w, h) in pixels, mask (H, W) bool or None, text beside the box."""
+    """One object to draw: box (x, y, w, h) in pixels, mask (H, W) bool or None, text beside the box.
+
+    `unseen` objects have a solid box: those of unseen classes, and all where a table has none.
+    """
 
     box: Sequence[float]
     mask: np.ndarray | None
@@ -80,7 +83,7 @@ def draw_pictures(report: ReportInput, table: ReportTable) -> Pictures:
         f"{len(image_ids)} validation {unit} drawn at random with seed {report.picture_seed} "
         f"(ids {', '.join(map(str, image_ids))}); runs of seed {seed}; detections with a score above "
         f"{SCORE_THRESHOLD}. A detection has the colour of the object that its box covers best (IoU at least 0.5), "
-        "grey if none. Solid boxes: unseen classes, dashed: seen classes."
+        "grey if none." + " Solid boxes: unseen classes, dashed: seen classes." * bool(table.unseen)
     )
     return Pictures(content, note)
 
@@ -152,7 +155,7 @@ def _truth_instances(table: ReportTable, truth: COCO, annotations: Sequence[Mapp
             mask=truth.annToMask(annotation).astype(bool) if annotation.get("segmentation") else None,
             text=name,
             colour=INSTANCE_COLOURS[number % len(INSTANCE_COLOURS)],
-            unseen=name in table.unseen,
+            unseen=not table.unseen or name in table.unseen,
         )
         for number, annotation in enumerate(annotations)
         for name in [_class_name(truth, annotation["category_id"])]
@@ -174,7 +177,7 @@ def _found_instances(
                 mask=rle.decode(detection["segmentation"]).astype(bool),
                 text=f"{detection['score']:.2f}",
                 colour=INSTANCE_COLOURS[best % len(INSTANCE_COLOURS)] if matched else UNMATCHED,
-                unseen=_class_name(truth, detection["category_id"]) in table.unseen,
+                unseen=not table.unseen or _class_name(truth, detection["category_id"]) in table.unseen,
             )
         )
     return instances

@@ -13,24 +13,81 @@ from semiseg.report.aggregate import (
     UPPER_BOUND,
     Difference,
     GapClosed,
+    ReportRow,
     TableNumbers,
+    difference,
 )
 from semiseg.report.tables import escape_markdown, number
 
 SMALL_GAP = 5.0  # AP; shares of a smaller gap that is not resolved over seeds say little
+_CHAINS = ("2", "3")  # tables whose rows add to each other
 _BOX_SPREAD = 2.0  # AP; rows whose boxes differ by more are not compared on masks alone
 
 
 def answer(tables: Sequence[TableNumbers]) -> str:
-    """One sentence: how much of the gap on unseen classes the method closes, for every table that has some."""
-    clauses = [_answer_clause(numbers) for numbers in tables if numbers.table.unseen]
-    if not clauses:
-        return "No table of this study has unseen classes: the tables say how the rows compare."
+    """One sentence: how much of the gap on unseen classes the method closes, or, without such, how the rows compare."""
+    with_unseen = [numbers for numbers in tables if numbers.table.unseen]
+    clauses = [_answer_clause(numbers) for numbers in with_unseen] or [_rows_clause(numbers) for numbers in tables]
     text = "; ".join(clauses)
-    counts = {len(gap.per_seed) for numbers in tables for gap in numbers.gaps if gap.row == BEST}
+    counts = {len(gap.per_seed) for numbers in with_unseen for gap in numbers.gaps if gap.row == BEST}
+    if not with_unseen:
+        counts = {int(numbers.summary["seeds"].max()) for numbers in tables} - {0}
     if counts and max(counts) == 1:
         text += " (one seed: small differences are not resolved)"
     return f"{text[:1].upper()}{text[1:]}."
+
+
+def _rows_clause(numbers: TableNumbers) -> str:
+    """A table without unseen classes: its rows in turn if each adds to the one before, else the best of them."""
+    rows = [row for row in numbers.table.rows if numbers.mean(row.name, "all_AP") is not None]
+    if not rows:
+        return "not answered yet (nothing was measured)"
+    if numbers.table.published in _CHAINS or len(rows) == 1:
+        return _chain_clause(numbers, rows)
+    return _best_clause(numbers, rows)
+
+
+def _chain_clause(numbers: TableNumbers, rows: Sequence[ReportRow]) -> str:
+    """Label and AP of every row, with its difference to the one before."""
+    parts = [f"{_told(rows[0].label)} {_ap(numbers, rows[0])} AP"]
+    for first, second in pairwise(rows):
+        step = numbers.difference(first.name, second.name, "all")
+        parts.append(f"{_told(second.label)} {_ap(numbers, second)} ({_step(step)})")
+    return " → ".join(parts)
+
+
+def _best_clause(numbers: TableNumbers, rows: Sequence[ReportRow]) -> str:
+    """The best row among those that lack masks, how far it is from the next, and rows with every mask beside it."""
+    others = [row for row in rows if not row.every_mask] or list(rows)
+    ordered = sorted(others, key=lambda row: -(numbers.mean(row.name, "all_AP") or 0.0))
+    best = ordered[0]
+    text = f"{_told(best.label)} has the highest mean AP ({_ap(numbers, best)})"
+    if len(ordered) > 1:
+        second = ordered[1]
+        gap = difference(numbers.measured, second.name, best.name, group="all")
+        text += f", ahead of {_told(second.label)} ({_ap(numbers, second)}; {_step(gap)})"
+    if len(ordered) > 2:
+        text += f"; the lowest is {_told(ordered[-1].label)} ({_ap(numbers, ordered[-1])})"
+    bounds = [row for row in rows if row.every_mask and row not in others]
+    if bounds:
+        text += "; with every mask: " + ", ".join(f"{_told(row.label)} {_ap(numbers, row)}" for row in bounds)
+    return text
+
+
+def _told(label: str) -> str:
+    return escape_markdown(label)
+
+
+def _ap(numbers: TableNumbers, row: ReportRow) -> str:
+    return number(numbers.mean(row.name, "all_AP"))
+
+
+def _step(step: Difference | None) -> str:
+    """A paired difference with whether it is resolved; seeds that only one of the rows has do not count."""
+    if step is None or step.mean is None:
+        return "no seed in common"
+    words = {None: "", True: ", resolved", False: ", within the noise"}
+    return f"{number(step.mean, sign=True)}{words[step.resolved]}"
 
 
 def _answer_clause(numbers: TableNumbers) -> str:
@@ -106,6 +163,11 @@ def reading(difference: Difference) -> str:
 def box_statement(numbers: TableNumbers) -> str:
     """Whether the rows detect equally well, so that mask AP compares masks."""
     values = numbers.box_summary["all_AP"].dropna()
+    if not numbers.table.alike:
+        return (
+            "Rows differ in network, data or schedule, so that their detection differs too; differences in mask AP are "
+            "due to both."
+        )
     text = (
         "Boxes and classes are supervised alike in every row, so that detection should be equally good; what differs "
         "in mask AP is then due to the masks."
@@ -118,19 +180,6 @@ def box_statement(numbers: TableNumbers) -> str:
         f": more than {_BOX_SPREAD:.0f} AP, so part of the differences in mask AP is due to detection."
         if spread > _BOX_SPREAD
         else "."
-    )
-
-
-def same_numbers_caution(published: pd.DataFrame) -> str:
-    """Names rows that the paper prints with the same unseen numbers in Tables 6 and 7, box-supervised above all."""
-    unseen = published[(published["classes"] == "unseen") & (published["row"] == "box-supervised")]
-    printed = {tuple(line) for line in unseen[["AP", "AP50", "AP75"]].to_numpy()}
-    if len(unseen) < 2 or len(printed) > 1:
-        return ""
-    tables = " and ".join(unseen["table"])
-    return (
-        f"**Caution:** the paper prints the box-supervised row of Tables {tables} with identical numbers on unseen "
-        f"classes ({' / '.join(next(iter(printed)))}) although their unseen classes differ: quote it with this caution."
     )
 
 

@@ -7,15 +7,11 @@ import math
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import pandas as pd
 
-from semiseg.report.aggregate import METRIC_COLUMNS, ReportRow, ReportTable
-
-HEADINGS = (
-    *("row", "projection", "pairwise", "seeds"),
-    *("all AP", "AP50", "AP75", "unseen AP", "AP50", "AP75", "seen AP", "AP50", "AP75"),
-)
+from semiseg.report.aggregate import CSV_COLUMNS, GROUPS, SIZE_COLUMNS, TABLE_METRICS, ReportTable
 
 _LATEX = {
     "\\": r"\textbackslash{}",
@@ -29,24 +25,60 @@ _LATEX = {
 }
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Which columns of a table people see.
+
+    Attributes:
+        terms: whether the columns of the two terms are shown.
+        groups: heading of a group of numbers, and its columns of the summary.
+    """
+
+    terms: bool
+    groups: tuple[tuple[str, tuple[str, ...]], ...]
+
+    @property
+    def texts(self) -> int:
+        """How many columns hold words."""
+        return 3 if self.terms else 1
+
+    @property
+    def headings(self) -> tuple[str, ...]:
+        """One heading per column; the first of a group's names the group."""
+        terms = ("projection", "pairwise") if self.terms else ()
+        numbers: list[str] = []
+        for group, columns in self.groups:
+            names = [column.partition("_")[2] for column in columns]
+            numbers += [f"{group} {names[0]}".strip(), *names[1:]]
+        return ("row", *terms, "seeds", *numbers)
+
+
+def layout(table: ReportTable, summary: pd.DataFrame) -> Layout:
+    """With unseen classes the three class groups; without, all classes and sizes, and no column that says nothing."""
+    if table.unseen:
+        return Layout(True, tuple((group, tuple(f"{group}_{name}" for name in TABLE_METRICS)) for group in GROUPS))
+    sizes = tuple(column for column in SIZE_COLUMNS if summary[column].notna().any())
+    terms = len({(row.projection, row.pairwise) for row in table.rows}) > 1
+    return Layout(terms, (("", (*(f"all_{name}" for name in TABLE_METRICS), *sizes)),))
+
+
 def csv_table(summary: pd.DataFrame) -> str:
-    """The CSV of a table: `summarise`'s columns, percent with two decimals, empty = not measured."""
+    """The CSV of a table: CSV_COLUMNS, percent with two decimals, empty = not measured."""
     buffer = io.StringIO()
-    summary.to_csv(buffer, index=False, float_format="%.2f", na_rep="", lineterminator="\n")
+    summary[list(CSV_COLUMNS)].to_csv(buffer, index=False, float_format="%.2f", na_rep="", lineterminator="\n")
     return buffer.getvalue()
 
 
-def table_cells(summary: pd.DataFrame, rows: Sequence[ReportRow]) -> list[list[str]]:
-    """One list of texts per row, under HEADINGS: labels, terms, seeds and "mean ± std" with one decimal."""
+def table_cells(summary: pd.DataFrame, table: ReportTable, shown: Layout) -> list[list[str]]:
+    """One list of texts per row, under the layout's headings: label, terms, seeds and "mean ± std"."""
     return [
         [
             row.label,
-            row.projection or "—",
-            row.pairwise or "—",
+            *((row.projection or "—", row.pairwise or "—") if shown.terms else ()),
             str(line["seeds"]),
-            *(number(line[column], line[f"{column}_std"]) for column in METRIC_COLUMNS),
+            *(number(line[column], line[f"{column}_std"]) for _, columns in shown.groups for column in columns),
         ]
-        for row, (_, line) in zip(rows, summary.iterrows(), strict=True)
+        for row, (_, line) in zip(table.rows, summary.iterrows(), strict=True)
     ]
 
 
@@ -65,19 +97,24 @@ def markdown_table(headings: Sequence[str], lines: Iterable[Sequence[str]], *, t
     return "".join("| " + " | ".join(line) + " |\n" for line in (body[0], rule, *body[1:]))
 
 
-def latex_table(table: ReportTable, lines: Iterable[Sequence[str]]) -> str:
+def latex_table(table: ReportTable, shown: Layout, lines: Iterable[Sequence[str]]) -> str:
     """A booktabs tabular with class groups as column groups, to be set in a table environment of one's own."""
     title = " ".join(table.title.split())
     rows = "".join(" & ".join(escape_latex(cell) for cell in line) + " \\\\\n" for line in lines)
+    first = 3 if shown.terms else 1
+    head, rules, column = " &" * first, "", first + 2
+    for group, columns in shown.groups:
+        head += f" & \\multicolumn{{{len(columns)}}}{{c}}{{{f'{group or GROUPS[0]} classes'}}}"
+        rules += f"\\cmidrule(lr){{{column}-{column + len(columns) - 1}}} "
+        column += len(columns)
+    names = [name.partition("_")[2] for _, columns in shown.groups for name in columns]
     return (
         f"% {title}: mask AP in percent (mean $\\pm$ standard deviation over seeds). Needs \\usepackage{{booktabs}}.\n"
-        "\\begin{tabular}{lccrrrrrrrrrr}\n"
+        f"\\begin{{tabular}}{{l{'cc' if shown.terms else ''}{'r' * (len(names) + 1)}}}\n"
         "\\toprule\n"
-        " & & & & \\multicolumn{3}{c}{all classes} & \\multicolumn{3}{c}{unseen classes}"
-        " & \\multicolumn{3}{c}{seen classes} \\\\\n"
-        "\\cmidrule(lr){5-7} \\cmidrule(lr){8-10} \\cmidrule(lr){11-13}\n"
-        "row & projection & pairwise & seeds"
-        + " & AP & AP$_{50}$ & AP$_{75}$" * 3
+        f"{head} \\\\\n{rules.strip()}\n"
+        f"row{' & projection & pairwise' if shown.terms else ''} & seeds"
+        + "".join(f" & AP$_{{{name[2:]}}}$" if name[2:] else " & AP" for name in names)
         + " \\\\\n\\midrule\n"
         + rows
         + "\\bottomrule\n\\end{tabular}\n"

@@ -1,0 +1,193 @@
+"""The printed numbers of the paper beside ours: what they are, where they come from, what must be said with them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pandas as pd
+
+from semiseg.errors import UserError
+from semiseg.report.aggregate import TABLE_METRICS, UPPER_BOUND, ReportInput, ReportTable, TableNumbers
+from semiseg.report.tables import escape_markdown, markdown_table, number
+
+# What the tables without a number in the paper are called; the others are "Table 6".
+_NAMES = {"tau": "colour threshold", "neighbourhood": "neighbourhood of the pairwise loss"}
+_POSITIVE = re.compile(r"([\d.]+) ?% of the selected edges are truly positive")
+
+
+def read_published(path: Path) -> pd.DataFrame:
+    """The printed numbers (`reports/published/README.md`), every cell as text."""
+    try:
+        frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a readable CSV: {error}") from None
+    missing = [name for name in ("table", "row", "classes", *TABLE_METRICS, "note") if name not in frame]
+    if missing:
+        raise UserError(f"{path}: column {missing[0]!r} is missing")
+    return frame
+
+
+def published_section(report: ReportInput, numbers: TableNumbers, printed: pd.DataFrame) -> list[str]:
+    """Ours and the paper's numbers row by row, and the notes to the printed ones; nothing for a table of our own."""
+    table = numbers.table
+    if table.published is None:
+        return []
+    groups = ("all", "unseen") if table.unseen else ("all",)
+    rows = printed[printed["table"] == table.published]
+    whose = "printed" if report.paper_data else f"{data_name(printed, table)}, printed"
+    places = _places(rows, [row.name for row in table.rows])
+    lines = [
+        [
+            row.label,
+            *(
+                text
+                for group in groups
+                for text in (
+                    " / ".join(number(numbers.mean(row.name, f"{group}_{metric}")) for metric in TABLE_METRICS),
+                    _printed(printed, table.published, row.name, group),
+                )
+            ),
+            *([places.get(row.name, "—")] if places else []),
+        ]
+        for row in table.rows
+    ]
+    headings = ["row", *(f"{group}: {who}" if table.unseen else who for group in groups for who in ("ours", whose))]
+    caution = same_numbers_caution(printed) if table.published in ("6", "7") else ""
+    notes = _notes(printed, table)
+    return [
+        f"### Beside the printed numbers (BoxInst, {_NAMES.get(table.published, f'Table {table.published}')})",
+        _context(report, rows, data_name(printed, table)),
+        markdown_table([*headings, *(["printed for"] if places else [])], lines),
+        *([caution] if caution else []),
+        *(
+            ["Notes to the printed numbers:\n\n" + "\n".join(f"- {escape_markdown(note)}" for note in notes)]
+            * bool(notes)
+        ),
+    ]
+
+
+def edge_section(report: ReportInput, numbers: TableNumbers, printed: pd.DataFrame) -> list[str]:
+    """How many edges count and how many of these are truly positive, beside the AP; nothing where no row has them."""
+    table = numbers.table
+    if all(row.edges is None for row in table.rows):
+        return []
+    lines = []
+    for row in table.rows:
+        counting, positive = ("—", "—") if row.edges is None else (f"{100 * share:.1f} %" for share in row.edges)
+        lines.append(
+            [
+                row.label,
+                counting,
+                positive,
+                number(numbers.mean(row.name, "all_AP")),
+                _printed_positive(printed, table.published, row.name),
+                _printed_ap(printed, table.published, row.name, "all") or "—",
+            ]
+        )
+    text = (
+        "Of all edges with their centre in a box, those count whose two cells have similar enough colours; a counting "
+        "edge is truly positive if both cells have the same label in the instance's mask. Edges that cross the outline "
+        "teach the wrong thing; too few edges teach nothing. "
+    )
+    whose = "printed" if report.paper_data else f"{data_name(printed, table)}, printed"
+    headings = ("row", "edges that count", "truly positive", "AP", f"truly positive ({whose})", f"AP ({whose})")
+    return ["### Which edges count", text + escape_markdown(report.edges), markdown_table(headings, lines)]
+
+
+def printed_difference(printed: pd.DataFrame, table: str | None, first: str, second: str, group: str) -> str:
+    """`second` minus `first` in printed AP, "—" if the paper has not both."""
+    values = [_printed_ap(printed, table, row, group) for row in (first, second)]
+    return number(float(values[1]) - float(values[0]), sign=True) if all(values) else "—"
+
+
+def data_name(printed: pd.DataFrame, table: ReportTable) -> str:
+    """The data set of a table's printed numbers: "COCO" or "VOC"; "COCO" for a table of our own."""
+    if "evaluation_set" not in printed:
+        return "COCO"
+    found = printed.loc[printed["table"] == table.published, "evaluation_set"]
+    names = {str(text).split()[0].upper() for text in found if text}
+    return names.pop() if len(names) == 1 else "COCO"
+
+
+def same_numbers_caution(published: pd.DataFrame) -> str:
+    """Names rows that the paper prints with the same unseen numbers in Tables 6 and 7, box-supervised above all."""
+    unseen = published[(published["classes"] == "unseen") & (published["row"] == "box-supervised")]
+    printed = {tuple(line) for line in unseen[["AP", "AP50", "AP75"]].to_numpy()}
+    if len(unseen) < 2 or len(printed) > 1:
+        return ""
+    tables = " and ".join(unseen["table"])
+    return (
+        f"**Caution:** the paper prints the box-supervised row of Tables {tables} with identical numbers on unseen "
+        f"classes ({' / '.join(next(iter(printed)))}) although their unseen classes differ: quote it with this caution."
+    )
+
+
+def _context(report: ReportInput, rows: pd.DataFrame, data: str) -> str:
+    where = ", ".join(
+        " / ".join(dict.fromkeys(value for value in rows[name] if value))
+        for name in ("backbone", "schedule", "evaluation_set")
+        if name in rows and any(rows[name])
+    )
+    if report.paper_data:
+        return f"AP / AP50 / AP75. The printed numbers are for {escape_markdown(where)}."
+    return (
+        f"AP / AP50 / AP75. **The {data} numbers are from another data set** ({escape_markdown(where)}), another "
+        "network and another schedule: they are context for the order and the size of the steps, not numbers to be "
+        "reached."
+    )
+
+
+def _places(rows: pd.DataFrame, names: list[str]) -> dict[str, str]:
+    """Row -> what its printed numbers are for, where rows of a table differ in the images that they are measured on."""
+    ours = rows[rows["row"].isin(names)]
+    if "evaluation_set" not in ours or ours["evaluation_set"].nunique() < 2:
+        return {}
+    return dict(zip(ours["row"], ours["evaluation_set"], strict=True))
+
+
+def _notes(printed: pd.DataFrame, table: ReportTable) -> list[str]:
+    rows = printed[printed["table"] == table.published]
+    names = {row.name for row in table.rows}
+    shown = any(row.edges is not None for row in table.rows)  # those of the edges stand in a section of their own
+    about: dict[str, list[str]] = {}
+    for _, line in rows[rows["row"].isin(names)].iterrows():
+        if line["note"] and not (shown and _POSITIVE.search(line["note"])):
+            about.setdefault(line["note"], []).append(line["row"] + f" ({line['classes']})" * bool(table.unseen))
+    notes = [f"{', '.join(found)}: {note}" for note, found in about.items()]
+    others = [
+        f"{line['method']} ({', '.join(line[name] for name in ('backbone', 'schedule', 'note') if line[name])}): "
+        + " / ".join(line[name] or "—" for name in TABLE_METRICS)
+        for _, line in rows[~rows["row"].isin(names)].iterrows()
+        if {"method", "backbone", "schedule"} <= set(rows)
+    ]
+    dice = _printed(printed, "2", "dice", "all")
+    if UPPER_BOUND in names and not (rows["row"] == UPPER_BOUND).any() and dice != "—":
+        where = f"Table {table.published}" if table.published not in _NAMES else "table"
+        notes.append(
+            f"full-masks: not in the paper's {where}; for all classes its Table 2 prints {dice} with Dice on all masks"
+        )
+    return notes + [f"not trained here: {text}" for text in others]
+
+
+def _printed(printed: pd.DataFrame, table: str, row: str, group: str) -> str:
+    """The printed "AP / AP50 / AP75" of a row, "—" if it is not in the paper."""
+    found = printed[(printed["table"] == table) & (printed["row"] == row) & (printed["classes"] == group)]
+    if found.empty:
+        return "—"
+    return " / ".join(value or "—" for value in found.iloc[0][list(TABLE_METRICS)])
+
+
+def _printed_ap(printed: pd.DataFrame, table: str | None, row: str, group: str) -> str:
+    """The printed AP of a row, "" if it is not in the paper."""
+    found = printed[(printed["table"] == table) & (printed["row"] == row) & (printed["classes"] == group)]
+    return "" if found.empty else str(found.iloc[0]["AP"])
+
+
+def _printed_positive(printed: pd.DataFrame, table: str | None, row: str) -> str:
+    """The printed share of truly positive edges, which stands in the note of a row; "—" if it is not there."""
+    notes = printed.loc[(printed["table"] == table) & (printed["row"] == row), "note"]
+    found = [match.group(1) for note in notes if (match := _POSITIVE.search(note))]
+    return f"{found[0]} %" if found else "—"

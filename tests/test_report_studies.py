@@ -1,0 +1,221 @@
+"""Reports of studies without class splits: Tables 2 to 5 and the two ablations, and what their configurations mean."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from semiseg.commands.known_classes import COCO_CLASSES
+from semiseg.commands.study_report import build, report_input
+from semiseg.commands.study_words import is_alike, is_paper_data, row_meaning, schedule_sentence
+from semiseg.config import DataConfig, RunConfig
+from semiseg.config_files import digest
+from semiseg.data.shapes import SHAPES_CLASSES
+from semiseg.evaluation.coco_metrics import METRIC_NAMES
+from semiseg.report.aggregate import compared_pairs, table_numbers
+from semiseg.report.published import read_published
+from semiseg.report.statements import answer
+from semiseg.report.tables import layout
+from semiseg.results import Result, append
+from semiseg.study import Study, StudyRun, load_study, study_runs
+from semiseg.study_plan import run_identity
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _in_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def record(study: Study, folder: Path, ap: dict[str, float], *, classes: tuple[str, ...]) -> None:
+    """One recorded run per row and seed with the given mask AP, a bit more with each seed; boxes have 50."""
+    for run in study_runs(study):
+        if run.row in ap or (run.init is None and run.row == "pretrain"):
+            append(folder / "results.jsonl", _result(run, ap.get(run.row, 0.0) + 0.1 * run.seed, classes))
+
+
+def _result(run: StudyRun, ap: float, classes: tuple[str, ...]) -> Result:
+    identity = run_identity(run, data="d", split_digest=None, weights=None)
+    numbers = {**dict.fromkeys(METRIC_NAMES), "AP": ap, "AP50": ap + 20, "AP75": ap, "APs": ap / 2, "APm": ap}
+    boxes = {**numbers, "AP": 50.0}
+    metrics = {
+        "unit": "percent",
+        "images": 3,
+        "instances": dict.fromkeys(classes, 4),
+        "bbox": {"groups": {}, "classes": dict.fromkeys(classes, boxes)},
+        "segm": {"groups": {}, "classes": dict.fromkeys(classes, numbers)},
+    }
+    return Result(
+        run_id=digest(identity), study="s", row=run.row, split=None, split_digest=None, seed=run.seed,
+        config={}, identity=identity, data_fingerprint="f", metrics=metrics, steps=10, seconds=60.0, device="cpu",
+        versions={"torch": "2"}, git_revision="abc", command=["semiseg"], finished="2025-01-01T00:00:00+00:00",
+    )  # fmt: skip
+
+
+def section(text: str, heading: str) -> str:
+    """The part of a page below a heading, up to the next one."""
+    return re.split(r"\n#+ ", text.split(heading, 1)[1], maxsplit=1)[0]
+
+
+def page(name: str, ap: dict[str, float], folder: Path, **changes) -> str:
+    study = load_study(name, **changes)
+    classes = COCO_CLASSES if name.startswith("coco") else tuple(SHAPES_CLASSES)
+    record(study, folder, ap, classes=classes)
+    _, path = build(study, folder, command=["semiseg", "run", name])
+    return path.read_text(encoding="utf-8")
+
+
+TAU = {"full": 41.0, "0.0": 2.0, "0.1": 33.0, "0.2": 32.0, "0.3": 31.5}
+
+
+def test_the_threshold_study_on_shapes(tmp_path: Path) -> None:
+    shares = [
+        {"size": 3, "dilation": 1, "threshold": t, "edges": 9, "share": s, "positive": p}
+        for t, s, p in ((0.0, 1.0, 0.9), (0.1, 0.66, 0.994), (0.2, 0.64, 0.995))
+    ]
+    content = {"parameters": {}, "sentence": "Measured on 7 images.", "shares": shares}
+    (tmp_path / "edges.json").write_text(json.dumps(content))
+    text = page("shapes_tau", TAU, tmp_path)
+    assert "**Answer.** Tau = 0.1 has the highest mean AP (33.1), ahead of tau = 0.2 (32.1; +1.0, resolved)" in text
+    assert "; the lowest is tau = 0 (2.1); with every mask: labelled edges (masks) 41.1." in text
+    assert "### Beside the printed numbers (BoxInst, colour threshold)" in text
+    assert "**The COCO numbers are from another data set** (ResNet-50-FPN, 1x, coco val2017)" in text
+    assert "| row | seeds | AP | AP50 | AP75 | APs | APm |" in text, "no column of terms, all alike, and no APl"
+    edges = section(text, "### Which edges count")
+    assert "Measured on 7 images." in edges
+    assert "| tau = 0.1 | 66.0 % | 99.4 % | 33.1 | 98.3 % | 30.7 |" in edges
+    assert "| tau = 0.3 | — | — | 31.6 | — | — |" in edges
+    assert "| labelled edges (masks) | — | — | 41.1 | — | 35.4 |" in edges
+    assert "truly positive" not in section(text, "### Beside the printed numbers")
+    differences = section(text, "### Which differences are resolved")
+    assert "| tau = 0.1 − labelled edges (masks) | -8.0 ± 0.0 |" in differences  # noqa: RUF001
+    assert differences.count("labelled edges (masks) |") == 4
+    for word in ("unseen", "full-masks", "gap", "Table tau", "classes |"):
+        assert word not in text, word
+
+
+def test_the_neighbourhood_study_without_measured_edges(tmp_path: Path) -> None:
+    rows = {"size3-dilation1": 30.0, "size3-dilation2": 29.0, "size5-dilation1": 30.5, "size5-dilation2": 28.0}
+    text = page("shapes_neighbourhood", rows, tmp_path, seeds=[0])
+    assert "5 x 5, dilation 1 has the highest mean AP (30.5), ahead of 3 x 3, dilation 1 (30.0; +0.5)" in text
+    assert "(one seed: small differences are not resolved)." in text
+    assert "Which edges count" not in text
+    notes = section(text, "### Beside the printed numbers (BoxInst, neighbourhood of the pairwise loss)")
+    assert "- size3-dilation1, size3-dilation2, size5-dilation1, size5-dilation2: tau=0.1" in notes
+
+
+def test_tables_2_and_3_are_told_row_by_row(tmp_path: Path) -> None:
+    text = page("shapes_table2", {"dice": 43.0, "redesigned": 40.0}, tmp_path / "2")
+    assert "**Answer.** Dice 43.1 AP → projection + pairwise, labelled edges 40.1 (-3.0, resolved)." in text
+    assert "| Dice | — | — | 3 | 43.1 ± 0.1 |" in text
+    assert "full-masks" not in text
+    ap = {"box-mask": 4.0, "projection": 14.0, "projection+pairwise": 33.0, "full-masks": 43.0}
+    text = page("shapes_table3", ap, tmp_path / "3")
+    assert (
+        "**Answer.** Boxes used as masks 4.1 AP → projection 14.1 (+10.0, resolved) → projection + pairwise 33.1 "
+        "(+19.0, resolved) → full-masks 43.1 (+10.0, resolved)." in text
+    )
+    assert "- full-masks: not in the paper's Table 3; for all classes its Table 2 prints 35.6 / 56.3 / 37.8" in text
+    assert "  - `projection`: no mask of any class, BoxInst's projection term for all objects\n" in text
+    assert "`full-masks`: masks of every class, Dice: the upper bound, which the paper leaves out" in text
+
+
+def test_table_4_on_coco_itself(tmp_path: Path) -> None:
+    ap = {"condinst-r50": 37.0, "boxinst-r50-3x": 32.0, "boxinst-r101-3x": 33.5, "boxinst-r101-1x-noaug": 31.0}
+    text = page("coco_table4", ap, tmp_path)
+    assert "BoxInst, R-101, 3x has the highest mean AP (33.5), ahead of BoxInst, R-50, 3x (32.0; +1.5)" in text
+    assert "with every mask: CondInst, R-50, 3x 37.0 (one seed" in text
+    assert "Every row starts from ImageNet weights of its backbone." in text
+    printed = section(text, "### Beside the printed numbers (BoxInst, Table 4)")
+    assert "another data set" not in printed
+    assert "| row | ours | printed | printed for |" in printed
+    assert "| BoxInst, R-101, 1x, one size | 31.0 / 51.0 / 31.0 | 31.6 / 54.0 / 31.9 | coco val2017 |" in printed
+    assert "| CondInst, R-50, 3x | 37.0 / 57.0 / 37.0 | 37.8 / 59.1 / 40.5 | coco test-dev |" in printed
+    assert "- not trained here: Mask R-CNN (ResNet-50-FPN, 3x, fully supervised): 37.5 / 59.3 / 40.2" in printed
+    differences = section(text, "### Which differences are resolved")
+    assert "| CondInst, R-50, 3x − BoxInst, R-50, 3x | +5.0 |" in differences  # noqa: RUF001
+    assert differences.count("no claim") == 2
+    assert "Rows differ in network, data or schedule, so that their detection differs too" in text
+    assert "is the detection equally good" not in text
+    assert "270000 steps or 90000 steps by row of 16 images" in text
+    assert "backbone resnet50 or resnet101 by row" in text
+    words = "with model.backbone = resnet101, model.neck = bifpn, model.neck_channels = 160, model.neck_norm = sync_bn"
+    assert words.replace("_", r"\_") in text
+
+
+def test_table_5_is_beside_voc_numbers(tmp_path: Path) -> None:
+    study = load_study("voc_table5")
+    record(study, tmp_path, {"boxinst-r50": 31.0}, classes=("cat", "dog"))
+    report = report_input(study, tmp_path, command=["semiseg", "run", "voc_table5"])
+    assert report.paper_data
+    assert [table.published for table in report.tables] == ["5"]
+    _, path = build(study, tmp_path, command=["semiseg", "run", "voc_table5"])
+    text = path.read_text(encoding="utf-8")
+    assert "31.0 / 51.0 / 31.0 | 32.2 / 58.1 / 31.0 |" in text
+    assert "SDI (VGG-16): — / 44.8 / 16.3" in text
+
+
+def test_printed_pairs_may_be_named_in_the_study_file(tmp_path: Path) -> None:
+    study = load_study("coco_table4")
+    record(study, tmp_path, {"condinst-r50": 37.0}, classes=COCO_CLASSES)
+    table = report_input(study, tmp_path, command=["semiseg", "run", "x"]).tables[0]
+    assert compared_pairs(table) == [tuple(pair) for pair in study.tables[0].compare]
+    assert len(compared_pairs(table)) == 7
+    assert table.alike is False
+    own = load_study("coco_neighbourhood")
+    record(own, tmp_path, {"size3-dilation1": 1.0}, classes=COCO_CLASSES)
+    table = report_input(own, tmp_path, command=["semiseg", "run", "x"]).tables[0]
+    names = [row.name for row in table.rows]
+    assert compared_pairs(table) == [
+        (names[0], names[1]), (names[1], names[2]), (names[2], names[3]), (names[0], names[2]), (names[0], names[3]),
+    ]  # fmt: skip
+    assert table.alike
+
+
+def test_nothing_measured_is_said(tmp_path: Path) -> None:
+    study = load_study("shapes_tau")
+    report = report_input(study, tmp_path, command=["semiseg", "run", "shapes_tau"])
+    numbers = table_numbers(report, report.tables[0])
+    assert answer([numbers]) == "Not answered yet (nothing was measured)."
+    assert layout(report.tables[0], numbers.summary).headings == ("row", "seeds", "AP", "AP50", "AP75")
+
+
+def test_what_a_row_trains_with_in_words() -> None:
+    study = load_study("shapes_seeds")
+    rows = {row.name: row for row in study.rows}
+    configs = {run.row: run.config for run in study_runs(study)}
+    told = {name: row_meaning(row, configs[name], in_every_table=False) for name, row in rows.items()}
+    assert told["neither"] == "masks of seen classes, Dice; no mask loss for objects of unseen classes"
+    assert told["boxes-as-masks"] == "no mask of any class, Dice with the filled box as mask for all objects"
+    shared = row_meaning(rows["box-supervised"], configs["box-supervised"], in_every_table=True)
+    assert shared.endswith("for all objects (the same run in every table)")
+    assert is_alike([config for row, config in configs.items() if row != "pretrain"])
+    assert not is_alike(list(configs.values()))
+
+
+def test_only_the_official_validation_images_are_the_papers() -> None:
+    assert is_paper_data(DataConfig(), 80)
+    assert not is_paper_data(DataConfig(), 12)
+    assert not is_paper_data(DataConfig(val_annotations="mine.json"), 80)
+    assert not is_paper_data(DataConfig(format="shapes"), 80)
+    assert schedule_sentence([RunConfig()]).startswith("90000 steps of 16 images, sgd, rate 0.01 (step); backbone resn")
+
+
+def test_studies_with_impossible_pairs_are_told(tmp_path: Path) -> None:
+    text = (ROOT / "experiments" / "coco_table2.toml").read_text()
+    for pair, told in (
+        ('["dice", "redesined"]', "unknown row 'redesined'. Did you mean 'redesigned'"),
+        ('["dice"]', "compare"),
+    ):
+        (tmp_path / "study.toml").write_text(f"{text}compare = [{pair}]\n")
+        with pytest.raises(Exception, match=re.escape(told)):
+            load_study(str(tmp_path / "study.toml"))
+
+
+def test_printed_numbers_of_both_data_sets_are_there() -> None:
+    printed = read_published(ROOT / "reports" / "published" / "boxinst.csv")
+    assert set(printed.loc[printed["table"] == "5", "evaluation_set"]) == {"voc val2012"}
