@@ -28,7 +28,7 @@ from tests.test_train import without_instances
 from tests.tiny import tiny_config
 
 BATCH, STEPS = 8, 4
-# processes -> values of images_per_process; the first of 1 is what all others are compared with
+# processes -> values of images_per_process
 CUTS = {1: (0, 2), 2: (0, 2), 4: (0, 1)}
 
 # What is taken from the images of a step, by their place in it: (no instances at all, boxes only).
@@ -43,8 +43,11 @@ TAKEN: tuple[tuple[range, range], ...] = (
 
 
 def cuts_of(processes: int) -> list[tuple[str, int]]:
-    """(norm of the mask branch, images_per_process) of the runs of a group."""
-    return [("frozen_bn", 0), *(("gn", images) for images in CUTS[processes])]
+    """(norm of the mask branch, images_per_process) of the runs of a group.
+
+    `bn` normalises over the images of one process and part, two of them in each group.
+    """
+    return [("frozen_bn", 0), ("bn", 2), *(("gn", images) for images in CUTS[processes])]
 
 
 def small_run(root: Path, **sections: Any) -> RunConfig:
@@ -170,6 +173,7 @@ def gathering() -> dict[str, Any]:
         agree(f"step_{rank}.pt", where=Path("runs/mine"))
     except UserError as error:
         sentence = str(error)
+    assert agree(None, where="the run's 'split'") is None
     return {"gathered": gather_object([gathered]), "disagreement": gather_object([sentence])}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,12 @@ from accelerate.commands.config.config_args import ClusterConfig, load_config_fr
 from semiseg.config import RunConfig
 from semiseg.config_files import parse_config
 from semiseg.engine.processes import fit_to_processes, images_in_evaluation, parts_per_step, told_change
+from semiseg.engine.run import execute_run
 from semiseg.errors import UserError
+from tests.tiny import tiny_config
 
-LAUNCH = Path(__file__).parent.parent / "experiments" / "launch"
+PROJECT = Path(__file__).parent.parent
+LAUNCH = PROJECT / "experiments" / "launch"
 
 
 def config(**sections: dict) -> RunConfig:
@@ -143,3 +147,37 @@ def test_launch_files_are_accelerates_own(name: str, machines: int, processes: i
 
 def test_the_guard_looks_at_every_launch_file() -> None:
     assert sorted(path.name for path in LAUNCH.iterdir()) == ["eight_gpus.yaml", "one_gpu.yaml", "two_machines.yaml"]
+
+
+def test_a_run_under_linear_is_the_run_with_its_values_written_out(tmp_path: Path) -> None:
+    runtime = {"batch_rule": "linear", "images_per_process": 2}
+    # The configuration has batches of 4 at rate 0.01; one process of two images makes twice the steps at half the rate.
+    scaled = tiny_config(tmp_path, optim={"steps": 1}, runtime=runtime)
+    with pytest.warns(UserWarning, match=r"on 1 process of 2 images: .*steps 1 -> 2, optim\.batch_size 4 -> 2; "):
+        result = execute_run(scaled, out=tmp_path / "run", progress=False)
+    assert result["steps"] == 2
+    written = tiny_config(tmp_path, optim={"steps": 2, "batch_size": 2, "learning_rate": 0.005})
+    assert execute_run(written, out=tmp_path / "run", progress=False) == result, "the finished run is this one"
+    kept = tiny_config(tmp_path, optim={"steps": 1})
+    with pytest.raises(UserError, match=r"holds another run \(its optim\.batch_size is 2, wanted 4\)"):
+        execute_run(kept, out=tmp_path / "run", progress=False)
+
+
+def test_the_documented_table_and_launch_files_are_the_real_ones() -> None:
+    text = (PROJECT / "docs" / "MACHINES.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in re.findall(r"(?m)^\| \d.*$", text)]
+    assert [int(row[0]) for row in rows] == [1, 2, 3, 4, 8, 16, 24]
+    keep = config(runtime={"images_per_process": 2})
+    for gpus, images, parts, *scaled in rows:
+        processes = int(gpus)
+        fitted = fit_to_processes(linear(2), processes).optim
+        values = (fitted.batch_size, fitted.learning_rate, fitted.steps)
+        assert tuple(map(float, scaled)) == pytest.approx(values, rel=1e-12)
+        if images == "refused":
+            with pytest.raises(UserError):
+                parts_per_step(keep, processes)
+        else:
+            assert (int(parts), int(images)) == (parts_per_step(keep, processes), 16 // processes // int(parts))
+    named = set(re.findall(r"experiments/launch/\w+\.yaml", text))
+    assert len(named) == 2
+    assert all((PROJECT / name).is_file() for name in named)

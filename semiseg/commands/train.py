@@ -38,7 +38,7 @@ def train(
 
     The numbers of its validation images are written into its folder.
 
-    On several GPUs or processes: accelerate launch --num_processes 4 -m semiseg train ...
+    On several GPUs: accelerate launch --config_file experiments/launch/eight_gpus.yaml -m semiseg train ...
 
     Examples:
 

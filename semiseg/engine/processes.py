@@ -67,8 +67,9 @@ def told_change(config: RunConfig, fitted: RunConfig, processes: int) -> str | N
                 changes.append(f"{section}.{name} {' -> '.join(shown)}")
     if not changes:
         return None
+    noun = "process" if processes == 1 else "processes"
     return (
-        f"runtime.batch_rule = 'linear' on {processes} processes of {config.runtime.images_per_process} images: "
+        f"runtime.batch_rule = 'linear' on {processes} {noun} of {config.runtime.images_per_process} images: "
         f"{', '.join(changes)}; this is another run than on other numbers of processes, with results of its own"
     )
 

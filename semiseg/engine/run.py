@@ -62,6 +62,8 @@ def execute_run(config: RunConfig, *, out: Path, resume: bool = True, progress: 
     with accelerator.main_process_first(), accelerator.local_main_process_first():
         data = build_data(config)
     inputs = run_inputs(config, data)
+    for name, found in inputs.items():
+        agree(found, where=f"the run's {name!r}", remedy="give each machine the same files")
     with claimed(config, out, inputs=inputs, resume=resume) if accelerator.is_main_process else nullcontext():
         accelerator.wait_for_everyone()
         if agree((out / RESULT_NAME).exists(), where=out):

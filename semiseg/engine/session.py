@@ -75,16 +75,19 @@ def gather_to_main(items: list[Any]) -> list[Any]:
     return [item for share in gathered or [] for item in share]
 
 
-def agree(fact: Fact, *, where: Path) -> Fact:
-    """What every process finds in the run's folder, if they find the same.
+def agree(fact: Fact, *, where: Path | str, remedy: str = "share the folder") -> Fact:
+    """What every process finds, if they find the same.
+
+    Args:
+        where: the folder or the thing in which it was found, for the error.
 
     Raises:
-        UserError: they do not, on all of them: the machines do not see the same folder.
+        UserError: they do not, on all of them: the machines do not see the same files.
     """
     found = gather_object([fact])
     if len(set(found)) > 1:
         told = ", ".join(sorted({str(item) for item in found}))
-        raise UserError(f"{where}: not the same on every machine (found: {told}); share the folder")
+        raise UserError(f"{where}: not the same on every machine (found: {told}); {remedy}")
     return fact
 
 
