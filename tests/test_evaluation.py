@@ -140,6 +140,21 @@ def test_groups_equal_pycocotools_restricted_to_the_classes(random_case):
     assert metrics.instances["only crowd"] == 0
 
 
+def test_one_matching_pass_per_iou_type_whatever_the_groups(random_case, monkeypatch):
+    path, results = random_case
+    passes = []
+    evaluate = COCOeval.evaluate
+
+    def counted(evaluation: COCOeval) -> None:
+        passes.append(evaluation.params.iouType)
+        evaluate(evaluation)
+
+    monkeypatch.setattr(COCOeval, "evaluate", counted)
+    groups = {"seen": CLASSES[:2], "unseen": CLASSES[2:]}
+    evaluate_detections(path, results, class_names=CLASSES, groups=groups, image_ids=range(20))
+    assert passes == ["bbox", "segm"]
+
+
 def test_quiet(random_case, capsys):
     path, results = random_case
     evaluate_detections(path, results, class_names=CLASSES, groups={}, image_ids=range(20))

@@ -1,0 +1,144 @@
+"""The precision array of a COCO evaluation: by pycocotools, which defines the numbers, or by hotcoco, which is fast.
+
+hotcoco (the extra `fast`) matches and accumulates in compiled code. What depends on rounding or on the oddities of a
+file is left to pycocotools: outlines become masks by its own code, and hotcoco sees clean columns alone, in which
+images, classes and annotations are numbered from 1 in the order of their ids. Before hotcoco's numbers are used, both
+evaluate some of the images at hand and must agree to the last bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from semiseg.errors import UserError
+
+Backend = Literal["pycocotools", "hotcoco"]
+Results = Sequence[Mapping[str, Any]]
+Precision = NDArray[np.float64]
+
+DETECTIONS_PER_IMAGE = 100  # and class: the limit of every AP that COCO reports
+CHECKED_IMAGES = 8
+
+
+def require_backend(backend: Backend) -> None:
+    """A `UserError` unless the backend is installed; to be called before work whose end needs it."""
+    if backend == "pycocotools":
+        return
+    try:
+        import hotcoco
+    except ImportError:
+        raise UserError(
+            "the fast evaluation needs the package hotcoco: pip install 'semiseg[fast]', or leave it out "
+            "(no --fast, runtime.fast_evaluation = false)"
+        ) from None
+    del hotcoco
+
+
+def coco_precision(truth: COCO, results: Results, iou_type: str, *, backend: Backend = "pycocotools") -> Precision:
+    """The precision of one quiet evaluation with 100 detections per image and class.
+
+    Args:
+        truth: from `coco_metrics.load_ground_truth`; with "segm" its outlines are replaced by RLE masks.
+        results: COCO results with boxes and masks; left unchanged.
+        iou_type: "bbox" or "segm". Masks go into the area ranges by their own area, not by their boxes'.
+        backend: "hotcoco" gives the same array, and a `UserError` where a part of the images shows that it does not.
+
+    Returns:
+        (T IoU thresholds, R recalls, C classes by id, A areas, 1) in 0..1; -1 where a class has no ground truth of
+        the area.
+    """
+    if backend == "pycocotools":
+        return _pycocotools_precision(truth, results, iou_type)
+    require_backend(backend)
+    _check_equal(truth, results, iou_type)
+    return _hotcoco_precision(truth, results, iou_type)
+
+
+def _pycocotools_precision(truth: COCO, results: Results, iou_type: str) -> Precision:
+    # With boxes beside the masks loadRes would take the boxes' areas.
+    hidden = "bbox" if iou_type == "segm" else "segmentation"
+    detections = [{key: value for key, value in result.items() if key != hidden} for result in results]
+    with contextlib.redirect_stdout(io.StringIO()):
+        if detections:
+            predicted = truth.loadRes(detections)
+        else:  # loadRes looks at the first result
+            predicted = COCO()
+            predicted.dataset = {**truth.dataset, "annotations": []}
+            predicted.createIndex()
+        evaluation = COCOeval(truth, predicted, iou_type)
+        evaluation.params.maxDets = [DETECTIONS_PER_IMAGE]  # those with 1 and 10 are for recalls, which nobody reads
+        evaluation.evaluate()
+        evaluation.accumulate()
+    return evaluation.eval["precision"]
+
+
+def _hotcoco_precision(truth: COCO, results: Results, iou_type: str) -> Precision:
+    import hotcoco
+
+    images = {image: number for number, image in enumerate(sorted(truth.imgs), start=1)}
+    classes = {category: number for number, category in enumerate(sorted(truth.cats), start=1)}
+    known = _truth_columns(truth, images, classes, masks=iou_type == "segm")
+    table = np.array(
+        [(images[r["image_id"]], *r["bbox"], r["score"], classes[r["category_id"]]) for r in results], dtype=np.float64
+    ).reshape(-1, 7)  # the columns of loadRes
+    if iou_type == "segm":
+        masks = [r["segmentation"] for r in results]
+        predicted = known.load_res(table, segmentation=masks)
+        areas = np.asarray(hotcoco.mask.area(masks), dtype=np.float64).reshape(-1)
+        predicted.update_anns(ids=np.arange(1, len(masks) + 1), area=areas)  # it had the boxes' areas
+    else:
+        predicted = known.load_res(table)
+    evaluation: Any = hotcoco.COCOeval(known, predicted, iou_type)
+    evaluation.params.maxDets = [DETECTIONS_PER_IMAGE]
+    evaluation.evaluate()
+    evaluation.accumulate()
+    return evaluation.eval["precision"]
+
+
+def _truth_columns(truth: COCO, images: Mapping[Any, int], classes: Mapping[Any, int], *, masks: bool) -> Any:
+    """The ground truth as hotcoco's data set, without annotations of images or classes that the file does not list."""
+    import hotcoco
+
+    found = [a for a in truth.dataset["annotations"] if a["image_id"] in images and a["category_id"] in classes]
+    sizes = {number: truth.imgs[image] for image, number in images.items()}
+    return hotcoco.COCO.from_arrays(
+        [{"id": number, "height": image["height"], "width": image["width"]} for number, image in sizes.items()],
+        [{"id": number, "name": str(number)} for number in classes.values()],
+        np.array([images[a["image_id"]] for a in found], dtype=np.int64),
+        np.array([classes[a["category_id"]] for a in found], dtype=np.int64),
+        np.array([a["bbox"] for a in found], dtype=np.float64).reshape(-1, 4),
+        ids=np.arange(1, len(found) + 1),
+        area=np.array([a["area"] for a in found], dtype=np.float64),
+        iscrowd=np.array([int(a["iscrowd"]) for a in found], dtype=np.int64),
+        segmentation=[truth.annToRLE(a) for a in found] if masks else None,
+    )
+
+
+def _check_equal(truth: COCO, results: Results, iou_type: str) -> None:
+    """Compares both on up to `CHECKED_IMAGES` images, evenly spread over the file."""
+    every = sorted(truth.imgs)
+    chosen = set(every[:: -(-len(every) // CHECKED_IMAGES)])
+    some = COCO()
+    some.dataset = {
+        "images": [image for image in truth.dataset["images"] if image["id"] in chosen],
+        "categories": truth.dataset["categories"],
+        "annotations": [a for a in truth.dataset["annotations"] if a["image_id"] in chosen],
+    }
+    with contextlib.redirect_stdout(io.StringIO()):
+        some.createIndex()
+    detections = [result for result in results if result["image_id"] in chosen]
+    fast, official = (f(some, detections, iou_type) for f in (_hotcoco_precision, _pycocotools_precision))
+    if not np.array_equal(fast, official):
+        raise UserError(
+            f"hotcoco {version('hotcoco')} and pycocotools {version('pycocotools')} give different {iou_type} numbers "
+            f"for {len(chosen)} of the images; evaluate without it (no --fast, runtime.fast_evaluation = false)"
+        )
