@@ -252,3 +252,8 @@ def test_only_the_counter_of_batches_may_be_missing(model_folder: Path) -> None:
     del weights["backbone.bn1.running_var"]
     with pytest.raises(UserError, match=r"here: 1 weights do not fit the model, first: backbone.bn1.running_var"):
         load_initial(model, weights, where="here")
+
+
+def test_a_model_folder_can_be_read_by_others(model_folder: Path) -> None:
+    assert model_folder.stat().st_mode & 0o777 == 0o755
+    assert (model_folder / "model.safetensors").stat().st_mode & 0o777 == 0o644

@@ -128,7 +128,8 @@ def save_model(folder: Path, state: dict[str, Tensor], info: ModelInfo) -> None:
             "long_side": info.long_side,
         }
         (temporary / "config.json").write_text(json.dumps(description, indent=2, ensure_ascii=False), encoding="utf-8")
-        temporary.chmod(0o755)
+        temporary.chmod(0o755)  # others may use the model: temporary folders and safetensors are the owner's alone
+        (temporary / WEIGHTS_NAME).chmod(0o644)
         if folder.exists():
             old = folder.with_name(f".{folder.name}.old{os.getpid()}")
             os.replace(folder, old)
