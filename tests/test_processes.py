@@ -103,7 +103,7 @@ def test_linear_scales_warm_ups_given_in_steps_and_leaves_what_follows_from_the_
     assert (fitted.optim.milestones, fitted.optim.accumulation) == ([0.5], 2)
     assert parts_per_step(fitted, 8) == 2
     assert told_change(run, fitted, 8) == (
-        "runtime.batch_rule = 'linear' on 8 processes of 4 images: optim.learning_rate 0.01 -> 0.02, "
+        "runtime.batch_rule = 'linear', 8 processes, images_per_process = 4: optim.learning_rate 0.01 -> 0.02, "
         "optim.warmup_steps 1000 -> 500, optim.steps 90000 -> 45000, optim.batch_size 16 -> 32, "
         "objective.pairwise_warmup_steps 10001 -> 5001; "
         "this is another run than on other numbers of processes, with results of its own"
@@ -153,7 +153,9 @@ def test_a_run_under_linear_is_the_run_with_its_values_written_out(tmp_path: Pat
     runtime = {"batch_rule": "linear", "images_per_process": 2}
     # The configuration has batches of 4 at rate 0.01; one process of two images makes twice the steps at half the rate.
     scaled = tiny_config(tmp_path, optim={"steps": 1}, runtime=runtime)
-    with pytest.warns(UserWarning, match=r"on 1 process of 2 images: .*steps 1 -> 2, optim\.batch_size 4 -> 2; "):
+    with pytest.warns(
+        UserWarning, match=r"1 process, images_per_process = 2: .*steps 1 -> 2, optim\.batch_size 4 -> 2; "
+    ):
         result = execute_run(scaled, out=tmp_path / "run", progress=False)
     assert result["steps"] == 2
     written = tiny_config(tmp_path, optim={"steps": 2, "batch_size": 2, "learning_rate": 0.005})

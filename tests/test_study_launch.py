@@ -86,7 +86,7 @@ def test_under_linear_other_processes_mean_other_runs(project: Path) -> None:
     study, linear = load_study("study"), load_study("study", LINEAR)
     assert ids(plan(study, only=["full"]))["full-s0"] == ids(plan(study))["full-s0"]
     with pytest.warns(
-        UserWarning, match=r"on 8 processes of 2 images: .*rate 0\.5 -> 2, optim\.steps 6 -> 2, .* 4 -> 16"
+        UserWarning, match=r"8 processes, images_per_process = 2: .*rate 0\.5 -> 2, optim\.steps 6 -> 2, .* 4 -> 16"
     ):
         eight = plan(linear, processes=8)
     assert set(ids(eight).values()).isdisjoint(ids(plan(study)).values())

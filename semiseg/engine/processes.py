@@ -69,7 +69,7 @@ def told_change(config: RunConfig, fitted: RunConfig, processes: int) -> str | N
         return None
     noun = "process" if processes == 1 else "processes"
     return (
-        f"runtime.batch_rule = 'linear' on {processes} {noun} of {config.runtime.images_per_process} images: "
+        f"runtime.batch_rule = 'linear', {processes} {noun}, images_per_process = {config.runtime.images_per_process}: "
         f"{', '.join(changes)}; this is another run than on other numbers of processes, with results of its own"
     )
 

@@ -66,7 +66,7 @@ def execute_run(config: RunConfig, *, out: Path, resume: bool = True, progress: 
         agree(found, where=f"the run's {name!r}", remedy="give each machine the same files")
     with claimed(config, out, inputs=inputs, resume=resume) if accelerator.is_main_process else nullcontext():
         accelerator.wait_for_everyone()
-        if agree((out / RESULT_NAME).exists(), where=out):
+        if agree("a result" if (out / RESULT_NAME).exists() else "no result", where=out) == "a result":
             return _held_result(out / RESULT_NAME)
         return _train_and_evaluate(config, data, accelerator, out=out, progress=progress)
 
