@@ -10,11 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 from pycocotools import mask as rle
+from typer.testing import CliRunner
 
+from semiseg.cli import app
+from semiseg.engine.run import execute_run, package_versions
 from semiseg.errors import UserError
 from semiseg.evaluation import precision
 from semiseg.evaluation.coco_metrics import evaluate_detections, load_ground_truth
 from semiseg.evaluation.precision import coco_precision, require_backend
+from tests.coco_files import make_coco
+from tests.model_folders import make_model
+from tests.tiny import tiny_config
 
 pytest.importorskip("hotcoco", reason="the extra `fast` is not installed")
 
@@ -219,3 +225,40 @@ def test_without_the_package_the_error_says_what_to_install(monkeypatch: pytest.
     require_backend("pycocotools")
     with pytest.raises(UserError, match=r"pip install 'semiseg\[fast\]'"):
         require_backend("hotcoco")
+
+
+def test_evaluate_fast_writes_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_model(tmp_path / "model")
+    data = make_coco(tmp_path, sizes_hw=[(64, 80), (48, 96), (33, 40)])
+    used: list[str] = []
+    hotcoco_precision = precision._hotcoco_precision
+
+    def counted(truth: Any, results: Any, iou_type: str) -> np.ndarray:
+        used.append(iou_type)
+        return hotcoco_precision(truth, results, iou_type)
+
+    monkeypatch.setattr(precision, "_hotcoco_precision", counted)
+    written = []
+    for options in (["--fast"], []):
+        out = tmp_path / f"metrics{len(written)}.json"
+        arguments = [tmp_path / "model", "--annotations", data.annotations, "--images", data.images, "--out", out]
+        result = CliRunner().invoke(app, ["evaluate", *map(str, arguments), "--no-progress", *options])
+        assert result.exit_code == 0, result.output
+        written.append(out.read_text(encoding="utf-8"))
+    assert written[0] == written[1]
+    assert used == ["bbox"] * 2  # on the compared images and on all; not every object of this file has a mask
+    assert json.loads(written[0])["images"] == 3
+
+
+def test_a_run_asks_for_the_package_before_it_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = tiny_config(tmp_path, runtime={"fast_evaluation": True})
+    assert fast.identity() == tiny_config(tmp_path).identity()
+    monkeypatch.setitem(sys.modules, "hotcoco", None)
+    with pytest.raises(UserError, match="hotcoco"):
+        execute_run(fast, out=tmp_path / "run", progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_package_is_recorded_where_it_made_the_numbers() -> None:
+    assert "hotcoco" not in package_versions()
+    assert set(package_versions("hotcoco")) - set(package_versions()) == {"hotcoco"}

@@ -76,6 +76,7 @@ def evaluate(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the numbers, per class too, to this JSON file.")] = None,
     detections: Annotated[Path | None, typer.Option(help="Write the detections as COCO results.")] = None,
+    fast: Annotated[bool, typer.Option("--fast", help="Match by hotcoco, if installed: the same numbers.")] = False,
     progress: Progress = None,
 ) -> None:
     """Evaluate a model or a finished run.
@@ -97,7 +98,7 @@ def evaluate(
     from semiseg.engine.run import evaluate_run
 
     metrics = evaluate_run(
-        folder, annotations=annotations, images=images, detections=detections, progress=_shown(progress)
+        folder, annotations=annotations, images=images, detections=detections, fast=fast, progress=_shown(progress)
     )
     if metrics is None:
         return

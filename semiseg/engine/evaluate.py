@@ -19,6 +19,7 @@ from semiseg.engine.checkpoint import write_json
 from semiseg.engine.predict import coco_results, find_instances
 from semiseg.engine.session import gather_to_main
 from semiseg.evaluation.coco_metrics import Metrics, evaluate_detections
+from semiseg.evaluation.precision import Backend
 from semiseg.models.condinst import CondInst
 from semiseg.structures.inputs import Batch
 
@@ -90,14 +91,22 @@ def predict_batch(
     return [result for number in sorted(by_image) for result in by_image[number]]
 
 
-def score_table(results: list[dict[str, Any]], table: Table, *, image_ids: Collection[int]) -> Metrics:
+def score_table(
+    results: list[dict[str, Any]], table: Table, *, image_ids: Collection[int], backend: Backend = "pycocotools"
+) -> Metrics:
     """Official box and mask AP of the results, for all classes and for each of them.
 
     Args:
         image_ids: the images that were looked at; must be the table's, each once.
+        backend: which package matches and accumulates; the numbers are the same.
     """
     return evaluate_detections(
-        table.annotations_file, results, class_names=table.class_names, groups={}, image_ids=image_ids
+        table.annotations_file,
+        results,
+        class_names=table.class_names,
+        groups={},
+        image_ids=image_ids,
+        backend=backend,
     )
 
 

@@ -35,6 +35,7 @@ from semiseg.engine.session import agree, start_accelerator
 from semiseg.engine.train import save_trained, train, trained_model
 from semiseg.errors import UserError
 from semiseg.evaluation.coco_metrics import Metrics
+from semiseg.evaluation.precision import Backend, require_backend
 from semiseg.models.condinst import CondInst
 from semiseg.resources import lock_folder, require_folder, weights_file
 
@@ -55,6 +56,7 @@ def execute_run(config: RunConfig, *, out: Path, resume: bool = True, progress: 
     Raises:
         UserError: if `out` holds another run, or `resume` is False and it holds an unfinished one.
     """
+    require_backend(_backend(config.runtime))  # said now rather than after the training
     accelerator = start_accelerator(config.runtime, seed=config.seed)
     config = _fitted(config, accelerator)
     check_folder(config, out, resume=resume)
@@ -98,6 +100,7 @@ def _train_and_evaluate(
             batch_size=images_in_evaluation(config.runtime),
             workers=config.runtime.workers,
             detections=detections,
+            backend=_backend(config.runtime),
             progress=progress,
         )
 
@@ -145,7 +148,7 @@ def _result(
         "classes": list(data.train.class_names),
         "device": device_name(accelerator.device),
         "processes": accelerator.num_processes,
-        "versions": package_versions(),
+        "versions": package_versions(_backend(config.runtime)),
         "git_revision": git_revision(),
         "command": " ".join(["semiseg", *sys.argv[1:]]),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -163,6 +166,7 @@ def evaluate_model(
     batch_size: int,
     workers: int,
     detections: Path | None,
+    backend: Backend,
     progress: bool,
 ) -> Metrics | None:
     """Predicts and scores a table; the metrics on the main process, None elsewhere."""
@@ -182,7 +186,7 @@ def evaluate_model(
         return None
     if detections is not None:
         save_detections(detections, results)
-    return score_table(results, table, image_ids=image_ids)
+    return score_table(results, table, image_ids=image_ids, backend=backend)
 
 
 def evaluate_run(
@@ -191,6 +195,7 @@ def evaluate_run(
     annotations: Path | None = None,
     images: Path | None = None,
     detections: Path | None = None,
+    fast: bool = False,
     progress: bool = True,
 ) -> Metrics | None:
     """Evaluates a run's folder on its own validation data, or any model folder on the given annotation file.
@@ -200,6 +205,7 @@ def evaluate_run(
         annotations, images: a COCO json and its image folder; needed for a model folder, both or neither. A json
             without annotations, such as COCO's test sets, is only predicted: the metrics are None.
         detections: where to write the detections as COCO results.
+        fast: take hotcoco for the numbers, as a run with `runtime.fast_evaluation` does anyway.
 
     Returns:
         the metrics on the main process, None elsewhere.
@@ -215,6 +221,8 @@ def evaluate_run(
         files, cache = ensure_files(config.data, sets=("val",))["val"], cache_folder(config.data)
     else:
         raise UserError(f"{folder}: give both the annotation file and the image folder to evaluate a model folder on")
+    backend: Backend = "hotcoco" if fast else _backend(runtime)
+    require_backend(backend)
     accelerator = start_accelerator(runtime, seed=seed)
     with accelerator.main_process_first(), accelerator.local_main_process_first():
         table = load_table(files.annotations, files.images, cache=cache, annotations_required=False)
@@ -236,8 +244,13 @@ def evaluate_run(
         batch_size=images_in_evaluation(runtime),
         workers=runtime.workers,
         detections=detections,
+        backend=backend,
         progress=progress,
     )
+
+
+def _backend(runtime: RuntimeConfig) -> Backend:
+    return "hotcoco" if runtime.fast_evaluation else "pycocotools"
 
 
 def headline(metrics: Metrics) -> dict[str, float]:
@@ -318,9 +331,10 @@ def device_name(device: torch.device) -> str:
     return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
-def package_versions() -> dict[str, str]:
-    """Versions of what computes the numbers."""
-    names = ("semiseg", "torch", "torchvision", "accelerate", "datasets", "pycocotools", "numpy")
+def package_versions(backend: Backend = "pycocotools") -> dict[str, str]:
+    """Versions of what computes the numbers; hotcoco's only where it made the metrics."""
+    names = ["semiseg", "torch", "torchvision", "accelerate", "datasets", "pycocotools", "numpy"]
+    names += [] if backend == "pycocotools" else [backend]
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
