@@ -28,7 +28,9 @@ ALLOWED: dict[str, set[str]] = {
     "study": BASE | {"data", "engine", "study"},
     "api": BASE | {"data", "models", "losses", "engine"},
     "report": BASE | {"data", "evaluation", "report"},
-    "commands": BASE | {"data", "losses", "evaluation", "engine", "interop", "study", "api", "report", "commands"},
+    "bench": BASE | {"data", "models", "losses", "evaluation", "engine", "bench"},
+    "commands": BASE
+    | {"data", "losses", "evaluation", "engine", "interop", "study", "api", "report", "bench", "commands"},
     "cli": {"errors", "commands", "cli"},
     "__main__": {"errors", "cli"},
     "__init__": BASE | {"api", "losses"},

@@ -1,0 +1,142 @@
+"""Row `evaluation`: box and mask AP of all classes and of two groups, from a file of ground truth and detections.
+
+Straightforward: one plain pycocotools evaluation of all classes for each of the two IoU types.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as rle_codec
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from semiseg.bench.row import Close, Place, Result, Row, Sizes, Task
+from semiseg.evaluation.coco_metrics import METRIC_NAMES, Metrics, evaluate_detections
+
+HEIGHT, WIDTH = 480, 640
+INSTANCES = 7  # annotated per image, COCO's average
+SHAPES = 2048  # different outlines: drawing one for each of half a million detections would take longer than the rest
+FOUND = 2  # detections around each instance; all others lie anywhere
+OUTLINE_POINTS = 12
+
+
+def plain_evaluation(annotations: Path, boxes: list[dict[str, Any]], masks: list[dict[str, Any]]) -> Result:
+    """The first six numbers of COCO's summary, for each IoU type with its results, as fractions."""
+    numbers = {}
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(annotations))
+        for iou_type, results in (("bbox", boxes), ("segm", masks)):
+            found = truth.loadRes([dict(result) for result in results])  # loadRes writes into what it gets
+            measured = COCOeval(truth, found, iou_type)
+            measured.evaluate()
+            measured.accumulate()
+            measured.summarize()
+            numbers[iou_type] = measured.stats[:6]
+    return numbers
+
+
+def _ours(sizes: Sizes, place: Place) -> Task:
+    annotations, results = _inputs(sizes, place.folder)
+    names = _names(sizes)
+    seen = names[: sizes["classes"] // 4]
+    groups = {"seen": seen, "unseen": names[len(seen) :]}
+    image_ids = range(1, sizes["images"] + 1)
+
+    def run() -> Metrics:
+        return evaluate_detections(annotations, results, class_names=names, groups=groups, image_ids=image_ids)
+
+    return Task(run, _our_numbers)
+
+
+def _straightforward(sizes: Sizes, place: Place) -> Task:
+    annotations, results = _inputs(sizes, place.folder)
+    # Mask results without boxes: with them pycocotools would sort by the area of the box.
+    boxes = [{key: value for key, value in result.items() if key != "segmentation"} for result in results]
+    masks = [{key: value for key, value in result.items() if key != "bbox"} for result in results]
+    return Task(lambda: plain_evaluation(annotations, boxes, masks), lambda numbers: numbers)
+
+
+def _our_numbers(metrics: Metrics) -> Result:
+    """As pycocotools' summary: fractions, -1 where nothing was measured."""
+    assert metrics.segm is not None
+    both = {"bbox": metrics.bbox, "segm": metrics.segm}
+    values = {name: [one.groups["all"][metric] for metric in METRIC_NAMES] for name, one in both.items()}
+    return {name: np.array([-1.0 if v is None else v / 100 for v in row]) for name, row in values.items()}
+
+
+def _names(sizes: Sizes) -> tuple[str, ...]:
+    return tuple(f"class {number:04d}" for number in range(sizes["classes"]))
+
+
+def _inputs(sizes: Sizes, folder: Path) -> tuple[Path, list[dict[str, Any]]]:
+    """A ground-truth file, and as many detections per image as the sizes say; the same at every call."""
+    random = np.random.default_rng(8)
+    truth, near = _outlines(random)
+    truth_rles, near_rles = (rle_codec.frPyObjects(outlines, HEIGHT, WIDTH) for outlines in (truth, near))
+    near_texts = [rle["counts"].decode("ascii") for rle in near_rles]
+    truth_boxes, near_boxes = rle_codec.toBbox(truth_rles).tolist(), rle_codec.toBbox(near_rles).tolist()
+    areas = [int(rle_codec.area(rle)) for rle in truth_rles]  # not at once: pycocotools counts to 255 there
+    annotations: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
+    for image_id in range(1, sizes["images"] + 1):
+        shapes, labels = random.integers(SHAPES, size=INSTANCES), random.integers(sizes["classes"], size=INSTANCES)
+        for shape, label in zip(shapes.tolist(), labels.tolist(), strict=True):
+            place = {"id": len(annotations) + 1, "image_id": image_id, "category_id": label + 1, "iscrowd": 0}
+            mask = {"bbox": truth_boxes[shape], "area": areas[shape], "segmentation": [truth[shape]]}
+            annotations.append({**place, **mask})
+        others = sizes["detections"] - FOUND * INSTANCES
+        found = [*shapes.tolist() * FOUND, *random.integers(SHAPES, size=others).tolist()]
+        classes = [*labels.tolist() * FOUND, *random.integers(sizes["classes"], size=others).tolist()]
+        scores = np.concatenate((random.uniform(0.2, 1, FOUND * INSTANCES), random.uniform(0.05, 0.6, others)))
+        for shape, label, score in zip(found, classes, scores.tolist(), strict=True):
+            rle = {"size": [HEIGHT, WIDTH], "counts": near_texts[shape]}
+            results.append(
+                {
+                    "image_id": image_id,
+                    "category_id": label + 1,
+                    "bbox": near_boxes[shape],
+                    "score": score,
+                    "segmentation": rle,
+                }
+            )
+    categories = [{"id": number, "name": name} for number, name in enumerate(_names(sizes), start=1)]
+    images = [{"id": number, "height": HEIGHT, "width": WIDTH} for number in range(1, sizes["images"] + 1)]
+    path = folder / "instances.json"
+    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    return path, results
+
+
+def _outlines(random: np.random.Generator) -> tuple[list[list[float]], list[list[float]]]:
+    """Outlines [x0, y0, ...] of instances, and of what a detector might find there instead."""
+    angles = np.linspace(0, 2 * math.pi, OUTLINE_POINTS, endpoint=False)
+    ring = np.stack((np.cos(angles), np.sin(angles)), axis=1)  # (points, 2)
+    radius = np.exp(random.normal(math.log(25), 0.8, (SHAPES, 1, 1))).clip(4, 200)
+    centre = random.uniform((0, 0), (WIDTH, HEIGHT), (SHAPES, 2))[:, None]
+    uneven = random.uniform(0.7, 1.3, (SHAPES, OUTLINE_POINTS, 1))
+    truth = centre + radius * uneven * ring
+    near = truth + radius * random.normal(0, 0.12, (SHAPES, 1, 2)) + radius * random.normal(0, 0.06, truth.shape)
+    return _flat_points(truth), _flat_points(near)
+
+
+def _flat_points(points: np.ndarray) -> list[list[float]]:
+    return points.clip(0, (WIDTH, HEIGHT)).reshape(len(points), -1).tolist()
+
+
+ROW = Row(
+    name="evaluation",
+    sizes={"images": 5000, "detections": 100, "classes": 80},
+    quick={"images": 40},
+    tiny={"images": 3, "detections": 20, "classes": 4},
+    passes=1,
+    quick_passes=3,
+    ours=_ours,
+    straightforward=_straightforward,
+    agree=Close(1e-9),
+)

@@ -1,0 +1,122 @@
+"""Row `step`: forward and backward of one training step of BoxInst, ResNet-50; the update is the same for both.
+
+Straightforward: `plain_step`. Both start from the same random weights.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from semiseg.bench.inputs import coco_like_boxes, picture, shared_out
+from semiseg.bench.plain_network import PlainCondInst
+from semiseg.bench.plain_step import MAX_POSITIVES, THRESHOLD, plain_losses
+from semiseg.bench.row import Close, Place, Result, Row, Sizes, Task, array
+from semiseg.config import ModelConfig
+from semiseg.engine.step import TrainStep
+from semiseg.losses.terms import DETECTION_LOSSES, Objective
+from semiseg.models.condinst import build_model
+from semiseg.structures.inputs import Batch, Targets
+
+LOSSES = (*DETECTION_LOSSES, "projection", "pairwise")
+RESIDUAL_SCALE = 0.2  # of the last norm of a residual block, so that activations stay small without trained norms
+LEAST_NORM = 1e-12  # of a gradient: that of a level without positives is 0
+NUMBERS_PER_GRADIENT = 64  # of each parameter's gradient that are compared
+
+
+def _ours(sizes: Sizes, place: Place) -> Task:
+    step = our_step(sizes).to(place.device).train()
+    batch = training_batch(sizes).to(place.device)
+
+    def run() -> Tensor:
+        step.zero_grad(set_to_none=True)
+        plan = step.plan(batch)
+        terms = step(batch, plan, plan.counts, warmup=1.0, processes=1)
+        terms.total.backward()
+        return torch.stack([terms.weighted[name].detach() for name in LOSSES])
+
+    return Task(run, lambda losses: _result(losses, step.model))
+
+
+def _straightforward(sizes: Sizes, place: Place) -> Task:
+    model = PlainCondInst(sizes["classes"])
+    model.load_state_dict(our_step(sizes).model.state_dict())
+    model.to(place.device).train()
+    batch = training_batch(sizes).to(place.device)
+    targets = batch.targets
+    assert targets is not None
+
+    def run() -> Tensor:
+        model.zero_grad(set_to_none=True)
+        losses = plain_losses(model, batch.images, targets.boxes_xyxy, targets.labels, targets.image_index)
+        values = torch.stack([losses[name] for name in LOSSES])
+        values.sum().backward()
+        return values.detach()
+
+    return Task(run, lambda losses: _result(losses, model))
+
+
+def our_step(sizes: Sizes) -> TrainStep:
+    """The step of the default configuration with random weights, the same at every call."""
+    torch.manual_seed(0)
+    config = ModelConfig(weights="random")
+    model = build_model(config, num_classes=sizes["classes"])
+    for name, values in model.backbone.named_buffers():
+        if name.endswith("bn3.weight"):
+            values.fill_(RESIDUAL_SCALE)
+    objective = Objective(
+        mask="dice",
+        box="projection+pairwise",
+        affinity_threshold=THRESHOLD,
+        affinity_size=3,
+        affinity_dilation=2,
+    )
+    return TrainStep(model, objective=objective, centre_radius=config.centre_radius, max_mask_positives=MAX_POSITIVES)
+
+
+def training_batch(sizes: Sizes) -> Batch:
+    """Images whose instances have boxes alone."""
+    images, count = sizes["images"], sizes["images"] * sizes["boxes"]
+    size_hw = (sizes["height"], sizes["width"])
+    generator = torch.Generator().manual_seed(6)
+    return Batch(
+        images=torch.stack([picture(size_hw, seed=number) for number in range(images)]),
+        image_sizes_hw=torch.tensor([size_hw] * images),
+        image_ids=tuple(range(images)),
+        bottom_rows_without_affinity=torch.zeros(images, dtype=torch.int64),
+        targets=Targets(
+            boxes_xyxy=coco_like_boxes(count, size_hw, seed=5),
+            labels=torch.randint(sizes["classes"], (count,), generator=generator),
+            image_index=shared_out(count, images),
+            supervision=torch.zeros(count, dtype=torch.int64),
+            masks=torch.zeros(0, size_hw[0] // 4, size_hw[1] // 4, dtype=torch.bool),
+            mask_instance=torch.zeros(0, dtype=torch.int64),
+            mask_weight=torch.zeros(0),
+            crowd_boxes_xyxy=torch.zeros(0, 4),
+            crowd_image_index=torch.zeros(0, dtype=torch.int64),
+            mask_stride=4,
+        ),
+    )
+
+
+def _result(losses: Tensor, model: nn.Module) -> Result:
+    """The losses, and of every gradient its norm and some of its numbers."""
+    gradients = {name: p.grad for name, p in sorted(model.named_parameters()) if p.grad is not None}
+    norms = torch.stack([gradient.double().norm() for gradient in gradients.values()]).clamp(min=LEAST_NORM)
+    samples = [
+        gradient.flatten()[:: max(gradient.numel() // NUMBERS_PER_GRADIENT, 1)] for gradient in gradients.values()
+    ]
+    scaled = torch.cat([(part.double() / norm) for part, norm in zip(samples, norms, strict=True)])
+    return {"losses": array(losses), "names": list(gradients), "norms": array(norms.log()), "samples": array(scaled)}
+
+
+ROW = Row(
+    name="step",
+    sizes={"images": 2, "height": 512, "width": 640, "boxes": 8, "classes": 80},
+    tiny={"height": 64, "width": 96, "boxes": 2},
+    passes=6,
+    quick_passes=2,
+    ours=_ours,
+    straightforward=_straightforward,
+    agree=Close(1e-3),
+)
