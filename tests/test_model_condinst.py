@@ -197,7 +197,12 @@ def training_masks(model: CondInst, targets: Targets, images: Tensor) -> tuple[D
     outputs = model(images, full_sizes(images))
     count = images.shape[0]
     assignment = assign(
-        outputs.locations, targets, num_images=count, level_ranges=model.level_ranges, centre_radius=1.5
+        targets,
+        sizes_hw=model.level_sizes((64, 64)),
+        strides=model.strides,
+        num_images=count,
+        level_ranges=model.level_ranges,
+        centre_radius=1.5,
     )
     quotas = mask_quotas(
         assignment,

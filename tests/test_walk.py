@@ -69,8 +69,9 @@ def from_batch_to_loss(config: RunConfig, model: CondInst, batch: Batch) -> None
     outputs = model.train()(batch.images, batch.image_sizes_hw)
     # 6 assign -> Assignment: every box that has a positive has it at a location inside it
     assignment = assign(
-        outputs.locations,
         targets,
+        sizes_hw=model.level_sizes((64, 64)),
+        strides=model.strides,
         num_images=4,
         level_ranges=model.level_ranges,
         centre_radius=config.model.centre_radius,

@@ -215,12 +215,13 @@ def _validate(state: TrainState, validate: Validate, data: RunData, log: Trainin
 
 
 def optimizer_step(state: TrainState, parts: list[Batch], *, out: Path, stop: bool = False) -> StepReport | None:
-    """One update from `parts`, the accumulation parts of this process; None if any process wants to stop.
+    """One update from `parts`, this process's accumulation parts as loaded; None if any process wants to stop.
 
     The stop flag travels with the counts, so that all processes stop at the same step.
     """
-    accelerator, config = state.accelerator, state.config
-    plans = [state.step_module.plan(batch) for batch in parts]
+    accelerator, config, module = state.accelerator, state.config, state.step_module
+    sent = [batch.to(accelerator.device, non_blocking=True) for batch in parts]
+    plans = [module.plan(there, module.draft(here)) for here, there in zip(parts, sent, strict=True)]
     counts = torch.stack([plan.counts for plan in plans]).sum(0)
     if accelerator.num_processes > 1:
         shared = accelerator.reduce(torch.cat([counts, counts.new_tensor([float(stop)])]), reduction="sum")
@@ -230,7 +231,7 @@ def optimizer_step(state: TrainState, parts: list[Batch], *, out: Path, stop: bo
     rate = learning_rate(config.optim, step=state.step, steps=state.steps)
     for group in state.optimizer.param_groups:
         group["lr"] = rate
-    losses, weighted = _forward_backward(state, parts, plans, counts)
+    losses, weighted = _forward_backward(state, sent, plans, counts)
     if _nonfinite_anywhere(accelerator, weighted):
         _stop_nonfinite(state, parts, counts, weighted, out)
     if config.optim.clip_norm is not None:
@@ -260,7 +261,10 @@ def _forward_backward(
 
 
 def _nonfinite_anywhere(accelerator: Accelerator, weighted: Tensor) -> bool:
-    """Whether a loss of any process is not finite: its gradient has reached all of them, so all must stop."""
+    """Whether a loss of any process is not finite: its gradient has reached all of them, so all must stop.
+
+    The one place of a step where the host waits for the device: what follows changes the weights.
+    """
     number = (~torch.isfinite(weighted)).sum(0, keepdim=True)
     if accelerator.num_processes > 1:
         number = accelerator.reduce(number, reduction="sum")
@@ -285,8 +289,7 @@ def _next_parts(batches: Iterator[Batch], state: TrainState, window: _Window) ->
     waited = time.perf_counter()
     parts = [next(batches) for _ in range(state.parts)]
     window.data_seconds += time.perf_counter() - waited
-    device = state.accelerator.device
-    return [batch.to(device, non_blocking=True) for batch in parts]
+    return parts
 
 
 def _log_window(state: TrainState, window: _Window, log: TrainingLog | None) -> None:

@@ -29,8 +29,7 @@ def box_cells(boxes_xyxy: Tensor, *, stride: int, grid_hw: tuple[int, int]) -> T
     """
     pixels = torch.stack((boxes_xyxy[:, :2].floor(), (boxes_xyxy[:, 2:] + 1).floor()), dim=1).long()  # (N, 2, xy)
     first = -((stride // 2 - pixels) // stride)  # ceil((pixel - s//2) / s)
-    limit = torch.tensor((grid_hw[1], grid_hw[0]), device=pixels.device)
-    first = first.clamp(min=0).minimum(limit)
+    first = torch.stack((first[:, :, 0].clamp(0, grid_hw[1]), first[:, :, 1].clamp(0, grid_hw[0])), dim=2)
     start = first[:, 0]
     stop = torch.where((first[:, 1] > start).all(1, keepdim=True), first[:, 1], start)
     return torch.stack((start[:, 1], stop[:, 1], start[:, 0], stop[:, 0]), dim=1)
@@ -69,6 +68,16 @@ def _projection(logits: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return soft_dice(row_scores, rows) + soft_dice(column_scores, columns)
 
 
+def patch_cells(cells: Tensor, *, size: int, dilation: int) -> Tensor:
+    """How many cells the pairwise loss looks at for each box (N, 4): its own and its neighbours'; 0 if it is empty.
+
+    Returns:
+        (N,) int64; their sum over the masks is `total_cells` of `pairwise_loss`.
+    """
+    extent = cells[:, 1::2] - cells[:, ::2]
+    return (extent + size // 2 * dilation * 2).prod(1) * (extent > 0).all(1)
+
+
 def edge_counts(cells: Tensor, edges: Tensor, image_index: Tensor) -> Tensor:
     """Number of edges of each instance that count and have their centre in its box, from targets alone.
 
@@ -86,7 +95,14 @@ def edge_counts(cells: Tensor, edges: Tensor, image_index: Tensor) -> Tensor:
 
 
 def pairwise_loss(
-    logits: Tensor, cells: Tensor, edges: Tensor, image_index: Tensor, *, size: int, dilation: int
+    logits: Tensor,
+    cells: Tensor,
+    edges: Tensor,
+    image_index: Tensor,
+    *,
+    size: int,
+    dilation: int,
+    total_cells: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum of -log P(both ends have the same label) over the edges that count and have their centre in the box.
 
@@ -97,16 +113,25 @@ def pairwise_loss(
             the grid.
         image_index: (Q,) int64 image of each mask.
         size, dilation: of the neighbourhood that `edges` was made with.
+        total_cells: the sum of `patch_cells` over the masks; None = it is read back from the device.
 
     Returns:
         sums (Q,) and counts (Q,) of edges. Finite for any finite logits. Memory is in proportion to the area of the
-        boxes, whatever K; one transfer to the host (the total area) where the device is not the CPU.
+        boxes, whatever K.
     """
-    return _sum_edges(logits, cells, edges, image_index, None, size, dilation)
+    return _sum_edges(logits, cells, edges, image_index, None, size, dilation, total_cells)
 
 
 def labelled_pairwise_loss(
-    logits: Tensor, cells: Tensor, masks: Tensor, inside: Tensor, image_index: Tensor, *, size: int, dilation: int
+    logits: Tensor,
+    cells: Tensor,
+    masks: Tensor,
+    inside: Tensor,
+    image_index: Tensor,
+    *,
+    size: int,
+    dilation: int,
+    total_cells: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same over all edges with a neighbour inside, towards the labels of a given mask (BoxInst, Table 2).
 
@@ -116,7 +141,7 @@ def labelled_pairwise_loss(
         masks: (Q, h, w) bool; inside: (B, K, h, w) bool from `affinity.neighbour_inside`; others and returns as for
             `pairwise_loss`.
     """
-    return _sum_edges(logits, cells, inside, image_index, masks, size, dilation)
+    return _sum_edges(logits, cells, inside, image_index, masks, size, dilation, total_cells)
 
 
 def _sum_edges(
@@ -127,10 +152,13 @@ def _sum_edges(
     masks: Tensor | None,
     size: int,
     dilation: int,
+    total_cells: int | None,
 ) -> tuple[Tensor, Tensor]:
     if edges.shape[1:] != (size * size - 1, *logits.shape[1:]):
         raise ValueError(f"edges {tuple(edges.shape)} do not fit logits {tuple(logits.shape)} at size {size}")
-    return _EdgeSum.apply(logits, cells, edges, image_index, masks, size, dilation)
+    if total_cells is None:
+        total_cells = int(patch_cells(cells, size=size, dilation=dilation).sum())
+    return _EdgeSum.apply(logits, cells, edges, image_index, masks, size, dilation, total_cells)
 
 
 @dataclass(frozen=True)
@@ -157,10 +185,10 @@ class _Patches:
         return step.add_(torch.arange(len(step), device=step.device)).clamp_(min=0)
 
 
-def _unroll(cells: Tensor, margin: int, grid_hw: tuple[int, int]) -> _Patches:
+def _unroll(cells: Tensor, margin: int, grid_hw: tuple[int, int], total_cells: int) -> _Patches:
     start, extent = cells[:, ::2], cells[:, 1::2] - cells[:, ::2]
     area = (extent + 2 * margin).prod(1) * (extent > 0).all(1)
-    owner = torch.repeat_interleave(area)  # reads T, the total area: the one transfer to the host
+    owner = torch.repeat_interleave(area, output_size=total_cells)
     height, width = extent[owner].unbind(1)
     pitch = width + 2 * margin
     position = torch.arange(len(owner), device=cells.device).sub_((area.cumsum(0) - area)[owner])
@@ -196,10 +224,11 @@ class _EdgeSum(torch.autograd.Function):
         masks: Tensor | None,
         size: int,
         dilation: int,
+        total_cells: int,
     ) -> tuple[Tensor, Tensor]:
         height, width = logits.shape[1:]
         area, neighbours = height * width, size * size - 1
-        patches = _unroll(cells, size // 2 * dilation, (height, width))
+        patches = _unroll(cells, size // 2 * dilation, (height, width), total_cells)
         centre = patches.owner * area + patches.place
         first_edge = image_index[patches.owner] * (neighbours * area) + patches.place
         # index_select: several times faster than indexing on the CPU.
@@ -235,7 +264,7 @@ class _EdgeSum(torch.autograd.Function):
         owner, centre, slope = ctx.saved_tensors
         gradient = slope.new_zeros(ctx.shape.numel())
         gradient.index_add_(0, centre, slope * upstream[owner])  # margins outside the grid add 0 to its border
-        return gradient.reshape(ctx.shape).to(ctx.dtype), None, None, None, None, None, None
+        return gradient.reshape(ctx.shape).to(ctx.dtype), None, None, None, None, None, None, None
 
 
 def _cell_values(logits: Tensor) -> Tensor:

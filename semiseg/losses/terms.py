@@ -21,6 +21,7 @@ from semiseg.losses.boxinst import (
     labelled_pairwise_loss,
     mask_projection_loss,
     pairwise_loss,
+    patch_cells,
     projection_loss,
 )
 from semiseg.losses.detection import detection_losses
@@ -67,40 +68,51 @@ class Objective:
 
 
 @dataclass(frozen=True)
-class MaskTargets:
-    """What the mask losses compare with, from the batch and the objective alone.
+class InstanceTerms:
+    """What each instance's mask may learn from, by its supervision, the objective, its box and its mask.
 
     Attributes:
-        objective: that it was prepared for.
         chosen: which instances, (N,) bool, get the mask loss of this name: the table gives it to them, and their
             mask (their box, where they have none) has a cell. A loss that no instance of the batch can get, as the
             numbers of instances and of masks show, is not among the keys.
         box_only: (N,) bool, whether the supervision is BOX.
         cells: (N, 4) int64, the box on the mask grid, see `boxinst.box_cells`.
-        masks: (M, h, w) bool, only of instances with a mask.
-        mask_row: (N,) int64, row in `masks`; without meaning where `box_only`.
+        mask_row: (N,) int64, row in `Targets.masks`; without meaning where `box_only`.
         weight: (N,) float32 factor of each instance's mask losses: `Targets.mask_weight`, 1 where there is no mask.
-        edges: (B, K, h, w) bool, the edges that count for the edge loss of this name; keys as in `chosen`.
     """
 
-    objective: Objective
     chosen: dict[str, Tensor]
     box_only: Tensor
     cells: Tensor
-    masks: Tensor
     mask_row: Tensor
     weight: Tensor
-    edges: dict[str, Tensor]
-
-    @property
-    def grid_hw(self) -> tuple[int, int]:
-        return self.masks.shape[1], self.masks.shape[2]
 
     @property
     def used(self) -> Tensor:
         """(N,) bool: which instances get any mask loss."""
         nothing = torch.zeros_like(self.box_only)
         return torch.stack([nothing, *self.chosen.values()]).any(0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskTargets(InstanceTerms):
+    """What the mask losses compare with, from the batch and the objective alone.
+
+    Attributes:
+        objective: that it was prepared for.
+        masks: (M, h, w) bool, only of instances with a mask.
+        edges: (B, K, h, w) bool, the edges that count for the edge loss of this name; keys as in `chosen`.
+        sizes: see `loss_sizes`; None = they are read back from the device when they are needed.
+    """
+
+    objective: Objective
+    masks: Tensor
+    edges: dict[str, Tensor]
+    sizes: Mapping[str, int] | None = None
+
+    @property
+    def grid_hw(self) -> tuple[int, int]:
+        return self.masks.shape[1], self.masks.shape[2]
 
 
 @dataclass(frozen=True)
@@ -120,35 +132,79 @@ class LossTerms:
         return torch.stack([self.weighted[name] for name in LOSS_NAMES]).sum()
 
 
-def mask_targets(batch: Batch, *, objective: Objective) -> MaskTargets:
-    """Prepares a batch's targets for the mask losses, once per batch, on its device, without a transfer to the host.
-
-    The colour affinity is left out where the batch has no box-supervised instance or the objective no `pairwise`.
-    """
-    targets = batch.targets
-    if targets is None:
-        raise ValueError("the batch has no targets: it was made for prediction")
-    grid_hw = grid_size((batch.images.shape[-2], batch.images.shape[-1]), targets.mask_stride)
-    if tuple(targets.masks.shape[1:]) != grid_hw:
-        raise ValueError(f"masks are {tuple(targets.masks.shape[1:])} but the mask grid is {grid_hw}")
-    cells = box_cells(targets.boxes_xyxy, stride=targets.mask_stride, grid_hw=grid_hw)
+def instance_terms(targets: Targets, *, objective: Objective) -> InstanceTerms:
+    """Looks up what each instance's mask may learn from; without a transfer to the host."""
+    cells = box_cells(targets.boxes_xyxy, stride=targets.mask_stride, grid_hw=_grid(targets))
     has_cell = cells[:, 1] > cells[:, 0]
     has_cell[targets.mask_instance] = targets.masks.flatten(1).any(1)
     mask_row = torch.zeros_like(targets.supervision)
     mask_row[targets.mask_instance] = torch.arange(len(targets.masks), device=mask_row.device)
     weight = torch.ones_like(has_cell, dtype=torch.float32)
     weight[targets.mask_instance] = targets.mask_weight
-    chosen = _choose(targets, objective, has_cell)
-    return MaskTargets(
-        objective=objective,
-        chosen=chosen,
+    return InstanceTerms(
+        chosen=_choose(targets, objective, has_cell),
         box_only=targets.supervision == Supervision.BOX,
         cells=cells,
-        masks=targets.masks,
         mask_row=mask_row,
         weight=weight,
-        edges=_edges(batch, targets.mask_stride, grid_hw, objective, chosen),
     )
+
+
+def mask_targets(
+    batch: Batch,
+    *,
+    objective: Objective,
+    instances: InstanceTerms | None = None,
+    sizes: Mapping[str, int] | None = None,
+) -> MaskTargets:
+    """Prepares a batch's targets for the mask losses, once per batch, on its device, without a transfer to the host.
+
+    The colour affinity is left out where the batch has no box-supervised instance or the objective no `pairwise`.
+
+    Args:
+        batch: with targets.
+        objective: the study's.
+        instances: what `instance_terms` gives of the targets, if it is there already.
+        sizes: see `loss_sizes`.
+    """
+    targets = batch.targets
+    if targets is None:
+        raise ValueError("the batch has no targets: it was made for prediction")
+    grid_hw = grid_size((batch.images.shape[-2], batch.images.shape[-1]), targets.mask_stride)
+    if _grid(targets) != grid_hw:
+        raise ValueError(f"masks are {_grid(targets)} but the mask grid is {grid_hw}")
+    if instances is None:
+        instances = instance_terms(targets, objective=objective)
+    return MaskTargets(
+        chosen=instances.chosen,
+        box_only=instances.box_only,
+        cells=instances.cells,
+        mask_row=instances.mask_row,
+        weight=instances.weight,
+        objective=objective,
+        masks=targets.masks,
+        edges=_edges(batch, targets.mask_stride, grid_hw, objective, instances.chosen),
+        sizes=sizes,
+    )
+
+
+def loss_sizes(instances: InstanceTerms, quotas: Tensor, *, objective: Objective) -> dict[str, int]:
+    """How many masks `dice` looks at, and how many cells each edge loss, of the positives that will be sampled.
+
+    The sizes of tensors in the step depend on these numbers. On the host they are had for nothing; read from a
+    device, each would make it wait.
+
+    Args:
+        instances: of N instances, on the host.
+        quotas: (N,) int64, how many positives of each instance get a mask.
+    """
+    around = patch_cells(instances.cells, size=objective.affinity_size, dilation=objective.affinity_dilation)
+    numbers = {"dice": quotas, "pairwise": quotas * around, "pairwise_labelled": quotas * around}
+    return {name: int((numbers[name] * instances.chosen[name]).sum()) for name in numbers if name in instances.chosen}
+
+
+def _grid(targets: Targets) -> tuple[int, int]:
+    return targets.masks.shape[1], targets.masks.shape[2]
 
 
 def _choose(targets: Targets, objective: Objective, has_cell: Tensor) -> dict[str, Tensor]:
@@ -296,8 +352,10 @@ def _zero_with_graph(outputs: DenseOutputs, logits: Tensor) -> Tensor:
 
 
 def _dice_sum(logits: Tensor, instance: Tensor, prepared: MaskTargets) -> Tensor:
-    rows = prepared.chosen["dice"][instance].nonzero()[:, 0]
-    if len(rows) < len(logits):
+    wanted = prepared.chosen["dice"][instance]
+    number = int(wanted.sum()) if prepared.sizes is None else prepared.sizes["dice"]
+    if number < len(logits):
+        rows = torch.nonzero_static(wanted, size=number)[:, 0]
         logits, instance = logits[rows], instance[rows]
     return (dice_loss(logits, _masks_of(instance, prepared)) * prepared.weight[instance]).sum()
 
@@ -324,10 +382,13 @@ def _projection_sum(logits: Tensor, instance: Tensor, prepared: MaskTargets) -> 
 def _edge_sum(name: str, logits: Tensor, image: Tensor, instance: Tensor, prepared: MaskTargets) -> Tensor:
     cells = (prepared.cells * prepared.chosen[name][:, None])[instance]  # those of other instances become empty
     edges, objective = prepared.edges[name], prepared.objective
+    total = None if prepared.sizes is None else prepared.sizes[name]
     size, dilation = objective.affinity_size, objective.affinity_dilation
     if name == "pairwise":
-        each, _ = pairwise_loss(logits, cells, edges, image, size=size, dilation=dilation)
+        each, _ = pairwise_loss(logits, cells, edges, image, size=size, dilation=dilation, total_cells=total)
     else:
         masks = prepared.masks[prepared.mask_row[instance]]
-        each, _ = labelled_pairwise_loss(logits, cells, masks, edges, image, size=size, dilation=dilation)
+        each, _ = labelled_pairwise_loss(
+            logits, cells, masks, edges, image, size=size, dilation=dilation, total_cells=total
+        )
     return (each * prepared.weight[instance]).sum()

@@ -105,8 +105,11 @@ class CondInst(nn.Module):
 
     def locations(self, padded_size_hw: tuple[int, int], *, device: torch.device) -> Locations:
         """The locations of `forward`'s predictions for images of a padded size, which divides by `size_divisor`."""
-        sizes = [grid_size(padded_size_hw, stride) for stride in self.strides]
-        return make_locations(sizes, self.strides, device)
+        return make_locations(self.level_sizes(padded_size_hw), self.strides, device)
+
+    def level_sizes(self, padded_size_hw: tuple[int, int]) -> list[tuple[int, int]]:
+        """Height and width in cells of the levels at which the head predicts, for images of a padded size."""
+        return [grid_size(padded_size_hw, stride) for stride in self.strides]
 
     def predict_masks(self, outputs: DenseOutputs, queries: MaskQueries) -> MaskLogits:
         """Mask logits (Q, h, w) of the queried locations on the whole padded map, at `mask_stride`.
@@ -122,6 +125,7 @@ class CondInst(nn.Module):
             self.coordinate_ranges[locations.level[queries.location_index]],
             shapes=self.filter_shapes,
             stride=outputs.mask_feature_stride,
+            counts=queries.counts,
         )
         logits = aligned_upsample(logits[:, None], outputs.mask_feature_stride // self.mask_stride)[:, 0]
         corner = logits.new_zeros(logits.shape[0], 2)

@@ -44,6 +44,7 @@ def dynamic_masks(
     *,
     shapes: Sequence[tuple[int, int]],
     stride: int,
+    counts: Sequence[int] | None = None,
 ) -> Tensor:
     """Mask logits of Q queries on the grid of the features.
 
@@ -57,30 +58,49 @@ def dynamic_masks(
         coordinate_range: (Q,) in input pixels.
         shapes: of the layers, see `filter_shapes`.
         stride: of the features, in input pixels.
+        counts: how many queries each image has, if `image_index` ascends and the caller knows; nothing is then read
+            back from the device and nothing reordered.
 
     Returns:
         (Q, h, w) float32, on the graph even when Q is 0.
     """
     with torch.autocast(features.device.type, enabled=False):
+        if counts is not None:
+            return _by_image(features, filters, location_xy, coordinate_range, counts, shapes, stride)
         counts = torch.bincount(image_index, minlength=features.shape[0]).tolist()
         order = torch.argsort(image_index, stable=True)
-        weights, biases = split_filters(filters[order].float(), shapes)
-        weights[0] = _absorb_coordinates(weights[0], biases[0], location_xy[order], coordinate_range[order])
-        parameters = [*weights, *biases[1:]]
-        starts = [sum(counts[:image]) for image in range(len(counts))]
-        used = [image for image, count in enumerate(counts) if count] or [0]  # without queries: an empty product
-        logits = torch.cat(
-            [
-                _apply_layers(
-                    _with_coordinates(features[image].float(), stride),
-                    [parameter.narrow(0, starts[image], counts[image]) for parameter in parameters],
-                )
-                for image in used
-            ]
+        logits = _by_image(
+            features, filters[order], location_xy[order], coordinate_range[order], counts, shapes, stride
         )
-        logits = logits.view(-1, *features.shape[-2:])
         ascending = bool((image_index[1:] >= image_index[:-1]).all())
         return logits if ascending else logits[torch.argsort(order)]
+
+
+def _by_image(
+    features: Tensor,
+    filters: Tensor,
+    location_xy: Tensor,
+    coordinate_range: Tensor,
+    counts: Sequence[int],
+    shapes: Sequence[tuple[int, int]],
+    stride: int,
+) -> Tensor:
+    """`dynamic_masks` of queries that are ordered by image, `counts` of each."""
+    weights, biases = split_filters(filters.float(), shapes)
+    weights[0] = _absorb_coordinates(weights[0], biases[0], location_xy, coordinate_range)
+    parameters = [*weights, *biases[1:]]
+    starts = [sum(counts[:image]) for image in range(len(counts))]
+    used = [image for image, count in enumerate(counts) if count] or [0]  # without queries: an empty product
+    logits = torch.cat(
+        [
+            _apply_layers(
+                _with_coordinates(features[image].float(), stride),
+                [parameter.narrow(0, starts[image], counts[image]) for parameter in parameters],
+            )
+            for image in used
+        ]
+    )
+    return logits.view(-1, *features.shape[-2:])
 
 
 def _absorb_coordinates(weight: Tensor, bias: Tensor, location_xy: Tensor, range_: Tensor) -> Tensor:

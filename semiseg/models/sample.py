@@ -6,6 +6,8 @@ before the network has run; which of its positives they are follows from the pre
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -43,11 +45,19 @@ def mask_quotas(
 
 
 @torch.no_grad()
-def sample_positives(outputs: DenseOutputs, assignment: Assignment, quotas: Tensor) -> MaskQueries:
-    """The best positives of each instance, as many as its quota (N,).
+def sample_positives(
+    outputs: DenseOutputs, assignment: Assignment, quotas: Tensor, *, counts: Sequence[int] | None = None
+) -> MaskQueries:
+    """The best positives of each instance, as many as its quota.
 
     Best by highest class probability x centreness, in float32; equal ones by the lower location. Ordered by instance
     (so by image), best first.
+
+    Args:
+        outputs: of B images.
+        assignment: P positives.
+        quotas: (N,) int64, none above the number of the instance's positives.
+        counts: the sum of the quotas of each image; None = they are read back from the device.
     """
     place = (assignment.image_index, assignment.location_index)
     probability = outputs.class_logits[place].float().sigmoid().amax(dim=-1)  # (P,)
@@ -55,12 +65,21 @@ def sample_positives(outputs: DenseOutputs, assignment: Assignment, quotas: Tens
     order = torch.argsort(score, descending=True, stable=True)  # positives come by image, then location
     order = order[torch.argsort(assignment.instance_index[order], stable=True)]
     instance_index = assignment.instance_index[order]
-    kept = order[rank_in_group(instance_index) < quotas[instance_index]]
+    chosen = rank_in_group(instance_index) < quotas[instance_index]
+    if counts is None:
+        counts = sums_by_image(assignment.image_index[order], chosen, len(outputs.class_logits))
+    kept = order[torch.nonzero_static(chosen, size=sum(counts))[:, 0]]
     return MaskQueries(
         image_index=assignment.image_index[kept],
         location_index=assignment.location_index[kept],
         instance_index=assignment.instance_index[kept],
+        counts=tuple(counts),
     )
+
+
+def sums_by_image(image_index: Tensor, numbers: Tensor, num_images: int) -> list[int]:
+    """The sums of whole numbers (K,) by the image (K,) that they belong to, read back where they are on a device."""
+    return numbers.new_zeros(num_images, dtype=torch.int64).index_add_(0, image_index, numbers.long()).tolist()
 
 
 def rank_in_group(group: Tensor) -> Tensor:

@@ -102,16 +102,20 @@ class MaskQueries:
         image_index: (Q,) int64.
         location_index: (Q,) int64 in 0..R-1.
         instance_index: (Q,) int64: in training the target instance, in prediction the detection's own number.
+        counts: how many queries each image has, where `image_index` ascends and the numbers are known on the host;
+            else None.
     """
 
     image_index: Tensor
     location_index: Tensor
     instance_index: Tensor
+    counts: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         count = self.image_index.shape[0]
         require(self.location_index.shape == (count,), "location_index must be (Q,)")
         require(self.instance_index.shape == (count,), "instance_index must be (Q,)")
+        require(self.counts is None or sum(self.counts) == count, "counts must add up to Q")
 
 
 @dataclass(frozen=True)
