@@ -5,7 +5,9 @@
 
 For every start method a fresh process opens the data as a training does and fetches the same batches, first without
 workers, then with them. Memory is the proportional set size (PSS, from /proc/PID/smaps_rollup: a page that n processes
-share counts 1/n for each), summed over the process and all its descendants, at its largest over the batches.
+share counts 1/n for each), summed over the process and all its descendants, at its largest over the batches. Batches
+that wait in shared memory which no process has mapped are in no PSS; they are counted from the open files and added.
+`--step-seconds` lets the reader wait between batches as a training step does, so that as many wait as can.
 Linux only.
 """
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -36,6 +39,7 @@ class Measurement:
         first_batch_seconds: from asking for the first batch to having it: the start of the workers included.
         seconds: of all batches behind the first.
         pss: largest sum over all processes, in bytes; main_pss: the main process's part of it.
+        waiting: bytes of shared memory that is open but not mapped, at that moment; not in `pss`.
         processes: alive at that moment.
     """
 
@@ -46,7 +50,13 @@ class Measurement:
     seconds: float
     pss: int
     main_pss: int
+    waiting: int
     processes: int
+
+    @property
+    def total(self) -> int:
+        """All memory in bytes."""
+        return self.pss + self.waiting
 
 
 def pss(process: int) -> int:
@@ -56,6 +66,24 @@ def pss(process: int) -> int:
     except (OSError, ProcessLookupError):
         return 0
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)
+
+
+def unmapped(processes: Sequence[int]) -> int:
+    """Bytes of the shared-memory files that some of the processes hold open and none has mapped."""
+    held: dict[tuple[int, int], int] = {}
+    mapped = set()
+    for process in processes:
+        try:
+            for file in Path(f"/proc/{process}/fd").iterdir():
+                if os.readlink(file).startswith("/dev/shm/"):
+                    status = file.stat()
+                    held[status.st_dev, status.st_ino] = 512 * status.st_blocks
+            for line in Path(f"/proc/{process}/maps").read_text().splitlines():
+                if "/dev/shm/" in line:
+                    mapped.add(int(line.split()[4]))  # inode
+        except OSError:  # it has ended, or closed the file
+            continue
+    return sum(size for (_, inode), size in held.items() if inode not in mapped)
 
 
 def family(process: int) -> list[int]:
@@ -78,11 +106,11 @@ def data_config(data: Path, *, batch_size: int, settings: Sequence[str] = ()) ->
     return parse_config(RunConfig, apply_overrides({}, [*fixed, *settings]), where="measure")
 
 
-def measure(config: RunConfig, *, method: str | None, workers: int, batches: int) -> Measurement:
-    """Fetches batches in this process and its workers."""
+def measure(
+    config: RunConfig, *, method: str | None, workers: int, batches: int, step_seconds: float = 0.0
+) -> Measurement:
+    """Fetches batches in this process and its workers, at most one per `step_seconds`."""
     # As a training does: the whole engine is imported before the workers start.
-    import os
-
     from semiseg.data.collate import Collate
     from semiseg.data.loader import StepBatches, build_train_loader
     from semiseg.engine.build import build_data, train_dataset
@@ -108,23 +136,32 @@ def measure(config: RunConfig, *, method: str | None, workers: int, batches: int
         pin_memory=False,
         **({} if method is None else {"start_method": method}),
     )
-    largest, first = (0, 0, 0), 0.0
+    largest, first = (0, 0, 0, 0), 0.0
     for number, _ in enumerate(loader):
         first = first or time.perf_counter()
+        time.sleep(step_seconds)
         if number % 5 == 4 or number == batches - 1:
             members = family(os.getpid())
             shares = [pss(member) for member in members]
-            largest = max(largest, (sum(shares), shares[0], len(members)))
+            largest = max(largest, (sum(shares), shares[0], unmapped(members), len(members)), key=lambda m: m[0] + m[2])
     ended = time.perf_counter()
     return Measurement(method, workers, opened - started, first - opened, ended - first, *largest)
 
 
 def measure_apart(
-    data: Path, *, method: str | None, workers: int, batches: int, batch_size: int, settings: Sequence[str] = ()
+    data: Path,
+    *,
+    method: str | None,
+    workers: int,
+    batches: int,
+    batch_size: int,
+    step_seconds: float = 0.0,
+    settings: Sequence[str] = (),
 ) -> Measurement:
     """`measure` in a process of its own."""
     command = [sys.executable, "-m", "tests.measure_loader_memory", str(data), "--alone"]
     command += ["--workers", str(workers), "--batches", str(batches), "--batch-size", str(batch_size)]
+    command += ["--step-seconds", str(step_seconds)]
     command += [*(["--methods", method] if method else []), *[part for item in settings for part in ("--set", item)]]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -137,7 +174,8 @@ def report(measured: Measurement, baseline: Measurement) -> str:
     method = (measured.method or "default") if measured.workers else "none"
     return (
         f"{method:<12}{measured.workers:>3} workers  {measured.processes:>2} processes  "
-        f"PSS {measured.pss / MEBIBYTE:7.0f} MiB  growth {(measured.pss - baseline.pss) / MEBIBYTE:+7.0f} MiB  "
+        f"PSS {measured.pss / MEBIBYTE:6.0f} + waiting {measured.waiting / MEBIBYTE:5.0f} MiB  "
+        f"growth {(measured.total - baseline.total) / MEBIBYTE:+6.0f} MiB  "
         f"open {measured.open_seconds:5.1f} s  first batch {measured.first_batch_seconds:5.1f} s  "
         f"others {measured.seconds:6.1f} s"
     )
@@ -151,17 +189,29 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--batches", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=16, help="images per batch of this process")
+    parser.add_argument("--step-seconds", type=float, default=0.0, help="pause of the reader after every batch")
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="A.B=C")
     parser.add_argument("--alone", action="store_true", help="measure in this process and print it as JSON")
     values = parser.parse_args()
     if values.alone:
         config = data_config(values.data, batch_size=values.batch_size, settings=values.settings)
         (method,) = values.methods or [None]
-        measured = measure(config, method=method, workers=values.workers, batches=values.batches)
+        measured = measure(
+            config,
+            method=method,
+            workers=values.workers,
+            batches=values.batches,
+            step_seconds=values.step_seconds,
+        )
         print(json.dumps(asdict(measured)))
         return
-    common = {"batches": values.batches, "batch_size": values.batch_size, "settings": values.settings}
-    baseline = measure_apart(values.data, method=None, workers=0, **common)
+    common = {
+        "batches": values.batches,
+        "batch_size": values.batch_size,
+        "step_seconds": values.step_seconds,
+        "settings": values.settings,
+    }
+    baseline = measure_apart(values.data, method=None, workers=0, **{**common, "step_seconds": 0.0})
     print(report(baseline, baseline), flush=True)
     for method in [None, *METHODS] if values.methods is None else values.methods:
         measured = measure_apart(values.data, method=method, workers=values.workers, **common)

@@ -177,6 +177,17 @@ def test_more_processes_than_images(tmp_path: Path) -> None:
     assert list(loader) == []
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than the machine has cores
+@pytest.mark.parametrize(("workers", "batch_size", "ahead"), [(8, 16, 1), (8, 8, 2), (8, 2, 2), (2, 16, 2), (40, 2, 1)])
+def test_large_batches_wait_once_per_worker(tmp_path: Path, workers: int, batch_size: int, ahead: int) -> None:
+    dataset = make_dataset(make_coco(tmp_path, sizes_hw=[(32, 32)], annotations=[]))
+    common = {"collate": Collate(32), "workers": workers, "pin_memory": False}
+    batches = step_batches(1, batch_size=2 * batch_size, accumulation=2)
+    assert build_train_loader(dataset, batches=batches, **common).prefetch_factor == ahead
+    evaluation = build_eval_loader(dataset, batch_size=batch_size, processes=1, rank=0, **common)
+    assert evaluation.prefetch_factor == ahead
+
+
 def test_a_process_that_still_holds_a_loader_ends(tmp_path: Path) -> None:
     """As after an exception whose traceback keeps the loader: its workers must not be waited for."""
     code = f"""

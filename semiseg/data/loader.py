@@ -8,16 +8,17 @@ or one on more processes sees the same batches.
 from __future__ import annotations
 
 import atexit
+import ctypes
 import hashlib
 import multiprocessing
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from semiseg.data.collate import Collate
 from semiseg.data.dataset import InstanceDataset
@@ -29,6 +30,7 @@ StartMethod = Literal["fork", "forkserver", "spawn"]
 # Forked workers share what this process has imported. Others import torch again, 0.5 GB each, and Python's own choice
 # differs between its versions. Elsewhere than on Linux forking is unsafe: None leaves the choice to the platform.
 START_METHOD: StartMethod | None = "fork" if sys.platform == "linux" else None
+IMAGES_AHEAD = 128  # that may wait in memory, about 4 MB each at COCO's sizes; every worker has one batch in any case
 
 
 class StepBatches(Sampler[list[Key]]):
@@ -75,13 +77,14 @@ class StepBatches(Sampler[list[Key]]):
         self.seed = seed
         self.start_step = start_step
         self.steps = steps
+        self.images_per_batch = batch_size // parts
 
     def __len__(self) -> int:
         return max(0, self.steps - self.start_step) * self.accumulation
 
     def __iter__(self) -> Iterator[list[Key]]:
         orders: dict[int, list[int]] = {}
-        micro = self.batch_size // (self.accumulation * self.processes)
+        micro = self.images_per_batch
         for step in range(self.start_step, self.steps):
             for part in range(self.accumulation):
                 first = step * self.batch_size + (part * self.processes + self.rank) * micro
@@ -136,9 +139,20 @@ class _Guarded(Dataset):
 class _GuardedCollate:
     collate: Collate
 
-    def __call__(self, samples: Sequence[Sample | _Failure]) -> Batch | _Failure:
+    def __call__(self, samples: list[Sample | _Failure]) -> Batch | _Failure:
         failures = [sample for sample in samples if isinstance(sample, _Failure)]
-        return failures[0] if failures else self.collate([s for s in samples if isinstance(s, Sample)])
+        batch = failures[0] if failures else self.collate([s for s in samples if isinstance(s, Sample)])
+        if get_worker_info() is not None:
+            samples.clear()
+            _return_free_memory()
+        return batch
+
+
+def _return_free_memory() -> None:
+    """Gives the C library's free memory back: else each worker keeps the space of a whole batch while it waits."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:  # glibc
+        trim(0)
 
 
 class BatchLoader(DataLoader):
@@ -167,7 +181,7 @@ def build_train_loader(
         pin_memory: page-locked batches, for a GPU.
         start_method: of the workers: `fork` on Linux, by default; None = the platform's own.
     """
-    return _loader(dataset, batches, collate, workers, pin_memory, start_method)
+    return _loader(dataset, batches, batches.images_per_batch, collate, workers, pin_memory, start_method)
 
 
 def build_eval_loader(
@@ -184,7 +198,7 @@ def build_eval_loader(
     """Every image once over all processes: rank r takes rows r, r + processes, ...; nothing is padded or repeated."""
     rows = range(rank, len(dataset), processes)
     batches = [[(row, 0) for row in rows[first : first + batch_size]] for first in range(0, len(rows), batch_size)]
-    return _loader(dataset, batches, collate, workers, pin_memory, start_method)
+    return _loader(dataset, batches, batch_size, collate, workers, pin_memory, start_method)
 
 
 def _leave_signals_to_the_main_process(worker: int) -> None:
@@ -206,6 +220,7 @@ def _end_workers() -> None:
 def _loader(
     dataset: InstanceDataset,
     batches: StepBatches | list[list[Key]],
+    images_per_batch: int,
     collate: Collate,
     workers: int,
     pin_memory: bool,
@@ -217,6 +232,7 @@ def _loader(
         settings |= {
             "multiprocessing_context": start_method,
             "persistent_workers": True,
+            "prefetch_factor": 2 if 2 * workers * images_per_batch <= IMAGES_AHEAD else 1,
             "worker_init_fn": _leave_signals_to_the_main_process,
         }
     return BatchLoader(
