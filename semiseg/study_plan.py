@@ -111,6 +111,30 @@ def plan(
     return list(planned.values())
 
 
+def missing_data(study: Study, *, only: Sequence[str] = ()) -> str | None:
+    """What is missing of the study's data and where it is looked for, in a sentence; None if nothing is.
+
+    Without it runs have no identity, so that nobody can tell which of them are done.
+    """
+    asked = {digest(run.config.data.model_dump()): run.config.data for run in study_runs(study, only=only)}
+    for config in asked.values():
+        try:
+            data_digest(config)
+        except UserError as error:
+            return str(error)
+    return None
+
+
+def listed_runs(study: Study, *, only: Sequence[str] = (), processes: int = 1) -> list[StudyRun]:
+    """The runs that `plan` would plan, each once, without looking at any data."""
+    found: dict[str, StudyRun] = {}
+    for asked in study_runs(study, only=only):
+        run = fitted_run(asked, processes)
+        parts_per_step(run.config, processes)
+        found.setdefault(digest(run_identity(run, data="", split_digest=run.split, weights=None)), run)
+    return list(found.values())
+
+
 def _folder(study: str, run: StudyRun, run_id: str, runs_folder: Path) -> Path:
     """The run's folder; the same run in another study's folder is not trained a second time."""
     split = [Path(run.split).stem] if run.split else []

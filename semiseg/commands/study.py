@@ -43,7 +43,12 @@ def run(
     reproduce: Annotated[
         bool, typer.Option("--reproduce", help="Train also what is only recorded, as by another machine.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be trained.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only list what would be trained, and for how long.")
+    ] = False,
+    estimate: Annotated[
+        bool, typer.Option(help="With --dry-run: estimate the hours, which may measure steps for a minute.")
+    ] = True,
     out: Out = None,
 ) -> None:
     """Train what is missing of a study, then report.
@@ -56,21 +61,19 @@ def run(
 
     semiseg run shapes --only neither --seeds 0,1,2 --set optim.steps=200 --out reports/trial
     """
-    from semiseg.results import latest, read
     from semiseg.study_plan import RESULTS_NAME, plan
-    from semiseg.study_run import Execution, run_missing, run_status, runs_to_do
+    from semiseg.study_run import Execution, run_missing, run_status
 
     loaded = _load(study, overrides, seeds)
     folder = _folder(loaded, out)
     file = _launch_file(launch, processes)
     processes = processes if file is None else file.processes
-    planned = plan(loaded, only=only or (), processes=processes)
     if dry_run:
-        recorded = latest(read(folder / RESULTS_NAME))
-        todo = runs_to_do(planned, recorded, reproduce=reproduce)
-        typer.echo(_status_table([run_status(item, recorded) for item in todo]), nl=False)
-        typer.echo(f"{len(todo)} of {len(planned)} runs to train")
+        from semiseg.commands.study_dry_run import list_runs
+
+        list_runs(loaded, folder, only=only or (), processes=processes, reproduce=reproduce, estimate=estimate)
         return
+    planned = plan(loaded, only=only or (), processes=processes)
     require_folder(folder)
     typed = ("semiseg", *sys.argv[1:])
     if file is not None and file.machines > 1 and _told_machines(planned, file, folder, reproduce, typed):
@@ -82,11 +85,7 @@ def run(
         typer.echo(f"nothing to train: all {len(planned)} runs are done")
     if not trained and not reproduce and any(run_status(item, {}).state != "done" for item in planned):
         typer.echo("(some of them were recorded elsewhere; '--reproduce' trains them here)")
-    from semiseg.commands.study_data import record_difficulty, record_edges
-
-    record_difficulty(loaded, folder)
-    record_edges(loaded, folder)
-    _build_report(loaded, folder, command=_command(study, overrides, seeds, out))
+    _measure_and_report(loaded, folder, command=_command(study, overrides, seeds, out))
 
 
 def _launch_file(name: str | None, processes: int) -> LaunchFile | None:
@@ -182,6 +181,14 @@ def _command(study: str, overrides: list[str] | None, seeds: str | None, out: Pa
     changes = [part for item in overrides or [] for part in ("--set", item)]
     given = [part for name, value in (("--seeds", seeds), ("--out", out)) if value for part in (name, str(value))]
     return ["semiseg", "run", study, *changes, *given]
+
+
+def _measure_and_report(study: Study, folder: Path, *, command: list[str]) -> None:
+    from semiseg.commands.study_data import record_difficulty, record_edges
+
+    record_difficulty(study, folder)
+    record_edges(study, folder)
+    _build_report(study, folder, command=command)
 
 
 def _build_report(study: Study, folder: Path, *, command: list[str]) -> None:
