@@ -130,6 +130,7 @@ def test_a_row_of_a_gpu_or_an_optional_package_says_what_is_missing(monkeypatch:
 
 def test_a_wrong_result_is_said_and_ends_with_code_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(rows, "ROWS", (replace(ROW, name="right"), replace(ROW, name="wrong", ours=wrong)))
+    monkeypatch.setattr(rows, "OPTIONAL_ROWS", ())
     output, errors = call("--tiny", "--json", str(tmp_path / "new" / "bench.json"), code=1)
     content = json.loads((tmp_path / "new" / "bench.json").read_text())
     assert [row["same_result"] for row in content["rows"]] == [True, False]
@@ -139,6 +140,7 @@ def test_a_wrong_result_is_said_and_ends_with_code_1(monkeypatch: pytest.MonkeyP
 
 def test_time_is_never_a_reason_to_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "ROWS", (replace(ROW, ours=slow, straightforward=fast),))
+    monkeypatch.setattr(rows, "OPTIONAL_ROWS", ())
     call("--tiny")
 
 

@@ -70,7 +70,7 @@ def test_help_answers_within_a_second_and_without_torch() -> None:
 def test_every_verb_has_help_with_an_example() -> None:
     verbs = [("split", name) for name in ("list", "show", "make", "check")]
     verbs += [("data", name) for name in ("check", "shapes", "difficulty", "affinity")]
-    verbs += [(name,) for name in ("train", "evaluate", "predict", "run", "status", "report")]
+    verbs += [(name,) for name in ("train", "evaluate", "predict", "run", "status", "report", "bench")]
     for verb in verbs:
         text = call(*verb, "--help")
         assert "Example" in text, verb

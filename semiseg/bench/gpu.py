@@ -17,7 +17,6 @@ from semiseg.bench import affinity, dynamic_head, mask_losses
 from semiseg.bench.row import Close, Place, Prepare, Row, Sizes, Task, array
 from semiseg.bench.step import LOSSES, our_step, training_batch
 from semiseg.engine.step import TrainStep
-from semiseg.structures.inputs import Batch
 
 # Dense bf16 matrix peak in TFLOP/s, as the makers' data sheets give it; by a part of the device's name, longer first.
 MATRIX_PEAKS = {
@@ -68,13 +67,15 @@ def matrix_peak(name: str) -> float | None:
     return found[0] * 1e12 if found else None
 
 
-def step_run(step: TrainStep, batch: Batch, *, bfloat16: bool) -> Callable[[], Tensor]:
-    """Forward and backward of one training step; returns the losses, still on the device."""
+def step_run(step: TrainStep, sizes: Sizes, device: torch.device, *, bfloat16: bool) -> Callable[[], Tensor]:
+    """Forward and backward of one training step, its draft included; returns the losses, still on the device."""
+    loaded = training_batch(sizes)
+    batch = loaded.to(device)
 
     def run() -> Tensor:
         step.zero_grad(set_to_none=True)
-        with torch.autocast(batch.images.device.type, dtype=torch.bfloat16, enabled=bfloat16):
-            plan = step.plan(batch)
+        plan = step.plan(batch, step.draft(loaded))
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16):
             terms = step(batch, plan, plan.counts, warmup=1.0, processes=1)
         terms.total.backward()
         return torch.stack([terms.weighted[name].detach() for name in LOSSES])
@@ -92,14 +93,14 @@ def _fast_step(sizes: Sizes, place: Place) -> Task:
     step = our_step(sizes).to(place.device).to(memory_format=torch.channels_last).train()
     if place.device.type == "cuda":  # on a CPU the row serves tests, for which compiling takes too long
         compile_parts(step)
-    run = step_run(step, training_batch(sizes).to(place.device), bfloat16=True)
+    run = step_run(step, sizes, place.device, bfloat16=True)
     run()  # compiles
     return Task(run, lambda losses: {"losses": array(losses)})
 
 
 def _eager_step(sizes: Sizes, place: Place) -> Task:
     step = our_step(sizes).to(place.device).train()
-    run = step_run(step, training_batch(sizes).to(place.device), bfloat16=False)
+    run = step_run(step, sizes, place.device, bfloat16=False)
     return Task(run, lambda losses: {"losses": array(losses)})
 
 
@@ -109,7 +110,7 @@ def step_facts(sizes: Sizes, seconds: float) -> dict[str, float]:
     Counted on the GPU where there is one, else on the CPU.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    run = step_run(our_step(sizes).to(device).train(), training_batch(sizes).to(device), bfloat16=False)
+    run = step_run(our_step(sizes).to(device).train(), sizes, device, bfloat16=False)
     with FlopCounterMode(display=False) as counter:
         run()
     flops = float(counter.get_total_flops())

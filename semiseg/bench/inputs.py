@@ -40,5 +40,5 @@ def picture(size_hw: tuple[int, int], *, seed: int) -> Tensor:
     height, width = size_hw
     patches = torch.rand(1, 3, max(height // 48, 2), max(width // 48, 2), generator=generator) * 255
     image = F.interpolate(patches, size=size_hw, mode="bicubic", align_corners=True)[0]
-    noise = torch.randn(1, 3, -(-height // 2), -(-width // 2), generator=generator) * 9
+    noise = torch.randn(1, 3, -(-height // 2), -(-width // 2), generator=generator) * 14
     return (image + F.interpolate(noise, scale_factor=2.0)[0, :, :height, :width]).clamp(0, 255).to(torch.uint8)

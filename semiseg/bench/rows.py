@@ -22,7 +22,7 @@ ROWS: tuple[Row, ...] = (
     data.ROW,
 )
 # Rows that need something that not every machine has.
-OPTIONAL_ROWS: tuple[Row, ...] = GPU_ROWS
+OPTIONAL_ROWS: tuple[Row, ...] = (evaluation.HOTCOCO_ROW, *GPU_ROWS)
 
 
 def available_rows() -> tuple[Row, ...]:
