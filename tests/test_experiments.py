@@ -198,13 +198,17 @@ def test_the_first_step_of_every_run(roots: dict[str, Path], tmp_path: Path) -> 
             tables[source] = build_data(config)
         accelerator = start_accelerator(config.runtime, seed=0)
         state = prepare(config, tables[source], accelerator)
-        before = state.step_module.model.controller.weight.detach().clone()
+        model = state.step_module.model
+        kinds = [type(module).__name__ for module in model.modules()]
+        assert ("BiFPN" in kinds) == (run.config.model.neck == "bifpn"), where
+        assert kinds.count("DeformableConv") == (13 if run.config.model.deformable_interval else 0), where
+        before = model.controller.weight.detach().clone()
         loader = build_training_loader(
             config, tables[source], steps=1, start_step=0, processes=1, rank=0, pin_memory=False
         )
         report = optimizer_step(state, list(loader), out=tmp_path)
         assert report is not None
         assert torch.isfinite(report.weighted).all(), where
-        assert not torch.equal(before, state.step_module.model.controller.weight), where
+        assert not torch.equal(before, model.controller.weight), where
         counts = dict(zip(COUNT_NAMES, report.counts.tolist(), strict=True))
         assert {name for name in MASK_LOSSES if counts[name] > 0} == expected_losses(config), where
