@@ -214,7 +214,7 @@ def test_a_converted_folder_computes_what_the_original_does_and_can_be_evaluated
     with torch.inference_mode():
         size = torch.tensor([[60, 96]])
         ours, theirs = converted(images, size), original(images.flip(1), size)
-    for name in ("class_logits", "box_distances", "centreness_logits", "filters", "mask_features"):
+    for name in ("class_logits", "box_distances", "centreness_logits", "filter_features", "mask_features"):
         a, b = getattr(ours, name), getattr(theirs, name)
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from semiseg.config import ModelConfig
 from semiseg.models.assign import assign
 from semiseg.models.condinst import CondInst, build_model
+from semiseg.models.fcos_head import flatten_levels
 from semiseg.models.norms import FrozenNorm
 from semiseg.models.sample import mask_quotas, sample_positives
 from semiseg.structures.inputs import Targets
@@ -120,7 +121,7 @@ def test_structure_is_the_same_in_training_and_evaluation() -> None:
     assert shapes[0] == shapes[1]
     count = 12 * 8 + 6 * 4 + 3 * 2 + 2 * 1  # the level of stride 64 has ceil(96 / 64) x ceil(64 / 64) cells
     assert shapes[0]["class_logits"] == ((2, count, 5), torch.float32)
-    assert shapes[0]["filters"][0] == (2, count, (6 * 8 + 8 * 8 + 8) + (8 + 8 + 1))
+    assert shapes[0]["filter_features"][0] == (2, count, 16)
     assert shapes[0]["mask_features"][0] == (2, 4, 12, 8)
     assert outputs.box_distances.min() >= 0
     assert torch.equal(outputs.locations.xy, model.locations((96, 64), device=images.device).xy)
@@ -160,6 +161,26 @@ def test_every_size_follows_from_the_configuration(
     loss.backward()
     without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert without == [], "every parameter takes part"
+
+
+@pytest.mark.parametrize("side_hw", [(96, 64), (32, 160)])
+def test_filters_are_the_controllers_convolution(side_hw: tuple[int, int]) -> None:
+    model, images = small_model(strides=[8, 16, 32, 64], dynamic_layers=2), random_images(2, 3, *side_hw)
+    outputs = model(images, full_sizes(images))
+    sizes = model.level_sizes(side_hw)
+    levels = outputs.filter_features.split([height * width for height, width in sizes], dim=1)
+    maps = [level.transpose(1, 2).unflatten(2, size) for level, size in zip(levels, sizes, strict=True)]
+    expected = flatten_levels([model.controller(level) for level in maps])
+    count = expected.shape[1]
+    image_index, location_index = torch.arange(2).repeat_interleave(count), torch.arange(count).repeat(2)
+    found = model.filters(outputs, MaskQueries(image_index, location_index, torch.arange(2 * count)))
+    torch.testing.assert_close(found, expected.flatten(0, 1), rtol=1e-5, atol=1e-7)
+    upstream = torch.randn(found.shape, generator=torch.Generator().manual_seed(0))
+    parameters = list(model.head.box_tower.parameters()) + list(model.controller.parameters())
+    ours = torch.autograd.grad((found * upstream).sum(), parameters, retain_graph=True)
+    theirs = torch.autograd.grad((expected.flatten(0, 1) * upstream).sum(), parameters)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
 
 
 def test_coarse_levels_come_from_p5() -> None:

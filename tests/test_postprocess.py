@@ -36,7 +36,7 @@ def empty_outputs(batch: int = 1, classes: int = 3) -> DenseOutputs:
         class_logits=torch.full((batch, 30, classes), -20.0),
         box_distances=torch.ones(batch, 30, 4),
         centreness_logits=torch.full((batch, 30), 20.0),
-        filters=torch.zeros(batch, 30, 1),
+        filter_features=torch.zeros(batch, 30, 1),
         mask_features=torch.randn(batch, 1, 8, 12, generator=generator),
         mask_feature_stride=4,
         locations=make_locations(SIZES, STRIDES, torch.device("cpu")),
@@ -150,7 +150,7 @@ def test_an_image_does_not_depend_on_the_others() -> None:
     sizes, output_sizes = torch.tensor([[32, 48], [20, 40], [32, 30]]), torch.tensor([[64, 96], [20, 40], [15, 45]])
     together = postprocess(FeatureMasks(), outputs, sizes, output_sizes, **SETTINGS)  # type: ignore[arg-type]
     for number in range(3):
-        fields = ("class_logits", "box_distances", "centreness_logits", "filters", "mask_features")
+        fields = ("class_logits", "box_distances", "centreness_logits", "filter_features", "mask_features")
         alone = dataclasses.replace(outputs, **{name: getattr(outputs, name)[number, None] for name in fields})
         (single,) = postprocess(
             FeatureMasks(),

@@ -40,7 +40,7 @@ def make_outputs(class_logits: Tensor, centreness_logits: Tensor) -> DenseOutput
         class_logits=class_logits,
         box_distances=torch.ones(batch, count, 4),
         centreness_logits=centreness_logits,
-        filters=torch.zeros(batch, count, 1),
+        filter_features=torch.zeros(batch, count, 1),
         mask_features=torch.zeros(batch, 1, 1, 1),
         mask_feature_stride=8,
         locations=make_locations([(1, count)], [8], torch.device("cpu")),

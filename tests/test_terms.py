@@ -327,7 +327,7 @@ def test_nothing_to_learn_a_mask_from(
     terms.total.backward()
     assert torch.isfinite(terms.total)
     if not len(step.logits):
-        for prediction in (step.outputs.filters, step.outputs.mask_features):
+        for prediction in (step.outputs.filter_features, step.outputs.mask_features):
             assert prediction.grad is not None
             assert not prediction.grad.any()
     assert step.outputs.box_distances.grad is not None

@@ -347,7 +347,7 @@ def _zero_with_graph(outputs: DenseOutputs, logits: Tensor) -> Tensor:
     """0 that every prediction of masks takes part in, so that no process waits for a gradient that never comes."""
     zero = logits[:0].sum()
     if not len(logits):  # a model may have predicted nothing from nothing
-        zero = zero + outputs.filters[:0].sum() + outputs.mask_features[:0].sum()
+        zero = zero + outputs.filter_features[:0].sum() + outputs.mask_features[:0].sum()
     return at_least_float32(zero)
 
 

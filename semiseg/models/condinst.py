@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from semiseg.config import ModelConfig
 from semiseg.models.bifpn import BiFPN
 from semiseg.models.dynamic_mask import dynamic_masks, filter_shapes, num_filter_numbers
-from semiseg.models.fcos_head import HEAD_STD, FCOSHead, flatten_levels, make_locations
+from semiseg.models.fcos_head import HEAD_STD, FCOSHead, flatten_levels, make_locations, neighbourhoods
 from semiseg.models.fpn import FeaturePyramid
 from semiseg.models.mask_branch import MaskBranch
 from semiseg.models.resnet import BACKBONE_STRIDES, ResNetFeatures, SmallResNet, build_resnet, build_small_resnet
@@ -97,7 +98,7 @@ class CondInst(nn.Module):
             class_logits=flatten_levels([level.class_logits for level in predictions]),
             box_distances=flatten_levels([level.box_distances for level in predictions]),
             centreness_logits=flatten_levels([level.centreness_logits for level in predictions])[..., 0],
-            filters=flatten_levels([self.controller(level.box_tower) for level in predictions]),
+            filter_features=flatten_levels([level.box_tower for level in predictions]),
             mask_features=self.mask_branch([levels[stride] for stride in self.mask_level_strides]),
             mask_feature_stride=self.mask_feature_stride,
             locations=self.locations((images.shape[2], images.shape[3]), device=images.device),
@@ -119,7 +120,7 @@ class CondInst(nn.Module):
         locations = outputs.locations
         logits = dynamic_masks(
             outputs.mask_features,
-            outputs.filters[queries.image_index, queries.location_index],
+            self.filters(outputs, queries),
             queries.image_index,
             locations.xy[queries.location_index],
             self.coordinate_ranges[locations.level[queries.location_index]],
@@ -136,6 +137,18 @@ class CondInst(nn.Module):
             origin_xy=corner,
             stride_xy=corner + self.mask_stride,
         )
+
+    def filters(self, outputs: DenseOutputs, queries: MaskQueries) -> Tensor:
+        """The filters (Q, D) of the queried locations: weights of all layers, then biases.
+
+        The controller is a 3x3 convolution. It is computed where a mask is wanted only, a few hundred of the many
+        thousand locations, as a product with the 3x3 features around each.
+        """
+        height, width = (side * outputs.mask_feature_stride for side in outputs.mask_features.shape[-2:])
+        around, exists = neighbourhoods(outputs.locations, queries.location_index, (height, width))
+        patches = outputs.filter_features[queries.image_index[:, None], around] * exists[:, :, None]  # (Q, 9, C)
+        weight = self.controller.weight.permute(0, 2, 3, 1).flatten(1)  # (D, 9 C)
+        return F.linear(patches.flatten(1), weight, self.controller.bias)
 
 
 def _controller(channels: int, numbers: int) -> nn.Conv2d:

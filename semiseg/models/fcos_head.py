@@ -23,7 +23,7 @@ class LevelPrediction(NamedTuple):
         class_logits: (B, C, h, w).
         box_distances: (B, 4, h, w) left, top, right, bottom >= 0 in units of the stride, float32.
         centreness_logits: (B, 1, h, w), float32.
-        box_tower: (B, channels, h, w) features from which further predictions (the dynamic filters) are made.
+        box_tower: (B, channels, h, w) features from which the dynamic filters are made.
     """
 
     class_logits: Tensor
@@ -82,6 +82,29 @@ def _tower(channels: int, convs: int, groups: int) -> nn.Sequential:
 def flatten_levels(maps: Sequence[Tensor]) -> Tensor:
     """Joins maps (B, K, h_l, w_l) to (B, R, K): level after level, each row-major."""
     return torch.cat([level.flatten(2).transpose(1, 2) for level in maps], dim=1)
+
+
+def neighbourhoods(locations: Locations, index: Tensor, padded_hw: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The 3 x 3 locations around given ones, of the same level, row-major.
+
+    Args:
+        locations: of all levels.
+        index: (Q,) int64.
+        padded_hw: height and width of the padded images in input pixels, which the levels cover.
+
+    Returns:
+        (Q, 9) int64 indices, and (Q, 9) bool, whether there is such a location; where not, the index is another's.
+    """
+    stride = locations.stride[index]
+    column, row = torch.div(locations.xy[index], stride[:, None], rounding_mode="floor").long().unbind(1)
+    height, width = (((side + stride - 1) / stride).floor().long() for side in padded_hw)
+    step = torch.arange(-1, 2, device=index.device)
+    rows, columns = row[:, None] + step, column[:, None] + step  # (Q, 3)
+    row_exists = (rows >= 0) & (rows < height[:, None])
+    column_exists = (columns >= 0) & (columns < width[:, None])
+    exists = (row_exists[:, :, None] & column_exists[:, None]).flatten(1)
+    steps = (step[:, None] * width[:, None, None] + step).flatten(1)
+    return index[:, None] + steps * exists, exists
 
 
 def make_locations(sizes_hw: Sequence[tuple[int, int]], strides: Sequence[int], device: torch.device) -> Locations:

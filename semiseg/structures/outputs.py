@@ -1,7 +1,7 @@
 """What comes out of the model and its neighbours: dense outputs, assignment, mask queries and logits, detections.
 
 Letters: B images, R locations (all levels of one image, level-major, then row-major), C classes, P positives,
-Q mask queries, D numbers per dynamic filter set, N detections.
+Q mask queries, N detections.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class DenseOutputs:
         class_logits: (B, R, C).
         box_distances: (B, R, 4) left, top, right, bottom >= 0 in units of the location's stride.
         centreness_logits: (B, R).
-        filters: (B, R, D) the dynamic filters (weights of all layers, then biases).
+        filter_features: (B, R, F'), from which the model computes the mask filters of a location and its neighbours
+            when it is asked for a mask there.
         mask_features: (B, F, h, w) shared by all instances of an image.
         mask_feature_stride: stride of `mask_features` in input pixels.
         locations: where the R predictions stand.
@@ -51,7 +52,7 @@ class DenseOutputs:
     class_logits: Tensor
     box_distances: Tensor
     centreness_logits: Tensor
-    filters: Tensor
+    filter_features: Tensor
     mask_features: Tensor
     mask_feature_stride: int
     locations: Locations
@@ -60,7 +61,7 @@ class DenseOutputs:
         batch, count = self.class_logits.shape[:2]
         require(self.box_distances.shape == (batch, count, 4), "box_distances must be (B, R, 4)")
         require(self.centreness_logits.shape == (batch, count), "centreness_logits must be (B, R)")
-        require(self.filters.shape[:2] == (batch, count), "filters must be (B, R, D)")
+        require(self.filter_features.shape[:2] == (batch, count), "filter_features must be (B, R, F')")
         require(self.mask_features.shape[0] == batch, "mask_features must be (B, F, h, w)")
         require(self.locations.xy.shape[0] == count, "one location per prediction")
 
