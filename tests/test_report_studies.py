@@ -81,7 +81,7 @@ def test_the_threshold_study_on_shapes(tmp_path: Path) -> None:
     (tmp_path / "edges.json").write_text(json.dumps(content))
     text = page("shapes_tau", TAU, tmp_path)
     assert "**Answer.** Tau = 0.1 has the highest mean AP (33.1), ahead of tau = 0.2 (32.1; +1.0, resolved)" in text
-    assert "; the lowest is tau = 0 (2.1); with every mask: labelled edges (masks) 41.1." in text
+    assert "; the lowest is tau = 0 (2.1; +31.0, resolved); with every mask: labelled edges (masks) 41.1." in text
     assert "### Beside the printed numbers (BoxInst, colour threshold)" in text
     assert "**The COCO numbers are from another data set** (ResNet-50-FPN, 1x, coco val2017)" in text
     assert "| row | seeds | AP | AP50 | AP75 | APs | APm |" in text, "no column of terms, all alike, and no APl"

@@ -89,8 +89,7 @@ def edge_section(report: ReportInput, numbers: TableNumbers, printed: pd.DataFra
         )
     text = (
         "Of all edges with their centre in a box, those count whose two cells have similar enough colours; a counting "
-        "edge is truly positive if both cells have the same label in the instance's mask. Edges that cross the outline "
-        "teach the wrong thing; too few edges teach nothing. "
+        "edge is truly positive if both cells have the same label in the instance's mask. "
     )
     whose = "printed" if report.paper_data else f"{data_name(printed, table)}, printed"
     headings = ("row", "edges that count", "truly positive", "AP", f"truly positive ({whose})", f"AP ({whose})")

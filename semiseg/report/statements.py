@@ -67,7 +67,9 @@ def _best_clause(numbers: TableNumbers, rows: Sequence[ReportRow]) -> str:
         gap = difference(numbers.measured, second.name, best.name, group="all")
         text += f", ahead of {_told(second.label)} ({_ap(numbers, second)}; {_step(gap)})"
     if len(ordered) > 2:
-        text += f"; the lowest is {_told(ordered[-1].label)} ({_ap(numbers, ordered[-1])})"
+        last = ordered[-1]
+        gap = difference(numbers.measured, last.name, best.name, group="all")
+        text += f"; the lowest is {_told(last.label)} ({_ap(numbers, last)}; {_step(gap)})"
     bounds = [row for row in rows if row.every_mask and row not in others]
     if bounds:
         text += "; with every mask: " + ", ".join(f"{_told(row.label)} {_ap(numbers, row)}" for row in bounds)
