@@ -134,4 +134,7 @@ def _lines(panel: Axes, values: Sequence[int], pairs: Sequence[tuple[float, floa
         panel.plot(values, [pair[number] for pair in pairs], marker="o", markersize=4, color=colour, label=label)
     panel.set_xscale("log")
     panel.set_yscale("log")
+    ticks = values if len(values) < 6 else values[::2]
+    panel.set_xticks(ticks, labels=[str(value) for value in ticks])
+    panel.set_xticks([], minor=True)
     panel.grid(alpha=0.3)
