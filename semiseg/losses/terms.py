@@ -18,9 +18,8 @@ from semiseg.losses.boxinst import (
     box_cells,
     cell_profiles,
     edge_counts,
-    labelled_pairwise_loss,
+    edge_sums,
     mask_projection_loss,
-    pairwise_loss,
     patch_cells,
     projection_loss,
 )
@@ -384,11 +383,6 @@ def _edge_sum(name: str, logits: Tensor, image: Tensor, instance: Tensor, prepar
     edges, objective = prepared.edges[name], prepared.objective
     total = None if prepared.sizes is None else prepared.sizes[name]
     size, dilation = objective.affinity_size, objective.affinity_dilation
-    if name == "pairwise":
-        each, _ = pairwise_loss(logits, cells, edges, image, size=size, dilation=dilation, total_cells=total)
-    else:
-        masks = prepared.masks[prepared.mask_row[instance]]
-        each, _ = labelled_pairwise_loss(
-            logits, cells, masks, edges, image, size=size, dilation=dilation, total_cells=total
-        )
+    masks = None if name == "pairwise" else prepared.masks[prepared.mask_row[instance]]
+    each = edge_sums(logits, cells, edges, image, masks, size=size, dilation=dilation, total_cells=total)
     return (each * prepared.weight[instance]).sum()
