@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart quickstart-short test lint types clean
+.PHONY: quickstart quickstart-short bench-quick test lint types clean
 
 ## quickstart: train and evaluate every run of experiments/shapes.toml and write reports/shapes/ (about 12 minutes)
 quickstart: $(STAMP)
@@ -14,6 +14,10 @@ quickstart: $(STAMP)
 ## quickstart-short: the same code on a two-minute cut; writes reports/shapes_short/
 quickstart-short: $(STAMP)
 	$(BIN)/semiseg run shapes_short --jobs 2 --reproduce
+
+## bench-quick: speed and memory beside straightforward formulations, about a minute; fails on a wrong result only
+bench-quick: $(STAMP)
+	$(BIN)/semiseg bench --quick
 
 ## test: the tests
 test: $(STAMP)
