@@ -16,6 +16,7 @@ from PIL import Image
 from semiseg.data import dataset as dataset_module
 from semiseg.data.collate import Collate
 from semiseg.data.dataset import InstanceDataset, Source, build_rule
+from semiseg.data.rasterise import outlines_to_rle, read_cells
 from semiseg.data.table import load_table
 from semiseg.data.transforms import EvalTransform, TrainTransform
 from semiseg.errors import UserError
@@ -227,24 +228,26 @@ def test_the_poison_would_be_seen(tmp_path: Path) -> None:
 
 
 def test_withheld_masks_are_not_even_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    decoded: list[str] = []
+    rasterised: list[int] = []
+    read: list[int] = []
 
-    def spy_on(name: str) -> None:
-        original = getattr(dataset_module, name)
+    def rasterise(polygons: Any, size_hw: tuple[int, int]) -> bytes:
+        rasterised.append(len(polygons))
+        return outlines_to_rle(polygons, size_hw)
 
-        def spy(*values: Any) -> Any:
-            decoded.append(name)
-            return original(*values)
+    def read_some(rles: Any, *place: Any, **cells: Any) -> None:
+        read.append(len(rles))
+        read_cells(rles, *place, **cells)
 
-        monkeypatch.setattr(dataset_module, name, spy)
-
-    spy_on("polygons_to_mask")
-    spy_on("rle_to_mask")
+    monkeypatch.setattr(dataset_module, "outlines_to_rle", rasterise)
+    monkeypatch.setattr(dataset_module, "read_cells", read_some)
     files = make_coco(tmp_path)
     make_dataset(files, "boxes")[0, 0]
-    assert decoded == []
+    assert (rasterised, read) == ([], [])
     make_dataset(files, "split", KeepClasses(("dog", "fish")))[0, 0]  # dog 2 is an RLE; fish is box-only and crowd
-    assert decoded == ["rle_to_mask"]
+    assert (rasterised, read) == ([], [1])
+    make_dataset(files, "split", KeepClasses(("cat",)))[0, 0]  # cat 1 is an outline
+    assert (rasterised, read) == ([1], [1, 1])
 
 
 # ---- collate -----------------------------------------------------------------------------------------------------

@@ -6,9 +6,21 @@ import numpy as np
 import pytest
 import torch
 
-from semiseg.data.rasterise import polygons_to_mask, rle_to_mask, sample_cells
+from semiseg.data.rasterise import outlines_to_rle, rle_to_mask
 from semiseg.data.transforms import EvalTransform, Geometry, TrainTransform, resized_size
 from tests.coco_files import ellipse, encode, picture
+from tests.full_masks import sample_cells
+
+
+def mapped_mask(geometry: Geometry, mask: np.ndarray) -> np.ndarray:
+    """(H, W) bool original -> (H', W') bool input."""
+    rows, columns = (np.arange(side) for side in geometry.input_hw)
+    return mask[geometry.source_rows(rows)][:, geometry.source_columns(columns)]
+
+
+def rasterised(geometry: Geometry, outline: list[float]) -> np.ndarray:
+    """(H', W') bool of an outline in original pixels."""
+    return rle_to_mask(outlines_to_rle(geometry.polygons([outline]), geometry.input_hw), geometry.input_hw)
 
 
 @pytest.mark.parametrize(
@@ -31,10 +43,12 @@ def test_points_and_boxes_scale_by_the_exact_ratio_of_each_side() -> None:
     geometry = Geometry((10, 20), (15, 80), flipped=False)  # y * 1.5, x * 4
     boxes = np.array([[1.0, 2.0, 5.0, 10.0], [0, 0, 20, 10]])
     assert geometry.boxes(boxes).tolist() == [[4, 3, 20, 15], [0, 0, 80, 15]]
-    assert geometry.polygon([1, 2, 5, 10, 20, 0]) == [4, 3, 20, 15, 80, 0]
+    mapped = geometry.polygons([[1, 2, 5, 10, 20, 0], [20, 10]])
+    assert [outline.tolist() for outline in mapped] == [[4, 3, 20, 15, 80, 0], [80, 15]]
+    assert geometry.polygons([]) == []
     flipped = Geometry((10, 20), (15, 80), flipped=True)
     assert flipped.boxes(boxes).tolist() == [[60, 3, 76, 15], [0, 0, 80, 15]]
-    assert flipped.polygon([1, 2, 5, 10]) == [76, 3, 60, 15]
+    assert flipped.polygons([[1, 2, 5, 10]])[0].tolist() == [76, 3, 60, 15]
     assert flipped.boxes(np.zeros((0, 4))).shape == (0, 4)
 
 
@@ -78,7 +92,7 @@ def test_flip_is_an_exact_involution() -> None:
     points = (random.random((30, 2)) * 1000).round() / 16  # sums of powers of two, as short decimals nearly are
     assert not torch.equal(flip.image(image), image)
     assert torch.equal(flip.image(flip.image(image)), image)
-    assert (flip.mask(flip.mask(mask)) == mask).all()
+    assert (mapped_mask(flip, mapped_mask(flip, mask)) == mask).all()
     assert (flip.points(flip.points(points)) == points).all()
     boxes = np.concatenate([points[:10], points[:10] + 5.25], axis=1)
     once = flip.boxes(boxes)
@@ -98,9 +112,8 @@ def test_image_box_outline_and_rle_of_a_rectangle_stay_together(flipped: bool) -
     expected[top:bottom, left:right] = True
     assert (left, top, right, bottom) == ((33, 8, 51, 40) if flipped else (9, 8, 27, 40))
     assert ((geometry.image(image)[0].numpy() > 127) == expected).all()
-    assert (geometry.mask(mask) == expected).all()
-    outline = geometry.polygon([x0, y0, x1, y0, x1, y1, x0, y1])
-    assert (polygons_to_mask([outline], (64, 60)) == expected).all()
+    assert (mapped_mask(geometry, mask) == expected).all()
+    assert (rasterised(geometry, [x0, y0, x1, y0, x1, y1, x0, y1]) == expected).all()
 
 
 @pytest.mark.parametrize("flipped", [False, True])
@@ -110,30 +123,11 @@ def test_polygon_and_rle_of_one_shape_give_nearly_the_same_cells(flipped: bool, 
     outline = np.stack([40 + 30 * np.cos(angle), 32 + 24 * np.sin(angle)], 1).reshape(-1).tolist()
     counts = encode(ellipse(64, 80, box_xyxy=(10, 8, 70, 56)), compressed=True)["counts"].encode()
     geometry = Geometry((64, 80), input_hw, flipped)
-    by_points = sample_cells(polygons_to_mask([geometry.polygon(outline)], input_hw), 2)
-    by_pixels = sample_cells(geometry.mask(rle_to_mask(counts, (64, 80))), 2)
+    by_points = sample_cells(rasterised(geometry, outline), 2)
+    by_pixels = sample_cells(mapped_mask(geometry, rle_to_mask(counts, (64, 80))), 2)
     area = np.pi * 30 * 24 * input_hw[0] * input_hw[1] / (64 * 80) / 4  # in cells
     assert abs(int(by_points.sum()) / area - 1) < 0.03
     assert int((by_points ^ by_pixels).sum()) < 0.04 * area
-
-
-def test_several_outlines_are_one_mask() -> None:
-    mask = polygons_to_mask([[0, 0, 4, 0, 4, 4, 0, 4], [2, 2, 8, 2, 8, 8, 2, 8]], (8, 8))
-    assert mask.sum() == 16 + 36 - 4
-    assert mask[3, 3]
-    assert mask[0, 0]
-    assert mask[7, 7]
-    assert not mask[7, 0]
-
-
-def test_cells_are_the_pixels_at_their_centres() -> None:
-    # 5 x 9 pixels at stride 4: 2 x 3 cells, centres at rows 2 and 6, columns 2, 6 and 10; row 6, column 10 are beyond.
-    mask = np.zeros((5, 9), bool)
-    mask[2, 6] = True
-    assert sample_cells(mask, 4).tolist() == [[False, True, False], [False, False, False]]
-    assert sample_cells(np.ones((5, 9), bool), 4).tolist() == [[True, True, False], [False, False, False]]
-    assert sample_cells(np.ones((5, 9), bool), 1).shape == (5, 9)
-    assert sample_cells(np.ones((1, 1), bool), 4).tolist() == [[False]]
 
 
 def test_the_choice_comes_from_the_seed_alone() -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from semiseg.data.images import read_image
-from semiseg.data.rasterise import polygons_to_mask, rle_to_mask, sample_cells
+from semiseg.data.rasterise import cell_centres, outlines_to_rle, read_cells
 from semiseg.data.table import Table
 from semiseg.data.transforms import Geometry, Transform
 from semiseg.errors import UserError
@@ -180,13 +180,27 @@ class InstanceDataset(torch.utils.data.Dataset):
 
 
 def _cells(masks: Sequence[KeptMask], geometry: Geometry, stride: int) -> Tensor:
-    """(M, h, w) bool: rasterised at the input's resolution, then sampled at the cell centres."""
+    """(M, h, w) bool: each mask at the centres of its cells; a cell whose centre lies beyond the image is False.
+
+    Outlines are rasterised at the input's resolution. An RLE is read at the original pixels that hold the centres.
+    """
+    height, width = geometry.input_hw
+    rows, columns = cell_centres(height, stride), cell_centres(width, stride)
     cells = torch.zeros(len(masks), *grid_size(geometry.input_hw, stride), dtype=torch.bool)
-    for slot, kept in zip(cells, masks, strict=True):
-        if kept.rle_counts is None:
-            outlines = [geometry.polygon(polygon) for polygon in kept.polygons]
-            slot[:] = sample_cells(polygons_to_mask(outlines, geometry.input_hw), stride)
-        else:
-            mask = rle_to_mask(kept.rle_counts, geometry.original_hw)
-            slot[:] = sample_cells(geometry.mask(mask), stride)
+    inside = cells.numpy()[:, : len(rows), : len(columns)]
+    outlined = [number for number, kept in enumerate(masks) if kept.rle_counts is None]
+    encoded = [number for number, kept in enumerate(masks) if kept.rle_counts is not None]
+    if outlined:
+        rles = _rasterised([masks[number].polygons for number in outlined], geometry)
+        read_cells(rles, geometry.input_hw, rows=rows, columns=columns, cells=[inside[n] for n in outlined])
+    if encoded:
+        rles = [masks[number].rle_counts or b"" for number in encoded]
+        rows, columns = geometry.source_rows(rows), geometry.source_columns(columns)
+        read_cells(rles, geometry.original_hw, rows=rows, columns=columns, cells=[inside[n] for n in encoded])
     return cells
+
+
+def _rasterised(masks: Sequence[Sequence[Sequence[float]]], geometry: Geometry) -> list[bytes]:
+    """The outlines of each mask, in original pixels -> its counts at the input's resolution."""
+    outlines = iter(geometry.polygons([polygon for mask in masks for polygon in mask]))
+    return [outlines_to_rle([next(outlines) for _ in mask], geometry.input_hw) for mask in masks]

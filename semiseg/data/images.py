@@ -29,7 +29,7 @@ UPRIGHT = {
 
 
 def read_image(path: Path, *, size_hw: tuple[int, int] | None = None, upright: bool = False) -> Tensor:
-    """The image as (3, H, W) uint8 RGB.
+    """The image as (3, H, W) uint8 RGB, in memory as it was decoded: the three colours of a pixel side by side.
 
     By default pixels are taken as stored: like the COCO tools, and unlike a photo viewer, no EXIF rotation is applied,
     because annotations are in the frame of the stored pixels. Grey, palette, CMYK and 16-bit images become RGB; an
@@ -65,7 +65,7 @@ def decode_image(path: Path, *, size_hw: tuple[int, int] | None, upright: bool =
         raise BadValue(
             Kind.IMAGE_UNREADABLE, f"the image cannot be decoded: {detail or type(error).__name__}"
         ) from None
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def _turned(image: Image.Image) -> Image.Image:

@@ -1,51 +1,142 @@
-"""Outlines and RLE -> boolean masks, and masks -> their cells on the mask grid."""
+"""Outlines and RLE -> their cells on the mask grid, read from the run lengths; RLE -> boolean masks.
+
+A cell takes the value of one pixel of a raster, its centre's. The raster is never written: a compressed RLE says where
+a mask changes, column by column, and only the cells between two such places are filled.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
-import torch
 from pycocotools import mask as coco_mask
-from torch import Tensor
 
-from semiseg.structures.inputs import grid_size
+# A character of a compressed RLE, less '0': five bits of a number, "more follows", and in the last one the sign.
+VALUE, MORE, SIGN, BITS = 0x1F, 0x20, 0x10, 5
 
 
-def polygons_to_mask(polygons: Sequence[Sequence[float]], size_hw: tuple[int, int]) -> np.ndarray:
-    """The union of the polygons by COCO's own rasteriser.
+def outlines_to_rle(polygons: Sequence[np.ndarray], size_hw: tuple[int, int]) -> bytes:
+    """The union of the polygons by COCO's own rasteriser, as the counts of a compressed RLE.
 
     Args:
-        polygons: [x0, y0, x1, y1, ...] each, in pixels of the raster.
+        polygons: x0, y0, x1, y1, ... each, (2K,) float64, in pixels of the raster.
         size_hw: (height, width) of the raster.
-
-    Returns:
-        (H, W) bool.
     """
-    runs = coco_mask.frPyObjects([list(polygon) for polygon in polygons], *size_hw)
-    return _decode(runs[0] if len(runs) == 1 else coco_mask.merge(runs))
+    rles = coco_mask.frPyObjects(list(polygons), *size_hw)
+    return (rles[0] if len(rles) == 1 else coco_mask.merge(rles))["counts"]
 
 
 def rle_to_mask(counts: bytes, size_hw: tuple[int, int]) -> np.ndarray:
     """(H, W) bool of a compressed RLE of that size."""
-    return _decode({"size": list(size_hw), "counts": counts})
+    return coco_mask.decode({"size": list(size_hw), "counts": counts}).view(bool)
 
 
-def sample_cells(mask: np.ndarray, stride: int) -> Tensor:
-    """The mask at the centres of the grid's cells: pixel (s*i + s//2, s*j + s//2) for cell (i, j).
+def cell_centres(size: int, stride: int) -> np.ndarray:
+    """The pixels s*i + s//2 of one side that lie in an image of `size` pixels; (cells,) int64."""
+    return np.arange(stride // 2, size, stride)
+
+
+def read_cells(
+    rles: Sequence[bytes],
+    size_hw: tuple[int, int],
+    *,
+    rows: np.ndarray,
+    columns: np.ndarray,
+    cells: Sequence[np.ndarray],
+) -> None:
+    """Writes the pixels (rows[i], columns[j]) of each mask into `cells`; as decoding and indexing would, but faster.
 
     Args:
-        mask: (H, W) bool.
-        stride: s, in pixels.
+        rles: counts of M compressed RLE whose runs fill the raster exactly.
+        size_hw: (height, width) of the raster.
+        rows: (h,) int64, in any order, repetitions allowed.
+        columns: (w,) int64, likewise.
+        cells: M arrays (h, w) bool, all False before.
+    """
+    if not (len(rles) and len(rows) and len(columns)):
+        return
+    row_reads, column_reads = _Reads.of(rows, size_hw[0]), _Reads.of(columns, size_hw[1])
+    lengths, bounds = run_lengths(rles)
+    changes = _cells_before(np.cumsum(lengths), size_hw, row_reads, column_reads)
+    cells_per_mask = row_reads.count * column_reads.count
+    plain = row_reads.ascending and column_reads.ascending
+    for number, (first, end) in enumerate(pairwise(bounds)):
+        target = cells[number] if plain else np.zeros((row_reads.count, column_reads.count), dtype=bool)
+        _fill(target, changes[first:end] - number * cells_per_mask)
+        if not plain:
+            cells[number][:] = target[row_reads.order][:, column_reads.order]
+
+
+def run_lengths(rles: Sequence[bytes]) -> tuple[np.ndarray, list[int]]:
+    """The runs of several compressed RLE: background and foreground in turn, background first.
+
+    From the fourth run of a mask on, the text holds the difference to the run two before.
 
     Returns:
-        (ceil(H/s), ceil(W/s)) bool; a cell whose centre lies beyond the image is False.
+        (runs of all masks,) int64, and M + 1 bounds: mask m has the runs bounds[m] .. bounds[m + 1] - 1.
     """
-    cells = np.zeros(grid_size((mask.shape[0], mask.shape[1]), stride), dtype=bool)
-    inside = mask[stride // 2 :: stride, stride // 2 :: stride]
-    cells[: inside.shape[0], : inside.shape[1]] = inside
-    return torch.from_numpy(cells)
+    characters = np.frombuffer(b"".join(rles), dtype=np.uint8) - ord("0")
+    ends = np.flatnonzero((characters & MORE) == 0) + 1  # of the numbers
+    starts = np.concatenate([[0], ends[:-1]])
+    digits = ends - starts
+    place = np.arange(len(characters)) - np.repeat(starts, digits)
+    runs = np.add.reduceat((characters & VALUE).astype(np.int64) << (BITS * place), starts)
+    runs -= ((characters[ends - 1] & SIGN) != 0).astype(np.int64) << (BITS * digits)  # two's complement
+    bounds = np.searchsorted(ends, np.cumsum([0, *map(len, rles)]), side="right").tolist()
+    for first, end in pairwise(bounds):
+        for chain in (runs[first + 1 : end : 2], runs[first + 2 : end : 2]):
+            np.cumsum(chain, out=chain)
+    return runs, bounds
 
 
-def _decode(rle: dict) -> np.ndarray:
-    return coco_mask.decode(rle).view(bool)
+@dataclass(frozen=True)
+class _Reads:
+    """Which pixels of one side of a raster are read.
+
+    Attributes:
+        read: (size,) 1 where a pixel is read, else 0.
+        before: (size,) how many different ones before it are.
+        count: how many different ones there are.
+        order: (cells,) which of them each cell takes.
+        ascending: `order` is 0, 1, 2, ...
+    """
+
+    read: np.ndarray
+    before: np.ndarray
+    count: int
+    order: np.ndarray
+    ascending: bool
+
+    @classmethod
+    def of(cls, pixels: np.ndarray, size: int) -> _Reads:
+        read = np.zeros(size, dtype=np.int64)
+        read[pixels] = 1
+        before = np.cumsum(read)
+        count = int(before[-1])
+        before -= read
+        order = before[pixels]
+        return cls(read, before, count, order, count == len(order) and bool((np.diff(order) > 0).all()))
+
+
+def _cells_before(pixels: np.ndarray, size_hw: tuple[int, int], rows: _Reads, columns: _Reads) -> np.ndarray:
+    """How many cells that are read lie before each pixel, column by column, in rasters that follow each other."""
+    column, row = np.divmod(pixels, size_hw[0])
+    number, column = np.divmod(column, size_hw[1])
+    whole_columns = number * columns.count + columns.before[column]
+    return whole_columns * rows.count + columns.read[column] * rows.before[row]
+
+
+def _fill(cells: np.ndarray, changes: np.ndarray) -> None:
+    """Fills one mask (h, w) whose runs end at the cells `changes`, counted column by column."""
+    height = cells.shape[0]
+    inner = changes[: len(changes) // 2 * 2]  # the start and the end of each foreground run
+    if not len(inner):
+        return
+    left, right = int(inner[0]) // height, -(-int(inner[-1]) // height)
+    if left >= right:
+        return
+    lengths = np.diff(inner, prepend=left * height, append=right * height)
+    filled = np.repeat((np.arange(len(lengths)) & 1).astype(bool), lengths)
+    cells[:, left:right] = filled.reshape(right - left, height).T

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from enum import IntEnum
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -174,15 +175,25 @@ def pad_images(images: list[Tensor], size_divisor: int) -> tuple[Tensor, Tensor]
     """Stacks images of different sizes, padded right and bottom with 0.
 
     Args:
-        images: B tensors (3, H_i, W_i) uint8.
+        images: B tensors (3, H_i, W_i) uint8, in any memory layout.
         size_divisor: the padded height and width divide by it.
 
     Returns:
-        (B, 3, H, W) uint8 and the unpadded sizes (B, 2) int64 as (height, width).
+        (B, 3, H, W) uint8, contiguous, and the unpadded sizes (B, 2) int64 as (height, width).
     """
     sizes = torch.tensor([image.shape[-2:] for image in images], dtype=torch.int64).reshape(-1, 2)
     height, width = (-(-int(side) // size_divisor) * size_divisor for side in sizes.amax(0))
-    stacked = images[0].new_zeros(len(images), 3, height, width)
+    stacked = images[0].new_empty(len(images), 3, height, width)
     for slot, image in zip(stacked, images, strict=True):
-        slot[:, : image.shape[1], : image.shape[2]] = image
+        slot[:, image.shape[1] :] = 0
+        slot[:, : image.shape[1], image.shape[2] :] = 0
+        _copy(image, slot[:, : image.shape[1], : image.shape[2]])
     return stacked, sizes
+
+
+def _copy(source: Tensor, target: Tensor) -> None:
+    """Between layouts, pixel by pixel to channel by channel, numpy is the faster one on a CPU."""
+    if source.device.type == target.device.type == "cpu":
+        np.copyto(target.numpy(), source.numpy())
+    else:
+        target.copy_(source)
