@@ -15,8 +15,9 @@ from semiseg.engine import train as training
 from semiseg.engine.build import build_data, build_step, build_training_loader
 from semiseg.engine.checkpoint import load_tensors
 from semiseg.engine.logs import read_log
+from semiseg.engine.predict import load_model
 from semiseg.engine.replay import replay_step
-from semiseg.engine.run import execute_run
+from semiseg.engine.run import evaluate_run, execute_run
 from semiseg.engine.session import start_accelerator
 from semiseg.engine.step import TrainStep
 from semiseg.errors import UserError
@@ -100,6 +101,10 @@ def test_four_steps_equal_two_and_resume_and_two(root: Path, tmp_path: Path) -> 
         with pytest.raises(Stop):
             execute_run(config, out=tmp_path / "cut", progress=False)
     assert [line["step"] for line in read_log(tmp_path / "cut" / "log.jsonl")] == [1, 2, 3]
+    continues = rf"{tmp_path}/cut: the run has not ended \(step 2 of 4\); 'semiseg train .*cut/config.json --out .*cut "
+    for use in (load_model, evaluate_run):
+        with pytest.raises(UserError, match=continues + "--resume' continues it"):
+            use(tmp_path / "cut")
     execute_run(config, out=tmp_path / "cut", progress=False)
 
     logs = [read_log(tmp_path / name / "log.jsonl") for name in ("whole", "cut")]

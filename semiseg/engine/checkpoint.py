@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from semiseg.config import ModelConfig, Section, Side
 from semiseg.config_files import parse_config
+from semiseg.engine.logs import LOG_NAME, read_log
 from semiseg.errors import UserError
 from semiseg.resources import WEIGHTS_NAME, weights_file, write_text
 
@@ -165,6 +166,8 @@ def read_model_info(folder: Path) -> ModelInfo:
         raise UserError(f"{folder}: not a model folder: {path.name} is missing") from None
     except Exception as error:
         raise UserError(f"{folder}: not a readable model folder, or damaged ({type(error).__name__})") from error
+    if isinstance(values, dict) and {"identity", "config"} <= set(values):
+        raise UserError(f"{folder}: {_unfinished(folder)}; 'semiseg train {path} --out {folder} --resume' continues it")
     if not isinstance(values, dict) or values.get("format") != MODEL_FORMAT:
         found = values.get("format") if isinstance(values, dict) else None
         raise UserError(f"{path}: format {found!r} is not known, expected {MODEL_FORMAT}")
@@ -176,6 +179,14 @@ def read_model_info(folder: Path) -> ModelInfo:
         short_side=said.short_side,
         long_side=said.long_side,
     )
+
+
+def _unfinished(run: Path) -> str:
+    """How far the run of a folder without a model has come: to its last checkpoint, from which it continues."""
+    log, saved = read_log(run / LOG_NAME), latest_checkpoint(run / "checkpoints")
+    step = int(saved.stem.removeprefix("step_")) if saved else 0
+    length = f" of {log[-1]['steps']}" if log and "steps" in log[-1] else ""
+    return f"the run has not ended (step {step}{length})"
 
 
 def check_initial(source: Path, config: ModelConfig) -> None:
