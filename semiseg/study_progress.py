@@ -8,6 +8,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from semiseg.engine.logs import format_seconds
 from semiseg.study_child import Child
 from semiseg.study_plan import PlannedRun, planned_steps
 
@@ -123,11 +124,3 @@ class StudyProgress:
         left = self.seconds_left()
         time_left = "" if left is None else f"; about {format_seconds(left)} left"
         return f"{self._name}: {len(self._ended)} of {len(self._runs)} runs done; {', '.join(places)}{time_left}"
-
-
-def format_seconds(seconds: float) -> str:
-    """A duration for people: 45 s, 3 min, 2 h 05 min."""
-    minutes = round(seconds / 60)
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -18,12 +18,13 @@ from typing import Any, Literal, TextIO
 
 from semiseg.config import DataConfig
 from semiseg.config_files import digest, read_json
+from semiseg.engine.logs import format_seconds
 from semiseg.errors import UserError
 from semiseg.results import Result, append, latest, read
 from semiseg.study import PRETRAIN_ROW
 from semiseg.study_child import Child, Machine, last_step, python_command, share_of, this_machine
 from semiseg.study_plan import PlannedRun
-from semiseg.study_progress import StudyProgress, format_seconds
+from semiseg.study_progress import StudyProgress
 
 RESULT_NAME = "result.json"  # the engine writes it last: a folder with it is finished
 

@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
+from semiseg.engine.logs import format_seconds
 from semiseg.errors import UserError
 from semiseg.results import Result, latest, read
 from semiseg.study import Study, load_study, study_runs
 from semiseg.study_child import Machine, Share, child_environment, last_step, launch_command, share_of
 from semiseg.study_plan import PlannedRun, matching_results, plan
-from semiseg.study_progress import format_seconds
 from semiseg.study_run import Execution, run_missing, run_status, runs_to_do
 
 STUDY = """

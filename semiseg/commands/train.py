@@ -36,7 +36,7 @@ def train(
 ) -> None:
     """Train and evaluate a single run.
 
-    The numbers of its validation images are written into its folder.
+    The numbers of its validation images are written into its folder. Without a terminal it prints a line a minute.
 
     On several GPUs: accelerate launch --config_file experiments/launch/eight_gpus.yaml -m semiseg train ...
 
@@ -60,7 +60,7 @@ def train(
     values = read_config(config, overrides or [])
     from semiseg.engine.run import execute_run
 
-    result = execute_run(values, out=out, resume=resume, progress=_shown(progress))
+    result = execute_run(values, out=out, resume=resume, progress=progress)
     if result:
         _tell(result, out)
 

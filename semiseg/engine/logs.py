@@ -1,9 +1,10 @@
-"""The training log: JSON lines (the record that reports read), TensorBoard, and the progress bar."""
+"""The training log: JSON lines (the record that reports read), TensorBoard, and progress for people."""
 
 from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,6 +14,7 @@ from tqdm import tqdm
 from semiseg.resources import write_text
 
 LOG_NAME = "log.jsonl"
+FIRST_LINE_SECONDS, LINE_SECONDS = 5.0, 60.0  # of progress where there is no terminal: until the first, between two
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -31,14 +33,31 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def format_seconds(seconds: float) -> str:
+    """A duration for people: 45 s, 3 min, 2 h 05 min."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def shows_bars(progress: bool | None) -> bool:
+    """Whether progress bars are drawn: as asked for, and with None on a terminal."""
+    return sys.stderr.isatty() if progress is None else progress
+
+
 class TrainingLog:
-    """Writes one record every so many steps to `log.jsonl`, TensorBoard and a progress bar.
+    """Writes one record every so many steps to `log.jsonl` and TensorBoard, and shows how far the run is.
 
     When a run continues from step k, lines of later steps are removed first: they belong to lost work that is
     about to be done again.
+
+    Args:
+        progress: True shows a bar, False nothing, None a bar on a terminal and a plain line a minute elsewhere, so
+            that the log file of a job on a cluster tells how far it is.
     """
 
-    def __init__(self, out: Path, *, steps: int, start_step: int, tensorboard: bool, progress: bool) -> None:
+    def __init__(self, out: Path, *, steps: int, start_step: int, tensorboard: bool, progress: bool | None) -> None:
         self.path = out / LOG_NAME
         kept = [line for line in read_log(self.path) if line["step"] <= start_step]
         self.seconds = kept[-1]["seconds"] if kept else 0.0  # of training so far, over all interruptions
@@ -50,9 +69,11 @@ class TrainingLog:
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=start_step)
+        bar = shows_bars(progress)
         self._bar = tqdm(
-            total=steps, initial=start_step, unit="step", disable=not progress, file=sys.stderr, dynamic_ncols=True
+            total=steps, initial=start_step, unit="step", disable=not bar, file=sys.stderr, dynamic_ncols=True
         )
+        self._lines = _Lines(steps=steps, start_step=start_step) if progress is None and not bar else None
 
     def __enter__(self) -> TrainingLog:
         return self
@@ -66,15 +87,20 @@ class TrainingLog:
             self._writer.close()
 
     def advance(self) -> None:
-        """One step further on the progress bar."""
+        """One step further for whoever watches."""
         self._bar.update(1)
+        if self._lines is not None:
+            self._lines.advance()
 
     def write(self, record: dict[str, Any]) -> None:
         """Adds a record; nested tables of numbers become TensorBoard tags `table/name`."""
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         if "losses" in record:
-            self._bar.set_postfix_str(f"loss {sum(record['weighted'].values()):.3f}")
+            loss = f"loss {sum(record['weighted'].values()):.3f}"
+            self._bar.set_postfix_str(loss)
+            if self._lines is not None:
+                self._lines.known = f", {loss}, {record['images_per_second']:.3g} images/s"
         if self._writer is None:
             return
         for name, value in record.items():
@@ -84,3 +110,28 @@ class TrainingLog:
                         self._writer.add_scalar(f"{name}/{key}", number, record["step"])
             elif isinstance(value, int | float) and name not in ("step", "steps"):
                 self._writer.add_scalar(name, value, record["step"])
+
+
+class _Lines:
+    """Progress as plain lines on standard error: the first after some seconds, then one a minute.
+
+    Attributes:
+        known: what the last record said, for the next line.
+    """
+
+    def __init__(self, *, steps: int, start_step: int) -> None:
+        self.known = ""
+        self._steps, self._first, self._step = steps, start_step, start_step
+        self._began = time.monotonic()
+        self._next = self._began + FIRST_LINE_SECONDS
+
+    def advance(self) -> None:
+        """Counts a step, and prints a line if it is time for one."""
+        self._step += 1
+        now = time.monotonic()
+        if now < self._next:
+            return
+        self._next = now + LINE_SECONDS
+        left = (now - self._began) / (self._step - self._first) * (self._steps - self._step)
+        line = f"step {self._step} of {self._steps}{self.known}, about {format_seconds(left)} left"
+        print(line, file=sys.stderr, flush=True)

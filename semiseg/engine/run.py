@@ -28,7 +28,7 @@ from semiseg.data.table import Table, load_table
 from semiseg.engine.build import RunData, build_data, build_evaluation_loader
 from semiseg.engine.checkpoint import latest_checkpoint, load_model_folder, remove_leftovers, write_json
 from semiseg.engine.evaluate import predict_table, save_detections, score_table
-from semiseg.engine.logs import LOG_NAME, read_log
+from semiseg.engine.logs import LOG_NAME, read_log, shows_bars
 from semiseg.engine.predict import build_network
 from semiseg.engine.processes import fit_to_processes, images_in_evaluation, parts_per_step, told_change
 from semiseg.engine.session import agree, start_accelerator
@@ -43,12 +43,12 @@ RESULT_NAME = "result.json"
 LOCK_NAME = ".train.lock"
 
 
-def execute_run(config: RunConfig, *, out: Path, resume: bool = True, progress: bool = True) -> dict[str, Any]:
+def execute_run(config: RunConfig, *, out: Path, resume: bool = True, progress: bool | None = True) -> dict[str, Any]:
     """Trains and evaluates one run in `out`; what is already there is not done again.
 
     Args:
         resume: continue from the latest checkpoint in `out`; False refuses a folder that has one.
-        progress: show progress bars.
+        progress: show progress bars; None = on a terminal, and plain lines elsewhere.
 
     Returns:
         the contents of `result.json`.
@@ -85,7 +85,7 @@ def _fitted(config: RunConfig, accelerator: Accelerator) -> RunConfig:
 
 
 def _train_and_evaluate(
-    config: RunConfig, data: RunData, accelerator: Accelerator, *, out: Path, progress: bool
+    config: RunConfig, data: RunData, accelerator: Accelerator, *, out: Path, progress: bool | None
 ) -> dict[str, Any]:
     started = time.perf_counter()
 
@@ -101,7 +101,7 @@ def _train_and_evaluate(
             workers=config.runtime.workers,
             detections=detections,
             backend=_backend(config.runtime),
-            progress=progress,
+            progress=shows_bars(progress),
         )
 
     def validate(model: CondInst) -> dict[str, float] | None:

@@ -132,13 +132,14 @@ def train(
     accelerator: Accelerator,
     *,
     out: Path,
-    progress: bool,
+    progress: bool | None,
     validate: Validate | None = None,
 ) -> TrainState:
     """Trains to the end of the run, continuing from the latest checkpoint under `out` where there is one.
 
     Args:
         out: the run's folder.
+        progress: of `TrainingLog`.
         validate: called every `runtime.evaluate_every` steps on all processes; the best weights by its "mask_AP" are
             kept in `best/`.
 
@@ -190,7 +191,7 @@ def _stopped(state: TrainState) -> str:
     return f"stopped after step {state.step} of {state.steps}; '--resume' continues"
 
 
-def open_log(state: TrainState, out: Path, *, progress: bool) -> TrainingLog:
+def open_log(state: TrainState, out: Path, *, progress: bool | None) -> TrainingLog:
     """The run's log, continued from the step that the run continues from."""
     return TrainingLog(
         out,
