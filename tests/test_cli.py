@@ -169,6 +169,8 @@ def test_data_check_exits_with_2_on_errors_only(annotations: Path) -> None:
     content["annotations"][0]["category_id"] = 99
     annotations.write_text(json.dumps(content))
     assert "category id is unknown" in call("data", "check", str(annotations), code=2)
+    assert call("data", "check", "none.json", code=2) == "semiseg: none.json: no such annotation file\n"
+    assert call("data", "check", ".", code=2) == "semiseg: .: is a folder, expected a COCO json\n"
 
 
 def test_run_dry_and_status_train_nothing(folder: Path) -> None:

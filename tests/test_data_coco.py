@@ -173,7 +173,10 @@ def test_a_missing_or_binary_file(tmp_path: Path) -> None:
     (tmp_path / "binary.json").write_bytes(bytes(range(256)))
     with pytest.raises(UserError, match="not JSON"):
         read_coco(tmp_path / "binary.json")
-    assert check_annotations(tmp_path / "none.json", None).errors[0].examples == ("file: no such annotation file",)
+    with pytest.raises(UserError, match=r"none\.json: no such annotation file$"):
+        check_annotations(tmp_path / "none.json", None)
+    with pytest.raises(UserError, match="is a folder, expected a COCO json"):
+        check_annotations(tmp_path, None)
 
 
 def test_the_check_lists_everything_at_once(tmp_path: Path) -> None:
@@ -223,3 +226,63 @@ def test_the_check_decodes_images_in_full(tmp_path: Path) -> None:
     (finding,) = check_annotations(files.annotations, files.images).errors
     assert finding.kind == Kind.IMAGE_UNREADABLE
     assert "001.png" in finding.examples[0]
+
+
+def test_the_check_says_what_an_object_without_a_mask_does_to_an_evaluation(tmp_path: Path) -> None:
+    files = make_coco(tmp_path)
+    told = "4 of 16 objects have no mask, so mask AP is not measured; give them one or set iscrowd 1"
+    assert f"for validation: {told}\nno errors" in check_annotations(files.annotations, None).render()
+    for item in files.content["annotations"]:
+        item.setdefault("segmentation", [[1, 1, 9, 1, 9, 9]])
+    del files.content["annotations"][-1]["segmentation"]  # the crowd
+    files.annotations.write_text(json.dumps(files.content))
+    assert "no mask" not in check_annotations(files.annotations, None).render()
+    del files.content["annotations"][0]["segmentation"]
+    files.annotations.write_text(json.dumps(files.content))
+    assert "1 of 16 objects has no mask" in check_annotations(files.annotations, None).render()
+
+
+def test_a_file_without_objects_is_an_error_of_the_check(tmp_path: Path) -> None:
+    crowd = make_coco(tmp_path).content["annotations"][-1]
+    assert crowd["iscrowd"] == 1
+    for listed in ([], [crowd]):
+        (finding,) = check_annotations(make_coco(tmp_path, annotations=listed).annotations, None).findings
+        assert (finding.kind, finding.severity) == (Kind.NO_OBJECTS, "error")
+
+
+@pytest.mark.parametrize("form", ["polygon", "rle"])
+def test_a_mask_that_lies_outside_its_box_is_a_notice(tmp_path: Path, form: str) -> None:
+    """Boxes [x, y, w, h] around a mask whose pixels are x 30 to 40 and y 20 to 28."""
+    mask = np.zeros(SIZE, bool)
+    mask[20:28, 30:40] = True
+    outlines = [[30, 20, 40, 20, 40, 28, 30, 28]]
+    segmentation = outlines if form == "polygon" else encode(mask, compressed=True)
+    boxes = {1: [39, 27, 9, 9], 2: [40, 20, 9, 9], 3: [20, 20, 10, 8], 4: [30, 28, 9, 9], 5: [30, 5, 9, 15]}
+    annotations = [
+        {"id": number, "image_id": 1, "category_id": 1, "bbox": box, "segmentation": segmentation}
+        for number, box in boxes.items()
+    ]
+    empty = {"id": 6, "image_id": 1, "category_id": 1, "bbox": [0, 0, 5, 5]}
+    annotations.append({**empty, "segmentation": encode(np.zeros(SIZE, bool), compressed=True)})
+    report = check_annotations(make_coco(tmp_path, annotations=annotations).annotations, None)
+    (finding,) = report.findings
+    assert (finding.kind, finding.severity, finding.count) == (Kind.MASK_OUTSIDE_BOX, "notice", 4)
+    assert finding.examples[0].startswith("annotation 2: ")
+    assert report.errors == ()
+
+
+@pytest.mark.parametrize(("suffix", "noticed"), [(".jpg", [3, 6]), (".png", [3, 6]), (".tif", [])])
+def test_exif_orientations_that_keep_the_size_are_a_notice(tmp_path: Path, suffix: str, noticed: list[int]) -> None:
+    """A half turn keeps the size of any image, a quarter turn that of a square one. Pillow itself turns TIFFs."""
+    orientations = (1, 3, 6, 9)
+    files = make_coco(tmp_path, suffix=suffix, sizes_hw=[(64, 64)] * len(orientations))
+    for entry, orientation in zip(files.content["images"], orientations, strict=True):
+        with Image.open(files.images / entry["file_name"]) as image:
+            exif = image.getexif()
+            exif[0x0112] = orientation
+            image.copy().save(files.images / entry["file_name"], exif=exif)
+    report = check_annotations(files.annotations, files.images)
+    found = [example for finding in report.findings if finding.kind == Kind.EXIF for example in finding.examples]
+    assert [int(example.split("EXIF orientation ")[1][0]) for example in found] == noticed
+    assert report.errors == ()
+    assert ("2 x image has an EXIF orientation that is not applied" in report.render()) == bool(noticed)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from semiseg.data.images import read_image
+from semiseg.data.images import check_header, read_image
+from semiseg.data.problems import BadValue, Kind
 from semiseg.errors import UserError
 
 
@@ -92,3 +93,24 @@ def test_exif_rotation_is_not_applied_but_named(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         read_image(tmp_path / "a.jpg", size_hw=(6, 7))
     assert "EXIF" not in str(caught.value)
+
+
+def test_a_photograph_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Image, "open", refuse)  # a superuser may read everything
+    with pytest.raises(UserError, match=r"a\.png: no permission to read the image$"):
+        read_image(tmp_path / "a.png")
+
+
+def test_headers_tell_size_and_presence_but_not_damage_behind_them(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 80, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:500])
+    check_header(tmp_path / "a.png", size_hw=(64, 80))
+    (tmp_path / "text.png").write_text("no image")
+    for name, kind in (("a", Kind.IMAGE_SIZE), ("none", Kind.IMAGE_MISSING), ("text", Kind.IMAGE_UNREADABLE)):
+        with pytest.raises(BadValue) as caught:
+            check_header(tmp_path / f"{name}.png", size_hw=(80, 64))
+        assert caught.value.kind == kind

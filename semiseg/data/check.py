@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 from semiseg.data.coco import image_records, read_coco
-from semiseg.data.images import decode_image
-from semiseg.data.problems import BadValue, Kind, Problem, Severity
+from semiseg.data.images import decode_image, unapplied_orientation
+from semiseg.data.problems import BadValue, Kind, Problem, Severity, told_without_mask
 from semiseg.errors import UserError
 
 EXAMPLES = 3
@@ -22,6 +23,7 @@ MEANING = {
     "error": "must be mended: training refuses the file",
     "dropped": "the annotation is left out of training",
     "clipped": "the box is cut to the image",
+    "notice": "training takes it as it is; look whether it is meant",
 }
 
 
@@ -66,6 +68,9 @@ class CheckReport:
                 lines.extend(f"      {example}" for example in finding.examples)
                 if finding.count > len(finding.examples):
                     lines.append(f"      ... and {finding.count - len(finding.examples)} more")
+        with_mask, without = self.contents.get("with mask", 0), self.contents.get("box only", 0)
+        if without:
+            lines.append(f"for validation: {told_without_mask(without, with_mask + without)}")
         total = sum(finding.count for finding in self.errors)
         lines.append(f"{total} errors" if total else "no errors")
         return "\n".join(lines)
@@ -99,8 +104,12 @@ def check_annotations(annotations: Path, images: Path | None) -> CheckReport:
         images: folder of the image files, or None to look at the json alone.
 
     Raises:
-        UserError: the image folder does not exist; everything else is a finding.
+        UserError: the file or the image folder does not exist; everything else is a finding.
     """
+    if annotations.is_dir():
+        raise UserError(f"{annotations}: is a folder, expected a COCO json")
+    if not annotations.exists():
+        raise UserError(f"{annotations}: no such annotation file")
     if images is not None and not images.is_dir():
         raise UserError(f"{images}: no such image folder")
     collect = _Collector()
@@ -114,10 +123,30 @@ def check_annotations(annotations: Path, images: Path | None) -> CheckReport:
     for record in image_records(coco, report=collect):
         for item in record["objects"]:
             contents["crowd" if item["is_crowd"] else "with mask" if item["has_mask"] else "box only"] += 1
+            if item["has_mask"] and _mask_misses_box(item, (record["height"], record["width"])):
+                text = "the mask does not touch the box; is one of them of another object?"
+                collect(Problem(Kind.MASK_OUTSIDE_BOX, f"annotation {item['annotation_id']}", text))
+    if not contents["with mask"] + contents["box only"]:
+        collect(Problem(Kind.NO_OBJECTS, "annotations", "no object is left to learn from; a crowd region is none"))
     if images is not None:
         for problem in _image_problems(coco.images, images):
             collect(problem)
     return CheckReport(annotations, contents, collect.findings())
+
+
+def _mask_misses_box(item: dict[str, Any], size_hw: tuple[int, int]) -> bool:
+    """Whether the mask's bounding box and the annotated one have no pixel in common; an empty mask says nothing."""
+    if item["rle_counts"] is not None:
+        left, top, width, height = coco_mask.toBbox({"size": list(size_hw), "counts": item["rle_counts"]})
+        right, bottom = left + width, top + height
+        if width == 0:
+            return False
+    else:
+        x = [value for polygon in item["polygons"] for value in polygon[0::2]]
+        y = [value for polygon in item["polygons"] for value in polygon[1::2]]
+        left, top, right, bottom = min(x), min(y), max(x), max(y)
+    x0, y0, x1, y1 = item["box_xyxy"]
+    return left >= x1 or right <= x0 or top >= y1 or bottom <= y0
 
 
 def _image_problems(entries: list[dict[str, Any]], folder: Path) -> Iterator[Problem]:
@@ -127,9 +156,13 @@ def _image_problems(entries: list[dict[str, Any]], folder: Path) -> Iterator[Pro
         path = folder / entry["file_name"]
         try:
             decode_image(path, size_hw=(entry["height"], entry["width"]))
+            orientation = unapplied_orientation(path)
         except BadValue as bad:
             return bad.at(str(path))
-        return None
+        if orientation == 1:
+            return None
+        text = f"EXIF orientation {orientation}; training takes the pixels as stored, `predict` turns them upright"
+        return Problem(Kind.EXIF, str(path), text)
 
     bar = tqdm(total=len(entries), unit=" images", delay=1, disable=None)
     with ThreadPoolExecutor(os.cpu_count()) as threads, bar:

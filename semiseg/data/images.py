@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -51,13 +53,38 @@ def read_image(path: Path, *, size_hw: tuple[int, int] | None = None, upright: b
 
 def decode_image(path: Path, *, size_hw: tuple[int, int] | None, upright: bool = False) -> Tensor:
     """As `read_image`, but raises `BadValue` without the file's name."""
+    with _opened(path, size_hw) as image:
+        pixels = _rgb(_turned(image) if upright else image)
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def check_header(path: Path, *, size_hw: tuple[int, int]) -> None:
+    """Looks at an image file's header alone: raises `BadValue` if it is missing, no image, or of another size."""
+    with _opened(path, size_hw):
+        pass
+
+
+def unapplied_orientation(path: Path) -> int:
+    """The EXIF orientation (2 to 8) that a viewer applies and `read_image` does not; 1 where both agree."""
+    with _opened(path, None) as image:
+        if image.format == "TIFF":  # Pillow turns these by itself
+            return 1
+        orientation = _orientation(image)
+        return orientation if orientation in UPRIGHT else 1
+
+
+@contextmanager
+def _opened(path: Path, size_hw: tuple[int, int] | None) -> Iterator[Image.Image]:
+    """The image, its header read and its size compared; whatever goes wrong, also inside the block, is a `BadValue`."""
     try:
         with Image.open(path) as image:
             if size_hw is not None and (image.height, image.width) != tuple(size_hw):
                 _wrong_size(image, size_hw)
-            pixels = _rgb(_turned(image) if upright else image)
+            yield image
     except FileNotFoundError:
         raise BadValue(Kind.IMAGE_MISSING, "no such image file") from None
+    except PermissionError:
+        raise BadValue(Kind.IMAGE_UNREADABLE, "no permission to read the image") from None
     except BadValue:
         raise
     except Exception as error:  # on a damaged file Pillow's readers raise whatever they happen to meet
@@ -65,17 +92,20 @@ def decode_image(path: Path, *, size_hw: tuple[int, int] | None, upright: bool =
         raise BadValue(
             Kind.IMAGE_UNREADABLE, f"the image cannot be decoded: {detail or type(error).__name__}"
         ) from None
-    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def _turned(image: Image.Image) -> Image.Image:
     """The image as its EXIF orientation wants it to be seen; EXIF data that nobody can read says nothing."""
     image.load()  # Pillow turns TIFFs by itself while it loads them, and then takes the orientation away
-    try:
-        method = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # Pillow's parser raises what it happens to meet in damaged data
-        method = None
+    method = UPRIGHT.get(_orientation(image))
     return image if method is None else image.transpose(method)
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # Pillow's parser raises what it happens to meet in damaged data
+        return 1
 
 
 def _rgb(image: Image.Image) -> np.ndarray:
@@ -91,6 +121,6 @@ def _rgb(image: Image.Image) -> np.ndarray:
 def _wrong_size(image: Image.Image, size_hw: tuple[int, int]) -> NoReturn:
     text = f"the image is {image.width} x {image.height} (width x height), but its annotations say"
     text += f" {size_hw[1]} x {size_hw[0]}"
-    if image.getexif().get(ExifTags.Base.Orientation) in TRANSPOSED and (image.width, image.height) == tuple(size_hw):
+    if _orientation(image) in TRANSPOSED and (image.width, image.height) == tuple(size_hw):
         text += "; its EXIF orientation is not applied: store the pixels upright, or annotate the stored ones"
     raise BadValue(Kind.IMAGE_SIZE, text)

@@ -14,11 +14,14 @@ from typing import Literal
 
 from semiseg.errors import UserError
 
-Severity = Literal["error", "dropped", "clipped"]
+Severity = Literal["error", "dropped", "clipped", "notice"]
 
 
 class Kind(Enum):
-    """Each value is (severity, title): errors stop a training, the others change the annotation and are counted."""
+    """Each value is (severity, title).
+
+    Errors stop a training; `dropped` and `clipped` change the annotation and are counted; a notice changes nothing.
+    """
 
     FILE = ("error", "file is not COCO instances json")
     CATEGORY = ("error", "category entry is malformed")
@@ -33,12 +36,15 @@ class Kind(Enum):
     NON_FINITE = ("error", "number is not finite")
     POLYGON = ("error", "polygon is malformed")
     RLE = ("error", "RLE does not fit its image")
+    NO_OBJECTS = ("error", "file has no objects to learn from")
     IMAGE_MISSING = ("error", "image file is missing")
     IMAGE_UNREADABLE = ("error", "image file cannot be decoded")
     IMAGE_SIZE = ("error", "image size differs from the json")
     BOX_OUTSIDE = ("dropped", "box lies outside the image")
     BOX_NO_AREA = ("dropped", "box has no area")
     BOX_CLIPPED = ("clipped", "box reaches over the edge of the image")
+    MASK_OUTSIDE_BOX = ("notice", "mask lies outside its box")
+    EXIF = ("notice", "image has an EXIF orientation that is not applied")
 
     @property
     def severity(self) -> Severity:
@@ -71,6 +77,13 @@ class BadValue(Exception):
 
 
 Reporter = Callable[[Problem], None]
+
+
+def told_without_mask(without: int, objects: int) -> str:
+    """What objects without a mask do to an evaluation. Crowds are no objects here: they may lack a mask."""
+    count = f"{without} of {objects} objects {'has' if without == 1 else 'have'} no mask"
+    remedy = "give it one or set iscrowd 1" if without == 1 else "give them one or set iscrowd 1"
+    return f"{count}, so mask AP is not measured; {remedy}"
 
 
 def stop_at_errors(path: Path) -> Reporter:
