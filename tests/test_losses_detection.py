@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -69,11 +71,28 @@ def test_sums_equal_plain_loops() -> None:
         box += target * (1 - giou)
         m = outputs.centreness_logits[b, r].sigmoid()
         centreness += -(target * torch.log(m) + (1 - target) * torch.log(1 - m))
-    # torchvision's focal loss stays in the type it is given; so all three are exact here.
     torch.testing.assert_close(losses["classification"], classification, rtol=1e-12, atol=0)
     torch.testing.assert_close(losses["box"], box, rtol=1e-12, atol=0)
     torch.testing.assert_close(losses["centreness"], centreness, rtol=1e-12, atol=0)
     assert list(losses) == ["classification", "box", "centreness"]
+
+
+def test_classification_gradcheck_and_extreme_logits() -> None:
+    outputs, assignment = random_outputs(), make_assignment(*POSITIVES)
+
+    def classification(logits: Tensor) -> Tensor:
+        return detection_losses(replace(outputs, class_logits=logits), assignment, LABELS)["classification"]
+
+    logits = outputs.class_logits.detach().double().requires_grad_()
+    assert gradcheck(classification, logits)
+    for value in (-1e4, -100.0, 100.0, 1e4):
+        extreme = torch.full_like(logits, value, dtype=torch.float32).requires_grad_()
+        loss = classification(extreme)
+        (gradient,) = torch.autograd.grad(loss, extreme)
+        # sure and wrong costs |x|: at every object if all say no, everywhere else if all say yes
+        wrong = len(POSITIVES[0]) * 0.25 if value < 0 else (int((~assignment.ignored).sum()) * C - len(LABELS)) * 0.75
+        assert loss.item() == pytest.approx(abs(value) * wrong, rel=1e-5)
+        assert gradient.abs().sum().item() == pytest.approx(wrong, rel=1e-5)
 
 
 def test_generalised_iou_by_hand() -> None:

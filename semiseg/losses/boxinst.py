@@ -7,6 +7,8 @@ Source: METHOD section 2; BoxInst (arXiv 2012.02310), sections 3.1 and 3.2.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -60,9 +62,30 @@ def mask_projection_loss(logits: Tensor, masks: Tensor) -> Tensor:
 
 def _projection(logits: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     # The sigmoid is monotonic: taken after the maximum, it never exists as a full map.
-    row_scores = at_least_float32(logits.max(2).values).sigmoid()  # (Q, h)
-    column_scores = at_least_float32(logits.max(1).values).sigmoid()  # (Q, w)
+    of_rows, of_columns = _Maxima.apply(logits)  # (Q, h), (Q, w)
+    row_scores, column_scores = at_least_float32(of_rows).sigmoid(), at_least_float32(of_columns).sigmoid()
     return soft_dice(row_scores, rows) + soft_dice(column_scores, columns)
+
+
+class _Maxima(torch.autograd.Function):
+    """The maximum of every row and of every column of maps, with one map for the gradients of both."""
+
+    @staticmethod
+    def forward(ctx: Any, maps: Tensor) -> tuple[Tensor, Tensor]:
+        """(Q, h, w) -> (Q, h) and (Q, w)."""
+        rows, columns = maps.max(2), maps.max(1)
+        ctx.save_for_backward(rows.indices, columns.indices)
+        ctx.shape = maps.shape
+        return rows.values, columns.values
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, of_rows: Tensor, of_columns: Tensor) -> Tensor:
+        """A maximum's gradient goes to the cell that was taken; a cell may be the maximum of its row and column."""
+        of_row, of_column = ctx.saved_tensors
+        gradient = of_rows.new_zeros(ctx.shape).scatter_(2, of_row[:, :, None], of_rows[:, :, None])
+        there = gradient.gather(1, of_column[:, None])
+        return gradient.scatter_(1, of_column[:, None], there.add_(of_columns[:, None]))
 
 
 def patch_cells(cells: Tensor, *, size: int, dilation: int) -> Tensor:

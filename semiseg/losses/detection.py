@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.ops import sigmoid_focal_loss
 
 from semiseg.losses.dice import at_least_float32
 from semiseg.structures.outputs import Assignment, DenseOutputs
@@ -42,11 +43,47 @@ def detection_losses(outputs: DenseOutputs, assignment: Assignment, labels: Tens
 
 
 def _classification(class_logits: Tensor, assignment: Assignment, labels: Tensor) -> Tensor:
-    logits = at_least_float32(class_logits)  # (B, R, C)
-    targets = torch.zeros_like(logits)
-    targets[assignment.image_index, assignment.location_index, labels[assignment.instance_index]] = 1
-    loss = sigmoid_focal_loss(logits, targets, alpha=FOCAL_ALPHA, gamma=FOCAL_GAMMA)
-    return loss.masked_fill(assignment.ignored[:, :, None], 0).sum()
+    place = (assignment.image_index, assignment.location_index, labels[assignment.instance_index])
+    return _FocalSum.apply(class_logits, place, ~assignment.ignored)
+
+
+class _FocalSum(torch.autograd.Function):
+    """Focal loss of all classes and locations, alpha 0.25 and gamma 2, with its gradient: one map kept, not ten.
+
+    With p = sigmoid(x) and s = softplus(x), g(x) = p^2 s is the loss of a logit without an object, up to its factor
+    1 - alpha; that of a logit with one is alpha g(-x). g'(x) = p^2 (2 (1 - p) s + p).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, place: tuple[Tensor, Tensor, Tensor], counts: Tensor) -> Tensor:
+        """logits (B, R, C); place: image, location, class (P,) of the objects; counts: (B, R) bool -> the sum."""
+        exact = at_least_float32(logits)
+        value, slope = _background(exact)
+        at_objects = exact[place]
+        object_value, object_slope = _background(-at_objects)
+        counts = counts.to(exact.dtype)
+        value[place] = object_value.mul_(FOCAL_ALPHA / (1 - FOCAL_ALPHA))
+        if ctx.needs_input_grad[0]:
+            slope[place] = object_slope.mul_(-FOCAL_ALPHA / (1 - FOCAL_ALPHA))
+            ctx.save_for_backward(slope.mul_(counts[:, :, None]))
+            ctx.dtype = logits.dtype
+        return (value.sum(-1) * counts).sum() * (1 - FOCAL_ALPHA)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """Scales the derivative."""
+        (slope,) = ctx.saved_tensors
+        return (slope * (upstream * (1 - FOCAL_ALPHA))).to(ctx.dtype), None, None
+
+
+def _background(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """g and its derivative."""
+    probability = logits.sigmoid()
+    softplus = F.softplus(logits, threshold=40)
+    square = probability.square()
+    slope = (1 - probability).mul_(softplus).mul_(2).add_(probability).mul_(square)
+    return square.mul_(softplus), slope
 
 
 def generalised_iou(predicted: Tensor, target: Tensor) -> Tensor:

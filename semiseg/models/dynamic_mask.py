@@ -88,18 +88,12 @@ def _by_image(
     """`dynamic_masks` of queries that are ordered by image, `counts` of each."""
     weights, biases = split_filters(filters.float(), shapes)
     weights[0] = _absorb_coordinates(weights[0], biases[0], location_xy, coordinate_range)
-    parameters = [*weights, *biases[1:]]
-    starts = [sum(counts[:image]) for image in range(len(counts))]
     used = [image for image, count in enumerate(counts) if count] or [0]  # without queries: an empty product
-    logits = torch.cat(
-        [
-            _apply_layers(
-                _with_coordinates(features[image].float(), stride),
-                [parameter.narrow(0, starts[image], counts[image]) for parameter in parameters],
-            )
-            for image in used
-        ]
-    )
+    if len(used) < len(features):
+        features = torch.stack([features[image] for image in used])
+    shared = _with_coordinates(features.float(), stride).unbind()
+    of_image = [parameter.split([counts[image] for image in used]) for parameter in (*weights, *biases[1:])]
+    logits = torch.cat([_apply_layers(maps, parts) for maps, *parts in zip(shared, *of_image, strict=True)])
     return logits.view(-1, *features.shape[-2:])
 
 
@@ -114,12 +108,12 @@ def _absorb_coordinates(weight: Tensor, bias: Tensor, location_xy: Tensor, range
 
 
 def _with_coordinates(features: Tensor, stride: int) -> Tensor:
-    """(F, h, w) -> (F + 3, h * w): the features, the x and the y pixel of each cell, and 1."""
+    """(B, F, h, w) -> (B, F + 3, h * w): the features, the x and the y pixel of each cell, and 1."""
     height, width = features.shape[-2:]
     x = torch.arange(width, device=features.device, dtype=features.dtype) * stride + stride // 2
     y = torch.arange(height, device=features.device, dtype=features.dtype) * stride + stride // 2
     grid = torch.stack([x.expand(height, width), y[:, None].expand(height, width), features.new_ones(height, width)])
-    return torch.cat([features, grid]).flatten(1)
+    return torch.cat([features, grid.expand(len(features), -1, -1, -1)], dim=1).flatten(2)
 
 
 def _apply_layers(shared: Tensor, parameters: Sequence[Tensor]) -> Tensor:
