@@ -1,7 +1,8 @@
 """Writes a report from recorded results alone: report.md, tables/*.csv|md|tex, figures/*.png.
 
 The same results give the same bytes. Results, run folders and data are only read. Pictures and training curves need
-the run folders; where these are gone, the files of an earlier report stay and the page says so.
+the run folders; where these are gone, the files of an earlier report stay, with their captions if it is a report of
+the same runs, else the page says so.
 """
 
 from __future__ import annotations
@@ -45,23 +46,32 @@ from semiseg.resources import write_bytes, write_text
 
 @dataclass
 class _Figures:
-    """Writes figures into the report's folder and gives the Markdown that shows them."""
+    """Writes figures into the report's folder and gives the Markdown that shows them.
+
+    Attributes:
+        earlier: blocks of the page that was there before, if it is of the same runs.
+    """
 
     folder: Path
+    earlier: list[str]
     shown: list[str] = field(default_factory=list)
 
     def show(self, name: str, content: bytes | None, *, alt: str, caption: str = "", absent: str = "") -> list[str]:
         """`content` None: the figure of an earlier report is kept and shown, if there is one; `absent` says why."""
-        path = self.folder / name
+        path, shown = self.folder / name, f"![{escape_markdown(alt)}](figures/{name})"
         if content is not None:
             write_bytes(path, content)
         elif not path.is_file():
             return [f"*No figure ({alt}): {absent}.*"] if absent else []
+        elif absent and shown in self.earlier:
+            # It shows the runs of this page: nothing has changed but that their folders are gone.
+            below = self.earlier[self.earlier.index(shown) + 1 :][:1]
+            return [shown, *(block for block in below if block.startswith("*"))]
         elif absent:
             caption = f"{alt[:1].upper()}{alt[1:]}: kept from an earlier report, because {absent}."
         else:
             return []
-        return [f"![{escape_markdown(alt)}](figures/{name})", *([f"*{escape_markdown(caption)}*"] if caption else [])]
+        return [shown, *([f"*{escape_markdown(caption)}*"] if caption else [])]
 
 
 def build_report(report: ReportInput, *, out: Path, published: Path) -> Path:
@@ -78,7 +88,7 @@ def build_report(report: ReportInput, *, out: Path, published: Path) -> Path:
     tables = [table_numbers(report, table) for table in report.tables]
     for numbers in tables:
         _write_tables(numbers, out / "tables")
-    figures = _Figures(out / "figures")
+    figures = _Figures(out / "figures", _earlier_blocks(report, out / "report.md"))
     blocks = [
         f"# {escape_markdown(report.title)}",
         f"**Question.** {escape_markdown(report.question)}",
@@ -103,6 +113,13 @@ def report_text(report: ReportInput) -> str:
         shown = layout(table, summary)
         texts.append(f"{table.title}\n{text_table(shown.headings, table_cells(summary, table, shown))}")
     return "\n".join(texts)
+
+
+def _earlier_blocks(report: ReportInput, page: Path) -> list[str]:
+    """The blocks of a page that is already there; none if it is of other runs."""
+    text = page.read_text(encoding="utf-8") if page.is_file() else ""
+    runs = provenance(report)[-1]  # with the id and the command of each
+    return text.split("\n\n") if runs in text else []
 
 
 def _write_tables(numbers: TableNumbers, folder: Path) -> None:
