@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from semiseg.data import table as table_module
 from semiseg.data.coco import image_records, read_coco
@@ -36,9 +37,9 @@ def test_conversion_happens_once_per_content(tmp_path: Path, monkeypatch: pytest
     calls = []
     convert = table_module._convert
 
-    def counted(annotations: Path, folder: Path, annotations_required: bool) -> None:
+    def counted(annotations: Path, images: Path, folder: Path, annotations_required: bool) -> None:
         calls.append(folder)
-        convert(annotations, folder, annotations_required)
+        convert(annotations, images, folder, annotations_required)
 
     monkeypatch.setattr(table_module, "_convert", counted)
     again = load_table(files.annotations, files.images, cache=cache)
@@ -132,6 +133,27 @@ def test_missing_images_are_found_before_training(tmp_path: Path) -> None:
         load_table(files.annotations, files.images, cache=tmp_path / "cache")
     with pytest.raises(UserError, match="no such image folder"):
         load_table(files.annotations, tmp_path / "elsewhere", cache=tmp_path / "cache")
+
+
+def test_sizes_are_compared_once_and_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, cache = make_coco(tmp_path), tmp_path / "cache"
+    content = {name: (files.images / name).read_bytes() for name in ("002.png", "003.png", "004.png")}
+    Image.new("RGB", (80, 65)).save(files.images / "002.png")
+    Image.new("RGB", (96, 47)).save(files.images / "004.png")
+    (files.images / "003.png").write_text("no image")
+    told = (
+        r"002\.png: the image is 80 x 65 .*, but its annotations say 80 x 64; of 4 images 2 of another size and "
+        r"1 unreadable: `semiseg data check` lists them"
+    )
+    for _ in range(2):  # a table whose images are wrong is not kept
+        with pytest.raises(UserError, match=told):
+            load_table(files.annotations, files.images, cache=cache)
+    assert list(cache.iterdir()) == []
+    for name, pixels in content.items():
+        (files.images / name).write_bytes(pixels)
+    load_table(files.annotations, files.images, cache=cache)
+    monkeypatch.setattr(Image, "open", None)  # no header is read again
+    load_table(files.annotations, files.images, cache=cache)
 
 
 def test_images_in_subfolders(tmp_path: Path) -> None:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pycocotools import mask as coco_mask
-from tqdm import tqdm
 
 from semiseg.data.coco import image_records, read_coco
+from semiseg.data.image_files import image_problems
 from semiseg.data.images import decode_image, unapplied_orientation
-from semiseg.data.problems import BadValue, Kind, Problem, Severity, told_without_mask
+from semiseg.data.problems import Kind, Problem, Severity, told_without_mask
 from semiseg.errors import UserError
 
 EXAMPLES = 3
-IMAGES_AT_ONCE = 256  # handed to the threads at a time, so that memory stays flat
 MEANING = {
     "error": "must be mended: training refuses the file",
     "dropped": "the annotation is left out of training",
@@ -129,7 +125,7 @@ def check_annotations(annotations: Path, images: Path | None) -> CheckReport:
     if not contents["with mask"] + contents["box only"]:
         collect(Problem(Kind.NO_OBJECTS, "annotations", "no object is left to learn from; a crowd region is none"))
     if images is not None:
-        for problem in _image_problems(coco.images, images):
+        for problem in image_problems(coco.images, images, _decoded, title="decoding"):
             collect(problem)
     return CheckReport(annotations, contents, collect.findings())
 
@@ -149,25 +145,11 @@ def _mask_misses_box(item: dict[str, Any], size_hw: tuple[int, int]) -> bool:
     return left >= x1 or right <= x0 or top >= y1 or bottom <= y0
 
 
-def _image_problems(entries: list[dict[str, Any]], folder: Path) -> Iterator[Problem]:
-    """Decodes the images on all cores, in the file's order."""
-
-    def decode(entry: dict[str, Any]) -> Problem | None:
-        path = folder / entry["file_name"]
-        try:
-            decode_image(path, size_hw=(entry["height"], entry["width"]))
-            orientation = unapplied_orientation(path)
-        except BadValue as bad:
-            return bad.at(str(path))
-        if orientation == 1:
-            return None
-        text = f"EXIF orientation {orientation}; training takes the pixels as stored, `predict` turns them upright"
-        return Problem(Kind.EXIF, str(path), text)
-
-    bar = tqdm(total=len(entries), unit=" images", delay=1, disable=None)
-    with ThreadPoolExecutor(os.cpu_count()) as threads, bar:
-        for first in range(0, len(entries), IMAGES_AT_ONCE):
-            for problem in threads.map(decode, entries[first : first + IMAGES_AT_ONCE]):
-                bar.update()
-                if problem is not None:
-                    yield problem
+def _decoded(path: Path, size_hw: tuple[int, int]) -> Problem | None:
+    """Decodes an image in full; raises `BadValue`."""
+    decode_image(path, size_hw=size_hw)
+    orientation = unapplied_orientation(path)
+    if orientation == 1:
+        return None
+    text = f"EXIF orientation {orientation}; training takes the pixels as stored, `predict` turns them upright"
+    return Problem(Kind.EXIF, str(path), text)

@@ -22,6 +22,7 @@ from datasets.arrow_writer import ArrowWriter
 from tqdm import tqdm
 
 from semiseg.data.coco import NO_ANNOTATIONS, image_records, read_coco
+from semiseg.data.image_files import require_sizes
 from semiseg.data.problems import Problem, stop_at_errors
 from semiseg.errors import UserError
 from semiseg.resources import whole_folder
@@ -99,18 +100,19 @@ def load_table(annotations: Path, images: Path, *, cache: Path, annotations_requ
         annotations_required: false also takes a file without the list `annotations`, to predict its images.
 
     Raises:
-        UserError: bad annotations (the first error), or image files that are not there.
+        UserError: bad annotations (the first error), or image files that are not there or, at the conversion, of
+            another size.
     """
     if not images.is_dir():
         raise UserError(f"{images}: no such image folder")
     fingerprint = _digest(annotations)[:16]
     folder = cache / f"{annotations.stem}-{fingerprint}-v{CONVERTER_VERSION}"
     try:
-        rows, classes = _open(annotations, folder, annotations_required)
+        rows, classes = _open(annotations, images, folder, annotations_required)
     except (pyarrow.ArrowException, OSError, ValueError):  # a damaged table is made anew
         shutil.rmtree(folder, ignore_errors=True)
         try:
-            rows, classes = _open(annotations, folder, annotations_required)
+            rows, classes = _open(annotations, images, folder, annotations_required)
         except OSError as error:
             raise UserError(f"{cache}: the Arrow table cannot be written: {error.strerror or error}") from None
     table = Table(
@@ -124,14 +126,16 @@ def load_table(annotations: Path, images: Path, *, cache: Path, annotations_requ
     )
     if annotations_required and not table.annotated:
         raise UserError(f"{annotations}: {NO_ANNOTATIONS}")
-    _require_images(table)
+    _require_images(images, table.rows.data.column("file_name").to_pylist(), annotations)
     return table
 
 
-def _open(annotations: Path, folder: Path, annotations_required: bool) -> tuple[datasets.Dataset, dict[str, Any]]:
+def _open(
+    annotations: Path, images: Path, folder: Path, annotations_required: bool
+) -> tuple[datasets.Dataset, dict[str, Any]]:
     """The rows and the classes, converted first if they are not there."""
     if not folder.is_dir():
-        _convert(annotations, folder, annotations_required)
+        _convert(annotations, images, folder, annotations_required)
     classes = json.loads((folder / "classes.json").read_text(encoding="utf-8"))
     return datasets.Dataset.from_file(str(folder / "rows.arrow")), classes
 
@@ -161,8 +165,11 @@ def _digest(path: Path) -> str:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _convert(annotations: Path, folder: Path, annotations_required: bool) -> None:
-    """Writes the table to a temporary folder beside `folder` and renames it."""
+def _convert(annotations: Path, images: Path, folder: Path, annotations_required: bool) -> None:
+    """Writes the table to a temporary folder beside `folder` and renames it.
+
+    Only here the images' headers are read, so that a wrong size stops a training before its first step.
+    """
     changed: Counter[str] = Counter()
     stop = stop_at_errors(annotations)
 
@@ -171,6 +178,7 @@ def _convert(annotations: Path, folder: Path, annotations_required: bool) -> Non
         changed[f"{problem.kind.severity} ({problem.kind.title})"] += 1
 
     coco = read_coco(annotations, report=report, annotations_required=annotations_required)
+    _require_images(images, [image["file_name"] for image in coco.images], annotations)
     with whole_folder(folder) as temporary:
         rows = str(temporary / "rows.arrow")
         with ArrowWriter(features=FEATURES, path=rows, writer_batch_size=ROWS_PER_WRITE) as writer:
@@ -179,16 +187,17 @@ def _convert(annotations: Path, folder: Path, annotations_required: bool) -> Non
             for record in tqdm(records, total=count, desc=name, unit=" images", delay=1, disable=None):
                 writer.write(record)
             writer.finalize()
+        require_sizes(coco.images, images)
         classes = {"class_names": coco.class_names, "category_ids": coco.category_ids, "annotated": coco.annotated}
         (temporary / "classes.json").write_text(json.dumps(classes, ensure_ascii=False), encoding="utf-8")
     for title, count in changed.items():
         logger.warning("%s: %d x %s; `semiseg data check` lists them", annotations, count, title)
 
 
-def _require_images(table: Table) -> None:
-    missing = missing_images(table.images_folder, table.rows.data.column("file_name").to_pylist())
+def _require_images(folder: Path, file_names: list[str], annotations: Path) -> None:
+    missing = missing_images(folder, file_names)
     if missing:
         raise UserError(
-            f"{table.images_folder}: {len(missing)} of the {len(table)} images that {table.annotations_file} names are "
+            f"{folder}: {len(missing)} of the {len(file_names)} images that {annotations} names are "
             f"missing, such as {missing[0]}; put them there, or unpack their archive again, in full"
         )
