@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -181,15 +182,43 @@ def test_run_dry_and_status_train_nothing(folder: Path) -> None:
     assert "--seeds '1,x'" in call("status", "shapes", "--seeds", "1,x", code=2)
 
 
-def test_report_of_nothing_names_what_is_missing(folder: Path) -> None:
-    text = call("report", "shapes", "--out", "out")
-    assert "report: out/report.md" in text
+def test_status_without_the_data_lists_the_runs(folder: Path) -> None:
+    text = call("status", "coco_tau")
+    (told,) = [line for line in text.splitlines() if line.startswith("coco_tau: ")]
+    assert "which of them are done cannot be told without the data: data/coco" in told
+    listed = [line for line in text.splitlines() if "unknown" in line]
+    assert told.startswith(f"coco_tau: {len(listed)} runs; ")
+    assert len(listed) > 1
+    assert list(folder.iterdir()) == []
+
+
+def test_a_report_elsewhere_reads_the_studys_own_record(folder: Path) -> None:
+    own = folder / "reports" / "shapes" / "results.jsonl"
+    own.parent.mkdir(parents=True)
+    shutil.copy(REPOSITORY / "reports" / "shapes" / "results.jsonl", own)
+    before = own.read_bytes()
+    assert "report: out/report.md" in call("report", "shapes", "--out", "out")
     lines = (folder / "out" / "tables" / "table6.csv").read_text().splitlines()
     assert lines[0].startswith("row,projection,pairwise,seeds,all_AP,all_AP50,all_AP75,unseen_AP")
     assert [line.split(",")[0] for line in lines[1:]] == [
         "neither", "projection", "projection+pairwise", "box-supervised", "full-masks",
     ]  # fmt: skip
-    assert "semiseg run shapes --out out" in (folder / "out" / "report.md").read_text()
+    assert all(line.split(",")[3] == "1" and float(line.split(",")[4]) > 0 for line in lines[1:])
+    assert own.read_bytes() == before
+    assert [path.name for path in own.parent.iterdir()] == ["results.jsonl"]
+    # A folder with a record of its own is reported from that.
+    (folder / "mine").mkdir()
+    (folder / "mine" / "results.jsonl").write_text("")
+    call("report", "shapes", "--out", "mine")
+    assert "table6 lacks `neither` seed 0" in (folder / "mine" / "report.md").read_text()
+    assert "semiseg run shapes --out mine" in (folder / "mine" / "report.md").read_text()
+
+
+def test_a_report_of_nothing_is_refused(folder: Path) -> None:
+    told = call("report", "shapes", "--out", "out", code=2)
+    assert "out and reports/shapes: no recorded results; 'semiseg run shapes' makes them" in told
+    assert "reports/coco_tau: no recorded results" in call("report", "coco_tau", code=2)
+    assert list(folder.iterdir()) == []
 
 
 def test_train_needs_a_config_and_a_folder(folder: Path) -> None:

@@ -65,7 +65,7 @@ def page(name: str, ap: dict[str, float], folder: Path, **changes) -> str:
     study = load_study(name, **changes)
     classes = COCO_CLASSES if name.startswith("coco") else tuple(SHAPES_CLASSES)
     record(study, folder, ap, classes=classes)
-    _, path = build(study, folder, command=["semiseg", "run", name])
+    _, path = build(study, folder, record=folder, command=["semiseg", "run", name])
     return path.read_text(encoding="utf-8")
 
 
@@ -153,7 +153,7 @@ def test_table_5_is_beside_voc_numbers(tmp_path: Path) -> None:
     report = report_input(study, tmp_path, command=["semiseg", "run", "voc_table5"])
     assert report.paper_data
     assert [table.published for table in report.tables] == ["5"]
-    _, path = build(study, tmp_path, command=["semiseg", "run", "voc_table5"])
+    _, path = build(study, tmp_path, record=tmp_path, command=["semiseg", "run", "voc_table5"])
     text = path.read_text(encoding="utf-8")
     assert "31.0 / 51.0 / 31.0 | 32.2 / 58.1 / 31.0 |" in text
     assert "SDI (VGG-16): — / 44.8 / 16.3" in text

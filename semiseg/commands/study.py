@@ -131,18 +131,27 @@ def status(
 ) -> None:
     """Show which runs of a study are done.
 
-    The others are under way (started) or missing.
+    The others are under way (started) or missing. Without the data the runs are listed, their state unknown.
 
     Example: semiseg status shapes
     """
     from semiseg.results import latest, read
-    from semiseg.study_plan import RESULTS_NAME, plan
+    from semiseg.study_plan import RESULTS_NAME, listed_runs, missing_data, plan
     from semiseg.study_run import run_status
 
     loaded = _load(study, overrides, seeds)
+    lacking = missing_data(loaded)
+    if lacking is not None:
+        listed = listed_runs(loaded, processes=processes)
+        lines = [[run.row, run.split or "", str(run.seed), "unknown", "", ""] for run in listed]
+        typer.echo(_status_table(lines), nl=False)
+        typer.echo(
+            f"{loaded.name}: {len(listed)} runs; which of them are done cannot be told without the data: {lacking}"
+        )
+        return
     recorded = latest(read(_folder(loaded, out) / RESULTS_NAME))
     statuses = [run_status(item, recorded) for item in plan(loaded, processes=processes)]
-    typer.echo(_status_table(statuses), nl=False)
+    typer.echo(_status_table([_status_line(item) for item in statuses]), nl=False)
     counts = Counter(item.state for item in statuses)
     typer.echo(f"{loaded.name}: " + ", ".join(f"{counts[state]} {state}" for state in ("done", "started", "missing")))
 
@@ -150,13 +159,15 @@ def status(
 def report(study: StudyName, overrides: Overrides = None, seeds: Seeds = None, out: Out = None) -> None:
     """Rebuild a report from recorded results.
 
-    Needs no training, no data and no run folders.
+    Needs no training, no data and no run folders. In an --out that has no record, from that in reports/<study>.
 
     Example: semiseg report shapes
     """
     loaded = _load(study, overrides, seeds)
-    require_folder(_folder(loaded, out))
-    _build_report(loaded, _folder(loaded, out), command=_command(study, overrides, seeds, out))
+    folder = _folder(loaded, out)
+    record = _record_folder(loaded, folder)
+    require_folder(folder)
+    _build_report(loaded, folder, record=record, command=_command(study, overrides, seeds, out))
 
 
 def _load(study: str, overrides: list[str] | None, seeds: str | None) -> Study:
@@ -188,25 +199,40 @@ def _measure_and_report(study: Study, folder: Path, *, command: list[str]) -> No
 
     record_difficulty(study, folder)
     record_edges(study, folder)
-    _build_report(study, folder, command=command)
+    _build_report(study, folder, record=folder, command=command)
 
 
-def _build_report(study: Study, folder: Path, *, command: list[str]) -> None:
+def _record_folder(study: Study, folder: Path) -> Path:
+    """Where the study's results are recorded: the folder of the report, else the study's own."""
+    from semiseg.study_plan import RESULTS_NAME
+
+    places = list(dict.fromkeys((folder, _folder(study, None))))
+    for place in places:
+        if (place / RESULTS_NAME).is_file():
+            return place
+    raise UserError(
+        f"{' and '.join(str(place) for place in places)}: no recorded results; 'semiseg run {study.name}' makes them"
+    )
+
+
+def _build_report(study: Study, folder: Path, *, record: Path, command: list[str]) -> None:
     from semiseg.commands.study_report import build
 
-    text, path = build(study, folder, command=command)
+    text, path = build(study, folder, record=record, command=command)
     typer.echo(f"\n{text}\nreport: {path}")
 
 
-def _status_table(statuses: list[RunStatus]) -> str:
-    from semiseg.report.tables import text_table
+def _status_line(item: RunStatus) -> list[str]:
     from semiseg.study_run import finished_at
 
-    lines = []
-    for item in statuses:
-        state: str = item.state if not item.recorded_only else "done (recorded)"
-        if item.state == "started" and item.steps is not None:
-            state = f"step {item.step} of {item.steps}"
-        run = item.run
-        lines.append([run.row, run.split or "", str(run.seed), state, finished_at(item.when), run.run_id])
+    state: str = item.state if not item.recorded_only else "done (recorded)"
+    if item.state == "started" and item.steps is not None:
+        state = f"step {item.step} of {item.steps}"
+    run = item.run
+    return [run.row, run.split or "", str(run.seed), state, finished_at(item.when), run.run_id]
+
+
+def _status_table(lines: list[list[str]]) -> str:
+    from semiseg.report.tables import text_table
+
     return text_table(("row", "split", "seed", "state", "finished", "run"), lines)

@@ -29,21 +29,22 @@ from semiseg.study_plan import RESULTS_NAME, RUNS_FOLDER, class_names, matching_
 PUBLISHED = "boxinst"
 
 
-def build(study: Study, folder: Path, *, command: Sequence[str]) -> tuple[str, Path]:
-    """Builds the report of a study from `folder/results.jsonl`.
+def build(study: Study, folder: Path, *, record: Path, command: Sequence[str]) -> tuple[str, Path]:
+    """Builds the report of a study in a folder from `record/results.jsonl`, which is only read.
 
     Args:
+        record: the folder itself, or that of the study's own record.
         command: what trains the study's runs, for the page.
 
     Returns:
         the tables as text, and the path of the page.
     """
-    report = report_input(study, folder, command=command)
+    report = report_input(study, record, command=command)
     return report_text(report), build_report(report, out=folder, published=find("published", PUBLISHED))
 
 
 def report_input(study: Study, folder: Path, *, command: Sequence[str]) -> ReportInput:
-    """Everything that the report of a study is made from."""
+    """Everything that the report of a study is made from; `folder` is that of the record."""
     found = matching_results(study, read(folder / RESULTS_NAME))
     edges, measured = recorded_edges(folder)
     tables = tuple(_table(study, table, found, edges) for table in study.tables)
