@@ -258,7 +258,15 @@ def test_scores(model: Path, folder: Path) -> None:
     assert load(folder / "some" / "results.json") == [result for result in every if result["score"] > limit]
     predict(model, "a.png", "--out", "low", "--score", "0.1")  # below the model's own limit
     assert len(load(folder / "low" / "results.json")) >= len(every)
-    predict(model, "a.png", "--out", "undrawn", "--drawn-score", "1")
+    scores = [result["score"] for result in every]
+    drawn_score = sorted(scores)[-3]
+    told = predict(model, "a.png", "--out", "three", "--drawn-score", str(drawn_score))
+    reached = sum(score >= drawn_score for score in scores)
+    assert 3 <= reached < len(scores)
+    assert f"1 image, {len(scores)} detections, " in told
+    assert told.endswith(f"; of these {reached} reach --drawn-score {drawn_score:g} and are drawn\n")
+    assert "drawn" not in predict(model, "a.png", "--out", "none", "--no-overlays")
+    assert "of these 0 reach" in predict(model, "a.png", "--out", "undrawn", "--drawn-score", "1")
     drawn, bare = (
         np.asarray(Image.open(folder / name / "overlays" / "a.jpg")).astype(int) for name in ("all", "undrawn")
     )

@@ -79,6 +79,8 @@ def predict(
     typer.echo(
         f"{_counted(outcome.images, 'image')}, {_counted(outcome.detections, 'detection')},"
         f" {time.perf_counter() - began:.1f} s; written to {out}"
+        + f"; of these {outcome.drawn} reach --drawn-score {drawn_score:g} and are drawn"
+        * overlays
     )
     if outcome.unreadable:
         typer.echo(f"semiseg: {_counted(len(outcome.unreadable), 'file')} could not be read", err=True)

@@ -58,10 +58,11 @@ class PredictOptions:
 
 @dataclass
 class Outcome:
-    """What has been done: numbers of images and of their detections, and the files that could not be read."""
+    """What has been done: images, their detections, how many of these are drawn, and the files that cannot be read."""
 
     images: int = 0
     detections: int = 0
+    drawn: int = 0
     unreadable: list[Path] = field(default_factory=list)
 
 
@@ -155,8 +156,10 @@ class _Job:
             self.written.add(item.image_id, item.path, item.original_hw, results[number])
             self.outcome.images += 1
             self.outcome.detections += len(results[number])
-            if item.picture is not None:
-                self._drawings.append(pool.submit(self._draw, item, results[number]))
+            if item.picture is not None and self.options.drawn_score is not None:
+                drawn = [result for result in results[number] if result["score"] >= self.options.drawn_score]
+                self.outcome.drawn += len(drawn)
+                self._drawings.append(pool.submit(self._draw, item, drawn))
 
     def finish(self) -> None:
         """Waits for the drawings and gives the two files their names."""
@@ -170,11 +173,9 @@ class _Job:
 
     def _draw(self, item: _ImageFile, results: Sequence[dict[str, Any]]) -> None:
         assert item.picture is not None
-        assert self.options.drawn_score is not None
         drawn = [
             Drawn((x, y, x + width, y + height), result["segmentation"], f"{name} {result['score']:.2f}")
             for result in results
-            if result["score"] >= self.options.drawn_score
             for (x, y, width, height), name in [(result["bbox"], self._names[result["category_id"]])]
         ]
         content = io.BytesIO()
