@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +139,33 @@ def test_bad_studies(tmp_path: Path, changes: dict[str, Any], told: str) -> None
     path = tmp_path / "s.toml"
     path.write_text(study_text(**changes))
     assert told in complaint("run", path, "--dry-run")
+
+
+def test_one_object_without_a_mask_is_said_before_the_work(files: CocoFiles) -> None:
+    """The crowd may lack its mask, an object may not: training and evaluation go on, with the boxes alone measured."""
+    files = files.rewrite(lambda content: content["annotations"][-1].pop("segmentation"))
+    config, out = str(train_file(files)), str(files.images.parent / "out")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        done = CliRunner().invoke(app, ["train", config, "--out", out])
+    assert "mask AP" in done.output, done.output
+    assert "not measured" not in done.output
+    files.rewrite(lambda content: content["annotations"][0].pop("segmentation"))
+    told = r"instances\.json: 1 of 16 objects has no mask, so mask AP is not measured; give it one or set iscrowd 1$"
+    with pytest.warns(UserWarning, match=told):
+        done = CliRunner().invoke(app, ["train", config, "--out", f"{out}2"])
+    assert re.search(r"^box AP [\d.]+, mask AP not measured: objects without a mask after 1 steps", done.stdout, re.M)
+    with pytest.warns(UserWarning, match=told):
+        assert CliRunner().invoke(app, ["evaluate", f"{out}2"]).exit_code == 0
+
+
+def test_a_training_without_objects_is_refused(files: CocoFiles) -> None:
+    config, out = train_file(files), files.images.parent / "out"
+    files.rewrite(lambda content: [item.update(iscrowd=1) for item in content["annotations"]] and None)
+    assert "instances.json: has no objects to learn from" in complaint("train", config, "--out", out)
+    files.rewrite(lambda content: content.update(annotations=[]))
+    assert "instances.json: has no objects to learn from" in complaint("train", config, "--out", out)
+    assert not out.exists()
 
 
 def test_names_of_splits_stay_in_their_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -236,6 +236,8 @@ def test_train_needs_a_config_and_a_folder(folder: Path) -> None:
 
 def test_evaluate_says_a_misspelt_split_before_it_starts(folder: Path) -> None:
     assert "no such class split" in call("evaluate", "runs/x", "--split", "shapes_few", code=2)
+    assert "a.json: no such annotation file" in call("evaluate", "runs/x", "--annotations", "a.json", code=2)
+    (folder / "a.json").touch()
     assert "both --annotations and --images" in call("evaluate", "runs/x", "--annotations", "a.json", code=2)
 
 

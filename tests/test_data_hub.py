@@ -306,6 +306,10 @@ def test_bad_names_and_splits() -> None:
     Path("empty").mkdir()
     with pytest.raises(UserError, match="hf:empty: cannot be read"):
         converted("empty")
+    for look in (ensure_files, expected_files, cache_folder):
+        for root in ("hf:", "hf: "):
+            with pytest.raises(UserError, match=r"data\.root = 'hf:' names no data set, expected 'hf:OWNER/NAME'"):
+                look(DataConfig(root=root))
     with pytest.raises(UserError, match=r"needs data\.format = 'coco', not 'voc'"):
         ensure_files(DataConfig(root="hf:mine", format="voc"))
 

@@ -87,6 +87,8 @@ def evaluate(
     Example: semiseg evaluate runs/mine --split shapes_few_seen
     """
     if (annotations is None) != (images is None):
+        if annotations is not None and not annotations.is_file():
+            raise UserError(f"{annotations}: no such annotation file")
         raise UserError("give both --annotations and --images, or neither")
     if split is not None:
         find("splits", split)  # a misspelt name is said before the work, not after it
@@ -136,6 +138,8 @@ def _tell(result: dict[str, Any], out: Path) -> None:
     for what, kind in (("mask", "segm"), ("box", "bbox")):
         value = ((result["metrics"].get(kind) or {}).get("groups", {}).get("all") or {}).get("AP")
         numbers += [f"{what} AP {value:.1f}"] if value is not None else []
+    if numbers and result["metrics"].get("segm") is None:
+        numbers.append("mask AP not measured: objects without a mask")
     measured = ", ".join(numbers) or "no ground truth to measure AP"
     typer.echo(f"{measured} after {result['steps']} steps; written to {out}")
 

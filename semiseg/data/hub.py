@@ -62,7 +62,13 @@ class _Split(NamedTuple):
 
 
 def hub_folder(name: str) -> Path:
-    """Where a data set's conversions lie: of `OWNER/NAME`, or of a folder, known by its path."""
+    """Where a data set's conversions lie: of `OWNER/NAME`, or of a folder, known by its path.
+
+    Raises:
+        UserError: the name is empty, which as a path would be the current folder.
+    """
+    if not name.strip():
+        raise UserError("data.root = 'hf:' names no data set, expected 'hf:OWNER/NAME' or 'hf:FOLDER'")
     folder = Path(name).expanduser()
     if folder.is_dir():
         place = folder.resolve()
@@ -96,6 +102,7 @@ def ensure_hub(name: str, *, train_split: str, val_split: str) -> Path:
     Raises:
         UserError: it cannot be loaded; no such split; a column is missing or of another type; a bad row.
     """
+    conversions = hub_folder(name)
     try:
         loaded = _load(name)
     except _NotReachable as error:
@@ -109,7 +116,7 @@ def ensure_hub(name: str, *, train_split: str, val_split: str) -> Path:
     for kind, (key, spec) in wanted.items():
         rows, place = _part(loaded, spec, key, name), f"hf:{name}, split {spec!r}"
         splits[kind] = _Split(rows, read_schema(rows.features, place), place)
-    folder = hub_folder(name) / digest([CONVERTER_VERSION, *(split.rows._fingerprint for split in splits.values())], 16)
+    folder = conversions / digest([CONVERTER_VERSION, *(split.rows._fingerprint for split in splits.values())], 16)
     if not folder.is_dir():
         with whole_folder(folder) as temporary:
             _convert(splits, temporary)

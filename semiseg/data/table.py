@@ -19,6 +19,7 @@ import datasets
 import pyarrow
 from datasets import Features, List, Value
 from datasets.arrow_writer import ArrowWriter
+from pyarrow import compute
 from tqdm import tqdm
 
 from semiseg.data.coco import NO_ANNOTATIONS, image_records, read_coco
@@ -81,6 +82,13 @@ class Table:
     def image_ids(self) -> list[int]:
         """COCO's image id of each row."""
         return [int(number) for number in self.rows.data.column("image_id").to_pylist()]
+
+    def count_objects(self) -> tuple[int, int]:
+        """(objects, those of them without a mask), crowd regions left out."""
+        objects = compute.list_flatten(self.rows.data.column("objects"))
+        instances = compute.invert(compute.struct_field(objects, "is_crowd"))
+        without = compute.and_(instances, compute.invert(compute.struct_field(objects, "has_mask")))
+        return compute.sum(instances).as_py() or 0, compute.sum(without).as_py() or 0
 
     def original_sizes_hw(self) -> dict[int, tuple[int, int]]:
         """Image id -> (height, width) of the stored image."""

@@ -23,6 +23,7 @@ from accelerate import Accelerator
 
 from semiseg.config import ModelConfig, RunConfig, RuntimeConfig
 from semiseg.config_files import digest, file_digest, parse_config, read_json
+from semiseg.data.problems import told_without_mask
 from semiseg.data.sources import AnnotatedImages, cache_folder, ensure_files
 from semiseg.data.table import Table, load_table
 from semiseg.engine.build import RunData, build_data, build_evaluation_loader
@@ -63,6 +64,9 @@ def execute_run(config: RunConfig, *, out: Path, resume: bool = True, progress: 
     # On each machine one process converts; where machines share the folder, the first of all.
     with accelerator.main_process_first(), accelerator.local_main_process_first():
         data = build_data(config)
+    _require_objects(data.train)
+    if accelerator.is_main_process:
+        _warn_of_missing_masks(data.val)
     inputs = run_inputs(config, data)
     for name, found in inputs.items():
         agree(found, where=f"the run's {name!r}", remedy="give each machine the same files")
@@ -82,6 +86,19 @@ def _fitted(config: RunConfig, accelerator: Accelerator) -> RunConfig:
     if told and accelerator.is_main_process:
         warnings.warn(told, stacklevel=3)
     return fitted
+
+
+def _require_objects(table: Table) -> None:
+    """Refuses to train on a file from which nothing can be learnt."""
+    if table.count_objects()[0] == 0:
+        raise UserError(f"{table.annotations_file}: has no objects to learn from; a crowd region is none")
+
+
+def _warn_of_missing_masks(table: Table) -> None:
+    """Says before the work, not by a dash in its result, that masks cannot be measured."""
+    objects, without = table.count_objects()
+    if without:
+        warnings.warn(f"{table.annotations_file}: {told_without_mask(without, objects)}", stacklevel=3)
 
 
 def _train_and_evaluate(
@@ -234,6 +251,8 @@ def evaluate_run(
     if info.class_names != table.class_names:
         differing = ", ".join(sorted(set(info.class_names) ^ set(table.class_names))) or "their order"
         raise UserError(f"{folder}: its classes differ from those of {table.annotations_file} in {differing}")
+    if accelerator.is_main_process:
+        _warn_of_missing_masks(table)
     return evaluate_model(
         build_network(weights, info, where=folder).to(accelerator.device),
         table,
