@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from semiseg import study_estimate
 from semiseg.cli import app
+from semiseg.commands.study_dry_run import two_digits
 from semiseg.config import RunConfig
 from semiseg.config_files import merge, parse_config
 from semiseg.engine import estimate
@@ -96,12 +97,13 @@ def timed(monkeypatch: pytest.MonkeyPatch, times: list[float]) -> list[tuple[int
     return seen
 
 
-def test_the_median_after_the_first_step_in_proportion(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = timed(monkeypatch, [90.0, 3.0, 1.0, 2.0, 8.0, 2.5])
+def test_the_shortest_step_of_each_batch_in_proportion(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Batches in turn, after one to warm up: the second takes 3, 2 and 2.5 s, the first 4 and 8 s.
+    seen = timed(monkeypatch, [0.5, 3.0, 4.0, 2.0, 8.0, 2.5])
     step = measure_step(coco_config(), num_classes=80, processes=2, seconds=1e9)
     # Eight images of up to 800 by 1067 per process; 200 by 267 at a quarter of their sides, of which five are 300 000
     # pixels.
-    assert step.seconds == pytest.approx(2.5 * 8 / 5 * 16)
+    assert step.seconds == pytest.approx((2.0 + 4.0) / 2 * 8 / 5 * 16)
     assert (step.images, step.how) == (8, "5 images at a time, images of 1/4 of the sides")
     assert len(seen) == 6
     assert {shape[0] for shape in seen} == {5}
@@ -279,6 +281,18 @@ def test_the_list_without_the_data(project: Path, monkeypatch: pytest.MonkeyPatc
     assert sorted(path.name for path in project.iterdir()) == ["experiments"]
 
 
+def test_estimates_have_two_digits_and_long_ones_days(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [two_digits(value) for value in (0.0523, 0.996, 1.04, 9.96, 42.6, 99.6, 42749.2, 0)] == [
+        *("0.052", "1.0", "1.0", "10", "43", "100", "43000", "0"),
+    ]  # fmt: skip
+    measured(monkeypatch, 124.0)
+    text = dry_run()
+    assert cells(text, "boxes")[-1] == "250"
+    assert "about 500 hours (21 days) in all, one run after the other" in text.splitlines()
+    measured(monkeypatch, 24.9)
+    assert "about 100 hours in all" in dry_run()
+
+
 def test_the_list_with_the_data_counts_what_is_left(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured(monkeypatch, 0.5)
     add_data(project)
@@ -296,6 +310,18 @@ def test_the_list_with_the_data_counts_what_is_left(project: Path, monkeypatch: 
     text = dry_run()
     assert cells(text, "full")[2:7] == ["missing", "2", "epochs", "16", "none"]
     assert "hours in all" not in text
+
+
+def test_a_list_of_nothing_names_reproduce(project: Path) -> None:
+    add_data(project)
+    for run in plan(load_study("study")):
+        run.folder.mkdir(parents=True)
+        (run.folder / "result.json").write_text(json.dumps({"finished": "2025-01-01T00:00:00+00:00"}))
+    assert dry_run().splitlines() == [
+        "0 of 2 runs to train",
+        "all are done or recorded; '--reproduce' lists those that were recorded elsewhere",
+    ]
+    assert dry_run("--reproduce").splitlines() == ["0 of 2 runs to train"]
 
 
 def test_without_an_estimate_nothing_is_measured_and_torch_stays_away(project: Path) -> None:

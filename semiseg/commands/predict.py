@@ -76,12 +76,9 @@ def predict(
     )
     shown = sys.stderr.isatty() if progress is None else progress
     outcome = predict_files(loaded, files, out=out, options=options, progress=shown, report=_report)
-    typer.echo(
-        f"{_counted(outcome.images, 'image')}, {_counted(outcome.detections, 'detection')},"
-        f" {time.perf_counter() - began:.1f} s; written to {out}"
-        + f"; of these {outcome.drawn} reach --drawn-score {drawn_score:g} and are drawn"
-        * overlays
-    )
+    drawn = f"; of these {outcome.drawn} reach --drawn-score {drawn_score:g} and are drawn" if overlays else ""
+    done = f"{_counted(outcome.images, 'image')}, {_counted(outcome.detections, 'detection')}"
+    typer.echo(f"{done}, {time.perf_counter() - began:.1f} s; written to {out}{drawn}")
     if outcome.unreadable:
         typer.echo(f"semiseg: {_counted(len(outcome.unreadable), 'file')} could not be read", err=True)
         raise typer.Exit(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from semiseg.study_estimate import StepEstimate
 
 ESTIMATE_SECONDS = 60.0  # for all measurements together
+_MANY_HOURS = 100  # from here on also said in days
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,11 @@ def list_runs(
         runs = listed_runs(study, only=only, processes=processes)
         lines, total = [_Line(run.row, run.split, run.seed, run.config, "unknown") for run in runs], len(runs)
     steps = _estimates(lines, processes, at_hand=missing is None) if estimate and lines else []
-    typer.echo(_table(lines, steps, processes), nl=False)
+    if lines:
+        typer.echo(_table(lines, steps, processes), nl=False)
     typer.echo(f"{len(lines)} of {total} runs to train" + ", if none is done" * (missing is not None))
+    if not lines and not reproduce:
+        typer.echo("all are done or recorded; '--reproduce' lists those that were recorded elsewhere")
     if missing is not None:
         typer.echo(f"which of them are done cannot be told without the data: {missing}")
     for sentence in _told(lines, steps):
@@ -137,7 +142,13 @@ def _hours(line: _Line, step: StepEstimate) -> float | None:
 
 
 def _shown(hours: float | None) -> str:
-    return "—" if hours is None else f"{hours:.2f}" if hours < 1 else f"{hours:.1f}"
+    return "—" if hours is None else two_digits(hours)
+
+
+def two_digits(value: float) -> str:
+    """A positive estimate with the two digits that it deserves: 0.052, 1.5, 43, 43000."""
+    decimals = 1 - math.floor(math.log10(float(f"{value:.1e}"))) if value > 0 else 0
+    return f"{round(value, decimals):.{max(0, decimals)}f}"
 
 
 def _told(lines: Sequence[_Line], steps: Sequence[StepEstimate]) -> list[str]:
@@ -147,7 +158,9 @@ def _told(lines: Sequence[_Line], steps: Sequence[StepEstimate]) -> list[str]:
     hours = [_hours(line, step) for line, step in zip(lines, steps, strict=True)]
     known = [value for value in hours if value is not None]
     runs = "" if len(known) == len(lines) else f" for {len(known)} of the runs"
-    told = [f"about {_shown(sum(known))} hours in all{runs}, one run after the other"] if known else []
+    total = sum(known)
+    days = f" ({two_digits(total / 24)} days)" * (total > _MANY_HOURS)
+    told = [f"about {two_digits(total)} hours{days} in all{runs}, one run after the other"] if known else []
     sources = dict.fromkeys(step.source for step in steps)
     what = "training alone: no reading of images, no exchange between processes, no evaluation"
     return [*told, *sources, *([what] * bool(known))]

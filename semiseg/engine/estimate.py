@@ -67,7 +67,9 @@ def step_key(config: RunConfig, processes: int) -> str:
 
 
 def measure_step(config: RunConfig, *, num_classes: int, processes: int, seconds: float) -> StepTime:
-    """Trains some steps and takes the median after the first.
+    """Trains some steps on two batches in turn and takes the mean of the shortest time of each, after the first.
+
+    Other work on the machine only lengthens steps; the shortest are the least disturbed.
 
     On a GPU with one process's share of the batch. On a processor, where that may take minutes and much memory, with as
     few images at a time as fill it and large ones at a part of their sides, in proportion to images and pixels.
@@ -96,7 +98,8 @@ def measure_step(config: RunConfig, *, num_classes: int, processes: int, seconds
     del step, batches
     if real:
         torch.cuda.empty_cache()  # the next one may need another share of the memory
-    measured = statistics.median(times[1:] or times)
+    later = [times[number::2] for number in (1, 2)] if len(times) > 1 else [times]
+    measured = statistics.fmean(min(of_batch) for of_batch in later if of_batch)
     words = {1: "one image"}.get(images, f"{images} images")
     how = [f"{words} at a time"] * (count * images < share) + [f"images of 1/{shrink} of the sides"] * (shrink > 1)
     factor = share * shrink**2 / (count * images)
