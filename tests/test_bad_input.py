@@ -248,8 +248,10 @@ def test_replay_of_other_files(tmp_path: Path) -> None:
     path = tmp_path / "replay.pt"
     for content in (b"", b"text", b"PK\x03\x04 no archive"):
         path.write_bytes(content)
-        assert "replay.pt: not a readable checkpoint, or damaged" in complaint("train", "--replay", path)
-    assert "not a readable checkpoint" in complaint("train", "--replay", tmp_path)
+        assert "replay.pt: not a readable checkpoint: damaged, or not written by torch.save" in complaint(
+            "train", "--replay", path
+        )
+    assert complaint("train", "--replay", tmp_path) == f"{tmp_path}: is a folder, expected a checkpoint file"
 
 
 def test_a_folder_is_trained_by_one_process_at_a_time(tmp_path: Path) -> None:

@@ -376,7 +376,7 @@ def test_files_that_are_no_released_checkpoint(tmp_path: Path) -> None:
 
     refused("absent.pth", "absent.pth: no such file")
     (tmp_path / "text.pth").write_text("hello")
-    refused("text.pth", "text.pth: not a readable checkpoint")
+    refused("text.pth", "text.pth: not a readable checkpoint: damaged, or not written by torch.save\n")
     with (tmp_path / "zoo.pkl").open("wb") as file:
         pickle.dump({"model": {"conv1.weight": np.zeros(3, dtype=np.float32)}, "__author__": "x"}, file)
     refused("zoo.pkl", "zoo.pkl: not a torch file of tensors and plain values; anything else could run code")
@@ -399,7 +399,7 @@ def test_files_that_are_no_released_checkpoint(tmp_path: Path) -> None:
         "proposal_generator.fcos_head.*, mask_branch.*, controller.*; its first keys are conv1.weight, bn1.weight, ",
     )
     (tmp_path / "folder").mkdir()
-    refused("folder", "folder: ")
+    refused("folder", "folder: is a folder, expected a checkpoint file")
 
 
 def test_only_a_model_folder_is_replaced(tmp_path: Path) -> None:

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomlkit
 import torch
 from safetensors.torch import save_file
 from torchvision.models import resnet18
 from torchvision.models._api import WeightsEnum
 
-from semiseg.config import ModelConfig
+from semiseg.config import ModelConfig, RunConfig
 from semiseg.config_files import parse_config
 from semiseg.engine.checkpoint import (
     FREE_SETTINGS,
@@ -199,21 +200,33 @@ def test_settings_that_may_differ_from_the_initial_weights(model_folder: Path, c
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"pixel_std": [1.0, 1.0, 1.0]}, "model.pixel_std = [58.395, 57.12, 57.375] (now [1.0, 1.0, 1.0])"),
-        ({"strides": [4, 8, 16]}, "model.strides = [8, 16, 32] (now [4, 8, 16])"),
-        ({"tower_groups": 2}, "model.tower_groups = 4 (now 2)"),
-        ({"mask_branch_norm": "gn"}, 'model.mask_branch_norm = "bn" (now "gn")'),
+        ({"pixel_std": [1.0, 1.0, 1.0]}, "pixel_std = [58.395, 57.12, 57.375]  # now [1.0, 1.0, 1.0]"),
+        ({"strides": [4, 8, 16]}, "strides = [8, 16, 32]  # now [4, 8, 16]"),
+        ({"tower_groups": 2}, "tower_groups = 4  # now 2"),
+        ({"mask_branch_norm": "gn"}, 'mask_branch_norm = "bn"  # now "gn"'),
         (
             {"level_ranges": [32, 64], "pixel_mean": [0.0, 0.0, 0.0]},
-            "model.level_ranges = [28, 56] (now [32, 64]), "
-            "model.pixel_mean = [123.675, 116.28, 103.53] (now [0.0, 0.0, 0.0])",
+            "level_ranges = [28, 56]                 # now [32, 64]\n"
+            "pixel_mean = [123.675, 116.28, 103.53]  # now [0.0, 0.0, 0.0]",
         ),
     ],
 )
 def test_initial_weights_of_another_network(model_folder: Path, changes: dict[str, Any], named: str) -> None:
     with pytest.raises(UserError) as caught:
         check_initial(model_folder, config_of(**changes))
-    assert str(caught.value) == (f"{model_folder}: its weights are of another network; to start from them set {named}")
+    assert str(caught.value) == (
+        f"{model_folder}: its weights are of another network; to start from them set\n\n[model]\n{named}"
+    )
+
+
+def test_the_lines_can_be_pasted(model_folder: Path) -> None:
+    """A default [model] differs in a dozen settings, and a small backbone has no ImageNet weights either."""
+    with pytest.raises(UserError) as caught:
+        check_initial(model_folder, ModelConfig())
+    pasted = tomlkit.parse(str(caught.value).split("\n\n", 1)[1]).unwrap()
+    assert len(pasted["model"]) > 8
+    config = parse_config(RunConfig, {**pasted, "init_from": str(model_folder)}, where="pasted")
+    check_initial(model_folder, config.model)
 
 
 def test_which_settings_are_compared() -> None:

@@ -229,5 +229,7 @@ def test_init_from_takes_weights_only(root: Path, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"has other classes: .*class_logits\.weight.* start"):
         training.prepare(config, ten, accelerator)
     wider = tiny_config(root, init_from=config.init_from, model={"neck_channels": 32})
-    with pytest.raises(UserError, match=r"of another network; to start .* set model.neck_channels = 16 \(now 32\)$"):
+    with pytest.raises(
+        UserError, match=r"of another network; to start from them set\n\n\[model\]\nneck_channels = 16  # now 32$"
+    ):
         training.prepare(wider, data, accelerator)

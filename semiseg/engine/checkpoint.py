@@ -85,8 +85,12 @@ def load_tensors(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except Exception as error:  # on a damaged file torch's reader may raise anything
-        raise UserError(f"{path}: not a readable checkpoint, or damaged ({type(error).__name__})") from error
+    except Exception as error:  # on a damaged file torch's reader may raise anything, an OSError too
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder, expected a checkpoint file") from None
+        if isinstance(error, PermissionError):
+            raise UserError(f"{path}: no permission to read it") from None
+        raise UserError(f"{path}: not a readable checkpoint: damaged, or not written by torch.save") from error
     if not isinstance(state, dict):
         raise UserError(f"{path}: not a checkpoint: holds {type(state).__name__}, expected a table")
     return state
@@ -195,18 +199,25 @@ def check_initial(source: Path, config: ModelConfig) -> None:
     A model folder says what network its weights are of; a checkpoint file does not and is not checked.
 
     Raises:
-        UserError: names every setting that differs, what to set, and what it is now.
+        UserError: lists every setting that differs as a line of TOML to paste, and what it is now.
     """
     path = weights_file(source)
     if path.name != WEIGHTS_NAME:
         return
     theirs = read_model_info(path.parent).config
-    wanted = [
-        f"model.{name} = {json.dumps(getattr(theirs, name))} (now {json.dumps(getattr(config, name))})"
-        for name in differing_settings(theirs, config)
+    values = {name: getattr(theirs, name) for name in differing_settings(theirs, config)}
+    if not values:
+        return
+    if theirs.backbone == "small" and config.weights == "imagenet":  # else the lines would not be accepted
+        values["weights"] = "random"
+    lines = [f"{name} = {json.dumps(value)}" for name, value in values.items()]
+    width = max(map(len, lines))
+    told = [
+        f"{line:<{width}}  # now {json.dumps(getattr(config, name))}" for name, line in zip(values, lines, strict=True)
     ]
-    if wanted:
-        raise UserError(f"{source}: its weights are of another network; to start from them set {', '.join(wanted)}")
+    raise UserError(
+        "\n".join([f"{source}: its weights are of another network; to start from them set", "", "[model]", *told])
+    )
 
 
 def differing_settings(theirs: ModelConfig, ours: ModelConfig) -> list[str]:
