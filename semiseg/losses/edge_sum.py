@@ -51,19 +51,19 @@ class _Patches:
     def above(self, rows: int) -> Tensor:
         """(T,) where in the lists the cell so many rows above stands; the cell itself if that is in no patch."""
         step = self.pitch * (self.number >= rows) * rows
-        return torch.arange(len(self.row), device=self.row.device).sub_(step.index_select(0, self.row))
+        return torch.arange(len(self.row), device=step.device, dtype=step.dtype).sub_(step.index_select(0, self.row))
 
 
 def _unroll(cells: Tensor, margin: int, grid_hw: tuple[int, int], total_cells: int) -> _Patches:
     """Tables first, which are short; a list is then a table's entries and at most an addition."""
     row0, row1, column0, column1 = cells[:, :, None].unbind(1)  # (Q, 1) each
     height, width = grid_hw
-    number = torch.arange(height + 2 * margin, device=cells.device)  # (H,)
+    number = torch.arange(height + 2 * margin, device=cells.device, dtype=cells.dtype)  # (H,)
     used = (number < row1 - row0 + 2 * margin) & (row1 > row0) & (column1 > column0)  # (Q, H)
     pitch = ((column1 - column0 + 2 * margin) * used).flatten()
     row = torch.repeat_interleave(pitch, output_size=total_cells)
-    first = (column0 - margin - pitch.cumsum(0).sub_(pitch).view_as(used)).flatten()
-    column = torch.arange(total_cells, device=cells.device).add_(first.index_select(0, row))
+    first = (column0 - margin - pitch.cumsum(0, dtype=cells.dtype).sub_(pitch).view_as(used)).flatten()
+    column = torch.arange(total_cells, device=cells.device, dtype=cells.dtype).add_(first.index_select(0, row))
     rows_in_box = (number >= margin) & (number < row1 - row0 + margin)
     low = torch.where(rows_in_box, column0, width).flatten()  # of other rows no column is in the box
     high = column1.expand_as(used).flatten()
@@ -111,8 +111,10 @@ class EdgeSum(torch.autograd.Function):
     ) -> Tensor:
         """logits (Q, h, w), cells (Q, 4), edges (B, K, h, w) bool, image_index (Q,), masks (Q, h, w) bool -> (Q,)."""
         area, offsets = logits.shape[1] * logits.shape[2], neighbour_offsets(size, dilation)
+        if max(logits.numel(), edges.numel(), total_cells) < 2**31:  # half the traffic of what is half the work
+            cells, image_index = cells.int(), image_index.int()
         patches = _unroll(cells, size // 2 * dilation, (logits.shape[1], logits.shape[2]), total_cells)
-        number = torch.arange(len(logits), device=cells.device)
+        number = torch.arange(len(logits), device=cells.device, dtype=cells.dtype)
         centre = patches.place(number * area)
         bits = _pack(edges).index_select(0, patches.place(image_index * area))
         bits = bits.mul_(patches.in_box)  # edges from the margin do not count

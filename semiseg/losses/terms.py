@@ -302,7 +302,8 @@ def compute_losses(
         processes: number of processes that share the step.
 
     Returns:
-        Every loss of `LOSS_NAMES`; where nothing is there to sum a zero that carries a graph.
+        Every loss of `LOSS_NAMES`, 0 where nothing is there to sum. Their total carries a graph through the masks
+        even then.
     """
     sums = detection_losses(outputs, assignment, targets.labels) | _mask_sums(outputs, mask_logits, prepared)
     count = dict(zip(COUNT_NAMES, counts.unbind(), strict=True))
@@ -329,17 +330,16 @@ def _mask_sums(outputs: DenseOutputs, mask_logits: MaskLogits, prepared: MaskTar
     logits, image, instance = mask_logits.logits, mask_logits.image_index, mask_logits.instance_index
     if logits.shape[1:] != prepared.grid_hw:
         raise ValueError(f"mask logits are {tuple(logits.shape[1:])} but the mask grid is {prepared.grid_hw}")
-    zero = _zero_with_graph(outputs, logits)
-    sums = dict.fromkeys(MASK_LOSSES, zero)
-    if not len(logits):
-        return sums
-    if "dice" in prepared.chosen:
-        sums["dice"] = zero + _dice_sum(logits, instance, prepared)
-    if "projection" in prepared.chosen:
-        sums["projection"] = zero + _projection_sum(logits, instance, prepared)
-    for name in prepared.edges:
-        sums[name] = zero + _edge_sum(name, logits, image, instance, prepared)
-    return sums
+    sums = {}
+    if len(logits) and "dice" in prepared.chosen:
+        sums["dice"] = _dice_sum(logits, instance, prepared)
+    if len(logits) and "projection" in prepared.chosen:
+        sums["projection"] = _projection_sum(logits, instance, prepared)
+    for name in prepared.edges if len(logits) else ():
+        sums[name] = _edge_sum(name, logits, image, instance, prepared)
+    # One loss with a graph is enough, and a graph for nothing costs a map of zeros.
+    zero = at_least_float32(logits.new_zeros(())) if sums else _zero_with_graph(outputs, logits)
+    return dict.fromkeys(MASK_LOSSES, zero) | sums
 
 
 def _zero_with_graph(outputs: DenseOutputs, logits: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ class CondInst(nn.Module):
         rows = torch.arange(height, device=images.device) < image_sizes_hw[:, :1]  # (B, H)
         columns = torch.arange(width, device=images.device) < image_sizes_hw[:, 1:]  # (B, W)
         inside = rows[:, None, :, None] & columns[:, None, None, :]  # (B, 1, H, W)
-        return (images.float() - self.pixel_mean) / self.pixel_std * inside
+        return images.float().sub_(self.pixel_mean).div_(self.pixel_std).mul_(inside)
 
     def forward(self, images: Tensor, image_sizes_hw: Tensor) -> DenseOutputs:
         """Predicts at every location of every level.
@@ -128,7 +128,7 @@ class CondInst(nn.Module):
             stride=outputs.mask_feature_stride,
             counts=queries.counts,
         )
-        logits = aligned_upsample(logits[:, None], outputs.mask_feature_stride // self.mask_stride)[:, 0]
+        logits = aligned_upsample(logits.unsqueeze(1), outputs.mask_feature_stride // self.mask_stride).squeeze(1)
         corner = logits.new_zeros(logits.shape[0], 2)
         return MaskLogits(
             logits=logits,

@@ -25,6 +25,9 @@ def aligned_upsample(maps: Tensor, factor: int) -> Tensor:
     """
     if factor == 1:
         return maps
+    if maps.is_contiguous(memory_format=torch.channels_last) and not maps.is_contiguous():
+        rows = maps.permute(0, 2, 3, 1)  # channels stay last
+        return _Stretch.apply(_Stretch.apply(rows, factor, 2), factor, 1).permute(0, 3, 1, 2)
     return _Stretch.apply(_Stretch.apply(maps, factor, 3), factor, 2)
 
 
@@ -36,7 +39,7 @@ class _Stretch(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, maps: Tensor, factor: int, axis: int) -> Tensor:
-        """(B, C, h, w) -> `factor` times the size along `axis`, 2 or 3."""
+        """Four axes -> `factor` times the size along `axis`."""
         ctx.factor, ctx.axis = factor, axis
         size, shifts = maps.shape[axis], _shifts(factor)
         phases = []
