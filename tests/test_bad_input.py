@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tomlkit
+from torchvision.models._api import WeightsEnum
 from typer.testing import CliRunner
 
 from semiseg import __main__ as entry
@@ -280,6 +282,27 @@ def test_a_folder_where_nothing_was_trained_is_free(tmp_path: Path) -> None:
         with claimed(tiny_config(tmp_path / "data", seed=seed), tmp_path / "out", inputs={}, resume=False):
             pass
     assert json.loads((tmp_path / "out" / "config.json").read_text())["config"]["seed"] == 1
+
+
+def test_a_run_that_fails_before_it_makes_anything_leaves_no_folder(
+    files: CocoFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Say because ImageNet's weights cannot be downloaded."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", fail)
+    model = {"backbone": "resnet18", "weights": "imagenet"}
+    config, out = train_file(files, model=model), files.images.parent / "runs" / "out"
+    assert "cannot download" in complaint("train", config, "--out", out)
+    assert not out.exists()
+    out.mkdir()
+    assert "cannot download" in complaint("train", config, "--out", out)
+    assert list(out.iterdir()) == []
+    (out / "notes.txt").touch()  # what others put there stays
+    assert "cannot download" in complaint("train", config, "--out", out)
+    assert (out / "notes.txt").exists()
 
 
 @pytest.mark.parametrize("name", ["rows.arrow", "classes.json"])

@@ -159,6 +159,16 @@ def test_split_make_draws_names_and_fractions(folder: Path) -> None:
     assert not (folder / "splits" / "bad.toml").exists()
 
 
+def test_a_folder_that_may_not_be_written_is_said_before_the_work(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # a superuser may write everywhere
+    told = f"semiseg: {folder}: no permission to write there\n"
+    assert call("data", "shapes", "drawn", "--images", "1", code=2) == told
+    assert call("split", "make", "mine", "--dataset", "shapes", "--seen", "ring", "--out", "mine.toml", code=2) == told
+    assert list(folder.iterdir()) == []
+
+
 def test_known_classes_are_those_of_the_data() -> None:
     assert (COCO_CLASSES[0], COCO_CLASSES[62 - 5], COCO_CLASSES[-1]) == ("person", "couch", "toothbrush")
     assert len(SHAPES_CLASSES) == 12

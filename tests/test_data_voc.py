@@ -182,6 +182,12 @@ def test_missing_folders_say_what_to_download_and_where_to_put_it(voc: Path, tmp
         (voc / part).rename(voc / "aside")
         with pytest.raises(UserError, match=rf"{part}: no such folder; it is part of VOCtrainval_11-May-2012\.tar"):
             ensure_voc(tmp_path, "train")
+        (voc / part).mkdir()
+        with pytest.raises(UserError, match=rf"{part}: is empty; it is part of VOCtrainval_11-May-2012\.tar"):
+            ensure_voc(tmp_path, "train")
+        with pytest.raises(UserError, match=rf"{part}: is empty; .*; and .*: no SBD there"):
+            ensure_voc(tmp_path, "train_aug")
+        (voc / part).rmdir()
         (voc / "aside").rename(voc / part)
 
 

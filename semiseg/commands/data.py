@@ -42,6 +42,7 @@ def shapes(
 
     Example: semiseg data shapes data/my_shapes --images 200 --seed 7
     """
+    require_folder(out.absolute().parent)
     from semiseg.data.shapes import make_shapes
 
     make_shapes(out, images=images, image_size=size, seed=seed)

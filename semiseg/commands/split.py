@@ -11,7 +11,7 @@ import typer
 from semiseg.commands.known_classes import classes_of
 from semiseg.config_files import read_toml
 from semiseg.errors import UserError
-from semiseg.resources import available, find
+from semiseg.resources import available, find, require_folder
 from semiseg.splits import ClassSplit, draw_seen, load_split, make_split, normalise, unknown_class, write_split
 
 SplitName = Annotated[str, typer.Argument(metavar="SPLIT", help="Name or path of a class split.")]
@@ -103,6 +103,7 @@ def make(
     path = out or Path("splits") / f"{name}.toml"
     if path.exists() and not force:
         raise UserError(f"{path}: exists already; '--force' replaces it")
+    require_folder(path.absolute().parent)
     classes = classes_of(dataset, annotations)
     count = int(seen[0]) if seen and len(seen) == 1 and seen[0].strip().isdigit() else None
     if count is not None and unseen:

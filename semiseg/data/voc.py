@@ -73,8 +73,7 @@ def ensure_voc(root: Path, image_set: str) -> tuple[Path, Path]:
     annotations, images = voc_files(root, image_set)
     if annotations.is_file():
         return annotations, images
-    voc = _require_voc(root)
-    sbd = find_sbd(root) if image_set == "train_aug" else None
+    voc, sbd = _require_parts(root, image_set)
     listed = _image_set(voc, sbd, image_set)
     require_folder(annotations.parent)
     bar = tqdm(listed, desc=f"VOC 2012 {image_set}", unit=" images", delay=1, disable=None)
@@ -89,6 +88,20 @@ def _find_voc(root: Path) -> Path | None:
     return next((folder for folder in candidates if (folder / "JPEGImages").is_dir()), None)
 
 
+def _require_parts(root: Path, image_set: str) -> tuple[Path, Path | None]:
+    """The folders of VOC and, where the set needs it, of SBD; all that is missing is said at once."""
+    found: list[Path] = []
+    missing: list[str] = []
+    for look in (_require_voc, find_sbd)[: 2 if image_set == "train_aug" else 1]:
+        try:
+            found.append(look(root))
+        except UserError as error:
+            missing.append(str(error))
+    if missing:
+        raise UserError("; and ".join(missing))
+    return found[0], found[1] if len(found) > 1 else None
+
+
 def _require_voc(root: Path) -> Path:
     voc = _find_voc(root)
     if voc is None:
@@ -97,10 +110,11 @@ def _require_voc(root: Path) -> Path:
             f"so that {root / 'VOCdevkit' / 'VOC2012' / 'JPEGImages'} is there"
         )
     for part in ("Annotations", "SegmentationObject", "ImageSets/Segmentation"):
-        if not (voc / part).is_dir():
-            raise UserError(
-                f"{voc / part}: no such folder; it is part of {ARCHIVE}: unpack that again, so that {voc} is complete"
-            )
+        folder = voc / part
+        if folder.is_dir() and next(folder.iterdir(), None) is not None:
+            continue
+        wrong = "is empty" if folder.is_dir() else "no such folder"
+        raise UserError(f"{folder}: {wrong}; it is part of {ARCHIVE}: unpack that again, so that {voc} is complete")
     return voc
 
 

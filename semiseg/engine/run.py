@@ -12,7 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -325,14 +325,27 @@ def _held_result(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def claimed(config: RunConfig, out: Path, *, inputs: dict[str, str | None], resume: bool) -> Iterator[None]:
-    """Keeps other processes from training in the folder and writes the run's configuration into it."""
+    """Keeps other processes from training in the folder and writes the run's configuration into it.
+
+    If the run fails before it has made anything else, these are removed again, and with them a new folder.
+    """
+    new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     with lock_folder(out, LOCK_NAME):
         check_folder(config, out, inputs=inputs, resume=resume)
         identity, values = config.identity(), config.model_dump(mode="json")
         write_json(out / "config.json", {"identity": identity, "inputs": inputs, "config": values})
         remove_leftovers(out)
-        yield
+        try:
+            yield
+        except BaseException:
+            if {path.name for path in out.iterdir()} <= {"config.json", LOCK_NAME}:
+                (out / "config.json").unlink(missing_ok=True)
+                (out / LOCK_NAME).unlink(missing_ok=True)
+                if new:
+                    with suppress(OSError):  # another process has just begun there
+                        out.rmdir()
+            raise
 
 
 def _first_difference(held: Any, wanted: Any, path: str = "") -> str:
