@@ -126,11 +126,11 @@ def test_the_documented_launch_continues_a_run_on_other_processes(tmp_path: Path
     (cut / "checkpoints").mkdir(parents=True)
     shutil.copy(tmp_path / "whole" / "checkpoints" / "step_00000002.pt", cut / "checkpoints")
     shutil.copy(tmp_path / "whole" / "config.json", cut)
-    # The file asks for eight GPUs; here are two processes without one.
-    launch = ["-m", "accelerate.commands.launch", "--config_file", "experiments/launch/eight_gpus.yaml"]
-    command = [sys.executable, *launch, "--num_processes", "2", "-m", "semiseg", "train", str(cut / "config.json")]
+    launch = ["-m", "accelerate.commands.launch", "--config_file", "experiments/launch/cpu.yaml"]
+    command = [sys.executable, *launch, "-m", "semiseg", "train", str(cut / "config.json")]
     command += ["--out", str(cut), "--resume", "--set", "runtime.images_per_process=1"]
-    done = subprocess.run(command, cwd=PROJECT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    plain = {name: value for name, value in ENVIRONMENT.items() if not name.startswith("ACCELERATE_")}
+    done = subprocess.run(command, cwd=PROJECT, env=plain, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "after 4 steps" in done.stdout
     result = json.loads((cut / "result.json").read_text())

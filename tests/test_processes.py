@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 
-from semiseg.config import RunConfig
+from semiseg.config import RunConfig, RuntimeConfig
 from semiseg.config_files import parse_config
 from semiseg.engine.processes import fit_to_processes, images_in_evaluation, parts_per_step, told_change
 from semiseg.engine.run import execute_run
+from semiseg.engine.session import crowding, start_accelerator
 from semiseg.errors import UserError
 from tests.tiny import tiny_config
 
@@ -132,7 +134,8 @@ def test_images_in_evaluation(limit: int, images: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "machines", "processes"), [("one_gpu", 1, 1), ("eight_gpus", 1, 8), ("two_machines", 2, 16)]
+    ("name", "machines", "processes"),
+    [("cpu", 1, 2), ("one_gpu", 1, 1), ("eight_gpus", 1, 8), ("two_machines", 2, 16)],
 )
 def test_launch_files_are_accelerates_own(name: str, machines: int, processes: int) -> None:
     loaded = load_config_from_file(str(LAUNCH / f"{name}.yaml"))
@@ -146,7 +149,28 @@ def test_launch_files_are_accelerates_own(name: str, machines: int, processes: i
 
 
 def test_the_guard_looks_at_every_launch_file() -> None:
-    assert sorted(path.name for path in LAUNCH.iterdir()) == ["eight_gpus.yaml", "one_gpu.yaml", "two_machines.yaml"]
+    assert sorted(path.name for path in LAUNCH.iterdir()) == [
+        *("cpu.yaml", "eight_gpus.yaml", "one_gpu.yaml", "two_machines.yaml"),
+    ]  # fmt: skip
+
+
+def test_more_processes_than_the_machine_can_hold_are_told() -> None:
+    assert crowding(1, cores=1, gpus=0) is None
+    assert crowding(2, cores=2, gpus=0) is None
+    assert crowding(8, cores=4, gpus=8) is None  # one core may feed several GPUs
+    assert crowding(4, cores=2, gpus=0) == "4 processes on 2 cores: they will wait for each other; take at most 2"
+    told = crowding(2, cores=16, gpus=1)
+    assert told == "2 processes on 1 GPU: one process uses one, so this fails or shares it; take at most 1"
+
+
+def test_a_crowded_machine_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "10000")
+    with pytest.warns(UserWarning, match="^10000 processes on "):
+        start_accelerator(RuntimeConfig(), seed=0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        start_accelerator(RuntimeConfig(), seed=0)
 
 
 def test_a_run_under_linear_is_the_run_with_its_values_written_out(tmp_path: Path) -> None:
@@ -181,5 +205,5 @@ def test_the_documented_table_and_launch_files_are_the_real_ones() -> None:
         else:
             assert (int(parts), int(images)) == (parts_per_step(keep, processes), 16 // processes // int(parts))
     named = set(re.findall(r"experiments/launch/\w+\.yaml", text))
-    assert len(named) == 2
+    assert len(named) == 3
     assert all((PROJECT / name).is_file() for name in named)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import warnings
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -46,6 +47,13 @@ def start_accelerator(runtime: RuntimeConfig, *, seed: int) -> Accelerator:
             f"accelerate was launched with mixed precision {launched!r}, but runtime.precision is "
             f"{runtime.precision!r}: choose it in the configuration and launch with '--mixed_precision no'"
         )
+    told = crowding(
+        int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        gpus=torch.cuda.device_count(),
+    )
+    if told and os.environ.get("LOCAL_RANK", "0") == "0":
+        warnings.warn(told, stacklevel=2)
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision=runtime.precision,
@@ -59,6 +67,15 @@ def start_accelerator(runtime: RuntimeConfig, *, seed: int) -> Accelerator:
     )
     set_seed(seed)
     return accelerator
+
+
+def crowding(processes: int, *, cores: int, gpus: int) -> str | None:
+    """A sentence if a machine has fewer GPUs, or without any fewer cores, than processes of a run; else None."""
+    there, what = (gpus, "GPU") if gpus else (cores, "core")
+    if processes <= there:
+        return None
+    consequence = "one process uses one, so this fails or shares it" if gpus else "they will wait for each other"
+    return f"{processes} processes on {there} {what}{'s' * (there > 1)}: {consequence}; take at most {there}"
 
 
 def gather_to_main(items: list[Any]) -> list[Any]:
