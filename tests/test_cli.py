@@ -108,10 +108,11 @@ def test_other_exceptions_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(CliRunner().invoke(app, ["status", "shapes"]).exception, ZeroDivisionError)
 
 
-def test_split_list_names_the_shipped_ones(folder: Path) -> None:
+def test_split_list_names_the_files(folder: Path) -> None:
     text = call("split", "list")
     for name in ("coco_voc20_seen", "coco_nonvoc60_seen", "shapes_few_seen", "shapes_many_seen"):
-        assert any(line.startswith(name) and line.endswith("shipped") for line in text.splitlines())
+        assert any(line.startswith(name) and line.endswith(f"/splits/{name}.toml") for line in text.splitlines())
+    assert "shipped" not in text  # beside them in the source tree may lie a user's own
     (folder / "splits").mkdir()
     (folder / "splits" / "own.toml").write_text('seen = ["a"]')
     assert "splits/own.toml" in call("split", "list")
@@ -148,7 +149,12 @@ def test_split_make_draws_names_and_fractions(folder: Path) -> None:
     call("split", "make", "named", "--dataset", "coco", "--seen", "cat, dog", "--seen", "tv")
     assert "3 seen, 77 unseen" in call("split", "show", "named")
     call("split", "make", "part", "--dataset", "coco", "--fraction", "0.1", "--fraction", "person=1", "--seed", "8")
-    assert "share of masks kept (seed 8): bicycle 0.1, car 0.1" in call("split", "show", "part")
+    assert "share of masks kept (seed 8): all 0.1, except person 1\n" in call("split", "show", "part")
+    told = call("split", "make", "tenth", "--dataset", "coco", "--fraction", "0.1")
+    assert "share of masks kept (seed 0): all 0.1\n" in told
+    told = call("split", "make", "few_cats", "--dataset", "coco", "--fraction", "cat=0.2", "--fraction", "dog=0.5")
+    assert "share of masks kept (seed 0): cat 0.2, dog 0.5\n" in told
+    assert "share of masks kept" not in call("split", "show", "named")
     for arguments, told in (
         (("--seen", "Hot_Dog"), "unknown class 'Hot_Dog'. Did you mean 'hot dog'?"),
         (("--fraction", "cat=x"), "--fraction 'cat=x'"),

@@ -30,8 +30,13 @@ def list_splits() -> None:
         values = read_toml(path)
         sides = [f"{len(values[side])} {side}" for side in ("seen", "unseen") if isinstance(values.get(side), list)]
         listed = ", ".join(sides + (["mask fractions"] if "fraction" in values else []))
-        lines.append([name, str(values.get("dataset", "")), listed, "shipped" if path.is_absolute() else str(path)])
+        lines.append([name, str(values.get("dataset", "")), listed, _place(path)])
     typer.echo(text_table(("split", "data set", "lists", "file"), lines), nl=False)
+
+
+def _place(path: Path) -> str:
+    """In a source tree nothing tells the shipped files from a user's own: there, and in a project, the path."""
+    return "shipped" if "_shipped" in path.parts else str(path)
 
 
 def show(
@@ -156,9 +161,14 @@ def _describe(split: ClassSplit) -> str:
     lines.append(f"seen (masks): {', '.join(split.seen)}")
     if split.unseen:
         lines.append(f"unseen (boxes only): {', '.join(split.unseen)}")
-    partial = [f"{name} {split.fractions[name]:g}" for name in split.seen if split.fractions[name] < 1.0]
-    if partial:
-        lines.append(f"share of masks kept (seed {split.seed}): {', '.join(partial)}")
+    shares = [split.fractions[name] for name in split.seen]
+    if min(shares) < 1.0:
+        usual = max(set(shares), key=shares.count)
+        others = ", ".join(
+            f"{name} {share:g}" for name, share in zip(split.seen, shares, strict=True) if share != usual
+        )
+        told = others if usual == 1.0 else f"all {usual:g}{', except ' * bool(others)}{others}"
+        lines.append(f"share of masks kept (seed {split.seed}): {told}")
     return "\n".join(lines)
 
 
