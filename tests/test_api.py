@@ -259,6 +259,16 @@ def test_train_takes_configurations_in_every_form(workplace: Path, monkeypatch: 
         semiseg.train(3)  # type: ignore[arg-type]
 
 
+def test_wrong_keys_and_values_of_a_configuration(tmp_path: Path) -> None:
+    with pytest.raises(semiseg.UserError, match=r"unknown key 'optim\.stepz'\. Did you mean 'steps'\?"):
+        semiseg.train({"optim": {"stepz": 3}}, out=tmp_path / "run")
+    with pytest.raises(semiseg.UserError, match="set model.frozen_stages = 0"):
+        semiseg.train({"model": {"weights": "random"}}, out=tmp_path / "run")
+    with pytest.raises(ValueError, match="stepz"):  # as docs/API.md says
+        semiseg.RunConfig(optim={"stepz": 3})
+    assert not (tmp_path / "run").exists()
+
+
 def test_every_configuration_has_a_folder_of_its_own(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folders: list[Path] = []
 
