@@ -20,7 +20,7 @@ from semiseg.data.rasterise import outlines_to_rle, read_cells
 from semiseg.data.table import load_table
 from semiseg.data.transforms import EvalTransform, TrainTransform
 from semiseg.errors import UserError
-from semiseg.structures.inputs import Batch, Sample, Supervision, Targets, grid_size
+from semiseg.structures.inputs import Batch, Sample, Supervision, Targets, grid_size, pad_images
 from tests.coco_files import CocoFiles, KeepClasses, encode, make_coco
 
 TRAIN = TrainTransform(short_sides=(48, 64, 72), long_side=120, flip=0.5)
@@ -288,3 +288,21 @@ def test_collate_refuses_two_mask_strides(tmp_path: Path) -> None:
     samples = [make_dataset(files, stride=stride)[0, 0] for stride in (2, 4)]
     with pytest.raises(ValueError, match="one mask stride"):
         Collate(32)(samples)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_padding_in_either_layout_and_in_shared_memory(channels_last: bool, shared: bool) -> None:
+    random = torch.Generator().manual_seed(0)
+    shapes = [(3, 5, 9), (3, 8, 4)]
+    images = [torch.randint(1, 256, shape, dtype=torch.uint8, generator=random) for shape in shapes]
+    images[1] = images[1].contiguous().permute(0, 2, 1).contiguous().permute(0, 2, 1)  # another layout
+    stacked, sizes = pad_images(images, 4, channels_last=channels_last, shared=shared)
+    assert stacked.shape == (2, 3, 8, 12)
+    assert sizes.tolist() == [[5, 9], [8, 4]]
+    assert stacked.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    assert stacked.is_shared() == shared
+    for slot, image in zip(stacked, images, strict=True):
+        expected = torch.zeros(3, 8, 12, dtype=torch.uint8)
+        expected[:, : image.shape[1], : image.shape[2]] = image
+        assert torch.equal(slot, expected)

@@ -162,7 +162,10 @@ def test_batches_are_those_of_the_plain_way(tmp_path: Path, stride: int, flipped
         samples = [data[row, 0] for row in range(len(SIZES))]
         batch = Collate(16)(samples)
         assert batch.targets is not None
-        assert batch.images.is_contiguous()
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
+        arrived = batch.to("cpu")
+        assert arrived.images.is_contiguous()
+        assert torch.equal(arrived.images, batch.images)
         masks = iter(batch.targets.masks)
         for row, sample in enumerate(samples):
             geometry = transform(SIZES[row], 0)

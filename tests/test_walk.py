@@ -55,7 +55,7 @@ def from_split_file_to_batch(config: RunConfig, data: RunData) -> Batch:
     assert samples[0].image.shape == (3, *geometry.input_hw)
     assert torch.equal(samples[0].boxes_xyxy, geometry.boxes(instances.boxes_xyxy))
     # 4 collate -> Batch
-    batch = Collate(config.model.size_divisor)(samples)
+    batch = Collate(config.model.size_divisor)(samples).to("cpu")  # contiguous images, as a step gets them
     assert batch.targets is not None
     assert batch.targets.num_instances == sum(len(sample.labels) for sample in samples)
     assert 0 < len(batch.targets.masks) < batch.targets.num_instances

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.utils.data import get_worker_info
 
 from semiseg.structures.inputs import Batch, Sample, Targets, grid_size, pad_images
 
@@ -21,7 +22,12 @@ class Collate:
     size_divisor: int
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
-        images, sizes = pad_images([sample.image for sample in samples], self.size_divisor)
+        images, sizes = pad_images(
+            [sample.image for sample in samples],
+            self.size_divisor,
+            channels_last=True,
+            shared=get_worker_info() is not None,
+        )
         return Batch(
             images=images,
             image_sizes_hw=sizes,

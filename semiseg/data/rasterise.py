@@ -117,7 +117,7 @@ class _Reads:
         count = int(before[-1])
         before -= read
         order = before[pixels]
-        return cls(read, before, count, order, count == len(order) and bool((np.diff(order) > 0).all()))
+        return cls(read, before, count, order, count == len(order) and bool((order[1:] > order[:-1]).all()))
 
 
 def _cells_before(pixels: np.ndarray, size_hw: tuple[int, int], rows: _Reads, columns: _Reads) -> np.ndarray:
@@ -137,6 +137,6 @@ def _fill(cells: np.ndarray, changes: np.ndarray) -> None:
     left, right = int(inner[0]) // height, -(-int(inner[-1]) // height)
     if left >= right:
         return
-    lengths = np.diff(inner, prepend=left * height, append=right * height)
-    filled = np.repeat((np.arange(len(lengths)) & 1).astype(bool), lengths)
+    edges = np.concatenate([[left * height], inner, [right * height]])
+    filled = np.repeat(np.arange(len(inner) + 1) % 2 == 1, edges[1:] - edges[:-1])
     cells[:, left:right] = filled.reshape(right - left, height).T

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from enum import IntEnum
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -128,7 +127,7 @@ class Batch:
 
     Attributes:
         images: (B, 3, H, W) uint8, RGB; padded right and bottom with raw 0 so that H and W divide by the model's
-            size divisor.
+            size divisor. From a loader they are channels last in memory, as decoded; `to` makes them contiguous.
         image_sizes_hw: (B, 2) int64, height and width before padding.
         image_ids: COCO's image ids, one per image.
         bottom_rows_without_affinity: (B,) int64, see `Sample`.
@@ -149,7 +148,9 @@ class Batch:
         require(self.bottom_rows_without_affinity.shape == (count,), "bottom_rows_without_affinity must be (B,)")
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        return _move(self, device, non_blocking)
+        """The batch on that device, its images contiguous there: results do not depend on the loader's layout."""
+        moved = _move(self, device, non_blocking)
+        return replace(moved, images=moved.images.contiguous())
 
     def pin_memory(self) -> Batch:
         """Called by the DataLoader when `pin_memory` is on."""
@@ -171,29 +172,33 @@ def _move(value, device, non_blocking):
     return _map_tensors(value, lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
 
-def pad_images(images: list[Tensor], size_divisor: int) -> tuple[Tensor, Tensor]:
+def pad_images(
+    images: list[Tensor], size_divisor: int, *, channels_last: bool = False, shared: bool = False
+) -> tuple[Tensor, Tensor]:
     """Stacks images of different sizes, padded right and bottom with 0.
 
     Args:
         images: B tensors (3, H_i, W_i) uint8, in any memory layout.
         size_divisor: the padded height and width divide by it.
+        channels_last: the result's memory layout: the three colours of a pixel side by side, as images are decoded.
+            False: contiguous.
+        shared: the result lies in memory that another process can be given without a copy; on the CPU only.
 
     Returns:
-        (B, 3, H, W) uint8, contiguous, and the unpadded sizes (B, 2) int64 as (height, width).
+        (B, 3, H, W) uint8 and the unpadded sizes (B, 2) int64 as (height, width).
     """
     sizes = torch.tensor([image.shape[-2:] for image in images], dtype=torch.int64).reshape(-1, 2)
     height, width = (-(-int(side) // size_divisor) * size_divisor for side in sizes.amax(0))
-    stacked = images[0].new_empty(len(images), 3, height, width)
+    pixels = len(images) * height * width
+    # As torch's own collate function does in a worker.
+    memory = torch.UntypedStorage._new_shared(3 * pixels) if shared else None
+    flat = images[0].new_empty(3 * pixels) if memory is None else torch.empty(0, dtype=torch.uint8).set_(memory)
+    if channels_last:
+        stacked = flat.view(len(images), height, width, 3).permute(0, 3, 1, 2)
+    else:
+        stacked = flat.view(len(images), 3, height, width)
     for slot, image in zip(stacked, images, strict=True):
         slot[:, image.shape[1] :] = 0
         slot[:, : image.shape[1], image.shape[2] :] = 0
-        _copy(image, slot[:, : image.shape[1], : image.shape[2]])
+        slot[:, : image.shape[1], : image.shape[2]] = image
     return stacked, sizes
-
-
-def _copy(source: Tensor, target: Tensor) -> None:
-    """Between layouts, pixel by pixel to channel by channel, numpy is the faster one on a CPU."""
-    if source.device.type == target.device.type == "cpu":
-        np.copyto(target.numpy(), source.numpy())
-    else:
-        target.copy_(source)
