@@ -7,6 +7,8 @@ Source: METHOD section 2; BoxInst (arXiv 2012.02310), section 3.2.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -58,15 +60,18 @@ def downsample_images(images: Tensor, *, stride: int) -> Tensor:
     images = F.pad(images, (0, -columns % stride, 0, -rows % stride))  # with raw 0, like all padding
     # Added as integers: a quarter of the time of average pooling in floating point.
     whole = torch.int16 if stride**2 * 255 < 2**15 else torch.int32
-    total = _sum_of_every(_sum_of_every(images.to(whole), stride, 2), stride, 3)
+    total = _sum_of_every(_sum_of_every(images, stride, 2, whole), stride, 3, whole)
     # Quotients of small integers are exact in float32 (one correctly rounded division), so truncation is, too.
     return total.float().div_(stride**2).to(torch.uint8)
 
 
-def _sum_of_every(values: Tensor, number: int, axis: int) -> Tensor:
+def _sum_of_every(values: Tensor, number: int, axis: int, dtype: torch.dtype) -> Tensor:
     """Sums of so many neighbouring values along an axis, whose length it divides."""
-    parts = values.unflatten(axis, (-1, number)).unbind(axis + 1)
-    return sum(parts[1:], start=parts[0].clone())
+    first, *others = values.unflatten(axis, (-1, number)).unbind(axis + 1)
+    total = first.to(dtype, copy=True)
+    for other in others:
+        total += other
+    return total
 
 
 def neighbour_inside(
@@ -86,21 +91,23 @@ def neighbour_inside(
     Returns:
         (B, K, h, w) bool.
     """
-    height, width = grid_hw
-    device = image_sizes_hw.device
-    rows = torch.arange(height, device=device) * stride + stride // 2
-    columns = torch.arange(width, device=device) * stride + stride // 2
+    rows, columns = (torch.arange(side, device=image_sizes_hw.device) * stride + stride // 2 for side in grid_hw)
     row_in = rows < (image_sizes_hw[:, 0] - bottom_rows)[:, None]  # (B, h)
     column_in = columns < image_sizes_hw[:, 1:]  # (B, w)
-    inside = row_in[:, :, None] & column_in[:, None, :]
-    offsets = neighbour_offsets(size, dilation)
-    result = inside.new_zeros(inside.shape[0], len(offsets), height, width)
-    for k, offset in enumerate(offsets):
-        here, there = _overlap(grid_hw, offset)
-        result[:, k][here] = inside[there]
-    return result
+    rows_in, columns_in = (_moved(inside, size, dilation) for inside in (row_in, column_in))
+    cells = [(row, column) for row in range(size) for column in range(size)]
+    del cells[len(cells) // 2]
+    return torch.stack([rows_in[:, row, :, None] & columns_in[:, column, None, :] for row, column in cells], dim=1)
 
 
+def _moved(inside: Tensor, size: int, dilation: int) -> Tensor:
+    """(B, n) bool along one axis of the grid -> (B, size, n): of the cell at each step away, False beyond the grid."""
+    reach, length = size // 2 * dilation, inside.shape[1]
+    padded = F.pad(inside, (reach, reach))
+    return torch.stack([padded[:, step * dilation : step * dilation + length] for step in range(size)], dim=1)
+
+
+@torch.no_grad()
 def colour_affinity(
     images: Tensor, image_sizes_hw: Tensor, bottom_rows: Tensor, *, stride: int, size: int, dilation: int
 ) -> Tensor:
@@ -113,13 +120,18 @@ def colour_affinity(
     Returns:
         (B, K, h, w) float32 in [0, 1], on the device of the images, without gradient.
     """
-    similar = _similarity(images, stride=stride, size=size, dilation=dilation)
-    inside = neighbour_inside(
-        image_sizes_hw, bottom_rows, stride=stride, grid_hw=_grid(similar), size=size, dilation=dilation
+    lab = rgb_to_lab(downsample_images(images, stride=stride))
+    offsets = neighbour_offsets(size, dilation)
+    result = lab.new_zeros(lab.shape[0], len(offsets), *_grid(lab))
+    for k, here, there, similar in _pairs(lab, offsets):
+        result[:, k][here] = similar
+        result[:, -1 - k][there] = similar  # the same edge seen from its other end
+    return result * neighbour_inside(
+        image_sizes_hw, bottom_rows, stride=stride, grid_hw=_grid(lab), size=size, dilation=dilation
     )
-    return similar * inside
 
 
+@torch.no_grad()
 def affinity_edges(
     images: Tensor,
     image_sizes_hw: Tensor,
@@ -134,25 +146,25 @@ def affinity_edges(
 
     Arguments as for `colour_affinity`; threshold in [0, 1]. Returns (B, K, h, w) bool.
     """
-    similar = _similarity(images, stride=stride, size=size, dilation=dilation)
-    inside = neighbour_inside(
-        image_sizes_hw, bottom_rows, stride=stride, grid_hw=_grid(similar), size=size, dilation=dilation
-    )
-    return inside & (similar >= threshold)
-
-
-@torch.no_grad()
-def _similarity(images: Tensor, *, stride: int, size: int, dilation: int) -> Tensor:
     lab = rgb_to_lab(downsample_images(images, stride=stride))
-    grid_hw = _grid(lab)
-    offsets = neighbour_offsets(size, dilation)
-    result = lab.new_zeros(lab.shape[0], len(offsets), *grid_hw)
+    edges = neighbour_inside(
+        image_sizes_hw, bottom_rows, stride=stride, grid_hw=_grid(lab), size=size, dilation=dilation
+    )
+    for k, here, there, similar in _pairs(lab, neighbour_offsets(size, dilation)):
+        counts = similar >= threshold
+        edges[:, k][here].logical_and_(counts)
+        edges[:, -1 - k][there].logical_and_(counts)
+    return edges
+
+
+def _pairs(
+    lab: Tensor, offsets: list[tuple[int, int]]
+) -> Iterator[tuple[int, tuple[slice, ...], tuple[slice, ...], Tensor]]:
+    """Every pair of neighbours once: number k of the offset, index of the cells, of their neighbours, and their S."""
     for k, offset in enumerate(offsets[: len(offsets) // 2]):
-        here, there = _overlap(grid_hw, offset)
+        here, there = _overlap(_grid(lab), offset)
         distance = (lab[:, :, *here[1:]] - lab[:, :, *there[1:]]).square_().sum(1).sqrt_()
-        result[:, k][here] = distance.mul_(-0.5).exp_()
-        result[:, -1 - k][there] = result[:, k][here]  # the same edge seen from its other end
-    return result
+        yield k, here, there, distance.mul_(-0.5).exp_()
 
 
 def _grid(maps: Tensor) -> tuple[int, int]:
