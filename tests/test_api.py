@@ -262,7 +262,7 @@ def test_train_takes_configurations_in_every_form(workplace: Path, monkeypatch: 
 def test_wrong_keys_and_values_of_a_configuration(tmp_path: Path) -> None:
     with pytest.raises(semiseg.UserError, match=r"unknown key 'optim\.stepz'\. Did you mean 'steps'\?"):
         semiseg.train({"optim": {"stepz": 3}}, out=tmp_path / "run")
-    with pytest.raises(semiseg.UserError, match="set model.frozen_stages = 0"):
+    with pytest.raises(semiseg.UserError, match=r"set model\.frozen_stages = 0"):
         semiseg.train({"model": {"weights": "random"}}, out=tmp_path / "run")
     with pytest.raises(ValueError, match="stepz"):  # as docs/API.md says
         semiseg.RunConfig(optim={"stepz": 3})
