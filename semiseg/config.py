@@ -255,6 +255,7 @@ class RuntimeConfig(Section):
     batch_rule: `keep` takes `optim.batch_size` whatever the number of processes. `linear` takes images_per_process
         times the number of processes, with the learning rate in proportion and as many images in all: another run,
         with numbers of its own.
+    compile: the network is compiled by torch before the first step, which takes minutes; for GPUs.
     fast_evaluation: the COCO numbers come from hotcoco (`pip install 'semiseg[fast]'`): the same ones, sooner.
     """
 
@@ -267,6 +268,7 @@ class RuntimeConfig(Section):
     evaluate_every: Annotated[int, Field(ge=0)] = 0  # steps; 0 = only at the end
     tensorboard: bool = True
     channels_last: bool = False
+    compile: bool = False
     images_per_process: Annotated[int, Field(ge=0)] = 0
     batch_rule: Literal["keep", "linear"] = "keep"
     fast_evaluation: bool = False

@@ -322,10 +322,11 @@ def test_under_autocast_boxes_and_masks_stay_float32() -> None:
     torch.testing.assert_close(masks, model.predict_masks(exact, queries).logits, rtol=0.1, atol=0.2)
 
 
-def test_forward_compiles_as_one_graph() -> None:
-    model, images = small_model().eval(), random_images(1, 3, 64, 64)
+@pytest.mark.parametrize("training", [False, True])
+def test_forward_compiles_as_one_graph(training: bool) -> None:
+    model, images = small_model().train(training), random_images(1, 3, 64, 64)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    with torch.no_grad():
+    with torch.set_grad_enabled(training):
         expected, found = model(images, full_sizes(images)), compiled(images, full_sizes(images))
     for name, value in tensors_of(expected).items():
         torch.testing.assert_close(getattr(found, name), value)

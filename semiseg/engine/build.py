@@ -18,7 +18,7 @@ from semiseg.engine.processes import parts_per_step
 from semiseg.engine.step import TrainStep
 from semiseg.errors import UserError
 from semiseg.losses.terms import Objective
-from semiseg.models.condinst import build_model
+from semiseg.models.condinst import CondInst, build_model
 from semiseg.splits import ClassSplit, load_split
 
 
@@ -84,6 +84,20 @@ def build_step(config: RunConfig, *, num_classes: int) -> TrainStep:
         centre_radius=config.model.centre_radius,
         max_mask_positives=config.model.max_mask_positives,
     )
+
+
+def compile_network(model: CondInst, *, backend: str = "inductor") -> None:
+    """Has torch compile, in place and when first called, the parts whose work follows from the image size alone.
+
+    Backbone, pyramid, head and mask branch; names of parameters stay as they are. Masks and losses depend on how many
+    instances there are and are not compiled.
+
+    Args:
+        model: the network.
+        backend: of `torch.compile`.
+    """
+    for part in (model.backbone, model.neck, model.head, model.mask_branch):
+        part.compile(backend=backend)
 
 
 def train_dataset(config: RunConfig, data: RunData) -> InstanceDataset:

@@ -23,7 +23,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from semiseg.config import RunConfig
 from semiseg.config_files import read_json
-from semiseg.engine.build import RunData, build_step, build_training_loader, without_initial_weights
+from semiseg.engine.build import (
+    RunData,
+    build_step,
+    build_training_loader,
+    compile_network,
+    without_initial_weights,
+)
 from semiseg.engine.checkpoint import (
     ModelInfo,
     check_initial,
@@ -115,6 +121,8 @@ def prepare(config: RunConfig, data: RunData, accelerator: Accelerator) -> Train
             warnings.warn(f"{config.init_from} has other classes: {', '.join(afresh)} start afresh", stacklevel=2)
     if config.runtime.channels_last:
         step_module.to(memory_format=torch.channels_last)
+    if config.runtime.compile:
+        compile_network(step_module.model)
     optimizer = build_optimizer(step_module.model, config.optim)
     wrapped, prepared = accelerator.prepare(step_module, optimizer)
     decay = config.optim.ema_decay
