@@ -62,7 +62,7 @@ def downsample_images(images: Tensor, *, stride: int) -> Tensor:
     whole = torch.int16 if stride**2 * 255 < 2**15 else torch.int32
     total = _sum_of_every(_sum_of_every(images, stride, 2, whole), stride, 3, whole)
     # Quotients of small integers are exact in float32 (one correctly rounded division), so truncation is, too.
-    return total.float().div_(stride**2).to(torch.uint8)
+    return total.float().div_(stride**2).to(torch.uint8).contiguous()  # colours as planes, whatever the images were
 
 
 def _sum_of_every(values: Tensor, number: int, axis: int, dtype: torch.dtype) -> Tensor:
