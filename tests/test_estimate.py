@@ -28,7 +28,11 @@ from semiseg.study_plan import plan
 from tests.tiny import tiny_config
 
 ROOT = Path(__file__).parent.parent
-HERE = device_name(torch.device("cpu"))
+
+
+def here() -> str:
+    """This machine's name in results, which has the number of threads: other tests change that."""
+    return device_name(torch.device("cpu"))
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +48,7 @@ def test_a_real_step_of_the_tiny_run_is_measured(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     step = measure_step(config, num_classes=12, processes=1, seconds=20)
     assert 0 < step.seconds < 20
-    assert (step.images, step.device, step.how) == (4, HERE, "")
+    assert (step.images, step.device, step.how) == (4, here(), "")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -152,7 +156,7 @@ def find(name: str) -> Path:
 
 def finished(folder: Path, config: RunConfig, **result: Any) -> None:
     folder.mkdir(parents=True)
-    values = {"device": HERE, "processes": 1, "train_seconds": 50.0, "steps": 100, **result}
+    values = {"device": here(), "processes": 1, "train_seconds": 50.0, "steps": 100, **result}
     (folder / "result.json").write_text(json.dumps(values))
     (folder / "config.json").write_text(json.dumps({"config": config.model_dump(mode="json")}))
 
@@ -165,7 +169,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, seconds: float | Exception) -> lis
         calls.append(config.model.backbone)
         if isinstance(seconds, Exception):
             raise seconds
-        return StepTime(seconds, 4, HERE, "one image at a time")
+        return StepTime(seconds, 4, here(), "one image at a time")
 
     monkeypatch.setattr(study_estimate, "measure_step", step)
     return calls
@@ -189,8 +193,8 @@ def test_finished_runs_of_the_same_kind_here_say_how_long_steps_take(
         [config, other, config], processes=1, runs_folder=tmp_path / "runs", num_classes=12, seconds=60, say=told.append
     )
     assert [step.seconds for step in found] == [0.4, 9.0, 0.4]
-    assert found[0].source == f"steps as in the logs of finished runs on {HERE}"
-    assert found[1].source == f"steps measured on {HERE} with made-up images (one image at a time, in proportion)"
+    assert found[0].source == f"steps as in the logs of finished runs on {here()}"
+    assert found[1].source == f"steps measured on {here()} with made-up images (one image at a time, in proportion)"
     assert calls == ["small"]
     assert told == ["measuring a step (1 of 1): small, split"]
 
