@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from enum import IntEnum
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -189,10 +190,7 @@ def pad_images(
     """
     sizes = torch.tensor([image.shape[-2:] for image in images], dtype=torch.int64).reshape(-1, 2)
     height, width = (-(-int(side) // size_divisor) * size_divisor for side in sizes.amax(0))
-    pixels = len(images) * height * width
-    # As torch's own collate function does in a worker.
-    memory = torch.UntypedStorage._new_shared(3 * pixels) if shared else None
-    flat = images[0].new_empty(3 * pixels) if memory is None else torch.empty(0, dtype=torch.uint8).set_(memory)
+    flat = _bytes(3 * len(images) * height * width, images[0].device, shared)
     if channels_last:
         stacked = flat.view(len(images), height, width, 3).permute(0, 3, 1, 2)
     else:
@@ -202,3 +200,12 @@ def pad_images(
         slot[:, : image.shape[1], image.shape[2] :] = 0
         slot[:, : image.shape[1], : image.shape[2]] = image
     return stacked, sizes
+
+
+def _bytes(count: int, device: torch.device, shared: bool) -> Tensor:
+    """(count,) uint8, whose values are still to be written."""
+    if shared:  # as torch's own collate function does in a worker
+        return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(count))
+    if device.type == "cpu":  # numpy asks Linux for large pages, so a fresh batch costs far fewer page faults
+        return torch.from_numpy(np.empty(count, dtype=np.uint8))
+    return torch.empty(count, dtype=torch.uint8, device=device)
