@@ -1,66 +1,26 @@
-"""The figures of a report, made from aggregated numbers and training logs; colours are Okabe and Ito's palette.
-
-Every function returns the bytes of a PNG with few colours, the same bytes for the same numbers.
-"""
+"""The figures of a report, made from aggregated numbers and training logs."""
 
 from __future__ import annotations
 
-import io
 import json
 import math
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import matplotlib.font_manager
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image
 
 from semiseg.report.aggregate import BEST, NEITHER, UPPER_BOUND, GapClosed, ReportTable
+from semiseg.report.drawing import BLACK, BLUE, GREEN, ORANGE, ROW_COLOURS, Drawing, chart, new_figure, plain
 
-# Okabe and Ito 2008: distinguishable with any colour vision.
-BLUE, ORANGE, GREEN, SKY = "#0072B2", "#E69F00", "#009E73", "#56B4E9"
-VERMILLION, PURPLE, GREY, BLACK = "#D55E00", "#CC79A7", "#8C8C8C", "#000000"
-ROW_COLOURS = (GREY, SKY, BLUE, ORANGE, GREEN, VERMILLION, PURPLE, BLACK)
-
-DPI = 110
 _SHARES = (-150.0, 250.0)  # % shown of the gap; shares beyond (of a gap near 0) are drawn at the rim
 CURVE_POINTS = 150  # longer curves are averaged in bins
-_FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Hiragino Sans", "Yu Gothic")
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """A figure of inches, drawn off screen, with letters of other scripts where a font for them is installed."""
-    installed = {font.name for font in matplotlib.font_manager.fontManager.ttflist}
-    matplotlib.rcParams["font.family"] = [name for name in _FONTS if name in installed] or ["sans-serif"]
-    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def png(figure: Figure, *, colours: int = 128) -> bytes:
-    """Draws a figure and reduces it to a palette: a third of the bytes, and no time stamp or version inside."""
-    raw = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")  # no font of that script here: boxes instead
-        figure.savefig(raw, format="png", dpi=DPI)
-    small = io.BytesIO()
-    image = Image.open(raw).convert("RGB").quantize(colours, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-    image.save(small, format="png", optimize=True)
-    return small.getvalue()
-
-
-def plain(text: str) -> str:
-    """A name as it is: `$` does not start mathematics."""
-    return " ".join(text.split()).replace("$", r"\$")
-
-
-def ap_figure(tables: Sequence[ReportTable], measured: Mapping[str, pd.DataFrame]) -> bytes:
+def ap_figure(tables: Sequence[ReportTable], measured: Mapping[str, pd.DataFrame]) -> Drawing:
     """Bars of unseen and all mask AP per row, one panel per table; error bars are std, dots single seeds."""
     figure = new_figure(5.2 * len(tables) + 0.4, 4.2)
     panels = figure.subplots(1, len(tables), sharey=True, squeeze=False)[0]
@@ -76,7 +36,7 @@ def ap_figure(tables: Sequence[ReportTable], measured: Mapping[str, pd.DataFrame
     panels[0].set_ylim(0, 1.14 * max(1.0, *(panel.dataLim.y1 for panel in panels)))
     panels[0].set_ylabel("mask AP (%)")
     _legend(figure, panels, place="outside lower center", columns=2)
-    return png(figure)
+    return chart(figure)
 
 
 def _bars(
@@ -102,7 +62,7 @@ def _bars(
         )
 
 
-def gap_figure(tables: Sequence[ReportTable], gaps: Mapping[str, Sequence[GapClosed]]) -> bytes | None:
+def gap_figure(tables: Sequence[ReportTable], gaps: Mapping[str, Sequence[GapClosed]]) -> Drawing | None:
     """How much of the gap between neither and full-masks on unseen classes each row closes; None without a gap."""
     ends = (NEITHER, UPPER_BOUND)  # 0 and 100 % by definition
     found_by_table = {
@@ -138,10 +98,10 @@ def gap_figure(tables: Sequence[ReportTable], gaps: Mapping[str, Sequence[GapClo
         panel.set_xlabel(f"% of the gap on unseen classes,\n{ends_text}", fontsize=9)
         panel.set_title(_wrapped(plain(table.title), 58), fontsize=10)
         _quiet(panel)
-    return png(figure)
+    return chart(figure)
 
 
-def class_figure(table: ReportTable, classes: pd.DataFrame) -> bytes | None:
+def class_figure(table: ReportTable, classes: pd.DataFrame) -> Drawing | None:
     """Mask AP per class, sorted, unseen and seen apart: bar = the method, marks = the first row and full-masks.
 
     Args:
@@ -188,7 +148,7 @@ def class_figure(table: ReportTable, classes: pd.DataFrame) -> bytes | None:
         text: handle for panel in panels for handle, text in zip(*panel.get_legend_handles_labels(), strict=True)
     }
     figure.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=2, frameon=False, fontsize=8)
-    return png(figure)
+    return chart(figure)
 
 
 def _main_row(table: ReportTable, means: pd.Series) -> str:
@@ -199,7 +159,7 @@ def _main_row(table: ReportTable, means: pd.Series) -> str:
     return BEST if BEST in names else str(means[boxes or others or names].idxmax())
 
 
-def loss_figure(table: ReportTable, logs: Mapping[str, Sequence[Path]]) -> bytes | None:
+def loss_figure(table: ReportTable, logs: Mapping[str, Sequence[Path]]) -> Drawing | None:
     """Unweighted loss terms over steps, one panel per term, one line per run in its row's colour.
 
     Args:
@@ -234,7 +194,7 @@ def loss_figure(table: ReportTable, logs: Mapping[str, Sequence[Path]]) -> bytes
         text: handle for panel in panels for handle, text in zip(*panel.get_legend_handles_labels(), strict=True)
     }
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-    return png(figure)
+    return chart(figure)
 
 
 def read_losses(path: Path) -> pd.DataFrame | None:

@@ -24,7 +24,7 @@ from pycocotools.coco import COCO
 from semiseg.errors import UserError
 from semiseg.evaluation.coco_metrics import load_ground_truth
 from semiseg.report.aggregate import ReportInput, ReportTable
-from semiseg.report.figures import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION, new_figure, plain, png
+from semiseg.report.drawing import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION, Drawing, new_figure, plain, png
 from semiseg.splits import normalise
 
 IMAGES = 4
@@ -39,11 +39,11 @@ class Pictures:
     """A drawn picture, or the reason why there is none.
 
     Attributes:
-        png: the picture's bytes, or None.
+        drawing: the picture, or None.
         note: the caption: which images, seed and score threshold; or why it could not be drawn.
     """
 
-    png: bytes | None
+    drawing: Drawing | None
     note: str
 
 
@@ -127,7 +127,7 @@ def _draw(
     image_ids: Sequence[int],
     images: Mapping[int, np.ndarray],
     detections: Mapping[str, list[dict[str, Any]]],
-) -> bytes:
+) -> Drawing:
     rows = [row for row in table.rows if row.name in detections]
     columns = ["ground truth", *(plain(row.label) for row in rows)]
     tallest = max(image.shape[0] / image.shape[1] for image in images.values())
@@ -141,7 +141,7 @@ def _draw(
             _draw_panel(panel, images[image_id], _found_instances(table, truth, annotations, found))
     for panel, column in zip(panels[0], columns, strict=True):
         panel.set_title(column, fontsize=8)
-    return png(figure, colours=200)
+    return Drawing(png(figure, colours=200))
 
 
 def _class_name(truth: COCO, category_id: int) -> str:
