@@ -82,15 +82,18 @@ def test_the_threshold_study_on_shapes(tmp_path: Path) -> None:
     text = page("shapes_tau", TAU, tmp_path)
     assert "**Answer.** Tau = 0.1 has the highest mean AP (33.1), ahead of tau = 0.2 (32.1; +1.0, resolved)" in text
     assert "; the lowest is tau = 0 (2.1; +31.0, resolved); with every mask: labelled edges (masks) 41.1." in text
-    assert "### Beside the printed numbers (BoxInst, colour threshold)" in text
+    assert "### The printed numbers (BoxInst, colour threshold)" in text
     assert "**The COCO numbers are from another data set** (ResNet-50-FPN, 1x, coco val2017)" in text
-    assert "| row | seeds | AP | AP50 | AP75 | APs | APm |" in text, "no column of terms, all alike, and no APl"
+    assert "| row | seeds | AP (COCO, printed) | " in text, "no column of terms: all alike"
+    assert "| APm (COCO, printed) |\n" in text, "no APl"
+    assert "| tau = 0.1 | 3 | **33.1** ± 0.1 (30.7) |" in text
+    assert "| labelled edges (masks) | 3 | 41.1 ± 0.1 (35.4) |" in text
     edges = section(text, "### Which edges count")
     assert "Measured on 7 images." in edges
     assert "| tau = 0.1 | 66.0 % | 99.4 % | 33.1 | 98.3 % | 30.7 |" in edges
     assert "| tau = 0.3 | — | — | 31.6 | — | — |" in edges
     assert "| labelled edges (masks) | — | — | 41.1 | — | 35.4 |" in edges
-    assert "truly positive" not in section(text, "### Beside the printed numbers")
+    assert "truly positive" not in section(text, "### The printed numbers")
     differences = section(text, "### Which differences are resolved")
     assert "| tau = 0.1 − labelled edges (masks) | -8.0 ± 0.0 |" in differences  # noqa: RUF001
     assert differences.count("labelled edges (masks) |") == 4
@@ -104,14 +107,14 @@ def test_the_neighbourhood_study_without_measured_edges(tmp_path: Path) -> None:
     assert "5 x 5, dilation 1 has the highest mean AP (30.5), ahead of 3 x 3, dilation 1 (30.0; +0.5)" in text
     assert "(one seed: small differences are not resolved)." in text
     assert "Which edges count" not in text
-    notes = section(text, "### Beside the printed numbers (BoxInst, neighbourhood of the pairwise loss)")
+    notes = section(text, "### The printed numbers (BoxInst, neighbourhood of the pairwise loss)")
     assert "- size3-dilation1, size3-dilation2, size5-dilation1, size5-dilation2: tau=0.1" in notes
 
 
 def test_tables_2_and_3_are_told_row_by_row(tmp_path: Path) -> None:
     text = page("shapes_table2", {"dice": 43.0, "redesigned": 40.0}, tmp_path / "2")
     assert "**Answer.** Dice 43.1 AP → projection + pairwise, labelled edges 40.1 (-3.0, resolved)." in text
-    assert "| Dice | — | — | 3 | 43.1 ± 0.1 |" in text
+    assert "| Dice | — | — | 3 | **43.1** ± 0.1 (35.6) |" in text
     assert "full-masks" not in text
     ap = {"box-mask": 4.0, "projection": 14.0, "projection+pairwise": 33.0, "full-masks": 43.0}
     text = page("shapes_table3", ap, tmp_path / "3")
@@ -130,11 +133,13 @@ def test_table_4_on_coco_itself(tmp_path: Path) -> None:
     assert "BoxInst, R-101, 3x has the highest mean AP (33.5), ahead of BoxInst, R-50, 3x (32.0; +1.5)" in text
     assert "with every mask: CondInst, R-50, 3x 37.0 (one seed" in text
     assert "Every row starts from ImageNet weights of its backbone." in text
-    printed = section(text, "### Beside the printed numbers (BoxInst, Table 4)")
+    printed = section(text, "### The printed numbers (BoxInst, Table 4)")
     assert "another data set" not in printed
-    assert "| row | ours | printed | printed for |" in printed
-    assert "| BoxInst, R-101, 1x, one size | 31.0 / 51.0 / 31.0 | 31.6 / 54.0 / 31.9 | coco val2017 |" in printed
-    assert "| CondInst, R-50, 3x | 37.0 / 57.0 / 37.0 | 37.8 / 59.1 / 40.5 | coco test-dev |" in printed
+    table = section(text, "## " + load_study("coco_table4").tables[0].title)
+    assert "| APm (printed, difference) | printed for |" in table
+    assert "| 31.0 (31.6, -0.6) | 51.0 (54.0, -3.0) | 31.0 (31.9, -0.9) |" in table
+    assert re.search(r"\| BoxInst, R-101, 1x, one size \|.*\| coco val2017 \|\n", table)
+    assert re.search(r"\| CondInst, R-50, 3x \|.*\| 37.0 \(37.8, -0.8\) \|.*\| coco test-dev \|\n", table)
     assert "- not trained here: Mask R-CNN (ResNet-50-FPN, 3x, fully supervised): 37.5 / 59.3 / 40.2" in printed
     differences = section(text, "### Which differences are resolved")
     assert "| CondInst, R-50, 3x − BoxInst, R-50, 3x | +5.0 |" in differences  # noqa: RUF001
@@ -155,7 +160,7 @@ def test_table_5_is_beside_voc_numbers(tmp_path: Path) -> None:
     assert [table.published for table in report.tables] == ["5"]
     _, path = build(study, tmp_path, record=tmp_path, command=["semiseg", "run", "voc_table5"])
     text = path.read_text(encoding="utf-8")
-    assert "31.0 / 51.0 / 31.0 | 32.2 / 58.1 / 31.0 |" in text
+    assert "31.0 (32.2, -1.2) | 51.0 (58.1, -7.1) | 31.0 (31.0, +0.0) |" in text
     assert "SDI (VGG-16): — / 44.8 / 16.3" in text
 
 

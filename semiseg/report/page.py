@@ -20,6 +20,7 @@ from semiseg.report.run_sections import picture_section, training_section
 from semiseg.report.statements import answer
 from semiseg.report.table_sections import class_section, table_section
 from semiseg.report.tables import (
+    best_cells,
     csv_table,
     escape_markdown,
     latex_table,
@@ -95,8 +96,9 @@ def _write_tables(numbers: TableNumbers, folder: Path) -> None:
     table, shown = numbers.table, layout(numbers.table, numbers.summary)
     cells = table_cells(numbers.summary, table, shown)
     write_text(folder / f"{table.name}.csv", csv_table(numbers.summary))
-    write_text(folder / f"{table.name}.md", markdown_table(shown.headings, cells, texts=shown.texts))
-    write_text(folder / f"{table.name}.tex", latex_table(table, shown, cells))
+    best = best_cells(numbers.summary, table, shown)
+    write_text(folder / f"{table.name}.md", markdown_table(shown.headings, cells, texts=shown.texts, bold=best))
+    write_text(folder / f"{table.name}.tex", latex_table(table, shown, cells, bold=best))
 
 
 def _overview(page: PageContext) -> list[str]:

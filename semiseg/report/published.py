@@ -9,7 +9,7 @@ import pandas as pd
 
 from semiseg.errors import UserError
 from semiseg.report.aggregate import TABLE_METRICS, UPPER_BOUND, ReportInput, ReportTable, TableNumbers
-from semiseg.report.tables import escape_markdown, markdown_table, number
+from semiseg.report.tables import Layout, escape_markdown, markdown_table, number, table_cells
 
 # What the tables without a number in the paper are called; the others are "Table 6".
 _NAMES = {"tau": "colour threshold", "neighbourhood": "neighbourhood of the pairwise loss"}
@@ -30,37 +30,44 @@ def read_published(path: Path) -> pd.DataFrame:
     return frame
 
 
+def beside_printed(
+    report: ReportInput, numbers: TableNumbers, printed: pd.DataFrame, shown: Layout
+) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells of a table with the printed number in parentheses behind ours.
+
+    Where the data are the paper's, our mean minus the printed number stands behind it. A table of our own stays as it
+    is, and so does a cell that the paper does not print.
+    """
+    table = numbers.table
+    headings, lines = list(shown.headings), table_cells(numbers.summary, table, shown)
+    places = _places(printed[printed["table"] == table.published], [row.name for row in table.rows])
+    whose = "printed, difference" if report.paper_data else f"{data_name(printed, table)}, printed"
+    columns = [column for _, group in shown.groups for column in group]
+    for place, column in enumerate(columns, start=shown.texts + 1):
+        group, _, metric = column.partition("_")
+        texts = [_printed_value(printed, table.published, row.name, group, metric) for row in table.rows]
+        headings[place] += f" ({whose})" * any(texts)
+        for row, line, text in zip(table.rows, lines, texts, strict=True):
+            mean = numbers.mean(row.name, column)
+            gap = f", {number(mean - float(text), sign=True)}" if text and mean is not None else ""
+            line[place] += f" ({text}{gap * report.paper_data})" * bool(text)
+    if places:
+        headings.append("printed for")
+        lines = [[*line, places.get(row.name, "—")] for row, line in zip(table.rows, lines, strict=True)]
+    return headings, lines
+
+
 def published_section(report: ReportInput, numbers: TableNumbers, printed: pd.DataFrame) -> list[str]:
-    """Ours and the paper's numbers row by row, and the notes to the printed ones; nothing for a table of our own."""
+    """What the numbers in parentheses are for, and the notes to them; nothing for a table of our own."""
     table = numbers.table
     if table.published is None:
         return []
-    groups = ("all", "unseen") if table.unseen else ("all",)
     rows = printed[printed["table"] == table.published]
-    whose = "printed" if report.paper_data else f"{data_name(printed, table)}, printed"
-    places = _places(rows, [row.name for row in table.rows])
-    lines = [
-        [
-            row.label,
-            *(
-                text
-                for group in groups
-                for text in (
-                    " / ".join(number(numbers.mean(row.name, f"{group}_{metric}")) for metric in TABLE_METRICS),
-                    _printed(printed, table.published, row.name, group),
-                )
-            ),
-            *([places.get(row.name, "—")] if places else []),
-        ]
-        for row in table.rows
-    ]
-    headings = ["row", *(f"{group}: {who}" if table.unseen else who for group in groups for who in ("ours", whose))]
     caution = same_numbers_caution(printed) if table.published in ("6", "7") else ""
     notes = _notes(printed, table)
     return [
-        f"### Beside the printed numbers (BoxInst, {_NAMES.get(table.published, f'Table {table.published}')})",
+        f"### The printed numbers (BoxInst, {_NAMES.get(table.published, f'Table {table.published}')})",
         _context(report, rows, data_name(printed, table)),
-        markdown_table([*headings, *(["printed for"] if places else [])], lines),
         *([caution] if caution else []),
         *(
             ["Notes to the printed numbers:\n\n" + "\n".join(f"- {escape_markdown(note)}" for note in notes)]
@@ -131,11 +138,14 @@ def _context(report: ReportInput, rows: pd.DataFrame, data: str) -> str:
         if name in rows and any(rows[name])
     )
     if report.paper_data:
-        return f"AP / AP50 / AP75. The printed numbers are for {escape_markdown(where)}."
+        return (
+            f"In parentheses: the printed number, for {escape_markdown(where)}, and ours minus it. A cell without "
+            "parentheses is not printed."
+        )
     return (
-        f"AP / AP50 / AP75. **The {data} numbers are from another data set** ({escape_markdown(where)}), another "
-        "network and another schedule: they are context for the order and the size of the steps, not numbers to be "
-        "reached."
+        f"In parentheses: the printed number. **The {data} numbers are from another data set** "
+        f"({escape_markdown(where)}), another network and another schedule: they are context for the order and the "
+        "size of the steps, not numbers to be reached. A cell without parentheses is not printed."
     )
 
 
@@ -180,9 +190,13 @@ def _printed(printed: pd.DataFrame, table: str, row: str, group: str) -> str:
 
 
 def _printed_ap(printed: pd.DataFrame, table: str | None, row: str, group: str) -> str:
-    """The printed AP of a row, "" if it is not in the paper."""
+    return _printed_value(printed, table, row, group, "AP")
+
+
+def _printed_value(printed: pd.DataFrame, table: str | None, row: str, group: str, metric: str) -> str:
+    """A printed number of a row, "" if it is not in the paper."""
     found = printed[(printed["table"] == table) & (printed["row"] == row) & (printed["classes"] == group)]
-    return "" if found.empty else str(found.iloc[0]["AP"])
+    return "" if found.empty or metric not in found else str(found.iloc[0][metric])
 
 
 def _printed_positive(printed: pd.DataFrame, table: str | None, row: str) -> str:

@@ -7,23 +7,25 @@ import pandas as pd
 from semiseg.report.aggregate import ReportInput, TableNumbers
 from semiseg.report.context import PageContext
 from semiseg.report.figures import class_figure
-from semiseg.report.published import data_name, edge_section, printed_difference, published_section
+from semiseg.report.published import beside_printed, data_name, edge_section, printed_difference, published_section
 from semiseg.report.statements import box_statement, gap_caution, gap_cells, reading, row_order
-from semiseg.report.tables import escape_markdown, layout, markdown_table, number, table_cells
+from semiseg.report.tables import best_cells, best_sentence, escape_markdown, layout, markdown_table, number
 
 
 def table_section(page: PageContext, numbers: TableNumbers) -> list[str]:
     """The table itself, beside the printed numbers, and what it says of gaps and differences."""
     report, table, shown = page.report, numbers.table, layout(numbers.table, numbers.summary)
-    cells = table_cells(numbers.summary, table, shown)
+    headings, cells = beside_printed(report, numbers, page.printed, shown)
+    best = best_cells(numbers.summary, table, shown)
+    bold = f" {escape_markdown(best_sentence(table))}." if best else ""
     files = ", ".join(f"[{kind}](tables/{table.name}.{kind})" for kind in ("csv", "md", "tex"))
     classes = f"{len(table.seen)} seen and {len(table.unseen)} unseen classes"
     if not table.unseen:
         classes = f"All {len(table.seen)} classes"
     return [
         f"## {escape_markdown(table.title)}",
-        f"{classes}; mask AP in percent; — = not measured. Files: {files}.",
-        markdown_table(shown.headings, cells, texts=shown.texts),
+        f"{classes}; mask AP in percent; — = not measured.{bold} Files: {files}.",
+        markdown_table(headings, cells, texts=shown.texts, bold=best),
         row_order(numbers),
         *published_section(report, numbers, page.printed),
         *edge_section(report, numbers, page.printed),

@@ -6,7 +6,7 @@ import io
 import math
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -22,7 +22,15 @@ _LATEX = {
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
     "±": r"$\pm$",
+    # Signs of our own labels that pdfLaTeX does not know.
+    "−": "$-$",  # noqa: RUF001
+    "τ": r"$\tau$",
+    "≤": r"$\leq$",
+    "≥": r"$\geq$",
 }
+_LAST_LATIN = "\u024f"  # pdfLaTeX with its usual fonts knows letters up to here
+
+Cells = Collection[tuple[int, int]]  # line and column of a table
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,37 @@ def table_cells(summary: pd.DataFrame, table: ReportTable, shown: Layout) -> lis
     ]
 
 
+def best_cells(summary: pd.DataFrame, table: ReportTable, shown: Layout) -> frozenset[tuple[int, int]]:
+    """(line, column) under the layout's headings of the highest value of each column, as printed; ties are all best.
+
+    Rows with every mask are no competitors of rows that lack some (`left_out`). A column with a single competitor has
+    no best one.
+    """
+    bounds = left_out(table)
+    rows = [number for number, row in enumerate(table.rows) if row.name not in bounds]
+    columns = [column for _, group in shown.groups for column in group]
+    found: set[tuple[int, int]] = set()
+    for place, column in enumerate(columns, start=shown.texts + 1):
+        values = {row: float(f"{value:.1f}") for row in rows if not math.isnan(value := summary[column].iloc[row])}
+        if len(values) > 1:
+            found |= {(row, place) for row, value in values.items() if value == max(values.values())}
+    return frozenset(found)
+
+
+def left_out(table: ReportTable) -> tuple[str, ...]:
+    """Names of the rows that are no competitors: those with every mask beside rows that lack some."""
+    bounds = tuple(row.name for row in table.rows if row.every_mask)
+    return bounds if len(bounds) < len(table.rows) else ()
+
+
+def best_sentence(table: ReportTable) -> str:
+    """What bold numbers mean, as plain text."""
+    labels = [row.label for row in table.rows if row.name in left_out(table)]
+    if not labels:
+        return "Bold: the highest value of a column"
+    return f"Bold: the highest value of a column among the rows that lack masks, so without {', '.join(labels)}"
+
+
 def number(mean: float | None, std: float | None = None, *, sign: bool = False) -> str:
     """A percentage with one decimal, "± std" if there is one, "—" if it was not measured."""
     if mean is None or math.isnan(mean):
@@ -90,17 +129,34 @@ def number(mean: float | None, std: float | None = None, *, sign: bool = False) 
     return text if std is None or math.isnan(std) else f"{text} ± {std:.1f}"
 
 
-def markdown_table(headings: Sequence[str], lines: Iterable[Sequence[str]], *, texts: int = 1) -> str:
-    """A GitHub table; cells are escaped; the first `texts` columns are left-aligned, the others right-aligned."""
+def markdown_table(
+    headings: Sequence[str], lines: Iterable[Sequence[str]], *, texts: int = 1, bold: Cells = frozenset()
+) -> str:
+    """A GitHub table; cells are escaped; the first `texts` columns are left-aligned, the others right-aligned.
+
+    Args:
+        bold: (line, column) of cells whose number, up to the first space, is bold.
+    """
     rule = ["---" if column < texts else "---:" for column in range(len(headings))]
-    body = [[escape_markdown(cell) for cell in line] for line in (headings, *lines)]
+    body = [
+        [
+            _bold_number(escape_markdown(cell), "**{}**") if (place, column) in bold else escape_markdown(cell)
+            for column, cell in enumerate(line)
+        ]
+        for place, line in enumerate((headings, *lines), start=-1)
+    ]
     return "".join("| " + " | ".join(line) + " |\n" for line in (body[0], rule, *body[1:]))
 
 
-def latex_table(table: ReportTable, shown: Layout, lines: Iterable[Sequence[str]]) -> str:
-    """A booktabs tabular with class groups as column groups, to be set in a table environment of one's own."""
+def latex_table(table: ReportTable, shown: Layout, lines: Iterable[Sequence[str]], *, bold: Cells = frozenset()) -> str:
+    """A booktabs tabular with class groups as column groups, to be set in a table environment of one's own.
+
+    Args:
+        bold: as in `markdown_table`.
+    """
+    lines = list(lines)
+    rows = "".join(_latex_line(line, [column for row, column in bold if row == n]) for n, line in enumerate(lines))
     title = " ".join(table.title.split())
-    rows = "".join(" & ".join(escape_latex(cell) for cell in line) + " \\\\\n" for line in lines)
     first = 3 if shown.terms else 1
     head, rules, column = " &" * first, "", first + 2
     for group, columns in shown.groups:
@@ -108,8 +164,12 @@ def latex_table(table: ReportTable, shown: Layout, lines: Iterable[Sequence[str]
         rules += f"\\cmidrule(lr){{{column}-{column + len(columns) - 1}}} "
         column += len(columns)
     names = [name.partition("_")[2] for _, columns in shown.groups for name in columns]
+    best = best_sentence(table)
+    beyond = any(sign > _LAST_LATIN and sign not in (*_LATEX, "—") for line in lines for cell in line for sign in cell)
+    engine = " and XeLaTeX or LuaLaTeX with a font that has these names" if beyond else ""
     return (
-        f"% {title}: mask AP in percent (mean $\\pm$ standard deviation over seeds). Needs \\usepackage{{booktabs}}.\n"
+        f"% {title}: mask AP in percent (mean $\\pm$ standard deviation over seeds). {' '.join(best.split())}.\n"
+        f"% Needs \\usepackage{{booktabs}}{engine}.\n"
         f"\\begin{{tabular}}{{l{'cc' if shown.terms else ''}{'r' * (len(names) + 1)}}}\n"
         "\\toprule\n"
         f"{head} \\\\\n{rules.strip()}\n"
@@ -119,6 +179,21 @@ def latex_table(table: ReportTable, shown: Layout, lines: Iterable[Sequence[str]
         + rows
         + "\\bottomrule\n\\end{tabular}\n"
     )
+
+
+def _latex_line(cells: Sequence[str], bold: Collection[int]) -> str:
+    escaped = [escape_latex(cell) for cell in cells]
+    line = " & ".join(
+        _bold_number(cell, "\\textbf{{{}}}") if column in bold else cell for column, cell in enumerate(escaped)
+    )
+    # "[" and "*" behind the end of a line would be taken as its options.
+    return f"{'{}' if line.startswith(('[', '*')) else ''}{line} \\\\\n"
+
+
+def _bold_number(cell: str, form: str) -> str:
+    """The cell with its number in a form, and what follows it, such as "± 0.3", as it is."""
+    value, space, rest = cell.partition(" ")
+    return f"{form.format(value)}{space}{rest}"
 
 
 def text_table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
