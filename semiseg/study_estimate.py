@@ -81,7 +81,7 @@ def _measured(config: RunConfig, num_classes: int, processes: int, seconds: floa
 
 
 def _measured_words(step: StepTime) -> str:
-    how = f" ({step.how}, in proportion)" if step.how else ""
+    how = f" ({step.how})" if step.how else ""
     return f"steps measured on {_device_words()} with made-up images{how}"
 
 

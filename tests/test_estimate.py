@@ -25,6 +25,7 @@ from semiseg.structures.inputs import Supervision
 from semiseg.study import load_study
 from semiseg.study_estimate import estimate_steps
 from semiseg.study_plan import plan
+from tests.study_files import add_study_data
 from tests.tiny import tiny_config
 
 ROOT = Path(__file__).parent.parent
@@ -50,6 +51,8 @@ def test_a_real_step_of_the_tiny_run_is_measured(tmp_path: Path) -> None:
     assert 0 < step.seconds < 20
     assert (step.images, step.device, step.how) == (4, here(), "")
     assert list(tmp_path.iterdir()) == []
+    compiled = measure_step(tiny_config(tmp_path, runtime={"compile": True}), num_classes=12, processes=1, seconds=0)
+    assert compiled.how == "not compiled"
 
 
 @pytest.mark.parametrize("source", ["boxes", "masks", "split", "as_annotated"])
@@ -108,7 +111,7 @@ def test_the_shortest_step_of_each_batch_in_proportion(monkeypatch: pytest.Monke
     # Eight images of up to 800 by 1067 per process; 200 by 267 at a quarter of their sides, of which five are 300 000
     # pixels.
     assert step.seconds == pytest.approx((2.0 + 4.0) / 2 * 8 / 5 * 16)
-    assert (step.images, step.how) == (8, "5 images at a time, images of 1/4 of the sides")
+    assert (step.images, step.how) == (8, "5 images at a time, images of 1/4 of the sides, in proportion")
     assert len(seen) == 6
     assert {shape[0] for shape in seen} == {5}
     assert all(192 <= min(shape[2:]) <= max(shape[2:]) <= 288 for shape in seen)
@@ -133,6 +136,7 @@ def test_runs_whose_steps_take_equally_long_share_a_measurement() -> None:
         assert step_key(changed, 1) == step_key(config, 1), change
     for change in (
         {"runtime": {"precision": "bf16"}},
+        {"runtime": {"compile": True}},
         {"optim": {"batch_size": 8}},
         {"supervision": {"source": "masks"}},
         {"model": {"neck_channels": 64}},
@@ -169,7 +173,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, seconds: float | Exception) -> lis
         calls.append(config.model.backbone)
         if isinstance(seconds, Exception):
             raise seconds
-        return StepTime(seconds, 4, here(), "one image at a time")
+        return StepTime(seconds, 4, here(), "one image at a time, in proportion")
 
     monkeypatch.setattr(study_estimate, "measure_step", step)
     return calls
@@ -251,15 +255,6 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def add_data(project: Path) -> None:
-    image = {"id": 1, "file_name": "1.png", "height": 8, "width": 8}
-    content = {"images": [image], "annotations": [], "categories": [{"id": 1, "name": "cat"}]}
-    for name in ("train", "val"):
-        (project / "coco" / f"{name}2017").mkdir(parents=True)
-        (project / "coco" / f"{name}2017" / "1.png").write_text("")
-        (project / "coco" / f"{name}.json").write_text(json.dumps(content))
-
-
 def dry_run(*options: str) -> str:
     result = CliRunner().invoke(app, ["run", "study", "--dry-run", *options])
     assert result.exit_code == 0, result.output
@@ -299,7 +294,7 @@ def test_estimates_have_two_digits_and_long_ones_days(project: Path, monkeypatch
 
 def test_the_list_with_the_data_counts_what_is_left(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured(monkeypatch, 0.5)
-    add_data(project)
+    add_study_data(project)
     planned = plan(load_study("study"))
     begun = planned[0].folder
     begun.mkdir(parents=True)
@@ -317,7 +312,7 @@ def test_the_list_with_the_data_counts_what_is_left(project: Path, monkeypatch: 
 
 
 def test_a_list_of_nothing_names_reproduce(project: Path) -> None:
-    add_data(project)
+    add_study_data(project)
     for run in plan(load_study("study")):
         run.folder.mkdir(parents=True)
         (run.folder / "result.json").write_text(json.dumps({"finished": "2025-01-01T00:00:00+00:00"}))

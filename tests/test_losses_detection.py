@@ -23,7 +23,7 @@ def random_outputs(dtype: torch.dtype = torch.float64) -> DenseOutputs:
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    places = Locations(torch.zeros(R, 2), torch.ones(R), torch.zeros(R, dtype=torch.int64))
+    places = Locations(torch.zeros(R, 2), torch.ones(R), torch.zeros(R, dtype=torch.int64), counts=(R,))
     return DenseOutputs(
         class_logits=draw(B, R, C).requires_grad_(),
         box_distances=draw(B, R, 4).abs().mul(3).detach().requires_grad_(),

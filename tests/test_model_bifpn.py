@@ -16,6 +16,7 @@ from semiseg.errors import UserError
 from semiseg.models.bifpn import BiFPN, weighted_mean
 from semiseg.models.condinst import CondInst, build_model
 from semiseg.structures.outputs import MaskQueries
+from tests.tiny import TINY
 
 WIDTHS = (3, 5, 6, 7)  # of C2..C5
 CHANNELS = 4
@@ -188,21 +189,13 @@ def test_each_lateral_runs_once_a_step() -> None:
 
 
 SMALL: dict[str, Any] = {
-    "backbone": "small",
-    "weights": "random",
-    "small_widths": [8, 8, 16, 16],
+    **TINY["model"],
     "backbone_norm": "gn",
-    "frozen_stages": 0,
     "neck": "bifpn",
-    "neck_channels": 16,
     "neck_repeats": 2,
     "neck_norm": "gn",
-    "tower_convs": 1,
-    "tower_groups": 4,
-    "mask_branch_channels": 8,
-    "mask_branch_convs": 1,
-    "mask_branch_norm": "gn",
-    "mask_channels": 4,
+    "strides": [8, 16, 32, 64, 128],
+    "level_ranges": [64, 128, 256, 512],
 }
 
 

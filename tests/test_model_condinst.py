@@ -17,22 +17,13 @@ from semiseg.models.norms import FrozenNorm
 from semiseg.models.sample import mask_quotas, sample_positives
 from semiseg.structures.inputs import Targets
 from semiseg.structures.outputs import DenseOutputs, MaskQueries
+from tests.tiny import TINY
 
 SMALL: dict[str, Any] = {
-    "backbone": "small",
-    "weights": "random",
-    "small_widths": [8, 8, 16, 16],
+    **TINY["model"],
     "backbone_norm": "gn",
-    "frozen_stages": 0,
-    "neck_channels": 16,
     "strides": [8, 16, 32, 64],
     "level_ranges": [24, 48, 96],
-    "tower_convs": 1,
-    "tower_groups": 4,
-    "mask_branch_channels": 8,
-    "mask_branch_convs": 1,
-    "mask_branch_norm": "gn",
-    "mask_channels": 4,
 }
 
 

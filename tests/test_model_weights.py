@@ -31,6 +31,7 @@ from semiseg.errors import UserError
 from semiseg.models.condinst import CondInst, build_model
 from semiseg.resources import available
 from semiseg.study import load_study, study_runs
+from tests.tiny import TINY
 
 
 def build(**changes: Any) -> CondInst:
@@ -142,22 +143,7 @@ def test_networks_are_as_large_as_the_released_ones(
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
 
 
-SMALL: dict[str, Any] = {
-    "backbone": "small",
-    "weights": "random",
-    "small_widths": [8, 8, 16, 16],
-    "backbone_norm": "frozen_bn",
-    "frozen_stages": 0,
-    "neck_channels": 16,
-    "strides": [8, 16, 32],
-    "level_ranges": [28, 56],
-    "tower_convs": 1,
-    "tower_groups": 4,
-    "mask_branch_channels": 8,
-    "mask_branch_convs": 1,
-    "mask_branch_norm": "bn",
-    "mask_channels": 4,
-}
+SMALL: dict[str, Any] = {**TINY["model"], "level_ranges": [28, 56], "mask_branch_norm": "bn"}
 
 
 def config_of(**changes: Any) -> ModelConfig:

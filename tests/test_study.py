@@ -22,6 +22,7 @@ from semiseg.study import Study, load_study, study_runs
 from semiseg.study_child import Machine, Share, child_environment, last_step, launch_command, share_of
 from semiseg.study_plan import PlannedRun, matching_results, plan
 from semiseg.study_run import Execution, run_missing, run_status, runs_to_do
+from tests.study_files import write_study
 
 STUDY = """
 title = "T"
@@ -61,22 +62,7 @@ MACHINE = Machine(cores=8, gpus=())
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a study, two splits and annotation files of three classes; the current folder of the test."""
-    names = ("cat", "dog", "cow")
-    categories = [{"id": number, "name": name} for number, name in enumerate(names, start=1)]
-    images = [{"id": 1, "file_name": "1.png", "height": 8, "width": 8}]
-    files = {
-        "experiments/study.toml": STUDY,
-        "splits/few.toml": 'seen = ["cat"]',
-        "splits/many.toml": 'unseen = ["cow"]',
-        "coco/train.json": json.dumps({"images": images, "annotations": [], "categories": categories}),
-        "coco/val.json": json.dumps({"images": images, "annotations": [], "categories": categories, "info": {}}),
-        "coco/train2017/1.png": "",
-        "coco/val2017/1.png": "",
-    }
-    for name, text in files.items():
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text)
+    write_study(tmp_path, STUDY, splits={"few": 'seen = ["cat"]', "many": 'unseen = ["cow"]'})
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     return tmp_path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from semiseg.study_child import Machine, launch_command, share_of
 from semiseg.study_launch import LaunchFile, lines_for_machines, read_launch_file
 from semiseg.study_plan import PlannedRun, matching_results, plan
 from semiseg.study_run import read_result, record_ended
+from tests.study_files import write_study
 from tests.test_cli import call
 
 STUDY = """
@@ -46,14 +46,7 @@ LINEAR = ("runtime.batch_rule=linear", "runtime.images_per_process=2")
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a study of one pretraining and two rows; the current folder of the test."""
-    categories = [{"id": number, "name": name} for number, name in enumerate(("cat", "dog", "cow"), start=1)]
-    images = [{"id": 1, "file_name": "1.png", "height": 8, "width": 8}]
-    annotations = json.dumps({"images": images, "annotations": [], "categories": categories})
-    files = {"coco/train.json": annotations, "coco/val.json": annotations, "experiments/study.toml": STUDY}
-    for name, text in {**files, "coco/train2017/1.png": "", "coco/val2017/1.png": ""}.items():
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+    write_study(tmp_path, STUDY)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

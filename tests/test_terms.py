@@ -118,7 +118,7 @@ class Step:
         def leaf(seed: int, *shape: int) -> Tensor:
             return self.draw(seed, *shape).abs().to(dtype).requires_grad_()
 
-        places = Locations(torch.zeros(R, 2), torch.ones(R), torch.zeros(R, dtype=torch.int64))
+        places = Locations(torch.zeros(R, 2), torch.ones(R), torch.zeros(R, dtype=torch.int64), counts=(R,))
         return DenseOutputs(
             leaf(1, 2, R, C), leaf(2, 2, R, 4), leaf(3, 2, R), leaf(4, 2, R, 9), leaf(5, 2, 4, 4, 4), 8, places
         )

@@ -5,18 +5,16 @@ What the losses and the mask head compute on the GPU is compared with the straig
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from semiseg.bench import affinity, dynamic_head, mask_losses
 from semiseg.bench.row import Close, Place, Prepare, Row, Sizes, Task, array
-from semiseg.bench.step import LOSSES, our_step, training_batch
-from semiseg.engine.step import TrainStep
+from semiseg.bench.step import our_step, step_run
+from semiseg.engine.build import compile_network
 
 # Dense bf16 matrix peak in TFLOP/s, as the makers' data sheets give it; by a part of the device's name, longer first.
 MATRIX_PEAKS = {
@@ -67,32 +65,10 @@ def matrix_peak(name: str) -> float | None:
     return found[0] * 1e12 if found else None
 
 
-def step_run(step: TrainStep, sizes: Sizes, device: torch.device, *, bfloat16: bool) -> Callable[[], Tensor]:
-    """Forward and backward of one training step, its draft included; returns the losses, still on the device."""
-    loaded = training_batch(sizes)
-    batch = loaded.to(device)
-
-    def run() -> Tensor:
-        step.zero_grad(set_to_none=True)
-        plan = step.plan(batch, step.draft(loaded))
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16):
-            terms = step(batch, plan, plan.counts, warmup=1.0, processes=1)
-        terms.total.backward()
-        return torch.stack([terms.weighted[name].detach() for name in LOSSES])
-
-    return run
-
-
-def compile_parts(step: TrainStep) -> None:
-    """Compiles what has fixed shapes: backbone, pyramid, head, mask branch. The rest depends on the targets."""
-    for part in (step.model.backbone, step.model.neck, step.model.head, step.model.mask_branch):
-        part.compile()
-
-
 def _fast_step(sizes: Sizes, place: Place) -> Task:
     step = our_step(sizes).to(place.device).to(memory_format=torch.channels_last).train()
     if place.device.type == "cuda":  # on a CPU the row serves tests, for which compiling takes too long
-        compile_parts(step)
+        compile_network(step.model)
     run = step_run(step, sizes, place.device, bfloat16=True)
     run()  # compiles
     return Task(run, lambda losses: {"losses": array(losses)})

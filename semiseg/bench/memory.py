@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import resource
 import sys
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from semiseg.data.freed_memory import return_freed_memory
 
 MEBIBYTE = 2**20
 _PROCESS = Path("/proc/self")
@@ -53,10 +54,7 @@ def peak_memory_mb(device: torch.device) -> Callable[[], Peak]:
 def release_freed_memory() -> None:
     """Collects garbage and hands the C library's free memory back to the system, where that is glibc."""
     gc.collect()
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
-        if trim is not None:
-            trim(0)
+    return_freed_memory()
 
 
 def _reset_high_water_mark() -> None:

@@ -87,7 +87,7 @@ def _inputs(sizes: Sizes, device: torch.device) -> tuple[Tensor, tuple[int, int]
 def _no_outputs(device: torch.device) -> DenseOutputs:
     """The dense predictions of a network that has none: nothing looks at them."""
     none = torch.zeros(1, 0, 4, device=device)
-    locations = Locations(none[0, :, :2], none[0, :, 0], none[0, :, 0].long())
+    locations = Locations(none[0, :, :2], none[0, :, 0], none[0, :, 0].long(), counts=(0,))
     return DenseOutputs(none, none, none[..., 0], none, none[..., None], 2 * STRIDE, locations)
 
 

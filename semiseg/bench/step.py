@@ -5,6 +5,8 @@ Straightforward: `plain_step`. Both start from the same random weights.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -26,15 +28,7 @@ NUMBERS_PER_GRADIENT = 64  # of each parameter's gradient that are compared
 
 def _ours(sizes: Sizes, place: Place) -> Task:
     step = our_step(sizes).to(place.device).train()
-    batch = training_batch(sizes).to(place.device)
-
-    def run() -> Tensor:
-        step.zero_grad(set_to_none=True)
-        plan = step.plan(batch)
-        terms = step(batch, plan, plan.counts, warmup=1.0, processes=1)
-        terms.total.backward()
-        return torch.stack([terms.weighted[name].detach() for name in LOSSES])
-
+    run = step_run(step, sizes, place.device, bfloat16=False)
     return Task(run, lambda losses: _result(losses, step.model))
 
 
@@ -72,6 +66,22 @@ def our_step(sizes: Sizes) -> TrainStep:
         affinity_dilation=2,
     )
     return TrainStep(model, objective=objective, centre_radius=config.centre_radius, max_mask_positives=MAX_POSITIVES)
+
+
+def step_run(step: TrainStep, sizes: Sizes, device: torch.device, *, bfloat16: bool) -> Callable[[], Tensor]:
+    """Forward and backward of one training step, its draft included; returns the losses, still on the device."""
+    loaded = training_batch(sizes)
+    batch = loaded.to(device)
+
+    def run() -> Tensor:
+        step.zero_grad(set_to_none=True)
+        plan = step.plan(batch, step.draft(loaded))
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16):
+            terms = step(batch, plan, plan.counts, warmup=1.0, processes=1)
+        terms.total.backward()
+        return torch.stack([terms.weighted[name].detach() for name in LOSSES])
+
+    return run
 
 
 def training_batch(sizes: Sizes) -> Batch:

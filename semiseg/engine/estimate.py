@@ -43,7 +43,7 @@ class StepTime:
         seconds: of an optimizer step of one process.
         images: of one process and step.
         device: on which it was measured.
-        how: how the measured step was smaller than the real one, "" if it was not.
+        how: how the measured step differed from the real one, "" if it did not.
     """
 
     seconds: float
@@ -61,7 +61,7 @@ def step_key(config: RunConfig, processes: int) -> str:
         del values["model"][name]
     optim, runtime = config.optim, config.runtime
     batch = [optim.batch_size, optim.optimizer, optim.ema_decay is None, processes, parts_per_step(config, processes)]
-    how = [runtime.precision, runtime.channels_last, config.supervision.source]
+    how = [runtime.precision, runtime.channels_last, runtime.compile, config.supervision.source]
     size = config.data.shapes.image_size if config.data.format == "shapes" else None
     return digest([values, batch, how, size])
 
@@ -72,7 +72,8 @@ def measure_step(config: RunConfig, *, num_classes: int, processes: int, seconds
     Other work on the machine only lengthens steps; the shortest are the least disturbed.
 
     On a GPU with one process's share of the batch. On a processor, where that may take minutes and much memory, with as
-    few images at a time as fill it and large ones at a part of their sides, in proportion to images and pixels.
+    few images at a time as fill it and large ones at a part of their sides, in proportion to images and pixels. Never
+    compiled (`runtime.compile`): that takes minutes itself, and the step is said to be measured without it.
 
     Args:
         config: of the run; its weights are not needed.
@@ -87,7 +88,7 @@ def measure_step(config: RunConfig, *, num_classes: int, processes: int, seconds
     began = time.perf_counter()
     step = _step(config, num_classes=num_classes, device=device)
     batches = [
-        [made_up_batch(config, images=images, shrink=shrink, seed=n * count + part).to(device) for part in range(count)]
+        [made_up_batch(config, images=images, shrink=shrink, seed=n * count + part) for part in range(count)]
         for n in range(2)
     ]
     times: list[float] = []
@@ -102,6 +103,7 @@ def measure_step(config: RunConfig, *, num_classes: int, processes: int, seconds
     measured = statistics.fmean(min(of_batch) for of_batch in later if of_batch)
     words = {1: "one image"}.get(images, f"{images} images")
     how = [f"{words} at a time"] * (count * images < share) + [f"images of 1/{shrink} of the sides"] * (shrink > 1)
+    how += ["in proportion"] * bool(how) + ["not compiled"] * config.runtime.compile
     factor = share * shrink**2 / (count * images)
     return StepTime(measured * factor, share, device_name(device), ", ".join(how))
 
@@ -138,9 +140,11 @@ def _optimizer_step(
     parts: Sequence[Batch],
     autocast: Callable[[], AbstractContextManager[None]],
 ) -> None:
-    plans = [module.plan(batch) for batch in parts]
+    """As `train.optimizer_step`: the parts are as loaded, and are drafted on the host and sent here."""
+    sent = [batch.to(module.model.pixel_mean.device, non_blocking=True) for batch in parts]
+    plans = [module.plan(there, module.draft(here)) for here, there in zip(parts, sent, strict=True)]
     counts = torch.stack([plan.counts for plan in plans]).sum(0)
-    for batch, plan in zip(parts, plans, strict=True):
+    for batch, plan in zip(sent, plans, strict=True):
         with autocast():
             total = module(batch, plan, counts, warmup=1.0, processes=1).total
         total.backward()

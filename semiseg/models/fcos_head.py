@@ -122,4 +122,9 @@ def make_locations(sizes_hw: Sequence[tuple[int, int]], strides: Sequence[int], 
         xy.append(torch.stack([x, y], dim=-1).reshape(-1, 2).float())
         stride_of.append(torch.full((height * width,), float(stride), device=device))
         level_of.append(torch.full((height * width,), level, dtype=torch.int64, device=device))
-    return Locations(xy=torch.cat(xy), stride=torch.cat(stride_of), level=torch.cat(level_of))
+    return Locations(
+        xy=torch.cat(xy),
+        stride=torch.cat(stride_of),
+        level=torch.cat(level_of),
+        counts=tuple(height * width for height, width in sizes_hw),
+    )

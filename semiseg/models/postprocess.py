@@ -80,13 +80,12 @@ def select_detections(
         size_divisor: to multiples of which an image alone is padded.
     """
     own_sizes = (image_sizes_hw + size_divisor - 1) // size_divisor * size_divisor
-    level_sizes = torch.bincount(outputs.locations.level).tolist()
     results = []
     for image in range(outputs.class_logits.shape[0]):
         scores = outputs.class_logits[image].float().sigmoid()  # (R, C)
         scores = scores * outputs.centreness_logits[image, :, None].float().sigmoid()
         scores = scores * _cell_exists(outputs.locations, own_sizes[image])[:, None]
-        location, label = _best_per_level(scores, level_sizes, score_threshold, candidates_per_level)
+        location, label = _best_per_level(scores, outputs.locations.counts, score_threshold, candidates_per_level)
         score, boxes = scores[location, label], decode_boxes(outputs, image, location)
         # double: batched_nms keeps classes apart by large offsets, which in float32 would round the boxes
         shifted = boxes.double() - boxes.amin() if len(boxes) else boxes.double()  # and supposes coordinates >= 0
@@ -222,10 +221,10 @@ def _overlaps_image(boxes_xyxy: Tensor, size_hw: Tensor) -> Tensor:
     return (high > low).all(dim=1)
 
 
-def _best_per_level(scores: Tensor, level_sizes: Sequence[int], threshold: float, count: int) -> tuple[Tensor, Tensor]:
+def _best_per_level(scores: Tensor, level_counts: Sequence[int], threshold: float, count: int) -> tuple[Tensor, Tensor]:
     """(locations (K,), labels (K,)) of the `count` best scores (R, C) above the threshold in each level."""
     best = []
-    for level_scores, start in zip(scores.split(list(level_sizes)), _starts(level_sizes), strict=True):
+    for level_scores, start in zip(scores.split(list(level_counts)), _starts(level_counts), strict=True):
         place = (level_scores > threshold).nonzero()  # (k, 2) by location, then class
         order = torch.argsort(level_scores[place[:, 0], place[:, 1]], descending=True, stable=True)[:count]
         best.append(place[order] + place.new_tensor([start, 0]))
@@ -233,5 +232,5 @@ def _best_per_level(scores: Tensor, level_sizes: Sequence[int], threshold: float
     return location, label
 
 
-def _starts(sizes: Sequence[int]) -> list[int]:
-    return [sum(sizes[:number]) for number in range(len(sizes))]
+def _starts(counts: Sequence[int]) -> list[int]:
+    return [sum(counts[:number]) for number in range(len(counts))]

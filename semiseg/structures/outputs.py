@@ -22,16 +22,19 @@ class Locations:
         xy: (R, 2) float32, input pixels: stride * index + stride // 2, x before y.
         stride: (R,) float32, stride of the location's level in input pixels.
         level: (R,) int64, index of the level, 0 = the finest.
+        counts: how many locations each level has, as the host knows it.
     """
 
     xy: Tensor
     stride: Tensor
     level: Tensor
+    counts: tuple[int, ...]
 
     def __post_init__(self) -> None:
         count = self.xy.shape[0]
         require(self.xy.shape == (count, 2), "xy must be (R, 2)")
         require(self.stride.shape == (count,) and self.level.shape == (count,), "stride and level must be (R,)")
+        require(sum(self.counts) == count, "counts must add up to R")
 
 
 @dataclass(frozen=True)
