@@ -123,13 +123,11 @@ def evaluate_detections(
     truth = load_ground_truth(annotations_file)
     _check_classes(truth, class_names, groups, where=annotations_file)
     _check_images(truth, image_ids, where=annotations_file)
-    _check_results(truth, results)
+    check_results(truth, results)
     members = {ALL_CLASSES: tuple(class_names), **groups}
     if not truth.dataset["annotations"]:  # a test set; pycocotools would take minutes to find nothing
         return _unmeasured(class_names, members, images=len(truth.imgs))
-    has_masks = all(a.get("segmentation") for a in truth.dataset["annotations"] if not a["iscrowd"])
-    if has_masks:
-        _give_crowd_masks(truth)
+    has_masks = prepare_masks(truth)
     category_names = dict(zip(sorted(truth.cats), class_names, strict=True))
     counts = Counter(a["category_id"] for a in truth.dataset["annotations"] if not a["iscrowd"])
 
@@ -203,12 +201,24 @@ def _area(truth: COCO, annotation: Mapping[str, Any]) -> float:
     return float(annotation["bbox"][2] * annotation["bbox"][3])
 
 
-def _give_crowd_masks(truth: COCO) -> None:
-    """A crowd without a mask is ignored by its box, as in training."""
+def names_of_classes(truth: COCO) -> list[str]:
+    """Names of the labels 0..C-1, that is of the categories in the order of their ids."""
+    return [normalise(str(truth.cats[key]["name"])) for key in sorted(truth.cats)]
+
+
+def prepare_masks(truth: COCO) -> bool:
+    """Whether masks can be evaluated: every instance but crowd has one; a crowd without gets its box, as in training.
+
+    Args:
+        truth: from `load_ground_truth`; its crowd annotations are changed.
+    """
+    if not all(a.get("segmentation") for a in truth.dataset["annotations"] if not a["iscrowd"]):
+        return False
     for annotation in truth.dataset["annotations"]:
         if not annotation.get("segmentation"):
             x, y, width, height = annotation["bbox"]
             annotation["segmentation"] = [[x, y, x + width, y, x + width, y + height, x, y + height]]
+    return True
 
 
 def _type_metrics(
@@ -242,7 +252,7 @@ def _read_numbers(precision: np.ndarray) -> Numbers:
 def _check_classes(
     truth: COCO, class_names: Sequence[str], groups: Mapping[str, Collection[str]], *, where: Path
 ) -> None:
-    found = [normalise(str(truth.cats[key]["name"])) for key in sorted(truth.cats)]
+    found = names_of_classes(truth)
     if found != list(class_names):
         raise UserError(
             f"{where}: its classes ({', '.join(found)}) are not the evaluated ones ({', '.join(class_names)})"
@@ -265,7 +275,8 @@ def _check_images(truth: COCO, image_ids: Collection[int], *, where: Path) -> No
         raise UserError(f"{where}: the evaluated images are not the file's {len(known)}: {'; '.join(told)}")
 
 
-def _check_results(truth: COCO, results: Sequence[Mapping[str, Any]]) -> None:
+def check_results(truth: COCO, results: Sequence[Mapping[str, Any]]) -> None:
+    """A `UserError` for the first detection that does not fit the ground truth or is no COCO result."""
     for number, result in enumerate(results):
         where = f"detection {number} of {len(results)}"
         missing = [key for key in ("image_id", "category_id", "bbox", "score", "segmentation") if key not in result]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from semiseg.evaluation.matching import Matches
 from semiseg.report.aggregate import ReportInput, TableNumbers
 from semiseg.report.drawing import Drawing
 from semiseg.report.tables import escape_markdown
@@ -97,6 +98,7 @@ class PageContext:
         tables: the numbers of its tables.
         printed: the paper's numbers.
         figures, measured: the report's folder, by kind of file.
+        matches: run id -> IoU type -> matching, as far as a section needed it (`uncertainty.matches_of`).
     """
 
     report: ReportInput
@@ -104,3 +106,4 @@ class PageContext:
     printed: pd.DataFrame
     figures: FigureFiles
     measured: Measured = field(repr=False)
+    matches: dict[str, dict[str, Matches] | None] = field(default_factory=dict, repr=False)

@@ -1,0 +1,209 @@
+"""The matching of one run's detections, done once by pycocotools, and from it AP for any weights of the images.
+
+Whether a detection is a true positive depends on its own image alone; images meet only where precision and recall are
+counted over detections in the order of their scores. So the matching is kept, and AP is counted anew for images that
+occur several times or not at all (`evaluation/bootstrap.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from pycocotools.coco import COCO
+
+from semiseg.evaluation.coco_metrics import names_of_classes
+from semiseg.evaluation.precision import pycocotools_evaluation
+
+IOU_THRESHOLDS = tuple(round(0.5 + 0.05 * number, 2) for number in range(10))
+_RECALLS = np.linspace(0.0, 1.0, 101)
+_BLOCK_ELEMENTS = 400_000  # of the largest array, resamples x detections: it stays in the cache
+
+Counts = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class ClassMatches:
+    """The detections of one class, at most 100 of an image, in falling order of their scores.
+
+    Attributes:
+        image: (D,) whose they are: numbers of images in the order of their ids.
+        matched: (T, D) bool, whether an object was found at an IoU threshold, crowd among them.
+        ignored: (T, D) bool, whether it counts neither as found nor as wrong: it was matched with crowd.
+    """
+
+    image: Counts
+    matched: NDArray[np.bool_]
+    ignored: NDArray[np.bool_]
+
+    def __post_init__(self) -> None:
+        expected = (len(IOU_THRESHOLDS), len(self.image))
+        if self.image.ndim != 1 or self.matched.shape != expected or self.ignored.shape != expected:
+            shapes = (self.image.shape, self.matched.shape, self.ignored.shape)
+            raise ValueError(f"image (D,), matched and ignored {expected} are needed, not {shapes}")
+        if (self.ignored & ~self.matched).any():
+            raise ValueError("a detection is ignored without a match")
+
+
+@dataclass(frozen=True, eq=False)
+class Matches:
+    """The matching of one run, for one IoU type and objects of all sizes.
+
+    Attributes:
+        classes: names in the order of the category ids.
+        detections: of every class.
+        positives: (C, N) objects that are not crowd, by class and image.
+    """
+
+    classes: tuple[str, ...]
+    detections: tuple[ClassMatches, ...]
+    positives: Counts
+
+    def __post_init__(self) -> None:
+        if len(self.detections) != len(self.classes) or self.positives.shape[:1] != (len(self.classes),):
+            raise ValueError(
+                f"{len(self.classes)} classes, detections of {len(self.detections)}, positives {self.positives.shape}"
+            )
+        if self.positives.ndim != 2 or (self.positives < 0).any():
+            raise ValueError("positives are counts by class and image")
+        for name, found in zip(self.classes, self.detections, strict=True):
+            if found.image.size and not 0 <= found.image.min() <= found.image.max() < self.images:
+                raise ValueError(f"class {name!r} has detections of images beyond 0..{self.images - 1}")
+            true = (found.matched & ~found.ignored).sum(axis=1)
+            if (true > self.positives[self.classes.index(name)].sum()).any():
+                raise ValueError(f"class {name!r} has more true positives than objects")
+
+    @property
+    def images(self) -> int:
+        """The number of images, N."""
+        return int(self.positives.shape[1])
+
+
+def match(truth: COCO, results: Sequence[Mapping[str, Any]], iou_type: str) -> Matches:
+    """Matches detections and objects as COCO's evaluation does.
+
+    Args:
+        truth: from `coco_metrics.load_ground_truth`; for "segm" after `prepare_masks`. Its outlines become RLE masks.
+        results: COCO results that passed `check_results`; left unchanged.
+        iou_type: "bbox" or "segm".
+    """
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation = pycocotools_evaluation(truth, results, iou_type)
+        evaluation.params.areaRng = evaluation.params.areaRng[:1]
+        evaluation.params.areaRngLbl = evaluation.params.areaRngLbl[:1]
+        evaluation.evaluate()
+    images, categories = len(evaluation.params.imgIds), len(evaluation.params.catIds)
+    if not images or not categories:
+        raise ValueError("a ground truth without images or classes has no matching")
+    every = evaluation.evalImgs  # classes x images, one area; None: neither objects nor detections
+    positives = np.zeros((categories, images), np.int64)
+    found = []
+    for category in range(categories):
+        cells = every[category * images : (category + 1) * images]
+        for image, cell in enumerate(cells):
+            positives[category, image] = 0 if cell is None else np.count_nonzero(cell["gtIgnore"] == 0)
+        found.append(_class_matches(cells))
+    return Matches(tuple(names_of_classes(truth)), tuple(found), positives)
+
+
+def _class_matches(cells: Sequence[Mapping[str, Any] | None]) -> ClassMatches:
+    """Puts together what pycocotools found image by image, in its own order."""
+    thresholds = len(IOU_THRESHOLDS)
+    present = [(image, cell) for image, cell in enumerate(cells) if cell is not None]
+    nothing = np.zeros((thresholds, 0), bool)
+    scores = np.concatenate([np.zeros(0), *(cell["dtScores"] for _, cell in present)])
+    order = np.argsort(-scores, kind="mergesort")
+    image = np.repeat([image for image, _ in present], [len(cell["dtScores"]) for _, cell in present])
+    matched = np.concatenate([nothing, *(cell["dtMatches"] > 0 for _, cell in present)], axis=1)
+    ignored = np.concatenate([nothing, *(cell["dtIgnore"] > 0 for _, cell in present)], axis=1)
+    return ClassMatches(image.astype(np.int64)[order], matched[:, order], ignored[:, order])
+
+
+def average_precision(matches: Matches, weights: ArrayLike | None = None) -> NDArray[np.float64]:
+    """AP in percent by class and IoU threshold.
+
+    Args:
+        matches: of one run.
+        weights: (N,) or (B, N) whole numbers: how often each image occurs. None: once.
+
+    Returns:
+        (C, T), or (B, C, T); NaN where the class has no object in the images that occur. It is pycocotools' number for
+        a data set in which the images lie that often, with a repeated image's detections one after the other. In a
+        data set on disk that holds only if no two detections of a class have one score: among equal ones pycocotools
+        goes through image by image, so that the repetitions of two images would alternate.
+    """
+    counts = np.ones(matches.images, np.int64) if weights is None else np.asarray(weights)
+    if counts.shape[-1:] != (matches.images,) or counts.ndim > 2 or (counts < 0).any() or counts.dtype.kind not in "iu":
+        raise ValueError(f"weights are whole numbers, (N,) or (B, N) with N = {matches.images}, not {counts.shape}")
+    rows = np.atleast_2d(counts).astype(np.int64)
+    by_class = [
+        class_average_precision(found, positives, rows)
+        for found, positives in zip(matches.detections, matches.positives, strict=True)
+    ]
+    numbers = np.stack(by_class, axis=1)
+    return numbers if counts.ndim == 2 else numbers[0]
+
+
+def class_average_precision(found: ClassMatches, positives: Counts, weights: Counts) -> NDArray[np.float64]:
+    """AP of one class in percent.
+
+    Args:
+        found: D detections.
+        positives: (N,) objects of the class.
+        weights: (B, N) how often each image occurs.
+
+    Returns:
+        (B, T); NaN without an object. Precision is highest at true positives, so that it is looked at only there:
+        (true positives so far) / (detections so far that are not ignored), then from each on the highest to come, once
+        for every recall threshold 0, 0.01, ... 1 that this true positive is the first to reach.
+    """
+    true = [np.flatnonzero(row) for row in found.matched & ~found.ignored]
+    ignored = [np.flatnonzero(row) for row in found.ignored]
+    step = max(1, _BLOCK_ELEMENTS // max(1, len(found.image)))
+    blocks = [
+        _block_precision(found.image, true, ignored, weights[start : start + step], positives)
+        for start in range(0, len(weights), step)
+    ]
+    return np.concatenate(blocks) if blocks else np.empty((0, len(IOU_THRESHOLDS)))
+
+
+def _block_precision(
+    image: Counts, true: Sequence[Counts], ignored: Sequence[Counts], weights: Counts, positives: Counts
+) -> NDArray[np.float64]:
+    objects = weights @ positives
+    reached = _recalls_reached(objects)
+    so_far = np.cumsum(weights[:, image], axis=1)
+    numbers = np.zeros((len(weights), len(true)))
+    for threshold, (hits, skipped) in enumerate(zip(true, ignored, strict=True)):
+        if not hits.size:
+            continue
+        found = np.cumsum(weights[:, image[hits]], axis=1)
+        counted = so_far[:, hits]
+        if skipped.size:
+            out = np.cumsum(weights[:, image[skipped]], axis=1)
+            before = np.searchsorted(skipped, hits)
+            counted -= np.where(before > 0, out[:, before - 1], 0)
+        precision = found / (counted + np.spacing(1))
+        highest = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+        recalls = np.take_along_axis(reached, found, axis=1)
+        first = np.diff(recalls, axis=1, prepend=0)
+        numbers[:, threshold] = 100 * np.einsum("bp,bp->b", highest, first) / len(_RECALLS)
+    numbers[objects == 0] = np.nan
+    return numbers
+
+
+def _recalls_reached(objects: Counts) -> Counts:
+    """(B, max + 1): recall thresholds that k of a resample's objects reach, k = 0, 1, ... (as pycocotools divides)."""
+    whole = np.maximum(objects, 1)[:, None]
+    needed = np.ceil(_RECALLS * whole).astype(np.int64)
+    # Rounding may put the product on the other side of a whole number than the quotient that pycocotools compares.
+    needed -= (needed > 0) & ((needed - 1) / whole >= _RECALLS)
+    needed += needed / whole < _RECALLS
+    size = int(whole.max()) + 1
+    places = needed + size * np.arange(len(objects))[:, None]
+    return np.bincount(places.ravel(), minlength=size * len(objects)).reshape(len(objects), size).cumsum(axis=1)

@@ -1,0 +1,160 @@
+"""Matchings and resampled APs: against pycocotools on data sets whose images are really repeated, and limit cases."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pycocotools import mask as rle
+from pycocotools.coco import COCO
+
+from semiseg.evaluation.coco_metrics import load_ground_truth, prepare_masks
+from semiseg.evaluation.matching import IOU_THRESHOLDS, ClassMatches, Matches, average_precision, match
+from semiseg.evaluation.precision import coco_precision
+
+SIZE = 40
+CATEGORIES = [{"id": 7, "name": "cat"}, {"id": 2, "name": "猫"}, {"id": 9, "name": "never"}]
+IMAGES = 6
+
+
+def encode(box: np.ndarray) -> dict[str, Any]:
+    mask = np.zeros((SIZE, SIZE), np.uint8, order="F")
+    x, y, width, height = box
+    mask[y : y + height, x : x + width] = 1
+    value = rle.encode(mask)
+    return {"size": value["size"], "counts": value["counts"].decode()}
+
+
+def content(seed: int = 0) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A ground truth and detections near it, with crowd, false ones and an image without objects; all scores differ."""
+    random = np.random.default_rng(seed)
+    annotations, detections = [], []
+    for image in range(IMAGES):
+        for number in range(0 if image == 3 else 5):
+            box = np.concatenate([random.integers(0, 20, 2), random.integers(6, 18, 2)])
+            category = int(random.choice([7, 2]))
+            crowd = int(image < 2 and number == 0)
+            annotations.append(
+                {
+                    "id": len(annotations),
+                    "image_id": 10 * image,
+                    "category_id": category,
+                    "bbox": box.tolist(),
+                    "area": int(box[2] * box[3]),
+                    "iscrowd": crowd,
+                    "segmentation": encode(box),
+                }
+            )
+            for _ in range(3 if crowd else 1):
+                near = np.maximum(box + random.integers(-2, 3, 4), [0, 0, 3, 3])
+                detections.append({"image_id": 10 * image, "category_id": category, "bbox": near.tolist()})
+        for _ in range(4):
+            box = np.concatenate([random.integers(0, 25, 2), random.integers(4, 12, 2)])
+            category = int(random.choice([7, 2, 9]))
+            detections.append({"image_id": 10 * image, "category_id": category, "bbox": box.tolist()})
+    scores = random.permutation(len(detections)) / len(detections)
+    results = [
+        {**found, "score": float(score), "segmentation": encode(np.array(found["bbox"]))}
+        for found, score in zip(detections, scores, strict=True)
+    ]
+    images = [{"id": 10 * number, "file_name": "x", "width": SIZE, "height": SIZE} for number in range(IMAGES)]
+    return {"images": images, "categories": CATEGORIES, "annotations": annotations}, results
+
+
+def repeated(
+    truth: dict[str, Any], results: list[dict[str, Any]], weights: np.ndarray
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The same data set with image k really there `weights[k]` times, under ids of their own."""
+    ids = {10 * number: [1000 * number + copy for copy in range(weights[number])] for number in range(IMAGES)}
+    images = [{**image, "id": new} for image in truth["images"] for new in ids[image["id"]]]
+    annotations = [{**a, "image_id": new} for a in truth["annotations"] for new in ids[a["image_id"]]]
+    return {**truth, "images": images, "annotations": annotations}, [
+        {**result, "image_id": new} for result in results for new in ids[result["image_id"]]
+    ]
+
+
+def load(folder: Path, truth: dict[str, Any]) -> COCO:
+    path = folder / "truth.json"
+    path.write_text(json.dumps(truth))
+    loaded = load_ground_truth(path)
+    assert prepare_masks(loaded)
+    return loaded
+
+
+def official(folder: Path, truth: dict[str, Any], results: list[dict[str, Any]], iou_type: str) -> np.ndarray:
+    """(C, T) in percent by pycocotools; NaN without objects."""
+    precision = coco_precision(load(folder, truth), results, iou_type)[:, :, :, 0, 0]
+    numbers = 100 * precision.mean(axis=1).T
+    return np.where(numbers < 0, np.nan, numbers)
+
+
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+def test_average_precision_is_pycocotools(tmp_path: Path, iou_type: str):
+    truth, results = content()
+    matches = match(load(tmp_path, truth), results, iou_type)
+    assert matches.classes == ("猫", "cat", "never")
+    assert matches.images == IMAGES
+    assert any(found.ignored.any() for found in matches.detections)  # the crowd is found
+    expected = official(tmp_path, truth, results, iou_type)
+    assert 5 < np.nanmean(expected) < 95
+    assert np.isnan(expected[2]).all()
+    np.testing.assert_allclose(average_precision(matches), expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+def test_weights_are_images_that_are_really_repeated(tmp_path: Path, iou_type: str):
+    truth, results = content(1)
+    matches = match(load(tmp_path, truth), results, iou_type)
+    random = np.random.default_rng(2)
+    weights = np.array([np.bincount(random.integers(IMAGES, size=IMAGES), minlength=IMAGES) for _ in range(12)])
+    assert weights.max() > 2
+    found = average_precision(matches, weights)
+    assert found.shape == (12, 3, 10)
+    for line, numbers in zip(weights, found, strict=True):
+        expected = official(tmp_path, *repeated(truth, results, line), iou_type)
+        np.testing.assert_allclose(numbers, expected, rtol=0, atol=1e-9)
+        np.testing.assert_array_equal(average_precision(matches, line), numbers)
+
+
+def test_blocks_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    truth, results = content(3)
+    matches = match(load(tmp_path, truth), results, "segm")
+    weights = np.random.default_rng(0).integers(0, 4, (50, IMAGES))
+    whole = average_precision(matches, weights)
+    monkeypatch.setattr("semiseg.evaluation.matching._BLOCK_ELEMENTS", 7)
+    np.testing.assert_array_equal(average_precision(matches, weights), whole)
+
+
+def test_no_detections_and_no_image_that_occurs(tmp_path: Path):
+    truth, results = content()
+    nothing = match(load(tmp_path, truth), [], "segm")
+    np.testing.assert_array_equal(average_precision(nothing)[:2], np.zeros((2, 10)))
+    assert np.isnan(average_precision(nothing)[2]).all()
+    matches = match(load(tmp_path, truth), results, "segm")
+    assert np.isnan(average_precision(matches, np.zeros(IMAGES, int))).all()
+    only_empty = np.eye(IMAGES, dtype=int)[3]  # the image without objects
+    assert np.isnan(average_precision(matches, only_empty)).all()
+    assert average_precision(matches, np.zeros((0, IMAGES), int)).shape == (0, 3, 10)
+
+
+def test_wrong_weights_and_matchings_are_refused(tmp_path: Path):
+    truth, results = content()
+    matches = match(load(tmp_path, truth), results, "segm")
+    for weights in (np.ones(IMAGES + 1, int), np.full(IMAGES, 0.5), np.full(IMAGES, -1), np.ones((1, 1, IMAGES), int)):
+        with pytest.raises(ValueError, match="weights are whole numbers"):
+            average_precision(matches, weights)
+    true = np.ones((len(IOU_THRESHOLDS), 2), bool)
+    with pytest.raises(ValueError, match="ignored without a match"):
+        ClassMatches(np.array([0, 1]), ~true, true)
+    with pytest.raises(ValueError, match="image \\(D,\\)"):
+        ClassMatches(np.array([0]), true, true)
+    found = ClassMatches(np.array([0, 1]), true, ~true)
+    with pytest.raises(ValueError, match="more true positives than objects"):
+        Matches(("a",), (found,), np.array([[1, 0]]))
+    with pytest.raises(ValueError, match="images beyond"):
+        Matches(("a",), (found,), np.array([[2]]))
+    with pytest.raises(ValueError, match="classes"):
+        Matches(("a", "b"), (found,), np.array([[2, 1]]))
