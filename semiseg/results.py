@@ -40,6 +40,7 @@ class Result:
         finished: ISO 8601 time with zone.
         init_run: run_id of the run whose weights this one started from, or None.
         processes: that trained together.
+        val_fingerprint: digest of the validation annotations alone; None in records from before it was kept.
     """
 
     run_id: str
@@ -61,6 +62,7 @@ class Result:
     finished: str
     init_run: str | None = None
     processes: int = 1
+    val_fingerprint: str | None = None
 
 
 def append(path: Path, result: Result) -> bool:
@@ -128,3 +130,25 @@ def _check(result: Result) -> None:
 def latest(results: Iterable[Result]) -> dict[str, Result]:
     """run_id -> its newest result (the last one written)."""
     return {result.run_id: result for result in results}
+
+
+def same_validation_data(first: Result, second: Result) -> bool:
+    """Whether two results were measured on the same images and objects, so that their numbers may stand side by side.
+
+    Records from before `val_fingerprint` was kept count as the same if all their data are, or if both are Shapes drawn
+    by one version of the generator with the same size, number and seed; else nobody can tell, which counts as no.
+    """
+    if first.data_fingerprint == second.data_fingerprint:
+        return True
+    if first.val_fingerprint is not None and second.val_fingerprint is not None:
+        return first.val_fingerprint == second.val_fingerprint
+    drawn = [_drawn_validation(result) for result in (first, second)]
+    return drawn[0] is not None and drawn[0] == drawn[1]
+
+
+def _drawn_validation(result: Result) -> tuple[Any, ...] | None:
+    """What the validation images of the embedded data set follow from; None for other data."""
+    data, drawn = result.config.get("data", {}), str(result.identity.get("data", ""))
+    if data.get("format") != "shapes" or not drawn.startswith("shapes-"):
+        return None
+    return drawn, *(data.get("shapes", {}).get(name) for name in ("image_size", "val_images", "val_seed"))

@@ -274,6 +274,7 @@ def read_result(run: PlannedRun, *, typed: Sequence[str]) -> Result:
             finished=values["finished"],
             init_run=run.init,
             processes=values.get("processes", 1),
+            val_fingerprint=values.get("val_fingerprint"),
         )
     except KeyError as error:
         raise UserError(f"{path}: {error} is missing") from None

@@ -19,6 +19,7 @@ from semiseg.commands.study_words import (
 from semiseg.config import DataConfig, RunConfig
 from semiseg.data.sources import expected_files
 from semiseg.report.aggregate import ReportInput, ReportRow, ReportTable
+from semiseg.report.configurations import differing, settings
 from semiseg.report.page import build_report, report_text
 from semiseg.resources import find
 from semiseg.results import Result, read
@@ -105,6 +106,7 @@ def _table(
         ),
         compare=tuple((first, second) for first, second in table.compare),
         alike=is_alike(list(configs.values())),
+        varied=tuple(differing([settings(config.model_dump(mode="json")) for config in configs.values()])),
     )
 
 

@@ -161,6 +161,7 @@ def _result(
         "train_seconds": train_seconds,
         "seconds": max(train_seconds, round(time.perf_counter() - started, 2)),
         "data_fingerprint": data.fingerprint,
+        "val_fingerprint": data.val.fingerprint,
         "split_digest": data.split_digest,
         "classes": list(data.train.class_names),
         "device": device_name(accelerator.device),

@@ -76,6 +76,7 @@ class ReportTable:
         published: number or name of the paper's table whose printed numbers stand beside ours, as in the CSV; or None.
         compare: pairs of rows whose difference is shown; empty = the usual ones (`compared_pairs`).
         alike: whether the rows differ in supervision and mask losses alone, not in network, data or schedule.
+        varied: settings in which the rows are meant to differ beside these, such as "model.backbone".
     """
 
     name: str
@@ -88,6 +89,7 @@ class ReportTable:
     rows: tuple[ReportRow, ...]
     compare: tuple[tuple[str, str], ...] = ()
     alike: bool = True
+    varied: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,9 @@ class ReportInput:
         paper_data: whether these are the data of the printed numbers.
         edges: how the edges of the rows were measured, in a sentence.
         difficulty: measured properties of the data set, one sentence each.
-        run_command, report_command: what fills missing cells and what rebuilds the report.
+        run_command, report_command: what fills missing cells ("" if nothing does) and what rebuilds the report.
+        records: the files that the results were read from, as the page names them.
+        notes: what else a reader must know before the numbers, a sentence or two each, in Markdown.
         run_folders: run id -> folder with log.jsonl and detections.json; folders may be gone.
         val_annotations, val_images: for the pictures; may be None or gone.
         picture_seed: draws the images that the pictures show.
@@ -127,6 +131,8 @@ class ReportInput:
     paper_data: bool = False
     difficulty: tuple[str, ...] = ()
     edges: str = ""
+    records: tuple[str, ...] = ("`results.jsonl` beside this file",)
+    notes: tuple[str, ...] = ()
     run_folders: Mapping[str, Path] = field(default_factory=dict)
     val_annotations: Path | None = None
     val_images: Path | None = None

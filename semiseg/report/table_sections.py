@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pandas as pd
 
-from semiseg.report.aggregate import ReportInput, TableNumbers
+from semiseg.report.aggregate import NEITHER, UPPER_BOUND, ReportInput, TableNumbers
 from semiseg.report.context import PageContext
 from semiseg.report.figures import class_figure
+from semiseg.report.provenance import table_warnings
 from semiseg.report.published import beside_printed, data_name, edge_section, printed_difference, published_section
 from semiseg.report.statements import box_statement, gap_caution, gap_cells, reading, row_order
 from semiseg.report.tables import best_cells, best_sentence, escape_markdown, layout, markdown_table, number
@@ -24,6 +25,7 @@ def table_section(page: PageContext, numbers: TableNumbers) -> list[str]:
         classes = f"All {len(table.seen)} classes"
     return [
         f"## {escape_markdown(table.title)}",
+        *table_warnings(report, table),
         f"{classes}; mask AP in percent; — = not measured.{bold} Files: {files}.",
         markdown_table(headings, cells, texts=shown.texts, bold=best),
         row_order(numbers),
@@ -36,9 +38,9 @@ def table_section(page: PageContext, numbers: TableNumbers) -> list[str]:
 
 
 def _gap_section(numbers: TableNumbers) -> list[str]:
-    if not numbers.table.unseen:
-        return []
     labels = {row.name: row.label for row in numbers.table.rows}
+    if not numbers.table.unseen or not {NEITHER, UPPER_BOUND} <= set(labels):
+        return []
     heading = "### How much of the gap on unseen classes each row closes"
     if not numbers.gaps:
         return [heading, "Not measured: it needs `neither` and `full-masks` with a common seed."]
