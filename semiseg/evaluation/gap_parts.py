@@ -1,0 +1,93 @@
+"""What a detector's boxes and what its masks cost in mask AP: masks exchanged between stored detections.
+
+No detection is invented: every one that is evaluated has image, class, box and score of a stored one, and either its
+own mask, that of the object it found, or that of another row's detection of the same thing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as rle
+from pycocotools.coco import COCO
+
+from semiseg.evaluation.box_matching import FOUND_IOU, box_matches
+from semiseg.evaluation.coco_metrics import names_of_classes
+from semiseg.evaluation.precision import coco_precision
+
+Results = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Exchanged:
+    """The detections of one row with the masks of another.
+
+    Attributes:
+        results: COCO results.
+        own: one per result, whether it had no partner and keeps its own mask.
+    """
+
+    results: list[dict[str, Any]]
+    own: list[bool]
+
+
+def with_true_masks(truth: COCO, results: Results) -> list[dict[str, Any]]:
+    """The detections, those that found an object (`box_matches`) with the object's mask; the others keep theirs."""
+    found = box_matches(truth, results)
+    return [
+        {**result, "segmentation": result["segmentation"] if match is None else truth.annToRLE(truth.anns[match])}
+        for result, match in zip(results, found, strict=True)
+    ]
+
+
+def with_masks_of(results: Results, donors: Results) -> Exchanged:
+    """The detections with the masks of another row's: boxes and scores stay, masks change.
+
+    By descending score every detection takes the mask of the donor of its image and class whose box overlaps its own
+    most, of those with an IoU of at least 0.5 that are still free; equal scores and overlaps go by the order given.
+    """
+    free = _by_image_and_class(donors)
+    changed, own = [dict(result) for result in results], [True] * len(results)
+    for key, numbers in _by_image_and_class(results).items():
+        offered = free.get(key, [])
+        if not offered:
+            continue
+        # Columns by descending score, so that argmax prefers the more certain of two equal overlaps.
+        boxes = [
+            np.array([found[n]["bbox"] for n in of], float) for found, of in ((results, numbers), (donors, offered))
+        ]
+        overlaps = rle.iou(boxes[0], boxes[1], [0] * len(offered))
+        for line, number in enumerate(numbers):
+            best = int(overlaps[line].argmax())
+            if overlaps[line, best] >= FOUND_IOU:
+                changed[number]["segmentation"] = donors[offered[best]]["segmentation"]
+                own[number] = False
+                overlaps[:, best] = -1.0
+    return Exchanged(changed, own)
+
+
+def class_ap(truth: COCO, results: Results) -> dict[str, float | None]:
+    """Mask AP in percent of every class, by pycocotools; None for a class without objects.
+
+    Args:
+        truth: from `coco_metrics.load_ground_truth`, after `prepare_masks`.
+    """
+    precision = coco_precision(truth, results, "segm")[:, :, :, 0, -1]  # objects of all sizes
+    found = {}
+    for number, name in enumerate(names_of_classes(truth)):
+        values = precision[:, :, number]
+        values = values[values > -1]
+        # Rounding hides the machine epsilon that pycocotools adds to its denominator.
+        found[name] = round(100 * float(values.mean()), 10) if values.size else None
+    return found
+
+
+def _by_image_and_class(results: Results) -> dict[tuple[int, int], list[int]]:
+    """Numbers of the detections of each image and class, by descending score."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for number in sorted(range(len(results)), key=lambda n: -results[n]["score"]):
+        groups.setdefault((results[number]["image_id"], results[number]["category_id"]), []).append(number)
+    return groups
