@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from semiseg import __version__
-from semiseg.commands import bench, convert, data, predict, split, study, train
+from semiseg.commands import bench, compare, convert, data, predict, split, study, train
 from semiseg.errors import UserError
 
 # Plain help: the rich one costs a fifth of a second and breaks lines in examples.
@@ -84,4 +84,5 @@ app.command("predict")(_speaks(predict.predict))
 app.command("run")(_speaks(study.run))
 app.command("status")(_speaks(study.status))
 app.command("report")(_speaks(study.report))
+app.command("compare")(_speaks(compare.compare))
 app.command("bench")(_speaks(bench.bench))

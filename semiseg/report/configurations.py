@@ -29,10 +29,9 @@ def settings(config: Mapping[str, Any]) -> dict[str, str]:
     names of data files and of the split are kept, since they tell a reader which data these are.
     """
     try:
-        plain = {name: value for name, value in config.items() if name != "init_from"}
-        values = parse_config(RunConfig, plain, where="recorded configuration").model_dump(mode="json")
-    except UserError:  # of a version with other keys, or started from weights that the configuration does not name
-        values = {name: value for name, value in config.items() if name != "init_from"}
+        values = parse_config(RunConfig, dict(config), where="recorded configuration").model_dump(mode="json")
+    except UserError:  # of a version with other keys
+        values = dict(config)
     found = _flat(values)
     kind = found.get("data.format")
     unused = [f"data.{name}." for name in ("shapes", "voc") if name != kind]
@@ -55,12 +54,23 @@ def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, str]:
     return found
 
 
+def recorded_values(run: Result) -> dict[str, Any]:
+    """The configuration of a run; a record names no path of initial weights, only that there were some."""
+    started = run.init_run is not None or run.identity.get("init") is not None
+    return {**run.config, **({"init_from": "recorded weights"} if started else {})}
+
+
+def identity_settings(run: Result) -> Settings:
+    """The settings of a run without mere names: what can change its numbers beside seed, data, split and start."""
+    return {key: value for key, value in settings(recorded_values(run)).items() if not key.startswith(_NAMES)}
+
+
 def run_settings(run: Result, pretraining: Sequence[Result]) -> Settings:
     """The settings of a run, and as "start..." those of the run that it starts from."""
-    found = settings(run.config)
+    found = settings(recorded_values(run))
     init = next((item for item in pretraining if item.run_id == run.init_run), None)
     if init is not None:
-        found |= {f"{_START}.{key}": value for key, value in settings(init.config).items()}
+        found |= {f"{_START}.{key}": value for key, value in settings(recorded_values(init)).items()}
     elif run.init_run is not None or run.identity.get("init") is not None:
         found[_START] = "given weights"
     return found
@@ -85,6 +95,11 @@ def differing(columns: Sequence[Settings]) -> list[str]:
     if any(started) and not all(started):
         found = [key for key in found if key.partition(".")[0] != _START] + [_START]
     return found
+
+
+def unmeant(columns: Sequence[Settings]) -> list[str]:
+    """Those of the differing settings that are neither supervision nor mask losses, nor mere names of data."""
+    return [key for key in differing(columns) if not key.startswith((*_MEANT, *_NAMES))]
 
 
 def _value(column: Settings, key: str) -> str:
@@ -136,10 +151,8 @@ def configuration_warnings(report: ReportInput, table: ReportTable) -> list[str]
                 f"**Mixed configurations.** {escape_markdown(table.name)}: the seeds of {_code(name)} differ in "
                 f"{places}. Their mean is not that of one configuration."
             )
-    allowed = (*_MEANT, *_NAMES)
     first = {name: held[0][1] for name, held in rows.items()}
-    keys = [key for key in differing(list(first.values())) if key not in (*table.varied, *told)]
-    keys = [key for key in keys if not key.startswith(allowed)]
+    keys = [key for key in unmeant(list(first.values())) if key not in (*table.varied, *told)]
     if keys:
         places = "; ".join(
             f"{_code(key)} ({_by_value([(name, _value(column, key)) for name, column in first.items()])})"

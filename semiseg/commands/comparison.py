@@ -1,0 +1,278 @@
+"""From finished runs to what a report of them is built from: which are one row, which may stand side by side."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path, PurePath
+
+from semiseg.commands.recorded_runs import RecordedRun
+from semiseg.commands.study_words import (
+    data_sentence,
+    initial_weights_in_words,
+    is_paper_data,
+    pretraining_sentence,
+    row_meaning,
+    schedule_sentence,
+)
+from semiseg.config import RunConfig
+from semiseg.config_files import digest, parse_config
+from semiseg.data.sources import expected_files
+from semiseg.errors import UserError
+from semiseg.report.aggregate import ReportInput, ReportRow, ReportTable
+from semiseg.report.configurations import identity_settings, recorded_values, run_settings, unmeant
+from semiseg.results import Result, same_validation_data
+from semiseg.splits import ClassSplit, load_split
+from semiseg.study import StudyRow, load_study
+
+TABLE = "compare"
+NO_SPLIT = "none"
+
+
+@dataclass(frozen=True)
+class _Row:
+    """Runs that differ in their seed alone; `name` and `label` are those of the table."""
+
+    name: str
+    label: str
+    runs: tuple[RecordedRun, ...]
+    config: RunConfig
+
+
+def comparison(
+    runs: Sequence[RecordedRun], known: Sequence[RecordedRun], *, split: str | None, command: str
+) -> ReportInput:
+    """The report of runs side by side.
+
+    Args:
+        known: where the runs that these start from are looked up.
+        split: name of the class split for the groups, `none` for no groups, None = that of the runs.
+        command: what the user typed.
+
+    Raises:
+        UserError: validation data or classes differ, or there is no such split.
+    """
+    classes = _common_classes(runs)
+    require_same_validation_data(runs)
+    starts = tuple(_starts(runs, known))
+    rows = _rows(runs, starts)
+    groups, notes = _class_groups(runs, classes, split)
+    configs = [row.config for row in rows]
+    table = ReportTable(
+        name=TABLE,
+        title="The runs side by side",
+        split=groups.name if groups else "",
+        split_digest=groups.digest() if groups else "",
+        seen=groups.seen if groups else classes,
+        unseen=groups.unseen if groups else (),
+        published=None,
+        rows=tuple(_report_row(row) for row in rows),
+        alike=_is_alike(rows, starts),
+    )
+    cells = {(TABLE, row.name, run.result.seed): replace(run.result, row=row.name) for row in rows for run in row.runs}
+    files = expected_files(configs[0].data)["val"]
+    here = files.annotations.is_file() and files.images.is_dir()
+    records = dict.fromkeys(str(run.record) for run in runs)
+    return ReportInput(
+        study=TABLE,
+        title=f"Comparison: {', '.join(row.label for row in rows)}",
+        question="How do these runs compare, measured on the same validation images?",
+        seeds=tuple(sorted({run.result.seed for run in runs})),
+        tables=(table,),
+        results=cells,
+        data=" ".join(dict.fromkeys(data_sentence(config.data) for config in configs)),
+        schedule=schedule_sentence(configs),
+        pretraining=_pretraining(rows, starts),
+        initial=initial_weights_in_words(configs),
+        paper_data=is_paper_data(configs[0].data, len(classes)),
+        run_command=" && ".join(_filling_commands(rows)),
+        report_command=command,
+        pretraining_results=starts,
+        records=tuple(f"`{record}`" for record in records),
+        notes=tuple(notes),
+        run_folders={run.result.run_id: run.folder for run in runs if run.folder is not None},
+        val_annotations=files.annotations if here else None,
+        val_images=files.images if here else None,
+    )
+
+
+def require_same_validation_data(runs: Sequence[RecordedRun]) -> None:
+    """Raises UserError if not all were measured on the same images and objects."""
+    same, others = [runs[0]], list(runs[1:])
+    while joined := [run for run in others if any(same_validation_data(run.result, item.result) for item in same)]:
+        same += joined
+        others = [run for run in others if run not in joined]
+    if others:
+        first, second = runs[0].result, others[0].result
+        raise UserError(
+            f"{_told(runs[0])} and {_told(others[0])} were not measured on the same validation data, as far as their "
+            f"records say ({_data_in_words(first)}; {_data_in_words(second)}), so that their numbers cannot stand side "
+            "by side"
+        )
+
+
+def _data_in_words(result: Result) -> str:
+    data = result.config.get("data", {})
+    if data.get("format") == "shapes":
+        shapes = data.get("shapes", {})
+        return f"{shapes.get('val_images')} Shapes of seed {shapes.get('val_seed')}, data {result.data_fingerprint}"
+    digest_of_val = f"validation {result.val_fingerprint}, " if result.val_fingerprint else ""
+    return f"{digest_of_val}data {result.data_fingerprint}"
+
+
+def _told(run: RecordedRun) -> str:
+    return f"{run.result.row!r} seed {run.result.seed} ({run.result.run_id})"
+
+
+def _common_classes(runs: Sequence[RecordedRun]) -> tuple[str, ...]:
+    lists = [tuple(run.result.metrics.get("instances", ())) for run in runs]
+    for run, classes in zip(runs, lists, strict=True):
+        if classes != lists[0]:
+            differing = ", ".join(sorted(set(classes) ^ set(lists[0]))) or "their order"
+            raise UserError(f"{_told(runs[0])} and {_told(run)} have different classes: they differ in {differing}")
+    return lists[0]
+
+
+def _starts(runs: Sequence[RecordedRun], known: Sequence[RecordedRun]) -> list[Result]:
+    """The recorded runs whose weights these start from, each once."""
+    wanted = dict.fromkeys(run.result.init_run for run in runs if run.result.init_run is not None)
+    by_id = {run.result.run_id: run.result for run in known}
+    return [by_id[run_id] for run_id in wanted if run_id in by_id]
+
+
+def _rows(runs: Sequence[RecordedRun], starts: Sequence[Result]) -> list[_Row]:
+    """Runs of one configuration and different seeds are one row, in the order of their first run."""
+    groups: dict[str, list[RecordedRun]] = {}
+    for run in runs:
+        key = _configuration_key(run.result, starts)
+        while any(run.result.seed == other.result.seed for other in groups.get(key, ())):
+            key += "+"  # the same seed once more, trained anew: a row of its own
+        groups.setdefault(key, []).append(run)
+    members = [tuple(sorted(group, key=lambda run: run.result.seed)) for group in groups.values()]
+    names = _unique_names([group[0] for group in members])
+    return [_row(name, group) for name, group in zip(names, members, strict=True)]
+
+
+def _configuration_key(result: Result, starts: Sequence[Result]) -> str:
+    """Digest of everything that can change the numbers of a run, but for its seed."""
+    start = next((item for item in starts if item.run_id == result.init_run), None)
+    split = result.split_digest if result.config.get("supervision", {}).get("source") == "split" else None
+    init = result.identity.get("init") if start is None else _configuration_key(start, starts)
+    return digest([identity_settings(result), split, result.data_fingerprint, init])
+
+
+def _unique_names(firsts: Sequence[RecordedRun]) -> list[str]:
+    """A name for each row: as recorded, with split, study or id where that is not enough to tell them apart."""
+
+    def named(run: RecordedRun, study: bool, split: bool, run_id: bool) -> str:
+        result = run.result
+        stem = f" ({PurePath(result.split).stem})" if split and result.split else ""
+        return (
+            f"{f'{result.study}: ' if study and result.study else ''}{result.row}{stem}" + f" {run.short_id}" * run_id
+        )
+
+    names: list[str] = []
+    for study, split, run_id in (
+        (False, False, False),
+        (False, True, False),
+        (True, False, False),
+        (True, True, False),
+    ):
+        names = [named(run, study, split, run_id) for run in firsts]
+        if len(set(names)) == len(names):
+            return names
+    return [named(run, True, True, names.count(name) > 1) for run, name in zip(firsts, names, strict=True)]
+
+
+def _row(name: str, runs: tuple[RecordedRun, ...]) -> _Row:
+    result = runs[0].result
+    config = parse_config(RunConfig, recorded_values(result), where=f"recorded run {result.run_id}")
+    return _Row(name, name.replace(result.row, _label(result)), runs, config)
+
+
+def _label(result: Result) -> str:
+    """What the study calls the row for people, if its file is here."""
+    try:
+        rows = load_study(result.study).rows if result.study else []
+    except UserError:
+        rows = []
+    label = next((row.label for row in rows if row.name == result.row), "")
+    return label or result.row.replace("+", " + ")
+
+
+def _report_row(row: _Row) -> ReportRow:
+    source, box = row.config.supervision.source, row.config.objective.box
+    terms = source != "masks" and box in ("none", "projection", "projection+pairwise")
+    return ReportRow(
+        name=row.name,
+        projection=("yes" if "projection" in box else "no") if terms else "",
+        pairwise=("yes" if "pairwise" in box else "no") if terms else "",
+        label=row.label,
+        meaning=row_meaning(StudyRow(name="row"), row.config, in_every_table=False),
+        every_mask=source == "masks",
+    )
+
+
+def _is_alike(rows: Sequence[_Row], starts: Sequence[Result]) -> bool:
+    columns = [run_settings(row.runs[0].result, starts) for row in rows]
+    data = {run.result.data_fingerprint for row in rows for run in row.runs}
+    return not unmeant(columns) and len(data) == 1
+
+
+def _class_groups(
+    runs: Sequence[RecordedRun], classes: Sequence[str], split: str | None
+) -> tuple[ClassSplit | None, list[str]]:
+    """The split whose classes are shown apart, and what to say if there is none although there are splits."""
+    if split is not None:
+        return (None if split == NO_SPLIT else load_split(split, classes)), []
+    trained = {run.result.split_digest: run.result.split for run in runs if run.result.split_digest}
+    names = dict.fromkeys(f"`{name}`" for name in trained.values())
+    hint = "`--split NAME` shows the numbers of a split's unseen and seen classes."
+    if len(trained) > 1:
+        return None, [f"**No class groups.** The runs are of different class splits ({', '.join(names)}); {hint}"]
+    for name in trained.values():
+        try:
+            return load_split(str(name), classes), []
+        except UserError:
+            return None, [f"**No class groups.** The class split {next(iter(names))} is not here; {hint}"]
+    return None, []
+
+
+def _pretraining(rows: Sequence[_Row], starts: Sequence[Result]) -> str | None:
+    """What all rows start from, if it is one pretraining but for its seed."""
+    if not starts or any(run.result.init_run is None for row in rows for run in row.runs):
+        return None
+    kinds = {digest(identity_settings(start)) for start in starts}
+    known = {start.run_id for start in starts}
+    if len(kinds) > 1 or any(run.result.init_run not in known for row in rows for run in row.runs):
+        return None
+    return pretraining_sentence(parse_config(RunConfig, dict(starts[0].config), where="recorded pretraining"))
+
+
+def _filling_commands(rows: Sequence[_Row]) -> list[str]:
+    """What trains the seeds that some rows have and others lack."""
+    seeds = {run.result.seed for row in rows for run in row.runs}
+    commands = []
+    for row in rows:
+        missing = sorted(seeds - {run.result.seed for run in row.runs})
+        if missing:
+            commands += _filling(row.runs[0], missing)
+    return commands
+
+
+def _filling(run: RecordedRun, seeds: Sequence[int]) -> list[str]:
+    result = run.result
+    if result.study:
+        typed = list(result.command) if not isinstance(result.command, str) else shlex.split(result.command)
+        kept = [part for pair in pairwise(typed) if pair[0] in ("--set", "--out") for part in pair]
+        listed = ",".join(map(str, seeds))
+        return [shlex.join(["semiseg", "run", result.study, *kept, "--only", result.row, "--seeds", listed])]
+    folder = run.folder or Path("runs") / result.row
+    return [
+        shlex.join(
+            ["semiseg", "train", str(folder / "config.json"), "--set", f"seed={seed}", "--out", f"{folder}-s{seed}"]
+        )
+        for seed in seeds
+    ]
