@@ -213,7 +213,9 @@ def test_a_report_elsewhere_reads_the_studys_own_record(folder: Path) -> None:
     own.parent.mkdir(parents=True)
     shutil.copy(REPOSITORY / "reports" / "shapes" / "results.jsonl", own)
     before = own.read_bytes()
-    assert "report: out/report.md" in call("report", "shapes", "--out", "out")
+    told = call("report", "shapes", "--out", "out")
+    assert "report: out/report.md\nto open: out/index.html\n" in told
+    assert (folder / "out" / "index.html").is_file()
     lines = (folder / "out" / "tables" / "table6.csv").read_text().splitlines()
     assert lines[0].startswith("row,projection,pairwise,seeds,all_AP,all_AP50,all_AP75,unseen_AP")
     assert [line.split(",")[0] for line in lines[1:]] == [

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,11 @@ from PIL import Image
 from pycocotools import mask as rle
 
 from semiseg.evaluation.coco_metrics import evaluate_detections
+from semiseg.report import html
 from semiseg.report.aggregate import ReportInput, ReportRow, ReportTable
 from semiseg.report.page import build_report, report_text
 from semiseg.results import Result
+from tests.page_reader import assert_whole, read_page
 
 PUBLISHED = Path(__file__).parent.parent / "reports" / "published" / "boxinst.csv"
 CLASSES = ("a_ring", "b|<b>", "猫 $x$")
@@ -163,13 +166,47 @@ def test_all_files_are_there_and_every_reference_is_right(report):
     figures = {f"figures/{name}_{kind}.png" for name in ("table6", "table7") for kind in kinds}
     figures |= {"figures/ap.png", "figures/gap.png"}
     drawn = {name.replace(".png", ".svg") for name in figures if "pictures" not in name}
-    assert files == {"report.md", *tables, *figures, *drawn}
+    assert files == {"index.html", "report.md", *tables, *figures, *drawn}
     text = report.read_text(encoding="utf-8")
     references = re.findall(r"(?<!\\)\]\(([^)]*)\)", text)
-    assert set(references) == files - drawn - {"report.md"}
+    assert set(references) == files - drawn - {"index.html", "report.md"}
     assert sum(path.stat().st_size for path in (report.parent / "figures").iterdir()) < 1_500_000
     for path in (report.parent / "figures").glob("*.png"):
         assert Image.open(path).size[0] > 400
+
+
+def test_the_page_for_browsers_is_whole_and_in_the_order_of_the_text(report):
+    text = report.read_text(encoding="utf-8")
+    content = report.with_name("index.html").read_text(encoding="utf-8")
+    page = read_page(content)
+    assert_whole(page, report.parent)
+    told = re.findall(r"^(#+) (.*)$", text, re.MULTILINE)
+    headings = page.one("main").all("h1", "h2", "h3")
+    assert [(len(sign), unescape(re.sub(r"\\(.)", r"\1", words))) for sign, words in told] == [
+        (int(heading.tag[1]), heading.text) for heading in headings
+    ]
+    assert [link.text for link in page.one("nav").all("a")][1:] == [heading.text for heading in headings[1:]]
+    assert page.one("h1").text == "Tiny <study> with a | in its title"
+    parts = [element for element in page.one("main").walk() if element.tag in ("p", "table", "h2", "figure")]
+    assert [part.attributes.get("class", part.tag) for part in parts[:5]] == [
+        "question",
+        "answer",
+        "part",
+        "p",
+        "table",
+    ]
+    assert len(page.all("table")) == len(re.findall(r"^\| -", text, re.MULTILINE))
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]*)\)", text)
+    assert len(page.all("figure")) == len(pictures)
+    drawn = [name for name in pictures if (report.parent / name).with_suffix(".svg").is_file()]
+    assert len(page.all("svg")) == len(drawn) > 0
+    assert len(page.all("img")) == len(pictures) - len(drawn) > 0
+    classes = {cell.text for cell in page.all("th") if cell.attributes.get("scope") == "row"}
+    assert set(CLASSES) <= classes
+    assert set(CLASSES) <= {words.text for words in page.all("text")}
+    embedded = [(report.parent / name).with_suffix(".svg" if name in drawn else ".png") for name in pictures]
+    size = sum(path.stat().st_size for path in (report, *embedded, Path(html.__file__).with_name("page.css")))
+    assert len(content.encode()) < 1.4 * size
 
 
 def test_rebuilding_changes_no_byte_and_no_input(study, report):

@@ -286,7 +286,11 @@ def test_people_see_mean_and_deviation():
             r"back\\slash {\~^}",
             r"back\textbackslash{}slash \{\textasciitilde{}\textasciicircum{}\}",
         ),
-        ("`code` *star* [link]", r"\`code\` \*star\* \[link\]", "`code` *star* [link]"),
+        (
+            "`code` *star* [link]",
+            r"\`code\` \*star\* \[link\]",
+            r"\textasciigrave{}code\textasciigrave{} *star* [link]",
+        ),
     ],
 )
 def test_names_are_escaped(name, markdown, latex):

@@ -219,7 +219,7 @@ def _build_report(study: Study, folder: Path, *, record: Path, command: list[str
     from semiseg.commands.study_report import build
 
     text, path = build(study, folder, record=record, command=command)
-    typer.echo(f"\n{text}\nreport: {path}")
+    typer.echo(f"\n{text}\nreport: {path}\nto open: {path.with_name('index.html')}")
 
 
 def _status_line(item: RunStatus) -> list[str]:

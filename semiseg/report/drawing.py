@@ -1,8 +1,9 @@
-"""Figures as bytes: PNG with few colours, and SVG whose lines and letters take the colour of the page's text."""
+"""Figures as bytes: PNG with few colours, and SVG with letters as letters (`inline_svg` puts it into a page)."""
 
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from dataclasses import dataclass
 
@@ -61,7 +62,8 @@ def svg(figure: Figure) -> bytes:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "semiseg"}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")
         figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
-    return drawn.getvalue()
+    # Where none of the fonts is installed, letters without serifs.
+    return re.sub(rb"(<text style=\"[^\"]*font(?:-family)?: [^;\"]*')", rb"\1, sans-serif", drawn.getvalue())
 
 
 def plain(text: str) -> str:

@@ -1,4 +1,6 @@
-"""Writes a report from recorded results and stored detections: report.md, tables/*.csv|md|tex, figures/*.png|svg.
+"""Writes a report from recorded results and stored detections: its page, its text, its tables and its figures.
+
+`index.html` is the page that people open, `report.md` the same text; `tables/*.csv|md|tex`, `figures/*.png|svg`.
 
 The same results give the same bytes. Results, run folders and data are only read. What is measured on detections is
 kept in measured.json; pictures and training curves need the run folders: where these are gone, the files of an earlier
@@ -7,12 +9,13 @@ report stay, with their captions if it is a report of the same runs, else the pa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from semiseg.report.aggregate import ReportInput, TableNumbers, table_numbers
 from semiseg.report.context import MEASURED_NAME, FigureFiles, Measured, PageContext
 from semiseg.report.figures import ap_figure, gap_figure
+from semiseg.report.html import PAGE_NAME, render_page
 from semiseg.report.protocol import difficulty, protocol
 from semiseg.report.provenance import provenance, warnings
 from semiseg.report.published import read_published
@@ -48,7 +51,7 @@ def build_report(report: ReportInput, *, out: Path, published: Path) -> Path:
         published: CSV of the printed numbers (`reports/published/boxinst.csv`).
 
     Returns:
-        path of report.md, which is written last.
+        path of report.md; `index.html`, which is written last, lies beside it.
     """
     page = PageContext(
         report,
@@ -64,14 +67,15 @@ def build_report(report: ReportInput, *, out: Path, published: Path) -> Path:
         f"**Question.** {escape_markdown(report.question)}",
         f"**Answer.** {answer(page.tables)}",
         *(f"> {warning}" for warning in warnings(report)),
-        *_overview(page),
-        *(block for numbers in page.tables for section in SECTIONS for block in section(page, numbers)),
+        *_with_overview(page, [block for numbers in page.tables for block in _table_blocks(page, numbers)]),
         *difficulty(report),
         *protocol(report),
         *provenance(report),
     ]
     page.measured.save()
-    write_text(out / "report.md", "\n\n".join(block.rstrip("\n") for block in blocks) + "\n")
+    text = "\n\n".join(block.rstrip("\n") for block in blocks) + "\n"
+    write_text(out / "report.md", text)
+    write_text(out / PAGE_NAME, render_page(text, out))
     return out / "report.md"
 
 
@@ -99,6 +103,16 @@ def _write_tables(numbers: TableNumbers, folder: Path) -> None:
     best = best_cells(numbers.summary, table, shown)
     write_text(folder / f"{table.name}.md", markdown_table(shown.headings, cells, texts=shown.texts, bold=best))
     write_text(folder / f"{table.name}.tex", latex_table(table, shown, cells, bold=best))
+
+
+def _table_blocks(page: PageContext, numbers: TableNumbers) -> list[str]:
+    return [block for section in SECTIONS for block in section(page, numbers)]
+
+
+def _with_overview(page: PageContext, blocks: Sequence[str]) -> list[str]:
+    """The figures of all tables stand below the first table's numbers: people come for these."""
+    place = next((number for number, block in enumerate(blocks) if block.startswith("### ")), len(blocks))
+    return [*blocks[:place], *_overview(page), *blocks[place:]]
 
 
 def _overview(page: PageContext) -> list[str]:

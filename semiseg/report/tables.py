@@ -21,6 +21,7 @@ _LATEX = {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
+    "`": r"\textasciigrave{}",
     "±": r"$\pm$",
     # Signs of our own labels that pdfLaTeX does not know.
     "−": "$-$",  # noqa: RUF001
