@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
+from semiseg.evaluation.bootstrap import bootstrap, leaves_out_zero, percentile_interval, resampled_images
 from semiseg.evaluation.coco_metrics import load_ground_truth, prepare_masks
 from semiseg.evaluation.matching import IOU_THRESHOLDS, ClassMatches, Matches, average_precision, match
 from semiseg.evaluation.precision import coco_precision
@@ -154,7 +157,94 @@ def test_wrong_weights_and_matchings_are_refused(tmp_path: Path):
     found = ClassMatches(np.array([0, 1]), true, ~true)
     with pytest.raises(ValueError, match="more true positives than objects"):
         Matches(("a",), (found,), np.array([[1, 0]]))
+    with pytest.raises(ValueError, match="more true positives than objects"):
+        Matches(("a",), (found,), np.array([[0, 2]]))  # enough objects, but in the wrong image
     with pytest.raises(ValueError, match="images beyond"):
         Matches(("a",), (found,), np.array([[2]]))
     with pytest.raises(ValueError, match="classes"):
         Matches(("a", "b"), (found,), np.array([[2, 1]]))
+
+
+def made_up(images: int, per_image: int, classes: int, objects: int, *, seed: int = 0) -> Matches:
+    """A matching of COCO's kind without a data set: fewer true positives at lower scores and higher thresholds."""
+    random = np.random.default_rng(seed)
+    share = random.dirichlet(np.full(classes, 0.7))  # a few classes have most of the objects
+    of_class = random.choice(classes, size=images * per_image, p=share)
+    image = np.repeat(np.arange(images), per_image)
+    found, positives = [], np.zeros((classes, images), np.int64)
+    for label in range(classes):
+        own = random.permutation(image[of_class == label])
+        known = round(objects * len(own) / (images * per_image))
+        rank = np.arange(len(own))
+        right = random.random(len(own)) < 0.85 * np.exp(-rank / max(known, 1))
+        missed = random.integers(images, size=known // 5)
+        positives[label] = np.bincount(own[right], minlength=images) + np.bincount(missed, minlength=images)
+        quality = np.where(right, random.random(len(own)), -1.0)
+        matched = quality > np.linspace(0.0, 0.9, len(IOU_THRESHOLDS))[:, None]
+        found.append(ClassMatches(own, matched, matched & (random.random(len(own)) < 0.02)))
+    return Matches(tuple(map(str, range(classes))), tuple(found), positives)
+
+
+def test_bootstrap_is_an_evaluation_of_every_resample(tmp_path: Path):
+    truth, results = content(4)
+    fewer = results[::2]
+    loaded = load(tmp_path, truth)
+    rows = [match(loaded, found, "segm") for found in (results, fewer)]
+    groups = (("cat", "猫", "never"), ("猫",), ("never",), ())
+    numbers = bootstrap(rows, groups, resamples=8, seed=3)
+    assert numbers.shape == (8, 2, 4)
+    assert np.isnan(numbers[:, :, 2:]).all()
+    for weights, line in zip(resampled_images(IMAGES, resamples=8, seed=3), numbers, strict=True):
+        assert weights.sum() == IMAGES
+        for found, own in zip((results, fewer), line, strict=True):
+            by_class = official(tmp_path, *repeated(truth, found, weights), "segm").mean(axis=1)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Mean of empty slice")
+                expected = [np.nanmean(by_class), by_class[0]]
+            np.testing.assert_allclose(own[:2], expected, rtol=0, atol=1e-9)
+
+
+def test_bootstrap_is_paired_and_repeats_itself():
+    matches = made_up(40, 10, 3, 60)
+    one = bootstrap([matches, matches], [matches.classes], resamples=50)
+    assert (one[:, 0] == one[:, 1]).all()
+    np.testing.assert_array_equal(one[:, :1], bootstrap([matches], [matches.classes], resamples=50))
+    assert np.ptp(one) > 1
+    assert (bootstrap([matches], [matches.classes], resamples=50, seed=1) != one[:, :1]).any()
+    assert bootstrap([], [matches.classes], resamples=5).shape == (5, 0, 1)
+    with pytest.raises(ValueError, match="cannot be paired"):
+        bootstrap([matches, made_up(40, 10, 3, 60, seed=1)], [matches.classes])
+    with pytest.raises(ValueError, match="'dog' was not matched"):
+        bootstrap([matches], [("dog",)], resamples=2)
+
+
+def test_interval_is_about_as_wide_as_the_spread_over_images():
+    # With one class, one object and one detection per image, found in half of them, AP is the mean of known numbers.
+    images = 400
+    right = np.arange(images) % 2 == 0
+    matched = np.repeat(right[None], len(IOU_THRESHOLDS), axis=0)
+    order = np.argsort(~right, kind="stable")  # all true positives first: AP is the recall, 0.5
+    found = ClassMatches(np.arange(images)[order], matched[:, order], np.zeros_like(matched))
+    matches = Matches(("a",), (found,), np.ones((1, images), np.int64))
+    low, high = percentile_interval(bootstrap([matches], [("a",)])[:, 0, 0])
+    half = 196 * 0.5 / np.sqrt(images)  # of a binomial share, in percent
+    assert low == pytest.approx(50 - half, abs=1.5)
+    assert high == pytest.approx(50 + half, abs=1.5)
+
+
+def test_percentiles_and_zero():
+    assert percentile_interval(np.array([np.nan])) is None
+    assert percentile_interval(np.append(np.arange(101.0), np.nan)) == (2.5, 97.5)
+    assert leaves_out_zero((0.1, 2.0))
+    assert leaves_out_zero((-2.0, -0.1))
+    assert not leaves_out_zero((-1.0, 0.0))
+
+
+def measure_coco_size() -> None:
+    """Prints what the bootstrap of one run of COCO's size takes (see `evaluation/bootstrap.py`)."""
+    matches = made_up(5000, 100, 80, 36_000)
+    start = time.process_time()
+    numbers = bootstrap([matches], [matches.classes])
+    seconds = time.process_time() - start
+    true = sum((found.matched & ~found.ignored)[0].sum() for found in matches.detections)
+    print(f"{seconds:.1f} s; {true} true positives at 0.5; AP {percentile_interval(numbers[:, 0, 0])}")

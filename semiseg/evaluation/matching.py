@@ -71,12 +71,12 @@ class Matches:
             )
         if self.positives.ndim != 2 or (self.positives < 0).any():
             raise ValueError("positives are counts by class and image")
-        for name, found in zip(self.classes, self.detections, strict=True):
+        for name, found, objects in zip(self.classes, self.detections, self.positives, strict=True):
             if found.image.size and not 0 <= found.image.min() <= found.image.max() < self.images:
                 raise ValueError(f"class {name!r} has detections of images beyond 0..{self.images - 1}")
-            true = (found.matched & ~found.ignored).sum(axis=1)
-            if (true > self.positives[self.classes.index(name)].sum()).any():
-                raise ValueError(f"class {name!r} has more true positives than objects")
+            for true in found.matched & ~found.ignored:
+                if (np.bincount(found.image[true], minlength=self.images) > objects).any():
+                    raise ValueError(f"class {name!r} has more true positives than objects in an image")
 
     @property
     def images(self) -> int:

@@ -1,0 +1,101 @@
+"""How much AP depends on which images were looked at: the bootstrap over images, paired over rows.
+
+Efron, "Bootstrap methods: another look at the jackknife", 1979. A resample draws as many images as there are, with
+replacement, and AP is counted anew from the matchings of `evaluation/matching.py`; nothing is matched again. All rows
+see the same resamples, so that differences of rows are differences on the same images.
+
+What it costs: 1 000 resamples of 5 000 images with 100 detections each, 500 000 in all, of 80 classes with 36 000
+objects take 9 s of one core for one run (`python -c "import tests.test_bootstrap as t; t.measure_coco_size()"`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from semiseg.evaluation.matching import Matches, class_average_precision
+
+RESAMPLES = 1000
+PERCENTILES = (2.5, 97.5)  # the 95 % interval
+
+Interval = tuple[float, float]
+Numbers = NDArray[np.float64]
+
+
+def resampled_images(images: int, *, resamples: int = RESAMPLES, seed: int = 0) -> NDArray[np.int64]:
+    """(resamples, images): how often each image occurs in each resample; the same for the same arguments."""
+    random = np.random.default_rng(seed)
+    drawn = (random.integers(images, size=images) for _ in range(resamples))
+    counts = [np.bincount(chosen, minlength=images) for chosen in drawn]
+    return np.array(counts, np.int64).reshape(resamples, images)
+
+
+def class_bootstrap(matches: Matches, *, resamples: int = RESAMPLES, seed: int = 0) -> Numbers:
+    """(resamples, C): mean AP of every class over IoU thresholds, percent; NaN where a resample has no object."""
+    weights = resampled_images(matches.images, resamples=resamples, seed=seed)
+    numbers = np.empty((resamples, len(matches.classes)))
+    for column, (found, positives) in enumerate(zip(matches.detections, matches.positives, strict=True)):
+        numbers[:, column] = class_average_precision(found, positives, weights).mean(axis=1)
+    return numbers
+
+
+def means_of_groups(by_class: Numbers, classes: Sequence[str], groups: Sequence[Collection[str]]) -> Numbers:
+    """Means over groups of classes, of the classes with objects in the resample.
+
+    Args:
+        by_class: (resamples, C) from `class_bootstrap`.
+        classes: the C names. groups: names among them.
+
+    Returns:
+        (resamples, groups); NaN where no class of the group has an object.
+    """
+    unknown = sorted({name for group in groups for name in group} - set(classes))
+    if unknown:
+        raise ValueError(f"class {unknown[0]!r} was not matched; matched: {', '.join(classes)}")
+    member = np.array([[name in group for name in classes] for group in groups], bool).reshape(len(groups), -1)
+    known = ~np.isnan(by_class)
+    counts = known.astype(float) @ member.T
+    totals = np.where(known, by_class, 0.0) @ member.T
+    return np.divide(totals, counts, out=np.full_like(totals, np.nan), where=counts > 0)
+
+
+def bootstrap(
+    matches_of_rows: Sequence[Matches],
+    groups: Sequence[Collection[str]],
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Numbers:
+    """AP of rows on groups of classes in resamples of the images that all rows share.
+
+    Args:
+        matches_of_rows: of the same ground truth and IoU type.
+        groups: class names.
+
+    Returns:
+        (resamples, rows, groups) in percent; NaN where a group has no object.
+    """
+    for matches in matches_of_rows[1:]:
+        first = matches_of_rows[0]
+        if matches.classes != first.classes or not np.array_equal(matches.positives, first.positives):
+            raise ValueError("rows that were matched with different objects cannot be paired")
+    by_row = [
+        means_of_groups(class_bootstrap(matches, resamples=resamples, seed=seed), matches.classes, groups)
+        for matches in matches_of_rows
+    ]
+    return np.stack(by_row, axis=1) if by_row else np.empty((resamples, 0, len(groups)))
+
+
+def percentile_interval(samples: Numbers) -> Interval | None:
+    """The 95 % percentile interval of one number over resamples; None if no resample has it."""
+    known = samples[np.isfinite(samples)]
+    if not known.size:
+        return None
+    low, high = np.percentile(known, PERCENTILES)
+    return float(low), float(high)
+
+
+def leaves_out_zero(interval: Interval) -> bool:
+    """Whether a difference with this interval is resolved."""
+    return not interval[0] <= 0 <= interval[1]
