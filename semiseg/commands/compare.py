@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -52,10 +51,11 @@ def compare(
     folder = out or Path("reports") / "compare" / _folder_name(ids)
     require_folder(folder)
     given = [part for name, value in (("--split", split), ("--out", out)) if value for part in (name, str(value))]
-    command = shlex.join(["semiseg", "compare", *runs, *given])
+    command = ["semiseg", "compare", *runs, *given]
     report = comparison(list(found.values()), known, split=split, command=command)
     path = build_report(report, out=folder, published=find("published", "boxinst"))
-    typer.echo("\n".join([report_text(report), *report.notes, f"report: {path}"]))
+    notes = [note.replace("**", "").replace("`", "'") + "\n" for note in report.notes]
+    typer.echo("\n".join([report_text(report), *notes, f"report: {path}\nto open: {path.with_name('index.html')}"]))
 
 
 def _folder_name(ids: list[str]) -> str:

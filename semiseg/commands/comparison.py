@@ -27,7 +27,7 @@ from semiseg.results import Result, same_validation_data
 from semiseg.splits import ClassSplit, load_split
 from semiseg.study import StudyRow, load_study
 
-TABLE = "compare"
+TABLE = "comparison"
 NO_SPLIT = "none"
 
 
@@ -42,7 +42,7 @@ class _Row:
 
 
 def comparison(
-    runs: Sequence[RecordedRun], known: Sequence[RecordedRun], *, split: str | None, command: str
+    runs: Sequence[RecordedRun], known: Sequence[RecordedRun], *, split: str | None, command: Sequence[str]
 ) -> ReportInput:
     """The report of runs side by side.
 
@@ -87,11 +87,11 @@ def comparison(
         pretraining=_pretraining(rows, starts),
         initial=initial_weights_in_words(configs),
         paper_data=is_paper_data(configs[0].data, len(classes)),
-        run_command=" && ".join(_filling_commands(rows)),
-        report_command=command,
+        run_command="",
+        report_command=shlex.join(command),
         pretraining_results=starts,
         records=tuple(f"`{record}`" for record in records),
-        notes=tuple(notes),
+        notes=(*_filling(rows, known, starts, command), *notes),
         run_folders={run.result.run_id: run.folder for run in runs if run.folder is not None},
         val_annotations=files.annotations if here else None,
         val_images=files.images if here else None,
@@ -251,28 +251,57 @@ def _pretraining(rows: Sequence[_Row], starts: Sequence[Result]) -> str | None:
     return pretraining_sentence(parse_config(RunConfig, dict(starts[0].config), where="recorded pretraining"))
 
 
-def _filling_commands(rows: Sequence[_Row]) -> list[str]:
-    """What trains the seeds that some rows have and others lack."""
+def _filling(
+    rows: Sequence[_Row], known: Sequence[RecordedRun], starts: Sequence[Result], command: Sequence[str]
+) -> list[str]:
+    """A sentence with the commands that fill the seeds that some rows have and others lack; nothing if none lacks."""
+    training: list[str] = []
+    more: list[str] = []
     seeds = {run.result.seed for row in rows for run in row.runs}
-    commands = []
     for row in rows:
-        missing = sorted(seeds - {run.result.seed for run in row.runs})
+        lacking = seeds - {run.result.seed for run in row.runs}
+        recorded = _recorded_seeds(row, lacking, known, starts)
+        more += [recorded[seed].result.run_id for seed in sorted(recorded)]
+        missing = sorted(lacking - set(recorded))
         if missing:
-            commands += _filling(row.runs[0], missing)
-    return commands
+            train, names = _training(row.runs[0], missing)
+            training += train
+            more += names
+    if not more:
+        return []
+    again = f"`{shlex.join([*command, *more])}`"
+    if not training:
+        return [f"**What is missing is recorded:** {again} shows it."]
+    return [f"**To fill what is missing:** `{' && '.join(training)}`, then {again}."]
 
 
-def _filling(run: RecordedRun, seeds: Sequence[int]) -> list[str]:
+def _recorded_seeds(
+    row: _Row, lacking: set[int], known: Sequence[RecordedRun], starts: Sequence[Result]
+) -> dict[int, RecordedRun]:
+    """Seed -> a recorded run of the row's configuration."""
+    every = [*starts, *(run.result for run in known)]
+    key = _configuration_key(row.runs[0].result, every)
+    return {
+        run.result.seed: run
+        for run in known
+        if run.result.seed in lacking and _configuration_key(run.result, every) == key
+    }
+
+
+def _training(run: RecordedRun, seeds: Sequence[int]) -> tuple[list[str], list[str]]:
+    """The commands that train further seeds of a run, and what `compare` knows their runs by."""
     result = run.result
-    if result.study:
-        typed = list(result.command) if not isinstance(result.command, str) else shlex.split(result.command)
-        kept = [part for pair in pairwise(typed) if pair[0] in ("--set", "--out") for part in pair]
-        listed = ",".join(map(str, seeds))
-        return [shlex.join(["semiseg", "run", result.study, *kept, "--only", result.row, "--seeds", listed])]
-    folder = run.folder or Path("runs") / result.row
-    return [
-        shlex.join(
-            ["semiseg", "train", str(folder / "config.json"), "--set", f"seed={seed}", "--out", f"{folder}-s{seed}"]
-        )
-        for seed in seeds
-    ]
+    if not result.study:
+        folder = run.folder or Path("runs") / result.row
+        folders = [f"{folder}-s{seed}" for seed in seeds]
+        config = str(folder / "config.json")
+        pairs = zip(seeds, folders, strict=True)
+        return [
+            shlex.join(["semiseg", "train", config, "--set", f"seed={s}", "--out", out]) for s, out in pairs
+        ], folders
+    typed = list(result.command) if not isinstance(result.command, str) else shlex.split(result.command)
+    kept = [part for pair in pairwise(typed) if pair[0] in ("--set", "--out") for part in pair]
+    listed = ",".join(map(str, seeds))
+    train = shlex.join(["semiseg", "run", result.study, *kept, "--only", result.row, "--seeds", listed])
+    place = [result.study, result.row, *([PurePath(result.split).stem] if result.split else [])]
+    return [train], [":".join([*place, str(seed)]) for seed in seeds]

@@ -123,7 +123,7 @@ def _run_of_id(name: str, known: Sequence[RecordedRun]) -> RecordedRun:
     by_id: dict[str, RecordedRun] = {}
     for run in known:
         held = by_id.get(run.result.run_id)
-        if held is None or _finished(held.result) <= _finished(run.result):
+        if held is None or _finished(held.result) < _finished(run.result):
             by_id[run.result.run_id] = run
     folders = {path.name.rpartition("-")[2]: path for path in sorted(RUNS_FOLDER.glob("*/*-*"))}
     unrecorded = {run_id: path for run_id, path in folders.items() if (path / RESULT_NAME).is_file()}

@@ -14,6 +14,7 @@ from semiseg.report.aggregate import (
     Difference,
     GapClosed,
     ReportRow,
+    ReportTable,
     TableNumbers,
     difference,
 )
@@ -26,7 +27,7 @@ _BOX_SPREAD = 2.0  # AP; rows whose boxes differ by more are not compared on mas
 
 def answer(tables: Sequence[TableNumbers]) -> str:
     """One sentence: how much of the gap on unseen classes the method closes, or, without such, how the rows compare."""
-    with_unseen = [numbers for numbers in tables if numbers.table.unseen]
+    with_unseen = [numbers for numbers in tables if _asks_for_the_gap(numbers.table)]
     clauses = [_answer_clause(numbers) for numbers in with_unseen] or [_rows_clause(numbers) for numbers in tables]
     text = "; ".join(clauses)
     counts = {len(gap.per_seed) for numbers in with_unseen for gap in numbers.gaps if gap.row == BEST}
@@ -35,6 +36,10 @@ def answer(tables: Sequence[TableNumbers]) -> str:
     if counts and max(counts) == 1:
         text += " (one seed: small differences are not resolved)"
     return f"{text[:1].upper()}{text[1:]}."
+
+
+def _asks_for_the_gap(table: ReportTable) -> bool:
+    return bool(table.unseen) and {NEITHER, BEST, UPPER_BOUND} <= {row.name for row in table.rows}
 
 
 def _rows_clause(numbers: TableNumbers) -> str:

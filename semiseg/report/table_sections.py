@@ -63,7 +63,7 @@ def difference_section(report: ReportInput, numbers: TableNumbers, printed: pd.D
     labels = {row.name: row.label for row in table.rows}
     lines = []
     for item in numbers.differences:
-        interval = item.interval
+        interval, pair = item.interval, (item.first, item.second)
         lines.append(
             [
                 f"{labels[item.second]} − {labels[item.first]}",  # noqa: RUF001
@@ -71,7 +71,7 @@ def difference_section(report: ReportInput, numbers: TableNumbers, printed: pd.D
                 number(item.mean, item.std, sign=True),
                 "—" if interval is None else f"{interval[0]:+.1f} … {interval[1]:+.1f}",
                 reading(item),
-                printed_difference(printed, table.published, item.first, item.second, item.group),
+                *([printed_difference(printed, table.published, *pair, item.group)] if table.published else []),
             ]
         )
     text = (
@@ -81,7 +81,7 @@ def difference_section(report: ReportInput, numbers: TableNumbers, printed: pd.D
     )
     classes = ["classes"] if table.unseen else []
     whose = "printed" if report.paper_data else f"{data_name(printed, table)}, printed"
-    headings = ("difference", *classes, "AP", "95 % interval", "reading", whose)
+    headings = ("difference", *classes, "AP", "95 % interval", "reading", *([whose] if table.published else []))
     return ["### Which differences are resolved", text, markdown_table(headings, lines, texts=1 + len(classes))]
 
 
