@@ -59,9 +59,8 @@ def find_runs(name: str, known: Sequence[RecordedRun]) -> list[RecordedRun]:
     Raises:
         UserError: no such run, with the nearest one, or several.
     """
-    path = Path(name)
-    if path.is_dir():
-        return [_with_record(run_of_folder(path), known)]
+    if name and Path(name).is_dir():
+        return [_with_record(run_of_folder(Path(name)), known)]
     if ":" in name:
         return _runs_of_row(name, known)
     return [_run_of_id(name, known)]

@@ -1,0 +1,226 @@
+"""Provenance and warnings of a report: configurations, hours, classes, and what is said above a table."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from semiseg.config import RunConfig
+from semiseg.config_files import merge
+from semiseg.report.aggregate import ReportInput, ReportRow, ReportTable
+from semiseg.report.configurations import differences_section, settings
+from semiseg.report.provenance import provenance, table_warnings, warnings
+from semiseg.results import Result, same_validation_data
+
+ROWS = tuple(ReportRow(name, "", "", f"label of {name}") for name in ("a", "b_<b>"))
+TABLE = ReportTable("table6", "T", "few", "d6", ("猫", "dog|s"), ("café",), None, ROWS)
+BASE = {
+    "data": {"format": "shapes"},
+    "model": {"backbone": "small", "weights": "random", "frozen_stages": 0},
+    "optim": {"steps": 90_000},
+}
+
+
+def run(row: str, seed: int = 0, *, held: dict[str, Any] | None = None, **changes: Any) -> Result:
+    """A recorded run; `held` is laid over its configuration, `changes` over the record."""
+    config = RunConfig.model_validate({**merge(BASE, held or {}), "seed": seed}).model_dump(mode="json")
+    return replace(
+        Result(
+            run_id=f"{row}-{seed}",
+            study="s",
+            row=row,
+            split="few",
+            split_digest="d6",
+            seed=seed,
+            config=config,
+            identity={"config": "c", "data": "shapes-2", "init": None},
+            data_fingerprint="data1",
+            metrics={},
+            steps=3,
+            seconds=1800.0,
+            device="cpu",
+            versions={"torch": "2"},
+            git_revision="abc",
+            command=["semiseg", "run", "s"],
+            finished="2026-01-01T00:00:00+00:00",
+        ),
+        **changes,
+    )
+
+
+def report_of(*runs: Result, table: ReportTable = TABLE, starts: tuple[Result, ...] = ()) -> ReportInput:
+    return ReportInput(
+        study="s",
+        title="S",
+        question="?",
+        seeds=tuple(sorted({result.seed for result in runs})),
+        tables=(table,),
+        results={(table.name, result.row, result.seed): result for result in runs},
+        data="",
+        schedule="",
+        pretraining=None,
+        run_command="semiseg run s",
+        report_command="semiseg report s",
+        pretraining_results=starts,
+    )
+
+
+ALIKE = (run("a"), run("a", 1), run("b_<b>"), run("b_<b>", 1))
+
+
+def test_nothing_is_warned_of_where_all_is_alike():
+    report = report_of(*ALIKE)
+    assert warnings(report) == []
+    assert table_warnings(report, TABLE) == []
+    told = differences_section(report)
+    assert told[1:] == ["The rows of table6 have the same configuration but for the seed."]
+
+
+def test_seeds_that_differ_in_more_than_the_seed_are_named():
+    report = report_of(*ALIKE[:3], run("b_<b>", 1, held={"optim": {"batch_size": 32, "learning_rate": 0.5}}))
+    [told] = warnings(report)
+    assert told == (
+        "**Mixed configurations.** table6: the seeds of `b_<b>` differ in `optim.learning_rate` (0.01: seed 0; 0.5: "
+        "seed 1); `optim.batch_size` (16: seed 0; 32: seed 1). Their mean is not that of one configuration."
+    )
+    assert table_warnings(report, TABLE) == [
+        "> **Mind the warnings at the top of the page:** configurations that differ in more than they should."
+    ]
+
+
+def test_rows_may_differ_in_supervision_losses_and_what_the_study_varies_only():
+    masks = {"supervision": {"source": "masks"}, "objective": {"box": "none"}}
+    assert warnings(report_of(run("a"), run("b_<b>", held=masks))) == []
+    faster = {"optim": {"steps": 9}}
+    [told] = warnings(report_of(run("a"), run("b_<b>", held={**masks, **faster})))
+    assert told == (
+        "**Different configurations.** table6: beyond supervision and mask losses its rows differ in `optim.steps` "
+        "(90000: a; 9: b\\_&lt;b&gt;). What differs in AP may be due to that."
+    )
+    varied = replace(TABLE, varied=("optim.steps",))
+    assert warnings(report_of(run("a"), run("b_<b>", held=faster), table=varied)) == []
+    # How a run is executed is nobody's business, but for the precision.
+    assert warnings(report_of(run("a"), run("b_<b>", held={"runtime": {"workers": 9}}))) == []
+    [told] = warnings(report_of(run("a"), run("b_<b>", held={"runtime": {"precision": "bf16"}})))
+    assert "`runtime.precision` (no: a; bf16: b" in told
+
+
+def test_keys_that_an_older_version_did_not_record_have_their_defaults():
+    older = run("a")
+    config = {name: dict(part) if isinstance(part, dict) else part for name, part in older.config.items()}
+    for name in ("neck", "deformable_interval"):
+        del config["model"][name]
+    assert settings(config) == settings(older.config)
+    assert "seed" not in settings(config)
+    assert not any(
+        key.startswith(("data.root", "data.voc", "data.hub", "data.train_images")) for key in settings(config)
+    )
+    assert settings({"model": {"unknown": 1}, "seed": 3}) == {"model.unknown": "1"}
+
+
+def test_the_table_of_differences():
+    long = [640, 672, 704, 736, 768, 800, 832, 864, 896]
+    rows = (run("a", held={"optim": {"clip_norm": 2.5}}), run("b_<b>", held={"data": {"short_sides": long}}))
+    _, heading, table = differences_section(report_of(*rows))
+    assert heading == "Where the rows of table6 differ, beyond the seed:"
+    assert table == (
+        "| setting | label of a | label of b\\_&lt;b&gt; |\n| --- | --- | --- |\n"
+        "| data.short\\_sides | \\[640, 672, 704, 736, 768, 800\\] | \\[640, 672, 704, 736, 768, 800, 832, 864… |\n"
+        "| optim.clip\\_norm | 2.5 | — |\n"
+    )
+    assert differences_section(report_of(table=TABLE)) == []
+
+
+def test_what_runs_start_from_is_part_of_it():
+    short, long = (run("pretrain", steps, held={"optim": {"steps": steps}}) for steps in (5, 6))
+    first, second = run("a", init_run=short.run_id), run("b_<b>", init_run=long.run_id)
+    table = differences_section(report_of(first, second, starts=(short, long)))[2]
+    assert table.splitlines()[2:] == ["| start.optim.steps | 5 | 6 |"]
+    table = differences_section(report_of(first, run("b_<b>"), starts=(short,)))[2]
+    assert table.splitlines()[2:] == ["| start | pretraining (5 steps) | — |"]
+
+
+def test_provenance_has_its_parts_and_the_commands_last():
+    starts = (run("pretrain", split=None, split_digest=None, processes=2),)
+    blocks = provenance(report_of(*ALIKE, starts=starts))
+    text = "\n\n".join(blocks)
+    headings = re.findall(r"^##+ (.*)$", text, re.MULTILINE)
+    assert headings == [
+        "Provenance", "Configuration of the rows", "Classes", "Hours", "Runs", "Commands of the runs",
+    ]  # fmt: skip
+    assert "4 runs and 1 of pretraining, 2.5 hours of training and evaluation in all." in text
+    assert "- `few` (digest `d6`): 2 seen: 猫, dog\\|s; 1 unseen: café." in text
+    assert "| row | split | runs | hours per run | hours | process hours |" in text
+    assert "| pretrain | — | 1 | 0.5 | 0.5 | 1 |" in text
+    assert "| b\\_&lt;b&gt; | few | 2 | 0.5 | 1 | 1 |" in text
+    assert "| all |  | 5 | 0.5 | 2.5 | 3 |" in text
+    assert "- Seeds: `0`; `1`." in text
+    assert blocks[-1].startswith("```text\npretrain-0  semiseg run s\na-0  ")
+    alone = "\n\n".join(provenance(report_of(*ALIKE)))
+    assert "process hours" not in alone
+    unsplit = replace(TABLE, split="", split_digest="", seen=("猫",), unseen=())
+    assert "- 1 classes: 猫." in "\n\n".join(provenance(report_of(*ALIKE, table=unsplit)))
+    assert "Hours" not in "\n\n".join(provenance(report_of()))
+
+
+def test_the_line_above_a_table_is_about_that_table():
+    mixed = [*ALIKE[:3], replace(ALIKE[3], git_revision="def", device="cpu (1 threads)", data_fingerprint="data2")]
+    report = report_of(*mixed[:2], mixed[3])
+    [line] = table_warnings(report, TABLE)
+    assert line.endswith("cells are missing; mixed code (git revisions); mixed devices; mixed data.")
+    told = warnings(report)
+    assert told[0].startswith("**Incomplete.** table6 lacks `b_<b>` seed 0. `semiseg run s` fills them, then")
+    assert any(
+        text.startswith("**Mixed training data.** `data1`: 2 runs; `data2`: b\\_&lt;b&gt; (few) seed 1")
+        for text in told
+    )
+    other = replace(TABLE, name="other", rows=ROWS[:1])
+    both = replace(
+        report,
+        tables=(TABLE, other),
+        results={**report.results, ("other", "a", 0): ALIKE[0], ("other", "a", 1): ALIKE[1]},
+    )
+    assert table_warnings(both, other) == []
+
+
+def test_splits_that_have_changed_or_are_others():
+    changed = report_of(run("a", split_digest="old"), run("b_<b>", split="splits/few.toml"))
+    [told] = warnings(changed)
+    assert told.startswith(
+        "**Changed split.** Runs of table6 were trained with another content of the split `few` (old)"
+    )
+    assert told.endswith("(d6): a (few) seed 0.")
+    other = report_of(run("a", split="many", split_digest="d7"), run("b_<b>", split=None, split_digest=None))
+    [told] = warnings(other)
+    assert told.startswith("**Other split.** table6 shows the class groups of `few`")
+    assert "`many`: 1 run." in told
+
+
+SHAPES_VAL = {"data": {"shapes": {"val_images": 3}}}
+COCO = {"data": {"format": "coco"}}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "same"),
+    [
+        (run("a"), run("b"), True),
+        (run("a"), run("b", data_fingerprint="data2"), True),
+        (run("a"), run("b", data_fingerprint="data2", held=SHAPES_VAL), False),
+        (run("a"), run("b", data_fingerprint="data2", identity={"data": "shapes-1"}), False),
+        (run("a", held=COCO), run("b", held=COCO), True),
+        (run("a", held=COCO), run("b", held=COCO, data_fingerprint="data2"), False),
+        (
+            run("a", held=COCO, val_fingerprint="v"),
+            run("b", held=COCO, data_fingerprint="data2", val_fingerprint="v"),
+            True,
+        ),
+        (run("a", val_fingerprint="v"), run("b", data_fingerprint="data2", val_fingerprint="w"), False),
+        (run("a", held=COCO, val_fingerprint="v"), run("b", held=COCO, data_fingerprint="data2"), False),
+    ],
+)
+def test_same_validation_data(first: Result, second: Result, same: bool):
+    assert same_validation_data(first, second) is same
+    assert same_validation_data(second, first) is same
