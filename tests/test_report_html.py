@@ -200,29 +200,42 @@ def test_headings_tables_warnings_and_listings(tmp_path: Path) -> None:
         "**Answer.** Not the answer of the page.",
         "## Protocol",
         "Commands of the runs:\n\n```text\n" + "\n".join("abcdef") + "\n```",
+        "### Commands",
+        "```text\n" + "\n".join("abcdefg") + "\n```",
         "Two commands:\n\n```text\na\nb\n```",
     )
     headings = {heading.text: heading for heading in page.all("h2")}
     assert list(headings) == ["Table 6: few (3 of 12)", "Table 7", "Protocol"]
-    assert [heading.has_class("part") for heading in headings.values()] == [True, True, False]
-    assert [h.attributes["id"] for h in page.all("h3")] == ["per-class", "per-class-1"]
+    assert [heading.has_class("part") for heading in headings.values()] == [True, True, True]
+    assert [h.attributes["id"] for h in page.all("h3")] == ["per-class", "per-class-1", "commands"]
     assert headings["Table 6: few (3 of 12)"].attributes["id"] == "table-6-few-3-of-12"
     entries = [part for part in page.one("nav").all("ol")[0].content if isinstance(part, Element)]
     assert [[link.text for link in entry.all("a")] for entry in entries] == [
         ["Table 6: few (3 of 12)", "Per class"],
         ["Table 7", "Per class"],
-        ["Protocol"],
+        ["Protocol", "Commands"],
     ]
     assert [p.text for p in page.all("p") if p.has_class("answer")] == ["Answer. Yes."]
     assert page.one("blockquote").has_class("warning")
     cells = page.one("table").all("th", "td")
-    assert [cell.attributes.get("class", "") for cell in cells] == ["", "", "n g", ""] * 3
+    assert [cell.attributes.get("class", "") for cell in cells] == ["", "t", "n g", ""] * 3
     assert [cell.attributes.get("scope", "") for cell in cells] == ["col"] * 4 + ["row", "", "", ""] * 2
-    assert page.one("details").one("summary").text == "Commands of the runs (6 lines)"
-    assert page.one("details").one("pre").text == "a\nb\nc\nd\ne\nf\n"
-    assert len(page.all("pre")) == 2
+    folded = page.all("details")
+    assert [part.one("summary").text for part in folded] == ["Commands of the runs (6 lines)", "All (7 lines)"]
+    assert folded[0].one("pre").text == "a\nb\nc\nd\ne\nf\n"
+    assert len(page.all("pre")) == 3
     assert page.one("head").one("title").text == "Title"
     assert page.one("html").attributes["lang"] == "en"
+
+
+def test_numbers_stand_below_each_other_beside_printed_ones(tmp_path: Path) -> None:
+    lines = [["a", "**31.0** (29.5)"], ["b", "4.0"], ["c (x)", "**5.0**"]]
+    table = "| row | AP (printed) |\n| --- | ---: |\n" + "".join(f"| {a} | {b} |\n" for a, b in lines)
+    numbers = [line.all("td", "th")[1] for line in page_of(tmp_path, "# T", table).one("table").all("tr")]
+    assert [cell.text.strip() for cell in numbers] == ["AP (printed)", "31.0 (29.5)", "4.0", "5.0"]
+    behind = [cell.one("span") for cell in numbers]
+    assert [part.text for part in behind] == ["(printed)", "(29.5)", "", ""]
+    assert [part.attributes.get("style") for part in behind] == [None, *["min-width:5ch"] * 3]
 
 
 def test_an_empty_report_is_a_page(tmp_path: Path) -> None:

@@ -20,9 +20,11 @@ from semiseg.report.inline_svg import inline_svg
 PAGE_NAME = "index.html"
 _STYLE = Path(__file__).with_name("page.css")
 _LONGEST_NUMBER = 30  # letters; a right-aligned column with a longer text holds words
+_LONGEST_MARK = 3
 _LONGEST_LISTING = 5  # lines; longer ones are folded
 _SMALLEST_SCALE = 0.75  # of a figure's own width: smaller letters could not be read, so that it is scrolled instead
 _GROUP = re.compile(r"(all|unseen|seen)\b")
+_BEHIND = re.compile(r" (\([^()<>]*\))$")
 _FOOTER = (
     '<footer><p>Links marked <span class="beside">so</span> open files that lie beside this page. '
     'The same text without this dress: <a class="beside" href="report.md">report.md</a>.</p></footer>\n'
@@ -95,8 +97,10 @@ class _Page:
                 blocks.append(self._figure(image[0], caption))
                 used = 2 if caption else 1
             elif following and _is_long_listing(following[0]) and self._words(node).endswith(":"):
-                blocks.append(self._folded(node, following[0]))
+                blocks.append(self._folded(self._inline(node).removesuffix(":"), following[0]))
                 used = 2
+            elif _is_long_listing(node):
+                blocks.append(self._folded("All", node))
             elif kind := self._lead(node):
                 blocks.append(f'<p class="{kind}">{self._inline(node)}</p>\n')
             else:
@@ -146,25 +150,25 @@ class _Page:
 
     def _table(self, table: SyntaxTreeNode) -> str:
         lines = [line.children for part in table.children for line in part.children]
-        words = [[self._words(cell) for cell in line] for line in lines]
-        kinds = [_column_class(column, cell) for column, cell in zip(zip(*words, strict=True), lines[0], strict=True)]
-        rows = []
-        for number, line in enumerate(lines):
-            tags = ['th scope="col"'] * len(line) if number == 0 else ['th scope="row"', *["td"] * (len(line) - 1)]
-            cells = [
-                f"<{tag}{kind}>{self._inline(cell)}</{tag[:2]}>"
-                for tag, kind, cell in zip(tags, kinds, line, strict=True)
-            ]
-            rows.append(f"<tr>{''.join(cells)}</tr>\n")
+        columns = [
+            _column(
+                [self._words(cell) for cell in column],
+                [self._inline(cell) for cell in column],
+                is_right="right" in str(column[0].attrs.get("style", "")),
+                is_first=place == 0,
+            )
+            for place, column in enumerate(zip(*lines, strict=True))
+        ]
+        head, *body = [f"<tr>{''.join(line)}</tr>\n" for line in zip(*columns, strict=True)]
         label = escape(f"Table: {self._headings[-1].words}") if self._headings else "Table"
         return (
             f'<div class="wide" role="region" aria-label="{label}" tabindex="0">\n<table>\n'
-            f"<thead>\n{rows[0]}</thead>\n<tbody>\n{''.join(rows[1:])}</tbody>\n</table>\n</div>\n"
+            f"<thead>\n{head}</thead>\n<tbody>\n{''.join(body)}</tbody>\n</table>\n</div>\n"
         )
 
-    def _folded(self, heading: SyntaxTreeNode, listing: SyntaxTreeNode) -> str:
-        summary = f"{self._inline(heading).removesuffix(':')} ({listing.content.count(chr(10))} lines)"
-        return f"<details>\n<summary>{summary}</summary>\n{self._html([listing])}</details>\n"
+    def _folded(self, words: str, listing: SyntaxTreeNode) -> str:
+        count = listing.content.count("\n")
+        return f"<details>\n<summary>{words} ({count} lines)</summary>\n{self._html([listing])}</details>\n"
 
     def _figure(self, image: Token, caption: Sequence[Token]) -> str:
         drawn, width = self._image(image)
@@ -235,12 +239,32 @@ def _is_long_listing(node: SyntaxTreeNode) -> bool:
     return node.type == "fence" and node.content.count("\n") > _LONGEST_LISTING
 
 
-def _column_class(words: Sequence[str], heading: SyntaxTreeNode) -> str:
-    """The class of a column's cells: `n` for numbers, `g` for the first column of a group of classes."""
-    is_right = "right" in str(heading.attrs.get("style", ""))
-    names = ["n"] if is_right and max(map(len, words[1:]), default=0) <= _LONGEST_NUMBER else []
-    names += ["g"] if names and _GROUP.match(words[0]) else []
-    return f' class="{" ".join(names)}"' if names else ""
+def _column(words: Sequence[str], html: Sequence[str], *, is_right: bool, is_first: bool) -> list[str]:
+    """The cells of a column from its heading down.
+
+    Their class is `n` for numbers, `g` for the first of a group of classes, `t` for words as short as yes and no. Where
+    numbers have others in parentheses behind them, those without keep their place in the column.
+
+    Args:
+        words, html: of each cell, what is read and what is written.
+        is_right: right-aligned in the Markdown.
+    """
+    longest = max(map(len, words[1:]), default=0)
+    is_number = is_right and longest <= _LONGEST_NUMBER
+    is_short = not is_right and not is_first and longest <= _LONGEST_MARK
+    names = ["n"] * is_number + ["g"] * bool(is_number and _GROUP.match(words[0])) + ["t"] * is_short
+    kind = f' class="{" ".join(names)}"' if names else ""
+    width = max((len(found.group(1)) for text in words[1:] if (found := _BEHIND.search(text))), default=0)
+    body = list(html[1:])
+    if is_number and width:
+        span = f'<span class="behind" style="min-width:{width - 1}ch">'
+        body = [
+            _BEHIND.sub(rf" {span}\1</span>", cell) if _BEHIND.search(cell) else f"{cell} {span}</span>"
+            for cell in body
+        ]
+    start, end = ('th scope="row"', "th") if is_first else ("td", "td")
+    head = _BEHIND.sub(r' <span class="behind">\1</span>', html[0])
+    return [f'<th scope="col"{kind}>{head}</th>', *(f"<{start}{kind}>{cell}</{end}>" for cell in body)]
 
 
 def _link(token: Token) -> str:
