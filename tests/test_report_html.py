@@ -206,7 +206,7 @@ def test_headings_tables_warnings_and_listings(tmp_path: Path) -> None:
     )
     headings = {heading.text: heading for heading in page.all("h2")}
     assert list(headings) == ["Table 6: few (3 of 12)", "Table 7", "Protocol"]
-    assert [heading.has_class("part") for heading in headings.values()] == [True, True, True]
+    assert [heading.has_class("part") for heading in headings.values()] == [True, False, False]
     assert [h.attributes["id"] for h in page.all("h3")] == ["per-class", "per-class-1", "commands"]
     assert headings["Table 6: few (3 of 12)"].attributes["id"] == "table-6-few-3-of-12"
     entries = [part for part in page.one("nav").all("ol")[0].content if isinstance(part, Element)]

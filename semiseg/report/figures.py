@@ -140,9 +140,9 @@ def class_figure(table: ReportTable, classes: pd.DataFrame) -> Drawing | None:
         panel.set_yticks(places, [plain(str(name)) for name in ordered.index], fontsize=8)
         panel.set_ylim(len(ordered) - 0.4, -0.6)
         panel.set_ylabel(word)
-        panel.set_xlim(left=0)
         panel.xaxis.grid(color="#dddddd", linewidth=0.6)
         _quiet(panel)
+    panels[-1].set_xlim(left=0)  # at the end: it fixes the right limit, which is that of all panels
     panels[-1].set_xlabel("mask AP (%)")
     handles = {
         text: handle for panel in panels for handle, text in zip(*panel.get_legend_handles_labels(), strict=True)

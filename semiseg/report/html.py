@@ -8,6 +8,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import takewhile
 from pathlib import Path
 from urllib.parse import quote, unquote
 
@@ -114,8 +115,8 @@ class _Page:
         self._headings.append(heading)
         if heading.level == 1:
             return f'<h1 id="{escape(heading.name)}">{html}</h1>\n'
-        below = next((int(other.tag[1]) for other in following if other.type == "heading"), 0)
-        part = ' class="part"' if below > heading.level == 2 else ""
+        content = [other.type for other in takewhile(lambda other: other.type != "heading", following)]
+        part = ' class="part"' if heading.level == 2 and "table" in content else ""
         anchor = f'<a class="anchor" href="#{quote(heading.name)}" aria-label="Link to this section"></a>'
         return f'<{node.tag} id="{escape(heading.name)}"{part}>{html}{anchor}</{node.tag}>\n'
 
