@@ -12,10 +12,10 @@ import pandas as pd
 from semiseg.evaluation.box_matching import box_matches
 from semiseg.evaluation.coco_metrics import Metrics, names_of_classes
 from semiseg.evaluation.gap_parts import class_ap, with_masks_of, with_true_masks
-from semiseg.report.aggregate import BEST, UPPER_BOUND, ReportRow, ReportTable, TableNumbers
+from semiseg.report.aggregate import BEST, UPPER_BOUND, ReportInput, ReportRow, ReportTable, TableNumbers
 from semiseg.report.context import PageContext
 from semiseg.report.drawing import BLACK, BLUE, ORANGE, Drawing, chart, new_figure, plain
-from semiseg.report.stored import StoredDetections
+from semiseg.report.stored import StoredDetections, missing_note
 from semiseg.report.tables import escape_markdown, markdown_table, number
 from semiseg.results import Result
 
@@ -28,7 +28,7 @@ class GapParts:
 
     Attributes:
         row: the row.
-        seeds: one line per seed that both rows have, with columns in AP: `ap`; `true_masks`, with true masks;
+        seeds: one line per seed (index) that both rows have, with columns in AP: `ap`; `true_masks`, with true masks;
             `exchanged`, with the boxes and scores of the row with every mask; `gap` = `boxes` + `masks`;
             `boxes_by_truth`, the boxes' part as the difference of both rows with true masks; `full` and
             `full_true_masks` of the row with every mask. `kept`: of its detections that found an object the share (in
@@ -64,7 +64,8 @@ def gap_parts_section(page: PageContext, numbers: TableNumbers) -> list[str]:
         return []
     heading, label = "### Where the AP goes", escape_markdown(bound.label)
     stored = StoredDetections(page.report)
-    found = [parts for row in rows if (parts := _measured_parts(page, stored, table, row, bound)) is not None]
+    measured = (_measured_parts(page, stored, table, row, bound) for row in rows)
+    found = [parts for parts in measured if parts is not None]
     if not found:
         reason = f"it needs the stored detections of {label} and of another row with a common seed"
         return [heading, f"Not measured: {reason}."]
@@ -74,12 +75,24 @@ def gap_parts_section(page: PageContext, numbers: TableNumbers) -> list[str]:
         gap_sentence(_main(found), classes=classes, bound=bound.label),
         _explanation(label),
         _parts_table(found, bound),
+        *missing_note(_missing(page.report, table, found, bound)),
         *page.figures.show(
             f"{table.name}_gap_parts",
             gap_parts_figure(found, classes=classes, bound=bound.label),
             alt=f"what each row lacks on {classes} classes, by boxes and masks, {table.name}",
             caption=f"Mask AP on {classes} classes below {bound.label}, mean over seeds; left of 0: the row is better.",
         ),
+    ]
+
+
+def _missing(report: ReportInput, table: ReportTable, found: Sequence[GapParts], bound: ReportRow) -> list[str]:
+    """Rows and seeds that were recorded beside the row with every mask but not measured."""
+    return [
+        f"{parts.row.label} seed {seed}"
+        for parts in found
+        for seed in report.seeds
+        if seed not in parts.seeds.index
+        and all((table.name, row.name, seed) in report.results for row in (parts.row, bound))
     ]
 
 
@@ -152,14 +165,14 @@ def _measured_parts(
 ) -> GapParts | None:
     """The parts of one row over the seeds for which they can be had."""
     classes = table.unseen or table.seen
-    lines = []
+    lines = {}
     for seed in page.report.seeds:
         runs = [page.report.results.get((table.name, name, seed)) for name in (bound.name, row.name)]
         if runs[0] is None or runs[1] is None:
             continue
         if (line := _seed_parts(page, stored, runs[0], runs[1], classes)) is not None:
-            lines.append(line)
-    return GapParts(row, pd.DataFrame(lines)) if lines else None
+            lines[seed] = line
+    return GapParts(row, pd.DataFrame.from_dict(lines, orient="index")) if lines else None
 
 
 def _seed_parts(

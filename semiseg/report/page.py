@@ -15,6 +15,7 @@ from pathlib import Path
 from semiseg.report.aggregate import ReportInput, TableNumbers, table_numbers
 from semiseg.report.context import MEASURED_NAME, FigureFiles, Measured, PageContext
 from semiseg.report.figures import ap_figure, gap_figure
+from semiseg.report.gap_parts import gap_parts_section
 from semiseg.report.html import PAGE_NAME, render_page
 from semiseg.report.protocol import difficulty, protocol
 from semiseg.report.provenance import provenance, warnings
@@ -32,6 +33,7 @@ from semiseg.report.tables import (
     table_cells,
     text_table,
 )
+from semiseg.report.tightness import tightness_section
 from semiseg.resources import write_text
 
 # What a page says of each table, in this order.
@@ -40,6 +42,8 @@ SECTIONS: tuple[Callable[[PageContext, TableNumbers], list[str]], ...] = (
     class_section,
     training_section,
     picture_section,
+    gap_parts_section,
+    tightness_section,
 )
 
 

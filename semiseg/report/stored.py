@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from pycocotools.coco import COCO
@@ -10,6 +11,7 @@ from pycocotools.coco import COCO
 from semiseg.errors import UserError
 from semiseg.evaluation.coco_metrics import check_results, load_ground_truth, prepare_masks
 from semiseg.report.aggregate import ReportInput
+from semiseg.report.tables import escape_markdown
 
 _KEPT = 2  # runs whose detections stay in memory: a row's beside those of full-masks
 
@@ -47,3 +49,11 @@ class StoredDetections:
         for oldest in list(self._kept)[:-_KEPT]:
             del self._kept[oldest]
         return results
+
+
+def missing_note(missing: Sequence[str]) -> list[str]:
+    """A block that names recorded runs whose detections are not at hand, such as "neither seed 1"; none if all are."""
+    if not missing:
+        return []
+    told = ", ".join(escape_markdown(name) for name in missing)
+    return [f"Without {told}: the detections of these runs are not on this machine."]
