@@ -15,7 +15,7 @@ from semiseg.report.context import FigureFiles
 from semiseg.report.drawing import Drawing, chart, new_figure, plain
 from semiseg.report.html import render_page
 from semiseg.report.inline_svg import inline_svg
-from semiseg.report.tables import escape_latex, escape_markdown, markdown_table
+from semiseg.report.tables import code, escape_latex, escape_markdown, markdown_table
 from tests.page_reader import Element, assert_whole, read_page
 
 NAMES = (
@@ -67,6 +67,7 @@ def test_names_come_out_letter_by_letter(name: str, tmp_path: Path) -> None:
         *figures(tmp_path).show("one", drawing_of(name), alt=name, caption=name),
         *figures(tmp_path).show("two", Drawing(picture()), alt=f"of {name}"),
         f"- {told}",
+        f"- {code(name)}",
     )
     assert page.one("h1").text == name
     assert page.one("head").one("title").text == name
@@ -79,7 +80,8 @@ def test_names_come_out_letter_by_letter(name: str, tmp_path: Path) -> None:
     assert name in [text.text for text in drawn.all("text")]
     assert page.all("figcaption")[0].text == f"{name} png, svg"
     assert page.one("img").attributes["alt"] == f"of {name}"
-    assert page.one("main").one("ul").one("li").text == name
+    assert [item.text.strip() for item in page.one("main").one("ul").all("li")] == [name, name]
+    assert page.one("code").text == name
     assert page.one("nav").one("li").text == name
 
 

@@ -10,7 +10,7 @@ from semiseg.config import RunConfig
 from semiseg.config_files import parse_config
 from semiseg.errors import UserError
 from semiseg.report.aggregate import ReportInput, ReportTable
-from semiseg.report.tables import escape_markdown, markdown_table
+from semiseg.report.tables import code, escape_markdown, markdown_table
 from semiseg.results import Result
 
 Settings = Mapping[str, str]
@@ -145,17 +145,17 @@ def configuration_warnings(report: ReportInput, table: ReportTable) -> list[str]
         told |= set(keys)
         if keys:
             places = "; ".join(
-                f"{_code(key)} ({_by_value([(f'seed {run.seed}', _value(c, key)) for run, c in held])})" for key in keys
+                f"{code(key)} ({_by_value([(f'seed {run.seed}', _value(c, key)) for run, c in held])})" for key in keys
             )
             found.append(
-                f"**Mixed configurations.** {escape_markdown(table.name)}: the seeds of {_code(name)} differ in "
+                f"**Mixed configurations.** {escape_markdown(table.name)}: the seeds of {code(name)} differ in "
                 f"{places}. Their mean is not that of one configuration."
             )
     first = {name: held[0][1] for name, held in rows.items()}
     keys = [key for key in unmeant(list(first.values())) if key not in (*table.varied, *told)]
     if keys:
         places = "; ".join(
-            f"{_code(key)} ({_by_value([(name, _value(column, key)) for name, column in first.items()])})"
+            f"{code(key)} ({_by_value([(name, _value(column, key)) for name, column in first.items()])})"
             for key in keys
         )
         found.append(
@@ -171,7 +171,3 @@ def _by_value(pairs: Sequence[tuple[str, str]]) -> str:
     for place, value in pairs:
         places.setdefault(value, []).append(escape_markdown(place))
     return "; ".join(f"{escape_markdown(_shortened(value))}: {', '.join(names)}" for value, names in places.items())
-
-
-def _code(text: str) -> str:
-    return f"`{' '.join(text.split()).replace('`', chr(39))}`"

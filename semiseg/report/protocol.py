@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from semiseg.report.aggregate import ReportInput
-from semiseg.report.tables import escape_markdown
+from semiseg.report.tables import code, escape_markdown
 
 
 def protocol(report: ReportInput) -> list[str]:
@@ -16,7 +16,7 @@ def protocol(report: ReportInput) -> list[str]:
         if not table.split:
             continue
         lines.append(
-            f"- **Split `{table.split}`** ({escape_markdown(table.name)}): masks for {_names(table.seen)}; "
+            f"- **Split {code(table.split)}** ({escape_markdown(table.name)}): masks for {_names(table.seen)}; "
             f"boxes only for {_names(table.unseen)}."
         )
     start = (
@@ -40,7 +40,7 @@ def protocol(report: ReportInput) -> list[str]:
 def _rows_in_words(report: ReportInput) -> str:
     differ = "its mask loss" if all(table.alike for table in report.tables) else "its masks, mask loss and network"
     told = {row.name: row.meaning for table in report.tables for row in table.rows if row.meaning}
-    words = "".join(f"\n  - `{name}`: {escape_markdown(meaning)}" for name, meaning in told.items())
+    words = "".join(f"\n  - {code(name)}: {escape_markdown(meaning)}" for name, meaning in told.items())
     return f"All rows get the boxes and classes of every object and differ in {differ}.{words}"
 
 

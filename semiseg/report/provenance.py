@@ -9,7 +9,7 @@ from pathlib import PurePath
 
 from semiseg.report.aggregate import ReportInput, ReportTable
 from semiseg.report.configurations import configuration_warnings, differences_section
-from semiseg.report.tables import escape_markdown, markdown_table
+from semiseg.report.tables import code, escape_markdown, markdown_table
 from semiseg.results import Result, same_validation_data
 
 # What runs under one table should have in common, in words, with what tells it.
@@ -58,8 +58,8 @@ def _incomplete(report: ReportInput, table: ReportTable) -> str:
         by_row.setdefault(row, []).append(seed)
     if not by_row:
         return ""
-    cells = "; ".join(f"{_code(row)} seed {', '.join(map(str, seeds))}" for row, seeds in by_row.items())
-    fills = f" {_code(report.run_command)} fills them, then {_code(report.report_command)}." * bool(report.run_command)
+    cells = "; ".join(f"{code(row)} seed {', '.join(map(str, seeds))}" for row, seeds in by_row.items())
+    fills = f" {code(report.run_command)} fills them, then {code(report.report_command)}." * bool(report.run_command)
     return f"**Incomplete.** {escape_markdown(table.name)} lacks {cells}.{fills}"
 
 
@@ -84,11 +84,11 @@ def _split_warnings(report: ReportInput, table: ReportTable) -> list[str]:
         digests = ", ".join(sorted({str(run.split_digest) for run in here}))
         found.append(
             f"**Changed split.** Runs of {escape_markdown(table.name)} were trained with another content of the split "
-            f"{_code(table.split)} ({digests}) than today's ({table.split_digest}): {_cells(here)}."
+            f"{code(table.split)} ({digests}) than today's ({table.split_digest}): {_cells(here)}."
         )
     if elsewhere:
         found.append(
-            f"**Other split.** {escape_markdown(table.name)} shows the class groups of {_code(table.split)}, but these "
+            f"**Other split.** {escape_markdown(table.name)} shows the class groups of {code(table.split)}, but these "
             f"runs were trained with masks of other classes: "
             f"{_places(elsewhere, lambda run: str(run.split))}."
         )
@@ -106,8 +106,8 @@ def _places(runs: Sequence[Result], key: Callable[[Result], str]) -> str:
     for run in runs:
         by_value.setdefault(key(run), []).append(run)
     ordered = sorted(by_value.items(), key=lambda item: -len(item[1]))
-    parts = [f"{_code(ordered[0][0])}: {_runs(len(ordered[0][1]))}"]
-    return "; ".join([*parts, *(f"{_code(value)}: {_cells(members)}" for value, members in ordered[1:])])
+    parts = [f"{code(ordered[0][0])}: {_runs(len(ordered[0][1]))}"]
+    return "; ".join([*parts, *(f"{code(value)}: {_cells(members)}" for value, members in ordered[1:])])
 
 
 def _cells(runs: Sequence[Result]) -> str:
@@ -127,12 +127,12 @@ def provenance(report: ReportInput) -> list[str]:
     runs, pretraining = report.runs(), list(report.pretraining_results)
     every = [*pretraining, *runs]
     hours = sum(run.seconds for run in every) / 3600
-    trained = f"Trained by {_code(report.run_command)}, this page by" if report.run_command else "This page by"
+    trained = f"Trained by {code(report.run_command)}, this page by" if report.run_command else "This page by"
     facts = [
         f"- Recorded results: {', '.join(report.records)}; {_runs(len(runs))} and {len(pretraining)} of pretraining, "
         f"{_hours(hours)} hours of training and evaluation in all.",
-        f"- {trained} {_code(report.report_command)}.",
-        *(f"- Split `{table.split}`: digest `{table.split_digest}`." for table in report.tables if table.split),
+        f"- {trained} {code(report.report_command)}.",
+        *(f"- Split {code(table.split)}: digest `{table.split_digest}`." for table in report.tables if table.split),
         _fact("Data fingerprint (training and validation)", [run.data_fingerprint for run in every]),
         _fact("Validation data", [run.val_fingerprint for run in every if run.val_fingerprint]),
         _fact("Seeds", [str(seed) for seed in report.seeds]),
@@ -157,7 +157,7 @@ def _class_lists(report: ReportInput) -> list[str]:
     for table in report.tables:
         seen, unseen = (escape_markdown(", ".join(names)) or "none" for names in (table.seen, table.unseen))
         if table.split:
-            digest = f"{_code(table.split)} (digest {_code(table.split_digest)})"
+            digest = f"{code(table.split)} (digest {code(table.split_digest)})"
             lines[f"- {digest}: {len(table.seen)} seen: {seen}; {len(table.unseen)} unseen: {unseen}."] = None
         elif not any(other.split for other in report.tables):
             lines[f"- {len(table.seen)} classes: {seen}."] = None
@@ -212,11 +212,7 @@ def _command(run: Result) -> str:
 
 def _fact(name: str, values: Sequence[str]) -> str:
     different = list(dict.fromkeys(values))
-    return f"- {name}: {'; '.join(f'`{value}`' for value in different)}." if different else ""
-
-
-def _code(text: str) -> str:
-    return f"`{' '.join(text.split()).replace('`', chr(39))}`"
+    return f"- {name}: {'; '.join(map(code, different))}." if different else ""
 
 
 def _runs(count: int) -> str:

@@ -218,6 +218,14 @@ def escape_markdown(text: str) -> str:
     return re.sub(r"([\\`*_\[\]|~$#])", r"\\\1", text)
 
 
+def code(text: str) -> str:
+    """A name as code, letter by letter: between more backticks than any row of them in it."""
+    text = " ".join(text.split())
+    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    room = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{ticks}{room}{text}{room}{ticks}"
+
+
 def escape_latex(text: str) -> str:
     """Names as they are; letters beyond ASCII stay (UTF-8 is LaTeX's default)."""
     return "".join(_LATEX.get(sign, sign) for sign in " ".join(text.split()))
