@@ -178,7 +178,7 @@ def test_differences_are_paired_and_judged_by_the_t_interval():
     half = 4.303 / math.sqrt(3)  # Student's t, 2 degrees of freedom
     assert found.interval == pytest.approx((2 - half, 2 + half))
     assert found.resolved is False
-    assert reading(found) == "not resolved: within the noise"
+    assert reading(found) == "not resolved over seeds"
     tight = difference(
         measurements(report_of({"neither": [1, 2, 3], "projection": [3, 4, 5.1]}), TABLE),
         "neither",
@@ -246,11 +246,11 @@ def test_answer_claims_nothing_that_the_runs_do_not_show():
     one = {name: values[:1] for name, values in FULL.items()}
     assert answer([table_numbers(report_of(one), TABLE)]).endswith("(one seed: small differences are not resolved).")
     noisy = FULL | {"projection+pairwise": [10.0, 22.0, 40.0]}
-    assert "a step within the noise of 3 seeds" in answer([table_numbers(report_of(noisy), TABLE)])
+    assert "a step that is not resolved over 3 seeds" in answer([table_numbers(report_of(noisy), TABLE)])
     flat = FULL | {"full-masks": [19.0, 20.0, 20.0]}
     assert "there is no gap to close" in answer([table_numbers(report_of(flat), TABLE)])
     wide = FULL | {"full-masks": [20.0, 41.0, 22.0]}
-    assert "within the noise of 3 seeds" in gap_caution(table_numbers(report_of(wide), TABLE))
+    assert "not resolved over 3 seeds" in gap_caution(table_numbers(report_of(wide), TABLE))
     small = one | {"full-masks": [23.0]}
     assert "only 3.0 AP" in gap_caution(table_numbers(report_of(small), TABLE))
     gone = {name: values for name, values in FULL.items() if name != "full-masks"}

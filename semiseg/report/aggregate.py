@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,6 +17,8 @@ import pandas as pd
 
 from semiseg.errors import UserError
 from semiseg.evaluation.coco_metrics import Metrics
+from semiseg.report.differences import Difference, ImageIntervals, difference
+from semiseg.report.edge_curve import EdgeCurve
 from semiseg.results import Result
 
 NEITHER, BEST, UPPER_BOUND = "neither", "projection+pairwise", "full-masks"
@@ -32,13 +34,6 @@ CSV_COLUMNS = (
     "seeds",
     *METRIC_COLUMNS,
     *(f"{column}_std" for column in METRIC_COLUMNS),
-)
-
-# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; more than 30 use the last one (a little wide).
-_STUDENT_975 = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
-    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
-    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
 )
 
 
@@ -106,6 +101,7 @@ class ReportInput:
         initial: the weights that the rows start from if there is no such detector.
         paper_data: whether these are the data of the printed numbers.
         edges: how the edges of the rows were measured, in a sentence.
+        edge_curve: the edges of the pairwise losses against the colour threshold, where measured.
         difficulty: measured properties of the data set, one sentence each.
         run_command, report_command: what fills missing cells ("" if nothing does) and what rebuilds the report.
         records: the files that the results were read from, as the page names them.
@@ -225,52 +221,6 @@ def summarise(measured: pd.DataFrame, table: ReportTable) -> pd.DataFrame:
     return pd.concat([terms, means, deviations], axis=1).reset_index()[[*CSV_COLUMNS, *sizes]]
 
 
-@dataclass(frozen=True)
-class Difference:
-    """`second` minus `first` in one metric, seed by seed.
-
-    Attributes:
-        values: one difference per seed measured for both rows.
-    """
-
-    first: str
-    second: str
-    group: str
-    values: tuple[float, ...]
-
-    @property
-    def mean(self) -> float | None:
-        return _mean(self.values)
-
-    @property
-    def std(self) -> float | None:
-        """Sample standard deviation over seeds (n - 1); None for fewer than two."""
-        return float(pd.Series(self.values).std(ddof=1)) if len(self.values) > 1 else None
-
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        """95 % interval of the mean by Student's t; None for fewer than three seeds."""
-        mean, std, count = self.mean, self.std, len(self.values)
-        if mean is None or std is None or count < 3:
-            return None
-        half = _STUDENT_975[min(count - 1, len(_STUDENT_975)) - 1] * std / math.sqrt(count)
-        return mean - half, mean + half
-
-    @property
-    def resolved(self) -> bool | None:
-        """Whether the interval leaves out 0; None when there is no interval."""
-        interval = self.interval
-        return None if interval is None else not interval[0] <= 0 <= interval[1]
-
-
-def difference(measured: pd.DataFrame, first: str, second: str, *, group: str) -> Difference:
-    """Paired over the seeds that both rows have."""
-    values = measured.pivot(index="seed", columns="row", values=f"{group}_AP")
-    if first not in values or second not in values:
-        return Difference(first, second, group, ())
-    return Difference(first, second, group, tuple((values[second] - values[first]).dropna()))
-
-
 def compared_pairs(table: ReportTable) -> list[tuple[str, str]]:
     """The table's own pairs; else each row with the next one and the comparisons that the table stands or falls with.
 
@@ -331,6 +281,7 @@ class TableNumbers:
         classes: `class_measurements`.
         gaps: of every row that has the runs for it, in the table's order.
         differences: of `compared_pairs`, on unseen and on all classes.
+        images: 95 % intervals over validation images; None where they were not measured, or not asked for.
     """
 
     table: ReportTable
@@ -340,6 +291,7 @@ class TableNumbers:
     classes: pd.DataFrame
     gaps: tuple[GapClosed, ...]
     differences: tuple[Difference, ...]
+    images: ImageIntervals | None = None
 
     def mean(self, row: str, column: str) -> float | None:
         """A number of the summary, e.g. column "unseen_AP"; None if it was not measured."""
@@ -347,7 +299,17 @@ class TableNumbers:
         return float(found.iloc[0]) if len(found) else None
 
     def difference(self, first: str, second: str, group: str = "unseen") -> Difference | None:
+        """One of `differences`; None for a pair that is not among them."""
         return next((d for d in self.differences if (d.first, d.second, d.group) == (first, second, group)), None)
+
+    def between(self, first: str, second: str, group: str) -> Difference:
+        """Of any two rows."""
+        found = difference(self.measured, first, second, group=group)
+        return found if self.images is None else self.images.beside(found)
+
+    def with_images(self, images: ImageIntervals) -> TableNumbers:
+        """The same with the intervals over images, in the differences too."""
+        return replace(self, images=images, differences=tuple(images.beside(item) for item in self.differences))
 
 
 def table_numbers(report: ReportInput, table: ReportTable) -> TableNumbers:

@@ -11,16 +11,16 @@ from semiseg.report.aggregate import (
     BEST,
     NEITHER,
     UPPER_BOUND,
-    Difference,
     GapClosed,
     ReportRow,
     ReportTable,
     TableNumbers,
-    difference,
 )
+from semiseg.report.differences import Difference
 from semiseg.report.tables import escape_markdown, number
 
 SMALL_GAP = 5.0  # AP; shares of a smaller gap that is not resolved over seeds say little
+_RESOLVES_NOTHING = {1: "one seed cannot resolve small differences", 2: "two seeds have no interval"}
 _CHAINS = ("2", "3")  # tables whose rows add to each other
 _BOX_SPREAD = 2.0  # AP; rows whose boxes differ by more are not compared on masks alone
 
@@ -33,8 +33,15 @@ def answer(tables: Sequence[TableNumbers]) -> str:
     counts = {len(gap.per_seed) for numbers in with_unseen for gap in numbers.gaps if gap.row == BEST}
     if not with_unseen:
         counts = {int(numbers.summary["seeds"].max()) for numbers in tables} - {0}
+    over_images = [numbers for numbers in with_unseen or tables if numbers.images is not None]
+    notes = []
     if counts and max(counts) == 1:
-        text += " (one seed: small differences are not resolved)"
+        notes.append("one seed" if over_images else "one seed: small differences are not resolved")
+    if any(numbers.images.shares for numbers in over_images if numbers.images is not None) and with_unseen:
+        notes.append("in brackets: 95 % interval over validation images")
+    elif over_images and notes:
+        notes.append("resolved or not over validation images alone")
+    text += f" ({'; '.join(notes)})" * bool(notes)
     return f"{text[:1].upper()}{text[1:]}."
 
 
@@ -56,7 +63,7 @@ def _chain_clause(numbers: TableNumbers, rows: Sequence[ReportRow]) -> str:
     """Label and AP of every row, with its difference to the one before."""
     parts = [f"{_told(rows[0].label)} {_ap(numbers, rows[0])} AP"]
     for first, second in pairwise(rows):
-        step = numbers.difference(first.name, second.name, "all")
+        step = numbers.between(first.name, second.name, "all")
         parts.append(f"{_told(second.label)} {_ap(numbers, second)} ({_step(step)})")
     return " → ".join(parts)
 
@@ -69,11 +76,11 @@ def _best_clause(numbers: TableNumbers, rows: Sequence[ReportRow]) -> str:
     text = f"{_told(best.label)} has the highest mean AP ({_ap(numbers, best)})"
     if len(ordered) > 1:
         second = ordered[1]
-        gap = difference(numbers.measured, second.name, best.name, group="all")
+        gap = numbers.between(second.name, best.name, "all")
         text += f", ahead of {_told(second.label)} ({_ap(numbers, second)}; {_step(gap)})"
     if len(ordered) > 2:
         last = ordered[-1]
-        gap = difference(numbers.measured, last.name, best.name, group="all")
+        gap = numbers.between(last.name, best.name, "all")
         text += f"; the lowest is {_told(last.label)} ({_ap(numbers, last)}; {_step(gap)})"
     bounds = [row for row in rows if row.every_mask and row not in others]
     if bounds:
@@ -89,11 +96,11 @@ def _ap(numbers: TableNumbers, row: ReportRow) -> str:
     return number(numbers.mean(row.name, "all_AP"))
 
 
-def _step(step: Difference | None) -> str:
+def _step(step: Difference) -> str:
     """A paired difference with whether it is resolved; seeds that only one of the rows has do not count."""
-    if step is None or step.mean is None:
+    if step.mean is None:
         return "no seed in common"
-    words = {None: "", True: ", resolved", False: ", within the noise"}
+    words = {None: "", True: ", resolved", False: ", not resolved"}
     return f"{number(step.mean, sign=True)}{words[step.resolved]}"
 
 
@@ -109,25 +116,41 @@ def _answer_clause(numbers: TableNumbers) -> str:
     if gap.percent is None:
         return f"{start}, there is no gap to close: full-masks is not above neither on unseen classes ({values})"
     text = (
-        f"{start}, projection + pairwise closes {gap.percent:.0f} % of the gap between neither and full-masks "
+        f"{start}, projection + pairwise closes {share_closed(gap, numbers)} of the gap between neither and full-masks "
         f"on unseen classes ({values})"
     )
-    step = numbers.difference(NEITHER, BEST)
-    if step is not None and step.resolved is False:
-        text += f", a step within the noise of {len(step.values)} seeds"
+    step = numbers.between(NEITHER, BEST, "unseen")
+    if step.resolved is False:
+        text += f", a step that is {_not_resolved(step)}"
+    left = numbers.between(BEST, UPPER_BOUND, "unseen")
+    if left.resolved is False:
+        text += f"; what is left to full-masks is {_not_resolved(left)}"
     return text + (f", but {caution}" if (caution := gap_caution(numbers)) else "")
 
 
 def gap_caution(numbers: TableNumbers) -> str | None:
     """Why shares of the gap between neither and full-masks should not be taken at their word, or None."""
-    whole = numbers.difference(NEITHER, UPPER_BOUND)
-    if whole is None or whole.mean is None or whole.mean <= 0:
+    whole = numbers.between(NEITHER, UPPER_BOUND, "unseen")
+    if whole.mean is None or whole.mean <= 0:
         return None
     if whole.resolved is False:
-        return f"the gap itself ({whole.mean:.1f} AP) is within the noise of {len(whole.values)} seeds"
-    if whole.resolved is None and whole.mean < SMALL_GAP:
-        return f"the gap itself is only {whole.mean:.1f} AP and not resolved by {_seeds(len(whole.values))}"
+        return f"the gap itself ({whole.mean:.1f} AP) is {_not_resolved(whole)}"
+    if whole.interval is None and whole.mean < SMALL_GAP:
+        return f"the gap itself is only {whole.mean:.1f} AP, which {_seeds(len(whole.values))} cannot resolve"
     return None
+
+
+def share_closed(gap: GapClosed, numbers: TableNumbers) -> str:
+    """The percentage of the gap that a row closes, in brackets its interval over images: "63 % [58, 68]"."""
+    text = "no gap" if gap.percent is None else f"{gap.percent:.0f} %"
+    found = None if gap.percent is None or numbers.images is None else numbers.images.shares.get(gap.row)
+    return text if found is None else f"{text} [{found[0]:.0f}, {found[1]:.0f}]"
+
+
+def _not_resolved(step: Difference) -> str:
+    """What its intervals do not leave 0 out of: "not resolved over 3 seeds and over images"."""
+    words = {"seeds": f"over {_seeds(len(step.values))}", "images": "over validation images"}
+    return "not resolved " + " and ".join(words[name] for name in step.unresolved_over)
 
 
 def row_order(numbers: TableNumbers) -> str:
@@ -142,6 +165,7 @@ def row_order(numbers: TableNumbers) -> str:
     for lower, name in pairwise(ordered):
         sign = "=" if f"{means[lower]:.1f}" == f"{means[name]:.1f}" else "<"
         text += f" {sign} {escape_markdown(labels[name])} {means[name]:.1f}"
+        text += " (step not resolved)" * (numbers.between(lower, name, group).resolved is False)
     expected = (NEITHER, "projection", BEST, UPPER_BOUND)
     if group == "all" or not set(expected) <= set(means):
         return f"{text}."
@@ -154,17 +178,18 @@ def row_order(numbers: TableNumbers) -> str:
 
 
 def reading(difference: Difference) -> str:
-    """What one may conclude from a paired difference over seeds."""
+    """What one may conclude from a paired difference over seeds and over images."""
     count = len(difference.values)
     if count == 0:
         return "not measured"
-    if count == 1:
-        return "one seed cannot resolve small differences: no claim"
-    if count == 2:
-        return "two seeds: no interval, no claim"
+    if difference.resolved is None:
+        return f"{_RESOLVES_NOTHING[count]}: no claim"
     if not difference.resolved:
-        return "not resolved: within the noise"
-    return "resolved: higher" if (difference.mean or 0) > 0 else "resolved: lower"
+        return f"not resolved over {' and '.join(difference.unresolved_over)}"
+    direction = "higher" if (difference.mean or 0) > 0 else "lower"
+    if difference.interval is None:
+        return f"resolved over images only: {direction}"
+    return f"resolved: {direction}"
 
 
 def box_statement(numbers: TableNumbers) -> str:

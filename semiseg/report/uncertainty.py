@@ -6,17 +6,24 @@ are gone. What cannot be measured is None, and the page says less.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+from collections.abc import Mapping, Sequence
+from itertools import combinations
 
 import numpy as np
 
 from semiseg.errors import UserError
+from semiseg.evaluation.bootstrap import RESAMPLES, Numbers, class_bootstrap, means_of_groups, percentile_interval
 from semiseg.evaluation.coco_metrics import Metrics, check_results, load_ground_truth, prepare_masks
 from semiseg.evaluation.matching import Matches, average_precision, match
+from semiseg.report.aggregate import NEITHER, UPPER_BOUND, ReportTable, TableNumbers
 from semiseg.report.context import PageContext
+from semiseg.report.differences import ImageIntervals
 from semiseg.results import Result
 
+_VERSION = 1  # of the intervals that are kept; another one measures anew
 _SAME = 0.01  # AP; detections whose AP differs more from the recorded one are not those of the run
 
 
@@ -51,6 +58,94 @@ def thresholds_of(page: PageContext, result: Result) -> dict[str, dict[str, list
         }
 
     return page.measured.get("thresholds", result.run_id, measure)
+
+
+def with_image_intervals(page: PageContext) -> list[TableNumbers]:
+    """The tables of a page with the 95 % intervals of their numbers over validation images, as far as measurable."""
+    resampled: dict[str, Numbers | None] = {}
+    return [_Resamples(page, numbers.table, resampled).added_to(numbers) for numbers in page.tables]
+
+
+class _Resamples:
+    """The runs of one table on the same resampled images: APs are means over seeds within each resample."""
+
+    def __init__(self, page: PageContext, table: ReportTable, resampled: dict[str, Numbers | None]) -> None:
+        """`resampled`: run id -> (resamples, C) AP of every class; shared between tables."""
+        self._page, self._resampled = page, resampled
+        groups = {"all": table.seen + table.unseen, "unseen": table.unseen, "seen": table.seen}
+        self._groups = {name: classes for name, classes in groups.items() if classes}
+        results = page.report.results
+        self._runs = {
+            row.name: {seed: run for seed in page.report.seeds if (run := results.get((table.name, row.name, seed)))}
+            for row in table.rows
+        }
+        digest = hashlib.sha256(json.dumps(self._groups).encode()).hexdigest()[:12]
+        self._settings = f"v{_VERSION}, {RESAMPLES} resamples, classes {digest}"
+
+    def added_to(self, numbers: TableNumbers) -> TableNumbers:
+        cells, differences, shares = {}, {}, {}
+        for row in self._runs:
+            for group, found in self._kept((row,)).items():
+                cells[row, group] = found
+        for first, second in combinations(self._runs, 2):
+            for group, found in self._kept((second, first)).items():
+                differences[first, second, group] = found
+        if "unseen" in self._groups and {NEITHER, UPPER_BOUND} <= set(self._runs):
+            for row in self._runs:
+                bound = row in (NEITHER, UPPER_BOUND)
+                if not bound and "unseen" in (closed := self._kept((row, NEITHER, UPPER_BOUND))):
+                    shares[row] = closed["unseen"]
+        if not cells:
+            return numbers
+        images = next(run.metrics["images"] for runs in self._runs.values() for run in runs.values())
+        return numbers.with_images(ImageIntervals(images, RESAMPLES, cells, differences, shares))
+
+    def _kept(self, rows: Sequence[str]) -> dict[str, tuple[float, float]]:
+        """Group -> interval of a row, of the difference of two, or of the share of the gap; empty if not measurable."""
+        seeds = sorted(set.intersection(*(set(self._runs[row]) for row in rows)))
+        if not seeds:
+            return {}
+        ids = [[self._runs[row][seed].run_id for seed in seeds] for row in rows]
+        key = f"{self._settings}: {' - '.join('+'.join(own) for own in ids)}"
+        kept = self._page.measured.get("bootstrap", key, lambda: self._measure(rows, seeds))
+        return {group: (low, high) for group, (low, high) in (kept or {}).items()}
+
+    def _measure(self, rows: Sequence[str], seeds: Sequence[int]) -> Mapping[str, list[float]] | None:
+        samples = []
+        for row in rows:
+            by_seed = [self._samples(self._runs[row][seed]) for seed in seeds]
+            known = [found for found in by_seed if found is not None]
+            if len(known) < len(by_seed):
+                return None
+            samples.append(np.mean(known, axis=0))
+        numbers = samples[0]
+        if len(rows) == 2:
+            numbers = samples[0] - samples[1]
+        elif len(rows) == 3:
+            numbers = _share(*samples)
+        intervals = {group: percentile_interval(numbers[:, column]) for column, group in enumerate(self._groups)}
+        return {group: [round(end, 3) for end in found] for group, found in intervals.items() if found is not None}
+
+    def _samples(self, result: Result) -> Numbers | None:
+        """(resamples, groups) of one run."""
+        if result.run_id not in self._resampled:
+            found = (matches_of(self._page, result) or {}).get("segm")
+            self._resampled[result.run_id] = None if found is None else class_bootstrap(found)
+        by_class, found = self._resampled[result.run_id], (self._page.matches[result.run_id] or {}).get("segm")
+        if by_class is None or found is None or not set(self._groups["all"]) <= set(found.classes):
+            return None
+        return means_of_groups(by_class, found.classes, list(self._groups.values()))
+
+
+def _share(row: Numbers, start: Numbers, goal: Numbers) -> Numbers:
+    """Percent of the gap that a row closes, by resample and group; NaN in groups whose gap is not resolved.
+
+    A share of a gap that may be nothing or negative is any number.
+    """
+    gap = goal - start
+    lowest = [percentile_interval(gap[:, column]) for column in range(gap.shape[1])]
+    resolved = np.array([found is not None and found[0] > 0 for found in lowest])
+    return np.divide(100 * (row - start), gap, out=np.full_like(gap, np.nan), where=resolved & (gap != 0))
 
 
 def _match_run(page: PageContext, result: Result) -> dict[str, Matches] | None:

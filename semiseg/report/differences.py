@@ -1,0 +1,107 @@
+"""The difference of two rows, and whether it is resolved: over seeds by Student's t, over images by the bootstrap.
+
+Everything is in percent AP.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import pandas as pd
+
+from semiseg.evaluation.bootstrap import Interval, leaves_out_zero
+
+# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; more than 30 use the last one (a little wide).
+_STUDENT_975 = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """`second` minus `first` in one metric, seed by seed.
+
+    Attributes:
+        values: one difference per seed measured for both rows.
+        image_interval: 95 % interval of the mean over resampled validation images, for the networks as they are; None
+            where it was not measured.
+    """
+
+    first: str
+    second: str
+    group: str
+    values: tuple[float, ...]
+    image_interval: Interval | None = None
+
+    @property
+    def mean(self) -> float | None:
+        return math.fsum(self.values) / len(self.values) if self.values else None
+
+    @property
+    def std(self) -> float | None:
+        """Sample standard deviation over seeds (n - 1); None for fewer than two."""
+        return float(pd.Series(self.values).std(ddof=1)) if len(self.values) > 1 else None
+
+    @property
+    def interval(self) -> Interval | None:
+        """95 % interval of the mean over seeds by Student's t; None for fewer than three seeds."""
+        mean, std, count = self.mean, self.std, len(self.values)
+        if mean is None or std is None or count < 3:
+            return None
+        half = _STUDENT_975[min(count - 1, len(_STUDENT_975)) - 1] * std / math.sqrt(count)
+        return mean - half, mean + half
+
+    @property
+    def unresolved_over(self) -> tuple[str, ...]:
+        """What the intervals that contain 0 are over: "seeds", "images", both or nothing."""
+        intervals = {"seeds": self.interval, "images": self.image_interval}
+        return tuple(name for name, found in intervals.items() if found is not None and not leaves_out_zero(found))
+
+    @property
+    def resolved(self) -> bool | None:
+        """Whether every interval that there is leaves out 0; None when there is none.
+
+        With fewer than three seeds the interval over images stands alone, and what it resolves it resolves for these
+        networks only.
+        """
+        if self.interval is None and self.image_interval is None:
+            return None
+        return not self.unresolved_over
+
+
+def difference(measured: pd.DataFrame, first: str, second: str, *, group: str) -> Difference:
+    """Paired over the seeds that both rows have; `measured` is from `aggregate.measurements`."""
+    values = measured.pivot(index="seed", columns="row", values=f"{group}_AP")
+    if first not in values or second not in values:
+        return Difference(first, second, group, ())
+    return Difference(first, second, group, tuple((values[second] - values[first]).dropna()))
+
+
+@dataclass(frozen=True)
+class ImageIntervals:
+    """95 % intervals over resampled validation images, of one table.
+
+    Attributes:
+        images, resamples: how many.
+        cells: (row, group) -> of the mean AP over seeds.
+        differences: (first, second, group) -> of the mean of second minus first over the seeds that both have.
+        shares: row -> of the percentage of the gap that it closes, where the gap itself is resolved over images.
+    """
+
+    images: int
+    resamples: int
+    cells: Mapping[tuple[str, str], Interval]
+    differences: Mapping[tuple[str, str, str], Interval]
+    shares: Mapping[str, Interval]
+
+    def beside(self, item: Difference) -> Difference:
+        """The same difference with its interval over images, if there is one for the pair in either direction."""
+        found = self.differences.get((item.first, item.second, item.group))
+        turned = self.differences.get((item.second, item.first, item.group))
+        if found is None and turned is not None:
+            found = (-turned[1], -turned[0])
+        return replace(item, image_interval=found)
