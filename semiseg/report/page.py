@@ -34,6 +34,7 @@ from semiseg.report.tables import (
     text_table,
 )
 from semiseg.report.tightness import tightness_section
+from semiseg.report.uncertainty import with_image_intervals
 from semiseg.resources import write_text
 
 # What a page says of each table, in this order.
@@ -64,6 +65,7 @@ def build_report(report: ReportInput, *, out: Path, published: Path) -> Path:
         FigureFiles(out / "figures", _earlier_blocks(report, out / "report.md")),
         Measured(out / MEASURED_NAME),
     )
+    page.tables = with_image_intervals(page)
     for numbers in page.tables:
         _write_tables(numbers, out / "tables")
     blocks = [
