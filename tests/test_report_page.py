@@ -348,6 +348,23 @@ def test_a_table_without_unseen_classes_says_nothing_of_them(study, tmp_path):
     assert line[7:10] == [""] * 3
 
 
+def test_names_of_data_files_are_the_same_letters_on_the_page(study, tmp_path):
+    names = ("猫 café", "\"a\" 'b'", "a|b_c_", "<b> $x$", "&amp; `code` \\")
+    rows = tuple(replace(row, label=name) for row, name in zip(ROWS, names, strict=True))
+    tables = tuple(replace(table, rows=rows, title=" ".join(names)) for table in TABLES)
+    strange = replace(study, tables=tables, title=names[2], question=names[3], run_folders={}, data=names[4])
+    build_report(strange, out=tmp_path, published=PUBLISHED)
+    page = read_page((tmp_path / "index.html").read_text(encoding="utf-8"))
+    assert_whole(page, tmp_path)
+    assert page.one("h1").text == names[2]
+    assert page.one("head").one("title").text == names[2]
+    assert [p.text for p in page.all("p") if p.has_class("question")] == [f"Question. {names[3]}"]
+    assert [h.text for h in page.all("h2")][:2] == [" ".join(names)] * 2
+    assert f"Data. {names[4]}" in [item.text for item in page.all("li")]
+    assert [line.all("th")[0].text for line in page.all("table")[0].all("tr")] == ["row", *names]
+    assert set(names[1:4]) <= {words.text for words in page.all("text")}  # the rows between those of 0 and 100 %
+
+
 def test_terminal_text(study):
     text = report_text(study)
     assert text.count("projection + pairwise  ") == 2
