@@ -5,8 +5,9 @@
 
 For every start method a fresh process opens the data as a training does and fetches the same batches, first without
 workers, then with them. Memory is the proportional set size (PSS, from /proc/PID/smaps_rollup: a page that n processes
-share counts 1/n for each), summed over the process and all its descendants, at its largest over the batches. Batches
-that wait in shared memory which no process has mapped are in no PSS; they are counted from the open files and added.
+share counts 1/n for each), summed over the process and all its descendants, at its largest over the batches. Shared
+memory of batches that no process has mapped, or has mapped and not yet written, is in no PSS; the sizes of the open
+files say how much that is, and it is added.
 `--step-seconds` lets the reader wait between batches as a training step does, so that as many wait as can.
 Linux only.
 """
@@ -39,7 +40,7 @@ class Measurement:
         first_batch_seconds: from asking for the first batch to having it: the start of the workers included.
         seconds: of all batches behind the first.
         pss: largest sum over all processes, in bytes; main_pss: the main process's part of it.
-        waiting: bytes of shared memory that is open but not mapped, at that moment; not in `pss`.
+        waiting: bytes of shared memory that are taken but not in `pss`, at that moment.
         processes: alive at that moment.
     """
 
@@ -59,31 +60,27 @@ class Measurement:
         return self.pss + self.waiting
 
 
-def pss(process: int) -> int:
-    """Proportional set size of a process in bytes; 0 if it is gone."""
+def pss(process: int, kind: str = "Pss") -> int:
+    """Proportional set size of a process in bytes, or its part "Pss_Shmem"; 0 if it is gone."""
     try:
         lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
     except (OSError, ProcessLookupError):
         return 0
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{kind}:")), 0)
 
 
 def unmapped(processes: Sequence[int]) -> int:
-    """Bytes of the shared-memory files that some of the processes hold open and none has mapped."""
+    """Bytes of the shared-memory files that the processes hold open, less what is in their PSS."""
     held: dict[tuple[int, int], int] = {}
-    mapped = set()
     for process in processes:
         try:
             for file in Path(f"/proc/{process}/fd").iterdir():
                 if os.readlink(file).startswith("/dev/shm/"):
                     status = file.stat()
                     held[status.st_dev, status.st_ino] = 512 * status.st_blocks
-            for line in Path(f"/proc/{process}/maps").read_text().splitlines():
-                if "/dev/shm/" in line:
-                    mapped.add(int(line.split()[4]))  # inode
         except OSError:  # it has ended, or closed the file
             continue
-    return sum(size for (_, inode), size in held.items() if inode not in mapped)
+    return max(sum(held.values()) - sum(pss(process, "Pss_Shmem") for process in processes), 0)
 
 
 def family(process: int) -> list[int]:

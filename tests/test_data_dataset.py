@@ -20,7 +20,7 @@ from semiseg.data.rasterise import outlines_to_rle, read_cells
 from semiseg.data.table import load_table
 from semiseg.data.transforms import EvalTransform, TrainTransform
 from semiseg.errors import UserError
-from semiseg.structures.inputs import Batch, Sample, Supervision, Targets, grid_size, pad_images
+from semiseg.structures.inputs import Batch, Sample, Supervision, Targets, empty_batch, grid_size, pad_images
 from tests.coco_files import CocoFiles, KeepClasses, encode, make_coco
 
 TRAIN = TrainTransform(short_sides=(48, 64, 72), long_side=120, flip=0.5)
@@ -283,6 +283,19 @@ def test_collate_pads_and_shifts_indices(tmp_path: Path) -> None:
         assert torch.equal(getattr(targets, name), torch.cat([getattr(sample, name) for sample in samples]))
 
 
+@pytest.mark.parametrize("flip", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("short_sides", [(40, 48, 150), (48,)])  # above and below the rows that are flipped at once
+def test_a_batch_written_in_place_is_that_of_its_samples(
+    tmp_path: Path, short_sides: tuple[int, ...], flip: float
+) -> None:
+    files = make_coco(tmp_path)
+    transform = TrainTransform(short_sides, long_side=300, flip=flip)
+    table = load_table(files.annotations, files.images, cache=tmp_path / "cache")
+    data = InstanceDataset(table, rule=build_rule("masks", None), transform=transform, mask_stride=4)
+    keys = [(row, seed) for seed in range(3) for row in range(len(data))]
+    assert same(Collate(32).load(data, keys), Collate(32)([data[key] for key in keys]))
+
+
 def test_collate_refuses_two_mask_strides(tmp_path: Path) -> None:
     files = make_coco(tmp_path)
     samples = [make_dataset(files, stride=stride)[0, 0] for stride in (2, 4)]
@@ -297,9 +310,14 @@ def test_padding_in_either_layout_and_in_shared_memory(channels_last: bool, shar
     shapes = [(3, 5, 9), (3, 8, 4)]
     images = [torch.randint(1, 256, shape, dtype=torch.uint8, generator=random) for shape in shapes]
     images[1] = images[1].contiguous().permute(0, 2, 1).contiguous().permute(0, 2, 1)  # another layout
-    stacked, sizes = pad_images(images, 4, channels_last=channels_last, shared=shared)
-    assert stacked.shape == (2, 3, 8, 12)
+    stacked, places = empty_batch([(5, 9), (8, 4)], 4, channels_last=channels_last, shared=shared)
+    for place, image in zip(places, images, strict=True):
+        place.copy_(image)
+    plain, sizes = pad_images(images, 4)
+    assert plain.is_contiguous()
+    assert torch.equal(plain, stacked)
     assert sizes.tolist() == [[5, 9], [8, 4]]
+    assert stacked.shape == (2, 3, 8, 12)
     assert stacked.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     assert stacked.is_shared() == shared
     for slot, image in zip(stacked, images, strict=True):

@@ -160,7 +160,7 @@ def test_batches_are_those_of_the_plain_way(tmp_path: Path, stride: int, flipped
         transform = OneGeometry(input_hw, flipped)
         data = InstanceDataset(table, rule=build_rule("masks", None), transform=transform, mask_stride=stride)
         samples = [data[row, 0] for row in range(len(SIZES))]
-        batch = Collate(16)(samples)
+        batch = Collate(16).load(data, [(row, 0) for row in range(len(SIZES))])
         assert batch.targets is not None
         assert batch.images.is_contiguous(memory_format=torch.channels_last)
         arrived = batch.to("cpu")

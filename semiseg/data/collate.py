@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from semiseg.structures.inputs import Batch, Sample, Targets, grid_size, pad_images
+from semiseg.data.dataset import InstanceDataset, Key
+from semiseg.structures.inputs import Batch, Sample, Targets, empty_batch, grid_size
 
 
 @dataclass(frozen=True)
@@ -22,19 +24,41 @@ class Collate:
     size_divisor: int
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
-        images, sizes = pad_images(
-            [sample.image for sample in samples],
-            self.size_divisor,
-            channels_last=True,
-            shared=get_worker_info() is not None,
-        )
-        return Batch(
-            images=images,
-            image_sizes_hw=sizes,
-            image_ids=tuple(sample.image_id for sample in samples),
-            bottom_rows_without_affinity=torch.tensor([s.bottom_rows_without_affinity for s in samples]),
-            targets=_targets(samples, (images.shape[-2], images.shape[-1])),
-        )
+        images, places = self._space([(sample.image.shape[-2], sample.image.shape[-1]) for sample in samples])
+        for place, sample in zip(places, samples, strict=True):
+            place.copy_(sample.image)
+        return _batch(images, samples)
+
+    def load(self, dataset: InstanceDataset, keys: Sequence[Key]) -> Batch:
+        """The batch of the samples `dataset[key]`, without a copy of each image on the way.
+
+        All annotations come first, then image after image is written to its place while it is in cache.
+
+        Raises:
+            UserError: as reading a sample does.
+        """
+        chosen = [dataset.choose(key) for key in keys]
+        images, places = self._space([one.geometry.input_hw for one in chosen])
+        samples = [dataset.sample(one, place) for one, place in zip(chosen, places, strict=True)]
+        batch = _batch(images, samples)
+        for one, place in zip(chosen, places, strict=True):
+            dataset.read(one, out=place)
+        return batch
+
+    def _space(self, sizes_hw: Sequence[tuple[int, int]]) -> tuple[Tensor, list[Tensor]]:
+        """The padded images, still to be written, and the place of each."""
+        in_worker = get_worker_info() is not None
+        return empty_batch(sizes_hw, self.size_divisor, channels_last=True, shared=in_worker)
+
+
+def _batch(images: Tensor, samples: Sequence[Sample]) -> Batch:
+    return Batch(
+        images=images,
+        image_sizes_hw=torch.tensor([sample.image.shape[-2:] for sample in samples], dtype=torch.int64),
+        image_ids=tuple(sample.image_id for sample in samples),
+        bottom_rows_without_affinity=torch.tensor([s.bottom_rows_without_affinity for s in samples]),
+        targets=_targets(samples, (images.shape[-2], images.shape[-1])),
+    )
 
 
 def _targets(samples: Sequence[Sample], padded_hw: tuple[int, int]) -> Targets:

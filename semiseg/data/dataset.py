@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -21,6 +22,7 @@ from semiseg.data.transforms import Geometry, Transform
 from semiseg.errors import UserError
 from semiseg.structures.inputs import Sample, Supervision, grid_size
 
+Key = tuple[int, int]  # (row index, sample seed)
 Source = Literal["split", "masks", "boxes", "as_annotated"]
 
 
@@ -124,6 +126,23 @@ def withhold(objects: Sequence[dict[str, Any]], *, class_names: Sequence[str], r
     )
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """What is known of a sample before its image is read, behind the barrier.
+
+    Attributes:
+        image: its file.
+        image_id: COCO's image id.
+        instances: in original pixels.
+        geometry: resize and flip; it knows the size of the sample.
+    """
+
+    image: Path
+    image_id: int
+    instances: Instances
+    geometry: Geometry
+
+
 class InstanceDataset(torch.utils.data.Dataset):
     """Map-style data set: key (row index, sample seed) -> Sample.
 
@@ -157,17 +176,37 @@ class InstanceDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.table.rows)
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
+    def __getitem__(self, key: Key) -> Sample:
         """Raises `UserError` if the image is missing, damaged or not of the size that the annotations state."""
+        chosen = self.choose(key)
+        return self.sample(chosen, self.read(chosen))
+
+    def choose(self, key: Key) -> Chosen:
+        """Reads a row, drops what the rule withholds, and chooses the geometry."""
         index, seed = key
         row = self.table.rows[index]
-        instances = withhold(row["objects"], class_names=self.table.class_names, rule=self.rule)
-        original_hw = (row["height"], row["width"])
-        geometry = self.transform(original_hw, seed)
-        image = read_image(self.table.images_folder / row["file_name"], size_hw=original_hw)
-        return Sample(
-            image=geometry.image(image),
+        return Chosen(
+            image=self.table.images_folder / row["file_name"],
             image_id=row["image_id"],
+            instances=withhold(row["objects"], class_names=self.table.class_names, rule=self.rule),
+            geometry=self.transform((row["height"], row["width"]), seed),
+        )
+
+    def read(self, chosen: Chosen, out: Tensor | None = None) -> Tensor:
+        """The image as (3, H, W) uint8 after resize and flip, written to `out` where that is given.
+
+        Raises:
+            UserError: it is missing, damaged or not of the size that the annotations state.
+        """
+        return chosen.geometry.image(read_image(chosen.image, size_hw=chosen.geometry.original_hw), out)
+
+    def sample(self, chosen: Chosen, image: Tensor) -> Sample:
+        """The sample with that image, whose pixels may still be missing."""
+        instances, geometry = chosen.instances, chosen.geometry
+        bottom = self.bottom_rows_without_affinity * geometry.input_hw[0] // geometry.original_hw[0]
+        return Sample(
+            image=image,
+            image_id=chosen.image_id,
             boxes_xyxy=geometry.boxes(instances.boxes_xyxy),
             labels=torch.tensor(instances.labels, dtype=torch.int64),
             supervision=torch.tensor(instances.supervision, dtype=torch.int64),
@@ -175,7 +214,7 @@ class InstanceDataset(torch.utils.data.Dataset):
             mask_instance=torch.tensor(instances.mask_instance, dtype=torch.int64),
             crowd_boxes_xyxy=geometry.boxes(instances.crowd_boxes_xyxy),
             mask_stride=self.mask_stride,
-            bottom_rows_without_affinity=self.bottom_rows_without_affinity * geometry.input_hw[0] // original_hw[0],
+            bottom_rows_without_affinity=bottom,
         )
 
 

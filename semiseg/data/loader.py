@@ -8,7 +8,6 @@ or one on more processes sees the same batches.
 from __future__ import annotations
 
 import atexit
-import ctypes
 import hashlib
 import multiprocessing
 import signal
@@ -21,15 +20,16 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from semiseg.data.collate import Collate
-from semiseg.data.dataset import InstanceDataset
+from semiseg.data.dataset import InstanceDataset, Key
+from semiseg.data.freed_memory import return_freed_memory
 from semiseg.errors import UserError
-from semiseg.structures.inputs import Batch, Sample
+from semiseg.structures.inputs import Batch
 
-Key = tuple[int, int]  # (row index, sample seed)
 StartMethod = Literal["fork", "forkserver", "spawn"]
 # Forked workers share what this process has imported. Others import torch again, 0.5 GB each, and Python's own choice
 # differs between its versions. Elsewhere than on Linux forking is unsafe: None leaves the choice to the platform.
 START_METHOD: StartMethod | None = "fork" if sys.platform == "linux" else None
+IMAGES_PER_RETURN = 32  # after so many a worker gives back the memory that it has freed
 IMAGES_AHEAD = 128  # that may wait in memory, about 4 MB each at COCO's sizes; every worker has one batch in any case
 
 
@@ -119,40 +119,41 @@ class _Failure:
     message: str
 
 
-class _Guarded(Dataset):
-    """The data set with every `UserError` turned into a `_Failure`."""
+class _Batches(Dataset):
+    """The data set by whole batches, with every `UserError` turned into a `_Failure`."""
 
-    def __init__(self, dataset: InstanceDataset) -> None:
+    def __init__(self, dataset: InstanceDataset, collate: Collate) -> None:
         self.dataset = dataset
+        self.collate = collate
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: Key) -> Sample | _Failure:
+    def __getitems__(self, keys: list[Key]) -> Batch | _Failure:
+        """What DataLoader calls for the keys of a batch."""
         try:
-            return self.dataset[key]
+            return self.collate.load(self.dataset, keys)
         except UserError as error:
             return _Failure(str(error))
 
 
-@dataclass(frozen=True)
-class _GuardedCollate:
-    collate: Collate
+class _Loaded:
+    """Receives each batch in the process that loaded it; a worker gives freed memory back from time to time.
 
-    def __call__(self, samples: list[Sample | _Failure]) -> Batch | _Failure:
-        failures = [sample for sample in samples if isinstance(sample, _Failure)]
-        batch = failures[0] if failures else self.collate([s for s in samples if isinstance(s, Sample)])
-        if get_worker_info() is not None:
-            samples.clear()
-            _return_free_memory()
+    Else it keeps what it needed for its largest batch while it waits. After every batch of two images that would cost
+    a fifth of their time.
+    """
+
+    def __init__(self) -> None:
+        self.images = 0  # since the last time
+
+    def __call__(self, batch: Batch | _Failure) -> Batch | _Failure:
+        if isinstance(batch, Batch) and get_worker_info() is not None:
+            self.images += len(batch.image_ids)
+            if self.images >= IMAGES_PER_RETURN:
+                self.images = 0
+                return_freed_memory()
         return batch
-
-
-def _return_free_memory() -> None:
-    """Gives the C library's free memory back: else each worker keeps the space of a whole batch while it waits."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:  # glibc
-        trim(0)
 
 
 class BatchLoader(DataLoader):
@@ -236,9 +237,9 @@ def _loader(
             "worker_init_fn": _leave_signals_to_the_main_process,
         }
     return BatchLoader(
-        _Guarded(dataset),
+        _Batches(dataset, collate),
         batch_sampler=batches,
-        collate_fn=_GuardedCollate(collate),
+        collate_fn=_Loaded(),  # type: ignore[arg-type]  # `_Batches` gives whole batches, not lists of samples
         num_workers=workers,
         pin_memory=pin_memory,
         **settings,

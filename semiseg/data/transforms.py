@@ -18,6 +18,8 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
+FLIPPED_AT_ONCE = 64  # rows: what `flip` makes of so many is still in cache when it is copied
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -27,15 +29,24 @@ class Geometry:
     input_hw: tuple[int, int]
     flipped: bool
 
-    def image(self, image: Tensor) -> Tensor:
+    def image(self, image: Tensor, out: Tensor | None = None) -> Tensor:
         """(3, H, W) uint8 -> (3, H', W') uint8: antialiased bilinear; untouched where the size stays.
 
         The memory layout stays too. An image as decoded, channels last, takes half the time of one channel by channel.
+
+        Args:
+            image: as decoded.
+            out: where the result is written, (3, H', W'), such as a part of a batch; it is also returned.
         """
         if self.input_hw != self.original_hw:
             size = list(self.input_hw)
             image = functional.resize(image, size, interpolation=InterpolationMode.BILINEAR, antialias=True)
-        return image.flip(-1) if self.flipped else image
+        if out is None:
+            return image.flip(-1) if self.flipped else image
+        rows = FLIPPED_AT_ONCE if self.flipped else max(image.shape[1], 1)
+        for target, part in zip(out.split(rows, dim=1), image.split(rows, dim=1), strict=True):
+            target.copy_(part.flip(-1) if self.flipped else part)
+        return out
 
     def source_rows(self, rows: np.ndarray) -> np.ndarray:
         """The original pixel row that holds the centre of each input pixel row; (n,) int64 both."""

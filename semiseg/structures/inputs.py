@@ -6,6 +6,7 @@ The mask grid has a stride s: cell (i, j) stands for the input pixel (s*i + s//2
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from enum import IntEnum
 
@@ -173,33 +174,56 @@ def _move(value, device, non_blocking):
     return _map_tensors(value, lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
 
-def pad_images(
-    images: list[Tensor], size_divisor: int, *, channels_last: bool = False, shared: bool = False
-) -> tuple[Tensor, Tensor]:
+def pad_images(images: Sequence[Tensor], size_divisor: int) -> tuple[Tensor, Tensor]:
     """Stacks images of different sizes, padded right and bottom with 0.
 
     Args:
         images: B tensors (3, H_i, W_i) uint8, in any memory layout.
         size_divisor: the padded height and width divide by it.
-        channels_last: the result's memory layout: the three colours of a pixel side by side, as images are decoded.
-            False: contiguous.
-        shared: the result lies in memory that another process can be given without a copy; on the CPU only.
 
     Returns:
-        (B, 3, H, W) uint8 and the unpadded sizes (B, 2) int64 as (height, width).
+        (B, 3, H, W) uint8, contiguous, and the unpadded sizes (B, 2) int64 as (height, width).
     """
-    sizes = torch.tensor([image.shape[-2:] for image in images], dtype=torch.int64).reshape(-1, 2)
-    height, width = (-(-int(side) // size_divisor) * size_divisor for side in sizes.amax(0))
-    flat = _bytes(3 * len(images) * height * width, images[0].device, shared)
+    sizes_hw = [(image.shape[-2], image.shape[-1]) for image in images]
+    stacked, places = empty_batch(sizes_hw, size_divisor, device=images[0].device)
+    for place, image in zip(places, images, strict=True):
+        place.copy_(image)
+    return stacked, torch.tensor(sizes_hw, dtype=torch.int64)
+
+
+def empty_batch(
+    sizes_hw: Sequence[tuple[int, int]],
+    size_divisor: int,
+    *,
+    channels_last: bool = False,
+    shared: bool = False,
+    device: torch.device | str = "cpu",
+) -> tuple[Tensor, list[Tensor]]:
+    """A padded batch whose images are still to be written.
+
+    Args:
+        sizes_hw: (height, width) of B images.
+        size_divisor: the padded height and width divide by it.
+        channels_last: the memory layout: the three colours of a pixel side by side, as images are decoded. False:
+            contiguous.
+        shared: in memory that another process can be given without a copy; on the CPU only.
+        device: where it lies.
+
+    Returns:
+        (B, 3, H, W) uint8, the padding 0, and B views of it, (3, H_i, W_i): the images' places.
+    """
+    height, width = (-(-max(sides) // size_divisor) * size_divisor for sides in zip(*sizes_hw, strict=True))
+    flat = _bytes(3 * len(sizes_hw) * height * width, torch.device(device), shared)
     if channels_last:
-        stacked = flat.view(len(images), height, width, 3).permute(0, 3, 1, 2)
+        stacked = flat.view(len(sizes_hw), height, width, 3).permute(0, 3, 1, 2)
     else:
-        stacked = flat.view(len(images), 3, height, width)
-    for slot, image in zip(stacked, images, strict=True):
-        slot[:, image.shape[1] :] = 0
-        slot[:, : image.shape[1], image.shape[2] :] = 0
-        slot[:, : image.shape[1], : image.shape[2]] = image
-    return stacked, sizes
+        stacked = flat.view(len(sizes_hw), 3, height, width)
+    places = []
+    for slot, (rows, columns) in zip(stacked, sizes_hw, strict=True):
+        slot[:, rows:] = 0
+        slot[:, :rows, columns:] = 0
+        places.append(slot[:, :rows, :columns])
+    return stacked, places
 
 
 def _bytes(count: int, device: torch.device, shared: bool) -> Tensor:
