@@ -97,8 +97,9 @@ def uncertainty_section(numbers: TableNumbers) -> list[str]:
     text = (
         f"In brackets {_image_words(numbers)}. AP of several seeds is averaged within a resample. The interval says "
         "how much depends on which images were looked at, for these trained networks; training again with other seeds "
-        "is not part of it. Rows are compared below on the same resamples: their differences are surer than the "
-        "brackets of two rows suggest."
+        "is not part of it. With few images AP of a resample tends to lie above AP of all images, and so do the "
+        "brackets. Rows are compared below on the same resamples: their differences are surer than the brackets of two "
+        "rows suggest."
     )
     headings = ("row", *(f"{group} AP" if table.unseen else "AP" for group in groups))
     return ["### Uncertainty over validation images", text, markdown_table(headings, lines)]
