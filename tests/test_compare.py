@@ -323,7 +323,7 @@ def test_the_verb_prints_the_table_and_writes_the_report_twice_the_same():
     record(*runs)
     ids = [run.run_id[:7] for run in runs]
     outcome = CliRunner().invoke(app, ["compare", *ids])
-    assert outcome.exit_code == 0, outcome.output
+    assert outcome.exit_code == 0, (outcome.output, outcome.exception)
     assert re.search(r"box\|er +yes +yes +2  31\.5 ± 0\.7", outcome.output)
     folder = Path("reports") / "compare" / "-".join(run.run_id[:6] for run in runs)
     text = (folder / "report.md").read_text(encoding="utf-8")
