@@ -1,26 +1,246 @@
-"""Figures of a report hold all that they show."""
+"""Charts of a report: what is drawn, in which order and style, and that all of it lies within the picture."""
 
 from __future__ import annotations
 
+import io
+import json
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
+from PIL import Image
 
-from semiseg.report import figures
+from semiseg.report import curve_figures, figures, quality_sections
 from semiseg.report.aggregate import ReportRow, ReportTable
+from semiseg.report.chart_style import GROUP_COLOURS, row_styles, shortened, wrapped
+from semiseg.report.context import Measured
+from semiseg.report.curve_figures import CURVE_POINTS, read_curves, threshold_figure, training_figure
+from semiseg.report.figures import class_figure, class_gaps, shown_row, size_figure, sorted_classes
 
-ROWS = (ReportRow("neither", "no", "no", "neither"), ReportRow("projection+pairwise", "yes", "yes", "both"))
+NAMES = ("neither", "projection", "projection+pairwise", "full-masks")
+ROWS = tuple(ReportRow(name, "", "", name.replace("+", " + "), every_mask=name == "full-masks") for name in NAMES)
+TABLE = ReportTable("t", "T", "s", "d", ("cross",), ("ring", "star"), None, ROWS)
+PLAIN = ReportTable("p", "P", "", "", ("cross", "ring", "star"), (), None, ROWS)
+STYLES = row_styles([TABLE])
 
 
+@pytest.fixture
+def as_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures as matplotlib has them instead of bytes."""
+    for module in (figures, curve_figures):
+        monkeypatch.setattr(module, "chart", lambda figure: figure)
+
+
+def class_frame(method: list[float], full: list[float]) -> pd.DataFrame:
+    columns = {"neither": 5.0, "projection": 7.0, "projection+pairwise": method, "full-masks": full}
+    return pd.DataFrame(columns, index=["ring", "star", "cross"], dtype=float)
+
+
+def everything_is_inside(figure: Figure) -> None:
+    """No letter and no mark lies outside of the picture."""
+    figure.canvas.draw()
+    box = figure.get_tightbbox()
+    width, height = figure.get_size_inches()
+    assert box.x0 >= -0.01
+    assert box.y0 >= -0.01
+    assert box.x1 <= width + 0.01
+    assert box.y1 <= height + 0.01
+
+
+@pytest.mark.usefixtures("as_figures")
 @pytest.mark.parametrize("high", ["ring", "cross"])
-def test_the_bars_of_seen_and_unseen_classes_lie_within_the_axes(high: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figures, "chart", lambda figure: figure)
-    table = ReportTable("t", "T", "s", "d", ("ring",), ("cross", "star"), None, ROWS)
-    classes = pd.DataFrame({"neither": 5.0, "projection+pairwise": 10.0}, index=["ring", "cross", "star"])
+def test_the_bars_of_seen_and_unseen_classes_lie_within_the_axes(high: str) -> None:
+    classes = class_frame([10, 10, 10], [12, 12, 12])
     classes.loc[high] = 80.0
-    panels = figures.class_figure(table, classes).axes
+    panels = class_figure(TABLE, classes, STYLES).axes
     assert [panel.get_ylabel() for panel in panels] == ["unseen", "seen"]
     assert [len(panel.patches) for panel in panels] == [2, 1]
     for panel in panels:
         left, right = panel.get_xlim()
         assert left == 0
         assert right > 80
+
+
+def test_classes_are_sorted_by_their_gap_within_their_group() -> None:
+    classes = class_frame([30, 20, 1], [35, 40, 90])
+    assert shown_row(TABLE, classes) == "projection+pairwise"
+    assert class_gaps(TABLE, classes).to_dict() == {"ring": 5, "star": 20, "cross": 89}
+    assert sorted_classes(TABLE, classes) == ["star", "ring", "cross"]  # the seen one last, though widest
+    assert sorted_classes(PLAIN, classes) == ["cross", "star", "ring"]
+
+
+def test_classes_without_a_gap_are_sorted_by_ap_and_those_not_measured_come_last() -> None:
+    classes = class_frame([30, 20, 1], [np.nan] * 3)
+    assert class_gaps(PLAIN, classes) is None
+    assert sorted_classes(PLAIN, classes) == ["ring", "star", "cross"]
+    assert sorted_classes(PLAIN, class_frame([np.nan, 20, 1], [30, 21, 9])) == ["cross", "star", "ring"]
+    empty = class_frame([np.nan] * 3, [np.nan] * 3).mul(np.nan)
+    assert sorted_classes(TABLE, empty) == ["ring", "star", "cross"]
+    assert class_figure(TABLE, empty, STYLES) is None
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+@pytest.mark.usefixtures("as_figures")
+def test_eighty_classes_with_long_names_stay_legible() -> None:
+    names = [f"class number {number} with quite a long name of its own" for number in range(78)] + [
+        "猫" * 40,
+        "café $x$",
+    ]
+    table = ReportTable("t", "T", "s", "d", tuple(names[:60]), tuple(names[60:]), None, ROWS)
+    values = np.random.default_rng(0).uniform(0, 60, (80, 4))
+    classes = pd.DataFrame(values, index=[*table.unseen, *table.seen], columns=list(NAMES))
+    figure = class_figure(table, classes, row_styles([table]))
+    everything_is_inside(figure)
+    assert [len(panel.patches) for panel in figure.axes] == [20, 60]
+    for panel in figure.axes:
+        labels = panel.get_yticklabels()
+        assert min(label.get_fontsize() for label in labels) >= 7
+        boxes = [label.get_window_extent() for label in labels]
+        assert all(below.y1 <= above.y0 + 1 for above, below in pairwise(boxes))
+        assert panel.get_position().width > 0.5
+
+
+def test_long_labels_end_in_dots_and_wide_signs_count_twice() -> None:
+    assert shortened("short  $name") == r"short \$name"
+    assert shortened("a" * 32) == "a" * 32
+    assert shortened("a" * 33) == "a" * 31 + "…"
+    assert shortened("猫" * 17) == "猫" * 15 + "…"
+    assert wrapped("projection + pairwise") == "projection +\npairwise"
+
+
+def test_a_row_has_one_style_on_a_page_and_no_other_row_has_it() -> None:
+    other = ReportTable("o", "O", "", "", TABLE.seen + TABLE.unseen, (), None, (ReportRow("x", "", "", "x"), ROWS[3]))
+    styles = row_styles([TABLE, other])
+    assert list(styles) == [*NAMES, "x"]
+    assert {name: styles[name] for name in NAMES} == STYLES
+    many = tuple(ReportRow(str(number), "", "", str(number)) for number in range(16))
+    for unseen in ((), ("star",)):
+        styles = row_styles([ReportTable("m", "M", "", "", ("ring",), unseen, None, many)])
+        assert len({(style.colour, style.dashes) for style in styles.values()}) == 16
+        assert not unseen or not {style.colour for style in styles.values()} & set(GROUP_COLOURS.values())
+
+
+def write_log(path: Path, steps: int, *, validations: dict[int, float]) -> Path:
+    lines = []
+    for step in range(1, steps + 1):
+        lines.append({"step": step, "seconds": 1.0, "losses": {"dice": 1 / step, "pairwise_labelled": 0.0}})
+        if step in validations:
+            lines.append({"step": step, "seconds": 1.0, "validation": {"box_AP": 50.0, "mask_AP": validations[step]}})
+    path.write_text("\n".join([*map(json.dumps, lines), '{"step": 9999, "los']))
+    return path
+
+
+def test_curves_of_a_log(tmp_path: Path) -> None:
+    path = write_log(tmp_path / "log.jsonl", 125, validations={50: 10.0, 100: 20.0})
+    curves = read_curves(path, final=(125, 25.0))
+    assert curves.mask_ap.to_dict() == {50: 10.0, 100: 20.0, 125: 25.0}
+    assert CURVE_POINTS / 2 < len(curves.losses) <= CURVE_POINTS
+    groups = np.array_split(np.arange(1, 126), len(curves.losses))
+    assert {len(group) for group in groups} == {2, 3}
+    assert curves.losses.index.min() < 3
+    assert curves.losses.index.max() > 123
+    short = read_curves(write_log(tmp_path / "log.jsonl", 3, validations={}), final=(3, 25.0))
+    assert short.losses["dice"].to_dict() == {1: 1.0, 2: 0.5, 3: 1 / 3}
+    assert short.mask_ap.empty  # the last number alone is no curve
+    boxes = read_curves(write_log(tmp_path / "log.jsonl", 9, validations={5: 50.0}), final=(9, None))
+    assert boxes.mask_ap.empty  # of boxes, since masks could not be measured
+
+
+def test_logs_without_losses_give_no_curves(tmp_path: Path) -> None:
+    assert read_curves(tmp_path / "gone.jsonl", final=(3, 1.0)) is None
+    (tmp_path / "log.jsonl").write_text('[1]\n{"losses": {"dice": 1}}\n')
+    assert read_curves(tmp_path / "log.jsonl", final=(3, 1.0)) is None
+    assert training_figure(TABLE, {}, STYLES) is None
+
+
+@pytest.mark.usefixtures("as_figures")
+def test_training_figure_has_a_panel_per_term_and_one_of_validation_where_measured(tmp_path: Path) -> None:
+    validated = read_curves(write_log(tmp_path / "a", 9, validations={4: 10.0}), final=(9, 25.0))
+    figure = training_figure(TABLE, {"neither": [validated] * 2, "full-masks": [validated]}, STYLES)
+    everything_is_inside(figure)
+    assert [panel.get_title() for panel in figure.axes] == ["dice", "validation mask AP (%)"]
+    for panel in figure.axes:
+        assert [line.get_color() for line in panel.lines] == [
+            STYLES[name].colour for name in ("neither",) * 2 + NAMES[3:]
+        ]
+    assert figure.axes[1].lines[0].get_xdata().tolist() == [4, 9]
+    assert figure.axes[1].lines[0].get_ydata().tolist() == [10, 25]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["neither", "full-masks"]
+    plain = read_curves(write_log(tmp_path / "b", 9, validations={}), final=(9, 25.0))
+    assert [panel.get_title() for panel in training_figure(TABLE, {"neither": [plain]}, STYLES).axes] == ["dice"]
+
+
+@pytest.mark.usefixtures("as_figures")
+def test_threshold_curves_are_means_over_seeds_in_a_band() -> None:
+    lines = [{"row": "neither", 0.5: 40.0, 0.55: 20.0}, {"row": "neither", 0.5: 60.0, 0.55: 20.0}]
+    frame = pd.DataFrame([*lines, {"row": "full-masks", 0.5: 80.0, 0.55: 70.0}])
+    figure = threshold_figure(TABLE, {"unseen classes": frame, "all classes": frame}, STYLES)
+    everything_is_inside(figure)
+    for panel in figure.axes:
+        assert [line.get_ydata().tolist() for line in panel.lines] == [[50, 20], [80, 70]]
+        assert len(panel.collections) == 1  # one seed has no band
+        heights = panel.collections[0].get_paths()[0].vertices[:, 1]
+        assert heights.max() == pytest.approx(50 + 200**0.5)
+    assert threshold_figure(TABLE, {"all classes": frame.iloc[:0]}, STYLES) is None
+
+
+@pytest.mark.usefixtures("as_figures")
+def test_sizes_without_objects_are_not_drawn() -> None:
+    frame = pd.DataFrame({"row": ["neither", "neither", "full-masks"], "APs": [10.0, 20.0, 30.0], "APl": np.nan})
+    figure = size_figure(TABLE, {"all classes": frame}, {"APs": "small"}, STYLES)
+    everything_is_inside(figure)
+    (panel,) = figure.axes
+    assert [label.get_text() for label in panel.get_xticklabels()] == ["small"]
+    assert [patch.get_height() for patch in panel.patches] == [15, 0, 0, 30]
+    assert size_figure(TABLE, {"all classes": frame}, {}, STYLES) is None
+
+
+def test_drawings_are_the_same_bytes_each_time() -> None:
+    classes = class_frame([30, 20, 1], [35, 40, 90])
+    first, second = (class_figure(TABLE, classes, STYLES) for _ in range(2))
+    assert first == second
+    assert Image.open(io.BytesIO(first.png)).size[0] > 700
+    assert b"<svg" in first.svg
+
+
+def test_objects_are_counted_by_size_only_if_they_are_those_of_the_run(tmp_path: Path) -> None:
+    areas = [("ring", 1023.9), ("ring", 1024.0), ("star", 9215.0), ("star", 9216.0), ("cross", 5.0)]
+    names = ["cross", "ring", "star"]
+    objects = [
+        {"id": 1, "image_id": 1, "category_id": names.index(name), "bbox": [0, 0, 9, 9], "area": area, "iscrowd": 0}
+        for name, area in areas
+    ]
+    objects.append({**objects[0], "iscrowd": 1})
+    path = tmp_path / "val.json"
+    categories = [{"id": number, "name": name} for number, name in enumerate(names)]
+    images = [{"id": 1, "width": 200, "height": 200, "file_name": "a.png"}]
+    path.write_text(json.dumps({"images": images, "categories": categories, "annotations": objects}))
+
+    def counted(instances: dict[str, int], annotations: Path | None) -> object:
+        metrics = {"images": 1, "instances": instances, "bbox": {"groups": {}, "classes": {}}, "segm": None}
+        run = SimpleNamespace(run_id="r", metrics=metrics)
+        report = SimpleNamespace(results={("t", "neither", 0): run}, seeds=(0,), val_annotations=annotations)
+        page = SimpleNamespace(report=report, measured=Measured(tmp_path / "measured.json"))
+        return quality_sections._object_sizes(page, TABLE)
+
+    assert counted({"cross": 1, "ring": 2, "star": 2}, path) == {
+        "cross": {"APs": 1, "APm": 0, "APl": 0},
+        "ring": {"APs": 1, "APm": 1, "APl": 0},
+        "star": {"APs": 0, "APm": 1, "APl": 1},
+    }
+    assert counted({"cross": 2, "ring": 2, "star": 2}, path) is None
+    assert counted({"cross": 1, "ring": 2, "star": 2}, None) is None
+    assert counted({"cross": 1, "ring": 2, "star": 2}, tmp_path / "gone.json") is None
+
+
+def test_means_over_classes_leave_out_those_without_objects() -> None:
+    by_class = {"ring": [10.0] * 10, "star": [30.0] * 9 + [None], "cross": [None] * 10}
+    means = quality_sections._threshold_means(by_class, ("ring", "star", "cross"))
+    assert next(iter(means)) == 0.5
+    assert means[0.5] == 20
+    assert means[0.95] == 10
+    assert set(quality_sections._threshold_means(by_class, ("cross",)).values()) == {None}

@@ -20,9 +20,10 @@ from semiseg.report.html import PAGE_NAME, render_page
 from semiseg.report.protocol import difficulty, protocol
 from semiseg.report.provenance import provenance, warnings
 from semiseg.report.published import read_published
+from semiseg.report.quality_sections import class_section, size_section, threshold_section
 from semiseg.report.run_sections import picture_section, training_section
 from semiseg.report.statements import answer
-from semiseg.report.table_sections import class_section, table_section
+from semiseg.report.table_sections import table_section
 from semiseg.report.tables import (
     best_cells,
     csv_table,
@@ -41,6 +42,8 @@ from semiseg.resources import write_text
 SECTIONS: tuple[Callable[[PageContext, TableNumbers], list[str]], ...] = (
     table_section,
     class_section,
+    threshold_section,
+    size_section,
     training_section,
     picture_section,
     gap_parts_section,

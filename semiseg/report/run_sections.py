@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
+from semiseg.evaluation.coco_metrics import Metrics
 from semiseg.report.aggregate import TableNumbers
+from semiseg.report.chart_style import row_styles
 from semiseg.report.context import PageContext
-from semiseg.report.figures import loss_figure
+from semiseg.report.curve_figures import TrainingCurves, read_curves, training_figure
 from semiseg.report.pictures import draw_pictures
 
 
 def training_section(page: PageContext, numbers: TableNumbers) -> list[str]:
-    """The curves of every loss term."""
+    """The curves of every loss term, and of the validation AP where it was measured on the way."""
     report, table = page.report, numbers.table
-    recorded = {
-        row.name: [run for seed in report.seeds if (run := report.results.get((table.name, row.name, seed)))]
-        for row in table.rows
-    }
-    logs = {
-        row: [report.run_folders[run.run_id] / "log.jsonl" for run in runs if run.run_id in report.run_folders]
-        for row, runs in recorded.items()
-    }
-    # A figure that lacks runs would replace a better one of an earlier report.
-    complete = all(
-        len(logs[row]) == len(runs) and all(path.is_file() for path in logs[row]) for row, runs in recorded.items()
-    )
+    curves: dict[str, list[TrainingCurves]] = {row.name: [] for row in table.rows}
+    complete = True  # a figure that lacks runs would replace a better one of an earlier report
+    for row in table.rows:
+        for seed in report.seeds:
+            if (run := report.results.get((table.name, row.name, seed))) is None:
+                continue
+            masks = Metrics.from_dict(run.metrics).group("segm", table.seen + table.unseen)["AP"]
+            folder = report.run_folders.get(run.run_id)
+            found = None if folder is None else read_curves(folder / "log.jsonl", final=(run.steps, masks))
+            complete = complete and found is not None
+            curves[row.name] += [found] if found is not None else []
+    validated = any(len(curve.mask_ap) for found in curves.values() for curve in found)
     shown = page.figures.show(
         f"{table.name}_losses",
-        loss_figure(table, logs) if complete else None,
-        alt=f"training losses, {table.name}",
-        caption="Loss terms before weighting, over the steps of the rows' own training; one line per run.",
+        training_figure(table, curves, row_styles(report.tables)) if complete else None,
+        alt=f"training losses{' and validation AP' if validated else ''}, {table.name}",
+        caption="Loss terms before weighting, over the steps of the rows' own training, averaged over some steps; one "
+        f"line per run.{' Validation mask AP is that of all classes.' if validated else ''}",
         absent="the run folders with the logs are not on this machine",
     )
     return ["### Training", *shown]
@@ -35,8 +38,8 @@ def training_section(page: PageContext, numbers: TableNumbers) -> list[str]:
 
 def picture_section(page: PageContext, numbers: TableNumbers) -> list[str]:
     """Ground truth and all rows side by side."""
-    report, table = page.report, numbers.table
-    pictures = draw_pictures(report, table)
+    table = numbers.table
+    pictures = draw_pictures(page.report, numbers)
     shown = page.figures.show(
         f"{table.name}_pictures",
         pictures.drawing,

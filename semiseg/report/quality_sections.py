@@ -1,0 +1,206 @@
+"""The sections of one table that take its AP apart: by class, by the IoU that a match takes, by the size of objects."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+
+from semiseg.errors import UserError
+from semiseg.evaluation.coco_metrics import Metrics, load_ground_truth
+from semiseg.evaluation.matching import IOU_THRESHOLDS
+from semiseg.report.aggregate import ReportTable, TableNumbers
+from semiseg.report.chart_style import row_styles
+from semiseg.report.context import PageContext
+from semiseg.report.curve_figures import threshold_figure
+from semiseg.report.figures import class_figure, class_gaps, shown_row, size_figure, sorted_classes
+from semiseg.report.tables import escape_markdown, markdown_table, number
+from semiseg.report.uncertainty import thresholds_of
+from semiseg.results import Result
+from semiseg.splits import normalise
+
+_PRINTED_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
+# COCO's ranges of object area in pixels of the original image, ends included, as COCOeval has them.
+_SIZES = {"APs": ("small", 0, 32**2), "APm": ("medium", 32**2, 96**2), "APl": ("large", 96**2, 10**10)}
+
+
+def class_section(page: PageContext, numbers: TableNumbers) -> list[str]:
+    """Mask AP per class: table and bars, both in the same order."""
+    table, gaps = numbers.table, class_gaps(numbers.table, numbers.classes)
+    classes = numbers.classes.loc[sorted_classes(table, numbers.classes)]
+    labels = {row.name: row.label for row in table.rows}
+    lines = []
+    for name, line in zip(classes.index, classes.to_numpy(), strict=True):
+        group = ["unseen" if name in table.unseen else "seen"] if table.unseen else []
+        gap = [] if gaps is None else [number(gaps[name], sign=True)]
+        lines.append([str(name), *group, *(number(value) for value in line), *gap])
+    headings = ["class", *(["group"] if table.unseen else []), *(row.label for row in table.rows)]
+    main, order, below = shown_row(table, classes), "", ""
+    if main is not None:
+        groups = ", unseen and seen classes apart" if table.unseen else ""
+        by = f"AP of {labels[main]}, highest first"
+        if gaps is not None:
+            by = f"full-masks minus {labels[main]}, widest gap first"
+            headings.append("gap")
+        order = f"Mask AP in percent, mean over seeds. Sorted by {by}{groups}."
+        below = f"Mask AP per class. Bars: {labels[main]}. Sorted by {by}{groups}."
+    return [
+        "### Per class",
+        *([escape_markdown(order)] if order else []),
+        markdown_table(headings, lines, texts=2 if table.unseen else 1),
+        *page.figures.show(
+            f"{table.name}_classes",
+            class_figure(table, numbers.classes, row_styles(page.report.tables)),
+            alt=f"mask AP per class, {table.name}",
+            caption=below,
+        ),
+    ]
+
+
+def threshold_section(page: PageContext, numbers: TableNumbers) -> list[str]:
+    """Mask AP against the IoU that a match takes: curves, and a table of some thresholds."""
+    table = numbers.table
+    cells = _cells(page, table)
+    measured = [(row, thresholds_of(page, result)) for row, result in cells]
+    known = [(row, found["segm"]) for row, found in measured if found is not None and "segm" in found]
+    groups = _groups(table)
+    frames = {
+        words: pd.DataFrame(
+            [{"row": row, **_threshold_means(by_class, classes)} for row, by_class in known],
+            columns=["row", *IOU_THRESHOLDS],
+        )
+        for words, classes in groups.items()
+    }
+    # A figure that lacks runs would replace a better one of an earlier report.
+    complete = bool(known) and len(known) == len(cells)
+    first, frame = next(iter(frames.items()))
+    lines = [
+        [row.label, *(_over_seeds(frame, row.name, threshold) for threshold in _PRINTED_THRESHOLDS)]
+        for row in table.rows
+    ]
+    spread = ", ± standard deviation over seeds" if frame["row"].duplicated().any() else ""
+    text = (
+        "A detection counts as found if the IoU of its mask with the object's is at least the threshold; AP is the "
+        f"mean over 0.50, 0.55, …, 0.95. In the table mask AP in percent on {first}{spread}."
+    )
+    shown = page.figures.show(
+        f"{table.name}_thresholds",
+        threshold_figure(table, frames, row_styles(page.report.tables)) if complete else None,
+        alt=f"mask AP against IoU threshold, {table.name}",
+        caption="Mask AP by the IoU that a match takes: means over seeds, bands of ± one standard deviation (several "
+        "seeds).",
+        absent="the run folders with the detections are not on this machine",
+    )
+    if not known:
+        return ["### AP against IoU threshold", *shown]
+    headings = ("row", *(f"IoU {threshold:.1f}" for threshold in _PRINTED_THRESHOLDS))
+    return ["### AP against IoU threshold", text, markdown_table(headings, lines), *shown]
+
+
+def size_section(page: PageContext, numbers: TableNumbers) -> list[str]:
+    """Mask AP by object size, for the sizes that the validation objects have."""
+    table = numbers.table
+    cells = [(row, Metrics.from_dict(result.metrics)) for row, result in _cells(page, table)]
+    frames = {
+        words: pd.DataFrame(
+            [{"row": row, **metrics.group("segm", classes)} for row, metrics in cells], columns=["row", *_SIZES]
+        ).astype(dict.fromkeys(_SIZES, float))
+        for words, classes in _groups(table).items()
+    }
+    found = [size for size in _SIZES if any(frame[size].notna().any() for frame in frames.values())]
+    if not found:
+        return []
+    names = {size: _SIZES[size][0] for size in found}
+    lines = [
+        [row.label, *(_over_seeds(frame, row.name, size) for frame in frames.values() for size in found)]
+        for row in table.rows
+    ]
+    headings = [f"{words.removesuffix(' classes')}: {names[size]}" for words in frames for size in found]
+    shown = page.figures.show(
+        f"{table.name}_sizes",
+        size_figure(table, frames, names, row_styles(page.report.tables)),
+        alt=f"mask AP by object size, {table.name}",
+        caption="Mask AP by the size of the objects. Error bars: standard deviation over seeds (where several).",
+    )
+    return ["### AP by object size", _size_sentence(page, numbers), markdown_table(["row", *headings], lines), *shown]
+
+
+def _size_sentence(page: PageContext, numbers: TableNumbers) -> str:
+    """The areas, and how many validation objects have them, if that is known."""
+    text = (
+        "Mask AP in percent by the area of the objects' masks in pixels of the original image, in COCO's ranges: small "
+        "below 32² = 1,024, medium below 96² = 9,216, large from there on."
+    )
+    counts = _object_sizes(page, numbers.table)
+    if counts is None:
+        return text
+    groups = _groups(numbers.table)
+    told = [
+        f"{words}: " + ", ".join(f"{count:,} {_SIZES[size][0]}" for size, count in _added(counts, classes).items())
+        for words, classes in groups.items()
+    ]
+    return f"{text} Validation objects without crowd, {'; '.join(told)}."
+
+
+def _object_sizes(page: PageContext, table: ReportTable) -> Mapping[str, Mapping[str, int]] | None:
+    """Class -> size -> validation objects of it; None where the annotations are gone or not those of the runs."""
+    cells = _cells(page, table)
+    if not cells:
+        return None
+    result, path = cells[0][1], page.report.val_annotations
+    instances = Metrics.from_dict(result.metrics).instances
+
+    def measure() -> dict[str, dict[str, int]] | None:
+        if path is None:
+            return None
+        try:
+            truth = load_ground_truth(path)
+        except (UserError, OSError):
+            return None
+        names = {key: normalise(str(category["name"])) for key, category in truth.cats.items()}
+        counts = {name: dict.fromkeys(_SIZES, 0) for name in names.values()}
+        for annotation in truth.dataset["annotations"]:
+            if not annotation["iscrowd"] and annotation["category_id"] in names:
+                size = next(size for size, (_, _, end) in _SIZES.items() if annotation["area"] < end)
+                counts[names[annotation["category_id"]]][size] += 1
+        totals = {name: sum(found.values()) for name, found in counts.items()}
+        return counts if totals == dict(instances) else None
+
+    return page.measured.get("object_sizes", result.run_id, measure)
+
+
+def _added(counts: Mapping[str, Mapping[str, int]], classes: Sequence[str]) -> dict[str, int]:
+    return {size: sum(counts[name][size] for name in classes) for size in _SIZES}
+
+
+def _cells(page: PageContext, table: ReportTable) -> list[tuple[str, Result]]:
+    """(row name, run) of every recorded cell of a table."""
+    cells = (
+        (row.name, page.report.results.get((table.name, row.name, seed)))
+        for row in table.rows
+        for seed in page.report.seeds
+    )
+    return [(row, result) for row, result in cells if result is not None]
+
+
+def _groups(table: ReportTable) -> dict[str, tuple[str, ...]]:
+    """Words -> classes: unseen ones first, if there are any, then all."""
+    unseen = {"unseen classes": table.unseen} if table.unseen else {}
+    return {**unseen, "all classes": table.seen + table.unseen}
+
+
+def _threshold_means(
+    by_class: Mapping[str, Sequence[float | None]], classes: Sequence[str]
+) -> dict[float, float | None]:
+    """IoU threshold -> mean over those classes that have objects."""
+    lines = [by_class[name] for name in classes if name in by_class]
+    means: dict[float, float | None] = {}
+    for place, threshold in enumerate(IOU_THRESHOLDS):
+        values = [value for line in lines if (value := line[place]) is not None]
+        means[threshold] = sum(values) / len(values) if values else None
+    return means
+
+
+def _over_seeds(frame: pd.DataFrame, row: str, column: str | float) -> str:
+    values = frame.loc[frame["row"] == row][column].astype(float)
+    return number(float(values.mean()), float(values.std(ddof=1)))
