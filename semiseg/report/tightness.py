@@ -175,10 +175,10 @@ def tightness_figure(rows: Sequence[RowTightness], table: ReportTable) -> Drawin
         panel.set_yticks(places, [plain(str(name)) for name in ordered.index], fontsize=8)
         panel.set_ylim(len(ordered) - 0.4, -0.6)
         panel.set_ylabel(word if table.unseen else "")
-        panel.set_xlim(left=0)
         panel.grid(color="#dddddd", linewidth=0.6)
         panel.spines[["top", "right"]].set_visible(False)
         panel.set_axisbelow(True)
+    panels[-1].set_xlim(left=0)  # at the end: it fixes the right limit, which is that of all panels
     panels[-1].set_xlabel("projection error (%)")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=8)
