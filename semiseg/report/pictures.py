@@ -1,37 +1,46 @@
 """Side-by-side pictures: ground truth and every row's detections on the same validation images.
 
-An instance keeps its colour across the columns: a detection takes the colour of the ground-truth box that it overlaps
-most (IoU at least 0.5), or grey if it overlaps none.
+Which images and rows: `picture_choice.py`. An instance keeps its colour across the columns: a detection takes the
+colour of the ground-truth box that it overlaps most (IoU at least 0.5), or grey if it overlaps none.
 """
 
 from __future__ import annotations
 
-import json
-import random
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
-from PIL import Image, UnidentifiedImageError
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
 from semiseg.errors import UserError
-from semiseg.evaluation.coco_metrics import load_ground_truth
-from semiseg.report.aggregate import ReportInput, ReportTable
+from semiseg.evaluation.instances import match_instances
+from semiseg.report.aggregate import ReportInput, ReportTable, TableNumbers
 from semiseg.report.drawing import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION, Drawing, new_figure, plain, png
-from semiseg.splits import normalise
+from semiseg.report.picture_choice import (
+    EXTREME_IMAGES,
+    RANDOM,
+    ChosenImage,
+    choose_images,
+    class_name,
+    image_gains,
+    judged,
+    main_row,
+    other_row,
+    read_image,
+    runs_of_one_seed,
+)
+from semiseg.report.stored import StoredDetections
 
-IMAGES = 4
 SCORE_THRESHOLD = 0.4
 INSTANCE_COLOURS = (ORANGE, SKY, GREEN, VERMILLION, PURPLE, BLUE, "#F0E442", "#7F3C8D", "#11A579", "#A5AA99")
 UNMATCHED = "#BBBBBB"
-_PANEL_INCHES = 1.75
+_PANEL_INCHES, _SMALL_PANEL_INCHES = 1.6, 1.35  # up to six columns, and more
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,7 @@ class Pictures:
 
     Attributes:
         drawing: the picture, or None.
-        note: the caption: which images, seed and score threshold; or why it could not be drawn.
+        note: the caption: by which rule, of which runs; or in one sentence why there is none.
     """
 
     drawing: Drawing | None
@@ -61,91 +70,105 @@ class _Instance:
     unseen: bool
 
 
-def draw_pictures(report: ReportInput, table: ReportTable) -> Pictures:
-    """Draws IMAGES validation images, picked by `picture_seed` from those with objects, for all rows of one seed."""
-    if report.val_annotations is None or report.val_images is None or not report.val_annotations.is_file():
-        return Pictures(None, "the validation set is not on this machine")
-    if (runs := _runs_with_detections(report, table)) is None:
-        return Pictures(None, "the run folders with the detections are not on this machine")
-    seed, paths = runs
+def draw_pictures(report: ReportInput, numbers: TableNumbers) -> Pictures:
+    """Draws the images of `choose_images` for all rows of one seed, or says in one sentence what is missing for it."""
+    table = numbers.table
     try:
-        truth = load_ground_truth(report.val_annotations)
-        image_ids = pick_images(truth, seed=report.picture_seed)
-        if not image_ids:
-            return Pictures(None, "the validation set has no objects")
-        images = {image_id: _read_image(report.val_images, truth, image_id) for image_id in image_ids}
-        detections = {row: _read_detections(path, set(image_ids)) for row, path in paths.items()}
-    except (UserError, OSError, UnidentifiedImageError, json.JSONDecodeError, KeyError, TypeError) as error:
-        return Pictures(None, f"images or detections could not be read ({type(error).__name__})")
-    content = _draw(table, truth, image_ids, images, detections)
-    unit = "image" if len(image_ids) == 1 else "images"
-    note = (
-        f"{len(image_ids)} validation {unit} drawn at random with seed {report.picture_seed} "
-        f"(ids {', '.join(map(str, image_ids))}); runs of seed {seed}; detections with a score above "
-        f"{SCORE_THRESHOLD}. A detection has the colour of the object that its box covers best (IoU at least 0.5), "
-        "grey if none." + " Solid boxes: unseen classes, dashed: seen classes." * bool(table.unseen)
+        seed, runs = runs_of_one_seed(report, table)
+        main = main_row(numbers, runs)
+        other = other_row(table, main, runs)
+        stored = StoredDetections(report)
+        if (truth := stored.truth()) is None:
+            raise UserError("the validation set with its masks is not on this machine")
+        matches = [
+            judged(table, truth, match_instances(truth, _results(stored, runs[row]))) for row in (main, other) if row
+        ]
+        chosen = choose_images(truth, image_gains(*matches) if other else {}, seed=report.picture_seed)
+        if not chosen:
+            raise UserError("the validation set has no objects")
+        images = {image.image_id: read_image(report.val_images, truth, image.image_id) for image in chosen}
+        detections = {
+            row: [
+                found
+                for found in _results(stored, run_id)
+                if found["image_id"] in images and found["score"] > SCORE_THRESHOLD
+            ]
+            for row, run_id in runs.items()
+        }
+    except UserError as error:
+        return Pictures(None, str(error))
+    drawing = _draw(table, truth, chosen, images, detections)
+    return Pictures(drawing, _note(report, table, chosen, seed, (main, other)))
+
+
+def _results(stored: StoredDetections, run_id: str) -> list[dict[str, Any]]:
+    """A picture without a row would replace a better one of an earlier report: all of them are needed."""
+    if (results := stored.of(run_id)) is None:
+        raise UserError("the run folders with the detections are not on this machine")
+    return results
+
+
+def _note(
+    report: ReportInput,
+    table: ReportTable,
+    chosen: Sequence[ChosenImage],
+    seed: int,
+    compared: tuple[str, str | None],
+) -> str:
+    """The rule by which the images were chosen, and how to read the picture."""
+    count = sum(image.group == RANDOM for image in chosen)
+    main, other = (next((row.label for row in table.rows if row.name == name), "") for name in compared)
+    rule = f"{count} validation {'image' if count == 1 else 'images'} drawn at random with seed {report.picture_seed}"
+    if other:
+        objects = "the image's objects of unseen classes" if table.unseen else "the image's objects"
+        rule += (
+            f"; of the other images those {EXTREME_IMAGES} with the largest gain and those {EXTREME_IMAGES} with the "
+            f"largest loss of {main} against {other}: the difference of the mean mask IoU over {objects} (in points, "
+            "an object that is not found counts 0; ties by id)"
+        )
+    solid = " Solid boxes: unseen classes, dashed: seen classes." if table.unseen else ""
+    return (
+        f"{rule[:1].upper()}{rule[1:]}. Runs of seed {seed}; detections with a score above {SCORE_THRESHOLD}. "
+        "A detection has the colour of the object that its box covers best (IoU at least 0.5), grey if none." + solid
     )
-    return Pictures(content, note)
-
-
-def pick_images(truth: COCO, *, seed: int, count: int = IMAGES) -> list[int]:
-    """Ids of images with at least one object, drawn without replacement; the same for the same file and seed."""
-    candidates = sorted({a["image_id"] for a in truth.dataset["annotations"] if not a["iscrowd"]} & set(truth.imgs))
-    return random.Random(seed).sample(candidates, min(count, len(candidates)))
-
-
-def _runs_with_detections(report: ReportInput, table: ReportTable) -> tuple[int, dict[str, Path]] | None:
-    """The seed with the most recorded rows (the first of equals) and the detections of every one of them by row name.
-
-    None if one of them is gone: a picture without a row would replace a better one of an earlier report.
-    """
-    recorded = {
-        seed: {row.name: found for row in table.rows if (found := report.results.get((table.name, row.name, seed)))}
-        for seed in report.seeds
-    }
-    seed = max(report.seeds, key=lambda seed: len(recorded[seed]), default=None)
-    if seed is None or not recorded[seed]:
-        return None
-    folders = {row: report.run_folders.get(result.run_id) for row, result in recorded[seed].items()}
-    paths = {row: folder / "detections.json" for row, folder in folders.items() if folder is not None}
-    return (seed, paths) if len(paths) == len(folders) and all(path.is_file() for path in paths.values()) else None
-
-
-def _read_image(folder: Path, truth: COCO, image_id: int) -> np.ndarray:
-    with Image.open(folder / truth.imgs[image_id]["file_name"]) as image:
-        return np.asarray(image.convert("RGB"))
-
-
-def _read_detections(path: Path, image_ids: set[int]) -> list[dict[str, Any]]:
-    results = json.loads(path.read_text(encoding="utf-8"))
-    return [d for d in results if d["image_id"] in image_ids and d["score"] > SCORE_THRESHOLD]
 
 
 def _draw(
     table: ReportTable,
     truth: COCO,
-    image_ids: Sequence[int],
-    images: Mapping[int, np.ndarray],
+    chosen: Sequence[ChosenImage],
+    images: Mapping[Any, np.ndarray],
     detections: Mapping[str, list[dict[str, Any]]],
 ) -> Drawing:
     rows = [row for row in table.rows if row.name in detections]
-    columns = ["ground truth", *(plain(row.label) for row in rows)]
+    columns = ["ground truth", *(row.label for row in rows)]
+    side = _PANEL_INCHES if len(columns) <= 6 else _SMALL_PANEL_INCHES
     tallest = max(image.shape[0] / image.shape[1] for image in images.values())
-    figure = new_figure(_PANEL_INCHES * len(columns), (_PANEL_INCHES * tallest + 0.05) * len(image_ids) + 0.3)
-    panels = figure.subplots(len(image_ids), len(columns), squeeze=False)
-    for line, image_id in zip(panels, image_ids, strict=True):
-        annotations = [a for a in truth.imgToAnns[image_id] if not a["iscrowd"]]
-        _draw_panel(line[0], images[image_id], _truth_instances(table, truth, annotations))
+    figure = new_figure(side * len(columns) + 0.4, (side * tallest + 0.05) * len(chosen) + 0.4)
+    panels = figure.subplots(len(chosen), len(columns), squeeze=False)
+    for line, image in zip(panels, chosen, strict=True):
+        pixels = images[image.image_id]
+        annotations = [a for a in truth.imgToAnns[image.image_id] if not a["iscrowd"]]
+        _draw_panel(line[0], pixels, _truth_instances(table, truth, annotations))
+        line[0].set_ylabel(plain_lines(line_label(image)), fontsize=7)
         for panel, row in zip(line[1:], rows, strict=True):
-            found = sorted((d for d in detections[row.name] if d["image_id"] == image_id), key=lambda d: d["score"])
-            _draw_panel(panel, images[image_id], _found_instances(table, truth, annotations, found))
+            found = [d for d in detections[row.name] if d["image_id"] == image.image_id]
+            found.sort(key=lambda d: d["score"])
+            _draw_panel(panel, pixels, _found_instances(table, truth, annotations, found))
     for panel, column in zip(panels[0], columns, strict=True):
-        panel.set_title(column, fontsize=8)
-    return Drawing(png(figure, colours=200))
+        panel.set_title("\n".join(plain(line) for line in textwrap.wrap(column, int(16 * side))), fontsize=8)
+    return Drawing(png(figure, colours=160))
 
 
-def _class_name(truth: COCO, category_id: int) -> str:
-    return normalise(str(truth.cats[category_id]["name"]))
+def line_label(image: ChosenImage) -> str:
+    """What stands beside the pictures of an image: its group, id and gain in points of IoU."""
+    gain = "" if image.gain is None else f" ({100 * image.gain:+.0f})"
+    return f"{image.group}{gain}\nimage {image.image_id}"
+
+
+def plain_lines(text: str) -> str:
+    """`plain` for each line of a text."""
+    return "\n".join(plain(line) for line in text.split("\n"))
 
 
 def _truth_instances(table: ReportTable, truth: COCO, annotations: Sequence[Mapping[str, Any]]) -> list[_Instance]:
@@ -158,7 +181,7 @@ def _truth_instances(table: ReportTable, truth: COCO, annotations: Sequence[Mapp
             unseen=not table.unseen or name in table.unseen,
         )
         for number, annotation in enumerate(annotations)
-        for name in [_class_name(truth, annotation["category_id"])]
+        for name in [class_name(truth, annotation["category_id"])]
     ]
 
 
@@ -177,7 +200,7 @@ def _found_instances(
                 mask=rle.decode(detection["segmentation"]).astype(bool),
                 text=f"{detection['score']:.2f}",
                 colour=INSTANCE_COLOURS[best % len(INSTANCE_COLOURS)] if matched else UNMATCHED,
-                unseen=not table.unseen or _class_name(truth, detection["category_id"]) in table.unseen,
+                unseen=not table.unseen or class_name(truth, detection["category_id"]) in table.unseen,
             )
         )
     return instances

@@ -1,0 +1,103 @@
+"""Which detection found each ground-truth instance, and how the masks of the two differ.
+
+`coco_metrics.py` says how good a run is; this says what became of each instance. Works on run-length encodings: no
+mask is decoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from pycocotools import mask as rle
+from pycocotools.coco import COCO
+
+from semiseg.evaluation.box_matching import box_matches
+
+SHARES = ("box_iou", "mask_iou", "outside", "recall", "on_others", "mask_box_iou")
+
+_Encoding = Mapping[str, Any]
+
+
+def match_instances(truth: COCO, results: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Matches detections to instances by their boxes, as `box_matching.py` does, and measures the matched masks.
+
+    Crowd regions are no instances. Instances without a mask take part in the matching, but have no line.
+
+    Args:
+        truth: of `coco_metrics.load_ground_truth`.
+        results: COCO results that fit it (`coco_metrics.check_results`): image_id, category_id, bbox (x, y, w, h in
+            pixels), score, segmentation (RLE of the image's size).
+
+    Returns:
+        One line per instance with a mask, in the order of the file's images and annotations; index: annotation id.
+        Columns: image (id), category (id), detection (index into `results`, -1 = not found), score, and shares in
+        0..1: box_iou; mask_iou; outside: of the predicted mask, outside the instance's mask; recall: of the
+        instance's mask, covered; on_others: of the predicted mask, on the masks of other instances of any class and
+        not on its own; mask_box_iou: IoU of the predicted mask with the detection's own box. NaN where not found;
+        the shares of an empty mask are 0.
+    """
+    found = {key: number for number, key in enumerate(box_matches(truth, results)) if key is not None}
+    lines: list[dict[str, Any]] = []
+    for image_id in truth.imgs:
+        annotations = [a for a in truth.imgToAnns[image_id] if not a["iscrowd"] and a.get("segmentation")]
+        matches = {a["id"]: found[a["id"]] for a in annotations if a["id"] in found}
+        lines += _image_lines(truth, annotations, results, matches)
+    frame = pd.DataFrame(lines, columns=["annotation", "image", "category", "detection", "score", *SHARES])
+    return frame.astype({"detection": int, **dict.fromkeys(("score", *SHARES), float)}).set_index("annotation")
+
+
+def _image_lines(
+    truth: COCO,
+    annotations: Sequence[Mapping[str, Any]],
+    results: Sequence[Mapping[str, Any]],
+    matches: Mapping[int, int],
+) -> list[dict[str, Any]]:
+    masks = {a["id"]: truth.annToRLE(a) for a in annotations} if matches else {}
+    boxes = {key: rle.toBbox(mask) for key, mask in masks.items()}
+    lines = []
+    for annotation in annotations:
+        key, detection = annotation["id"], matches.get(annotation["id"], -1)
+        line = {"annotation": key, "image": annotation["image_id"], "category": annotation["category_id"]}
+        line["detection"] = detection
+        if detection >= 0:
+            result = results[detection]
+            extent = rle.toBbox(result["segmentation"])
+            others = [masks[other] for other, box in boxes.items() if other != key and _touch(extent, box)]
+            line |= {"score": result["score"], "box_iou": _box_iou(result["bbox"], annotation["bbox"])}
+            line |= _mask_shares(result["segmentation"], masks[key], others, result["bbox"])
+        lines.append(line)
+    return lines
+
+
+def _box_iou(first: Sequence[float], second: Sequence[float]) -> float:
+    boxes = (np.array([box], dtype=np.float64) for box in (first, second))
+    return float(rle.iou(*boxes, [0])[0, 0])
+
+
+def _touch(first: np.ndarray, second: np.ndarray) -> bool:
+    """Whether two boxes (x, y, w, h) share a pixel."""
+    return bool(np.all((first[:2] < second[:2] + second[2:]) & (second[:2] < first[:2] + first[2:])))
+
+
+def _mask_shares(
+    predicted: _Encoding, own: _Encoding, others: Sequence[_Encoding], box: Sequence[float]
+) -> dict[str, float]:
+    common = rle.merge([predicted, own], intersect=True)
+    size, own_size, inside = (float(rle.area(mask)) for mask in (predicted, own, common))
+    on_others = 0.0
+    if others:
+        there = rle.merge([predicted, rle.merge(list(others))], intersect=True)
+        on_others = float(rle.area(there)) - float(rle.area(rle.merge([there, own], intersect=True)))
+    height, width = predicted["size"]
+    box_mask = rle.frPyObjects(np.array([box], dtype=np.float64), height, width)[0]
+    in_box = float(rle.area(rle.merge([predicted, box_mask], intersect=True)))
+    return {
+        "mask_iou": inside / max(size + own_size - inside, 1.0),
+        "outside": (size - inside) / max(size, 1.0),
+        "recall": inside / max(own_size, 1.0),
+        "on_others": on_others / max(size, 1.0),
+        "mask_box_iou": in_box / max(size + float(rle.area(box_mask)) - in_box, 1.0),
+    }

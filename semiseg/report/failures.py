@@ -1,0 +1,122 @@
+"""Why masks fail although the box was found: each failed instance has one cause, by rules that the page prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from pycocotools.coco import COCO
+
+from semiseg.evaluation.instances import match_instances
+from semiseg.report.aggregate import ReportTable, TableNumbers
+from semiseg.report.context import PageContext
+from semiseg.report.failure_pictures import failure_picture
+from semiseg.report.picture_choice import class_name
+from semiseg.report.stored import StoredDetections, missing_note
+from semiseg.report.tables import markdown_table
+
+FAILED_IOU = 0.5  # of the masks: what COCO's easiest threshold misses
+# Cause -> rule in words, in the order in which the rules are asked; the first that applies is the cause.
+CAUSES: Mapping[str, str] = {
+    "merged": "more than 25 % of the mask on other instances, of any class",
+    "box": "IoU of the mask and the detection's own box above 0.9: the mask fills its box",
+    "leak": "more than 25 % of the mask outside the object",
+    "part missing": "less than half of the object covered",
+    "other": "none of these",
+}
+_VERSION = "v1"  # of the rules, in the key of what is kept
+
+
+def causes_of_failure(matches: pd.DataFrame) -> pd.Series:
+    """The cause of each failed line of `match_instances`; "" for instances that were not found or have not failed."""
+    rules = [
+        matches["on_others"] > 0.25,
+        matches["mask_box_iou"] > 0.9,
+        matches["outside"] > 0.25,
+        matches["recall"] < 0.5,
+    ]
+    first = np.select(rules, list(CAUSES)[:-1], "other")
+    failed = (matches["detection"] >= 0) & (matches["mask_iou"] < FAILED_IOU)
+    return pd.Series(np.where(failed, first, ""), index=matches.index, dtype=object)
+
+
+def failure_counts(truth: COCO, results: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
+    """Class -> number of instances, of found ones, and of failures by cause in the order of CAUSES."""
+    matches = match_instances(truth, results)
+    causes = causes_of_failure(matches)
+    counts = {}
+    for category, lines in matches.groupby("category"):
+        own = causes.loc[lines.index]
+        found = int((lines["detection"] >= 0).sum())
+        counts[class_name(truth, category)] = [len(lines), found, *(int((own == cause).sum()) for cause in CAUSES)]
+    return counts
+
+
+def failure_section(page: PageContext, numbers: TableNumbers) -> list[str]:
+    """How many found objects have a failed mask and why, for every row; the worst of the main row as pictures."""
+    report, table = page.report, numbers.table
+    stored = StoredDetections(report)
+    lines, missing = [], []
+    for row in table.rows:
+        runs = [(seed, run) for seed in report.seeds if (run := report.results.get((table.name, row.name, seed)))]
+        counted = [(seed, _kept_counts(page, stored, run.run_id)) for seed, run in runs]
+        missing += [f"{row.label} seed {seed}" for seed, counts in counted if counts is None]
+        lines.append([row.label, *_cells([_sums(table, counts) for _, counts in counted if counts is not None])])
+    picture = failure_picture(report, numbers, stored, causes_of_failure, tuple(CAUSES))
+    shown = page.figures.show(
+        f"{table.name}_failures",
+        picture.drawing,
+        alt=f"failed masks by cause, {table.name}",
+        caption=picture.note,
+        absent=picture.note,
+    )
+    return [
+        "### Failures",
+        _rules(table),
+        markdown_table(("row", "runs", "found", "failed", *CAUSES), lines),
+        *missing_note(missing),
+        *shown,
+    ]
+
+
+def _kept_counts(page: PageContext, stored: StoredDetections, run_id: str) -> dict[str, list[int]] | None:
+    def measure() -> dict[str, list[int]] | None:
+        truth, results = stored.truth(), stored.of(run_id)
+        return None if truth is None or results is None else failure_counts(truth, results)
+
+    return page.measured.get("failures", f"{run_id}/{_VERSION}", measure)
+
+
+def _sums(table: ReportTable, counts: Mapping[str, Sequence[int]]) -> np.ndarray:
+    """Instances, found ones and failures by cause, summed over the classes that count."""
+    wanted = [values for name, values in counts.items() if not table.unseen or name in table.unseen]
+    return np.array(wanted, dtype=np.int64).reshape(-1, 2 + len(CAUSES)).sum(0)
+
+
+def _cells(runs: Sequence[np.ndarray]) -> list[str]:
+    """Number of runs; then means over them, each with its share of the column that it is part of."""
+    if not runs:
+        return ["0", *["—"] * (2 + len(CAUSES))]
+    instances, found, *causes = np.mean(runs, axis=0)
+    failed = sum(causes)
+    cells = [_with_share(found, instances), _with_share(failed, found)]
+    return [str(len(runs)), *cells, *(_with_share(count, failed) for count in causes)]
+
+
+def _with_share(count: float, of: float) -> str:
+    number = f"{count:.0f}" if count == round(count) else f"{count:.1f}"
+    return f"{number} ({100 * count / of:.0f} %)" if of else number
+
+
+def _rules(table: ReportTable) -> str:
+    whose = "Objects of unseen classes" if table.unseen else "Objects"
+    rules = "; ".join(f"**{cause}**: {rule}" for cause, rule in CAUSES.items())
+    return (
+        f"{whose} whose box was found (a detection of the class with box IoU of at least 0.5, matched one to one by "
+        "score) but whose mask has an IoU below 0.5: COCO's easiest threshold already misses it. Each failure has one "
+        "cause, the first of these rules that applies, since merged masks and boxes leak as well: "
+        f"{rules}. Counts are means over the runs; in brackets the share: found of all objects, failed of the found "
+        "ones, each cause of the failed ones."
+    )
