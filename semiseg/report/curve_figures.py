@@ -160,5 +160,6 @@ def _threshold_line(panel: Axes, values: pd.DataFrame, style: RowStyle, label: s
         marker=style.marker,
         markersize=4.5,
         linewidth=1.5,
+        clip_on=False,  # marks at 0 are whole
         label=label,
     )
