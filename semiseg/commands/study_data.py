@@ -1,13 +1,16 @@
 """What a study's data give away about its masks: measured once, kept beside the results, read for the report.
 
 `difficulty.json` is about the embedded data set; `edges.json`, of studies that vary the edges of the pairwise loss, is
-about the edges of each of their rows.
+about the edges of each of their rows; `edge_curve.json`, of studies that use the pairwise loss, about the edges of its
+neighbourhoods against the colour threshold.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,11 +21,14 @@ from semiseg.data.sources import AnnotatedImages, expected_files
 from semiseg.engine.edges import EdgeMeasurement, Neighbourhood, measure_edges
 from semiseg.errors import UserError
 from semiseg.evaluation.difficulty import measure_difficulty
+from semiseg.report.edge_curve import EdgeCurve
 from semiseg.resources import write_text
 from semiseg.study import PRETRAIN_ROW, Study, StudyTable, row_run, study_runs
 
 DIFFICULTY_NAME = "difficulty.json"
 EDGES_NAME = "edges.json"
+CURVE_NAME = "edge_curve.json"
+_CURVE_THRESHOLDS = tuple(round(0.05 * number, 2) for number in range(11))
 _MEASURED_IMAGES = 400  # enough for shares of some thousand instances to a tenth of a percent
 
 
@@ -48,13 +54,18 @@ def edge_kind(objective: ObjectiveConfig) -> EdgeKind:
 
 def table_edges(study: Study, table: StudyTable) -> dict[str, EdgeKind]:
     """Row -> its edges, in a table whose rows differ in them; empty for any other table."""
+    kinds = pairwise_edges(study, table)
+    return kinds if len(set(kinds.values())) > 1 else {}
+
+
+def pairwise_edges(study: Study, table: StudyTable) -> dict[str, EdgeKind]:
+    """Row -> its edges, of all rows of a table whose box-supervised instances get the pairwise loss."""
     configs = {row: row_run(study, table, row, study.seeds[0]).config for row in table.rows}
-    kinds = {
+    return {
         row: edge_kind(config.objective)
         for row, config in configs.items()
         if config.supervision.source != "masks" and config.objective.box == "projection+pairwise"
     }
-    return kinds if len(set(kinds.values())) > 1 else {}
 
 
 def record_difficulty(study: Study, folder: Path) -> None:
@@ -100,29 +111,55 @@ def record_edges(study: Study, folder: Path) -> None:
     if not kinds:
         return
     config = _first_config(study)
-    embedded = config.data.format == "shapes"
-    files = _shapes(config.data) if embedded else expected_files(config.data)["val"]
-    if not (files.annotations.is_file() and files.images.is_dir()):
+    if config.data.format == "shapes":
+        _shapes(config.data)
+    if (files := _measured_files(config.data)) is None:
         return
-    parameters = {
-        "data": files.images.parent.name if embedded else file_digest(files.annotations),
-        "stride": config.model.mask_stride,
-        "sides": [config.data.val_short_side, config.data.val_long_side],
-        "bottom_rows": config.data.bottom_rows_without_affinity,
-        "kinds": [list(kind) for kind in kinds],
-    }
+    parameters = {**_edge_parameters(config, files), "kinds": [list(kind) for kind in kinds]}
     path = folder / EDGES_NAME
     if _has_parameters(path, parameters):
         return
     measured = _measure(config, files, kinds)
-    words = "training" if embedded else "validation"
-    resized = f"short side {config.data.val_short_side}, mask grid at stride {config.model.mask_stride}"
-    sentence = (
-        f"Measured from the ground-truth masks of {measured.images} {words} images with {measured.instances} instances "
-        f"({resized})."
-    )
     wanted = {kind: share for kind in kinds for share in measured.to_dict()["shares"] if _kind_of(share) == kind}
+    sentence = _edge_sentence(config, measured)
     _write(path, {"parameters": parameters, "sentence": sentence, "shares": list(wanted.values())})
+
+
+def record_edge_curve(study: Study, folder: Path) -> None:
+    """Measures, once, the edges of a study's pairwise losses against the threshold, on the images of `record_edges`.
+
+    Nothing is drawn or converted for it, and data that cannot be measured (no masks, a missing image) leave it out: the
+    report does without.
+    """
+    kinds = sorted({kind for table in study.tables for kind in pairwise_edges(study, table).values()})
+    config = _first_config(study)
+    if not kinds or (files := _measured_files(config.data)) is None:
+        return
+    every = sorted({*_CURVE_THRESHOLDS, *(kind.threshold for kind in kinds)})
+    parameters = {
+        **_edge_parameters(config, files),
+        "kinds": [list(kind) for kind in kinds],
+        "thresholds": every,
+    }
+    path = folder / CURVE_NAME
+    if _has_parameters(path, parameters):
+        return
+    asked = [kind._replace(threshold=threshold) for kind in kinds for threshold in every]
+    try:
+        measured = _measure(config, files, asked)
+    except UserError:
+        return
+    classes = {
+        f"{kind.size} {kind.dilation} {kind.threshold:g}": share.by_class
+        for kind in kinds
+        for share in measured.shares
+        if (*astuple(share.neighbourhood), share.threshold) == kind
+    }
+    content = {
+        "shares": measured.to_dict()["shares"],
+        "classes": {key: _rounded(found) for key, found in classes.items()},
+    }
+    _write(path, {"parameters": parameters, "sentence": _edge_sentence(config, measured), **content})
 
 
 def recorded_difficulty(folder: Path) -> tuple[str, ...]:
@@ -143,6 +180,29 @@ def recorded_edges(folder: Path) -> tuple[dict[EdgeKind, RowEdges], str]:
         raise _damaged(folder / EDGES_NAME) from None
 
 
+def recorded_edge_curve(study: Study, folder: Path) -> EdgeCurve | None:
+    """The measured edges against the threshold, with the rows that use them; None if they were not measured."""
+    path = folder / CURVE_NAME
+    content = _recorded(path, "shares", "sentence")
+    if not content:
+        return None
+    rows = {table.name: pairwise_edges(study, table) for table in study.tables}
+    try:
+        points = {
+            (item["size"], item["dilation"], item["threshold"]): (item["share"], item["positive"])
+            for item in content["shares"]
+            if item["positive"] is not None
+        }
+        classes = {
+            (int(size), int(dilation), float(threshold)): {name: tuple(pair) for name, pair in found.items()}
+            for key, found in content["classes"].items()
+            for size, dilation, threshold in [key.split()]
+        }
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise _damaged(path) from None
+    return EdgeCurve(points, classes, {name: dict(found) for name, found in rows.items()}, content["sentence"])
+
+
 def _first_config(study: Study) -> RunConfig:
     return next(run.config for run in study_runs(study) if run.row != PRETRAIN_ROW)
 
@@ -152,6 +212,42 @@ def _shapes(data: DataConfig) -> AnnotatedImages:
     shapes = data.shapes
     ensure_shapes(Path(data.root), images=shapes.train_images, image_size=shapes.image_size, seed=shapes.train_seed)
     return expected_files(data)["train"]
+
+
+def _measured_files(data: DataConfig) -> AnnotatedImages | None:
+    """Training images of the embedded data set, else the validation images; None where they are missing."""
+    files = expected_files(data)["train" if data.format == "shapes" else "val"]
+    return files if files.annotations.is_file() and files.images.is_dir() else None
+
+
+def _edge_parameters(config: RunConfig, files: AnnotatedImages) -> dict[str, Any]:
+    """What a measurement of edges follows from, whatever edges they are."""
+    embedded = config.data.format == "shapes"
+    return {
+        "data": files.images.parent.name if embedded else file_digest(files.annotations),
+        "stride": config.model.mask_stride,
+        "sides": [config.data.val_short_side, config.data.val_long_side],
+        "bottom_rows": config.data.bottom_rows_without_affinity,
+    }
+
+
+def _edge_sentence(config: RunConfig, measured: EdgeMeasurement) -> str:
+    """How edges were measured."""
+    words = "training" if config.data.format == "shapes" else "validation"
+    resized = f"short side {config.data.val_short_side}, mask grid at stride {config.model.mask_stride}"
+    return (
+        f"Measured from the ground-truth masks of {measured.images} {words} images with {measured.instances} instances "
+        f"({resized})."
+    )
+
+
+def _rounded(by_class: Mapping[str, tuple[float, float]]) -> dict[str, list[float]]:
+    """Classes of which an edge counts, to a hundredth of a percent."""
+    return {
+        name: [round(share, 4), round(positive, 4)]
+        for name, (share, positive) in by_class.items()
+        if not math.isnan(positive)
+    }
 
 
 def _measure(config: RunConfig, files: AnnotatedImages, kinds: Sequence[EdgeKind]) -> EdgeMeasurement:

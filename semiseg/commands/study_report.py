@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from semiseg.commands.study_data import EdgeKind, RowEdges, recorded_difficulty, recorded_edges, table_edges
+from semiseg.commands.study_data import (
+    EdgeKind,
+    RowEdges,
+    record_edge_curve,
+    recorded_difficulty,
+    recorded_edge_curve,
+    recorded_edges,
+    table_edges,
+)
 from semiseg.commands.study_words import (
     data_sentence,
     initial_weights_in_words,
@@ -40,7 +49,9 @@ def build(study: Study, folder: Path, *, record: Path, command: Sequence[str]) -
     Returns:
         the tables as text, and the path of the page.
     """
-    report = report_input(study, record, command=command)
+    record_edge_curve(study, folder)
+    curve = recorded_edge_curve(study, folder) or recorded_edge_curve(study, record)
+    report = replace(report_input(study, record, command=command), edge_curve=curve)
     return report_text(report), build_report(report, out=folder, published=find("published", PUBLISHED))
 
 

@@ -102,6 +102,7 @@ class ReportInput:
         paper_data: whether these are the data of the printed numbers.
         edges: how the edges of the rows were measured, in a sentence.
         edge_curve: the edges of the pairwise losses against the colour threshold, where measured.
+        edge_curve: the edges of the pairwise losses against the colour threshold, where measured.
         difficulty: measured properties of the data set, one sentence each.
         run_command, report_command: what fills missing cells ("" if nothing does) and what rebuilds the report.
         records: the files that the results were read from, as the page names them.
@@ -127,6 +128,7 @@ class ReportInput:
     paper_data: bool = False
     difficulty: tuple[str, ...] = ()
     edges: str = ""
+    edge_curve: EdgeCurve | None = None
     records: tuple[str, ...] = ("`results.jsonl` beside this file",)
     notes: tuple[str, ...] = ()
     run_folders: Mapping[str, Path] = field(default_factory=dict)

@@ -103,6 +103,13 @@ def edge_section(report: ReportInput, numbers: TableNumbers, printed: pd.DataFra
     return ["### Which edges count", text + escape_markdown(report.edges), markdown_table(headings, lines)]
 
 
+def printed_positive_edges(printed: pd.DataFrame) -> list[tuple[float, float]]:
+    """The printed shares of truly positive edges by rising colour threshold: (threshold, percent)."""
+    rows = printed[printed["table"] == "tau"]
+    found = [(row, _POSITIVE.search(note)) for row, note in zip(rows["row"], rows["note"], strict=True)]
+    return sorted((float(row), float(match.group(1))) for row, match in found if match)
+
+
 def printed_difference(printed: pd.DataFrame, table: str | None, first: str, second: str, group: str) -> str:
     """`second` minus `first` in printed AP, "—" if the paper has not both."""
     values = [_printed_ap(printed, table, row, group) for row in (first, second)]
