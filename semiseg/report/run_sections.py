@@ -38,8 +38,8 @@ def training_section(page: PageContext, numbers: TableNumbers) -> list[str]:
 
 def picture_section(page: PageContext, numbers: TableNumbers) -> list[str]:
     """Ground truth and all rows side by side."""
-    report, table = page.report, numbers.table
-    pictures = draw_pictures(report, table)
+    table = numbers.table
+    pictures = draw_pictures(page.report, numbers)
     shown = page.figures.show(
         f"{table.name}_pictures",
         pictures.drawing,
