@@ -106,9 +106,11 @@ def _each(values: Any) -> str:
 
 def pretraining_sentence(config: RunConfig) -> str:
     """What all rows of a seed start from."""
+    sides = " or ".join(str(side) for side in config.data.short_sides)
     return (
         f"Every row starts from the detector that its seed pretrained on boxes alone, without any mask "
-        f"({length(config)} of {config.optim.batch_size} images, rate {config.optim.learning_rate:g})."
+        f"({length(config)} of {config.optim.batch_size} images with short sides of {sides} pixels, "
+        f"rate {config.optim.learning_rate:g})."
     )
 
 
