@@ -162,7 +162,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_all_files_are_there_and_every_reference_is_right(report):
     files = set(contents(report.parent))
     tables = {f"tables/{name}.{kind}" for name in ("table6", "table7") for kind in ("csv", "md", "tex")}
-    kinds = ("classes", "losses", "pictures", "gap_parts", "tightness")
+    kinds = ("classes", "thresholds", "sizes", "losses", "pictures", "gap_parts", "tightness")
     figures = {f"figures/{name}_{kind}.png" for name in ("table6", "table7") for kind in kinds}
     figures |= {"figures/ap.png", "figures/gap.png"}
     drawn = {name.replace(".png", ".svg") for name in figures if "pictures" not in name}
