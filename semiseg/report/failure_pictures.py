@@ -64,7 +64,7 @@ def failure_picture(
         failed = matches.assign(cause=causes_of(matches)).query("cause != ''")
         label = next(r.label for r in table.rows if r.name == row)
         if failed.empty:
-            return Pictures(None, f"no mask of {label}, seed {seed}, has failed")
+            raise UserError(f"no mask of {label}, seed {seed}, has failed")
         worst = worst_failures(failed, causes)
         tiles = {cause: _tiles(report, truth, results, lines) for cause, lines in worst.items()}
     except UserError as error:
@@ -118,7 +118,7 @@ def _draw(tiles: Mapping[str, Sequence[_Tile]], counts: Mapping[str, int]) -> Dr
 
 
 def _draw_tile(panel: Axes, tile: _Tile) -> None:
-    """The predicted mask in orange over a grey image, where nothing else is orange; the object's outline in white with a dark edge."""
+    """The predicted mask in orange over a grey image, the outline of the object in white with a dark edge."""
     pixels = tile.image.astype(np.float64).mean(2, keepdims=True).repeat(3, 2)
     if tile.predicted.shape == pixels.shape[:2]:
         pixels[tile.predicted] = 0.4 * pixels[tile.predicted] + 0.6 * 255 * np.array(to_rgb(ORANGE))

@@ -13,9 +13,9 @@ from semiseg.evaluation.instances import match_instances
 from semiseg.report.aggregate import ReportTable, TableNumbers
 from semiseg.report.context import PageContext
 from semiseg.report.failure_pictures import failure_picture
-from semiseg.report.picture_choice import class_name
+from semiseg.report.picture_choice import class_name, main_row, runs_of_one_seed
 from semiseg.report.stored import StoredDetections, missing_note
-from semiseg.report.tables import markdown_table
+from semiseg.report.tables import escape_markdown, markdown_table
 
 FAILED_IOU = 0.5  # of the masks: what COCO's easiest threshold misses
 # Cause -> rule in words, in the order in which the rules are asked; the first that applies is the cause.
@@ -64,21 +64,34 @@ def failure_section(page: PageContext, numbers: TableNumbers) -> list[str]:
         counted = [(seed, _kept_counts(page, stored, run.run_id)) for seed, run in runs]
         missing += [f"{row.label} seed {seed}" for seed, counts in counted if counts is None]
         lines.append([row.label, *_cells([_sums(table, counts) for _, counts in counted if counts is not None])])
+    return [
+        "### Failures",
+        _rules(table),
+        markdown_table(("row", "runs", "found", "failed", *CAUSES), lines),
+        *missing_note(missing),
+        *_pictured(page, numbers, stored),
+    ]
+
+
+def _pictured(page: PageContext, numbers: TableNumbers, stored: StoredDetections) -> list[str]:
+    """The worst failures of the main row; whether there are any follows from the counts, which outlive run folders."""
+    report, table = page.report, numbers.table
+    if not any((table.name, row.name, seed) in report.results for row in table.rows for seed in report.seeds):
+        return []
+    seed, runs = runs_of_one_seed(report, table)
+    row = main_row(numbers, runs)
+    counts = _kept_counts(page, stored, runs[row])
+    if counts is not None and not _sums(table, counts)[2:].any():
+        label = next(item.label for item in table.rows if item.name == row)
+        return [f"No mask of {escape_markdown(label)}, seed {seed}, has failed: there is nothing to picture."]
     picture = failure_picture(report, numbers, stored, causes_of_failure, tuple(CAUSES))
-    shown = page.figures.show(
+    return page.figures.show(
         f"{table.name}_failures",
         picture.drawing,
         alt=f"failed masks by cause, {table.name}",
         caption=picture.note,
         absent=picture.note,
     )
-    return [
-        "### Failures",
-        _rules(table),
-        markdown_table(("row", "runs", "found", "failed", *CAUSES), lines),
-        *missing_note(missing),
-        *shown,
-    ]
 
 
 def _kept_counts(page: PageContext, stored: StoredDetections, run_id: str) -> dict[str, list[int]] | None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from semiseg.report.aggregate import ReportInput, TableNumbers, table_numbers
 from semiseg.report.context import MEASURED_NAME, FigureFiles, Measured, PageContext
 from semiseg.report.diagnostics import edge_curve_section
+from semiseg.report.failures import failure_section
 from semiseg.report.figures import ap_figure, gap_figure
 from semiseg.report.gap_parts import gap_parts_section
 from semiseg.report.html import PAGE_NAME, render_page
@@ -47,6 +48,7 @@ SECTIONS: tuple[Callable[[PageContext, TableNumbers], list[str]], ...] = (
     size_section,
     training_section,
     picture_section,
+    failure_section,
     gap_parts_section,
     tightness_section,
     edge_curve_section,

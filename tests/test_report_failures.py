@@ -1,0 +1,242 @@
+"""Causes of failed masks, which images and objects are shown, and what the page says where there is nothing to show."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from pycocotools import mask as rle
+
+from semiseg.evaluation.coco_metrics import evaluate_detections, load_ground_truth
+from semiseg.evaluation.instances import SHARES
+from semiseg.report.aggregate import ReportInput, ReportRow, ReportTable, table_numbers
+from semiseg.report.context import FigureFiles, Measured, PageContext
+from semiseg.report.failure_pictures import PER_CAUSE, crop_window, worst_failures
+from semiseg.report.failures import CAUSES, causes_of_failure, failure_counts, failure_section
+from semiseg.report.picture_choice import GAIN, LOSS, RANDOM, choose_images, image_gains, main_row, other_row
+from semiseg.report.pictures import INSTANCE_COLOURS, UNMATCHED, _found_instances, draw_pictures, line_label
+from semiseg.results import Result
+
+SIZE = 48
+NAMES = ("neither", "projection+pairwise", "full-masks")
+ROWS = tuple(ReportRow(name, "", "", name, every_mask=name == "full-masks") for name in NAMES)
+TABLE = ReportTable("t6", "T", "few", "d", ("cat",), ("dog|<b>",), None, ROWS)
+CLASSES = ("cat", "dog|<b>")
+CUT = {"neither": 14, "projection+pairwise": 12, "full-masks": 0}  # of 20 columns of each mask
+
+
+def encode(mask: np.ndarray) -> dict:
+    value = rle.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {"size": value["size"], "counts": value["counts"].decode()}
+
+
+def strip(x: int, width: int) -> np.ndarray:
+    mask = np.zeros((SIZE, SIZE), bool)
+    mask[10:30, x : x + width] = True
+    return mask
+
+
+def write_data(folder: Path, images: int = 12) -> Path:
+    annotations = []
+    for image in range(images):
+        pixels = np.random.default_rng(image).integers(0, 255, (SIZE, SIZE, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{image}.png")
+        for category, x in ((1, 0), (2, 24)):
+            mask = {"segmentation": encode(strip(x, 20)), "area": 400, "iscrowd": 0}
+            box = {"bbox": [x, 10, 20, 20], "image_id": image, "category_id": category}
+            annotations.append({"id": len(annotations), **box, **mask})
+    content = {
+        "images": [{"id": n, "file_name": f"{n}.png", "width": SIZE, "height": SIZE} for n in range(images)],
+        "annotations": annotations,
+        "categories": [{"id": n, "name": name} for n, name in enumerate(CLASSES, start=1)],
+    }
+    (folder / "val.json").write_text(json.dumps(content))
+    return folder / "val.json"
+
+
+def make_run(folder: Path, annotations: Path, row: str, seed: int, *, found: bool = True) -> Result:
+    results = [
+        {
+            "image_id": a["image_id"],
+            "category_id": a["category_id"],
+            "bbox": a["bbox"],
+            "score": 0.9,
+            "segmentation": encode(strip(a["bbox"][0], 20 - CUT[row])),
+        }
+        for a in json.loads(annotations.read_text())["annotations"]
+        if found
+    ]
+    out = folder / f"{row}-{seed}"
+    out.mkdir(parents=True)
+    (out / "detections.json").write_text(json.dumps(results))
+    metrics = evaluate_detections(annotations, results, class_names=CLASSES, groups={}, image_ids=range(12))
+    what = {"study": "s", "row": row, "split": "few", "split_digest": "d", "seed": seed, "config": {}, "identity": {}}
+    how = {"steps": 1, "seconds": 1.0, "device": "cpu", "versions": {}, "git_revision": "a", "command": []}
+    return Result(
+        run_id=f"{row}-{seed}", data_fingerprint="f", metrics=metrics.to_dict(), finished="2025", **what, **how
+    )
+
+
+def make_study(folder: Path, *, found: bool = True) -> ReportInput:
+    annotations = write_data(folder)
+    runs = [make_run(folder / "runs", annotations, row, seed, found=found) for row in NAMES for seed in (0, 1)]
+    return ReportInput(
+        study="s",
+        title="S",
+        question="Q?",
+        seeds=(0, 1),
+        tables=(TABLE,),
+        results={("t6", run.row, run.seed): run for run in runs},
+        data="d",
+        schedule="s",
+        pretraining=None,
+        run_command="run",
+        report_command="report",
+        run_folders={run.run_id: folder / "runs" / run.run_id for run in runs},
+        val_annotations=annotations,
+        val_images=folder,
+    )
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> ReportInput:
+    return make_study(tmp_path_factory.mktemp("study"))
+
+
+def page_of(study: ReportInput, folder: Path) -> PageContext:
+    tables = [table_numbers(study, table) for table in study.tables]
+    return PageContext(
+        study, tables, pd.DataFrame(), FigureFiles(folder / "figures"), Measured(folder / "measured.json")
+    )
+
+
+def line(**values: float) -> dict[str, float]:
+    shares = dict.fromkeys(SHARES, 0.4) | {"outside": 0.1, "recall": 0.55, "on_others": 0.0, "mask_box_iou": 0.5}
+    return {"detection": 0, **shares, **values}
+
+
+def test_each_failure_has_the_first_cause_that_applies():
+    lines = {
+        "merged": [line(on_others=0.26), line(on_others=0.3, mask_box_iou=0.95, outside=0.6, recall=0.1)],
+        "box": [line(mask_box_iou=0.91), line(mask_box_iou=0.95, outside=0.6)],
+        "leak": [line(outside=0.26, on_others=0.25, mask_box_iou=0.9, recall=0.2)],
+        "part missing": [line(recall=0.49, outside=0.25), line(recall=0.0, outside=0.0, mask_iou=0.0)],
+        "other": [line(), line(recall=0.5, outside=0.25)],
+        "": [line(mask_iou=0.5, outside=0.6), {"detection": -1, **dict.fromkeys(SHARES, np.nan)}],
+    }
+    frame = pd.DataFrame([values for group in lines.values() for values in group])
+    assert causes_of_failure(frame).tolist() == [cause for cause, group in lines.items() for _ in group]
+    assert set(lines) - {""} == set(CAUSES)
+
+
+def test_gains_count_what_was_not_found_as_nothing():
+    main = pd.DataFrame({"image": [1, 1, 2], "mask_iou": [0.8, np.nan, 0.5]})
+    other = pd.DataFrame({"image": [1, 1, 2], "mask_iou": [0.2, 0.4, np.nan]})
+    assert image_gains(main, other) == pytest.approx({1: 0.1, 2: 0.5})
+
+
+def test_images_are_chosen_once_by_group_and_ties_by_id(study):
+    truth = load_ground_truth(study.val_annotations)
+    drawn = [image.image_id for image in choose_images(truth, {}, seed=3)]
+    assert len(set(drawn)) == 4
+    left = [image for image in range(12) if image not in drawn]
+    gains = dict.fromkeys(reversed(left), 0.25) | {left[5]: 0.5, left[0]: -0.1, left[7]: -0.3} | {drawn[0]: 0.9}
+    chosen = choose_images(truth, gains, seed=3)
+    groups = {group: [c.image_id for c in chosen if c.group == group] for group in (RANDOM, GAIN, LOSS)}
+    assert groups == {RANDOM: drawn, GAIN: [left[5], left[1], left[2]], LOSS: [left[7], left[0]]}
+    assert line_label(chosen[0]) == f"random (+90)\nimage {drawn[0]}"
+    assert line_label(chosen[1]) == f"random\nimage {drawn[1]}"
+    assert choose_images(truth, dict.fromkeys(range(12), 0.0), seed=3)[4:] == []  # neither a gain nor a loss
+
+
+def test_the_main_row_lacks_masks(study):
+    numbers = table_numbers(study, TABLE)
+    assert main_row(numbers, NAMES) == "projection+pairwise"
+    assert main_row(numbers, ["neither", "full-masks"]) == "neither"
+    assert main_row(numbers, ["full-masks"]) == "full-masks"
+    assert other_row(TABLE, "projection+pairwise", NAMES) == "neither"
+    assert other_row(TABLE, "neither", NAMES) == "projection+pairwise"
+    assert other_row(TABLE, "neither", ["neither"]) is None
+
+
+def test_a_detection_has_the_colour_of_its_object_in_every_row(study):
+    truth = load_ground_truth(study.val_annotations)
+    objects = truth.imgToAnns[0]
+    results = json.loads((study.run_folders["neither-0"] / "detections.json").read_text())[:2]
+    far = results[0] | {"bbox": [0, 40, 5, 5]}
+    shown = _found_instances(TABLE, truth, objects, [results[1], far, results[0]])
+    assert [item.colour for item in shown] == [INSTANCE_COLOURS[1], UNMATCHED, INSTANCE_COLOURS[0]]
+    assert [item.unseen for item in shown] == [True, False, False]
+
+
+def test_counts_table_and_picture(study, tmp_path):
+    truth = load_ground_truth(study.val_annotations)
+    results = json.loads((study.run_folders["neither-0"] / "detections.json").read_text())
+    expected = [12, 12, 0, 0, 0, 12, 0]  # a mask of six of 20 columns: a part of it is missing
+    assert failure_counts(truth, results) == dict.fromkeys(CLASSES, expected)
+    assert failure_counts(truth, []) == {name: [12, 0, 0, 0, 0, 0, 0] for name in CLASSES}
+    page = page_of(study, tmp_path)
+    text = "\n\n".join(failure_section(page, page.tables[0]))
+    cells = "12 (100 %) | 0 (0 %) | 0 (0 %) | 0 (0 %) | 12 (100 %) | 0 (0 %)"
+    assert f"| neither | 2 | 12 (100 %) | {cells} |" in text
+    assert "| full-masks | 2 | 12 (100 %) | 0 (0 %) | 0 | 0 | 0 | 0 | 0 |" in text
+    positions = [text.index(f"**{cause}**: {rule}") for cause, rule in CAUSES.items()]
+    assert positions == sorted(positions)
+    picture = tmp_path / "figures" / "t6_failures.png"
+    first = picture.read_bytes()
+    page.measured.save()
+    # Without the run folders the numbers are the same, and the picture is kept.
+    gone = page_of(replace(study, run_folders={}, val_annotations=None), tmp_path)
+    again = "\n\n".join(failure_section(gone, gone.tables[0]))
+    assert [part for part in again.splitlines() if part.startswith("|")] == [
+        part for part in text.splitlines() if part.startswith("|")
+    ]
+    assert picture.read_bytes() == first
+    fresh = page_of(replace(study, run_folders={}), tmp_path / "fresh")
+    empty = "\n\n".join(failure_section(fresh, fresh.tables[0]))
+    assert "| neither | 0 | — | — | — | — | — | — | — |" in empty
+    assert "*No figure (failed masks by cause, t6): the run folder" in empty
+
+
+def test_nothing_found_has_no_failures_and_pictures_without_gains(tmp_path):
+    study = make_study(tmp_path, found=False)
+    page = page_of(study, tmp_path / "report")
+    text = "\n\n".join(failure_section(page, page.tables[0]))
+    assert "| neither | 2 | 0 (0 %) | 0 | 0 | 0 | 0 | 0 | 0 |" in text
+    assert "No mask of projection+pairwise, seed 0, has failed" in text
+    pictures = draw_pictures(study, page.tables[0])
+    assert pictures.drawing is not None
+    assert draw_pictures(study, page.tables[0]).drawing == pictures.drawing
+
+
+def test_what_is_missing_for_pictures_is_said_in_one_sentence(study, tmp_path):
+    numbers = table_numbers(study, TABLE)
+    one_gone = {key: path for key, path in study.run_folders.items() if key != "full-masks-0"}
+    cases = {
+        "the run folders with the detections are not on this machine": replace(study, run_folders=one_gone),
+        "the validation set with its masks is not on this machine": replace(study, val_annotations=None),
+        "cannot be read": replace(study, val_images=tmp_path),
+    }
+    for sentence, incomplete in cases.items():
+        pictures = draw_pictures(incomplete, numbers)
+        assert pictures.drawing is None
+        assert sentence in pictures.note
+        assert str(tmp_path) not in pictures.note
+    unrecorded = replace(study, results={})
+    assert draw_pictures(unrecorded, table_numbers(unrecorded, TABLE)).note == "none of its runs is recorded"
+
+
+def test_the_worst_of_each_cause_come_first_and_tiles_lie_within_the_image():
+    values = [0.3, 0.1, 0.2, 0.1, 0.4, 0.45, 0.35, 0.25]
+    frame = pd.DataFrame({"mask_iou": values, "cause": ["leak"] * 7 + ["box"]}, index=[9, 8, 7, 6, 5, 4, 3, 2])
+    worst = worst_failures(frame, tuple(CAUSES))
+    assert {cause: lines.index.tolist() for cause, lines in worst.items()} == {"box": [2], "leak": [6, 8, 7, 9, 3, 5]}
+    assert len(worst["leak"]) == PER_CAUSE
+    assert crop_window([0, 20, 10, 20], width=100, height=60) == pytest.approx((0, 14, 32))
+    assert crop_window([80, 0, 20, 10], width=100, height=60) == pytest.approx((68, 0, 32))
+    assert crop_window([0, 0, 100, 60], width=100, height=60) == pytest.approx((-30, -50, 160))
