@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -89,13 +90,14 @@ def _tiles(report: ReportInput, truth: Any, results: Sequence[Mapping[str, Any]]
     for key, line in lines.iterrows():
         annotation = truth.anns[key]
         name = class_name(truth, annotation["category_id"])
+        shown = math.floor(100 * line["mask_iou"]) / 100  # a failure is never shown as 0.50
         tiles.append(
             _Tile(
                 image=read_image(report.val_images, truth, annotation["image_id"]),
                 truth=truth.annToMask(annotation).astype(bool),
                 predicted=rle.decode(results[line["detection"]]["segmentation"]).astype(bool),
                 box=annotation["bbox"],
-                title=f"{name if len(name) <= 16 else name[:15] + '…'}, IoU {line['mask_iou']:.2f}\n"
+                title=f"{name if len(name) <= 16 else name[:15] + '…'}, IoU {shown:.2f}\n"
                 f"image {annotation['image_id']}",
             )
         )

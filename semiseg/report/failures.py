@@ -119,7 +119,7 @@ def _cells(runs: Sequence[np.ndarray]) -> list[str]:
 
 
 def _with_share(count: float, of: float) -> str:
-    number = f"{count:.0f}" if count == round(count) else f"{count:.1f}"
+    number = f"{count:.1f}".removesuffix(".0")
     return f"{number} ({100 * count / of:.0f} %)" if of else number
 
 
