@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from semiseg.config import RunConfig, load_run_config
-from semiseg.config_files import digest, parse_config
+from semiseg.config import RunConfig, load_run_config, parse_run, refuse_frozen_random_weights
+from semiseg.config_files import digest
 from semiseg.engine import predict
 from semiseg.engine.predict import LoadedModel
 from semiseg.errors import UserError
@@ -111,8 +111,9 @@ def train(
         settings = load_run_config(Path(config))
     elif isinstance(config, RunConfig):
         settings = config
+        refuse_frozen_random_weights(settings, where="config")
     elif isinstance(config, Mapping):
-        settings = parse_config(RunConfig, dict(config), where="config")
+        settings = parse_run(dict(config), where="config")
     else:
         raise TypeError(f"config must be a RunConfig, a dict or a path, not {type(config).__name__}")
     if out is None:

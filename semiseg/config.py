@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from semiseg.config_files import apply_overrides, file_digest, parse_config, read_toml
+from semiseg.errors import UserError
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -302,15 +303,6 @@ class RunConfig(Section):
     seed: Seed = 0
     init_from: str | None = None
 
-    @model_validator(mode="after")
-    def _frozen_weights_are_good_ones(self) -> RunConfig:
-        if self.model.weights == "random" and self.init_from is None and self.model.frozen_stages > 0:
-            raise ValueError(
-                "model.frozen_stages > 0 would freeze random weights: set model.frozen_stages = 0, "
-                "or give model.weights or init_from"
-            )
-        return self
-
     def identity(self) -> dict[str, Any]:
         """What can change the numbers of the run: the config without paths, workers, logging and the split's name.
 
@@ -335,4 +327,28 @@ class RunConfig(Section):
 
 def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a run's TOML file and applies `a.b=c` overrides."""
-    return parse_config(RunConfig, apply_overrides(read_toml(path), overrides), where=str(path))
+    return parse_run(apply_overrides(read_toml(path), overrides), where=str(path))
+
+
+def parse_run(values: dict[str, Any], *, where: str, initial_run: bool = False) -> RunConfig:
+    """The configuration of a run that is to be trained; that of a recorded one needs `parse_config` alone.
+
+    Args:
+        initial_run: the run will start from the weights of another one, although it does not say so itself.
+
+    Raises:
+        UserError: what `parse_config` refuses, and random weights that would never be trained.
+    """
+    config = parse_config(RunConfig, values, where=where)
+    if not initial_run:
+        refuse_frozen_random_weights(config, where=where)
+    return config
+
+
+def refuse_frozen_random_weights(config: RunConfig, *, where: str) -> None:
+    """A `UserError` if the first stages would keep the random weights that they start with."""
+    if config.model.weights == "random" and config.init_from is None and config.model.frozen_stages > 0:
+        raise UserError(
+            f"{where}: model.frozen_stages > 0 would freeze random weights: set model.frozen_stages = 0, "
+            "or give model.weights or init_from"
+        )

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from semiseg.config import RunConfig, Section, Seed
+from semiseg.config import RunConfig, Section, Seed, parse_run
 from semiseg.config_files import apply_overrides, merge, parse_config, read_toml
 from semiseg.errors import UserError
 from semiseg.resources import find
@@ -191,7 +191,7 @@ def _pretraining(study: Study, seed: int) -> StudyRun | None:
     boxes_alone: dict[str, Any] = {"supervision": {"source": "boxes"}, "objective": {"box": "none"}}
     where = f"study {study.name!r}, [pretrain]"
     values = _merged(study.base, boxes_alone, study.pretrain, {"seed": seed}, where=where)
-    config = parse_config(RunConfig, values, where=where)
+    config = parse_run(values, where=where)
     if config.supervision.source != "boxes":
         # Its weights reach every row: masks here would be masks of unseen classes there.
         raise UserError(
@@ -211,7 +211,7 @@ def _row_run(study: Study, row: StudyRow, table: StudyTable, seed: int, init: St
         supervision = {key: value for key, value in supervision.items() if key != "split"}
     elif supervision.get("split") is None:
         raise UserError(f"{where}: its supervision is the split's, but table {table.name!r} names no split")
-    config = parse_config(RunConfig, {**values, "supervision": supervision}, where=where)
+    config = parse_run({**values, "supervision": supervision}, where=where, initial_run=init is not None)
     if init is not None and config.init_from is not None:
         raise UserError(f"{where}: 'init_from' is {config.init_from!r}, but its weights come from the [pretrain] run")
     return StudyRun(row.name, config.supervision.split, seed, config, init)

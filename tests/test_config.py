@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from semiseg.config import ModelConfig, RunConfig, load_run_config
+from semiseg.config import ModelConfig, RunConfig, load_run_config, parse_run
 from semiseg.config_files import apply_overrides, digest, merge, parse_config, read_toml
 from semiseg.errors import UserError
 
@@ -40,13 +40,20 @@ def parse(values: dict[str, Any]) -> RunConfig:
         ({"model": {"mask_feature_stride": 8, "mask_stride": 3}}, r"multiple of mask_stride"),
         ({"model": {"neck_channels": 48}}, r"neck_channels must divide by tower_groups"),
         ({"model": {"backbone": "small"}}, r"'small' has no ImageNet weights: set weights to 'random' or a path"),
-        ({"model": {"weights": "random"}}, r"model\.frozen_stages > 0 would freeze random weights"),
         ({"model": {"pixel_std": [1.0, 1.0, 0.0]}}, r"'model\.pixel_std\.2': .*greater than 0"),
     ],
 )
 def test_errors_are_sentences_with_place_value_and_the_nearest_key(values: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError, match=r"^run\.toml: .*" + told):
         parse(values)
+
+
+def test_random_weights_are_not_frozen_unless_another_run_gives_the_first_ones() -> None:
+    values = {"model": {"weights": "random", "frozen_stages": 1}}
+    with pytest.raises(UserError, match=r"^run\.toml: model\.frozen_stages > 0 would freeze random weights"):
+        parse_run(values, where="run.toml")
+    assert parse_run(values, where="run.toml", initial_run=True).init_from is None
+    assert parse_run({**values, "init_from": "runs/a/model"}, where="run.toml").model.frozen_stages == 1
 
 
 def test_several_errors_are_told_at_once() -> None:
