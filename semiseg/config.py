@@ -268,7 +268,7 @@ class RuntimeConfig(Section):
     keep_checkpoints: PositiveInt = 2
     evaluate_every: Annotated[int, Field(ge=0)] = 0  # steps; 0 = only at the end
     tensorboard: bool = True
-    channels_last: bool = False
+    channels_last: bool = True
     compile: bool = False
     images_per_process: Annotated[int, Field(ge=0)] = 0
     batch_rule: Literal["keep", "linear"] = "keep"

@@ -83,7 +83,8 @@ def load_model(folder: Path, *, device: str | torch.device | None = None) -> Loa
     place = find_device(device)
     weights, info = load_model_folder(folder / "model" if (folder / "model").is_dir() else folder)
     network = build_network(weights, info, where=folder).to(place).eval().requires_grad_(False)
-    return LoadedModel(network, info, place)
+    # The layout in which images are decoded: a forward of a ResNet-50 takes a tenth less time on a CPU.
+    return LoadedModel(network.to(memory_format=torch.channels_last), info, place)
 
 
 def build_network(weights: dict[str, Tensor], info: ModelInfo, *, where: Path) -> CondInst:
