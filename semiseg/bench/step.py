@@ -123,7 +123,7 @@ def _result(losses: Tensor, model: nn.Module) -> Result:
 ROW = Row(
     name="step",
     sizes={"images": 2, "height": 512, "width": 640, "boxes": 8, "classes": 80},
-    tiny={"height": 64, "width": 96, "boxes": 2},
+    tiny={"height": 128, "width": 160, "boxes": 2},
     passes=6,
     quick_passes=2,
     ours=_ours,
