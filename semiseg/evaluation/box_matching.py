@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from pycocotools.coco import COCO
 
-from semiseg.evaluation.precision import pycocotools_evaluation
+from semiseg.evaluation.cells import match_cells
 
 FOUND_IOU = 0.5  # of the boxes, from which a detection counts as the object's
 
@@ -29,17 +26,8 @@ def box_matches(truth: COCO, results: Sequence[Mapping[str, Any]]) -> list[int |
         all after the first 100 of an image and class.
     """
     matches: list[int | None] = [None] * len(results)
-    if not results:
-        return matches
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = pycocotools_evaluation(truth, results, "bbox")
-        evaluation.params.iouThrs = np.array([FOUND_IOU])
-        evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
-        evaluation.evaluate()
-    for image in evaluation.evalImgs:
-        if image is None:  # neither objects nor detections of the class
-            continue
-        for detection, annotation in zip(image["dtIds"], image["dtMatches"][0].astype(int).tolist(), strict=True):
+    for cell in match_cells(truth, results, "bbox", [FOUND_IOU]).values():
+        for number, annotation in zip(cell.numbers, cell.found[0].tolist(), strict=True):
             if annotation and not truth.anns[annotation]["iscrowd"]:
-                matches[detection - 1] = annotation  # loadRes numbers the results from 1
+                matches[number] = annotation
     return matches

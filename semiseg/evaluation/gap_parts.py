@@ -6,6 +6,7 @@ own mask, that of the object it found, or that of another row's detection of the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +16,7 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
 from semiseg.evaluation.box_matching import FOUND_IOU, box_matches
-from semiseg.evaluation.coco_metrics import names_of_classes
-from semiseg.evaluation.precision import coco_precision
+from semiseg.evaluation.matching import average_precision, match
 
 Results = Sequence[Mapping[str, Any]]
 
@@ -34,9 +34,13 @@ class Exchanged:
     own: list[bool]
 
 
-def with_true_masks(truth: COCO, results: Results) -> list[dict[str, Any]]:
-    """The detections, those that found an object (`box_matches`) with the object's mask; the others keep theirs."""
-    found = box_matches(truth, results)
+def with_true_masks(truth: COCO, results: Results, found: Sequence[int | None] | None = None) -> list[dict[str, Any]]:
+    """The detections, those that found an object with the object's mask; the others keep theirs.
+
+    Args:
+        found: `box_matches` of these results, if at hand.
+    """
+    found = box_matches(truth, results) if found is None else found
     return [
         {**result, "segmentation": result["segmentation"] if match is None else truth.annToRLE(truth.anns[match])}
         for result, match in zip(results, found, strict=True)
@@ -70,19 +74,18 @@ def with_masks_of(results: Results, donors: Results) -> Exchanged:
 
 
 def class_ap(truth: COCO, results: Results) -> dict[str, float | None]:
-    """Mask AP in percent of every class, by pycocotools; None for a class without objects.
+    """Mask AP in percent of every class, as pycocotools counts it; None for a class without objects.
 
     Args:
         truth: from `coco_metrics.load_ground_truth`, after `prepare_masks`.
     """
-    precision = coco_precision(truth, results, "segm")[:, :, :, 0, -1]  # objects of all sizes
-    found = {}
-    for number, name in enumerate(names_of_classes(truth)):
-        values = precision[:, :, number]
-        values = values[values > -1]
-        # Rounding hides the machine epsilon that pycocotools adds to its denominator.
-        found[name] = round(100 * float(values.mean()), 10) if values.size else None
-    return found
+    matches = match(truth, results, "segm")
+    means = average_precision(matches).mean(axis=1).tolist()
+    # Rounding hides the machine epsilon that pycocotools adds to its denominator.
+    return {
+        name: None if math.isnan(value) else round(value, 10)
+        for name, value in zip(matches.classes, means, strict=True)
+    }
 
 
 def _by_image_and_class(results: Results) -> dict[tuple[int, int], list[int]]:

@@ -7,8 +7,6 @@ occur several times or not at all (`evaluation/bootstrap.py`).
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +15,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pycocotools.coco import COCO
 
+from semiseg.evaluation.cells import Cell, counts, match_cells
 from semiseg.evaluation.coco_metrics import names_of_classes
-from semiseg.evaluation.precision import pycocotools_evaluation
 
 IOU_THRESHOLDS = tuple(round(0.5 + 0.05 * number, 2) for number in range(10))
+_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # to the bit as pycocotools has them
 _RECALLS = np.linspace(0.0, 1.0, 101)
 _BLOCK_ELEMENTS = 400_000  # of the largest array, resamples x detections: it stays in the cache
 
@@ -92,35 +91,30 @@ def match(truth: COCO, results: Sequence[Mapping[str, Any]], iou_type: str) -> M
         results: COCO results that passed `check_results`; left unchanged.
         iou_type: "bbox" or "segm".
     """
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = pycocotools_evaluation(truth, results, iou_type)
-        evaluation.params.areaRng = evaluation.params.areaRng[:1]
-        evaluation.params.areaRngLbl = evaluation.params.areaRngLbl[:1]
-        evaluation.evaluate()
-    images, categories = len(evaluation.params.imgIds), len(evaluation.params.catIds)
+    images, categories = sorted(truth.imgs), sorted(truth.cats)
     if not images or not categories:
         raise ValueError("a ground truth without images or classes has no matching")
-    every = evaluation.evalImgs  # classes x images, one area; None: neither objects nor detections
-    positives = np.zeros((categories, images), np.int64)
+    cells = match_cells(truth, results, iou_type, _THRESHOLDS)
+    positives = np.zeros((len(categories), len(images)), np.int64)
+    rows, columns = ({key: number for number, key in enumerate(keys)} for keys in (categories, images))
+    for annotation in truth.dataset["annotations"]:
+        if annotation["image_id"] in columns and annotation["category_id"] in rows and counts(annotation):
+            positives[rows[annotation["category_id"]], columns[annotation["image_id"]]] += 1
     found = []
-    for category in range(categories):
-        cells = every[category * images : (category + 1) * images]
-        for image, cell in enumerate(cells):
-            positives[category, image] = 0 if cell is None else np.count_nonzero(cell["gtIgnore"] == 0)
-        found.append(_class_matches(cells))
+    for category in categories:
+        own = [(number, cells[image, category]) for number, image in enumerate(images) if (image, category) in cells]
+        found.append(_class_matches(own, results))
     return Matches(tuple(names_of_classes(truth)), tuple(found), positives)
 
 
-def _class_matches(cells: Sequence[Mapping[str, Any] | None]) -> ClassMatches:
-    """Puts together what pycocotools found image by image, in its own order."""
-    thresholds = len(IOU_THRESHOLDS)
-    present = [(image, cell) for image, cell in enumerate(cells) if cell is not None]
-    nothing = np.zeros((thresholds, 0), bool)
-    scores = np.concatenate([np.zeros(0), *(cell["dtScores"] for _, cell in present)])
+def _class_matches(cells: Sequence[tuple[int, Cell]], results: Sequence[Mapping[str, Any]]) -> ClassMatches:
+    """Puts together the cells of a class, with their images' numbers, in the order of pycocotools."""
+    nothing = np.zeros((len(IOU_THRESHOLDS), 0), bool)
+    scores = np.array([results[number]["score"] for _, cell in cells for number in cell.numbers], dtype=np.float64)
     order = np.argsort(-scores, kind="mergesort")
-    image = np.repeat([image for image, _ in present], [len(cell["dtScores"]) for _, cell in present])
-    matched = np.concatenate([nothing, *(cell["dtMatches"] > 0 for _, cell in present)], axis=1)
-    ignored = np.concatenate([nothing, *(cell["dtIgnore"] > 0 for _, cell in present)], axis=1)
+    image = np.repeat([image for image, _ in cells], [len(cell.numbers) for _, cell in cells])
+    matched = np.concatenate([nothing, *(cell.found > 0 for _, cell in cells)], axis=1)
+    ignored = np.concatenate([nothing, *(cell.ignored for _, cell in cells)], axis=1)
     return ClassMatches(image.astype(np.int64)[order], matched[:, order], ignored[:, order])
 
 

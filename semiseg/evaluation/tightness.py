@@ -29,7 +29,9 @@ class ClassTightness:
     error: float | None
 
 
-def class_tightness(truth: COCO, results: Sequence[Mapping[str, Any]]) -> dict[str, ClassTightness]:
+def class_tightness(
+    truth: COCO, results: Sequence[Mapping[str, Any]], found: Sequence[int | None] | None = None
+) -> dict[str, ClassTightness]:
     """Projection error of the masks of all detections that found an object (`box_matches`), per class.
 
     The box is that of the object, not of the detection: it is what the projection loss compares with in training, and
@@ -38,13 +40,15 @@ def class_tightness(truth: COCO, results: Sequence[Mapping[str, Any]]) -> dict[s
     Args:
         truth: from `coco_metrics.load_ground_truth`.
         results: COCO results with masks of the size of their images.
+        found: their `box_matches`, if at hand.
     """
-    found = [
+    found = box_matches(truth, results) if found is None else found
+    errors = [
         (result["category_id"], projection_error(rle.decode(result["segmentation"]), truth.anns[match]["bbox"]))
-        for result, match in zip(results, box_matches(truth, results), strict=True)
+        for result, match in zip(results, found, strict=True)
         if match is not None
     ]
-    return _by_class(truth, found)
+    return _by_class(truth, errors)
 
 
 def true_tightness(truth: COCO) -> dict[str, ClassTightness]:
