@@ -13,13 +13,14 @@ from PIL import Image
 from pycocotools import mask as rle
 
 from semiseg.evaluation.coco_metrics import evaluate_detections, load_ground_truth
-from semiseg.evaluation.instances import SHARES
+from semiseg.evaluation.instances import SHARES, match_instances
 from semiseg.report.aggregate import ReportInput, ReportRow, ReportTable, table_numbers
 from semiseg.report.context import FigureFiles, Measured, PageContext
 from semiseg.report.failure_pictures import PER_CAUSE, crop_window, worst_failures
 from semiseg.report.failures import CAUSES, causes_of_failure, failure_counts, failure_section
 from semiseg.report.picture_choice import GAIN, LOSS, RANDOM, choose_images, image_gains, main_row, other_row
 from semiseg.report.pictures import INSTANCE_COLOURS, UNMATCHED, _found_instances, draw_pictures, line_label
+from semiseg.report.stored import StoredDetections
 from semiseg.results import Result
 
 SIZE = 48
@@ -178,8 +179,8 @@ def test_counts_table_and_picture(study, tmp_path):
     truth = load_ground_truth(study.val_annotations)
     results = json.loads((study.run_folders["neither-0"] / "detections.json").read_text())
     expected = [12, 12, 0, 0, 0, 12, 0]  # a mask of six of 20 columns: a part of it is missing
-    assert failure_counts(truth, results) == dict.fromkeys(CLASSES, expected)
-    assert failure_counts(truth, []) == {name: [12, 0, 0, 0, 0, 0, 0] for name in CLASSES}
+    assert failure_counts(truth, match_instances(truth, results)) == dict.fromkeys(CLASSES, expected)
+    assert failure_counts(truth, match_instances(truth, [])) == {name: [12, 0, 0, 0, 0, 0, 0] for name in CLASSES}
     page = page_of(study, tmp_path)
     text = "\n\n".join(failure_section(page, page.tables[0]))
     cells = "12 (100 %) | 0 (0 %) | 0 (0 %) | 0 (0 %) | 12 (100 %) | 0 (0 %)"
@@ -209,9 +210,9 @@ def test_nothing_found_has_no_failures_and_pictures_without_gains(tmp_path):
     text = "\n\n".join(failure_section(page, page.tables[0]))
     assert "| neither | 2 | 0 (0 %) | 0 | 0 | 0 | 0 | 0 | 0 |" in text
     assert "No mask of projection+pairwise, seed 0, has failed" in text
-    pictures = draw_pictures(study, page.tables[0])
+    pictures = draw_pictures(study, page.tables[0], page.stored)
     assert pictures.drawing is not None
-    assert draw_pictures(study, page.tables[0]).drawing == pictures.drawing
+    assert draw_pictures(study, page.tables[0], page.stored).drawing == pictures.drawing
 
 
 def test_what_is_missing_for_pictures_is_said_in_one_sentence(study, tmp_path):
@@ -223,12 +224,13 @@ def test_what_is_missing_for_pictures_is_said_in_one_sentence(study, tmp_path):
         "cannot be read": replace(study, val_images=tmp_path),
     }
     for sentence, incomplete in cases.items():
-        pictures = draw_pictures(incomplete, numbers)
+        pictures = draw_pictures(incomplete, numbers, StoredDetections(incomplete))
         assert pictures.drawing is None
         assert sentence in pictures.note
         assert str(tmp_path) not in pictures.note
     unrecorded = replace(study, results={})
-    assert draw_pictures(unrecorded, table_numbers(unrecorded, TABLE)).note == "none of its runs is recorded"
+    pictures = draw_pictures(unrecorded, table_numbers(unrecorded, TABLE), StoredDetections(unrecorded))
+    assert pictures.note == "none of its runs is recorded"
 
 
 def test_the_worst_of_each_cause_come_first_and_tiles_lie_within_the_image():

@@ -13,6 +13,7 @@ import pandas as pd
 from semiseg.evaluation.matching import Matches
 from semiseg.report.aggregate import ReportInput, TableNumbers
 from semiseg.report.drawing import Drawing
+from semiseg.report.stored import StoredDetections
 from semiseg.report.tables import escape_markdown
 from semiseg.resources import write_bytes, write_text
 
@@ -99,6 +100,7 @@ class PageContext:
         printed: the paper's numbers.
         figures, measured: the report's folder, by kind of file.
         matches: run id -> IoU type -> matching, as far as a section needed it (`uncertainty.matches_of`).
+        stored: the detections of the runs, as far as they are on this machine.
     """
 
     report: ReportInput
@@ -107,3 +109,8 @@ class PageContext:
     figures: FigureFiles
     measured: Measured = field(repr=False)
     matches: dict[str, dict[str, Matches] | None] = field(default_factory=dict, repr=False)
+    stored: StoredDetections = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Nothing is read before it is asked for."""
+        self.stored = StoredDetections(self.report)

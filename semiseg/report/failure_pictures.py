@@ -14,7 +14,6 @@ from matplotlib.colors import to_rgb
 from pycocotools import mask as rle
 
 from semiseg.errors import UserError
-from semiseg.evaluation.instances import match_instances
 from semiseg.report.aggregate import ReportInput, TableNumbers
 from semiseg.report.drawing import ORANGE, Drawing, new_figure, png
 from semiseg.report.picture_choice import class_name, judged, main_row, read_image, runs_of_one_seed
@@ -59,9 +58,10 @@ def failure_picture(
         truth = stored.truth()
         if truth is None:
             raise UserError("the validation set with its masks is not on this machine")
-        if (results := stored.of(runs[row])) is None:
+        results, found = stored.of(runs[row]), stored.instances(runs[row])
+        if results is None or found is None:
             raise UserError("the run folder with the detections is not on this machine")
-        matches = judged(table, truth, match_instances(truth, results))
+        matches = judged(table, truth, found)
         failed = matches.assign(cause=causes_of(matches)).query("cause != ''")
         label = next(r.label for r in table.rows if r.name == row)
         if failed.empty:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from pycocotools.coco import COCO
 
-from semiseg.evaluation.instances import match_instances
 from semiseg.report.aggregate import ReportTable, TableNumbers
 from semiseg.report.context import PageContext
 from semiseg.report.failure_pictures import failure_picture
 from semiseg.report.picture_choice import class_name, main_row, runs_of_one_seed
-from semiseg.report.stored import StoredDetections, missing_note
+from semiseg.report.stored import missing_note
 from semiseg.report.tables import escape_markdown, markdown_table
 
 FAILED_IOU = 0.5  # of the masks: what COCO's easiest threshold misses
@@ -42,9 +40,12 @@ def causes_of_failure(matches: pd.DataFrame) -> pd.Series:
     return pd.Series(np.where(failed, first, ""), index=matches.index, dtype=object)
 
 
-def failure_counts(truth: COCO, results: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
-    """Class -> number of instances, of found ones, and of failures by cause in the order of CAUSES."""
-    matches = match_instances(truth, results)
+def failure_counts(truth: COCO, matches: pd.DataFrame) -> dict[str, list[int]]:
+    """Class -> number of instances, of found ones, and of failures by cause in the order of CAUSES.
+
+    Args:
+        matches: `match_instances` of a run.
+    """
     causes = causes_of_failure(matches)
     counts = {}
     for category, lines in matches.groupby("category"):
@@ -57,11 +58,10 @@ def failure_counts(truth: COCO, results: Sequence[Mapping[str, Any]]) -> dict[st
 def failure_section(page: PageContext, numbers: TableNumbers) -> list[str]:
     """How many found objects have a failed mask and why, for every row; the worst of the main row as pictures."""
     report, table = page.report, numbers.table
-    stored = StoredDetections(report)
     lines, missing = [], []
     for row in table.rows:
         runs = [(seed, run) for seed in report.seeds if (run := report.results.get((table.name, row.name, seed)))]
-        counted = [(seed, _kept_counts(page, stored, run.run_id)) for seed, run in runs]
+        counted = [(seed, _kept_counts(page, run.run_id)) for seed, run in runs]
         missing += [f"{row.label} seed {seed}" for seed, counts in counted if counts is None]
         lines.append([row.label, *_cells([_sums(table, counts) for _, counts in counted if counts is not None])])
     return [
@@ -69,22 +69,22 @@ def failure_section(page: PageContext, numbers: TableNumbers) -> list[str]:
         _rules(table),
         markdown_table(("row", "runs", "found", "failed", *CAUSES), lines),
         *missing_note(missing),
-        *_pictured(page, numbers, stored),
+        *_pictured(page, numbers),
     ]
 
 
-def _pictured(page: PageContext, numbers: TableNumbers, stored: StoredDetections) -> list[str]:
+def _pictured(page: PageContext, numbers: TableNumbers) -> list[str]:
     """The worst failures of the main row; whether there are any follows from the counts, which outlive run folders."""
     report, table = page.report, numbers.table
     if not any((table.name, row.name, seed) in report.results for row in table.rows for seed in report.seeds):
         return []
     seed, runs = runs_of_one_seed(report, table)
     row = main_row(numbers, runs)
-    counts = _kept_counts(page, stored, runs[row])
+    counts = _kept_counts(page, runs[row])
     if counts is not None and not _sums(table, counts)[2:].any():
         label = next(item.label for item in table.rows if item.name == row)
         return [f"No mask of {escape_markdown(label)}, seed {seed}, has failed: there is nothing to picture."]
-    picture = failure_picture(report, numbers, stored, causes_of_failure, tuple(CAUSES))
+    picture = failure_picture(report, numbers, page.stored, causes_of_failure, tuple(CAUSES))
     return page.figures.show(
         f"{table.name}_failures",
         picture.drawing,
@@ -94,10 +94,10 @@ def _pictured(page: PageContext, numbers: TableNumbers, stored: StoredDetections
     )
 
 
-def _kept_counts(page: PageContext, stored: StoredDetections, run_id: str) -> dict[str, list[int]] | None:
+def _kept_counts(page: PageContext, run_id: str) -> dict[str, list[int]] | None:
     def measure() -> dict[str, list[int]] | None:
-        truth, results = stored.truth(), stored.of(run_id)
-        return None if truth is None or results is None else failure_counts(truth, results)
+        truth, matches = page.stored.truth(), page.stored.instances(run_id)
+        return None if truth is None or matches is None else failure_counts(truth, matches)
 
     return page.measured.get("failures", f"{run_id}/{_VERSION}", measure)
 

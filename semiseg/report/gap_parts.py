@@ -9,7 +9,6 @@ from typing import Any
 
 import pandas as pd
 
-from semiseg.evaluation.box_matching import box_matches
 from semiseg.evaluation.coco_metrics import Metrics, names_of_classes
 from semiseg.evaluation.gap_parts import class_ap, with_masks_of, with_true_masks
 from semiseg.report.aggregate import BEST, UPPER_BOUND, ReportInput, ReportRow, ReportTable, TableNumbers
@@ -63,8 +62,7 @@ def gap_parts_section(page: PageContext, numbers: TableNumbers) -> list[str]:
     if bound is None or not rows:
         return []
     heading, label = "### Where the AP goes", escape_markdown(bound.label)
-    stored = StoredDetections(page.report)
-    measured = (_measured_parts(page, stored, table, row, bound) for row in rows)
+    measured = (_measured_parts(page, table, row, bound) for row in rows)
     found = [parts for parts in measured if parts is not None]
     if not found:
         reason = f"it needs the stored detections of {label} and of another row with a common seed"
@@ -160,9 +158,7 @@ def _main(found: Sequence[GapParts]) -> GapParts:
     return max(found, key=lambda parts: (parts.row.name == BEST, parts.mean("ap")))
 
 
-def _measured_parts(
-    page: PageContext, stored: StoredDetections, table: ReportTable, row: ReportRow, bound: ReportRow
-) -> GapParts | None:
+def _measured_parts(page: PageContext, table: ReportTable, row: ReportRow, bound: ReportRow) -> GapParts | None:
     """The parts of one row over the seeds for which they can be had."""
     classes = table.unseen or table.seen
     lines = {}
@@ -170,19 +166,17 @@ def _measured_parts(
         runs = [page.report.results.get((table.name, name, seed)) for name in (bound.name, row.name)]
         if runs[0] is None or runs[1] is None:
             continue
-        if (line := _seed_parts(page, stored, runs[0], runs[1], classes)) is not None:
+        if (line := _seed_parts(page, runs[0], runs[1], classes)) is not None:
             lines[seed] = line
     return GapParts(row, pd.DataFrame.from_dict(lines, orient="index")) if lines else None
 
 
-def _seed_parts(
-    page: PageContext, stored: StoredDetections, full: Result, run: Result, classes: Sequence[str]
-) -> dict[str, float] | None:
+def _seed_parts(page: PageContext, full: Result, run: Result, classes: Sequence[str]) -> dict[str, float] | None:
     """One line of `GapParts.seeds`; None where something was not measured or no class has objects."""
-    exchanged = page.measured.get("gap_parts", f"{run.run_id}|{full.run_id}", lambda: _exchange(stored, full, run))
+    exchanged = page.measured.get("gap_parts", f"{run.run_id}|{full.run_id}", lambda: _exchange(page.stored, full, run))
     if exchanged is None:
         return None
-    true_masks = [_true_masks(page, stored, result) for result in (full, run)]
+    true_masks = [_true_masks(page, result) for result in (full, run)]
     goal, ap = (Metrics.from_dict(result.metrics).group("segm", classes)["AP"] for result in (full, run))
     goal_true, ap_true, between = (_mean(values, classes) for values in (*true_masks, exchanged["ap"]))
     if goal is None or ap is None or goal_true is None or ap_true is None or between is None:
@@ -202,14 +196,15 @@ def _seed_parts(
     }
 
 
-def _true_masks(page: PageContext, stored: StoredDetections, run: Result) -> dict[str, float | None] | None:
+def _true_masks(page: PageContext, run: Result) -> dict[str, float | None] | None:
     """Class -> AP with true masks in the matched detections."""
 
     def measure() -> dict[str, float | None] | None:
-        truth, results = stored.truth(), stored.of(run.run_id)
-        if truth is None or results is None:
+        stored = page.stored
+        truth, results, found = stored.truth(), stored.of(run.run_id), stored.found(run.run_id)
+        if truth is None or results is None or found is None:
             return None
-        return _rounded(class_ap(truth, with_true_masks(truth, results)))
+        return _rounded(class_ap(truth, with_true_masks(truth, results, found)))
 
     return page.measured.get("true_masks", run.run_id, measure)
 
@@ -220,12 +215,13 @@ def _exchange(stored: StoredDetections, full: Result, run: Result) -> dict[str, 
     `matched`: class -> number of full-masks detections that found an object, and how many of these had no partner.
     """
     truth, results, donors = stored.truth(), stored.of(full.run_id), stored.of(run.run_id)
-    if truth is None or results is None or donors is None:
+    found = stored.found(full.run_id)
+    if truth is None or results is None or donors is None or found is None:
         return None
     changed = with_masks_of(results, donors)
     names = dict(zip(sorted(truth.cats), names_of_classes(truth), strict=True))
     matched: dict[str, list[int]] = {}
-    for result, own, match in zip(results, changed.own, box_matches(truth, results), strict=True):
+    for result, own, match in zip(results, changed.own, found, strict=True):
         if match is not None:
             counts = matched.setdefault(names[result["category_id"]], [0, 0])
             counts[0] += 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -19,7 +19,6 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
 from semiseg.errors import UserError
-from semiseg.evaluation.instances import match_instances
 from semiseg.report.aggregate import ReportInput, ReportTable, TableNumbers
 from semiseg.report.drawing import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION, Drawing, new_figure, plain, png
 from semiseg.report.picture_choice import (
@@ -40,6 +39,7 @@ from semiseg.report.stored import StoredDetections
 SCORE_THRESHOLD = 0.4
 INSTANCE_COLOURS = (ORANGE, SKY, GREEN, VERMILLION, PURPLE, BLUE, "#F0E442", "#7F3C8D", "#11A579", "#A5AA99")
 UNMATCHED = "#BBBBBB"
+_Read = TypeVar("_Read")
 _PANEL_INCHES, _SMALL_PANEL_INCHES = 1.6, 1.35  # up to six columns, and more
 
 
@@ -70,19 +70,16 @@ class _Instance:
     unseen: bool
 
 
-def draw_pictures(report: ReportInput, numbers: TableNumbers) -> Pictures:
+def draw_pictures(report: ReportInput, numbers: TableNumbers, stored: StoredDetections) -> Pictures:
     """Draws the images of `choose_images` for all rows of one seed, or says in one sentence what is missing for it."""
     table = numbers.table
     try:
         seed, runs = runs_of_one_seed(report, table)
         main = main_row(numbers, runs)
         other = other_row(table, main, runs)
-        stored = StoredDetections(report)
         if (truth := stored.truth()) is None:
             raise UserError("the validation set with its masks is not on this machine")
-        matches = [
-            judged(table, truth, match_instances(truth, _results(stored, runs[row]))) for row in (main, other) if row
-        ]
+        matches = [judged(table, truth, _there(stored.instances(runs[row]))) for row in (main, other) if row]
         chosen = choose_images(truth, image_gains(*matches) if other else {}, seed=report.picture_seed)
         if not chosen:
             raise UserError("the validation set has no objects")
@@ -90,7 +87,7 @@ def draw_pictures(report: ReportInput, numbers: TableNumbers) -> Pictures:
         detections = {
             row: [
                 found
-                for found in _results(stored, run_id)
+                for found in _there(stored.of(run_id))
                 if found["image_id"] in images and found["score"] > SCORE_THRESHOLD
             ]
             for row, run_id in runs.items()
@@ -101,11 +98,11 @@ def draw_pictures(report: ReportInput, numbers: TableNumbers) -> Pictures:
     return Pictures(drawing, _note(report, table, chosen, seed, (main, other)))
 
 
-def _results(stored: StoredDetections, run_id: str) -> list[dict[str, Any]]:
+def _there(found: _Read | None) -> _Read:
     """A picture without a row would replace a better one of an earlier report: all of them are needed."""
-    if (results := stored.of(run_id)) is None:
+    if found is None:
         raise UserError("the run folders with the detections are not on this machine")
-    return results
+    return found
 
 
 def _note(

@@ -39,7 +39,7 @@ def training_section(page: PageContext, numbers: TableNumbers) -> list[str]:
 def picture_section(page: PageContext, numbers: TableNumbers) -> list[str]:
     """Ground truth and all rows side by side."""
     table = numbers.table
-    pictures = draw_pictures(page.report, numbers)
+    pictures = draw_pictures(page.report, numbers, page.stored)
     shown = page.figures.show(
         f"{table.name}_pictures",
         pictures.drawing,

@@ -13,7 +13,7 @@ from semiseg.evaluation.tightness import ClassTightness, class_tightness, true_t
 from semiseg.report.aggregate import GROUPS, ReportInput, ReportRow, ReportTable, TableNumbers
 from semiseg.report.context import PageContext
 from semiseg.report.drawing import ROW_COLOURS, Drawing, chart, new_figure, plain
-from semiseg.report.stored import StoredDetections, missing_note
+from semiseg.report.stored import missing_note
 from semiseg.report.tables import escape_markdown, markdown_table, number
 
 _TRUTH = "ground truth"
@@ -44,11 +44,10 @@ class RowTightness:
 def tightness_section(page: PageContext, numbers: TableNumbers) -> list[str]:
     """The projection error of every row by class; nothing where detections or masks were never at hand."""
     table = numbers.table
-    stored = StoredDetections(page.report)
-    rows = [found for row in table.rows if (found := _row_tightness(page, stored, table, row)) is not None]
+    rows = [found for row in table.rows if (found := _row_tightness(page, table, row)) is not None]
     if not rows:
         return []
-    truth = _true_masks(page, stored, table)
+    truth = _true_masks(page, table)
     return [
         "### How tightly the masks fill their boxes",
         _order(rows, table),
@@ -104,9 +103,7 @@ def _table(rows: Sequence[RowTightness], truth: RowTightness | None, table: Repo
     return markdown_table(("row", *headings, "objects found"), lines)
 
 
-def _row_tightness(
-    page: PageContext, stored: StoredDetections, table: ReportTable, row: ReportRow
-) -> RowTightness | None:
+def _row_tightness(page: PageContext, table: ReportTable, row: ReportRow) -> RowTightness | None:
     """Over the seeds whose detections were measured."""
     found = {}
     for seed in page.report.seeds:
@@ -114,22 +111,25 @@ def _row_tightness(
             continue
 
         def measure(run_id: str = run.run_id) -> PerClass | None:
-            truth, results = stored.truth(), stored.of(run_id)
-            return None if truth is None or results is None else _plain(class_tightness(truth, results))
+            stored = page.stored
+            truth, results, matches = stored.truth(), stored.of(run_id), stored.found(run_id)
+            if truth is None or results is None or matches is None:
+                return None
+            return _plain(class_tightness(truth, results, matches))
 
         if (value := page.measured.get("tightness", run.run_id, measure)) is not None:
             found[seed] = value
     return _frames(row.label, found, table)
 
 
-def _true_masks(page: PageContext, stored: StoredDetections, table: ReportTable) -> RowTightness | None:
+def _true_masks(page: PageContext, table: ReportTable) -> RowTightness | None:
     """The objects' own masks; the same for all runs, which have the data in common."""
     prints = {run.data_fingerprint for (name, *_), run in page.report.results.items() if name == table.name}
     if len(prints) != 1:
         return None
 
     def measure() -> PerClass | None:
-        truth = stored.truth()
+        truth = page.stored.truth()
         return None if truth is None else _plain(true_tightness(truth))
 
     value = page.measured.get("tightness", f"{_TRUTH}|{prints.pop()}", measure)

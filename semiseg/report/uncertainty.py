@@ -16,7 +16,7 @@ import numpy as np
 
 from semiseg.errors import UserError
 from semiseg.evaluation.bootstrap import RESAMPLES, Numbers, class_bootstrap, means_of_groups, percentile_interval
-from semiseg.evaluation.coco_metrics import Metrics, check_results, load_ground_truth, prepare_masks
+from semiseg.evaluation.coco_metrics import Metrics
 from semiseg.evaluation.matching import Matches, average_precision, match
 from semiseg.report.aggregate import NEITHER, UPPER_BOUND, ReportTable, TableNumbers
 from semiseg.report.context import PageContext
@@ -149,16 +149,11 @@ def _share(row: Numbers, start: Numbers, goal: Numbers) -> Numbers:
 
 
 def _match_run(page: PageContext, result: Result) -> dict[str, Matches] | None:
-    folder, annotations = page.report.run_folders.get(result.run_id), page.report.val_annotations
-    if folder is None or annotations is None:
-        return None
     try:
-        detections = json.loads((folder / "detections.json").read_text(encoding="utf-8"))
-        truth = load_ground_truth(annotations)
-        check_results(truth, detections)
-        if not truth.dataset["annotations"] or not truth.imgs:
+        truth, detections = page.stored.objects(), page.stored.of(result.run_id)
+        if truth is None or detections is None or not truth.dataset["annotations"] or not truth.imgs:
             return None
-        types = ("bbox", "segm") if prepare_masks(truth) else ("bbox",)
+        types = ("bbox",) if page.stored.truth() is None else ("bbox", "segm")
         found = {iou_type: match(truth, detections, iou_type) for iou_type in types}
         return found if all(_as_recorded(result, *item) for item in found.items()) else None
     except (UserError, OSError, ValueError, KeyError, TypeError):
