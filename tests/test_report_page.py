@@ -330,7 +330,7 @@ def test_a_table_without_unseen_classes_says_nothing_of_them(study, tmp_path):
     results = {key: value for key, value in study.results.items() if key[0] == "table6"}
     plain = replace(study, tables=(table,), results=results)
     text = build_report(plain, out=tmp_path, published=PUBLISHED).read_text(encoding="utf-8")
-    assert "**Answer.** Neither 0.0 AP → projection " in text
+    assert "**Answer.** Mask AP: neither 0.0 → projection " in text
     assert "gap closed" not in text
     assert "unseen" not in text
     assert "Solid boxes" not in text

@@ -80,8 +80,8 @@ def test_the_threshold_study_on_shapes(tmp_path: Path) -> None:
     content = {"parameters": {}, "sentence": "Measured on 7 images.", "shares": shares}
     (tmp_path / "edges.json").write_text(json.dumps(content))
     text = page("shapes_tau", TAU, tmp_path)
-    assert "**Answer.** Tau = 0.1 has the highest mean AP (33.1), ahead of tau = 0.2 (32.1; +1.0, resolved)" in text
-    assert "; the lowest is tau = 0 (2.1; +31.0, resolved); with every mask: labelled edges (masks) 41.1." in text
+    assert "**Answer.** Highest mean mask AP: tau = 0.1 (33.1), then tau = 0.2 (32.1; −1.0, resolved)" in text  # noqa: RUF001
+    assert "; lowest: tau = 0 (2.1; −31.0, resolved); with every mask: labelled edges (masks) 41.1." in text  # noqa: RUF001
     assert "### The printed numbers (BoxInst, colour threshold)" in text
     assert "**The COCO numbers are from another data set** (ResNet-50-FPN, 1x, coco val2017)" in text
     assert "| row | seeds | AP (COCO, printed) | " in text, "no column of terms: all alike"
@@ -95,7 +95,7 @@ def test_the_threshold_study_on_shapes(tmp_path: Path) -> None:
     assert "| labelled edges (masks) | — | — | 41.1 | — | 35.4 |" in edges
     assert "truly positive" not in section(text, "### The printed numbers")
     differences = section(text, "### Which differences are resolved")
-    assert "| tau = 0.1 − labelled edges (masks) | -8.0 ± 0.0 |" in differences  # noqa: RUF001
+    assert "| tau = 0.1 − labelled edges (masks) | −8.0 ± 0.0 |" in differences  # noqa: RUF001
     assert differences.count("labelled edges (masks) |") == 4
     for word in ("unseen", "full-masks", "gap", "Table tau", "classes |"):
         assert word not in text, word
@@ -104,7 +104,7 @@ def test_the_threshold_study_on_shapes(tmp_path: Path) -> None:
 def test_the_neighbourhood_study_without_measured_edges(tmp_path: Path) -> None:
     rows = {"size3-dilation1": 30.0, "size3-dilation2": 29.0, "size5-dilation1": 30.5, "size5-dilation2": 28.0}
     text = page("shapes_neighbourhood", rows, tmp_path, seeds=[0])
-    assert "5 x 5, dilation 1 has the highest mean AP (30.5), ahead of 3 x 3, dilation 1 (30.0; +0.5)" in text
+    assert "Highest mean mask AP: 5 x 5, dilation 1 (30.5), then 3 x 3, dilation 1 (30.0; −0.5)" in text  # noqa: RUF001
     assert "(one seed: small differences are not resolved)." in text
     assert "Which edges count" not in text
     notes = section(text, "### The printed numbers (BoxInst, neighbourhood of the pairwise loss)")
@@ -113,13 +113,13 @@ def test_the_neighbourhood_study_without_measured_edges(tmp_path: Path) -> None:
 
 def test_tables_2_and_3_are_told_row_by_row(tmp_path: Path) -> None:
     text = page("shapes_table2", {"dice": 43.0, "redesigned": 40.0}, tmp_path / "2")
-    assert "**Answer.** Dice 43.1 AP → projection + pairwise, labelled edges 40.1 (-3.0, resolved)." in text
+    assert "**Answer.** Mask AP: Dice 43.1 → projection + pairwise, labelled edges 40.1 (−3.0, resolved)." in text  # noqa: RUF001
     assert "| Dice | — | — | 3 | **43.1** ± 0.1 (35.6) |" in text
     assert "full-masks" not in text
     ap = {"box-mask": 4.0, "projection": 14.0, "projection+pairwise": 33.0, "full-masks": 43.0}
     text = page("shapes_table3", ap, tmp_path / "3")
     assert (
-        "**Answer.** Boxes used as masks 4.1 AP → projection 14.1 (+10.0, resolved) → projection + pairwise 33.1 "
+        "**Answer.** Mask AP: boxes used as masks 4.1 → projection 14.1 (+10.0, resolved) → projection + pairwise 33.1 "
         "(+19.0, resolved) → full-masks 43.1 (+10.0, resolved)." in text
     )
     assert "- full-masks: not in the paper's Table 3; for all classes its Table 2 prints 35.6 / 56.3 / 37.8" in text
@@ -130,16 +130,16 @@ def test_tables_2_and_3_are_told_row_by_row(tmp_path: Path) -> None:
 def test_table_4_on_coco_itself(tmp_path: Path) -> None:
     ap = {"condinst-r50": 37.0, "boxinst-r50-3x": 32.0, "boxinst-r101-3x": 33.5, "boxinst-r101-1x-noaug": 31.0}
     text = page("coco_table4", ap, tmp_path)
-    assert "BoxInst, R-101, 3x has the highest mean AP (33.5), ahead of BoxInst, R-50, 3x (32.0; +1.5)" in text
+    assert "Highest mean mask AP: BoxInst, R-101, 3x (33.5), then BoxInst, R-50, 3x (32.0; −1.5)" in text  # noqa: RUF001
     assert "with every mask: CondInst, R-50, 3x 37.0 (one seed" in text
     assert "Every row starts from ImageNet weights of its backbone." in text
     printed = section(text, "### The printed numbers (BoxInst, Table 4)")
     assert "another data set" not in printed
     table = section(text, "## " + load_study("coco_table4").tables[0].title)
     assert "| APm (printed, difference) | printed for |" in table
-    assert "| 31.0 (31.6, -0.6) | 51.0 (54.0, -3.0) | 31.0 (31.9, -0.9) |" in table
+    assert "| 31.0 (31.6, −0.6) | 51.0 (54.0, −3.0) | 31.0 (31.9, −0.9) |" in table  # noqa: RUF001
     assert re.search(r"\| BoxInst, R-101, 1x, one size \|.*\| coco val2017 \|\n", table)
-    assert re.search(r"\| CondInst, R-50, 3x \|.*\| 37.0 \(37.8, -0.8\) \|.*\| coco test-dev \|\n", table)
+    assert re.search(r"\| CondInst, R-50, 3x \|.*\| 37.0 \(37.8, −0.8\) \|.*\| coco test-dev \|\n", table)  # noqa: RUF001
     assert "- not trained here: Mask R-CNN (ResNet-50-FPN, 3x, fully supervised): 37.5 / 59.3 / 40.2" in printed
     differences = section(text, "### Which differences are resolved")
     assert "| CondInst, R-50, 3x − BoxInst, R-50, 3x | +5.0 |" in differences  # noqa: RUF001
@@ -160,7 +160,7 @@ def test_table_5_is_beside_voc_numbers(tmp_path: Path) -> None:
     assert [table.published for table in report.tables] == ["5"]
     _, path = build(study, tmp_path, record=tmp_path, command=["semiseg", "run", "voc_table5"])
     text = path.read_text(encoding="utf-8")
-    assert "31.0 (32.2, -1.2) | 51.0 (58.1, -7.1) | 31.0 (31.0, +0.0) |" in text
+    assert "31.0 (32.2, −1.2) | 51.0 (58.1, −7.1) | 31.0 (31.0, +0.0) |" in text  # noqa: RUF001
     assert "SDI (VGG-16): — / 44.8 / 16.3" in text
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pandas as pd
@@ -33,8 +34,11 @@ from semiseg.report.tables import (
     latex_table,
     layout,
     markdown_table,
+    number,
+    signed,
     table_cells,
     text_table,
+    whole_percent,
 )
 from semiseg.results import Result
 
@@ -233,7 +237,7 @@ FULL = {
 def test_answer_says_how_much_of_the_gap_is_closed():
     numbers = table_numbers(report_of(FULL), TABLE)
     assert answer([numbers]) == (
-        "With 1 class seen and 2 unseen, projection + pairwise closes 51 % of the gap between neither and full-masks "
+        "With 1 of 3 classes seen, projection + pairwise closes 51 % of the gap between neither and full-masks "
         "on unseen classes (22.0 → 32.2 AP, full-masks 42.0)."
     )
     assert gap_caution(numbers) is None
@@ -318,3 +322,23 @@ def test_published_numbers_must_be_readable(tmp_path):
     (tmp_path / "bad.csv").write_text("table,row\n6,neither\n")
     with pytest.raises(UserError, match="column 'classes' is missing"):
         read_published(tmp_path / "bad.csv")
+
+
+def test_the_answer_says_what_is_measured_once():
+    other = replace(TABLE, name="table7")
+    report = report_of(FULL)
+    results = {**report.results, **{("table7", *key[1:]): run for key, run in report.results.items()}}
+    both = replace(report, tables=(TABLE, other), results=results)
+    assert answer([table_numbers(both, table) for table in both.tables]) == (
+        "With 1 of 3 classes seen, projection + pairwise closes 51 % of the gap between neither and full-masks "
+        "on unseen classes (22.0 → 32.2 AP, full-masks 42.0); with 1 of 3 classes seen, 51 % (22.0 → 32.2 AP, "
+        "full-masks 42.0)."
+    )
+
+
+def test_people_read_a_true_minus():
+    minus = "\N{MINUS SIGN}"
+    assert (signed(-0.25, 2), signed(1.0), signed(0.0)) == (f"{minus}0.25", "+1.0", "+0.0")
+    assert whole_percent(-40.4) == f"{minus}40 %"
+    assert number(-1.0, 0.5, sign=True) == f"{minus}1.0 ± 0.5"
+    assert number(-1.0) == f"{minus}1.0"

@@ -275,12 +275,14 @@ def test_what_is_not_resolved_is_marked_wherever_it_is_named(three_seeds, tmp_pa
     assert f"< projection {value:.1f} (step not resolved)" in order
     assert order.count("(step not resolved)") == row_order(numbers).count("(step not resolved)") + 2
     text = answer([vague])
-    assert ", a step that is not resolved over validation images; what is left to full-masks is not resolved" in text
+    assert (
+        ", a step that is not resolved over validation images, and what is left to full-masks is not resolved" in text
+    )
     assert "the gap itself" in gap_caution(vague)
     section = difference_section(three_seeds, vague, pd.DataFrame())
     assert "two 95 % intervals of its mean leave out 0" in section[1]
     line = next(line for line in section[2].splitlines() if line.startswith(f"| {BEST} − {NEITHER} | unseen"))  # noqa: RUF001
-    assert line.endswith("| -1.0 … +1.0 | not resolved over images |")
+    assert line.endswith("| −1.0 … +1.0 | not resolved over images |")  # noqa: RUF001
     assert "95 % over seeds | 95 % over images" in section[2]
 
 
@@ -288,7 +290,7 @@ def test_one_seed_is_judged_over_images_and_the_page_says_so(one_seed, tmp_path)
     (numbers,) = with_image_intervals(context(one_seed, tmp_path))
     low, high = numbers.images.shares[BEST]
     assert f" % [{low:.0f}, {high:.0f}] of the gap" in answer([numbers])
-    assert answer([numbers]).endswith("(one seed; in brackets: 95 % interval over validation images).")
+    assert answer([numbers]).endswith("(one seed; in brackets: 95 % interval over images).")
     section = difference_section(one_seed, numbers, pd.DataFrame())
     assert "95 % over seeds" not in section[2]
     assert "resolved over images only: higher" in section[2]

@@ -23,6 +23,7 @@ from semiseg.report.chart_style import (
     wrapped,
 )
 from semiseg.report.drawing import BLACK, GREEN, GREY, Drawing, chart, new_figure, plain
+from semiseg.report.tables import whole_percent
 
 _SHARES = (-150.0, 250.0)  # % shown of the gap; shares beyond (of a gap near 0) are drawn at the rim
 _PALE = 0.35  # opacity of bars that are not of the unseen classes
@@ -113,7 +114,7 @@ def _gap_bars(panel: Axes, table: ReportTable, found: Sequence[GapClosed], style
         panel.barh(place, np.clip(percent, *_SHARES), 0.6, color=styles[gap.row].colour)
         if len(shares) > 1:
             panel.plot(shares, [place] * len(shares), "o", color="white", markeredgecolor=BLACK, markersize=4)
-        text = f"{percent:.0f} %  ({gap.start:.1f} → {gap.reached:.1f} AP)"
+        text = f"{whole_percent(percent)}  ({gap.start:.1f} → {gap.reached:.1f} AP)"
         panel.text(float(limits.max()) + 0.06 * width, place, text, va="center", fontsize=8)
     panel.set_yticks(range(len(found)), [shortened(labels[gap.row]) for gap in found], fontsize=8.5)
     panel.invert_yaxis()

@@ -17,7 +17,7 @@ from semiseg.report.aggregate import (
     TableNumbers,
 )
 from semiseg.report.differences import Difference
-from semiseg.report.tables import escape_markdown, number
+from semiseg.report.tables import MINUS, escape_markdown, number, whole_percent
 
 SMALL_GAP = 5.0  # AP; shares of a smaller gap that is not resolved over seeds say little
 _RESOLVES_NOTHING = {1: "one seed cannot resolve small differences", 2: "two seeds have no interval"}
@@ -28,7 +28,7 @@ _BOX_SPREAD = 2.0  # AP; rows whose boxes differ by more are not compared on mas
 def answer(tables: Sequence[TableNumbers]) -> str:
     """One sentence: how much of the gap on unseen classes the method closes, or, without such, how the rows compare."""
     with_unseen = [numbers for numbers in tables if _asks_for_the_gap(numbers.table)]
-    clauses = [_answer_clause(numbers) for numbers in with_unseen] or [_rows_clause(numbers) for numbers in tables]
+    clauses = _gap_clauses(with_unseen) or [_rows_clause(numbers) for numbers in tables]
     text = "; ".join(clauses)
     counts = {len(gap.per_seed) for numbers in with_unseen for gap in numbers.gaps if gap.row == BEST}
     if not with_unseen:
@@ -38,7 +38,7 @@ def answer(tables: Sequence[TableNumbers]) -> str:
     if counts and max(counts) == 1:
         notes.append("one seed" if over_images else "one seed: small differences are not resolved")
     if any(numbers.images.shares for numbers in over_images if numbers.images is not None) and with_unseen:
-        notes.append("in brackets: 95 % interval over validation images")
+        notes.append("in brackets: 95 % interval over images")
     elif over_images and notes:
         notes.append("resolved or not over validation images alone")
     text += f" ({'; '.join(notes)})" * bool(notes)
@@ -61,7 +61,7 @@ def _rows_clause(numbers: TableNumbers) -> str:
 
 def _chain_clause(numbers: TableNumbers, rows: Sequence[ReportRow]) -> str:
     """Label and AP of every row, with its difference to the one before."""
-    parts = [f"{_told(rows[0].label)} {_ap(numbers, rows[0])} AP"]
+    parts = [f"mask AP: {_told(rows[0].label)} {_ap(numbers, rows[0])}"]
     for first, second in pairwise(rows):
         step = numbers.between(first.name, second.name, "all")
         parts.append(f"{_told(second.label)} {_ap(numbers, second)} ({_step(step)})")
@@ -73,15 +73,11 @@ def _best_clause(numbers: TableNumbers, rows: Sequence[ReportRow]) -> str:
     others = [row for row in rows if not row.every_mask] or list(rows)
     ordered = sorted(others, key=lambda row: -(numbers.mean(row.name, "all_AP") or 0.0))
     best = ordered[0]
-    text = f"{_told(best.label)} has the highest mean AP ({_ap(numbers, best)})"
+    text = f"highest mean mask AP: {_told(best.label)} ({_ap(numbers, best)})"
     if len(ordered) > 1:
-        second = ordered[1]
-        gap = numbers.between(second.name, best.name, "all")
-        text += f", ahead of {_told(second.label)} ({_ap(numbers, second)}; {_step(gap)})"
+        text += f", then {_told(ordered[1].label)} ({_behind(numbers, ordered[1], best)})"
     if len(ordered) > 2:
-        last = ordered[-1]
-        gap = numbers.between(last.name, best.name, "all")
-        text += f"; the lowest is {_told(last.label)} ({_ap(numbers, last)}; {_step(gap)})"
+        text += f"; lowest: {_told(ordered[-1].label)} ({_behind(numbers, ordered[-1], best)})"
     bounds = [row for row in rows if row.every_mask and row not in others]
     if bounds:
         text += "; with every mask: " + ", ".join(f"{_told(row.label)} {_ap(numbers, row)}" for row in bounds)
@@ -96,6 +92,11 @@ def _ap(numbers: TableNumbers, row: ReportRow) -> str:
     return number(numbers.mean(row.name, "all_AP"))
 
 
+def _behind(numbers: TableNumbers, row: ReportRow, best: ReportRow) -> str:
+    """AP of a row, and its paired difference to the best one."""
+    return f"{_ap(numbers, row)}; {_step(numbers.between(best.name, row.name, 'all'))}"
+
+
 def _step(step: Difference) -> str:
     """A paired difference with whether it is resolved; seeds that only one of the rows has do not count."""
     if step.mean is None:
@@ -104,9 +105,19 @@ def _step(step: Difference) -> str:
     return f"{number(step.mean, sign=True)}{words[step.resolved]}"
 
 
-def _answer_clause(numbers: TableNumbers) -> str:
+def _gap_clauses(tables: Sequence[TableNumbers]) -> list[str]:
+    """A clause per table; what is measured is said in full by the first that has an answer."""
+    clauses: list[str] = []
+    told = False
+    for numbers in tables:
+        clauses.append(_gap_clause(numbers, short=told))
+        told = told or any(gap.row == BEST and gap.percent is not None for gap in numbers.gaps)
+    return clauses
+
+
+def _gap_clause(numbers: TableNumbers, *, short: bool) -> str:
     table = numbers.table
-    start = f"with {_classes(len(table.seen))} seen and {len(table.unseen)} unseen"
+    start = f"with {len(table.seen)} of {_classes(len(table.seen) + len(table.unseen))} seen"
     gap = next((gap for gap in numbers.gaps if gap.row == BEST), None)
     if gap is None:
         missing = [row for row in (NEITHER, BEST, UPPER_BOUND) if numbers.mean(row, "unseen_AP") is None]
@@ -114,17 +125,22 @@ def _answer_clause(numbers: TableNumbers) -> str:
         return f"{start}, not answered yet ({lacking})"
     values = f"{gap.start:.1f} → {gap.reached:.1f} AP, full-masks {gap.goal:.1f}"
     if gap.percent is None:
-        return f"{start}, there is no gap to close: full-masks is not above neither on unseen classes ({values})"
-    text = (
-        f"{start}, projection + pairwise closes {share_closed(gap, numbers)} of the gap between neither and full-masks "
-        f"on unseen classes ({values})"
+        return f"{start}, there is no gap to close, full-masks is not above neither on unseen classes ({values})"
+    closes, of_what = (
+        ("", "")
+        if short
+        else (
+            "projection + pairwise closes ",
+            " of the gap between neither and full-masks on unseen classes",
+        )
     )
+    text = f"{start}, {closes}{share_closed(gap, numbers)}{of_what} ({values})"
     step = numbers.between(NEITHER, BEST, "unseen")
     if step.resolved is False:
         text += f", a step that is {_not_resolved(step)}"
     left = numbers.between(BEST, UPPER_BOUND, "unseen")
     if left.resolved is False:
-        text += f"; what is left to full-masks is {_not_resolved(left)}"
+        text += f", and what is left to full-masks is {_not_resolved(left)}"
     return text + (f", but {caution}" if (caution := gap_caution(numbers)) else "")
 
 
@@ -142,9 +158,9 @@ def gap_caution(numbers: TableNumbers) -> str | None:
 
 def share_closed(gap: GapClosed, numbers: TableNumbers) -> str:
     """The percentage of the gap that a row closes, in brackets its interval over images: "63 % [58, 68]"."""
-    text = "no gap" if gap.percent is None else f"{gap.percent:.0f} %"
+    text = "no gap" if gap.percent is None else whole_percent(gap.percent)
     found = None if gap.percent is None or numbers.images is None else numbers.images.shares.get(gap.row)
-    return text if found is None else f"{text} [{found[0]:.0f}, {found[1]:.0f}]"
+    return text if found is None else f"{text} [{found[0]:.0f}, {found[1]:.0f}]".replace("-", MINUS)
 
 
 def _not_resolved(step: Difference) -> str:
@@ -218,7 +234,7 @@ def box_statement(numbers: TableNumbers) -> str:
 def gap_cells(gap: GapClosed, label: str) -> list[str]:
     """Cells of the table of gaps: row, AP from and to, gain, share closed with its spread over seeds."""
     spread = pd.Series(gap.per_seed).std(ddof=1) if len(gap.per_seed) > 1 else None
-    share = "no gap" if gap.percent is None else f"{gap.percent:.0f} %"
+    share = "no gap" if gap.percent is None else whole_percent(gap.percent)
     if gap.percent is not None and spread is not None:
         share += f" ± {spread:.0f}"
     return [label, number(gap.start), number(gap.reached), number(gap.reached - gap.start, sign=True), share]

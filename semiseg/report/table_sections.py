@@ -9,7 +9,16 @@ from semiseg.report.context import PageContext
 from semiseg.report.provenance import table_warnings
 from semiseg.report.published import beside_printed, data_name, edge_section, printed_difference, published_section
 from semiseg.report.statements import box_statement, gap_caution, gap_cells, reading, row_order
-from semiseg.report.tables import best_cells, best_sentence, escape_markdown, layout, markdown_table, number
+from semiseg.report.tables import (
+    MINUS,
+    best_cells,
+    best_sentence,
+    escape_markdown,
+    layout,
+    markdown_table,
+    number,
+    signed,
+)
 
 
 def table_section(page: PageContext, numbers: TableNumbers) -> list[str]:
@@ -24,7 +33,7 @@ def table_section(page: PageContext, numbers: TableNumbers) -> list[str]:
         classes = f"All {len(table.seen)} classes"
     return [
         f"## {escape_markdown(table.title)}",
-        *table_warnings(report, table),
+        *(table_warnings(report, table) if len(page.tables) > 1 else []),  # else they stand right above
         f"{classes}; mask AP in percent; — = not measured.{bold} Files: {files}.",
         markdown_table(headings, cells, texts=shown.texts, bold=best),
         row_order(numbers),
@@ -46,8 +55,8 @@ def _gap_section(numbers: TableNumbers) -> list[str]:
         return [heading, "Not measured: it needs `neither` and `full-masks` with a common seed."]
     goal = numbers.gaps[0]
     text = (
-        f"The gap is full-masks ({goal.goal:.1f}) minus neither ({goal.start:.1f}) = {goal.goal - goal.start:+.1f} AP "
-        "on unseen classes, over the seeds that both and the row have."
+        f"The gap is full-masks ({goal.goal:.1f}) minus neither ({goal.start:.1f}) on unseen classes, "
+        f"{signed(goal.goal - goal.start)} AP before rounding, over the seeds that both and the row have."
     )
     if caution := gap_caution(numbers):
         text += f" **Note:** {caution}; shares of it say little."
@@ -73,7 +82,7 @@ def _image_words(numbers: TableNumbers) -> str:
 def _range(interval: tuple[float, float] | None, *, sign: bool = True, digits: int = 1) -> str:
     if interval is None:
         return "—"
-    return " … ".join(f"{end:{'+' if sign else ''}.{digits}f}" for end in interval)
+    return " … ".join(signed(end, digits) if sign else f"{end:.{digits}f}".replace("-", MINUS) for end in interval)
 
 
 def uncertainty_section(numbers: TableNumbers) -> list[str]:

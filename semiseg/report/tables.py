@@ -13,6 +13,7 @@ import pandas as pd
 
 from semiseg.report.aggregate import CSV_COLUMNS, GROUPS, SIZE_COLUMNS, TABLE_METRICS, ReportTable
 
+MINUS = "\N{MINUS SIGN}"
 _LATEX = {
     "\\": r"\textbackslash{}",
     **{sign: f"\\{sign}" for sign in "&%$#_{}"},
@@ -126,8 +127,18 @@ def number(mean: float | None, std: float | None = None, *, sign: bool = False) 
     """A percentage with one decimal, "± std" if there is one, "—" if it was not measured."""
     if mean is None or math.isnan(mean):
         return "—"
-    text = f"{mean:+.1f}" if sign else f"{mean:.1f}"
+    text = signed(mean) if sign else f"{mean:.1f}".replace("-", MINUS)
     return text if std is None or math.isnan(std) else f"{text} ± {std:.1f}"
+
+
+def signed(value: float, digits: int = 1) -> str:
+    """A difference with its sign, a true minus for people: "+1.2"."""
+    return f"{value:+.{digits}f}".replace("-", MINUS)
+
+
+def whole_percent(value: float) -> str:
+    """A share without decimals: "63 %"."""
+    return f"{value:.0f} %".replace("-", MINUS)
 
 
 def markdown_table(
