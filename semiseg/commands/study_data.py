@@ -12,18 +12,20 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from semiseg.config import DataConfig, ObjectiveConfig, RunConfig
 from semiseg.config_files import file_digest, read_json
 from semiseg.data.shapes import ensure_shapes
 from semiseg.data.sources import AnnotatedImages, expected_files
-from semiseg.engine.edges import EdgeMeasurement, Neighbourhood, measure_edges
 from semiseg.errors import UserError
 from semiseg.evaluation.difficulty import measure_difficulty
 from semiseg.report.edge_curve import EdgeCurve
 from semiseg.resources import write_text
 from semiseg.study import PRETRAIN_ROW, Study, StudyTable, row_run, study_runs
+
+if TYPE_CHECKING:
+    from semiseg.engine.edges import EdgeMeasurement
 
 DIFFICULTY_NAME = "difficulty.json"
 EDGES_NAME = "edges.json"
@@ -252,6 +254,9 @@ def _rounded(by_class: Mapping[str, tuple[float, float]]) -> dict[str, list[floa
 
 def _measure(config: RunConfig, files: AnnotatedImages, kinds: Sequence[EdgeKind]) -> EdgeMeasurement:
     """The first images as the network sees them in evaluation; all thresholds of `kinds` for each neighbourhood."""
+    # Not above: it loads torch, which takes seconds and which a report that has its measurements does without.
+    from semiseg.engine.edges import Neighbourhood, measure_edges
+
     return measure_edges(
         files.annotations,
         files.images,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import matplotlib
 import matplotlib.font_manager
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
@@ -44,14 +47,22 @@ def chart(figure: Figure) -> Drawing:
     return Drawing(png(figure), svg(figure))
 
 
+def lay_out(figure: Figure) -> None:
+    """Gives everything its place, once: the layout takes longer than drawing, and every format would ask for it."""
+    with _quiet_about_fonts():
+        figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+
+
 def png(figure: Figure, *, colours: int = 128) -> bytes:
     """Draws a figure and reduces it to a palette: a third of the bytes, and no time stamp or version inside."""
-    raw = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")  # no font of that script here: boxes instead
-        figure.savefig(raw, format="png", dpi=DPI)
+    lay_out(figure)
+    canvas = FigureCanvasAgg(figure)
+    with _quiet_about_fonts():
+        canvas.draw()
     small = io.BytesIO()
-    image = Image.open(raw).convert("RGB").quantize(colours, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    image = image.quantize(colours, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     image.save(small, format="png", optimize=True)
     return small.getvalue()
 
@@ -59,11 +70,18 @@ def png(figure: Figure, *, colours: int = 128) -> bytes:
 def svg(figure: Figure) -> bytes:
     """Draws a figure as SVG with letters as letters, without a time stamp; ids follow from the content alone."""
     drawn = io.BytesIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "semiseg"}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "semiseg"}), _quiet_about_fonts():
         figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
     # Where none of the fonts is installed, letters without serifs.
     return re.sub(rb"(<text style=\"[^\"]*font(?:-family)?: [^;\"]*')", rb"\1, sans-serif", drawn.getvalue())
+
+
+@contextlib.contextmanager
+def _quiet_about_fonts() -> Iterator[None]:
+    """No font of a script here: boxes instead, without a warning for each letter."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        yield
 
 
 def plain(text: str) -> str:
