@@ -14,13 +14,15 @@ from typing import Any, TypeVar
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.transforms import Bbox, TransformedBbox
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
 from semiseg.errors import UserError
 from semiseg.report.aggregate import ReportInput, ReportTable, TableNumbers
-from semiseg.report.drawing import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION, Drawing, new_figure, plain, png
+from semiseg.report.drawing import BLUE, DPI, GREEN, ORANGE, PURPLE, SKY, VERMILLION, Drawing, new_figure, plain, png
 from semiseg.report.picture_choice import (
     EXTREME_IMAGES,
     RANDOM,
@@ -40,7 +42,8 @@ SCORE_THRESHOLD = 0.4
 INSTANCE_COLOURS = (ORANGE, SKY, GREEN, VERMILLION, PURPLE, BLUE, "#F0E442", "#7F3C8D", "#11A579", "#A5AA99")
 UNMATCHED = "#BBBBBB"
 _Read = TypeVar("_Read")
-_PANEL_INCHES, _SMALL_PANEL_INCHES = 1.6, 1.35  # up to six columns, and more
+_SIDE, _SMALL_SIDE = 176, 148  # width of a picture in pixels: up to six columns, and more
+_MARGIN, _GAP = 36, 8  # pixels: room for the labels of lines; between pictures
 
 
 @dataclass(frozen=True)
@@ -139,22 +142,45 @@ def _draw(
 ) -> Drawing:
     rows = [row for row in table.rows if row.name in detections]
     columns = ["ground truth", *(row.label for row in rows)]
-    side = _PANEL_INCHES if len(columns) <= 6 else _SMALL_PANEL_INCHES
-    tallest = max(image.shape[0] / image.shape[1] for image in images.values())
-    figure = new_figure(side * len(columns) + 0.4, (side * tallest + 0.05) * len(chosen) + 0.4)
-    panels = figure.subplots(len(chosen), len(columns), squeeze=False)
-    for line, image in zip(panels, chosen, strict=True):
+    side = _SIDE if len(columns) <= 6 else _SMALL_SIDE
+    titles = ["\n".join(plain(line) for line in textwrap.wrap(column, side // 7)) for column in columns]
+    head = 8 + 15 * max(title.count("\n") + 1 for title in titles)
+    heights = [round(side * shape[0] / shape[1]) for shape in (images[image.image_id].shape for image in chosen)]
+    figure, sheet = _sheet(_MARGIN + (side + _GAP) * len(columns), head + sum(height + _GAP for height in heights))
+    for number, title in enumerate(titles):
+        middle = _MARGIN + (side + _GAP) * number + side / 2
+        sheet.text(middle, head - 5, title, fontsize=8, ha="center", va="bottom")
+    top = head
+    for image, height in zip(chosen, heights, strict=True):
         pixels = images[image.image_id]
         annotations = [a for a in truth.imgToAnns[image.image_id] if not a["iscrowd"]]
-        _draw_panel(line[0], pixels, _truth_instances(table, truth, annotations))
-        line[0].set_ylabel(plain_lines(line_label(image)), fontsize=7)
-        for panel, row in zip(line[1:], rows, strict=True):
+        shown = [_truth_instances(table, truth, annotations)]
+        for row in rows:
             found = [d for d in detections[row.name] if d["image_id"] == image.image_id]
             found.sort(key=lambda d: d["score"])
-            _draw_panel(panel, pixels, _found_instances(table, truth, annotations, found))
-    for panel, column in zip(panels[0], columns, strict=True):
-        panel.set_title("\n".join(plain(line) for line in textwrap.wrap(column, int(16 * side))), fontsize=8)
+            shown.append(_found_instances(table, truth, annotations, found))
+        label = sheet.text(_MARGIN - 5, top + height / 2, plain_lines(line_label(image)), fontsize=7)
+        label.set(rotation="vertical", ha="right", va="center", multialignment="center")
+        for number, instances in enumerate(shown):
+            place = Bbox.from_bounds(_MARGIN + (side + _GAP) * number, top, side, height)
+            _draw_panel(sheet, place, pixels, instances)
+        top += height + _GAP
     return Drawing(png(figure, colours=160))
+
+
+def _sheet(width: int, height: int) -> tuple[Figure, Axes]:
+    """An empty figure whose coordinates are its pixels, from the upper left corner.
+
+    One for all pictures: a matplotlib panel for each takes several times as long to lay out and to draw.
+    """
+    figure = new_figure(width / DPI, height / DPI)
+    figure.set_layout_engine("none")
+    sheet = figure.add_axes((0, 0, 1, 1))
+    sheet.set_axis_off()
+    sheet.set_xlim(0, width)
+    sheet.set_ylim(height, 0)
+    sheet.autoscale(False)
+    return figure, sheet
 
 
 def line_label(image: ChosenImage) -> str:
@@ -203,31 +229,32 @@ def _found_instances(
     return instances
 
 
-def _draw_panel(panel: Axes, image: np.ndarray, instances: Sequence[_Instance]) -> None:
+def _draw_panel(sheet: Axes, place: Bbox, image: np.ndarray, instances: Sequence[_Instance]) -> None:
     """Masks in colour over a greyed image, boxes on top, so that colours mean instances only."""
     grey = image.astype(np.float64).mean(2, keepdims=True).repeat(3, 2)
     shown = 0.5 * image + 0.5 * grey
     for instance in instances:
         if instance.mask is not None and instance.mask.shape == shown.shape[:2]:
             shown[instance.mask] = 0.35 * shown[instance.mask] + 0.65 * 255 * np.array(to_rgb(instance.colour))
-    panel.imshow(shown.astype(np.uint8), interpolation="antialiased")
+    extent = (place.x0, place.x1, place.y1, place.y0)
+    sheet.imshow(shown.astype(np.uint8), interpolation="antialiased", extent=extent, aspect="auto")
+    across, down = place.width / image.shape[1], place.height / image.shape[0]
+    inside = TransformedBbox(place, sheet.transData)
     for instance in instances:
         x, y, width, height = instance.box
         style = "-" if instance.unseen else (0, (3, 2))
-        panel.add_patch(
-            Rectangle(
-                (x - 0.5, y - 0.5), width, height, fill=False, color=instance.colour, linewidth=1, linestyle=style
-            )
-        )
-        panel.text(
-            *(x, max(0.0, y), plain(instance.text)),
+        left, top = place.x0 + across * x, place.y0 + down * y
+        box = Rectangle((left, top), across * width, down * height, fill=False, color=instance.colour)
+        box.set(linewidth=1, linestyle=style)
+        sheet.add_patch(box).set_clip_box(inside)
+        sheet.text(
+            *(left, max(place.y0, top), plain(instance.text)),
             fontsize=5,
             color="black",
             va="top",
+            clip_box=inside,
             clip_on=True,
             bbox={"facecolor": instance.colour, "edgecolor": "none", "pad": 0.4, "alpha": 0.85},
         )
-    panel.set_xlim(-0.5, image.shape[1] - 0.5)
-    panel.set_ylim(image.shape[0] - 0.5, -0.5)
-    panel.set_xticks([])
-    panel.set_yticks([])
+    frame = Rectangle((place.x0, place.y0), place.width, place.height, fill=False, color="black", linewidth=0.8)
+    sheet.add_patch(frame).set_zorder(3)
