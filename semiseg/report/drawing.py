@@ -14,6 +14,7 @@ import matplotlib.font_manager
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image
 
 # Okabe and Ito 2008: distinguishable with any colour vision.
@@ -49,6 +50,8 @@ def chart(figure: Figure) -> Drawing:
 
 def lay_out(figure: Figure) -> None:
     """Gives everything its place, once: the layout takes longer than drawing, and every format would ask for it."""
+    if not isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine):
+        return
     with _quiet_about_fonts():
         figure.draw_without_rendering()
     figure.set_layout_engine("none")

@@ -11,13 +11,13 @@ import pandas as pd
 
 from semiseg.evaluation.tightness import ClassTightness, class_tightness, true_tightness
 from semiseg.report.aggregate import GROUPS, ReportInput, ReportRow, ReportTable, TableNumbers
+from semiseg.report.chart_style import RowStyle, row_styles
 from semiseg.report.context import PageContext
-from semiseg.report.drawing import ROW_COLOURS, Drawing, chart, new_figure, plain
+from semiseg.report.drawing import Drawing, chart, new_figure, plain
 from semiseg.report.stored import missing_note
 from semiseg.report.tables import escape_markdown, markdown_table, number
 
 _TRUTH = "ground truth"
-_MARKS = "oDs^vP*X"  # beside the colours
 
 PerClass = Mapping[str, Sequence[float]]  # class -> number of objects, projection error in percent
 
@@ -44,9 +44,10 @@ class RowTightness:
 def tightness_section(page: PageContext, numbers: TableNumbers) -> list[str]:
     """The projection error of every row by class; nothing where detections or masks were never at hand."""
     table = numbers.table
-    rows = [found for row in table.rows if (found := _row_tightness(page, table, row)) is not None]
-    if not rows:
+    measured = {row.name: found for row in table.rows if (found := _row_tightness(page, table, row)) is not None}
+    if not measured:
         return []
+    rows, styles = list(measured.values()), row_styles(page.report.tables)
     truth = _true_masks(page, table)
     return [
         "### How tightly the masks fill their boxes",
@@ -59,7 +60,7 @@ def tightness_section(page: PageContext, numbers: TableNumbers) -> list[str]:
         *missing_note(_missing(page.report, rows, table)),
         *page.figures.show(
             f"{table.name}_tightness",
-            tightness_figure(rows, table),
+            tightness_figure(rows, [styles[name] for name in measured], table),
             alt=f"projection error by class and row, {table.name}",
             caption="Projection error in percent, mean over seeds; less is tighter.",
         ),
@@ -155,7 +156,7 @@ def _plain(measured: Mapping[str, ClassTightness]) -> dict[str, list[float]]:
     }
 
 
-def tightness_figure(rows: Sequence[RowTightness], table: ReportTable) -> Drawing:
+def tightness_figure(rows: Sequence[RowTightness], styles: Sequence[RowStyle], table: ReportTable) -> Drawing:
     """One line per class, one dot per row; unseen and seen classes apart, each sorted by the mean of all rows."""
     means = pd.DataFrame({place: row.errors.mean() for place, row in enumerate(rows)})
     groups = [(word, list(names)) for word, names in (("unseen", table.unseen), ("seen", table.seen)) if names]
@@ -167,11 +168,11 @@ def tightness_figure(rows: Sequence[RowTightness], table: ReportTable) -> Drawin
         ordered = means.loc[names]
         ordered = ordered.loc[ordered.mean(axis=1).sort_values(kind="stable", na_position="last").index]
         places = range(len(ordered))
-        for place, row in enumerate(rows):
+        for place, (row, style) in enumerate(zip(rows, styles, strict=True)):
             apart = 0.5 * ((place + 0.5) / len(rows) - 0.5)  # rows of a class do not cover each other
-            mark, colour = _MARKS[place % len(_MARKS)], ROW_COLOURS[place % len(ROW_COLOURS)]
             heights = [line + apart for line in places]
-            panel.plot(ordered[place], heights, mark, color=colour, markersize=5, label=plain(row.label))
+            dots = {"marker": style.marker, "color": style.colour}
+            panel.plot(ordered[place], heights, linestyle="none", markersize=5, label=plain(row.label), **dots)
         panel.set_yticks(places, [plain(str(name)) for name in ordered.index], fontsize=8)
         panel.set_ylim(len(ordered) - 0.4, -0.6)
         panel.set_ylabel(word if table.unseen else "")
