@@ -268,3 +268,12 @@ def test_letters_can_be_read_in_both_schemes(scheme: str) -> None:
     for ink in ("ink", "quiet", "link"):
         for paper in ("paper", "band", "warn"):
             assert contrast(colours[ink], colours[paper]) >= 4.5, (ink, paper)
+
+
+def test_a_table_that_is_too_wide_for_a_screen_is_marked(tmp_path: Path) -> None:
+    heads = ("row", *(f"AP{number} (COCO, printed)" for number in range(9)))
+    line = ("box-supervised", *("34.6 ± 2.1 (32.5)" for _ in range(9)))
+    assert '<table class="stacked">' in render_page(markdown_table(heads, [line]), tmp_path)
+    narrow = ("box-supervised", *("34.6 (32.5)" for _ in range(9)))
+    assert "<table>" in render_page(markdown_table(heads, [narrow]), tmp_path)
+    assert ".stacked .behind { display: block;" in STYLE

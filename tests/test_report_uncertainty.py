@@ -272,8 +272,8 @@ def test_what_is_not_resolved_is_marked_wherever_it_is_named(three_seeds, tmp_pa
     vague = numbers.with_images(intervals_with(numbers, {(*pair, "unseen"): around for pair in pairs}))
     order = row_order(vague)
     value = numbers.mean("projection", "unseen_AP")
-    assert f"< projection {value:.1f} (step not resolved)" in order
-    assert order.count("(step not resolved)") == row_order(numbers).count("(step not resolved)") + 2
+    assert f"< projection ({value:.1f}; step not resolved)" in order
+    assert order.count("; step not resolved)") == row_order(numbers).count("; step not resolved)") + 2
     text = answer([vague])
     assert (
         ", a step that is not resolved over validation images, and what is left to full-masks is not resolved" in text

@@ -181,6 +181,7 @@ def class_figure(table: ReportTable, classes: pd.DataFrame, styles: Styles) -> D
         panel.tick_params(axis="y", labelsize=7 if many else 8)
     panels[-1].set_xlim(left=0)  # at the end: it fixes the right limit, which is that of all panels
     panels[-1].set_xlabel("mask AP (%)")
+    figure.align_ylabels(panels)
     one_legend(figure, panels, columns=2, place="outside upper center")
     return chart(figure)
 

@@ -22,6 +22,7 @@ PAGE_NAME = "index.html"
 _STYLE = Path(__file__).with_name("page.css")
 _LONGEST_NUMBER = 30  # letters; a right-aligned column with a longer text holds words
 _LONGEST_MARK = 3
+_WIDEST_LINE = 115  # letters; in wider tables numbers in parentheses stand below the others where room is short
 _LONGEST_LISTING = 5  # lines; longer ones are folded
 _SMALLEST_SCALE = 0.75  # of a figure's own width: smaller letters could not be read, so that it is scrolled instead
 _GROUP = re.compile(r"(all|unseen|seen)\b")
@@ -161,9 +162,11 @@ class _Page:
             for place, column in enumerate(zip(*lines, strict=True))
         ]
         head, *body = [f"<tr>{''.join(line)}</tr>\n" for line in zip(*columns, strict=True)]
+        longest = [max(len(self._words(cell)) for cell in column) for column in zip(*lines[1:], strict=True)]
+        kind = ' class="stacked"' if sum(longest) > _WIDEST_LINE else ""
         label = escape(f"Table: {self._headings[-1].words}") if self._headings else "Table"
         return (
-            f'<div class="wide" role="region" aria-label="{label}" tabindex="0">\n<table>\n'
+            f'<div class="wide" role="region" aria-label="{label}" tabindex="0">\n<table{kind}>\n'
             f"<thead>\n{head}</thead>\n<tbody>\n{''.join(body)}</tbody>\n</table>\n</div>\n"
         )
 

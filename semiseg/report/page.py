@@ -135,8 +135,10 @@ def _overview(page: PageContext) -> list[str]:
     measured = {numbers.table.name: numbers.measured for numbers in tables}
     gaps = {numbers.table.name: numbers.gaps for numbers in tables}
     bars = ap_figure(report.tables, measured) if any(len(frame) for frame in measured.values()) else None
-    caption = "Mask AP in percent. Error bars: standard deviation over seeds, dots: single seeds (where several)."
-    gap_caption = "Share of the gap between neither and full-masks on unseen classes; dots: single seeds."
+    several = any(numbers.summary["seeds"].max() > 1 for numbers in tables)
+    caption = "Mask AP in percent." + " Error bars: standard deviation over seeds, dots: single seeds." * several
+    gap_caption = "Share of the gap between neither and full-masks on unseen classes" + "; dots: single seeds" * several
+    gap_caption += "."
     groups = "on unseen and on all classes" if any(table.unseen for table in report.tables) else "on all classes"
     return [
         *page.figures.show("ap", bars, alt=f"mask AP of every row {groups}", caption=caption),

@@ -87,8 +87,8 @@ def threshold_section(page: PageContext, numbers: TableNumbers) -> list[str]:
         f"{table.name}_thresholds",
         threshold_figure(table, frames, row_styles(page.report.tables)) if complete else None,
         alt=f"mask AP against IoU threshold, {table.name}",
-        caption="Mask AP by the IoU that a match takes: means over seeds, bands of ± one standard deviation (several "
-        "seeds).",
+        caption="Mask AP by the IoU that a match takes"
+        + (": means over seeds, bands of ± one standard deviation." if spread else "."),
         absent="the run folders with the detections are not on this machine",
     )
     if not known:
@@ -120,7 +120,8 @@ def size_section(page: PageContext, numbers: TableNumbers) -> list[str]:
         f"{table.name}_sizes",
         size_figure(table, frames, names, row_styles(page.report.tables)),
         alt=f"mask AP by object size, {table.name}",
-        caption="Mask AP by the size of the objects. Error bars: standard deviation over seeds (where several).",
+        caption="Mask AP by the size of the objects."
+        + " Error bars: standard deviation over seeds." * bool(numbers.summary["seeds"].max() > 1),
     )
     return ["### AP by object size", _size_sentence(page, numbers), markdown_table(["row", *headings], lines), *shown]
 

@@ -177,11 +177,11 @@ def row_order(numbers: TableNumbers) -> str:
     if not means:
         return f"Nothing was measured on {group} classes."
     ordered = sorted(means, key=lambda name: means[name])
-    text = f"By mean AP on {group} classes: {escape_markdown(labels[ordered[0]])} {means[ordered[0]]:.1f}"
+    text = f"By mean AP on {group} classes: {escape_markdown(labels[ordered[0]])} ({means[ordered[0]]:.1f})"
     for lower, name in pairwise(ordered):
         sign = "=" if f"{means[lower]:.1f}" == f"{means[name]:.1f}" else "<"
-        text += f" {sign} {escape_markdown(labels[name])} {means[name]:.1f}"
-        text += " (step not resolved)" * (numbers.between(lower, name, group).resolved is False)
+        step = "; step not resolved" * (numbers.between(lower, name, group).resolved is False)
+        text += f" {sign} {escape_markdown(labels[name])} ({means[name]:.1f}{step})"
     expected = (NEITHER, "projection", BEST, UPPER_BOUND)
     if group == "all" or not set(expected) <= set(means):
         return f"{text}."
