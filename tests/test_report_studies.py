@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,8 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(autouse=True)
 def _in_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
+    # Where the embedded data set has been drawn, its edges would be measured: seconds, and another page.
+    monkeypatch.setattr("semiseg.commands.study_report.record_edge_curve", lambda study, folder: None)
 
 
 def record(study: Study, folder: Path, ap: dict[str, float], *, classes: tuple[str, ...]) -> None:
@@ -109,6 +113,18 @@ def test_the_neighbourhood_study_without_measured_edges(tmp_path: Path) -> None:
     assert "Which edges count" not in text
     notes = section(text, "### The printed numbers (BoxInst, neighbourhood of the pairwise loss)")
     assert "- size3-dilation1, size3-dilation2, size5-dilation1, size5-dilation2: tau=0.1" in notes
+
+
+def test_a_report_that_has_its_measurements_does_without_torch(tmp_path: Path) -> None:
+    study = load_study("shapes_table2", seeds=[0])
+    record(study, tmp_path, {"dice": 43.0, "redesigned": 40.0}, classes=tuple(SHAPES_CLASSES))
+    folder = str(tmp_path)
+    code = f"import os, sys; from semiseg.cli import app; os.chdir({folder!r})\n"
+    code += f"try: app(['report', 'shapes_table2', '--seeds', '0', '--out', {folder!r}])\n"
+    code += "finally: print(sorted({'torch', 'datasets', 'matplotlib'} & set(sys.modules)), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stderr.strip() == "['matplotlib']", done.stderr
+    assert (tmp_path / "index.html").is_file()
 
 
 def test_tables_2_and_3_are_told_row_by_row(tmp_path: Path) -> None:
