@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import re
 import shutil
@@ -16,7 +17,7 @@ from PIL import Image
 from pycocotools import mask as rle
 
 from semiseg.evaluation.coco_metrics import evaluate_detections
-from semiseg.report import html
+from semiseg.report import drawing, failure_pictures, html, pictures
 from semiseg.report.aggregate import ReportInput, ReportRow, ReportTable
 from semiseg.report.page import build_report, report_text
 from semiseg.results import Result
@@ -35,6 +36,7 @@ TABLES = (
 )
 CUT = {"neither": 12, "projection": 9, "projection+pairwise": 6, "box-supervised": 7, "full-masks": 2}
 SIZE = 64
+SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="9pt" height="9pt" viewBox="0 0 9 9"><g id="figure_1"/></svg>'
 
 
 def encode(mask: np.ndarray) -> dict:
@@ -155,6 +157,16 @@ def report(study: ReportInput, tmp_path_factory: pytest.TempPathFactory) -> Path
     return build_report(study, out=tmp_path_factory.mktemp("report"), published=PUBLISHED)
 
 
+@pytest.fixture
+def quickly_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of words: every figure is made, but not drawn."""
+    white = io.BytesIO()
+    Image.new("1", (4, 4), 1).save(white, format="png")
+    for module in (drawing, pictures, failure_pictures):
+        monkeypatch.setattr(module, "png", lambda figure, *, colours=0: white.getvalue())
+    monkeypatch.setattr(drawing, "svg", lambda figure: SVG)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -267,6 +279,7 @@ def test_csv_of_both_tables_reads_the_shared_runs(report):
     assert rows[0][5].startswith("full-masks,,,3,")
 
 
+@pytest.mark.usefixtures("quickly_drawn")
 def test_missing_cells_are_named_with_the_command(study, tmp_path):
     results = {
         key: value
@@ -285,6 +298,7 @@ def test_missing_cells_are_named_with_the_command(study, tmp_path):
         assert (tmp_path / "empty" / reference).is_file()
 
 
+@pytest.mark.usefixtures("quickly_drawn")
 def test_mixed_code_data_and_splits_are_warned_of(study, tmp_path):
     results = dict(study.results)
     key = ("table6", "neither", 1)
@@ -320,11 +334,17 @@ def test_figures_of_runs_that_are_gone_are_kept(study, report, tmp_path):
             "kept from an earlier report, because the run folders with the detections are not on this machine" in text
         )
         assert "figures/table6_losses.png" in text
-    fresh = build_report(gone, out=tmp_path / "fresh", published=PUBLISHED).read_text(encoding="utf-8")
+
+
+@pytest.mark.usefixtures("quickly_drawn")
+def test_without_run_folders_and_an_earlier_report_there_are_no_pictures(study, tmp_path):
+    gone = replace(study, run_folders={})
+    fresh = build_report(gone, out=tmp_path, published=PUBLISHED).read_text(encoding="utf-8")
     assert "pictures.png" not in fresh
     assert "*No figure (ground truth and detections, table6): the run folders" in fresh
 
 
+@pytest.mark.usefixtures("quickly_drawn")
 def test_a_table_without_unseen_classes_says_nothing_of_them(study, tmp_path):
     table = replace(TABLES[0], split="", split_digest="", seen=CLASSES, unseen=(), published="3")
     results = {key: value for key, value in study.results.items() if key[0] == "table6"}
