@@ -298,7 +298,7 @@ def test_without_detections_or_a_bound_nothing_is_claimed(tmp_path: Path, truth_
         (10.1, 0.7, "Of the 10.8 AP that a\\_b lacks on all classes compared with full, 10.1 are masks and 0.7 boxes"),
         (4.4, -0.6, "Of the 3.8 AP that a\\_b lacks on all classes compared with full, its masks make up +4.4, its"),
         (1.0, -0.01, "1.0 are masks and 0.0 boxes and scores (one seed)."),
-        (-1.0, 0.2, "a\\_b lacks nothing on all classes compared with full (-0.8 AP below it, one seed): masks -1.0"),
+        (-1.0, 0.2, "(\N{MINUS SIGN}0.8 AP below it, one seed): masks \N{MINUS SIGN}1.0, boxes and scores +0.2."),
     ],
 )
 def test_the_sentence_says_what_the_gap_is_made_of(masks: float, boxes: float, expected: str) -> None:

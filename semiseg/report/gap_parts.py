@@ -15,7 +15,7 @@ from semiseg.report.aggregate import BEST, UPPER_BOUND, ReportInput, ReportRow, 
 from semiseg.report.context import PageContext
 from semiseg.report.drawing import BLACK, BLUE, ORANGE, Drawing, chart, new_figure, plain
 from semiseg.report.stored import StoredDetections, missing_note
-from semiseg.report.tables import escape_markdown, markdown_table, number
+from semiseg.report.tables import escape_markdown, markdown_table, number, signed
 from semiseg.results import Result
 
 _NOTHING = 0.05  # AP; a smaller difference is printed as 0.0
@@ -143,11 +143,11 @@ def gap_sentence(parts: GapParts, *, classes: str, bound: str) -> str:
     seeds = "one seed" if len(parts.seeds) == 1 else f"{len(parts.seeds)} seeds"
     if gap < _NOTHING:
         return (
-            f"{row} lacks nothing {where} compared with {full} ({gap:+.1f} AP below it, {seeds}): masks {masks:+.1f}, "
-            f"boxes and scores {boxes:+.1f}."
+            f"{row} lacks nothing {where} compared with {full} ({signed(gap)} AP below it, {seeds}): masks "
+            f"{signed(masks)}, boxes and scores {signed(boxes)}."
         )
     if min(masks, boxes) <= -_NOTHING:
-        share = f"its masks make up {masks:+.1f}, its boxes and scores {boxes:+.1f}"
+        share = f"its masks make up {signed(masks)}, its boxes and scores {signed(boxes)}"
     else:
         share = f"{masks:.1f} are masks and {boxes:.1f} boxes and scores"
     return f"Of the {gap:.1f} AP that {row} lacks {where} compared with {full}, {share} ({seeds})."

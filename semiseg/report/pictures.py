@@ -37,6 +37,7 @@ from semiseg.report.picture_choice import (
     runs_of_one_seed,
 )
 from semiseg.report.stored import StoredDetections
+from semiseg.report.tables import signed
 
 SCORE_THRESHOLD = 0.4
 INSTANCE_COLOURS = (ORANGE, SKY, GREEN, VERMILLION, PURPLE, BLUE, "#F0E442", "#7F3C8D", "#11A579", "#A5AA99")
@@ -185,7 +186,7 @@ def _sheet(width: int, height: int) -> tuple[Figure, Axes]:
 
 def line_label(image: ChosenImage) -> str:
     """What stands beside the pictures of an image: its group, id and gain in points of IoU."""
-    gain = "" if image.gain is None else f" ({100 * image.gain:+.0f})"
+    gain = "" if image.gain is None else f" ({signed(100 * image.gain, 0)})"
     return f"{image.group}{gain}\nimage {image.image_id}"
 
 
