@@ -14,6 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from semiseg.config_files import digest
 from semiseg.errors import UserError
 
 
@@ -63,6 +64,11 @@ class Result:
     init_run: str | None = None
     processes: int = 1
     val_fingerprint: str | None = None
+
+    @property
+    def trained_as(self) -> str:
+        """`run_id` and a digest of the numbers: tells trainings of one run apart, unless they gave the same numbers."""
+        return f"{self.run_id}.{digest(self.metrics, 8)}"
 
 
 def append(path: Path, result: Result) -> bool:

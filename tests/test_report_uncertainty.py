@@ -196,6 +196,17 @@ def test_every_run_is_matched_once_and_not_again_without_its_folder(one_seed, tm
     assert len(calls) == 8
 
 
+def test_what_was_measured_on_one_training_is_not_said_of_another_of_the_same_run(one_seed, tmp_path):
+    page = context(one_seed, tmp_path)
+    run = one_seed.runs()[0]
+    assert thresholds_of(page, run) is not None
+    page.measured.save()
+    later = context(replace(one_seed, run_folders={}), tmp_path)
+    again = replace(run, metrics={**run.metrics, "images": run.metrics["images"] + 1}, finished="2030-01-01T00:00:00Z")
+    assert thresholds_of(later, replace(run, finished="2030-01-01T00:00:00Z")) is not None  # the same numbers
+    assert thresholds_of(later, again) is None
+
+
 def test_without_detections_the_page_says_what_it_said(one_seed, tmp_path):
     page = context(replace(one_seed, run_folders={}), tmp_path)
     (numbers,) = with_image_intervals(page)

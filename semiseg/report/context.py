@@ -23,8 +23,8 @@ MEASURED_NAME = "measured.json"
 class Measured:
     """What was measured on the detections of runs, kept beside the report so that it outlives the run folders.
 
-    `measured.json` maps part -> key -> JSON value. A key names what the value follows from (run ids, and any setting
-    of the measurement), so that a value never has to be measured twice; delete the file to measure anew.
+    `measured.json` maps part -> key -> JSON value. A key names what the value follows from (`Result.trained_as`, and
+    any setting of the measurement), so that a value never has to be measured twice; delete the file to measure anew.
     """
 
     def __init__(self, path: Path) -> None:

@@ -14,6 +14,7 @@ from semiseg.report.failure_pictures import failure_picture
 from semiseg.report.picture_choice import class_name, main_row, runs_of_one_seed
 from semiseg.report.stored import missing_note
 from semiseg.report.tables import escape_markdown, markdown_table
+from semiseg.results import Result
 
 FAILED_IOU = 0.5  # of the masks: what COCO's easiest threshold misses
 # Cause -> rule in words, in the order in which the rules are asked; the first that applies is the cause.
@@ -61,7 +62,7 @@ def failure_section(page: PageContext, numbers: TableNumbers) -> list[str]:
     lines, missing = [], []
     for row in table.rows:
         runs = [(seed, run) for seed in report.seeds if (run := report.results.get((table.name, row.name, seed)))]
-        counted = [(seed, _kept_counts(page, run.run_id)) for seed, run in runs]
+        counted = [(seed, _kept_counts(page, run)) for seed, run in runs]
         missing += [f"{row.label} seed {seed}" for seed, counts in counted if counts is None]
         lines.append([row.label, *_cells([_sums(table, counts) for _, counts in counted if counts is not None])])
     return [
@@ -80,7 +81,7 @@ def _pictured(page: PageContext, numbers: TableNumbers) -> list[str]:
         return []
     seed, runs = runs_of_one_seed(report, table)
     row = main_row(numbers, runs)
-    counts = _kept_counts(page, runs[row])
+    counts = _kept_counts(page, report.results[table.name, row, seed])
     if counts is not None and not _sums(table, counts)[2:].any():
         label = next(item.label for item in table.rows if item.name == row)
         return [f"No mask of {escape_markdown(label)}, seed {seed}, has failed: there is nothing to picture."]
@@ -94,12 +95,12 @@ def _pictured(page: PageContext, numbers: TableNumbers) -> list[str]:
     )
 
 
-def _kept_counts(page: PageContext, run_id: str) -> dict[str, list[int]] | None:
+def _kept_counts(page: PageContext, run: Result) -> dict[str, list[int]] | None:
     def measure() -> dict[str, list[int]] | None:
-        truth, matches = page.stored.truth(), page.stored.instances(run_id)
+        truth, matches = page.stored.truth(), page.stored.instances(run.run_id)
         return None if truth is None or matches is None else failure_counts(truth, matches)
 
-    return page.measured.get("failures", f"{run_id}/{_VERSION}", measure)
+    return page.measured.get("failures", f"{run.trained_as}/{_VERSION}", measure)
 
 
 def _sums(table: ReportTable, counts: Mapping[str, Sequence[int]]) -> np.ndarray:

@@ -173,7 +173,9 @@ def _measured_parts(page: PageContext, table: ReportTable, row: ReportRow, bound
 
 def _seed_parts(page: PageContext, full: Result, run: Result, classes: Sequence[str]) -> dict[str, float] | None:
     """One line of `GapParts.seeds`; None where something was not measured or no class has objects."""
-    exchanged = page.measured.get("gap_parts", f"{run.run_id}|{full.run_id}", lambda: _exchange(page.stored, full, run))
+    exchanged = page.measured.get(
+        "gap_parts", f"{run.trained_as}|{full.trained_as}", lambda: _exchange(page.stored, full, run)
+    )
     if exchanged is None:
         return None
     true_masks = [_true_masks(page, result) for result in (full, run)]
@@ -206,7 +208,7 @@ def _true_masks(page: PageContext, run: Result) -> dict[str, float | None] | Non
             return None
         return _rounded(class_ap(truth, with_true_masks(truth, results, found)))
 
-    return page.measured.get("true_masks", run.run_id, measure)
+    return page.measured.get("true_masks", run.trained_as, measure)
 
 
 def _exchange(stored: StoredDetections, full: Result, run: Result) -> dict[str, Any] | None:

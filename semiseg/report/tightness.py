@@ -118,7 +118,7 @@ def _row_tightness(page: PageContext, table: ReportTable, row: ReportRow) -> Row
                 return None
             return _plain(class_tightness(truth, results, matches))
 
-        if (value := page.measured.get("tightness", run.run_id, measure)) is not None:
+        if (value := page.measured.get("tightness", run.trained_as, measure)) is not None:
             found[seed] = value
     return _frames(row.label, found, table)
 

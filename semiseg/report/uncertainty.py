@@ -57,7 +57,7 @@ def thresholds_of(page: PageContext, result: Result) -> dict[str, dict[str, list
             for iou_type, matches in found.items()
         }
 
-    return page.measured.get("thresholds", result.run_id, measure)
+    return page.measured.get("thresholds", result.trained_as, measure)
 
 
 def with_image_intervals(page: PageContext) -> list[TableNumbers]:
@@ -105,7 +105,7 @@ class _Resamples:
         seeds = sorted(set.intersection(*(set(self._runs[row]) for row in rows)))
         if not seeds:
             return {}
-        ids = [[self._runs[row][seed].run_id for seed in seeds] for row in rows]
+        ids = [[self._runs[row][seed].trained_as for seed in seeds] for row in rows]
         key = f"{self._settings}: {' - '.join('+'.join(own) for own in ids)}"
         kept = self._page.measured.get("bootstrap", key, lambda: self._measure(rows, seeds))
         return {group: (low, high) for group, (low, high) in (kept or {}).items()}
