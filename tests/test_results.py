@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from semiseg.engine.run import git_revision
 from semiseg.errors import UserError
 from semiseg.results import Result, append, latest, read
 
@@ -103,3 +106,24 @@ def test_numbers_that_json_does_not_know_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON compliant"):
         append(tmp_path / "results.jsonl", replace(RESULT, seconds=float("nan")))
     assert not (tmp_path / "results.jsonl").exists()
+
+
+def test_a_revision_is_dirty_by_the_package_alone(tmp_path: Path) -> None:
+    def git(*words: str) -> None:
+        subprocess.run(["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c", *words], check=True)
+
+    package, record = tmp_path / "package", tmp_path / "reports" / "results.jsonl"
+    for path in (package / "code.py", record):
+        path.parent.mkdir()
+        path.write_text("1\n")
+    assert git_revision(package) is None
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    clean = git_revision(package)
+    assert clean is not None
+    assert re.fullmatch("[0-9a-f]{12}", clean)
+    record.write_text("2\n")  # as a study does while it runs
+    assert git_revision(package) == clean
+    (package / "code.py").write_text("2\n")
+    assert git_revision(package) == f"{clean}-dirty"

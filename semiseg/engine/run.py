@@ -371,11 +371,16 @@ def package_versions(backend: Backend = "pycocotools") -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
-def git_revision() -> str | None:
-    """Revision of the package's own checkout, with `-dirty` where files differ; None outside a checkout."""
-    folder = Path(__file__).resolve().parent
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
+def git_revision(package: Path = Path(__file__).resolve().parents[1]) -> str | None:
+    """Revision of the package's own checkout, `-dirty` where files of the package differ; None outside a checkout."""
+
+    def told(*words: str) -> str:
+        command = ["git", "-C", str(package), *words]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        revision = told("describe", "--always", "--abbrev=12")
+        # The package alone: a study changes its own record in reports/ while it runs.
+        return f"{revision}-dirty" if told("status", "--porcelain", "--untracked-files=no", "--", ".") else revision
     except (OSError, subprocess.SubprocessError):
         return None
