@@ -40,6 +40,7 @@ from semiseg.evaluation.precision import Backend, require_backend
 from semiseg.models.condinst import CondInst
 from semiseg.resources import lock_folder, require_folder, weights_file
 
+PACKAGE = Path(__file__).resolve().parents[1]
 RESULT_NAME = "result.json"
 LOCK_NAME = ".train.lock"
 
@@ -371,7 +372,7 @@ def package_versions(backend: Backend = "pycocotools") -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
-def git_revision(package: Path = Path(__file__).resolve().parents[1]) -> str | None:
+def git_revision(package: Path = PACKAGE) -> str | None:
     """Revision of the package's own checkout, `-dirty` where files of the package differ; None outside a checkout."""
 
     def told(*words: str) -> str:
