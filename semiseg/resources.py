@@ -25,6 +25,11 @@ _PLACES: dict[Kind, tuple[str, str, str]] = {
 }
 
 
+def available_cores() -> int:
+    """Processor cores that this process may use: of its affinity where the system has one, else all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def find(kind: Kind, name: str) -> Path:
     """The file that `name` means: a path, else a file of the working project, else of the packaged copy.
 

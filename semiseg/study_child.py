@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from semiseg.errors import UserError
-from semiseg.resources import write_text
+from semiseg.resources import available_cores, write_text
 from semiseg.study_plan import PlannedRun
 
 OUTPUT_NAME = "output.txt"
@@ -55,8 +55,7 @@ class Share:
 
 def this_machine() -> Machine:
     """Cores by this process's affinity, GPUs by CUDA_VISIBLE_DEVICES or all of them."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    cores = available_cores()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     # Importing torch takes seconds: only where there can be a GPU at all.
     if visible == "" or not (shutil.which("nvidia-smi") or Path("/dev/nvidiactl").exists()):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as coco_mask
@@ -147,6 +148,29 @@ def test_a_picture_does_not_depend_on_how_many_there_are(tmp_path: Path) -> None
     assert read[1]["annotations"][: len(read[0]["annotations"])] == read[0]["annotations"]
     for name in ("000001.png", "000002.png"):
         assert (few / "images" / name).read_bytes() == (many / "images" / name).read_bytes()
+
+
+def test_several_processes_draw_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = ensure_shapes(tmp_path / "alone", images=5, image_size=64, seed=3)
+    monkeypatch.setattr(shapes, "MANY_PICTURES", 5)
+    before = torch.get_rng_state()
+    together = ensure_shapes(tmp_path / "together", images=5, image_size=64, seed=3)
+    assert torch.equal(torch.get_rng_state(), before)
+    for path in sorted(alone.rglob("*.*")):
+        assert (together / path.relative_to(alone)).read_bytes() == path.read_bytes()
+
+
+def test_a_failure_in_a_process_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(seed: int, index: int, image_size: int) -> tuple[NDArray[np.uint8], list[SceneObject]]:
+        if index == 3:
+            raise OSError(28, "No space left on device")
+        return compose(seed, index, image_size)
+
+    monkeypatch.setattr(shapes, "MANY_PICTURES", 5)
+    monkeypatch.setattr(shapes, "compose", fails)
+    with pytest.raises(OSError, match="No space left on device"):
+        ensure_shapes(tmp_path, images=5, image_size=64, seed=3)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_another_seed_is_another_data_set(tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ import json
 import os
 import shutil
 import tempfile
-import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
@@ -22,12 +23,14 @@ from tqdm import tqdm
 from semiseg.config_files import digest
 from semiseg.data.shapes_scene import LABELS, SceneObject, compose
 from semiseg.errors import UserError
+from semiseg.resources import available_cores
 
 GENERATOR_VERSION = 2  # raised with every change of pictures or annotations, so that no stale folder is used
 SHAPES_CLASSES: tuple[str, ...] = LABELS
 ANNOTATIONS = "annotations.json"
 IMAGES = "images"
 SMALLEST_IMAGE = 32
+MANY_PICTURES = 500  # from here on several processes, which take a second or two to start, draw them sooner
 
 
 def shapes_folder(root: Path, *, images: int, image_size: int, seed: int) -> Path:
@@ -93,14 +96,12 @@ def _draw_all(folder: Path, *, images: int, image_size: int, seed: int) -> None:
     (folder / IMAGES).mkdir(parents=True)
     records: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for index in tqdm(range(images), desc=f"drawing {images} Shapes pictures", unit="img", disable=None):
-        pixels, objects = compose(seed, index, image_size)
-        name = f"{index + 1:06d}.png"
-        # Noise has no repetitions to look for; this finds the flat parts and is the quickest to write and to read.
-        Image.fromarray(pixels).save(folder / IMAGES / name, compress_level=1, compress_type=zlib.Z_RLE)
+    drawn = _draw_pictures(_Pictures(folder / IMAGES, images, image_size, seed))
+    told = tqdm(drawn, total=images, desc=f"drawing {images} Shapes pictures", unit="img", disable=None)
+    for index, (name, objects) in enumerate(told):
         records.append({"id": index + 1, "file_name": name, "width": image_size, "height": image_size, "license": 1})
         for item in objects:
-            annotations.append(_annotation(item, annotation_id=len(annotations) + 1, image_id=index + 1))
+            annotations.append({"id": len(annotations) + 1, "image_id": index + 1, **item})
     document = {
         "info": {
             "description": "Shapes: drawn by semiseg from a seed",
@@ -117,14 +118,54 @@ def _draw_all(folder: Path, *, images: int, image_size: int, seed: int) -> None:
     (folder / ANNOTATIONS).write_text(json.dumps(document, separators=(",", ":")) + "\n", encoding="utf-8")
 
 
-def _annotation(item: SceneObject, *, annotation_id: int, image_id: int) -> dict[str, Any]:
-    """A COCO annotation; beyond COCO, `visible` is the visible share of the whole object."""
+@dataclass(frozen=True)
+class _Pictures:
+    """The pictures of a set: item i draws picture i, writes its file and returns (file name, its annotations)."""
+
+    folder: Path
+    images: int
+    image_size: int
+    seed: int
+
+    def __len__(self) -> int:
+        return self.images
+
+    def __getitem__(self, index: int) -> tuple[str, list[dict[str, Any]]]:
+        pixels, objects = compose(self.seed, index, self.image_size)
+        name = f"{index + 1:06d}.png"
+        # Not compressed: the pictures are noise, and half of a picture's way into a batch was taking it apart.
+        Image.fromarray(pixels).save(self.folder / name, compress_level=0)
+        return name, [_annotation(item) for item in objects]
+
+
+def _draw_pictures(pictures: _Pictures) -> Iterable[tuple[str, list[dict[str, Any]]]]:
+    """All of them in their order, drawn by every core where there are many."""
+    one_by_one = map(pictures.__getitem__, range(len(pictures)))
+    if len(pictures) < MANY_PICTURES:
+        return one_by_one
+    # Not above: they take seconds to import, and finding a set that is drawn needs neither.
+    import torch
+
+    from semiseg.data.loader import START_METHOD, leave_signals_to_the_main_process
+
+    if START_METHOD != "fork":  # elsewhere a script of the user's own would be run again in each process
+        return one_by_one
+    return torch.utils.data.DataLoader(
+        cast(Any, pictures),
+        batch_size=None,
+        num_workers=available_cores(),
+        multiprocessing_context=START_METHOD,
+        worker_init_fn=leave_signals_to_the_main_process,
+        generator=torch.Generator(),  # else the loader draws from the global one, and a training differs by who drew
+    )
+
+
+def _annotation(item: SceneObject) -> dict[str, Any]:
+    """A COCO annotation without its ids; beyond COCO, `visible` is the visible share of the whole object."""
     rle = coco_mask.encode(np.asfortranarray(item.visible, dtype=np.uint8))
     rows, columns = np.flatnonzero(item.visible.any(axis=1)), np.flatnonzero(item.visible.any(axis=0))
     left, top = int(columns[0]), int(rows[0])
     return {
-        "id": annotation_id,
-        "image_id": image_id,
         "category_id": item.label + 1,
         "bbox": [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top],
         "area": int(np.count_nonzero(item.visible)),

@@ -22,6 +22,7 @@ from accelerate.utils import (
 
 from semiseg.config import RuntimeConfig
 from semiseg.errors import UserError
+from semiseg.resources import available_cores
 
 # How long processes wait for one another. NCCL's ten minutes can pass while the main process converts annotations or
 # runs the COCO evaluation; a process that died is noticed by the launcher, not by this.
@@ -49,7 +50,7 @@ def start_accelerator(runtime: RuntimeConfig, *, seed: int) -> Accelerator:
         )
     told = crowding(
         int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=available_cores(),
         gpus=torch.cuda.device_count(),
     )
     if told and os.environ.get("LOCAL_RANK", "0") == "0":
