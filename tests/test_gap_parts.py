@@ -17,7 +17,7 @@ from semiseg.evaluation.gap_parts import class_ap, with_masks_of, with_true_mask
 from semiseg.report.aggregate import ReportInput, ReportRow, ReportTable, table_numbers
 from semiseg.report.context import FigureFiles, Measured, PageContext
 from semiseg.report.gap_parts import GapParts, gap_parts_figure, gap_parts_section, gap_sentence
-from semiseg.results import Result
+from tests.recorded_runs import recorded_run
 
 SIZE = 48
 CLASSES = ("cat", "dog", "nowhere")  # the last without objects
@@ -202,11 +202,7 @@ def make_page(folder: Path, annotations: Path, runs: dict[tuple[str, int], list[
         folders[run_id].mkdir(parents=True, exist_ok=True)
         (folders[run_id] / "detections.json").write_text(json.dumps(detections))
         metrics = evaluate_detections(annotations, detections, class_names=CLASSES, groups={}, image_ids=range(4))
-        results["t", row, seed] = Result(
-            run_id=run_id, study="s", row=row, split="s", split_digest="d", seed=seed, config={}, identity={},
-            data_fingerprint="f", metrics=metrics.to_dict(), steps=1, seconds=1.0, device="cpu", versions={},
-            git_revision="g", command=["x"], finished="2025-01-01T00:00:00+00:00",
-        )  # fmt: skip
+        results["t", row, seed] = recorded_run(row, seed, metrics=metrics.to_dict())
     report = ReportInput(
         "s", "T", "Q?", tuple(sorted({seed for _, seed in runs})), (table,), results, "", "", None, "", "",
         run_folders=folders, val_annotations=annotations,

@@ -22,6 +22,7 @@ from semiseg.report.picture_choice import GAIN, LOSS, RANDOM, choose_images, ima
 from semiseg.report.pictures import INSTANCE_COLOURS, UNMATCHED, _found_instances, draw_pictures, line_label
 from semiseg.report.stored import StoredDetections
 from semiseg.results import Result
+from tests.recorded_runs import recorded_run
 
 SIZE = 48
 NAMES = ("neither", "projection+pairwise", "full-masks")
@@ -76,11 +77,7 @@ def make_run(folder: Path, annotations: Path, row: str, seed: int, *, found: boo
     out.mkdir(parents=True)
     (out / "detections.json").write_text(json.dumps(results))
     metrics = evaluate_detections(annotations, results, class_names=CLASSES, groups={}, image_ids=range(12))
-    what = {"study": "s", "row": row, "split": "few", "split_digest": "d", "seed": seed, "config": {}, "identity": {}}
-    how = {"steps": 1, "seconds": 1.0, "device": "cpu", "versions": {}, "git_revision": "a", "command": []}
-    return Result(
-        run_id=f"{row}-{seed}", data_fingerprint="f", metrics=metrics.to_dict(), finished="2025", **what, **how
-    )
+    return recorded_run(row, seed, study="s", metrics=metrics.to_dict())
 
 
 def make_study(folder: Path, *, found: bool = True) -> ReportInput:

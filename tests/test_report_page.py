@@ -22,6 +22,7 @@ from semiseg.report.aggregate import ReportInput, ReportRow, ReportTable
 from semiseg.report.page import build_report, report_text
 from semiseg.results import Result
 from tests.page_reader import assert_whole, read_page
+from tests.recorded_runs import recorded_run
 
 PUBLISHED = Path(__file__).parent.parent / "reports" / "published" / "boxinst.csv"
 CLASSES = ("a_ring", "b|<b>", "猫 $x$")
@@ -97,24 +98,15 @@ def make_run(folder: Path, annotations: Path, row: str, split: str | None, seed:
     lines = [json.dumps({"step": step, "losses": losses}) for step in (1, 2, 3)]
     (out / "log.jsonl").write_text("\n".join([*lines, '{"step": 4, "lo']))
     metrics = evaluate_detections(annotations, detections, class_names=CLASSES, groups={}, image_ids=range(5))
-    return Result(
+    return recorded_run(
+        row,
+        seed,
         run_id=run_id,
-        study="tiny",
-        row=row,
         split=split,
         split_digest=split and {"few": "d6", "many": "d7"}[split],
-        seed=seed,
-        config={},
-        identity={},
-        data_fingerprint="data1",
         metrics=metrics.to_dict(),
-        steps=3,
-        seconds=60.0,
-        device="cpu",
-        versions={"torch": "2.11.0"},
         git_revision="abc123",
         command=["python", "-m", "semiseg", "train", "a b"],
-        finished="2025-01-01T00:00:00+00:00",
     )
 
 

@@ -14,6 +14,7 @@ from semiseg.report.aggregate import ReportInput, ReportRow, ReportTable
 from semiseg.report.configurations import differences_section, settings
 from semiseg.report.provenance import provenance, table_warnings, warnings
 from semiseg.results import Result, same_validation_data
+from tests.recorded_runs import recorded_run
 
 ROWS = tuple(ReportRow(name, "", "", f"label of {name}") for name in ("a", "b_<b>"))
 TABLE = ReportTable("table6", "T", "few", "d6", ("猫", "dog|s"), ("café",), None, ROWS)
@@ -27,28 +28,15 @@ BASE = {
 def run(row: str, seed: int = 0, *, held: dict[str, Any] | None = None, **changes: Any) -> Result:
     """A recorded run; `held` is laid over its configuration, `changes` over the record."""
     config = RunConfig.model_validate({**merge(BASE, held or {}), "seed": seed}).model_dump(mode="json")
-    return replace(
-        Result(
-            run_id=f"{row}-{seed}",
-            study="s",
-            row=row,
-            split="few",
-            split_digest="d6",
-            seed=seed,
-            config=config,
-            identity={"config": "c", "data": "shapes-2", "init": None},
-            data_fingerprint="data1",
-            metrics={},
-            steps=3,
-            seconds=1800.0,
-            device="cpu",
-            versions={"torch": "2"},
-            git_revision="abc",
-            command=["semiseg", "run", "s"],
-            finished="2026-01-01T00:00:00+00:00",
-        ),
-        **changes,
-    )
+    recorded = {
+        "study": "s",
+        "split_digest": "d6",
+        "config": config,
+        "identity": {"config": "c", "data": "shapes-2", "init": None},
+        "seconds": 1800.0,
+        "command": ["semiseg", "run", "s"],
+    }
+    return recorded_run(row, seed, **{**recorded, **changes})
 
 
 def report_of(*runs: Result, table: ReportTable = TABLE, starts: tuple[Result, ...] = ()) -> ReportInput:

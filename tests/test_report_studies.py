@@ -24,6 +24,7 @@ from semiseg.report.tables import layout
 from semiseg.results import Result, append
 from semiseg.study import Study, StudyRun, load_study, study_runs
 from semiseg.study_plan import run_identity
+from tests.recorded_runs import recorded_run
 
 ROOT = Path(__file__).parent.parent
 
@@ -53,11 +54,9 @@ def _result(run: StudyRun, ap: float, classes: tuple[str, ...]) -> Result:
         "bbox": {"groups": {}, "classes": dict.fromkeys(classes, boxes)},
         "segm": {"groups": {}, "classes": dict.fromkeys(classes, numbers)},
     }
-    return Result(
-        run_id=digest(identity), study="s", row=run.row, split=None, split_digest=None, seed=run.seed,
-        config={}, identity=identity, data_fingerprint="f", metrics=metrics, steps=10, seconds=60.0, device="cpu",
-        versions={"torch": "2"}, git_revision="abc", command=["semiseg"], finished="2025-01-01T00:00:00+00:00",
-    )  # fmt: skip
+    return recorded_run(
+        run.row, run.seed, run_id=digest(identity), split=None, split_digest=None, identity=identity, metrics=metrics
+    )
 
 
 def section(text: str, heading: str) -> str:

@@ -12,7 +12,6 @@ import pandas as pd
 import pytest
 
 from semiseg.errors import UserError
-from semiseg.evaluation.coco_metrics import METRIC_NAMES
 from semiseg.report.aggregate import (
     CSV_COLUMNS,
     ReportInput,
@@ -40,7 +39,7 @@ from semiseg.report.tables import (
     text_table,
     whole_percent,
 )
-from semiseg.results import Result
+from tests.recorded_runs import metrics_of_classes, recorded_run
 
 ROWS = (
     ReportRow("neither", "no", "no", "neither"),
@@ -52,46 +51,12 @@ ROWS = (
 TABLE = ReportTable("table6", "Table 6: few", "few", "d1", ("ring",), ("cross", "猫"), "6", ROWS)
 
 
-def result(row: str, seed: int, values: dict[str, float]) -> Result:
-    """A run whose class AP is `values`; AP50 is 10 and AP75 5 above, box AP twice the mask AP."""
-
-    def numbers(value: float) -> dict[str, float | None]:
-        return {**dict.fromkeys(METRIC_NAMES), "AP": value, "AP50": value + 10, "AP75": value + 5}
-
-    classes = {name: numbers(value) for name, value in values.items()}
-    boxes = {name: numbers(2 * value) for name, value in values.items()}
-    metrics = {
-        "unit": "percent",
-        "images": 3,
-        "instances": dict.fromkeys(values, 4),
-        "bbox": {"groups": {}, "classes": boxes},
-        "segm": {"groups": {}, "classes": {**classes, "never": None}},
-    }
-    return Result(
-        run_id=f"{row}-{seed}",
-        study="tiny",
-        row=row,
-        split="few",
-        split_digest="d1",
-        seed=seed,
-        config={},
-        identity={},
-        data_fingerprint="data1",
-        metrics=metrics,
-        steps=10,
-        seconds=60.0,
-        device="cpu",
-        versions={"torch": "2.11.0"},
-        git_revision="abc",
-        command=["semiseg", "train"],
-        finished="2025-01-01T00:00:00+00:00",
-    )
-
-
 def report_of(unseen_ap: dict[str, list[float | None]], *, table: ReportTable = TABLE) -> ReportInput:
     """Row -> AP of "cross" per seed (None = not measured); "猫" is 2 higher, "ring" always 50."""
     results = {
-        (table.name, row, seed): result(row, seed, {"ring": 50.0, "cross": value, "猫": value + 2})
+        (table.name, row, seed): recorded_run(
+            row, seed, metrics=metrics_of_classes({"ring": 50.0, "cross": value, "猫": value + 2})
+        )
         for row, values in unseen_ap.items()
         for seed, value in enumerate(values)
         if value is not None

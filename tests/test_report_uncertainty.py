@@ -23,8 +23,8 @@ from semiseg.report.statements import answer, gap_caution, reading, row_order
 from semiseg.report.table_sections import difference_section, uncertainty_section
 from semiseg.report.uncertainty import matches_of, thresholds_of, with_image_intervals
 from semiseg.results import Result
+from tests.recorded_runs import recorded_run
 from tests.test_bootstrap import encode
-from tests.test_report_tables import result as recorded
 
 CLASSES = ("ring", "cross", "猫")
 GROUPS = {"all": CLASSES, "unseen": CLASSES[1:], "seen": CLASSES[:1]}
@@ -78,7 +78,7 @@ def make_report(folder: Path, seeds: int) -> ReportInput:
         for seed in range(seeds):
             found = detections(truth, row, seed)
             metrics = evaluate_detections(path, found, class_names=CLASSES, groups={}, image_ids=range(IMAGES))
-            run = replace(recorded(row, seed, {}), metrics=metrics.to_dict())
+            run = recorded_run(row, seed, metrics=metrics.to_dict())
             results[TABLE.name, row, seed] = run
             folders[run.run_id] = folder / run.run_id
             folders[run.run_id].mkdir()
