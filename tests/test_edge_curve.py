@@ -13,9 +13,10 @@ from semiseg.commands.study_data import record_edge_curve, recorded_edge_curve
 from semiseg.engine.edges import Neighbourhood, measure_edges
 from semiseg.errors import UserError
 from semiseg.report.aggregate import ReportInput, ReportRow, ReportTable, table_numbers
-from semiseg.report.context import FigureFiles, Measured, PageContext
+from semiseg.report.context import FigureFiles, PageContext
 from semiseg.report.diagnostics import edge_curve_section
 from semiseg.report.edge_curve import EdgeCurve
+from semiseg.report.measured import Measured
 from semiseg.report.published import printed_positive_edges, read_published
 from semiseg.study import load_study
 from tests.coco_files import CocoFiles, box_annotation, ellipse, make_coco, rle_annotation

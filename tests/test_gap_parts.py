@@ -15,8 +15,9 @@ from semiseg.evaluation.box_matching import box_matches
 from semiseg.evaluation.coco_metrics import evaluate_detections, load_ground_truth, prepare_masks
 from semiseg.evaluation.gap_parts import class_ap, with_masks_of, with_true_masks
 from semiseg.report.aggregate import ReportInput, ReportRow, ReportTable, table_numbers
-from semiseg.report.context import FigureFiles, Measured, PageContext
+from semiseg.report.context import FigureFiles, PageContext
 from semiseg.report.gap_parts import GapParts, gap_parts_figure, gap_parts_section, gap_sentence
+from semiseg.report.measured import Measured
 from tests.recorded_runs import recorded_run
 
 SIZE = 48
@@ -283,7 +284,7 @@ def test_without_detections_or_a_bound_nothing_is_claimed(tmp_path: Path, truth_
         damaged.write_text(text)
         assert gap_parts_section(page, page.tables[0])[1].startswith("Not measured: ")
     page.measured.save()
-    assert not (tmp_path / "out").exists()
+    assert list(json.loads((tmp_path / "out" / "measured.json").read_text())) == ["detections"]
     page = make_page(tmp_path / "other", truth_file, {("masks", 0): perfect(), ("dice", 0): perfect()})
     assert gap_parts_section(page, page.tables[0]) == []
 

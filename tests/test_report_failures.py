@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,12 +16,15 @@ from pycocotools import mask as rle
 from semiseg.evaluation.coco_metrics import evaluate_detections, load_ground_truth
 from semiseg.evaluation.instances import SHARES, match_instances
 from semiseg.report.aggregate import ReportInput, ReportRow, ReportTable, table_numbers
-from semiseg.report.context import FigureFiles, Measured, PageContext
+from semiseg.report.context import FigureFiles, PageContext
 from semiseg.report.failure_pictures import PER_CAUSE, crop_window, worst_failures
 from semiseg.report.failures import CAUSES, causes_of_failure, failure_counts, failure_section
+from semiseg.report.gap_parts import gap_parts_section
+from semiseg.report.measured import Measured
 from semiseg.report.picture_choice import GAIN, LOSS, RANDOM, choose_images, image_gains, main_row, other_row
 from semiseg.report.pictures import INSTANCE_COLOURS, UNMATCHED, _found_instances, draw_pictures, line_label
 from semiseg.report.stored import StoredDetections
+from semiseg.report.tightness import tightness_section
 from semiseg.results import Result
 from tests.recorded_runs import recorded_run
 
@@ -201,6 +205,33 @@ def test_counts_table_and_picture(study, tmp_path):
     assert "*No figure (failed masks by cause, t6): the run folder" in empty
 
 
+def test_the_folder_of_another_training_of_the_same_run_is_not_measured(study, tmp_path):
+    """It lies where the recorded one would, and its detections are of the same images and classes."""
+    other = tmp_path / "other"
+    shutil.copytree(study.run_folders["full-masks-0"], other)
+    folders = {**study.run_folders, "projection+pairwise-0": other}
+    page = page_of(replace(study, run_folders=folders), tmp_path)
+    failures = failure_section(page, page.tables[0])
+    assert "| projection+pairwise | 1 | " in failures[2]
+    assert failures[3].startswith("Without projection+pairwise seed 0: ")
+    assert failures[4].startswith("*No figure (failed masks by cause, t6): ")
+    tightness = tightness_section(page, page.tables[0])
+    assert "Without projection+pairwise seed 0: the detections of these runs are not on this machine." in tightness
+    parts = gap_parts_section(page, page.tables[0])
+    assert "Without projection+pairwise seed 0: the detections of these runs are not on this machine." in parts
+    assert parts[1].endswith("(one seed).")
+    assert draw_pictures(page.report, page.tables[0], page.stored).drawing is None
+    page.measured.save()
+    assert "projection+pairwise-0." not in (tmp_path / "measured.json").read_text()
+
+
+def test_a_validation_set_without_objects_has_no_pictures(study, tmp_path):
+    content = json.loads(study.val_annotations.read_text())
+    (tmp_path / "val.json").write_text(json.dumps({**content, "annotations": []}))
+    page = page_of(replace(study, val_annotations=tmp_path / "val.json"), tmp_path)
+    assert draw_pictures(page.report, page.tables[0], page.stored).note == "the validation set has no objects"
+
+
 def test_nothing_found_has_no_failures_and_pictures_without_gains(tmp_path):
     study = make_study(tmp_path, found=False)
     page = page_of(study, tmp_path / "report")
@@ -214,6 +245,7 @@ def test_nothing_found_has_no_failures_and_pictures_without_gains(tmp_path):
 
 def test_what_is_missing_for_pictures_is_said_in_one_sentence(study, tmp_path):
     numbers = table_numbers(study, TABLE)
+    nothing = Measured(tmp_path / "measured.json")
     one_gone = {key: path for key, path in study.run_folders.items() if key != "full-masks-0"}
     cases = {
         "the run folders with the detections are not on this machine": replace(study, run_folders=one_gone),
@@ -221,12 +253,12 @@ def test_what_is_missing_for_pictures_is_said_in_one_sentence(study, tmp_path):
         "cannot be read": replace(study, val_images=tmp_path),
     }
     for sentence, incomplete in cases.items():
-        pictures = draw_pictures(incomplete, numbers, StoredDetections(incomplete))
+        pictures = draw_pictures(incomplete, numbers, StoredDetections(incomplete, nothing))
         assert pictures.drawing is None
         assert sentence in pictures.note
         assert str(tmp_path) not in pictures.note
     unrecorded = replace(study, results={})
-    pictures = draw_pictures(unrecorded, table_numbers(unrecorded, TABLE), StoredDetections(unrecorded))
+    pictures = draw_pictures(unrecorded, table_numbers(unrecorded, TABLE), StoredDetections(unrecorded, nothing))
     assert pictures.note == "none of its runs is recorded"
 
 

@@ -17,9 +17,9 @@ from PIL import Image
 from semiseg.report import curve_figures, figures, quality_sections
 from semiseg.report.aggregate import ReportRow, ReportTable
 from semiseg.report.chart_style import GROUP_COLOURS, row_styles, shortened, wrapped
-from semiseg.report.context import Measured
 from semiseg.report.curve_figures import CURVE_POINTS, read_curves, threshold_figure, training_figure
 from semiseg.report.figures import class_figure, class_gaps, shown_row, size_figure, sorted_classes
+from semiseg.report.measured import Measured
 
 NAMES = ("neither", "projection", "projection+pairwise", "full-masks")
 ROWS = tuple(ReportRow(name, "", "", name.replace("+", " + "), every_mask=name == "full-masks") for name in NAMES)

@@ -15,10 +15,11 @@ import pytest
 from semiseg.evaluation.bootstrap import RESAMPLES, bootstrap
 from semiseg.evaluation.coco_metrics import Metrics, evaluate_detections, load_ground_truth
 from semiseg.evaluation.matching import Matches, match
-from semiseg.report import uncertainty
+from semiseg.report import stored
 from semiseg.report.aggregate import BEST, NEITHER, UPPER_BOUND, ReportInput, ReportRow, ReportTable, table_numbers
-from semiseg.report.context import FigureFiles, Measured, PageContext
+from semiseg.report.context import FigureFiles, PageContext
 from semiseg.report.differences import Difference, ImageIntervals
+from semiseg.report.measured import Measured
 from semiseg.report.statements import answer, gap_caution, reading, row_order
 from semiseg.report.table_sections import difference_section, uncertainty_section
 from semiseg.report.uncertainty import matches_of, thresholds_of, with_image_intervals
@@ -178,7 +179,7 @@ def test_every_run_is_matched_once_and_not_again_without_its_folder(one_seed, tm
         calls.append(arguments[-1])
         return match(*arguments)
 
-    monkeypatch.setattr(uncertainty, "match", counted)
+    monkeypatch.setattr(stored, "match", counted)
     page = context(one_seed, tmp_path)
     page.tables = [*page.tables, *page.tables]
     first, second = with_image_intervals(page)
@@ -194,6 +195,24 @@ def test_every_run_is_matched_once_and_not_again_without_its_folder(one_seed, tm
     later.measured.save()
     assert (tmp_path / "measured.json").read_bytes() == content
     assert len(calls) == 8
+
+
+def test_whose_detections_they_are_is_asked_once_for_each_file(one_seed, tmp_path, monkeypatch):
+    page, run = context(one_seed, tmp_path), one_seed.results[TABLE.name, BEST, 0]
+    results = page.stored.of(run)
+    assert results
+    page.measured.save()
+    with monkeypatch.context() as patch:
+        patch.setattr(stored, "match", None)
+        assert context(one_seed, tmp_path).stored.of(run) == results
+    # Another file, and other objects, are asked again.
+    fewer = tmp_path / "run"
+    fewer.mkdir()
+    (fewer / "detections.json").write_text(json.dumps(results[: len(results) // 2]))
+    assert context(replace(one_seed, run_folders={run.run_id: fewer}), tmp_path).stored.of(run) is None
+    truth, path = annotations(), tmp_path / "val.json"
+    path.write_text(json.dumps({**truth, "annotations": truth["annotations"][3:]}))
+    assert context(replace(one_seed, val_annotations=path), tmp_path).stored.of(run) is None
 
 
 def test_what_was_measured_on_one_training_is_not_said_of_another_of_the_same_run(one_seed, tmp_path):

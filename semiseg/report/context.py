@@ -2,58 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
-from semiseg.evaluation.matching import Matches
 from semiseg.report.aggregate import ReportInput, TableNumbers
 from semiseg.report.drawing import Drawing
-from semiseg.report.stored import StoredDetections
+from semiseg.report.measured import Measured
+from semiseg.report.stored import RunMatches, StoredDetections
 from semiseg.report.tables import escape_markdown
-from semiseg.resources import write_bytes, write_text
-
-MEASURED_NAME = "measured.json"
-
-
-class Measured:
-    """What was measured on the detections of runs, kept beside the report so that it outlives the run folders.
-
-    `measured.json` maps part -> key -> JSON value. A key names what the value follows from (`Result.trained_as`, and
-    any setting of the measurement), so that a value never has to be measured twice; delete the file to measure anew.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._parts: dict[str, dict[str, Any]] = {}
-        self._changed = False
-        if path.is_file():
-            try:
-                self._parts = json.loads(path.read_text(encoding="utf-8"))
-            except json.JSONDecodeError:
-                self._parts = {}  # damaged: measured anew
-
-    def get(self, part: str, key: str, measure: Callable[[], Any | None]) -> Any | None:
-        """The kept value, else that of `measure`, which gives plain JSON values or None where it cannot measure."""
-        kept = self._parts.setdefault(part, {})
-        if key not in kept:
-            value = measure()
-            if value is None:
-                return None
-            kept[key] = json.loads(json.dumps(value, allow_nan=False))
-            self._changed = True
-        return kept[key]
-
-    def save(self) -> None:
-        """Writes the file if something was added."""
-        if self._changed:
-            parts = {name: dict(sorted(kept.items())) for name, kept in sorted(self._parts.items()) if kept}
-            write_text(self._path, json.dumps(parts, separators=(",", ":"), ensure_ascii=False) + "\n")
-            self._changed = False
+from semiseg.resources import write_bytes
 
 
 @dataclass
@@ -108,9 +68,9 @@ class PageContext:
     printed: pd.DataFrame
     figures: FigureFiles
     measured: Measured = field(repr=False)
-    matches: dict[str, dict[str, Matches] | None] = field(default_factory=dict, repr=False)
+    matches: dict[str, RunMatches | None] = field(default_factory=dict, repr=False)
     stored: StoredDetections = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Nothing is read before it is asked for."""
-        self.stored = StoredDetections(self.report)
+        self.stored = StoredDetections(self.report, self.measured)

@@ -203,7 +203,7 @@ def _true_masks(page: PageContext, run: Result) -> dict[str, float | None] | Non
 
     def measure() -> dict[str, float | None] | None:
         stored = page.stored
-        truth, results, found = stored.truth(), stored.of(run.run_id), stored.found(run.run_id)
+        truth, results, found = stored.truth(), stored.of(run), stored.found(run)
         if truth is None or results is None or found is None:
             return None
         return _rounded(class_ap(truth, with_true_masks(truth, results, found)))
@@ -216,8 +216,8 @@ def _exchange(stored: StoredDetections, full: Result, run: Result) -> dict[str, 
 
     `matched`: class -> number of full-masks detections that found an object, and how many of these had no partner.
     """
-    truth, results, donors = stored.truth(), stored.of(full.run_id), stored.of(run.run_id)
-    found = stored.found(full.run_id)
+    truth, results, donors = stored.truth(), stored.of(full), stored.of(run)
+    found = stored.found(full)
     if truth is None or results is None or donors is None or found is None:
         return None
     changed = with_masks_of(results, donors)

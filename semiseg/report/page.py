@@ -13,12 +13,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from semiseg.report.aggregate import ReportInput, TableNumbers, table_numbers
-from semiseg.report.context import MEASURED_NAME, FigureFiles, Measured, PageContext
+from semiseg.report.context import FigureFiles, PageContext
 from semiseg.report.diagnostics import edge_curve_section
 from semiseg.report.failures import failure_section
 from semiseg.report.figures import ap_figure, gap_figure
 from semiseg.report.gap_parts import gap_parts_section
 from semiseg.report.html import PAGE_NAME, render_page
+from semiseg.report.measured import MEASURED_NAME, Measured
 from semiseg.report.protocol import difficulty, protocol
 from semiseg.report.provenance import provenance, warnings
 from semiseg.report.published import read_published

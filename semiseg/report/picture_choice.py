@@ -15,6 +15,7 @@ from pycocotools.coco import COCO
 
 from semiseg.errors import UserError
 from semiseg.report.aggregate import BEST, ReportInput, ReportTable, TableNumbers
+from semiseg.results import Result
 from semiseg.splits import normalise
 
 RANDOM, GAIN, LOSS = "random", "largest gain", "largest loss"
@@ -40,14 +41,14 @@ def class_name(truth: COCO, category_id: Any) -> str:
     return normalise(str(truth.cats[category_id]["name"]))
 
 
-def runs_of_one_seed(report: ReportInput, table: ReportTable) -> tuple[int, dict[str, str]]:
-    """The seed with the most recorded rows, the first of equals, and the run id of each of these rows.
+def runs_of_one_seed(report: ReportInput, table: ReportTable) -> tuple[int, dict[str, Result]]:
+    """The seed with the most recorded rows, the first of equals, and the run of each of these rows.
 
     Raises:
         UserError: none of the table's runs is recorded.
     """
     recorded = {
-        seed: {r.name: run.run_id for r in table.rows if (run := report.results.get((table.name, r.name, seed)))}
+        seed: {r.name: run for r in table.rows if (run := report.results.get((table.name, r.name, seed)))}
         for seed in report.seeds
     }
     seed = max(report.seeds, key=lambda seed: len(recorded[seed]), default=None)

@@ -33,6 +33,7 @@ from semiseg.report.picture_choice import (
     judged,
     main_row,
     other_row,
+    pick_images,
     read_image,
     runs_of_one_seed,
 )
@@ -83,18 +84,18 @@ def draw_pictures(report: ReportInput, numbers: TableNumbers, stored: StoredDete
         other = other_row(table, main, runs)
         if (truth := stored.truth()) is None:
             raise UserError("the validation set with its masks is not on this machine")
+        if not pick_images(truth, seed=report.picture_seed):
+            raise UserError("the validation set has no objects")
         matches = [judged(table, truth, _there(stored.instances(runs[row]))) for row in (main, other) if row]
         chosen = choose_images(truth, image_gains(*matches) if other else {}, seed=report.picture_seed)
-        if not chosen:
-            raise UserError("the validation set has no objects")
         images = {image.image_id: read_image(report.val_images, truth, image.image_id) for image in chosen}
         detections = {
             row: [
                 found
-                for found in _there(stored.of(run_id))
+                for found in _there(stored.of(run))
                 if found["image_id"] in images and found["score"] > SCORE_THRESHOLD
             ]
-            for row, run_id in runs.items()
+            for row, run in runs.items()
         }
     except UserError as error:
         return Pictures(None, str(error))

@@ -16,6 +16,7 @@ from semiseg.report.context import PageContext
 from semiseg.report.drawing import Drawing, chart, new_figure, plain
 from semiseg.report.stored import missing_note
 from semiseg.report.tables import escape_markdown, markdown_table, number
+from semiseg.results import Result
 
 _TRUTH = "ground truth"
 
@@ -111,9 +112,9 @@ def _row_tightness(page: PageContext, table: ReportTable, row: ReportRow) -> Row
         if (run := page.report.results.get((table.name, row.name, seed))) is None:
             continue
 
-        def measure(run_id: str = run.run_id) -> PerClass | None:
+        def measure(run: Result = run) -> PerClass | None:
             stored = page.stored
-            truth, results, matches = stored.truth(), stored.of(run_id), stored.found(run_id)
+            truth, results, matches = stored.truth(), stored.of(run), stored.found(run)
             if truth is None or results is None or matches is None:
                 return None
             return _plain(class_tightness(truth, results, matches))

@@ -14,27 +14,24 @@ from itertools import combinations
 
 import numpy as np
 
-from semiseg.errors import UserError
 from semiseg.evaluation.bootstrap import RESAMPLES, Numbers, class_bootstrap, means_of_groups, percentile_interval
-from semiseg.evaluation.coco_metrics import Metrics
-from semiseg.evaluation.matching import Matches, average_precision, match
+from semiseg.evaluation.matching import average_precision
 from semiseg.report.aggregate import NEITHER, UPPER_BOUND, ReportTable, TableNumbers
 from semiseg.report.context import PageContext
 from semiseg.report.differences import ImageIntervals
+from semiseg.report.stored import RunMatches
 from semiseg.results import Result
 
 _VERSION = 1  # of the intervals that are kept; another one measures anew
-_SAME = 0.01  # AP; detections whose AP differs more from the recorded one are not those of the run
 
 
-def matches_of(page: PageContext, result: Result) -> dict[str, Matches] | None:
+def matches_of(page: PageContext, result: Result) -> RunMatches | None:
     """The matching of a run, "bbox" and, where every object has a mask, "segm"; made once while a page is written.
 
-    None where its detections or the annotations are not on this machine, cannot be read, or give other class APs than
-    recorded, so that they are not those that the run was evaluated with.
+    None as in `StoredDetections.of`.
     """
     if result.run_id not in page.matches:
-        page.matches[result.run_id] = _match_run(page, result)
+        page.matches[result.run_id] = page.stored.matches(result)
     return page.matches[result.run_id]
 
 
@@ -146,28 +143,3 @@ def _share(row: Numbers, start: Numbers, goal: Numbers) -> Numbers:
     lowest = [percentile_interval(gap[:, column]) for column in range(gap.shape[1])]
     resolved = np.array([found is not None and found[0] > 0 for found in lowest])
     return np.divide(100 * (row - start), gap, out=np.full_like(gap, np.nan), where=resolved & (gap != 0))
-
-
-def _match_run(page: PageContext, result: Result) -> dict[str, Matches] | None:
-    try:
-        truth, detections = page.stored.objects(), page.stored.of(result.run_id)
-        if truth is None or detections is None or not truth.dataset["annotations"] or not truth.imgs:
-            return None
-        types = ("bbox",) if page.stored.truth() is None else ("bbox", "segm")
-        found = {iou_type: match(truth, detections, iou_type) for iou_type in types}
-        return found if all(_as_recorded(result, *item) for item in found.items()) else None
-    except (UserError, OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _as_recorded(result: Result, iou_type: str, matches: Matches) -> bool:
-    metrics = Metrics.from_dict(result.metrics)
-    recorded = metrics.bbox if iou_type == "bbox" else metrics.segm
-    if recorded is None or set(recorded.classes) != set(matches.classes):
-        return False
-    for name, mean in zip(matches.classes, average_precision(matches).mean(axis=1).tolist(), strict=True):
-        numbers = recorded.classes[name]
-        known = math.nan if numbers is None or numbers["AP"] is None else numbers["AP"]
-        if not np.isclose(mean, known, rtol=0, atol=_SAME, equal_nan=True):
-            return False
-    return True

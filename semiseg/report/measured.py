@@ -1,0 +1,48 @@
+"""What was measured on the detections of runs, kept beside the report so that it outlives the run folders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from semiseg.resources import write_text
+
+MEASURED_NAME = "measured.json"
+
+
+class Measured:
+    """The measurements of one report.
+
+    `measured.json` maps part -> key -> JSON value. A key names what the value follows from (`Result.trained_as`, and
+    any setting of the measurement), so that a value never has to be measured twice; delete the file to measure anew.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._parts: dict[str, dict[str, Any]] = {}
+        self._changed = False
+        if path.is_file():
+            try:
+                self._parts = json.loads(path.read_text(encoding="utf-8"))
+            except json.JSONDecodeError:
+                self._parts = {}  # damaged: measured anew
+
+    def get(self, part: str, key: str, measure: Callable[[], Any | None]) -> Any | None:
+        """The kept value, else that of `measure`, which gives plain JSON values or None where it cannot measure."""
+        kept = self._parts.setdefault(part, {})
+        if key not in kept:
+            value = measure()
+            if value is None:
+                return None
+            kept[key] = json.loads(json.dumps(value, allow_nan=False))
+            self._changed = True
+        return kept[key]
+
+    def save(self) -> None:
+        """Writes the file if something was added."""
+        if self._changed:
+            parts = {name: dict(sorted(kept.items())) for name, kept in sorted(self._parts.items()) if kept}
+            write_text(self._path, json.dumps(parts, separators=(",", ":"), ensure_ascii=False) + "\n")
+            self._changed = False
