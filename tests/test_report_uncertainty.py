@@ -22,7 +22,7 @@ from semiseg.report.differences import Difference, ImageIntervals
 from semiseg.report.measured import Measured
 from semiseg.report.statements import answer, gap_caution, reading, row_order
 from semiseg.report.table_sections import difference_section, uncertainty_section
-from semiseg.report.uncertainty import matches_of, thresholds_of, with_image_intervals
+from semiseg.report.uncertainty import thresholds_of, with_image_intervals
 from semiseg.results import Result
 from tests.recorded_runs import recorded_run
 from tests.test_bootstrap import encode
@@ -251,14 +251,14 @@ def test_detections_that_are_not_those_of_the_run_are_not_measured(one_seed, tmp
     run: Result = one_seed.results[TABLE.name, BEST, 0]
     (tmp_path / "detections.json").write_text(content)
     folders = {**one_seed.run_folders, run.run_id: tmp_path}
-    assert matches_of(context(replace(one_seed, run_folders=folders), tmp_path), run) is None
+    assert context(replace(one_seed, run_folders=folders), tmp_path).stored.matches(run) is None
 
 
 def test_other_annotations_are_not_measured_and_objects_without_masks_have_boxes(one_seed, tmp_path):
     run, truth = one_seed.results[TABLE.name, BEST, 0], annotations()
     path = tmp_path / "val.json"
     path.write_text(json.dumps({**truth, "annotations": truth["annotations"][3:]}))
-    assert matches_of(context(replace(one_seed, val_annotations=path), tmp_path), run) is None
+    assert context(replace(one_seed, val_annotations=path), tmp_path).stored.matches(run) is None
     del truth["annotations"][0]["segmentation"]
     path.write_text(json.dumps(truth))
     found = json.loads((one_seed.run_folders[run.run_id] / "detections.json").read_text())
@@ -334,6 +334,18 @@ def test_folders_can_be_gone_while_a_page_is_written(one_seed, tmp_path):
     run = one_seed.results[TABLE.name, BEST, 0]
     copy = shutil.copytree(one_seed.run_folders[run.run_id], tmp_path / "run")
     page = context(replace(one_seed, run_folders={run.run_id: copy}), tmp_path)
-    found = matches_of(page, run)
+    found = page.stored.matches(run)
     shutil.rmtree(copy)
-    assert matches_of(page, run) is found
+    assert page.stored.matches(run) is found
+
+
+def test_two_trainings_of_one_run_have_a_matching_each(one_seed, tmp_path):
+    """The folder holds the detections of one of them; asked first or last, it is not that of the other."""
+    run = one_seed.results[TABLE.name, BEST, 0]
+    again = replace(run, metrics=one_seed.results[TABLE.name, NEITHER, 0].metrics)
+    page = context(one_seed, tmp_path)
+    assert page.stored.matches(run) is not None
+    assert page.stored.matches(again) is None
+    page = context(one_seed, tmp_path)
+    assert page.stored.matches(again) is None
+    assert page.stored.matches(run) is page.stored.matches(run) is not None

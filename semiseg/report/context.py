@@ -11,7 +11,7 @@ import pandas as pd
 from semiseg.report.aggregate import ReportInput, TableNumbers
 from semiseg.report.drawing import Drawing
 from semiseg.report.measured import Measured
-from semiseg.report.stored import RunMatches, StoredDetections
+from semiseg.report.stored import StoredDetections
 from semiseg.report.tables import escape_markdown
 from semiseg.resources import write_bytes
 
@@ -59,8 +59,7 @@ class PageContext:
         tables: the numbers of its tables.
         printed: the paper's numbers.
         figures, measured: the report's folder, by kind of file.
-        matches: run id -> IoU type -> matching, as far as a section needed it (`uncertainty.matches_of`).
-        stored: the detections of the runs, as far as they are on this machine.
+        stored: the detections of the runs and their matchings, as far as they are on this machine.
     """
 
     report: ReportInput
@@ -68,7 +67,6 @@ class PageContext:
     printed: pd.DataFrame
     figures: FigureFiles
     measured: Measured = field(repr=False)
-    matches: dict[str, RunMatches | None] = field(default_factory=dict, repr=False)
     stored: StoredDetections = field(init=False, repr=False)
 
     def __post_init__(self) -> None:

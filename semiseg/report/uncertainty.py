@@ -19,20 +19,9 @@ from semiseg.evaluation.matching import average_precision
 from semiseg.report.aggregate import NEITHER, UPPER_BOUND, ReportTable, TableNumbers
 from semiseg.report.context import PageContext
 from semiseg.report.differences import ImageIntervals
-from semiseg.report.stored import RunMatches
 from semiseg.results import Result
 
 _VERSION = 1  # of the intervals that are kept; another one measures anew
-
-
-def matches_of(page: PageContext, result: Result) -> RunMatches | None:
-    """The matching of a run, "bbox" and, where every object has a mask, "segm"; made once while a page is written.
-
-    None as in `StoredDetections.of`.
-    """
-    if result.run_id not in page.matches:
-        page.matches[result.run_id] = page.stored.matches(result)
-    return page.matches[result.run_id]
 
 
 def thresholds_of(page: PageContext, result: Result) -> dict[str, dict[str, list[float | None]]] | None:
@@ -43,7 +32,7 @@ def thresholds_of(page: PageContext, result: Result) -> dict[str, dict[str, list
     """
 
     def measure() -> dict[str, dict[str, list[float | None]]] | None:
-        found = matches_of(page, result)
+        found = page.stored.matches(result)
         if found is None:
             return None
         return {
@@ -59,15 +48,15 @@ def thresholds_of(page: PageContext, result: Result) -> dict[str, dict[str, list
 
 def with_image_intervals(page: PageContext) -> list[TableNumbers]:
     """The tables of a page with the 95 % intervals of their numbers over validation images, as far as measurable."""
-    resampled: dict[str, Numbers | None] = {}
+    resampled: dict[str, Numbers] = {}
     return [_Resamples(page, numbers.table, resampled).added_to(numbers) for numbers in page.tables]
 
 
 class _Resamples:
     """The runs of one table on the same resampled images: APs are means over seeds within each resample."""
 
-    def __init__(self, page: PageContext, table: ReportTable, resampled: dict[str, Numbers | None]) -> None:
-        """`resampled`: run id -> (resamples, C) AP of every class; shared between tables."""
+    def __init__(self, page: PageContext, table: ReportTable, resampled: dict[str, Numbers]) -> None:
+        """`resampled`: `Result.trained_as` -> (resamples, C) AP of every class; shared between tables."""
         self._page, self._resampled = page, resampled
         groups = {"all": table.seen + table.unseen, "unseen": table.unseen, "seen": table.seen}
         self._groups = {name: classes for name, classes in groups.items() if classes}
@@ -125,13 +114,13 @@ class _Resamples:
 
     def _samples(self, result: Result) -> Numbers | None:
         """(resamples, groups) of one run."""
-        if result.run_id not in self._resampled:
-            found = (matches_of(self._page, result) or {}).get("segm")
-            self._resampled[result.run_id] = None if found is None else class_bootstrap(found)
-        by_class, found = self._resampled[result.run_id], (self._page.matches[result.run_id] or {}).get("segm")
-        if by_class is None or found is None or not set(self._groups["all"]) <= set(found.classes):
+        found = (self._page.stored.matches(result) or {}).get("segm")
+        if found is None or not set(self._groups["all"]) <= set(found.classes):
             return None
-        return means_of_groups(by_class, found.classes, list(self._groups.values()))
+        key = result.trained_as
+        if key not in self._resampled:
+            self._resampled[key] = class_bootstrap(found)
+        return means_of_groups(self._resampled[key], found.classes, list(self._groups.values()))
 
 
 def _share(row: Numbers, start: Numbers, goal: Numbers) -> Numbers:
