@@ -162,6 +162,41 @@ def test_images_and_batches_without_instances(root: Path, empty: list[int]) -> N
         assert all(value == 0 for name, value in by_name.items() if name != "classification")
 
 
+@pytest.mark.parametrize("mask_feature_stride", [4, 8])
+def test_a_training_without_masks_leaves_out_what_only_masks_need(root: Path, mask_feature_stride: int) -> None:
+    config = tiny_config(
+        root,
+        supervision={"source": "boxes", "split": None},
+        objective={"box": "none"},
+        model={"mask_feature_stride": mask_feature_stride},
+    )
+    batch = first_batches(config, 1)[0]
+    module = fresh_step(config)
+    called: list[str] = []
+    module.model.mask_branch.register_forward_hook(lambda *_: called.append("mask branch"))
+    losses, _ = losses_and_gradients(module, [batch])
+    gradients = {name: p.grad for name, p in module.named_parameters() if p.requires_grad}
+    assert not called
+    assert all(gradient is not None for gradient in gradients.values()), "one would hang data parallelism"
+
+    whole = fresh_step(config)
+    for parameter in whole.parameters():
+        parameter.requires_grad_(True)
+    whole.model.learns_masks = True
+    whole_losses, _ = losses_and_gradients(whole, [batch])
+    torch.testing.assert_close(losses, whole_losses, rtol=0, atol=0)
+    for name, parameter in whole.named_parameters():
+        if name in gradients:
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=0, atol=0)
+        else:
+            assert parameter.grad is not None
+            assert not parameter.grad.any(), f"{name} is left out, but learns from boxes"
+
+    module.eval()
+    assert module.model(batch.images, batch.image_sizes_hw).mask_features.any(), "prediction still has masks"
+    assert called
+
+
 def test_nonfinite_loss_stops_before_the_update_and_replays(root: Path, tmp_path: Path) -> None:
     config = tiny_config(root)
     data, accelerator = build_data(config), start_accelerator(config.runtime, seed=0)

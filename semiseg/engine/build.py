@@ -78,12 +78,20 @@ def without_initial_weights(config: RunConfig) -> RunConfig:
 
 def build_step(config: RunConfig, *, num_classes: int) -> TrainStep:
     """The model with its assignment and losses."""
+    model = build_model(config.model, num_classes=num_classes)
+    if not learns_masks(config):
+        model.freeze_masks()
     return TrainStep(
-        build_model(config.model, num_classes=num_classes),
+        model,
         objective=build_objective(config.objective),
         centre_radius=config.model.centre_radius,
         max_mask_positives=config.model.max_mask_positives,
     )
+
+
+def learns_masks(config: RunConfig) -> bool:
+    """Whether an instance can get a mask loss: none can if all masks are withheld and boxes alone have no loss."""
+    return config.supervision.source != "boxes" or config.objective.box != "none"
 
 
 def compile_network(model: CondInst, *, backend: str = "inductor") -> None:

@@ -82,6 +82,10 @@ class BiFPN(nn.Module):
             levels = block(levels)
         return dict(zip(self.strides, levels, strict=True))
 
+    def parts_of_finer_levels(self, stride: int) -> list[nn.Module]:
+        """Nothing: every level passes into every other, and none is finer than those that predict."""
+        return []
+
 
 class BiFPNBlock(nn.Module):
     """One repeat: from five maps, finest first, each half the size of the one before, to five of `channels` channels.

@@ -35,6 +35,7 @@ class CondInst(nn.Module):
         level_ranges: boundaries in pixels of max(l, t, r, b) between consecutive levels, for the assignment.
         coordinate_ranges: (levels,) input pixels by which the relative coordinates of a level are divided: the upper
             ends of `level_ranges`, twice the last for the last level.
+        learns_masks: False after `freeze_masks`.
     """
 
     pixel_mean: Tensor
@@ -71,6 +72,7 @@ class CondInst(nn.Module):
         self.head = head
         self.controller = _controller(neck.channels, num_filter_numbers(self.filter_shapes))
         self.mask_branch = mask_branch
+        self.learns_masks = True
         ranges = [*self.level_ranges, 2 * self.level_ranges[-1]]
         # buffers for their device only: they follow from the configuration, so they are not part of the weights
         self.register_buffer("coordinate_ranges", torch.tensor(ranges), persistent=False)
@@ -85,8 +87,17 @@ class CondInst(nn.Module):
         inside = rows[:, None, :, None] & columns[:, None, None, :]  # (B, 1, H, W)
         return images.float().sub_(self.pixel_mean).div_(self.pixel_std).mul_(inside)
 
+    def freeze_masks(self) -> None:
+        """For a training that has no mask loss: what only masks need is neither trained nor, in training, computed.
+
+        Its gradients would be 0 everywhere, and on the finest map they cost about as much as others.
+        """
+        self.learns_masks = False
+        for part in (self.mask_branch, self.controller, *self.neck.parts_of_finer_levels(self.strides[0])):
+            part.requires_grad_(False)
+
     def forward(self, images: Tensor, image_sizes_hw: Tensor) -> DenseOutputs:
-        """Predicts at every location of every level.
+        """Predicts at every location of every level; mask features are 0 in a training without masks.
 
         Args:
             images: (B, 3, H, W) uint8 RGB, padded right and bottom so that H and W divide by `size_divisor`.
@@ -99,10 +110,16 @@ class CondInst(nn.Module):
             box_distances=flatten_levels([level.box_distances for level in predictions]),
             centreness_logits=flatten_levels([level.centreness_logits for level in predictions])[..., 0],
             filter_features=flatten_levels([level.box_tower for level in predictions]),
-            mask_features=self.mask_branch([levels[stride] for stride in self.mask_level_strides]),
+            mask_features=self._mask_features([levels[stride] for stride in self.mask_level_strides]),
             mask_feature_stride=self.mask_feature_stride,
             locations=self.locations((images.shape[2], images.shape[3]), device=images.device),
         )
+
+    def _mask_features(self, levels: Sequence[Tensor]) -> Tensor:
+        if self.training and not self.learns_masks:
+            batch, _, height, width = levels[0].shape
+            return levels[0].new_zeros(batch, self.mask_branch.out_channels, height, width)
+        return self.mask_branch(levels)
 
     def locations(self, padded_size_hw: tuple[int, int], *, device: torch.device) -> Locations:
         """The locations of `forward`'s predictions for images of a padded size, which divides by `size_divisor`."""

@@ -47,6 +47,11 @@ class FeaturePyramid(nn.Module):
             levels.append(conv(levels[-1] if number == 0 else F.relu(levels[-1])))
         return dict(zip(self.strides, levels, strict=True))
 
+    def parts_of_finer_levels(self, stride: int) -> list[nn.Module]:
+        """What computes the levels finer than `stride` and no other: nothing passes from fine to coarse."""
+        count = sum(level < stride for level in self.strides)
+        return [*self.fpn.inner_blocks[:count], *self.fpn.layer_blocks[:count]]
+
 
 def _halving(channels: int) -> nn.Conv2d:
     conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2, padding=1)
