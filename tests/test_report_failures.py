@@ -21,7 +21,7 @@ from semiseg.report.failure_pictures import PER_CAUSE, crop_window, worst_failur
 from semiseg.report.failures import CAUSES, causes_of_failure, failure_counts, failure_section
 from semiseg.report.gap_parts import gap_parts_section
 from semiseg.report.measured import Measured
-from semiseg.report.picture_choice import GAIN, LOSS, RANDOM, choose_images, image_gains, main_row, other_row
+from semiseg.report.picture_choice import GAIN, LOSS, RANDOM, choose_images, image_gains, other_row
 from semiseg.report.pictures import INSTANCE_COLOURS, UNMATCHED, _found_instances, draw_pictures, line_label
 from semiseg.report.stored import StoredDetections
 from semiseg.report.tightness import tightness_section
@@ -158,9 +158,9 @@ def test_images_are_chosen_once_by_group_and_ties_by_id(study):
 
 def test_the_main_row_lacks_masks(study):
     numbers = table_numbers(study, TABLE)
-    assert main_row(numbers, NAMES) == "projection+pairwise"
-    assert main_row(numbers, ["neither", "full-masks"]) == "neither"
-    assert main_row(numbers, ["full-masks"]) == "full-masks"
+    assert numbers.main_row(NAMES) == "projection+pairwise"
+    assert numbers.main_row(["neither", "full-masks"]) == "neither"
+    assert numbers.main_row(["full-masks"]) == "full-masks"
     assert other_row(TABLE, "projection+pairwise", NAMES) == "neither"
     assert other_row(TABLE, "neither", NAMES) == "projection+pairwise"
     assert other_row(TABLE, "neither", ["neither"]) is None

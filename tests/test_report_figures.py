@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from semiseg.report import curve_figures, figures, quality_sections
-from semiseg.report.aggregate import ReportRow, ReportTable
+from semiseg.report.aggregate import ReportRow, ReportTable, TableNumbers
 from semiseg.report.chart_style import GROUP_COLOURS, row_styles, shortened, wrapped
 from semiseg.report.curve_figures import CURVE_POINTS, read_curves, threshold_figure, training_figure
 from semiseg.report.figures import class_figure, class_gaps, shown_row, size_figure, sorted_classes
@@ -40,6 +41,14 @@ def class_frame(method: list[float], full: list[float]) -> pd.DataFrame:
     return pd.DataFrame(columns, index=["ring", "star", "cross"], dtype=float)
 
 
+def numbers_of(table: ReportTable, classes: pd.DataFrame) -> TableNumbers:
+    """Numbers of a table of which only the AP of classes was measured."""
+    unseen = classes.loc[[*table.unseen]].mean() if table.unseen else np.nan
+    summary = pd.DataFrame({"row": classes.columns, "unseen_AP": unseen, "all_AP": classes.mean()})
+    nothing = pd.DataFrame()
+    return TableNumbers(table, nothing, summary, nothing, classes, gaps=(), differences=())
+
+
 def everything_is_inside(figure: Figure) -> None:
     """No letter and no mark lies outside of the picture."""
     figure.canvas.draw()
@@ -56,7 +65,7 @@ def everything_is_inside(figure: Figure) -> None:
 def test_the_bars_of_seen_and_unseen_classes_lie_within_the_axes(high: str) -> None:
     classes = class_frame([10, 10, 10], [12, 12, 12])
     classes.loc[high] = 80.0
-    panels = class_figure(TABLE, classes, STYLES).axes
+    panels = class_figure(numbers_of(TABLE, classes), STYLES).axes
     assert [panel.get_ylabel() for panel in panels] == ["unseen", "seen"]
     assert [len(panel.patches) for panel in panels] == [2, 1]
     for panel in panels:
@@ -67,20 +76,51 @@ def test_the_bars_of_seen_and_unseen_classes_lie_within_the_axes(high: str) -> N
 
 def test_classes_are_sorted_by_their_gap_within_their_group() -> None:
     classes = class_frame([30, 20, 1], [35, 40, 90])
-    assert shown_row(TABLE, classes) == "projection+pairwise"
-    assert class_gaps(TABLE, classes).to_dict() == {"ring": 5, "star": 20, "cross": 89}
-    assert sorted_classes(TABLE, classes) == ["star", "ring", "cross"]  # the seen one last, though widest
-    assert sorted_classes(PLAIN, classes) == ["cross", "star", "ring"]
+    assert shown_row(numbers_of(TABLE, classes)) == "projection+pairwise"
+    assert class_gaps(numbers_of(TABLE, classes)).to_dict() == {"ring": 5, "star": 20, "cross": 89}
+    assert sorted_classes(numbers_of(TABLE, classes)) == ["star", "ring", "cross"]  # the seen one last, though widest
+    assert sorted_classes(numbers_of(PLAIN, classes)) == ["cross", "star", "ring"]
+
+
+PLAIN_ROWS = tuple(ReportRow(name, "", "", name) for name in ("first", "second", "third"))
+BOUNDS = tuple(ReportRow(name, "", "", name, every_mask=True) for name in ("full-masks", "other masks"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "ap", "main"),
+    [
+        (ROWS, {"neither": 9, "projection": 8, "projection+pairwise": 1, "full-masks": 10}, "projection+pairwise"),
+        (PLAIN_ROWS, {"first": 9, "second": 1, "third": 2}, "third"),
+        (PLAIN_ROWS, {"first": 9, "second": 1}, "second"),
+        (PLAIN_ROWS, {"first": 9}, "first"),
+        ((PLAIN_ROWS[0], BOUNDS[0]), {"first": 1, "full-masks": 9}, "first"),
+        ((BOUNDS[0], *PLAIN_ROWS), {"full-masks": 9, "first": 3, "second": 1, "third": 2}, "first"),
+        (BOUNDS, {"full-masks": 9, "other masks": 1}, "other masks"),
+        (BOUNDS, {"full-masks": 9}, "full-masks"),
+    ],
+)
+def test_one_row_is_the_one_that_a_page_is_about(rows, ap: dict[str, float], main: str) -> None:
+    table = ReportTable("p", "P", "", "", ("ring", "star"), (), None, rows)
+    numbers = numbers_of(table, pd.DataFrame(ap, index=["ring", "star"], dtype=float))
+    assert numbers.main_row(ap) == shown_row(numbers) == main
+    assert numbers_of(table, pd.DataFrame(columns=[*ap], dtype=float)).main_row(ap) in ap
+
+
+def test_the_best_row_is_that_on_unseen_classes_where_there_are_any() -> None:
+    table = ReportTable("p", "P", "s", "d", ("ring",), ("star",), None, PLAIN_ROWS)
+    classes = pd.DataFrame({"first": 9.5, "second": [0.0, 9.0], "third": [99.0, 8.0]}, index=["ring", "star"])
+    assert shown_row(numbers_of(table, classes)) == "second"
+    assert shown_row(numbers_of(replace(table, seen=("ring", "star"), unseen=()), classes)) == "third"
 
 
 def test_classes_without_a_gap_are_sorted_by_ap_and_those_not_measured_come_last() -> None:
     classes = class_frame([30, 20, 1], [np.nan] * 3)
-    assert class_gaps(PLAIN, classes) is None
-    assert sorted_classes(PLAIN, classes) == ["ring", "star", "cross"]
-    assert sorted_classes(PLAIN, class_frame([np.nan, 20, 1], [30, 21, 9])) == ["cross", "star", "ring"]
+    assert class_gaps(numbers_of(PLAIN, classes)) is None
+    assert sorted_classes(numbers_of(PLAIN, classes)) == ["ring", "star", "cross"]
+    assert sorted_classes(numbers_of(PLAIN, class_frame([np.nan, 20, 1], [30, 21, 9]))) == ["cross", "star", "ring"]
     empty = class_frame([np.nan] * 3, [np.nan] * 3).mul(np.nan)
-    assert sorted_classes(TABLE, empty) == ["ring", "star", "cross"]
-    assert class_figure(TABLE, empty, STYLES) is None
+    assert sorted_classes(numbers_of(TABLE, empty)) == ["ring", "star", "cross"]
+    assert class_figure(numbers_of(TABLE, empty), STYLES) is None
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")
@@ -93,7 +133,7 @@ def test_eighty_classes_with_long_names_stay_legible() -> None:
     table = ReportTable("t", "T", "s", "d", tuple(names[:60]), tuple(names[60:]), None, ROWS)
     values = np.random.default_rng(0).uniform(0, 60, (80, 4))
     classes = pd.DataFrame(values, index=[*table.unseen, *table.seen], columns=list(NAMES))
-    figure = class_figure(table, classes, row_styles([table]))
+    figure = class_figure(numbers_of(table, classes), row_styles([table]))
     everything_is_inside(figure)
     assert [len(panel.patches) for panel in figure.axes] == [20, 60]
     for panel in figure.axes:
@@ -201,7 +241,7 @@ def test_sizes_without_objects_are_not_drawn() -> None:
 
 def test_drawings_are_the_same_bytes_each_time() -> None:
     classes = class_frame([30, 20, 1], [35, 40, 90])
-    first, second = (class_figure(TABLE, classes, STYLES) for _ in range(2))
+    first, second = (class_figure(numbers_of(TABLE, classes), STYLES) for _ in range(2))
     assert first == second
     assert Image.open(io.BytesIO(first.png)).size[0] > 700
     assert b"<svg" in first.svg

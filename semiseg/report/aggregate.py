@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -299,6 +299,30 @@ class TableNumbers:
         """A number of the summary, e.g. column "unseen_AP"; None if it was not measured."""
         found = self.summary.loc[self.summary["row"] == row, column].dropna()
         return float(found.iloc[0]) if len(found) else None
+
+    def main_row(self, among: Collection[str]) -> str:
+        """The row that the page is about, for pictures, bars of classes and sentences alike.
+
+        The method; else the best of the rows that lack masks, the first row aside, with which the others are compared;
+        else the first row if it lacks masks; else the best one, the first row aside. Best by mean AP on unseen classes,
+        on all where there are none.
+
+        Args:
+            among: names of rows to choose from, at least one.
+        """
+        rows = [row for row in self.table.rows if row.name in among]
+        first = self.table.rows[0]
+        choices = (
+            [row for row in rows if row.name == BEST],
+            [row for row in rows if row != first and not row.every_mask],
+            [row for row in rows if not row.every_mask],
+            [row for row in rows if row != first],
+            rows,
+        )
+        candidates = next(found for found in choices if found)
+        column = "unseen_AP" if self.table.unseen else "all_AP"
+        means = {row.name: mean for row in candidates if (mean := self.mean(row.name, column)) is not None}
+        return max(means, key=lambda name: means[name]) if means else candidates[0].name
 
     def difference(self, first: str, second: str, group: str = "unseen") -> Difference | None:
         """One of `differences`; None for a pair that is not among them."""

@@ -16,7 +16,7 @@ from pycocotools import mask as rle
 from semiseg.errors import UserError
 from semiseg.report.aggregate import ReportInput, TableNumbers
 from semiseg.report.drawing import ORANGE, Drawing, new_figure, png
-from semiseg.report.picture_choice import class_name, judged, main_row, read_image, runs_of_one_seed
+from semiseg.report.picture_choice import class_name, judged, read_image, runs_of_one_seed
 from semiseg.report.pictures import Pictures, plain_lines
 from semiseg.report.stored import StoredDetections
 
@@ -54,7 +54,7 @@ def failure_picture(
     table = numbers.table
     try:
         seed, runs = runs_of_one_seed(report, table)
-        row = main_row(numbers, runs)
+        row = numbers.main_row(runs)
         truth = stored.truth()
         if truth is None:
             raise UserError("the validation set with its masks is not on this machine")

@@ -11,7 +11,7 @@ from pycocotools.coco import COCO
 from semiseg.report.aggregate import ReportTable, TableNumbers
 from semiseg.report.context import PageContext
 from semiseg.report.failure_pictures import failure_picture
-from semiseg.report.picture_choice import class_name, main_row, runs_of_one_seed
+from semiseg.report.picture_choice import class_name, runs_of_one_seed
 from semiseg.report.stored import missing_note
 from semiseg.report.tables import escape_markdown, markdown_table
 from semiseg.results import Result
@@ -80,7 +80,7 @@ def _pictured(page: PageContext, numbers: TableNumbers) -> list[str]:
     if not any((table.name, row.name, seed) in report.results for row in table.rows for seed in report.seeds):
         return []
     seed, runs = runs_of_one_seed(report, table)
-    row = main_row(numbers, runs)
+    row = numbers.main_row(runs)
     counts = _kept_counts(page, report.results[table.name, row, seed])
     if counts is not None and not _sums(table, counts)[2:].any():
         label = next(item.label for item in table.rows if item.name == row)

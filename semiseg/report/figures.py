@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
-from semiseg.report.aggregate import BEST, NEITHER, UPPER_BOUND, GapClosed, ReportTable
+from semiseg.report.aggregate import NEITHER, UPPER_BOUND, GapClosed, ReportTable, TableNumbers
 from semiseg.report.chart_style import (
     GRID,
     GROUP_COLOURS,
@@ -128,47 +128,39 @@ def _gap_bars(panel: Axes, table: ReportTable, found: Sequence[GapClosed], style
     quiet(panel)
 
 
-def shown_row(table: ReportTable, classes: pd.DataFrame) -> str | None:
-    """The row whose classes are drawn: the method, else the best of those that lack masks, the first row aside.
-
-    None where nothing was measured.
-    """
-    names = [str(name) for name in classes.columns if classes[name].notna().any()]
-    if not names:
-        return None
-    others = [row.name for row in table.rows[1:] if row.name in names]
-    boxes = [row.name for row in table.rows[1:] if row.name in others and not row.every_mask]
-    return BEST if BEST in names else str(classes[boxes or others or names].mean().idxmax())
+def shown_row(numbers: TableNumbers) -> str | None:
+    """The row whose classes are drawn: the main one of those that were measured; None where nothing was."""
+    measured = [str(name) for name in numbers.classes.columns if numbers.classes[name].notna().any()]
+    return numbers.main_row(measured) if measured else None
 
 
-def class_gaps(table: ReportTable, classes: pd.DataFrame) -> pd.Series | None:
+def class_gaps(numbers: TableNumbers) -> pd.Series | None:
     """Full-masks minus the shown row per class, in AP; None where a table does not have both."""
-    main = shown_row(table, classes)
+    main, classes = shown_row(numbers), numbers.classes
     if main is None or main == UPPER_BOUND or UPPER_BOUND not in classes or classes[UPPER_BOUND].isna().all():
         return None
     return classes[UPPER_BOUND] - classes[main]
 
 
-def sorted_classes(table: ReportTable, classes: pd.DataFrame) -> list[str]:
+def sorted_classes(numbers: TableNumbers) -> list[str]:
     """The classes, unseen ones first, each group by its gap, the widest first; without a gap by AP, the best first."""
-    main, gaps = shown_row(table, classes), class_gaps(table, classes)
+    table, main, gaps = numbers.table, shown_row(numbers), class_gaps(numbers)
     if main is None:
         return [*table.unseen, *table.seen]
-    by = classes[main] if gaps is None else gaps
+    by = numbers.classes[main] if gaps is None else gaps
     groups = (by.loc[list(names)].sort_values(ascending=False, kind="stable") for names in (table.unseen, table.seen))
     return [str(name) for group in groups for name in group.index]
 
 
-def class_figure(table: ReportTable, classes: pd.DataFrame, styles: Styles) -> Drawing | None:
+def class_figure(numbers: TableNumbers, styles: Styles) -> Drawing | None:
     """Mask AP per class in the order of `sorted_classes`: bar = the shown row, marks = the first row and full-masks.
 
-    Args:
-        classes: `class_measurements`. None is returned where nothing was measured.
+    None where nothing was measured.
     """
-    main = shown_row(table, classes)
+    table, classes, main = numbers.table, numbers.classes, shown_row(numbers)
     if main is None:
         return None
-    ordered = classes.loc[sorted_classes(table, classes)]
+    ordered = classes.loc[sorted_classes(numbers)]
     words = ("unseen", "seen") if table.unseen else ("", "")
     groups = [(word, [*names]) for word, names in zip(words, (table.unseen, table.seen), strict=True) if names]
     many = len(classes) > 30

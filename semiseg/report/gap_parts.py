@@ -11,7 +11,7 @@ import pandas as pd
 
 from semiseg.evaluation.coco_metrics import Metrics, names_of_classes
 from semiseg.evaluation.gap_parts import class_ap, with_masks_of, with_true_masks
-from semiseg.report.aggregate import BEST, UPPER_BOUND, ReportInput, ReportRow, ReportTable, TableNumbers
+from semiseg.report.aggregate import UPPER_BOUND, ReportInput, ReportRow, ReportTable, TableNumbers
 from semiseg.report.context import PageContext
 from semiseg.report.drawing import BLACK, BLUE, ORANGE, Drawing, chart, new_figure, plain
 from semiseg.report.stored import StoredDetections, missing_note
@@ -68,9 +68,10 @@ def gap_parts_section(page: PageContext, numbers: TableNumbers) -> list[str]:
         reason = f"it needs the stored detections of {label} and of another row with a common seed"
         return [heading, f"Not measured: {reason}."]
     classes = "unseen" if table.unseen else "all"
+    by_row = {parts.row.name: parts for parts in found}
     return [
         heading,
-        gap_sentence(_main(found), classes=classes, bound=bound.label),
+        gap_sentence(by_row[numbers.main_row(by_row)], classes=classes, bound=bound.label),
         _explanation(label),
         _parts_table(found, bound),
         *missing_note(_missing(page.report, table, found, bound)),
@@ -151,11 +152,6 @@ def gap_sentence(parts: GapParts, *, classes: str, bound: str) -> str:
     else:
         share = f"{masks:.1f} are masks and {boxes:.1f} boxes and scores"
     return f"Of the {gap:.1f} AP that {row} lacks {where} compared with {full}, {share} ({seeds})."
-
-
-def _main(found: Sequence[GapParts]) -> GapParts:
-    """The method, else the best of the rows."""
-    return max(found, key=lambda parts: (parts.row.name == BEST, parts.mean("ap")))
 
 
 def _measured_parts(page: PageContext, table: ReportTable, row: ReportRow, bound: ReportRow) -> GapParts | None:

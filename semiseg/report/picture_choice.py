@@ -1,4 +1,4 @@
-"""What the pictures of a table show: the runs of one seed, its main row, and validation images by a printed rule."""
+"""What the pictures of a table show: the runs of one seed and validation images by a printed rule."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from pycocotools.coco import COCO
 
 from semiseg.errors import UserError
-from semiseg.report.aggregate import BEST, ReportInput, ReportTable, TableNumbers
+from semiseg.report.aggregate import ReportInput, ReportTable
 from semiseg.results import Result
 from semiseg.splits import normalise
 
@@ -55,21 +55,6 @@ def runs_of_one_seed(report: ReportInput, table: ReportTable) -> tuple[int, dict
     if seed is None or not recorded[seed]:
         raise UserError("none of its runs is recorded")
     return seed, recorded[seed]
-
-
-def main_row(numbers: TableNumbers, among: Collection[str]) -> str:
-    """The row that pictures are about: projection+pairwise, else the best that lacks masks, else the best.
-
-    Args:
-        among: names of rows to choose from, at least one.
-    """
-    if BEST in among:
-        return BEST
-    rows = [row for row in numbers.table.rows if row.name in among]
-    column = "unseen_AP" if numbers.table.unseen else "all_AP"
-    candidates = [row.name for row in rows if not row.every_mask] or [row.name for row in rows]
-    measured = {name: value for name in candidates if (value := numbers.mean(name, column)) is not None}
-    return max(measured, key=lambda name: measured[name]) if measured else candidates[0]
 
 
 def other_row(table: ReportTable, main: str, among: Collection[str]) -> str | None:

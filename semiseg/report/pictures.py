@@ -31,7 +31,6 @@ from semiseg.report.picture_choice import (
     class_name,
     image_gains,
     judged,
-    main_row,
     other_row,
     pick_images,
     read_image,
@@ -80,7 +79,7 @@ def draw_pictures(report: ReportInput, numbers: TableNumbers, stored: StoredDete
     table = numbers.table
     try:
         seed, runs = runs_of_one_seed(report, table)
-        main = main_row(numbers, runs)
+        main = numbers.main_row(runs)
         other = other_row(table, main, runs)
         if (truth := stored.truth()) is None:
             raise UserError("the validation set with its masks is not on this machine")

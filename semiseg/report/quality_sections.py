@@ -26,8 +26,8 @@ _SIZES = {"APs": ("small", 0, 32**2), "APm": ("medium", 32**2, 96**2), "APl": ("
 
 def class_section(page: PageContext, numbers: TableNumbers) -> list[str]:
     """Mask AP per class: table and bars, both in the same order."""
-    table, gaps = numbers.table, class_gaps(numbers.table, numbers.classes)
-    classes = numbers.classes.loc[sorted_classes(table, numbers.classes)]
+    table, gaps = numbers.table, class_gaps(numbers)
+    classes = numbers.classes.loc[sorted_classes(numbers)]
     labels = {row.name: row.label for row in table.rows}
     lines = []
     for name, line in zip(classes.index, classes.to_numpy(), strict=True):
@@ -35,7 +35,7 @@ def class_section(page: PageContext, numbers: TableNumbers) -> list[str]:
         gap = [] if gaps is None else [number(gaps[name], sign=True)]
         lines.append([str(name), *group, *(number(value) for value in line), *gap])
     headings = ["class", *(["group"] if table.unseen else []), *(row.label for row in table.rows)]
-    main, order, below = shown_row(table, classes), "", ""
+    main, order, below = shown_row(numbers), "", ""
     if main is not None:
         groups = ", unseen and seen classes apart" if table.unseen else ""
         by = f"AP of {labels[main]}, highest first"
@@ -50,7 +50,7 @@ def class_section(page: PageContext, numbers: TableNumbers) -> list[str]:
         markdown_table(headings, lines, texts=2 if table.unseen else 1),
         *page.figures.show(
             f"{table.name}_classes",
-            class_figure(table, numbers.classes, row_styles(page.report.tables)),
+            class_figure(numbers, row_styles(page.report.tables)),
             alt=f"mask AP per class, {table.name}",
             caption=below,
         ),
