@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from semiseg.report.aggregate import compared_pairs, table_numbers
 from semiseg.report.published import read_published
 from semiseg.report.statements import answer
 from semiseg.report.tables import layout
-from semiseg.results import Result, append
+from semiseg.results import Result, append, read
 from semiseg.study import Study, StudyRun, load_study, study_runs
 from semiseg.study_plan import run_identity
 from tests.recorded_runs import recorded_run
@@ -112,6 +113,46 @@ def test_the_neighbourhood_study_without_measured_edges(tmp_path: Path) -> None:
     assert "Which edges count" not in text
     notes = section(text, "### The printed numbers (BoxInst, neighbourhood of the pairwise loss)")
     assert "- size3-dilation1, size3-dilation2, size5-dilation1, size5-dilation2: tau=0.1" in notes
+
+
+def test_what_was_measured_on_trainings_that_are_not_recorded_any_more_is_dropped(tmp_path: Path) -> None:
+    rows, classes = {"dice": 43.0, "redesigned": 40.0}, tuple(SHAPES_CLASSES)
+    both = load_study("shapes_table2", seeds=[0, 1])
+    record(both, tmp_path, rows, classes=classes)
+    first, second = (run for run in read(tmp_path / "results.jsonl") if run.row == "dice")
+    # One of the runs is trained again with other numbers.
+    newest = replace(first, metrics={**first.metrics, "images": 4}, finished="2027-01-01T00:00:00+00:00")
+    append(tmp_path / "results.jsonl", newest)
+    old, new, again = first.trained_as, second.trained_as, newest.trained_as
+    assert again.partition(".")[0] == old.partition(".")[0]
+    other, setting = "0123456789abcdef", "v1, 1000 resamples, classes 0123456789ab"
+    kept = {
+        "bootstrap": {f"{setting}: {again}": {}, f"{setting}: {again}+{new}": {}},
+        "detections": {f"{new}|0123456789ab": True},
+        "failures": {f"{new}/v1": {}},
+        "object_sizes": {new.partition(".")[0]: {}},
+        "tightness": {"ground truth|data1": {}, new: {}},
+    }
+    stale = {
+        "bootstrap": {f"{setting}: {old}": {}, f"{setting}: {again} - {old}": {}, f"{setting}: {old}+{new}": {}},
+        "detections": {f"{old}|0123456789ab": True},
+        "failures": {f"{old}/v1": {}, f"{other}.01234567/v1": {}},
+        "gap_parts": {f"{new}|{old}": {}, f"{old}|{new}": {}},
+        "object_sizes": {other: {}},
+        "tightness": {f"ground truth|{other}": {}},
+    }
+    path = tmp_path / "measured.json"
+    path.write_text(json.dumps({part: {**kept.get(part, {}), **stale[part]} for part in stale}))
+    for seeds in ([0], [0, 1]):  # what a page of fewer seeds does not show is recorded nevertheless
+        study = load_study("shapes_table2", seeds=seeds)
+        build(study, tmp_path, record=tmp_path, command=["semiseg", "run", "shapes_table2"])
+        left = json.loads(path.read_text())
+        assert {
+            part: {key: value for key, value in left[part].items() if value == {} or value is True} for part in left
+        } == kept
+    before = path.read_bytes()
+    build(study, tmp_path, record=tmp_path, command=["semiseg", "run", "shapes_table2"])
+    assert path.read_bytes() == before
 
 
 def test_a_report_that_has_its_measurements_does_without_torch(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from semiseg.report.aggregate import ReportInput, ReportRow, ReportTable
 from semiseg.report.configurations import differing, settings
 from semiseg.report.page import build_report, report_text
 from semiseg.resources import find
-from semiseg.results import Result, read
+from semiseg.results import Result, latest, read
 from semiseg.splits import load_split
 from semiseg.study import PRETRAIN_ROW, RunKey, Study, StudyRow, StudyTable, row_run, study_runs
 from semiseg.study_plan import RESULTS_NAME, RUNS_FOLDER, class_names, matching_results
@@ -57,7 +57,8 @@ def build(study: Study, folder: Path, *, record: Path, command: Sequence[str]) -
 
 def report_input(study: Study, folder: Path, *, command: Sequence[str]) -> ReportInput:
     """Everything that the report of a study is made from; `folder` is that of the record."""
-    found = matching_results(study, read(folder / RESULTS_NAME))
+    recorded = read(folder / RESULTS_NAME)
+    found = matching_results(study, recorded)
     edges, measured = recorded_edges(folder)
     tables = tuple(_table(study, table, found, edges) for table in study.tables)
     cells = {
@@ -89,6 +90,7 @@ def report_input(study: Study, folder: Path, *, command: Sequence[str]) -> Repor
         pretraining_results=tuple(found[run.key] for run in pretrainings if run.key in found),
         difficulty=recorded_difficulty(folder),
         edges=measured,
+        recorded=tuple(latest(recorded).values()),
         run_folders={run_id: path for run_id in run_ids for path in RUNS_FOLDER.glob(f"*/*-{run_id}")},
         val_annotations=annotations,
         val_images=images,

@@ -102,11 +102,12 @@ class ReportInput:
         paper_data: whether these are the data of the printed numbers.
         edges: how the edges of the rows were measured, in a sentence.
         edge_curve: the edges of the pairwise losses against the colour threshold, where measured.
-        edge_curve: the edges of the pairwise losses against the colour threshold, where measured.
         difficulty: measured properties of the data set, one sentence each.
         run_command, report_command: what fills missing cells ("" if nothing does) and what rebuilds the report.
         records: the files that the results were read from, as the page names them.
         notes: what else a reader must know before the numbers, a sentence or two each, in Markdown.
+        recorded: every training of the record, the newest of each run, also those that no cell shows; empty if that is
+            not known. What was measured on others is dropped.
         run_folders: run id -> folder with log.jsonl and detections.json; folders may be gone.
         val_annotations, val_images: for the pictures; may be None or gone.
         picture_seed: draws the images that the pictures show.
@@ -131,6 +132,7 @@ class ReportInput:
     edge_curve: EdgeCurve | None = None
     records: tuple[str, ...] = ("`results.jsonl` beside this file",)
     notes: tuple[str, ...] = ()
+    recorded: tuple[Result, ...] = ()
     run_folders: Mapping[str, Path] = field(default_factory=dict)
     val_annotations: Path | None = None
     val_images: Path | None = None

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from semiseg.resources import write_text
+from semiseg.results import Result
 
 MEASURED_NAME = "measured.json"
+# Of trainings (`Result.trained_as`), runs and data: digests of 16 letters, as no setting in a key has them.
+_NAMES = re.compile(r"(?<![0-9a-f])[0-9a-f]{16}(?:\.[0-9a-f]{8})?(?![0-9a-f])")
 
 
 class Measured:
@@ -40,8 +44,19 @@ class Measured:
             self._changed = True
         return kept[key]
 
+    def keep_only(self, recorded: Iterable[Result]) -> None:
+        """Drops what was measured on trainings, runs or data that none of the results is of.
+
+        A key without any name of that kind stays.
+        """
+        known = {name for run in recorded for name in (run.trained_as, run.run_id, run.data_fingerprint)}
+        for kept in self._parts.values():
+            for key in [key for key in kept if not set(_NAMES.findall(key)) <= known]:
+                del kept[key]
+                self._changed = True
+
     def save(self) -> None:
-        """Writes the file if something was added."""
+        """Writes the file if something was added or dropped."""
         if self._changed:
             parts = {name: dict(sorted(kept.items())) for name, kept in sorted(self._parts.items()) if kept}
             write_text(self._path, json.dumps(parts, separators=(",", ":"), ensure_ascii=False) + "\n")

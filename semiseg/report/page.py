@@ -86,6 +86,8 @@ def build_report(report: ReportInput, *, out: Path, published: Path) -> Path:
         *protocol(report),
         *provenance(report),
     ]
+    if report.recorded:
+        page.measured.keep_only(report.recorded)
     page.measured.save()
     text = "\n\n".join(block.rstrip("\n") for block in blocks) + "\n"
     write_text(out / "report.md", text)

@@ -92,7 +92,7 @@ class StoredDetections:
     def _are_recorded(self, run: Result, results: Sequence[Mapping[str, Any]], content: bytes) -> bool:
         """Whether these are the detections of the training; `content` is their file."""
         key = run.trained_as
-        files = hashlib.sha256(self._truth_digest + hashlib.sha256(content).digest()).hexdigest()[:16]
+        files = hashlib.sha256(self._truth_digest + hashlib.sha256(content).digest()).hexdigest()[:12]
 
         def evaluate() -> bool | None:
             if key not in self._matches:
