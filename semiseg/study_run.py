@@ -22,7 +22,7 @@ from semiseg.engine.logs import format_seconds
 from semiseg.errors import UserError
 from semiseg.results import Result, append, latest, read
 from semiseg.study import PRETRAIN_ROW
-from semiseg.study_child import Child, Machine, last_step, python_command, share_of, this_machine
+from semiseg.study_child import Child, Machine, last_step, share_of, this_machine
 from semiseg.study_plan import PlannedRun
 from semiseg.study_progress import StudyProgress
 
@@ -39,7 +39,7 @@ class Execution:
         launch: accelerate's configuration file for each run, of as many processes on this machine.
         reproduce: train also what is recorded but was not trained in this folder.
         typed: the command that the user typed, for the record.
-        command: what runs the command line of a child.
+        command: what runs the command line of a child; None = this installation.
         grace_seconds: an interrupted run's time for its checkpoint.
         line_seconds: between two lines of progress where there is no terminal.
     """
@@ -49,7 +49,7 @@ class Execution:
     launch: Path | None = None
     reproduce: bool = False
     typed: tuple[str, ...] = ()
-    command: tuple[str, ...] = field(default_factory=python_command)
+    command: tuple[str, ...] | None = None
     machine: Machine = field(default_factory=this_machine)
     poll_seconds: float = 0.2
     grace_seconds: float = 60.0
