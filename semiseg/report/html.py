@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote
 
 from markdown_it import MarkdownIt
+from markdown_it.common.utils import escapeHtml
 from markdown_it.token import Token
 from markdown_it.tree import SyntaxTreeNode
 
@@ -26,6 +27,7 @@ _WIDEST_LINE = 115  # letters; in wider tables numbers in parentheses stand belo
 _LONGEST_LISTING = 5  # lines; longer ones are folded
 _SMALLEST_SCALE = 0.75  # of a figure's own width: smaller letters could not be read, so that it is scrolled instead
 _GROUP = re.compile(r"(all|unseen|seen)\b")
+_PERCENT = re.compile(r"(?<=\d) %")
 _BEHIND = re.compile(r" (\([^()<>]*\))$")
 _FOOTER = (
     '<footer><p>Links marked <span class="beside">so</span> open files that lie beside this page. '
@@ -36,9 +38,10 @@ _FOOTER = (
 def render_page(text: str, folder: Path) -> str:
     """The page of a report.
 
-    The words are those of the Markdown: CommonMark with GitHub's tables; raw HTML is shown as the letters it is. A
-    figure with an SVG beside its PNG is drawn as SVG, in the colours of the page; pictures are embedded. A paragraph
-    that holds only an image, and a wholly emphasised one after it, are a figure and its caption.
+    The words are those of the Markdown: CommonMark with GitHub's tables; raw HTML is shown as the letters it is, and
+    no line ends between a number and its percent sign. A figure with an SVG beside its PNG is drawn as SVG, in the
+    colours of the page; pictures are embedded. A paragraph that holds only an image, and a wholly emphasised one after
+    it, are a figure and its caption.
 
     Args:
         text: report.md.
@@ -64,6 +67,7 @@ class _Page:
         self._folder = folder
         self._markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
         self._markdown.add_render_rule("image", lambda _, tokens, place, *rest: self._image(tokens[place])[0])
+        self._markdown.add_render_rule("text", lambda _, tokens, place, *rest: _unbroken(tokens[place].content))
         self._markdown.add_render_rule("link_open", lambda _, tokens, place, *rest: _link(tokens[place]))
         self._taken: dict[str, int] = {}
         self._headings: list[_Heading] = []
@@ -269,6 +273,11 @@ def _column(words: Sequence[str], html: Sequence[str], *, is_right: bool, is_fir
     start, end = ('th scope="row"', "th") if is_first else ("td", "td")
     head = _BEHIND.sub(r' <span class="behind">\1</span>', html[0])
     return [f'<th scope="col"{kind}>{head}</th>', *(f"<{start}{kind}>{cell}</{end}>" for cell in body)]
+
+
+def _unbroken(text: str) -> str:
+    """A text as HTML; a number and its percent sign stay on one line."""
+    return escapeHtml(_PERCENT.sub("\N{NO-BREAK SPACE}%", text))
 
 
 def _link(token: Token) -> str:
