@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +255,18 @@ def test_the_parts_are_what_was_made_worse(tmp_path: Path, truth_file: Path) -> 
         "100.0 %",
     ]
     assert cells(blocks, "full-masks")[:2] == [same, same]
+
+
+def test_the_method_is_told_in_short_pieces_that_name_every_column(tmp_path: Path, truth_file: Path) -> None:
+    full = perfect()
+    page = make_page(tmp_path, truth_file, {("masks", 0): worse_masks(full), ("full-masks", 0): full})
+    blocks = gap_parts_section(page, page.tables[0])
+    place = next(number for number, block in enumerate(blocks) if block.startswith("| row"))
+    pieces = [line for block in blocks[1:place] for line in block.splitlines()]
+    assert max(map(len, pieces)) < 330
+    told = {words.lower() for piece in pieces for words in re.findall(r"\*\*(.*?)\*\*", piece)}
+    headings = [cell.strip() for cell in blocks[place].splitlines()[0].strip("|").split("|")]
+    assert told == set(headings) - {"row", "AP"}
 
 
 def test_seeds_are_paired_and_the_measurement_outlives_the_detections(tmp_path: Path, truth_file: Path) -> None:

@@ -72,7 +72,7 @@ def gap_parts_section(page: PageContext, numbers: TableNumbers) -> list[str]:
     return [
         heading,
         gap_sentence(by_row[numbers.main_row(by_row)], classes=classes, bound=bound.label),
-        _explanation(label),
+        *_explanation(label),
         _parts_table(found, bound),
         *missing_note(_missing(page.report, table, found, bound)),
         *page.figures.show(
@@ -95,18 +95,22 @@ def _missing(report: ReportInput, table: ReportTable, found: Sequence[GapParts],
     ]
 
 
-def _explanation(label: str) -> str:
-    return (
-        "Measured on stored detections, seed by seed. **True masks**: every detection that found an object (box IoU "
-        "of at least 0.5, matched as COCO does) gets the object's mask, so that only errors of detection remain. "
-        f"**Boxes and order of {label}**: every detection of {label} takes the mask of the row's detection of the same "
-        "image and class that overlaps its box most (IoU of at least 0.5), so that the row's masks stand under the "
-        f"boxes and scores of {label}. What the row gains by that is the **box part** of the gap, what it still lacks "
-        f"the **mask part**; they add up to the gap. A detection without a partner keeps the mask of {label}, which "
-        "moves a little from the mask part to the box part; the last column is the share of these among the "
-        f"detections of {label} that found an object. The difference to {label} with true masks in both is a second "
-        "estimate of the box part, in AP whose masks are perfect."
-    )
+def _explanation(label: str) -> list[str]:
+    """How it was measured: a sentence, then a list with what each column means."""
+    return [
+        'Measured on stored detections, seed by seed. "Found" means a box IoU of at least 0.5, matched as COCO does.',
+        "- **With true masks**: every detection that found an object gets the object's mask. Only errors of detection "
+        "remain.\n"
+        f"- **Boxes and order of {label}**: every detection of {label} takes a mask of the row, that of the detection "
+        "of the same image and class that overlaps its box most (IoU of at least 0.5). The row's masks then stand "
+        f"under the boxes and scores of {label}.\n"
+        "- **Gap** = box part + mask part. **Box part**: what the row gains by the boxes and order of "
+        f"{label}. **Mask part**: what it still lacks.\n"
+        f"- **Box part by true masks**: the difference to {label} with true masks in both, a second estimate, in AP "
+        "whose masks are perfect.\n"
+        f"- **Without partner**: of the detections of {label} that found an object the share for which the row has no "
+        f"such mask. They keep the mask of {label}, which moves a little from the mask part to the box part.",
+    ]
 
 
 def _parts_table(found: Sequence[GapParts], bound: ReportRow) -> str:
