@@ -17,6 +17,7 @@ from semiseg.bench.row import Close, Place, Result, Row, Sizes, Task, array
 from semiseg.models.dynamic_mask import dynamic_masks, filter_shapes, num_filter_numbers
 
 STRIDE, DYNAMIC_CHANNELS, LAYERS = 8, 8, 3
+FEATURE_STEP, FILTER_STEP = 1 / 4, 1 / 8
 
 
 def grouped_masks(
@@ -80,13 +81,20 @@ def _straightforward(sizes: Sizes, place: Place) -> Task:
 
 
 def _inputs(sizes: Sizes, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Features, filters, image index, locations, ranges, and the gradient that comes from the losses."""
+    """Features, filters, image index, locations, ranges, and the gradient that comes from the losses.
+
+    Features and filters are multiples of powers of 2, locations are centres of cells: in float32 everything before a
+    ReLU is then exact, in whatever order it is added. Of arbitrary numbers one among 62 million before the ReLUs of
+    256 instances was 5e-8, and one side rounded it to the other side of 0: another gradient in all features there.
+    """
     generator = torch.Generator().manual_seed(4)
     count, grid_hw = sizes["instances"], (sizes["rows"], sizes["columns"])
     numbers = num_filter_numbers(filter_shapes(sizes["channels"], DYNAMIC_CHANNELS, LAYERS))
     features = torch.randn(sizes["images"], sizes["channels"], *grid_hw, generator=generator)
-    filters = 0.3 * torch.randn(count, numbers, generator=generator)
-    location_xy = torch.rand(count, 2, generator=generator) * torch.tensor([grid_hw[1], grid_hw[0]]) * STRIDE
+    features = (features / FEATURE_STEP).round() * FEATURE_STEP
+    filters = (0.3 * torch.randn(count, numbers, generator=generator) / FILTER_STEP).round() * FILTER_STEP
+    cell_xy = (torch.rand(count, 2, generator=generator) * torch.tensor([grid_hw[1], grid_hw[0]])).floor()
+    location_xy = cell_xy * STRIDE + STRIDE // 2
     coordinate_range = torch.tensor([64.0, 128.0, 256.0, 512.0, 1024.0])[torch.arange(count) % 5]
     upstream = torch.randn(count, *grid_hw, generator=generator)
     return (

@@ -1,14 +1,22 @@
 """Row `step`: forward and backward of one training step of BoxInst, ResNet-50; the update is the same for both.
 
 Straightforward: `plain_step`. Both start from the same random weights.
+
+How close the gradients can be: among the millions of numbers before ReLUs, up to 4e-6 beside a deviation of 1, one to
+six have another sign in float32 than in float64, on either side, and others with another number of threads. With the
+signs of either float32 run, float64 gives its gradients to 2e-5 of their norms; with its own signs, only to 2e-2: in
+the coarsest level of a small image one ReLU is a good part of a gradient. Such a distance is no error of a formula.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from semiseg.bench.inputs import coco_like_boxes, picture, shared_out
 from semiseg.bench.plain_network import PlainCondInst
@@ -23,7 +31,30 @@ from semiseg.structures.inputs import Batch, Targets
 LOSSES = (*DETECTION_LOSSES, "projection", "pairwise")
 RESIDUAL_SCALE = 0.2  # of the last norm of a residual block, so that activations stay small without trained norms
 LEAST_NORM = 1e-12  # of a gradient: that of a level without positives is 0
-NUMBERS_PER_GRADIENT = 64  # of each parameter's gradient that are compared
+SUMS_PER_GRADIENT = 64
+LOSS_TOLERANCE = 1e-5  # of the largest; they differed by at most 4e-7
+
+
+@dataclass(frozen=True)
+class CloseGradients:
+    """Steps agree if their losses do, no gradient is further than `every` of its norm, and half of them are nearer.
+
+    Attributes:
+        every: bound of the distance of any parameter's gradient, in the norm of the straightforward one.
+        half: bound for half of the gradients. A wrong loss shows in most of them, a ReLU near 0 hardly ever.
+    """
+
+    every: float
+    half: float = 2e-3  # the median was at most 9e-4
+
+    def __call__(self, ours: Result, straightforward: Result) -> bool:
+        """Whether they agree; both as `_result` returns them."""
+        losses = [{"names": side["names"], "losses": side["losses"]} for side in (ours, straightforward)]
+        if not Close(LOSS_TOLERANCE)(*losses):
+            return False
+        norms = np.linalg.norm(straightforward["sums"], axis=1).clip(min=LEAST_NORM)
+        distances = np.linalg.norm(ours["sums"] - straightforward["sums"], axis=1) / norms
+        return bool((distances <= self.every).all() and np.median(distances) <= self.half)  # not if any is NaN
 
 
 def _ours(sizes: Sizes, place: Place) -> Task:
@@ -110,14 +141,22 @@ def training_batch(sizes: Sizes) -> Batch:
 
 
 def _result(losses: Tensor, model: nn.Module) -> Result:
-    """The losses, and of every gradient its norm and some of its numbers."""
+    """The losses, and of every gradient, by name, `signed_sums` (parameters, sums)."""
     gradients = {name: p.grad for name, p in sorted(model.named_parameters()) if p.grad is not None}
-    norms = torch.stack([gradient.double().norm() for gradient in gradients.values()]).clamp(min=LEAST_NORM)
-    samples = [
-        gradient.flatten()[:: max(gradient.numel() // NUMBERS_PER_GRADIENT, 1)] for gradient in gradients.values()
-    ]
-    scaled = torch.cat([(part.double() / norm) for part, norm in zip(samples, norms, strict=True)])
-    return {"losses": array(losses), "names": list(gradients), "norms": array(norms.log()), "samples": array(scaled)}
+    sums = torch.stack([signed_sums(gradient) for gradient in gradients.values()])
+    return {"losses": array(losses), "names": list(gradients), "sums": array(sums)}
+
+
+def signed_sums(gradient: Tensor) -> Tensor:
+    """(64,) float64 sums of all numbers of a gradient of any shape, each with a random sign, the same at every call.
+
+    The distance of two gradients' sums is about their own distance, so that a few numbers stand for millions
+    (Charikar et al. 2002, count sketch). It is that exactly for a gradient of at most 64 numbers.
+    """
+    generator = torch.Generator().manual_seed(7)
+    values = gradient.cpu().double().flatten()
+    values = values * (2 * torch.randint(2, values.shape, generator=generator) - 1)
+    return F.pad(values, (0, -len(values) % SUMS_PER_GRADIENT)).view(-1, SUMS_PER_GRADIENT).sum(0)
 
 
 ROW = Row(
@@ -128,5 +167,5 @@ ROW = Row(
     quick_passes=2,
     ours=_ours,
     straightforward=_straightforward,
-    agree=Close(1e-3),
+    agree=CloseGradients(every=1e-2),  # the furthest was at 3e-3
 )
