@@ -52,7 +52,7 @@ def lay_out(figure: Figure) -> None:
     """Gives everything its place, once: the layout takes longer than drawing, and every format would ask for it."""
     if not isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine):
         return
-    with _quiet_about_fonts():
+    with quiet_about_fonts():
         figure.draw_without_rendering()
     figure.set_layout_engine("none")
 
@@ -61,7 +61,7 @@ def png(figure: Figure, *, colours: int = 128) -> bytes:
     """Draws a figure and reduces it to a palette: a third of the bytes, and no time stamp or version inside."""
     lay_out(figure)
     canvas = FigureCanvasAgg(figure)
-    with _quiet_about_fonts():
+    with quiet_about_fonts():
         canvas.draw()
     small = io.BytesIO()
     image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
@@ -73,14 +73,14 @@ def png(figure: Figure, *, colours: int = 128) -> bytes:
 def svg(figure: Figure) -> bytes:
     """Draws a figure as SVG with letters as letters, without a time stamp; ids follow from the content alone."""
     drawn = io.BytesIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "semiseg"}), _quiet_about_fonts():
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "semiseg"}), quiet_about_fonts():
         figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
     # Where none of the fonts is installed, letters without serifs.
     return re.sub(rb"(<text style=\"[^\"]*font(?:-family)?: [^;\"]*')", rb"\1, sans-serif", drawn.getvalue())
 
 
 @contextlib.contextmanager
-def _quiet_about_fonts() -> Iterator[None]:
+def quiet_about_fonts() -> Iterator[None]:
     """No font of a script here: boxes instead, without a warning for each letter."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")

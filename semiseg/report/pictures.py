@@ -16,13 +16,27 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.text import Text
 from matplotlib.transforms import Bbox, TransformedBbox
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
 from semiseg.errors import UserError
 from semiseg.report.aggregate import ReportInput, ReportTable, TableNumbers
-from semiseg.report.drawing import BLUE, DPI, GREEN, ORANGE, PURPLE, SKY, VERMILLION, Drawing, new_figure, plain, png
+from semiseg.report.drawing import (
+    BLUE,
+    DPI,
+    GREEN,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILLION,
+    Drawing,
+    new_figure,
+    plain,
+    png,
+    quiet_about_fonts,
+)
 from semiseg.report.picture_choice import (
     EXTREME_IMAGES,
     RANDOM,
@@ -130,7 +144,8 @@ def _note(
     solid = " Solid boxes: unseen classes, dashed: seen classes." if table.unseen else ""
     return (
         f"{rule[:1].upper()}{rule[1:]}. Runs of seed {seed}; detections with a score above {SCORE_THRESHOLD}. "
-        "A detection has the colour of the object that its box covers best (IoU at least 0.5), grey if none." + solid
+        "A detection has the colour of the object that its box covers best (IoU at least 0.5), grey if none. "
+        "Where scores would lie on each other, the lower one moves to the lower left corner or is left out." + solid
     )
 
 
@@ -230,6 +245,46 @@ def _found_instances(
     return instances
 
 
+def _label(sheet: Axes, instance: _Instance) -> tuple[Text, Bbox]:
+    """The text beside a box, not yet on the sheet, and its extent in pixels."""
+    text = Text(0, 0, plain(instance.text), fontsize=5, color="black", va="top", transform=sheet.transData)
+    text.set_figure(sheet.figure)
+    with quiet_about_fonts():
+        extent = text.get_window_extent()
+    text.set_bbox({"facecolor": instance.colour, "edgecolor": "none", "pad": 0.4, "alpha": 0.85})
+    return text, extent
+
+
+def label_corners(
+    boxes: Sequence[Bbox], sizes: Sequence[tuple[float, float]], inside: Bbox
+) -> list[tuple[float, float] | None]:
+    """Where the label of each box stands: in its upper left corner, else in its lower left one; None: nowhere.
+
+    No two labels overlap: the last box, which is that of the highest score, chooses first.
+
+    Args:
+        boxes, inside: in pixels, y downwards; labels stay inside of `inside`.
+        sizes: width and height of the labels, in pixels.
+    """
+    taken: list[Bbox] = []
+    corners: list[tuple[float, float] | None] = []
+    for box, (width, height) in zip(reversed(boxes), reversed(sizes), strict=True):
+        left = max(inside.x0, min(box.x0, inside.x1 - width))
+        free = None
+        for top in (box.y0, box.y1 - height):
+            own = Bbox.from_bounds(left, max(inside.y0, min(top, inside.y1 - height)), width, height)
+            if not any(_overlap(own, other) for other in taken):
+                taken.append(own)
+                free = (own.x0, own.y0)
+                break
+        corners.append(free)
+    return corners[::-1]
+
+
+def _overlap(first: Bbox, second: Bbox) -> bool:
+    return first.x0 < second.x1 and second.x0 < first.x1 and first.y0 < second.y1 and second.y0 < first.y1
+
+
 def _draw_panel(sheet: Axes, place: Bbox, image: np.ndarray, instances: Sequence[_Instance]) -> None:
     """Masks in colour over a greyed image, boxes on top, so that colours mean instances only."""
     grey = image.astype(np.float64).mean(2, keepdims=True).repeat(3, 2)
@@ -241,21 +296,19 @@ def _draw_panel(sheet: Axes, place: Bbox, image: np.ndarray, instances: Sequence
     sheet.imshow(shown.astype(np.uint8), interpolation="antialiased", extent=extent, aspect="auto")
     across, down = place.width / image.shape[1], place.height / image.shape[0]
     inside = TransformedBbox(place, sheet.transData)
-    for instance in instances:
-        x, y, width, height = instance.box
-        style = "-" if instance.unseen else (0, (3, 2))
-        left, top = place.x0 + across * x, place.y0 + down * y
-        box = Rectangle((left, top), across * width, down * height, fill=False, color=instance.colour)
-        box.set(linewidth=1, linestyle=style)
-        sheet.add_patch(box).set_clip_box(inside)
-        sheet.text(
-            *(left, max(place.y0, top), plain(instance.text)),
-            fontsize=5,
-            color="black",
-            va="top",
-            clip_box=inside,
-            clip_on=True,
-            bbox={"facecolor": instance.colour, "edgecolor": "none", "pad": 0.4, "alpha": 0.85},
-        )
+    boxes = [
+        Bbox.from_bounds(place.x0 + across * x, place.y0 + down * y, across * width, down * height)
+        for x, y, width, height in (instance.box for instance in instances)
+    ]
+    labels = [_label(sheet, instance) for instance in instances]
+    corners = label_corners(boxes, [(label.width, label.height) for _, label in labels], place)
+    for instance, box, (text, _), corner in zip(instances, boxes, labels, corners, strict=True):
+        outline = Rectangle((box.x0, box.y0), box.width, box.height, fill=False, color=instance.colour)
+        outline.set(linewidth=1, linestyle="-" if instance.unseen else (0, (3, 2)))
+        sheet.add_patch(outline).set_clip_box(inside)
+        if corner is not None:
+            text.set_position(corner)
+            text.set_clip_box(inside)
+            sheet.add_artist(text)
     frame = Rectangle((place.x0, place.y0), place.width, place.height, fill=False, color="black", linewidth=0.8)
     sheet.add_patch(frame).set_zorder(3)
