@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.transforms import Bbox
 from PIL import Image
 from pycocotools import mask as rle
 
@@ -17,12 +18,19 @@ from semiseg.evaluation.coco_metrics import evaluate_detections, load_ground_tru
 from semiseg.evaluation.instances import SHARES, match_instances
 from semiseg.report.aggregate import ReportInput, ReportRow, ReportTable, table_numbers
 from semiseg.report.context import FigureFiles, PageContext
-from semiseg.report.failure_pictures import PER_CAUSE, crop_window, worst_failures
+from semiseg.report.failure_pictures import PER_CAUSE, crop_window, packed, worst_failures
 from semiseg.report.failures import CAUSES, causes_of_failure, failure_counts, failure_section
 from semiseg.report.gap_parts import gap_parts_section
 from semiseg.report.measured import Measured
 from semiseg.report.picture_choice import GAIN, LOSS, RANDOM, choose_images, image_gains, other_row
-from semiseg.report.pictures import INSTANCE_COLOURS, UNMATCHED, _found_instances, draw_pictures, line_label
+from semiseg.report.pictures import (
+    INSTANCE_COLOURS,
+    UNMATCHED,
+    _found_instances,
+    draw_pictures,
+    label_corners,
+    line_label,
+)
 from semiseg.report.stored import StoredDetections
 from semiseg.report.tightness import tightness_section
 from semiseg.results import Result
@@ -271,3 +279,35 @@ def test_the_worst_of_each_cause_come_first_and_tiles_lie_within_the_image():
     assert crop_window([0, 20, 10, 20], width=100, height=60) == pytest.approx((0, 14, 32))
     assert crop_window([80, 0, 20, 10], width=100, height=60) == pytest.approx((68, 0, 32))
     assert crop_window([0, 0, 100, 60], width=100, height=60) == pytest.approx((-30, -50, 160))
+
+
+def test_labels_of_boxes_that_coincide_do_not_lie_on_each_other():
+    inside = Bbox.from_bounds(10, 20, 100, 100)
+    box, far = Bbox.from_bounds(30, 40, 50, 50), Bbox.from_bounds(70, 100, 50, 50)
+    size = (12.0, 6.0)
+    assert label_corners([], [], inside) == []
+    # The last has the highest score: its label stays, the next one moves down, and the lowest is left out.
+    assert label_corners([box, box, box], [size] * 3, inside) == [None, (30, 84), (30, 40)]
+    assert label_corners([box, far], [size] * 2, inside) == [(30, 40), (70, 100)]
+    # Boxes that leave the picture: the labels do not.
+    out = [Bbox.from_bounds(-50, -50, 300, 300), Bbox.from_bounds(108, 119, 9, 9)]
+    assert label_corners(out, [size] * 2, inside) == [(10, 20), (98, 114)]
+
+
+def test_random_labels_are_apart_and_the_highest_score_has_its_own():
+    draw, inside = np.random.default_rng(0), Bbox.from_bounds(0, 0, 90, 90)
+    boxes = [Bbox.from_bounds(*draw.uniform(0, 60, 2), *draw.uniform(10, 40, 2)) for _ in range(25)]
+    corners = label_corners(boxes, [(14.0, 7.0)] * 25, inside)
+    shown = [corner for corner in corners if corner is not None]
+    assert corners[-1] == (min(boxes[-1].x0, 76), min(boxes[-1].y0, 83))
+    assert 5 < len(shown) < 25
+    for place, (x, y) in enumerate(shown):
+        assert all(abs(x - other_x) >= 14 or abs(y - other_y) >= 7 for other_x, other_y in shown[:place])
+
+
+def test_causes_with_few_failures_share_a_line():
+    counts = {"merged": 6, "box": 1, "leak": 2, "part missing": 3, "other": 1}
+    assert packed(counts) == [["merged"], ["box", "leak", "part missing"], ["other"]]
+    assert packed({"leak": 5, "other": 2}) == [["leak"], ["other"]]
+    assert packed({"leak": 1}) == [["leak"]]
+    assert packed({}) == []

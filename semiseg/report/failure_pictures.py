@@ -11,11 +11,12 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
+from matplotlib.lines import Line2D
 from pycocotools import mask as rle
 
 from semiseg.errors import UserError
 from semiseg.report.aggregate import ReportInput, TableNumbers
-from semiseg.report.drawing import ORANGE, Drawing, new_figure, png
+from semiseg.report.drawing import GREY, ORANGE, Drawing, new_figure, png
 from semiseg.report.picture_choice import class_name, judged, read_image, runs_of_one_seed
 from semiseg.report.pictures import Pictures, plain_lines
 from semiseg.report.stored import StoredDetections
@@ -23,7 +24,8 @@ from semiseg.report.stored import StoredDetections
 PER_CAUSE = 6
 CROP = 1.6  # side of a tile, in longer sides of the object's box
 _TILE_INCHES = 1.45
-_HEADING_INCHES = 0.3
+_GAP_INCHES = 0.04  # on each side of a tile
+_HEADING_INCHES = 0.4
 _TITLE_INCHES = 0.34
 
 
@@ -72,7 +74,8 @@ def failure_picture(
         return Pictures(None, str(error))
     shares = {cause: int((failed["cause"] == cause).sum()) for cause in causes}
     note = (
-        f"The failures of {label}, seed {seed}: of each cause the {PER_CAUSE} with the lowest mask IoU at most. "
+        f"The failures of {label}, seed {seed}: of each cause the {PER_CAUSE} with the lowest mask IoU at most; above "
+        "them its share of all failures. "
         "White line: the object's mask; orange: the predicted mask. Each tile is 1.6 times as wide as the object's box."
     )
     return Pictures(_draw(tiles, shares), note)
@@ -104,18 +107,46 @@ def _tiles(report: ReportInput, truth: Any, results: Sequence[Mapping[str, Any]]
     return tiles
 
 
+def packed(counts: Mapping[str, int]) -> list[list[str]]:
+    """The causes in lines of at most PER_CAUSE tiles, in their order; a cause is never divided.
+
+    Args:
+        counts: cause -> number of its tiles, at most PER_CAUSE.
+    """
+    lines: list[list[str]] = []
+    for cause, count in counts.items():
+        if lines and sum(counts[other] for other in lines[-1]) + count <= PER_CAUSE:
+            lines[-1].append(cause)
+        else:
+            lines.append([cause])
+    return lines
+
+
 def _draw(tiles: Mapping[str, Sequence[_Tile]], counts: Mapping[str, int]) -> Drawing:
-    total = sum(counts.values())
-    figure = new_figure(_TILE_INCHES * PER_CAUSE, (_TILE_INCHES + _TITLE_INCHES + _HEADING_INCHES) * len(tiles) + 0.05)
-    for part, (cause, shown) in zip(figure.subfigures(len(tiles), 1, squeeze=False)[:, 0], tiles.items(), strict=True):
-        unit = "failure" if total == 1 else "failures"
-        heading = f"{cause}: {counts[cause]} of {total} {unit} ({100 * counts[cause] / total:.0f} %)"
-        part.suptitle(heading, fontsize=9, fontweight="bold", x=0.01, ha="left")
-        panels = part.subplots(1, PER_CAUSE, squeeze=False)[0]
-        for panel in panels:
-            panel.set_axis_off()
-        for panel, tile in zip(panels, shown, strict=False):
-            _draw_tile(panel, tile)
+    """A line of tiles for each cause, several causes in a line where they have few; a rule joins those of a cause."""
+    lines = packed({cause: len(shown) for cause, shown in tiles.items()})
+    height = _HEADING_INCHES + _TITLE_INCHES + _TILE_INCHES
+    across = max(sum(len(tiles[cause]) for cause in line) for line in lines) * _TILE_INCHES
+    down = height * len(lines) + _GAP_INCHES
+    figure = new_figure(across, down)
+    figure.set_layout_engine("none")
+    for number, line in enumerate(lines):
+        left, top = 0.0, down - number * height
+        for cause in line:
+            right = left + len(tiles[cause]) * _TILE_INCHES
+            share = f"{counts[cause]} of {sum(counts.values())} ({100 * counts[cause] / sum(counts.values()):.0f} %)"
+            start, rule = (left + _GAP_INCHES) / across, (top - _HEADING_INCHES) / down
+            words: dict[str, Any] = {"x": start, "ha": "left", "va": "bottom"}
+            figure.text(y=(top - 0.22) / down, s=cause, fontsize=9, fontweight="bold", **words)
+            figure.text(y=(top - _HEADING_INCHES + 0.03) / down, s=share, fontsize=8, **words)
+            figure.add_artist(Line2D([start, (right - _GAP_INCHES) / across], [rule, rule], color=GREY, linewidth=1))
+            for place, tile in enumerate(tiles[cause]):
+                corner = left + place * _TILE_INCHES + _GAP_INCHES, top - height + _GAP_INCHES
+                side = _TILE_INCHES - 2 * _GAP_INCHES
+                panel = figure.add_axes((corner[0] / across, corner[1] / down, side / across, side / down))
+                panel.set_axis_off()
+                _draw_tile(panel, tile)
+            left = right
     return Drawing(png(figure, colours=160))
 
 
