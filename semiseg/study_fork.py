@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 import signal
 import sys
 from collections.abc import Mapping, Sequence
@@ -98,6 +99,4 @@ def _run(arguments: list[str], environment: dict[str, str], folder: str, output:
 
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))  # the variable was read when the server imported torch
     sys.argv = ["semiseg", *arguments]
-    from semiseg.__main__ import main
-
-    main()
+    runpy.run_module("semiseg", run_name="__main__", alter_sys=True)  # as `python -m semiseg`

@@ -22,7 +22,8 @@ from semiseg.engine.logs import format_seconds
 from semiseg.errors import UserError
 from semiseg.results import Result, append, latest, read
 from semiseg.study import PRETRAIN_ROW
-from semiseg.study_child import Child, Machine, last_step, share_of, this_machine
+from semiseg.study_child import Child, Machine, Share, forks, last_step, share_of, this_machine
+from semiseg.study_fork import start_server
 from semiseg.study_plan import PlannedRun
 from semiseg.study_progress import StudyProgress
 
@@ -54,6 +55,12 @@ class Execution:
     poll_seconds: float = 0.2
     grace_seconds: float = 60.0
     line_seconds: float = 20.0
+
+    def share(self, *, slot: int, side_by_side: int) -> Share:
+        """What one of so many runs that go at the same time gets of the machine; see `share_of`."""
+        return share_of(
+            self.machine, slot=slot, side_by_side=side_by_side, processes=self.processes, launch=self.launch
+        )
 
 
 @dataclass(frozen=True)
@@ -118,6 +125,8 @@ def run_missing(
     record_ended(planned, results=results, typed=how.typed)
     todo = runs_to_do(planned, latest(read(results)), reproduce=how.reproduce)
     if todo:
+        if how.command is None and forks(how.share(slot=0, side_by_side=1)):
+            start_server()  # imports while data is drawn
         for config in {digest(run.config.data.model_dump()): run.config.data for run in todo}.values():
             prepare_data(config)
         _Study(planned, todo, name=name, results=results, how=how, stream=stream or sys.stderr).run()
@@ -199,8 +208,7 @@ class _Study:
     def _start(self, run: PlannedRun) -> None:
         slot = min(set(range(self.how.jobs)) - {child.slot for child in self.running})
         side_by_side = self.side_by_side[run.row == PRETRAIN_ROW]
-        how = self.how
-        share = share_of(how.machine, slot=slot, side_by_side=side_by_side, processes=how.processes, launch=how.launch)
+        share = self.how.share(slot=slot, side_by_side=side_by_side)
         try:
             self.running.append(Child(run, command=self.how.command, share=share, slot=slot))
         except UserError as error:

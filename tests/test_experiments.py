@@ -202,13 +202,14 @@ def test_the_first_step_of_every_run(roots: dict[str, Path], tmp_path: Path) -> 
         kinds = [type(module).__name__ for module in model.modules()]
         assert ("BiFPN" in kinds) == (run.config.model.neck == "bifpn"), where
         assert kinds.count("DeformableConv") == (13 if run.config.model.deformable_interval else 0), where
-        before = model.controller.weight.detach().clone()
+        before = {part: part.weight.detach().clone() for part in (model.controller, model.head.class_logits)}
         loader = build_training_loader(
             config, tables[source], steps=1, start_step=0, processes=1, rank=0, pin_memory=False
         )
         report = optimizer_step(state, list(loader), out=tmp_path)
         assert report is not None
         assert torch.isfinite(report.weighted).all(), where
-        assert not torch.equal(before, model.controller.weight), where
+        changed = [not torch.equal(weight, part.weight) for part, weight in before.items()]
+        assert changed == [learns_masks(config), True], where
         counts = dict(zip(COUNT_NAMES, report.counts.tolist(), strict=True))
         assert {name for name in MASK_LOSSES if counts[name] > 0} == expected_losses(config), where
