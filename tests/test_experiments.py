@@ -14,7 +14,7 @@ from PIL import Image
 from semiseg.commands.known_classes import COCO_CLASSES
 from semiseg.config import RunConfig
 from semiseg.config_files import digest, merge, parse_config
-from semiseg.engine.build import RunData, build_data, build_training_loader
+from semiseg.engine.build import RunData, build_data, build_training_loader, learns_masks
 from semiseg.engine.optim import learning_rate
 from semiseg.engine.session import start_accelerator
 from semiseg.engine.train import optimizer_step, prepare
