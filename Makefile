@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 
 .PHONY: quickstart quickstart-short bench-quick test lint types clean
 
-## quickstart: train and evaluate every run of experiments/shapes.toml and write reports/shapes/ (about 11 minutes)
+## quickstart: train and evaluate every run of experiments/shapes.toml and write reports/shapes/ (about 5 minutes)
 quickstart: $(STAMP)
 	$(BIN)/semiseg run shapes --jobs 2 --reproduce
 
