@@ -17,7 +17,6 @@ from typing import IO
 
 from semiseg.errors import UserError
 from semiseg.resources import available_cores, write_text
-from semiseg.study_fork import ForkedRun, can_fork
 from semiseg.study_plan import PlannedRun
 
 OUTPUT_NAME = "output.txt"
@@ -102,11 +101,6 @@ def launch_command(command: Sequence[str], arguments: Sequence[str], *, share: S
     return [command[0], *launcher, *settings, *command[1:], *arguments]
 
 
-def forks(share: Share) -> bool:
-    """Whether a run with this share starts as a fork: a single process without a GPU, where the system can."""
-    return can_fork() and share.processes == 1 and share.launch is None and not share.gpus
-
-
 def child_environment(share: Share, *, threads: int) -> dict[str, str]:
     """The environment of a run; a smaller OMP_NUM_THREADS of the user's own stays.
 
@@ -126,12 +120,7 @@ def child_environment(share: Share, *, threads: int) -> dict[str, str]:
 class Child:
     """A running run. Its folder is locked as long as the process lives, even if this one is killed."""
 
-    def __init__(self, run: PlannedRun, *, command: Sequence[str] | None, share: Share, slot: int) -> None:
-        """Starts it.
-
-        Args:
-            command: python and what it runs; None = this very installation.
-        """
+    def __init__(self, run: PlannedRun, *, command: Sequence[str], share: Share, slot: int) -> None:
         self.run = run
         self.slot = slot
         self.started = time.monotonic()
@@ -139,19 +128,12 @@ class Child:
         write_run_files(run)
         lock = _lock(run.folder)
         arguments = ["train", str(run.folder / "train.json"), "--out", str(run.folder), "--resume"]
-        environment = child_environment(share, threads=run.config.runtime.threads)
-        self._process: ForkedRun | subprocess.Popen[bytes]
         try:
             with self.output.open("ab") as output:
                 self._offset = output.tell()
-                if command is None and forks(share):
-                    self._process = ForkedRun(
-                        arguments, environment=environment, output=self.output, inherited=lock.fileno()
-                    )
-                    return
                 self._process = subprocess.Popen(
-                    launch_command(command or python_command(), arguments, share=share),
-                    env=environment,
+                    launch_command(command, arguments, share=share),
+                    env=child_environment(share, threads=run.config.runtime.threads),
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
@@ -179,10 +161,7 @@ class Child:
     def kill(self) -> None:
         """Ends the run and everything it started, at once."""
         if self._process.poll() is None:
-            try:
-                os.killpg(self._process.pid, signal.SIGKILL)
-            except ProcessLookupError:  # a fork that has not yet got as far as to a group of its own
-                self._process.send_signal(signal.SIGKILL)
+            os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
 
     def complaint(self) -> str:

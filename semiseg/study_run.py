@@ -22,8 +22,7 @@ from semiseg.engine.logs import format_seconds
 from semiseg.errors import UserError
 from semiseg.results import Result, append, latest, read
 from semiseg.study import PRETRAIN_ROW
-from semiseg.study_child import Child, Machine, Share, forks, last_step, share_of, this_machine
-from semiseg.study_fork import start_server
+from semiseg.study_child import Child, Machine, last_step, python_command, share_of, this_machine
 from semiseg.study_plan import PlannedRun
 from semiseg.study_progress import StudyProgress
 
@@ -40,7 +39,7 @@ class Execution:
         launch: accelerate's configuration file for each run, of as many processes on this machine.
         reproduce: train also what is recorded but was not trained in this folder.
         typed: the command that the user typed, for the record.
-        command: what runs the command line of a child; None = this installation.
+        command: what runs the command line of a child.
         grace_seconds: an interrupted run's time for its checkpoint.
         line_seconds: between two lines of progress where there is no terminal.
     """
@@ -50,17 +49,11 @@ class Execution:
     launch: Path | None = None
     reproduce: bool = False
     typed: tuple[str, ...] = ()
-    command: tuple[str, ...] | None = None
+    command: tuple[str, ...] = field(default_factory=python_command)
     machine: Machine = field(default_factory=this_machine)
     poll_seconds: float = 0.2
     grace_seconds: float = 60.0
     line_seconds: float = 20.0
-
-    def share(self, *, slot: int, side_by_side: int) -> Share:
-        """What one of so many runs that go at the same time gets of the machine; see `share_of`."""
-        return share_of(
-            self.machine, slot=slot, side_by_side=side_by_side, processes=self.processes, launch=self.launch
-        )
 
 
 @dataclass(frozen=True)
@@ -125,8 +118,6 @@ def run_missing(
     record_ended(planned, results=results, typed=how.typed)
     todo = runs_to_do(planned, latest(read(results)), reproduce=how.reproduce)
     if todo:
-        if how.command is None and forks(how.share(slot=0, side_by_side=1)):
-            start_server()  # imports while data is drawn
         for config in {digest(run.config.data.model_dump()): run.config.data for run in todo}.values():
             prepare_data(config)
         _Study(planned, todo, name=name, results=results, how=how, stream=stream or sys.stderr).run()
@@ -208,7 +199,8 @@ class _Study:
     def _start(self, run: PlannedRun) -> None:
         slot = min(set(range(self.how.jobs)) - {child.slot for child in self.running})
         side_by_side = self.side_by_side[run.row == PRETRAIN_ROW]
-        share = self.how.share(slot=slot, side_by_side=side_by_side)
+        how = self.how
+        share = share_of(how.machine, slot=slot, side_by_side=side_by_side, processes=how.processes, launch=how.launch)
         try:
             self.running.append(Child(run, command=self.how.command, share=share, slot=slot))
         except UserError as error:

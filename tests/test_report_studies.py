@@ -78,7 +78,7 @@ TAU = {"full": 41.0, "0.0": 2.0, "0.1": 33.0, "0.2": 32.0, "0.3": 31.5}
 
 def test_the_threshold_study_on_shapes(tmp_path: Path) -> None:
     shares = [
-        {"size": 3, "dilation": 1, "threshold": t, "edges": 9, "share": s, "positive": p}
+        {"size": 5, "dilation": 2, "threshold": t, "edges": 9, "share": s, "positive": p}
         for t, s, p in ((0.0, 1.0, 0.9), (0.1, 0.66, 0.994), (0.2, 0.64, 0.995))
     ]
     content = {"parameters": {}, "sentence": "Measured on 7 images.", "shares": shares}

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections import deque
 from fractions import Fraction
 from pathlib import Path
@@ -171,6 +176,28 @@ def test_a_failure_in_a_process_leaves_nothing(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(OSError, match="No space left on device"):
         ensure_shapes(tmp_path, images=5, image_size=64, seed=3)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere one process draws")
+@pytest.mark.parametrize("to_all", [True, False])
+def test_stopping_several_processes_leaves_nothing(tmp_path: Path, to_all: bool) -> None:
+    """Ctrl-C reaches all processes of the terminal; a signal to one process has to end the others."""
+    code = (
+        f"from pathlib import Path; from semiseg.data.shapes import *; ensure_shapes(Path({str(tmp_path / 'data')!r}), "
+    )
+    command = [sys.executable, "-c", code + "images=100_000, image_size=64, seed=1)"]
+    with subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL) as process:
+        while len(list(tmp_path.rglob("*.png"))) < 40:
+            assert process.poll() is None
+            time.sleep(0.01)
+        if to_all:
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) != 0
+    assert list((tmp_path / "data").iterdir()) == []
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
 
 
 def test_another_seed_is_another_data_set(tmp_path: Path) -> None:

@@ -202,7 +202,7 @@ def build_eval_loader(
     return _loader(dataset, batches, batch_size, collate, workers, pin_memory, start_method)
 
 
-def leave_signals_to_the_main_process(worker: int) -> None:
+def _leave_signals_to_the_main_process(worker: int) -> None:
     """Ctrl-C and a batch system's SIGTERM reach workers too, which must outlive the step that is being finished."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -234,7 +234,7 @@ def _loader(
             "multiprocessing_context": start_method,
             "persistent_workers": True,
             "prefetch_factor": 2 if 2 * workers * images_per_batch <= IMAGES_AHEAD else 1,
-            "worker_init_fn": leave_signals_to_the_main_process,
+            "worker_init_fn": _leave_signals_to_the_main_process,
         }
     return BatchLoader(
         _Batches(dataset, collate),

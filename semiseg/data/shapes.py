@@ -7,13 +7,18 @@ of what is visible. Picture i depends on the seed and on i alone, not on the num
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
+import signal
+import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Generator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -30,7 +35,8 @@ SHAPES_CLASSES: tuple[str, ...] = LABELS
 ANNOTATIONS = "annotations.json"
 IMAGES = "images"
 SMALLEST_IMAGE = 32
-MANY_PICTURES = 500  # from here on several processes, which take a second or two to start, draw them sooner
+MANY_PICTURES = 100  # from here on several processes draw them
+PICTURES_AT_A_TIME = 16
 
 
 def shapes_folder(root: Path, *, images: int, image_size: int, seed: int) -> Path:
@@ -96,12 +102,12 @@ def _draw_all(folder: Path, *, images: int, image_size: int, seed: int) -> None:
     (folder / IMAGES).mkdir(parents=True)
     records: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    drawn = _draw_pictures(_Pictures(folder / IMAGES, images, image_size, seed))
-    told = tqdm(drawn, total=images, desc=f"drawing {images} Shapes pictures", unit="img", disable=None)
-    for index, (name, objects) in enumerate(told):
-        records.append({"id": index + 1, "file_name": name, "width": image_size, "height": image_size, "license": 1})
-        for item in objects:
-            annotations.append({"id": len(annotations) + 1, "image_id": index + 1, **item})
+    with closing(_draw_pictures(_Pictures(folder / IMAGES, images, image_size, seed))) as drawn:
+        told = tqdm(drawn, total=images, desc=f"drawing {images} Shapes pictures", unit="img", disable=None)
+        for number, (name, objects) in enumerate(told, start=1):
+            records.append({"id": number, "file_name": name, "width": image_size, "height": image_size, "license": 1})
+            for item in objects:
+                annotations.append({"id": len(annotations) + 1, "image_id": number, **item})
     document = {
         "info": {
             "description": "Shapes: drawn by semiseg from a seed",
@@ -138,26 +144,28 @@ class _Pictures:
         return name, [_annotation(item) for item in objects]
 
 
-def _draw_pictures(pictures: _Pictures) -> Iterable[tuple[str, list[dict[str, Any]]]]:
-    """All of them in their order, drawn by every core where there are many."""
-    one_by_one = map(pictures.__getitem__, range(len(pictures)))
-    if len(pictures) < MANY_PICTURES:
-        return one_by_one
-    # Not above: they take seconds to import, and finding a set that is drawn needs neither.
-    import torch
+def _draw_pictures(pictures: _Pictures) -> Generator[tuple[str, list[dict[str, Any]]], None, None]:
+    """All of them in their order, drawn by every core where there are many.
 
-    from semiseg.data.loader import START_METHOD, leave_signals_to_the_main_process
+    When it is closed, no process draws any more: what they write can be removed.
+    """
+    numbers = range(len(pictures))
+    # Elsewhere than on Linux, a script of the user's own would be run again in each process.
+    if len(pictures) < MANY_PICTURES or sys.platform != "linux" or multiprocessing.current_process().daemon:
+        yield from map(pictures.__getitem__, numbers)
+        return
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(available_cores(), fork, initializer=_leave_signals_to_the_main_process) as pool:
+        try:
+            yield from pool.map(pictures.__getitem__, numbers, chunksize=PICTURES_AT_A_TIME)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
-    if START_METHOD != "fork":  # elsewhere a script of the user's own would be run again in each process
-        return one_by_one
-    return torch.utils.data.DataLoader(
-        cast(Any, pictures),
-        batch_size=None,
-        num_workers=available_cores(),
-        multiprocessing_context=START_METHOD,
-        worker_init_fn=leave_signals_to_the_main_process,
-        generator=torch.Generator(),  # else the loader draws from the global one, and a training differs by who drew
-    )
+
+def _leave_signals_to_the_main_process() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _annotation(item: SceneObject) -> dict[str, Any]:

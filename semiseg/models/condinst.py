@@ -88,7 +88,7 @@ class CondInst(nn.Module):
         return images.float().sub_(self.pixel_mean).div_(self.pixel_std).mul_(inside)
 
     def freeze_masks(self) -> None:
-        """For a training that has no mask loss: what only masks need is neither trained nor, in training, computed.
+        """For a training that has no mask loss: what only masks need is not trained, and the branch not computed in it.
 
         Its gradients would be 0 everywhere, and on the finest map they cost about as much as others.
         """
