@@ -182,10 +182,9 @@ def test_a_failure_in_a_process_leaves_nothing(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize("to_all", [True, False])
 def test_stopping_several_processes_leaves_nothing(tmp_path: Path, to_all: bool) -> None:
     """Ctrl-C reaches all processes of the terminal; a signal to one process has to end the others."""
-    code = (
-        f"from pathlib import Path; from semiseg.data.shapes import *; ensure_shapes(Path({str(tmp_path / 'data')!r}), "
-    )
-    command = [sys.executable, "-c", code + "images=100_000, image_size=64, seed=1)"]
+    call = f"ensure_shapes(Path({str(tmp_path / 'data')!r}), images=100_000, image_size=64, seed=1)"
+    code = f"from pathlib import Path; from semiseg.data.shapes import ensure_shapes; {call}"
+    command = [sys.executable, "-c", code]
     with subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL) as process:
         while len(list(tmp_path.rglob("*.png"))) < 40:
             assert process.poll() is None
