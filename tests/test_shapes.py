@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 
@@ -182,10 +183,14 @@ def test_a_failure_in_a_process_leaves_nothing(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize("to_all", [True, False])
 def test_stopping_several_processes_leaves_nothing(tmp_path: Path, to_all: bool) -> None:
     """Ctrl-C reaches all processes of the terminal; a signal to one process has to end the others."""
-    call = f"ensure_shapes(Path({str(tmp_path / 'data')!r}), images=100_000, image_size=64, seed=1)"
-    code = f"from pathlib import Path; from semiseg.data.shapes import ensure_shapes; {call}"
-    command = [sys.executable, "-c", code]
-    with subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL) as process:
+    lines = (
+        "import signal; from pathlib import Path; from semiseg.data.shapes import ensure_shapes",
+        "signal.signal(signal.SIGINT, signal.default_int_handler)",  # a shell's background jobs ignore it
+        f"ensure_shapes(Path({str(tmp_path / 'data')!r}), images=100_000, image_size=64, seed=1)",
+    )
+    command = [sys.executable, "-c", "\n".join(lines)]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+    try:
         while len(list(tmp_path.rglob("*.png"))) < 40:
             assert process.poll() is None
             time.sleep(0.01)
@@ -194,9 +199,12 @@ def test_stopping_several_processes_leaves_nothing(tmp_path: Path, to_all: bool)
         else:
             process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) != 0
-    assert list((tmp_path / "data").iterdir()) == []
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)
+        assert list((tmp_path / "data").iterdir()) == []
+        with pytest.raises(ProcessLookupError):
+            os.killpg(process.pid, 0)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_another_seed_is_another_data_set(tmp_path: Path) -> None:
