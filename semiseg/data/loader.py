@@ -11,10 +11,9 @@ import atexit
 import hashlib
 import multiprocessing
 import signal
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
@@ -22,13 +21,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from semiseg.data.collate import Collate
 from semiseg.data.dataset import InstanceDataset, Key
 from semiseg.data.freed_memory import return_freed_memory
+from semiseg.data.workers import START_METHOD, StartMethod, leave_signals_to_the_main_process
 from semiseg.errors import UserError
 from semiseg.structures.inputs import Batch
 
-StartMethod = Literal["fork", "forkserver", "spawn"]
-# Forked workers share what this process has imported. Others import torch again, 0.5 GB each, and Python's own choice
-# differs between its versions. Elsewhere than on Linux forking is unsafe: None leaves the choice to the platform.
-START_METHOD: StartMethod | None = "fork" if sys.platform == "linux" else None
 IMAGES_PER_RETURN = 32  # after so many a worker gives back the memory that it has freed
 IMAGES_AHEAD = 128  # that may wait in memory, about 4 MB each at COCO's sizes; every worker has one batch in any case
 
@@ -202,12 +198,6 @@ def build_eval_loader(
     return _loader(dataset, batches, batch_size, collate, workers, pin_memory, start_method)
 
 
-def _leave_signals_to_the_main_process(worker: int) -> None:
-    """Ctrl-C and a batch system's SIGTERM reach workers too, which must outlive the step that is being finished."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
 @atexit.register
 def _end_workers() -> None:
     """At exit multiprocessing sends SIGTERM to the workers that are left and waits for them, which ignore it."""
@@ -234,7 +224,7 @@ def _loader(
             "multiprocessing_context": start_method,
             "persistent_workers": True,
             "prefetch_factor": 2 if 2 * workers * images_per_batch <= IMAGES_AHEAD else 1,
-            "worker_init_fn": _leave_signals_to_the_main_process,
+            "worker_init_fn": leave_signals_to_the_main_process,
         }
     return BatchLoader(
         _Batches(dataset, collate),

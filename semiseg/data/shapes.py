@@ -10,13 +10,11 @@ import json
 import multiprocessing
 import os
 import shutil
-import signal
-import sys
 import tempfile
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from tqdm import tqdm
 
 from semiseg.config_files import digest
 from semiseg.data.shapes_scene import LABELS, SceneObject, compose
+from semiseg.data.workers import START_METHOD, leave_signals_to_the_main_process
 from semiseg.errors import UserError
 from semiseg.resources import available_cores
 
@@ -37,6 +36,8 @@ IMAGES = "images"
 SMALLEST_IMAGE = 32
 MANY_PICTURES = 100  # from here on several processes draw them
 PICTURES_AT_A_TIME = 16
+
+Drawn = tuple[str, list[dict[str, Any]]]  # a picture's file name and its annotations
 
 
 def shapes_folder(root: Path, *, images: int, image_size: int, seed: int) -> Path:
@@ -102,7 +103,8 @@ def _draw_all(folder: Path, *, images: int, image_size: int, seed: int) -> None:
     (folder / IMAGES).mkdir(parents=True)
     records: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    with closing(_draw_pictures(_Pictures(folder / IMAGES, images, image_size, seed))) as drawn:
+    draw = partial(_draw_picture, folder=folder / IMAGES, image_size=image_size, seed=seed)
+    with closing(_on_every_core(draw, images)) as drawn:
         told = tqdm(drawn, total=images, desc=f"drawing {images} Shapes pictures", unit="img", disable=None)
         for number, (name, objects) in enumerate(told, start=1):
             records.append({"id": number, "file_name": name, "width": image_size, "height": image_size, "license": 1})
@@ -124,48 +126,31 @@ def _draw_all(folder: Path, *, images: int, image_size: int, seed: int) -> None:
     (folder / ANNOTATIONS).write_text(json.dumps(document, separators=(",", ":")) + "\n", encoding="utf-8")
 
 
-@dataclass(frozen=True)
-class _Pictures:
-    """The pictures of a set: item i draws picture i, writes its file and returns (file name, its annotations)."""
-
-    folder: Path
-    images: int
-    image_size: int
-    seed: int
-
-    def __len__(self) -> int:
-        return self.images
-
-    def __getitem__(self, index: int) -> tuple[str, list[dict[str, Any]]]:
-        pixels, objects = compose(self.seed, index, self.image_size)
-        name = f"{index + 1:06d}.png"
-        # Not compressed: the pictures are noise, and half of a picture's way into a batch was taking it apart.
-        Image.fromarray(pixels).save(self.folder / name, compress_level=0)
-        return name, [_annotation(item) for item in objects]
+def _draw_picture(index: int, *, folder: Path, image_size: int, seed: int) -> Drawn:
+    """Writes the file of one picture; its name and its annotations."""
+    pixels, objects = compose(seed, index, image_size)
+    name = f"{index + 1:06d}.png"
+    # Not compressed: the pictures are noise, and half of a picture's way into a batch was taking it apart.
+    Image.fromarray(pixels).save(folder / name, compress_level=0)
+    return name, [_annotation(item) for item in objects]
 
 
-def _draw_pictures(pictures: _Pictures) -> Generator[tuple[str, list[dict[str, Any]]], None, None]:
-    """All of them in their order, drawn by every core where there are many.
+def _on_every_core(draw: Callable[[int], Drawn], images: int) -> Generator[Drawn, None, None]:
+    """What `draw` returns for each picture, in their order; where there are many, processes share them.
 
     When it is closed, no process draws any more: what they write can be removed.
     """
-    numbers = range(len(pictures))
     # Elsewhere than on Linux, a script of the user's own would be run again in each process.
-    if len(pictures) < MANY_PICTURES or sys.platform != "linux" or multiprocessing.current_process().daemon:
-        yield from map(pictures.__getitem__, numbers)
+    if images < MANY_PICTURES or START_METHOD != "fork" or multiprocessing.current_process().daemon:
+        yield from map(draw, range(images))
         return
-    fork = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(available_cores(), fork, initializer=_leave_signals_to_the_main_process) as pool:
+    fork = multiprocessing.get_context(START_METHOD)
+    with ProcessPoolExecutor(available_cores(), fork, initializer=leave_signals_to_the_main_process) as pool:
         try:
-            yield from pool.map(pictures.__getitem__, numbers, chunksize=PICTURES_AT_A_TIME)
+            yield from pool.map(draw, range(images), chunksize=PICTURES_AT_A_TIME)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-
-
-def _leave_signals_to_the_main_process() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def _annotation(item: SceneObject) -> dict[str, Any]:
