@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.models import (
     ResNet18_Weights,
     ResNet34_Weights,
@@ -15,7 +16,7 @@ from torchvision.models import (
     ResNet101_Weights,
     WeightsEnum,
 )
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet, conv1x1
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from semiseg.config import Norm
 from semiseg.errors import UserError
@@ -26,6 +27,19 @@ BACKBONE_STRIDES = (4, 8, 16, 32)
 STAGE_MODULES = (("conv1", "bn1", "layer1"), ("layer2",), ("layer3",), ("layer4",))
 ResNetName = Literal["resnet18", "resnet34", "resnet50", "resnet101"]
 NormLayer = Callable[..., nn.Module]
+
+
+class Strided1x1(nn.Conv2d):
+    """A 1x1 convolution with a stride, computed as a slice and a convolution of stride 1: the same numbers.
+
+    oneDNN's kernels for the weights' gradient of a strided 1x1 convolution in channels-last write beyond a buffer, and
+    the process dies, where there are fewer input channels than a register holds numbers: 8 under AVX2 (3 to 7 die,
+    8 to 12 do not), 16 under AVX-512. No strided 1x1 may therefore reach torch, whatever the widths.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, columns = self.stride
+        return F.conv2d(x[:, :, ::rows, ::columns], self.weight, self.bias)
 
 
 class ResNetFeatures(ResNet):
@@ -51,6 +65,7 @@ class ResNetFeatures(ResNet):
             self._move_stride_to_1x1()
         if deformable_interval:
             self._make_deformable(deformable_interval)
+        _slice_strided_1x1(self)
 
     def _move_stride_to_1x1(self) -> None:
         for stage in (self.layer2, self.layer3, self.layer4):
@@ -99,11 +114,24 @@ class SmallResNet(nn.Module):
 
 
 def _small_stage(before: int, after: int, norm: NormLayer) -> nn.Sequential:
-    shortcut = nn.Sequential(conv1x1(before, after, stride=2), norm(after))
+    shortcut = nn.Sequential(Strided1x1(before, after, kernel_size=1, stride=2, bias=False), norm(after))
     return nn.Sequential(
         BasicBlock(before, after, stride=2, downsample=shortcut, norm_layer=norm),
         BasicBlock(after, after, norm_layer=norm),
     )
+
+
+def _slice_strided_1x1(module: nn.Module) -> None:
+    """Replaces every strided 1x1 convolution below a module by a `Strided1x1` of the same parameters."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.Conv2d) and child.kernel_size == (1, 1) and child.stride != (1, 1):
+            sliced = nn.utils.skip_init(  # draws no numbers: seeds give the weights that they gave before
+                Strided1x1, child.in_channels, child.out_channels, kernel_size=1, stride=child.stride, bias=False
+            )
+            sliced.weight = child.weight
+            setattr(module, name, sliced)
+        else:
+            _slice_strided_1x1(child)
 
 
 def build_resnet(
