@@ -1,0 +1,185 @@
+"""What README and docs quote from `reports/`: where it stands, and what the reports say.
+
+python -m tests.quotes     writes the reports' numbers into the documents; `test_quotes` compares them
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+PROJECT = Path(__file__).parent.parent
+REPORTS = PROJECT / "reports"
+UNSEEN_CHAIN = ("neither", "projection", "projection + pairwise", "full-masks")
+
+
+@dataclass(frozen=True)
+class Quote:
+    """Numbers in a sentence of a document.
+
+    Attributes:
+        sentence: as it stands there, `{}` in place of each number.
+        numbers: what stands in their places, in order.
+    """
+
+    document: str
+    sentence: str
+    numbers: Callable[[], list[str]]
+
+
+@dataclass(frozen=True)
+class QuotedTable:
+    """A table of a document: the first one after a line.
+
+    Attributes:
+        after: a line of the document, whole or its beginning.
+        lines: of the table.
+    """
+
+    document: str
+    after: str
+    lines: Callable[[], list[str]]
+
+
+def tables_of(path: Path) -> Iterator[tuple[list[str], list[list[str]]]]:
+    """Headings and lines of every table of a Markdown file, without emphasis."""
+    for block in path.read_text(encoding="utf-8").split("\n\n"):
+        if block.startswith("|"):
+            lines = [line.replace("**", "").strip().strip("|").split("|") for line in block.strip().split("\n")]
+            headings, _, *rest = [[text.strip() for text in line] for line in lines]
+            yield headings, rest
+
+
+def cell(path: str, column: str, *beginning: str) -> str:
+    """The cell below a heading, such as "23.9 ± 3.0", of the line that begins so, in the first table with both.
+
+    Args:
+        path: below `reports/`.
+    """
+    for headings, lines in tables_of(REPORTS / path):
+        for line in lines:
+            if column in headings and tuple(line[: len(beginning)]) == beginning:
+                return line[headings.index(column)]
+    raise ValueError(f"{path}: no line {beginning} with a {column!r}")
+
+
+def bench_lines() -> list[str]:
+    rows = json.loads((REPORTS / "benchmarks/bench.json").read_text(encoding="utf-8"))["rows"]
+    lines = [
+        "| row | seconds | straightforward | speed-up | MB over the inputs | straightforward | ratio |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        memory = [f"{row['memory_mb']:.0f}", f"{row['baseline_memory_mb']:.0f}", f"{row['memory_ratio']:.2f}"]
+        cells = [f"`{row['name']}`", three_digits(row["seconds"]), three_digits(row["baseline_seconds"])]
+        lines.append("| " + " | ".join([*cells, f"{three_digits(row['speedup'])}x", *memory]) + " |")
+    return lines
+
+
+def three_digits(value: float) -> str:
+    return f"{value:#.3g}" if value < 100 else f"{value:.0f}"
+
+
+def growth_numbers() -> list[str]:
+    """How much faster the mask losses are for 1 and 128 instances, and how many points gave the same result."""
+    with (REPORTS / "benchmarks/growth.csv").open(encoding="utf-8") as file:
+        points = list(csv.DictReader(file))
+    assert all(point["same_result"] == "True" for point in points)
+    faster = {
+        point["value"]: float(point["baseline_seconds"]) / float(point["seconds"])
+        for point in points
+        if (point["axis"], point["row"]) == ("instances", "mask_losses")
+    }
+    return [f"{faster['1']:.0f}", f"{faster['128']:.0f}", str(len(points))]
+
+
+def wide_neighbourhood() -> list[str]:
+    page, narrow, wide = "shapes_neighbourhood/report.md", "3 x 3, dilation 1", "5 x 5, dilation 2"
+    table = "shapes_neighbourhood/tables/neighbourhood.md"
+    difference = cell(page, "AP", f"{wide} − {narrow}").removeprefix("+")
+    return [difference, *(cell(table, "AP", row).split(" ± ")[0] for row in (wide, narrow))]
+
+
+QUOTES = (
+    Quote(
+        "README.md",
+        "every step of this order is resolved: {}, {}, {} and {} AP on unseen classes; boxes used as masks reach {} AP",
+        lambda: [
+            *(cell("shapes_seeds/tables/table6.md", "unseen AP", row) for row in UNSEEN_CHAIN),
+            cell("shapes_seeds/tables/boxes_as_masks.md", "AP", "boxes used as masks"),
+        ],
+    ),
+    Quote(
+        "docs/NUMERICS.md",
+        "{} % of the edges that count are truly positive (3 × 3 with dilation 1: {} %)",
+        lambda: [
+            cell("shapes_neighbourhood/report.md", "truly positive", row).removesuffix(" %")
+            for row in ("5 x 5, dilation 2", "3 x 3, dilation 1")
+        ],
+    ),
+    Quote(
+        "docs/NUMERICS.md",
+        "finds it {} AP above 3 × 3 with dilation 1 without masks ({} and {})",
+        wide_neighbourhood,
+    ),
+    Quote(
+        "docs/PERFORMANCE.md",
+        "The mask losses are {} times (1 instance) to {} times (128) faster. Results are the same at all {} points.",
+        growth_numbers,
+    ),
+)
+TABLES = (
+    QuotedTable(
+        "README.md",
+        "Masks for 3 of 12 classes, boxes for all (`reports/shapes/tables/table6.md`",
+        lambda: (REPORTS / "shapes/tables/table6.md").read_text(encoding="utf-8").splitlines(),
+    ),
+    QuotedTable("docs/PERFORMANCE.md", "The full form, `semiseg bench --json", bench_lines),
+)
+
+
+def updated(document: str, text: str) -> str:
+    """The text of a document with the reports' numbers in it.
+
+    Raises:
+        ValueError: a sentence or a table is not there exactly once.
+    """
+    for quote in QUOTES:
+        if quote.document == document:
+            text = _with_numbers(text, quote)
+    for table in TABLES:
+        if table.document == document:
+            text = _with_table(text, table)
+    return text
+
+
+def _with_numbers(text: str, quote: Quote) -> str:
+    pattern = r"[\d.]+(?: ± [\d.]+)?".join(map(re.escape, quote.sentence.split("{}")))
+    if len(re.findall(pattern, text)) != 1:
+        raise ValueError(f"{quote.document}: not there once: {quote.sentence!r}")
+    sentence = quote.sentence.format(*quote.numbers())
+    return re.sub(pattern, lambda _: sentence, text)
+
+
+def _with_table(text: str, table: QuotedTable) -> str:
+    lines = text.split("\n")
+    starts = [number for number, line in enumerate(lines) if line.startswith(table.after)]
+    if len(starts) != 1:
+        raise ValueError(f"{table.document}: not there once: {table.after!r}")
+    first = next(number for number in range(starts[0], len(lines)) if lines[number].startswith("|"))
+    last = next(number for number in range(first, len(lines)) if not lines[number].startswith("|"))
+    return "\n".join([*lines[:first], *table.lines(), *lines[last:]])
+
+
+def documents() -> list[str]:
+    return sorted({item.document for item in (*QUOTES, *TABLES)})
+
+
+if __name__ == "__main__":
+    for name in documents():
+        path = PROJECT / name
+        path.write_text(updated(name, path.read_text(encoding="utf-8")), encoding="utf-8")
