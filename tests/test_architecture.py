@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "interop": BASE | {"models", "engine", "interop"},
     "study": BASE | {"data", "engine", "study"},
     "api": BASE | {"data", "models", "losses", "engine"},
-    "report": BASE | {"data", "evaluation", "report"},
+    "report": BASE | {"evaluation", "report"},
     "bench": BASE | {"data", "models", "losses", "evaluation", "engine", "bench"},
     "commands": BASE
     | {"data", "losses", "evaluation", "engine", "interop", "study", "api", "report", "bench", "commands"},

@@ -25,6 +25,7 @@ from semiseg.report.aggregate import (
     table_numbers,
 )
 from semiseg.report.published import read_published
+from semiseg.report.quality_sections import at_the_box
 from semiseg.report.statements import answer, gap_caution, reading, row_order
 from semiseg.report.tables import (
     csv_table,
@@ -307,3 +308,22 @@ def test_people_read_a_true_minus():
     assert whole_percent(-40.4) == f"{minus}40 %"
     assert number(-1.0, 0.5, sign=True) == f"{minus}1.0 ± 0.5"
     assert number(-1.0) == f"{minus}1.0"
+
+
+def test_classes_that_stay_at_the_filled_box_are_named_with_their_seeds():
+    masks = {"box-supervised": [(20.0, 60.0), (41.0, 60.0)], "projection+pairwise": [(12.0, 30.0), (45.0, 60.0)]}
+    results = {}
+    for row, values in {**masks, "projection": [(9.0, 60.0)] * 2, "full-masks": [(50.0, 61.0)] * 2}.items():
+        for seed, (mask_ap, box_ap) in enumerate(values):
+            metrics = metrics_of_classes({"ring": 50.0, "cross": mask_ap, "猫": 40.0})
+            metrics["bbox"]["classes"]["cross"]["AP"] = box_ap
+            results["table6", row, seed] = recorded_run(row, seed, metrics=metrics)
+    report = replace(report_of({"neither": [1.0, 1.0]}), results=results)
+    (told,) = at_the_box(report, TABLE)
+    # A row without the pairwise loss is not asked to leave the box, and a class whose boxes are lost, too, is no case.
+    assert "projection + pairwise: none. box-supervised: cross with seed 0, by chance: not with seed 1." in told
+    assert "mask AP below 50 % of full-masks', box AP at least 75 % of its" in told
+    both = {**results, ("table6", "box-supervised", 1): results["table6", "box-supervised", 0]}
+    assert "cross with seeds 0, 1." in at_the_box(replace(report, results=both), TABLE)[0]
+    without_bound = {key: result for key, result in results.items() if key[1] != "full-masks"}
+    assert at_the_box(replace(report, results=without_bound), TABLE) == []

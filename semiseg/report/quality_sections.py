@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 from semiseg.errors import UserError
-from semiseg.evaluation.coco_metrics import Metrics, load_ground_truth
+from semiseg.evaluation.coco_metrics import Metrics, TypeMetrics, load_ground_truth
 from semiseg.evaluation.matching import IOU_THRESHOLDS
-from semiseg.report.aggregate import ReportTable, TableNumbers
+from semiseg.report.aggregate import UPPER_BOUND, ReportInput, ReportTable, TableNumbers
 from semiseg.report.chart_style import row_styles
 from semiseg.report.context import PageContext
 from semiseg.report.curve_figures import threshold_figure
@@ -19,6 +19,8 @@ from semiseg.report.uncertainty import thresholds_of
 from semiseg.results import Result
 from semiseg.splits import normalise
 
+# A class whose masks are so far behind full-masks', though its boxes are found as well, has masks like filled boxes.
+_STAYED, _FOUND = 0.5, 0.75
 _PRINTED_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 # COCO's ranges of object area in pixels of the original image, ends included, as COCOeval has them.
 _SIZES = {"APs": ("small", 0, 32**2), "APm": ("medium", 32**2, 96**2), "APl": ("large", 96**2, 10**10)}
@@ -48,6 +50,7 @@ def class_section(page: PageContext, numbers: TableNumbers) -> list[str]:
         "### Per class",
         *([escape_markdown(order)] if order else []),
         markdown_table(headings, lines, texts=2 if table.unseen else 1),
+        *at_the_box(page.report, table),
         *page.figures.show(
             f"{table.name}_classes",
             class_figure(numbers, row_styles(page.report.tables)),
@@ -55,6 +58,53 @@ def class_section(page: PageContext, numbers: TableNumbers) -> list[str]:
             caption=below,
         ),
     ]
+
+
+def at_the_box(report: ReportInput, table: ReportTable) -> list[str]:
+    """Which classes a row with the pairwise loss left at masks like filled boxes, and with which seeds it did not."""
+    staying = {row.label: _stayed(report, table, row.name) for row in table.rows if row.pairwise == "yes"}
+    counted = {label: classes for label, classes in staying.items() if classes is not None}
+    if not counted:
+        return []
+    told = []
+    for label, (seeds, classes) in counted.items():
+        names = [
+            f"{escape_markdown(name)} with {_seeds(stayed)}"
+            + (f", by chance: not with {_seeds([seed for seed in seeds if seed not in stayed])}" * (stayed != seeds))
+            for name, stayed in classes.items()
+        ]
+        told.append(f"{escape_markdown(label)}: {'; '.join(names) or 'none'}")
+    return [
+        f"Classes that stay at the filled box, where masks begin (mask AP below {100 * _STAYED:.0f} % of full-masks', "
+        f"box AP at least {100 * _FOUND:.0f} % of its): {'. '.join(told)}."
+    ]
+
+
+def _stayed(report: ReportInput, table: ReportTable, row: str) -> tuple[list[int], dict[str, list[int]]] | None:
+    """The seeds that full-masks has, too, and class -> those with which its masks stayed; None without such a seed."""
+    seeds, classes = [], dict[str, list[int]]()
+    for seed in report.seeds:
+        runs = [report.results.get((table.name, name, seed)) for name in (row, UPPER_BOUND)]
+        own, full = (Metrics.from_dict(run.metrics) if run is not None else None for run in runs)
+        if own is None or full is None or own.segm is None or full.segm is None:
+            continue
+        seeds.append(seed)
+        for name in (*table.unseen, *table.seen):
+            found = [_class_ap(metrics, name) for metrics in (own.segm, full.segm, own.bbox, full.bbox)]
+            if found[0] < _STAYED * found[1] and found[2] >= _FOUND * found[3]:
+                classes.setdefault(name, []).append(seed)
+    return (seeds, classes) if seeds else None
+
+
+def _class_ap(metrics: TypeMetrics, name: str) -> float:
+    """NaN where a class has no objects: it compares as neither."""
+    numbers = metrics.classes.get(name)
+    value = None if numbers is None else numbers["AP"]
+    return float("nan") if value is None else value
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
 
 
 def threshold_section(page: PageContext, numbers: TableNumbers) -> list[str]:
