@@ -48,7 +48,6 @@ def coco_config(**sections: Any) -> RunConfig:
 def test_a_real_step_of_the_tiny_run_is_measured(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     step = measure_step(config, num_classes=12, processes=1, seconds=20)
-    assert 0 < step.seconds < 20
     assert (step.images, step.device, step.how) == (4, here(), "")
     assert list(tmp_path.iterdir()) == []
     compiled = measure_step(tiny_config(tmp_path, runtime={"compile": True}), num_classes=12, processes=1, seconds=0)
