@@ -60,12 +60,17 @@ class StudyTable(Section):
 
 
 class Study(Section):
-    """A study file; `name` is the file's name unless it says otherwise."""
+    """A study file; `name` is the file's name unless it says otherwise.
+
+    reference: a study of the same rows and tables with several seeds, whose recorded means a run of this one is set
+        beside at its end.
+    """
 
     name: Name
     title: str
     question: str = ""
     seeds: list[Seed] = Field(default=[0], min_length=1)
+    reference: str | None = None
     base: dict[str, Any] = Field(default_factory=dict)
     pretrain: dict[str, Any] | None = None
     splits: dict[str, str] = Field(default_factory=dict)
@@ -138,7 +143,10 @@ def load_study(name_or_path: str, overrides: Sequence[str] = (), *, seeds: Seque
     values = {"name": path.stem, **read_toml(path)}
     if seeds is not None:
         values["seeds"] = list(seeds)
-    return _lay_over(parse_config(Study, values, where=str(path)), overrides)
+    study = parse_config(Study, values, where=str(path))
+    if study.reference is not None:
+        find("experiments", study.reference)  # said before the trainings rather than after
+    return _lay_over(study, overrides)
 
 
 def _lay_over(study: Study, overrides: Sequence[str]) -> Study:

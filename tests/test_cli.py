@@ -16,6 +16,9 @@ from semiseg.cli import app
 from semiseg.commands import study as study_commands
 from semiseg.commands.known_classes import COCO_CLASSES
 from semiseg.data.shapes import SHAPES_CLASSES
+from semiseg.errors import UserError
+from semiseg.resources import find
+from semiseg.study import load_study
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -231,6 +234,13 @@ def test_a_report_of_nothing_is_refused(folder: Path) -> None:
     assert "out and reports/shapes: no recorded results; 'semiseg run shapes' makes them" in told
     assert "reports/coco_tau: no recorded results" in call("report", "coco_tau", code=2)
     assert list(folder.iterdir()) == []
+
+
+def test_a_study_names_a_reference_that_is_there(folder: Path) -> None:
+    text = find("experiments", "shapes").read_text(encoding="utf-8")
+    (folder / "mine.toml").write_text(text.replace('reference = "shapes_seeds"', 'reference = "shapes_sedes"'))
+    with pytest.raises(UserError, match=r"shapes_sedes: no such study.*Did you mean 'shapes_seeds'"):
+        load_study("mine.toml")
 
 
 def test_train_needs_a_config_and_a_folder(folder: Path) -> None:

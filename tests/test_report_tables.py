@@ -24,6 +24,7 @@ from semiseg.report.aggregate import (
     summarise,
     table_numbers,
 )
+from semiseg.report.page import beside_recorded
 from semiseg.report.published import read_published
 from semiseg.report.quality_sections import at_the_box
 from semiseg.report.statements import answer, gap_caution, reading, row_order
@@ -327,3 +328,17 @@ def test_classes_that_stay_at_the_filled_box_are_named_with_their_seeds():
     assert "cross with seeds 0, 1." in at_the_box(replace(report, results=both), TABLE)[0]
     without_bound = {key: result for key, result in results.items() if key[1] != "full-masks"}
     assert at_the_box(replace(report, results=without_bound), TABLE) == []
+
+
+def test_a_seed_stands_beside_the_recorded_means_and_is_marked_beyond_two_deviations():
+    # "cross" and "猫", 2 above it, are unseen: means 21 and 41 with deviations 1 and 10.
+    recorded = report_of({"neither": [19.0, 20.0, 21.0], "full-masks": [30.0, 40.0, 50.0], "projection": [9.0]})
+    own = report_of({"neither": [22.1], "full-masks": [59.0], "projection": [9.0], "box-supervised": [9.0]})
+    told = beside_recorded(own, recorded).splitlines()
+    assert told[0] == TABLE.title
+    assert [line.split() for line in told[3:]] == [
+        ["neither", "23.1", "21.0", "±", "1.0", "!"],
+        ["full-masks", "60.0", "41.0", "±", "10.0"],
+    ]
+    other = replace(TABLE, name="table7")
+    assert beside_recorded(own, report_of({"neither": [19.0, 20.0]}, table=other)) == ""

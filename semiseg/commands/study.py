@@ -86,6 +86,8 @@ def run(
     if not trained and not reproduce and any(run_status(item, {}).state != "done" for item in planned):
         typer.echo("(some of them were recorded elsewhere; '--reproduce' trains them here)")
     _measure_and_report(loaded, folder, command=_command(study, overrides, seeds, out))
+    if not overrides:
+        _say_beside_reference(loaded, folder)
 
 
 def _launch_file(name: str | None, processes: int) -> LaunchFile | None:
@@ -200,6 +202,26 @@ def _measure_and_report(study: Study, folder: Path, *, command: list[str]) -> No
     record_difficulty(study, folder)
     record_edges(study, folder)
     _build_report(study, folder, record=folder, command=command)
+
+
+def _say_beside_reference(study: Study, folder: Path) -> None:
+    """What a run gave beside the means over seeds that are recorded for it, where they are at hand."""
+    from semiseg.commands.study_report import report_input
+    from semiseg.report.page import beside_recorded
+    from semiseg.study_plan import RESULTS_NAME
+
+    if study.reference is None:
+        return
+    reference = _load(study.reference, None, None)
+    record = _folder(reference, None)
+    if not (record / RESULTS_NAME).is_file():
+        return
+    inputs = [report_input(one, place, command=("semiseg",)) for one, place in ((study, folder), (reference, record))]
+    if text := beside_recorded(*inputs):
+        typer.echo(
+            f"\nbeside the means ± deviations over {len(reference.seeds)} seeds in {record} (one seed moves by several "
+            f"AP with processor and chance; '!' is further away than two deviations):\n\n{text}"
+        )
 
 
 def _record_folder(study: Study, folder: Path) -> Path:

@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from semiseg.report.aggregate import ReportInput, TableNumbers, table_numbers
 from semiseg.report.context import FigureFiles, PageContext
 from semiseg.report.diagnostics import edge_curve_section
@@ -34,6 +36,7 @@ from semiseg.report.tables import (
     latex_table,
     layout,
     markdown_table,
+    number,
     table_cells,
     text_table,
 )
@@ -102,6 +105,29 @@ def report_text(report: ReportInput) -> str:
         summary = table_numbers(report, table).summary
         shown = layout(table, summary)
         texts.append(f"{table.title}\n{text_table(shown.headings, table_cells(summary, table, shown))}")
+    return "\n".join(texts)
+
+
+def beside_recorded(report: ReportInput, recorded: ReportInput) -> str:
+    """AP of every row beside its mean ± deviation over the seeds of another record of these tables, for the terminal.
+
+    What lies further than two deviations from the mean is marked. "" where no row has both.
+    """
+    others = {table.name: table_numbers(recorded, table).summary.set_index("row") for table in recorded.tables}
+    texts = []
+    for table in report.tables:
+        lines = []
+        group = "unseen" if table.unseen else "all"
+        own, other = table_numbers(report, table).summary.set_index("row"), others.get(table.name)
+        if other is None:
+            continue
+        for row in table.rows:
+            value = own[f"{group}_AP"].get(row.name, np.nan)
+            mean, std = other[f"{group}_AP"].get(row.name, np.nan), other[f"{group}_AP_std"].get(row.name, np.nan)
+            if not np.isnan([value, mean, std]).any():
+                lines.append([row.label, number(value), number(mean, std), "!" * bool(abs(value - mean) > 2 * std)])
+        if lines:
+            texts.append(f"{table.title}\n{text_table(('row', f'{group} AP', 'recorded', ''), lines)}")
     return "\n".join(texts)
 
 
