@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import shutil
 import uuid
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
 from semiseg.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 WEIGHTS_NAME = "model.safetensors"  # in a model folder
+LOCK_NAME = ".train.lock"  # in a run's folder, held by the process that trains it
 Kind = Literal["splits", "experiments", "launch", "published"]
 
 # kind -> (folder below the working project or the packaged copy, suffix, the word for one of them)
@@ -86,23 +91,54 @@ def require_folder(path: Path) -> None:
         raise UserError(f"{there}: no permission to write there")
 
 
-def lock_folder(folder: Path, name: str) -> IO[bytes]:
-    """An exclusive lock on a folder, held by this process until the returned file is closed.
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Keeps other processes from training in a folder, until the end of the block or of this process.
 
     Raises:
         UserError: another process holds it.
     """
-    import fcntl
+    with ExitStack() as held:
+        try:
+            held.enter_context(lock(folder / LOCK_NAME))
+        except TimeoutError:
+            raise UserError(f"{folder}: another process is training this run; wait for it or end it first") from None
+        yield
 
-    lock = (folder / name).open("wb")
+
+@contextmanager
+def lock(path: Path, *, waiting: str | None = None) -> Iterator[None]:
+    """Locks a file, which is there only so long, until the end of the block or of this process, however it ends.
+
+    On a file system without locks it goes on without one, with a warning.
+
+    Args:
+        waiting: said while another process holds it; None = do not wait.
+
+    Raises:
+        TimeoutError: another process holds it and `waiting` is None.
+    """
+    from filelock import FileLock  # not above: only who writes waits for it
+
+    # No file that stands for a lock where there are none: a killed process would leave it for ever.
+    file = FileLock(path, fallback_to_soft=False)
     try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        lock.close()
-        raise UserError(f"{folder}: another process is training this run; wait for it or end it first") from None
-    except OSError:
-        pass  # a file system without locks
-    return lock
+        file.acquire(blocking=False)
+    except TimeoutError:
+        if waiting is None:
+            raise
+        logger.warning(waiting)
+        file.acquire()
+    except OSError as error:
+        if error.filename is not None:  # the file cannot be made, which is no matter of locks
+            raise
+        warnings.warn(f"{path.parent}: cannot be locked ({error}); let one process at a time work there", stacklevel=4)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink()  # while it is held: who opens it now finds it gone and makes another
+        file.release()
 
 
 def write_text(path: Path, text: str) -> None:

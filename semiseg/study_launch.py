@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from semiseg.errors import UserError
@@ -25,11 +25,13 @@ class LaunchFile:
 
     Attributes:
         processes: of all machines together.
+        environment: what accelerate's launcher would set of it for a single process, which is started without one.
     """
 
     path: Path
     processes: int
     machines: int
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 def read_launch_file(name_or_path: str) -> LaunchFile:
@@ -49,6 +51,8 @@ def read_launch_file(name_or_path: str) -> LaunchFile:
         loaded = load_config_from_file(str(path))
         kind = str(getattr(loaded.distributed_type, "value", loaded.distributed_type))
         processes, machines = int(loaded.num_processes), int(loaded.num_machines)
+        precision = str(getattr(loaded.mixed_precision, "value", loaded.mixed_precision) or "no").lower()
+        gpus = "" if loaded.use_cpu else str(getattr(loaded, "gpu_ids", None) or "all")
     except Exception as error:  # a reader of YAML may raise anything on a damaged file
         raise UserError(f"{path}: accelerate does not take it as a configuration: {error}".splitlines()[0]) from None
     if kind not in ("NO", "MULTI_GPU", "MULTI_CPU"):
@@ -58,9 +62,12 @@ def read_launch_file(name_or_path: str) -> LaunchFile:
             f"{path}: num_processes {processes} must be a positive multiple of num_machines {machines}, as it counts "
             "the processes of all machines"
         )
-    if kind == "NO" and processes > 1:
+    if kind != "MULTI_GPU" and processes > 1:
         raise UserError(f"{path}: num_processes {processes} needs distributed_type MULTI_GPU, else one is started")
-    return LaunchFile(path, processes, machines)
+    if processes > 1:
+        return LaunchFile(path, processes, machines)
+    chosen = {} if gpus == "all" else {"CUDA_VISIBLE_DEVICES": gpus}
+    return LaunchFile(path, processes, machines, {"ACCELERATE_MIXED_PRECISION": precision, **chosen})
 
 
 def lines_for_machines(

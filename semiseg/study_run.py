@@ -6,18 +6,18 @@ Interrupting loses at most the steps since a run's last checkpoint; the same com
 from __future__ import annotations
 
 import json
-import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Any, Literal, TextIO
 
 from semiseg.config import DataConfig
 from semiseg.config_files import digest, read_json
+from semiseg.data.workers import StopOnSignal
 from semiseg.engine.logs import format_seconds
 from semiseg.errors import UserError
 from semiseg.results import Result, append, latest, read
@@ -167,20 +167,20 @@ class _Study:
         self.side_by_side = {True: min(how.jobs, len(planned) - rows), False: min(how.jobs, rows)}
 
     def run(self) -> None:
-        try:
-            with _StopOnSignal() as stop:
+        with StopOnSignal() as stop:
+            try:
                 while self.waiting or self.running:
+                    if stop.requested:
+                        self._stop()
+                        raise KeyboardInterrupt("stopped; the same command continues where it ended")
                     self._start_ready()
                     self._collect_ended()
                     self.progress.update(self.running)
-                    if stop.requested:
-                        self._stop(stop)
-                        raise KeyboardInterrupt("stopped; the same command continues where it ended")
                     time.sleep(self.how.poll_seconds)
-        finally:
-            for child in self.running:
-                child.kill()
-            self.progress.close()
+            finally:
+                for child in self.running:
+                    child.kill()
+                self.progress.close()
         if self.failures:
             skipped = f"; {len(self.skipped)} runs that start from them were not begun" if self.skipped else ""
             told = "; ".join(self.failures.values())
@@ -202,7 +202,8 @@ class _Study:
         how = self.how
         share = share_of(how.machine, slot=slot, side_by_side=side_by_side, processes=how.processes, launch=how.launch)
         try:
-            self.running.append(Child(run, command=self.how.command, share=share, slot=slot))
+            child = Child(run, command=how.command, share=share, slot=slot, grace_seconds=how.grace_seconds)
+            self.running.append(child)
         except UserError as error:
             self.failures[run.run_id] = f"{run.label}: {error}"
 
@@ -212,6 +213,8 @@ class _Study:
             if code is None:
                 continue
             self.running.remove(child)
+            if code != 0:
+                child.kill()  # what a dead launcher has left
             failure = self._record(child) if code == 0 else child.complaint()
             if failure is None:
                 self.progress.end(child, message=_told_end(child), finished=True)
@@ -227,16 +230,14 @@ class _Study:
             return str(error)
         return None
 
-    def _stop(self, stop: _StopOnSignal) -> None:
+    def _stop(self) -> None:
         self.progress.say("stopping: the running ones finish their step and write a checkpoint")
         for child in self.running:
             child.interrupt()
         deadline = time.monotonic() + self.how.grace_seconds
-        # A second signal ends the wait.
-        while any(child.poll() is None for child in self.running) and stop.count < 2:
-            if time.monotonic() > deadline:
-                break
-            time.sleep(self.how.poll_seconds)
+        with suppress(KeyboardInterrupt):  # a second signal ends the wait
+            while any(child.poll() is None for child in self.running) and time.monotonic() < deadline:
+                time.sleep(self.how.poll_seconds)
         for child in list(self.running):
             if child.poll() == 0:
                 # It ended well while it was being stopped.
@@ -300,32 +301,6 @@ def _told_end(child: Child) -> str:
     numbers = ", ".join(f"{what} AP {value:.1f}" for what, value in found.items() if value is not None)
     took = format_seconds(time.monotonic() - child.started)
     return f"{child.run.label} done in {took}" + (f": {numbers}" if numbers else "")
-
-
-class _StopOnSignal:
-    """Counts SIGINT and SIGTERM instead of acting on them."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    @property
-    def requested(self) -> bool:
-        return self.count > 0
-
-    def __enter__(self) -> _StopOnSignal:
-        for number in self._previous:
-            signal.signal(number, self._count)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _count(self, number: int, frame: FrameType | None) -> None:
-        self.count += 1
 
 
 def finished_at(when: str | None) -> str:

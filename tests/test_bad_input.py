@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -259,11 +260,11 @@ def test_replay_of_other_files(tmp_path: Path) -> None:
 def test_a_folder_is_trained_by_one_process_at_a_time(tmp_path: Path) -> None:
     config = tiny_config(tmp_path / "data", optim={"steps": 1})
     code = "import sys; from pathlib import Path; from semiseg.resources import lock_folder\n"
-    code += "held = lock_folder(Path(sys.argv[1]), sys.argv[2]); print('held', flush=True); sys.stdin.read()"
+    code += "with lock_folder(Path(sys.argv[1])):\n    print('held', flush=True); sys.stdin.read()"
     out = tmp_path / "out"
     out.mkdir()
     other = subprocess.Popen(
-        [sys.executable, "-c", code, str(out), ".train.lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert other.stdout is not None
     assert other.stdout.readline() == "held\n"
@@ -273,7 +274,23 @@ def test_a_folder_is_trained_by_one_process_at_a_time(tmp_path: Path) -> None:
     other.communicate()
     with claimed(config, out, inputs={}, resume=False):
         assert (out / "config.json").is_file()
-    lock_folder(out, ".train.lock").close()
+    with lock_folder(out):
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_told_and_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    config, out = tiny_config(tmp_path / "data"), tmp_path / "out"
+    for _ in range(2):  # nothing stands for a lock that a killed process would leave
+        told = pytest.warns(UserWarning, match=r"out: cannot be locked \(.*\); let one process at a time work there")
+        with told, claimed(config, out, inputs={}, resume=False):
+            assert (out / "config.json").is_file()
 
 
 def test_a_folder_where_nothing_was_trained_is_free(tmp_path: Path) -> None:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import pickle
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from semiseg.data import table as table_module
 from semiseg.data.coco import image_records, read_coco
-from semiseg.data.table import load_table, missing_images
+from semiseg.data.table import Table, load_table, missing_images
 from semiseg.errors import UserError
 from semiseg.resources import whole_folder
-from tests.coco_files import make_coco
+from tests.coco_files import CocoFiles, make_coco
 
 
 def test_rows_hold_what_the_json_says(tmp_path: Path) -> None:
@@ -70,7 +73,59 @@ def test_a_table_pickles_as_a_path(tmp_path: Path) -> None:
     assert pickle.loads(content).rows[7] == table.rows[7]
 
 
-def test_two_converting_at_once_both_end_up_fine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def both_load(files: CocoFiles, cache: Path) -> list[Table]:
+    """The table as two threads get it that ask at once."""
+    tables: list[Table] = []
+    threads = [
+        threading.Thread(target=lambda: tables.append(load_table(files.annotations, files.images, cache=cache)))
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return tables
+
+
+def folder_of(table: Table) -> str:
+    return Path(table.rows.cache_files[0]["filename"]).parent.name
+
+
+def no_locks(descriptor: int, operation: int) -> None:
+    """`flock` of a file system that has none."""
+    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+
+def test_of_two_that_want_to_convert_one_waits_and_finds_it_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, cache = make_coco(tmp_path), tmp_path / "cache"
+    convert, conversions, waits = table_module._convert, [], threading.Event()
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.getMessage() == f"{cache}: another process converts annotations; waiting":
+                waits.set()
+
+    def convert_when_the_other_waits(*arguments: Any) -> None:
+        conversions.append(arguments)
+        assert waits.wait(60)
+        convert(*arguments)
+
+    monkeypatch.setattr(table_module, "_convert", convert_when_the_other_waits)
+    listener = Listener()
+    logging.getLogger("semiseg.resources").addHandler(listener)
+    try:
+        tables = both_load(files, cache)
+    finally:
+        logging.getLogger("semiseg.resources").removeHandler(listener)
+    assert len(conversions) == 1
+    assert tables[0].rows.to_list() == tables[1].rows.to_list()
+    assert [path.name for path in cache.iterdir()] == [folder_of(tables[0])]
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be locked")
+def test_two_converting_at_once_without_locks_both_end_up_fine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files, cache = make_coco(tmp_path), tmp_path / "cache"
     both_written = threading.Barrier(2, timeout=20)
 
@@ -81,18 +136,11 @@ def test_two_converting_at_once_both_end_up_fine(tmp_path: Path, monkeypatch: py
             both_written.wait()  # neither has seen the other's table
 
     monkeypatch.setattr(table_module, "whole_folder", meet_then_rename)
-    tables = []
-    threads = [
-        threading.Thread(target=lambda: tables.append(load_table(files.annotations, files.images, cache=cache)))
-        for _ in range(2)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    tables = both_load(files, cache)
     assert len(tables) == 2
     assert tables[0].rows.to_list() == tables[1].rows.to_list()
-    assert [path.name for path in cache.iterdir()] == [tables[0].rows.cache_files[0]["filename"].split("/")[-2]]
+    assert [path.name for path in cache.iterdir()] == [folder_of(tables[0])]
 
 
 def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

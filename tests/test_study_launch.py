@@ -2,24 +2,49 @@
 
 from __future__ import annotations
 
+import io
 import shlex
+import signal
 import subprocess
 import sys
+import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
+import tomlkit
+import torch
+from safetensors.torch import load_file
 
+from semiseg.config_files import merge
+from semiseg.engine.logs import read_log
 from semiseg.errors import UserError
 from semiseg.results import latest, read
 from semiseg.study import Study, load_study
-from semiseg.study_child import Machine, launch_command, share_of
+from semiseg.study_child import Machine, last_step, launch_command, share_of
 from semiseg.study_launch import LaunchFile, lines_for_machines, read_launch_file
 from semiseg.study_plan import PlannedRun, matching_results, plan
-from semiseg.study_run import read_result, record_ended
+from semiseg.study_run import Execution, read_result, record_ended, run_missing
+from tests.distributed_worker import free_port
 from tests.study_files import write_study
 from tests.test_cli import call
+from tests.tiny import TINY
+
+ROOT = Path(__file__).parent.parent
+STEPS = 24
+# The same two processes without a launcher, forked after the imports, which are most of the time.
+UNDISTURBED = """
+import os, sys
+from pathlib import Path
+from semiseg.commands.train import read_config
+from semiseg.engine.run import execute_run
+rank = "0" if os.fork() else "1"
+os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", ACCELERATE_USE_CPU="true")
+os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[2])
+execute_run(read_config(Path(sys.argv[1]), []), out=Path("whole"), progress=False)
+"""
 
 STUDY = """
 title = "T"
@@ -127,8 +152,25 @@ def test_a_launch_file_starts_each_run(project: Path) -> None:
     assert launch_command(("python", "-m", "semiseg"), ["train", "x"], share=share) == [
         "python", "-m", "accelerate.commands.launch", "--config_file", "mine.yaml", "-m", "semiseg", "train", "x",
     ]  # fmt: skip
+    one = read_launch_file("one_gpu")
+    alone = share_of(eight, slot=1, side_by_side=2, processes=one.processes, launch=one.path)
+    assert launch_command(("python", "-m", "semiseg"), ["train", "x"], share=alone) == [
+        "python", "-m", "semiseg", "train", "x",
+    ]  # fmt: skip
     with pytest.raises(UserError, match=r"mine\.yaml: num_processes 4: there are 2 GPUs"):
         share_of(Machine(8, ("0", "1")), slot=0, side_by_side=1, processes=4, launch=path)
+
+
+def test_a_single_process_gets_what_its_launch_file_sets(project: Path) -> None:
+    """It is started without accelerate's launcher, which would pass no signal on."""
+    base = "distributed_type: 'NO'\nnum_processes: 1\n"
+    for text, environment in (
+        ("gpu_ids: all\nmixed_precision: 'no'", {"ACCELERATE_MIXED_PRECISION": "no"}),
+        ("gpu_ids: 3\nmixed_precision: bf16", {"ACCELERATE_MIXED_PRECISION": "bf16", "CUDA_VISIBLE_DEVICES": "3"}),
+        ("use_cpu: true", {"ACCELERATE_MIXED_PRECISION": "no", "CUDA_VISIBLE_DEVICES": ""}),
+    ):
+        Path("mine.yaml").write_text(base + text)
+        assert read_launch_file("mine.yaml").environment == environment
 
 
 @pytest.mark.parametrize(
@@ -142,6 +184,7 @@ def test_a_launch_file_starts_each_run(project: Path) -> None:
             "num_processes 9 must be a positive multiple",
         ),
         ("distributed_type: FSDP\nnum_processes: 2", "distributed_type is 'FSDP'; allowed: 'NO', 'MULTI_GPU', "),
+        ("distributed_type: MULTI_CPU\nnum_processes: 2", "num_processes 2 needs distributed_type MULTI_GPU"),
         ("distributed_type: 'NO'\nnum_processes: 2", "num_processes 2 needs distributed_type MULTI_GPU"),
     ],
 )
@@ -176,3 +219,44 @@ def test_several_machines_are_told_what_to_type_and_the_study_records_what_has_e
 def test_processes_are_said_once(project: Path) -> None:
     told = call("run", "study", "--launch", "eight_gpus", "--processes", "2", code=2)
     assert "--processes 2: the number of processes is that of --launch eight_gpus; give one of the two" in told
+
+
+def test_an_interrupted_study_of_two_processes_leaves_none_and_continues_to_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real training, started by the real launcher, each process with a worker that loads."""
+    monkeypatch.chdir(tmp_path)
+    for name, value in (("PYTHONPATH", str(ROOT)), ("OMP_NUM_THREADS", "1"), ("CUDA_VISIBLE_DEVICES", "")):
+        monkeypatch.setenv(name, value)
+    base = merge(TINY, {"data": {"root": "data"}, "optim": {"steps": STEPS}, "runtime": {"workers": 1}})
+    table = {"name": "table", "title": "T", "split": "few", "rows": ["row"]}
+    study = {"title": "T", "base": base, "rows": [{"name": "row"}], "splits": {"few": "shapes_few_seen"}}
+    Path("experiments").mkdir()
+    Path("experiments/study.toml").write_text(tomlkit.dumps({**study, "tables": [table]}))
+    planned = plan(load_study("study"), processes=2)
+    folder = planned[0].folder
+
+    command = [sys.executable, "-m", "semiseg", "run", "study", "--processes", "2"]
+    started = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        while last_step(folder / "log.jsonl") is None:
+            assert started.poll() is None
+            time.sleep(0.02)
+        processes = psutil.Process(started.pid).children(recursive=True)
+        started.send_signal(signal.SIGINT)
+        _, told = started.communicate()
+    finally:
+        started.kill()
+    assert (started.returncode, len(processes) >= 5) == (130, True), told  # the launcher, two that train, two that load
+    assert "semiseg: stopped; the same command continues where it ended" in told
+    assert not [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    (saved,) = [int(path.stem.removeprefix("step_")) for path in (folder / "checkpoints").glob("step_*.pt")]
+    assert saved < STEPS
+    assert f"stopped after step {saved} of {STEPS}" in (folder / "output.txt").read_text()
+
+    how = Execution(processes=2, machine=Machine(2, ()))
+    run_missing(planned, name="study", results=Path("results.jsonl"), how=how, stream=io.StringIO())
+    assert [line["step"] for line in read_log(folder / "log.jsonl")] == list(range(1, STEPS + 1))
+    subprocess.run([sys.executable, "-c", UNDISTURBED, folder / "train.json", str(free_port())], check=True)
+    weights, whole = (load_file(path / "model" / "model.safetensors") for path in (folder, Path("whole")))
+    assert all(torch.equal(weights[name], value) for name, value in whole.items())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -70,5 +69,7 @@ def _status_bytes(name: str) -> int:
 
 
 def _highest_ever() -> int:
+    import resource  # Unix has it
+
     highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return highest if sys.platform == "darwin" else highest * 1024  # macOS counts bytes, Linux kilobytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -79,6 +80,8 @@ def run(
     if file is not None and file.machines > 1 and _told_machines(planned, file, folder, reproduce, typed):
         return
     path = None if file is None else file.path
+    if file is not None:
+        os.environ.update(file.environment)
     how = Execution(jobs=jobs, processes=processes, launch=path, reproduce=reproduce, typed=typed)
     trained = run_missing(planned, name=loaded.name, results=folder / RESULTS_NAME, how=how)
     if not trained:

@@ -26,7 +26,7 @@ from semiseg.data.coco import NO_ANNOTATIONS, image_records, read_coco
 from semiseg.data.image_files import require_sizes
 from semiseg.data.problems import Problem, stop_at_errors
 from semiseg.errors import UserError
-from semiseg.resources import whole_folder
+from semiseg.resources import lock, whole_folder
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class Table:
 def load_table(annotations: Path, images: Path, *, cache: Path, annotations_required: bool = True) -> Table:
     """The table of an annotation file; converted on first use, with a progress bar.
 
-    Two processes may convert at once: each writes a folder of its own and renames it, the later one finds it done.
+    Of processes that ask at once one converts, and the others wait for it.
 
     Args:
         annotations: COCO instances json.
@@ -143,7 +143,11 @@ def _open(
 ) -> tuple[datasets.Dataset, dict[str, Any]]:
     """The rows and the classes, converted first if they are not there."""
     if not folder.is_dir():
-        _convert(annotations, images, folder, annotations_required)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # One at a time: a conversion needs gigabytes, and those that wait find it done.
+        with lock(folder.parent / ".lock", waiting=f"{folder.parent}: another process converts annotations; waiting"):
+            if not folder.is_dir():
+                _convert(annotations, images, folder, annotations_required)
     classes = json.loads((folder / "classes.json").read_text(encoding="utf-8"))
     return datasets.Dataset.from_file(str(folder / "rows.arrow")), classes
 

@@ -1,9 +1,10 @@
-"""How processes of one's own are started that load or draw: their method, and what signals mean to them."""
+"""How processes of one's own are started that load or draw, and what signals mean to them and to the main process."""
 
 from __future__ import annotations
 
 import signal
 import sys
+from types import FrameType, TracebackType
 from typing import Literal
 
 StartMethod = Literal["fork", "forkserver", "spawn"]
@@ -16,3 +17,39 @@ def leave_signals_to_the_main_process(worker: int = 0) -> None:
     """Ctrl-C and a batch system's SIGTERM reach workers too, which must outlive the step that is being finished."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+class StopOnSignal:
+    """Counts SIGINT and SIGTERM, so that what is under way is finished and saved before the process ends.
+
+    The second one acts at once; later ones do not disturb what it has begun.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._previous: dict[int, object] = {}
+
+    @property
+    def requested(self) -> bool:
+        """Whether there was a signal."""
+        return self.count > 0
+
+    def __enter__(self) -> StopOnSignal:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._previous[number] = signal.signal(number, self._request)
+            except ValueError:
+                # Not the main thread (a notebook's executor): the caller keeps its own handling.
+                break
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.count += 1
+        if self.count == 2:
+            raise KeyboardInterrupt

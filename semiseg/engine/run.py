@@ -38,11 +38,10 @@ from semiseg.errors import UserError
 from semiseg.evaluation.coco_metrics import Metrics
 from semiseg.evaluation.precision import Backend, require_backend
 from semiseg.models.condinst import CondInst
-from semiseg.resources import lock_folder, require_folder, weights_file
+from semiseg.resources import LOCK_NAME, lock_folder, require_folder, weights_file
 
 PACKAGE = Path(__file__).resolve().parents[1]
 RESULT_NAME = "result.json"
-LOCK_NAME = ".train.lock"
 
 
 def execute_run(config: RunConfig, *, out: Path, resume: bool = True, progress: bool | None = True) -> dict[str, Any]:
@@ -333,7 +332,7 @@ def claimed(config: RunConfig, out: Path, *, inputs: dict[str, str | None], resu
     """
     new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
-    with lock_folder(out, LOCK_NAME):
+    with lock_folder(out):
         check_folder(config, out, inputs=inputs, resume=resume)
         identity, values = config.identity(), config.model_dump(mode="json")
         write_json(out / "config.json", {"identity": identity, "inputs": inputs, "config": values})

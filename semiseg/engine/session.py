@@ -1,13 +1,11 @@
-"""The processes of a run: accelerate's view of devices and ranks, seeds, and an orderly stop on a signal."""
+"""The processes of a run: accelerate's view of devices and ranks, and seeds."""
 
 from __future__ import annotations
 
 import os
-import signal
 import warnings
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -107,34 +105,3 @@ def agree(fact: Fact, *, where: Path | str, remedy: str = "share the folder") ->
         told = ", ".join(sorted({str(item) for item in found}))
         raise UserError(f"{where}: not the same on every machine (found: {told}); {remedy}")
     return fact
-
-
-class StopOnSignal:
-    """Turns SIGINT and SIGTERM into a flag, so that the current step is finished and saved before the run ends.
-
-    A second signal acts at once.
-    """
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._previous: dict[int, object] = {}
-
-    def __enter__(self) -> StopOnSignal:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self._previous[number] = signal.signal(number, self._request)
-            except ValueError:
-                # Not the main thread (a notebook's executor): the caller keeps its own handling.
-                break
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True

@@ -23,6 +23,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from semiseg.config import RunConfig
 from semiseg.config_files import read_json
+from semiseg.data.workers import StopOnSignal
 from semiseg.engine.build import (
     RunData,
     build_step,
@@ -46,7 +47,7 @@ from semiseg.engine.optim import build_optimizer, learning_rate
 from semiseg.engine.processes import parts_per_step
 from semiseg.engine.replay import write_nonfinite_step
 from semiseg.engine.schedules import pairwise_warmup
-from semiseg.engine.session import StopOnSignal, agree
+from semiseg.engine.session import agree
 from semiseg.engine.step import StepPlan, TrainStep
 from semiseg.errors import UserError
 from semiseg.losses.terms import COUNT_NAMES, LOSS_NAMES
