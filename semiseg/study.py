@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -24,7 +25,7 @@ from semiseg.resources import find
 PRETRAIN_ROW = "pretrain"
 
 RunKey = tuple[str, str | None, int]  # row, split, seed
-Name = Annotated[str, Field(min_length=1, pattern=r"^[^./\\][^/\\]*$")]  # part of a folder's name
+Name = Annotated[str, Field(min_length=1, pattern=r"^[^./\\\p{Cc}][^/\\\p{Cc}]*$")]  # part of a folder's name
 
 
 class StudyRow(Section):
@@ -81,6 +82,9 @@ class Study(Section):
     def _names_fit(self) -> Study:
         rows = [row.name for row in self.rows]
         seeds = [str(seed) for seed in self.seeds]
+        for table in self.tables:
+            if not re.fullmatch(r"[\w-]+", table.name, re.ASCII):
+                raise ValueError(f"table {table.name!r}: a table's name is of letters, digits, '_' and '-'")
         for what, names in (("row", rows), ("table", [table.name for table in self.tables]), ("seed", seeds)):
             doubled = [name for name in names if names.count(name) > 1]
             if doubled:
@@ -215,10 +219,11 @@ def _row_run(study: Study, row: StudyRow, table: StudyTable, seed: int, init: St
     by_split: dict[str, Any] = {"supervision": {"source": "split", "split": split}} if split is not None else {}
     values = _merged(study.base, by_split, row.set, {"seed": seed}, where=where)
     supervision = values.get("supervision", {})
-    if supervision.get("source") != "split":
-        supervision = {key: value for key, value in supervision.items() if key != "split"}
-    elif supervision.get("split") is None:
-        raise UserError(f"{where}: its supervision is the split's, but table {table.name!r} names no split")
+    if isinstance(supervision, dict):  # else `parse_run` says what it must be
+        if supervision.get("source") != "split":
+            supervision = {key: value for key, value in supervision.items() if key != "split"}
+        elif supervision.get("split") is None:
+            raise UserError(f"{where}: its supervision is the split's, but table {table.name!r} names no split")
     config = parse_run({**values, "supervision": supervision}, where=where, initial_run=init is not None)
     if init is not None and config.init_from is not None:
         raise UserError(f"{where}: 'init_from' is {config.init_from!r}, but its weights come from the [pretrain] run")

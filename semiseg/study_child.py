@@ -27,7 +27,7 @@ OUTPUT_NAME = "output.txt"
 _TAIL_BYTES = 65536
 _MARK = "SEMISEG_RUN"  # in the environment of all processes of a run, whoever started them
 # What torch's launcher says of a process that failed.
-_EXIT_CODE = re.compile(r"^ *exitcode *: (-?\d+) \(pid: \d+\)$", re.MULTILINE)
+_EXIT_CODE = re.compile(r"^ *exitcode *: (-?\d+) \(pid: ", re.MULTILINE)
 _RANK = re.compile(r"^\[rank\d+\]: ", re.MULTILINE)
 
 

@@ -14,11 +14,17 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
+from semiseg.resources import lock_folder
+
 
 def main() -> None:
     verb, config_path, flag, out_text, resume = sys.argv[1:]
     assert (verb, flag, resume) == ("train", "--out", "--resume")
-    out, config = Path(out_text), json.loads(Path(config_path).read_text())
+    with lock_folder(Path(out_text)):
+        train(Path(out_text), json.loads(Path(config_path).read_text()))
+
+
+def train(out: Path, config: dict) -> None:
     kind, _, row = os.environ.get("FAKE", "").partition(":")
     kind = kind if row and out.name.startswith(row) else ""
     stopped: list[int] = []

@@ -33,8 +33,6 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(autouse=True)
 def _in_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    # Where the embedded data set has been drawn, its edges would be measured: seconds, and another page.
-    monkeypatch.setattr("semiseg.commands.study_report.record_edge_curve", lambda study, folder: None)
 
 
 def record(study: Study, folder: Path, ap: dict[str, float], *, classes: tuple[str, ...]) -> None:

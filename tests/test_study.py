@@ -13,13 +13,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
+from semiseg.data.workers import TOGETHER_SECONDS, StopOnSignal
 from semiseg.engine.logs import format_seconds
 from semiseg.errors import UserError
 from semiseg.results import Result, latest, read
 from semiseg.study import Study, load_study, study_runs
-from semiseg.study_child import Machine, Share, child_environment, last_step, launch_command, share_of
+from semiseg.study_child import Machine, Share, child_environment, last_step, launch_command, reason, share_of
 from semiseg.study_plan import PlannedRun, matching_results, plan
 from semiseg.study_run import Execution, run_missing, run_status, runs_to_do
 from tests.study_files import write_study
@@ -57,6 +59,7 @@ split = "many"
 rows = ["neither", "boxes", "full"]
 """
 MACHINE = Machine(cores=8, gpus=())
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -80,6 +83,11 @@ def run(study: Study, **changes: Any) -> list[str]:
         plan(study), name=study.name, results=Path("results.jsonl"), how=execution(**changes), stream=stream
     )
     return [item.label for item in done]
+
+
+def first_call(item: PlannedRun) -> dict[str, Any]:
+    """What the stand-in wrote of the first time that it was started for a run."""
+    return json.loads((item.folder / "calls.jsonl").read_text().splitlines()[0])
 
 
 def ids(study: Study) -> dict[str, str]:
@@ -140,6 +148,12 @@ def test_what_makes_a_run_another_run(project: Path) -> None:
         ('split = "many"', 'split = "may"', r"unknown split 'may'\. Did you mean 'many'"),
         ('name = "full"', 'name = "boxes"', r"row 'boxes' is there twice"),
         ('name = "full"', 'name = "pretrain"', r"'pretrain' is no name for a row"),
+        ('name = "table7"', 'name = "table 7"', r"table 'table 7': a table's name is of letters, digits, '_' and '-'"),
+        ('name = "table7"', 'name = "<b>"', r"table '<b>': a table's name is of letters"),
+        ('name = "full"', 'name = "fu\\nll"', r"'rows\.2\.name': .*\(value: 'fu\\nll'\)"),
+        ('{ supervision.source = "masks" }', '{ supervision = "x" }', r"row 'full': .*'supervision'.*'x'"),
+        ('{ supervision.source = "masks" }', "{ supervision = 3 }", r"row 'full': .*'supervision'.*3"),
+        ("[base]", '[base]\nsupervision = "x"', r"\[pretrain\]: 'supervision': expected a table of values, not 'x'"),
         ('["neither", "boxes", "full"]', '["neither", "boxes"]', r"row 'full' is in no table"),
         ("seeds = [0, 1]", "seeds = [1, 1]", r"seed '1' is there twice"),
         ("seeds = [0, 1]", "seed = [1]", r"unknown key 'seed'\. Did you mean 'seeds'"),
@@ -268,7 +282,7 @@ def test_the_same_run_of_two_studies_is_trained_once(project: Path) -> None:
             "fail",
             r"neither-few-s0: val\.json: annotation 3 is broken \(log: runs/study/neither-few-s0-\w+/output\.txt\)",
         ),
-        ("crash", r"neither-few-s0: .*RuntimeError: out of luck"),
+        ("crash", r"neither-few-s0: it ended with RuntimeError: out of luck \(log: "),
         ("silent", r"neither-few-s0: .*result\.json: the run ended without a readable result"),
     ],
 )
@@ -291,9 +305,12 @@ def test_what_starts_from_a_failed_run_is_not_begun(project: Path, monkeypatch: 
         run(load_study("study", seeds=[0]))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("number", "launch"),
+    [(signal.SIGINT, None), (signal.SIGTERM, None), (signal.SIGINT, ROOT / "experiments/launch/one_gpu.yaml")],
+)
 def test_interrupting_saves_and_the_same_command_continues(
-    project: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+    project: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, launch: Path | None
 ) -> None:
     study = load_study("study", seeds=[0])
     monkeypatch.setenv("FAKE", "slow:neither-few")
@@ -307,8 +324,9 @@ def test_interrupting_saves_and_the_same_command_continues(
     handlers = signal.getsignal(number)
     threading.Thread(target=interrupt_when_it_trains, daemon=True).start()
     with pytest.raises(KeyboardInterrupt, match="the same command continues"):
-        run(study)
+        run(study, launch=launch)
     assert signal.getsignal(number) == handlers
+    assert not psutil.pid_exists(first_call(slow)["pid"])
     assert run_status(slow, {}).state == "started"
     assert (run_status(slow, {}).step, run_status(slow, {}).steps) == (1, 3)
     monkeypatch.delenv("FAKE")
@@ -317,27 +335,119 @@ def test_interrupting_saves_and_the_same_command_continues(
     assert [call.get("start") for call in calls] == [0, 1, None]
 
 
+def test_signals_that_come_together_are_one_and_a_second_one_acts_at_once() -> None:
+    """As when a batch system signals a launcher and its processes, and the launcher passes its own signal on."""
+    with StopOnSignal() as stop, pytest.MonkeyPatch.context() as patch:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested
+        now = time.monotonic()
+        patch.setattr(time, "monotonic", lambda: now + TOGETHER_SECONDS)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # does not disturb what the second one has begun
+
+
 def test_a_run_that_is_being_trained_is_left_alone(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even when the study that began it was killed: the lock belongs to the running process."""
+    """Even when the study that began it was killed: the process that trains it holds the lock."""
     study = load_study("study", seeds=[0])
     pretrain = plan(study)[0]
     monkeypatch.setenv("FAKE", "slow:pretrain")
     code = (
         "from pathlib import Path; import test_study as t, semiseg.study as s\nt.run(s.load_study('study', seeds=[0]))"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     parent = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.DEVNULL)
     try:
         while last_step(pretrain.folder / "log.jsonl") is None:
             time.sleep(0.05)
         parent.kill()
         parent.wait()
+        before = {path.name: path.read_bytes() for path in pretrain.folder.iterdir() if path.is_file()}
         with pytest.raises(UserError, match="another process is training this run"):
             run(study)
+        assert {path.name: path.read_bytes() for path in pretrain.folder.iterdir() if path.is_file()} == before
     finally:
         parent.kill()
-        orphan = json.loads((pretrain.folder / "calls.jsonl").read_text().splitlines()[0])["pid"]
-        os.kill(orphan, signal.SIGKILL)
+        os.kill(first_call(pretrain)["pid"], signal.SIGKILL)
+
+
+def test_what_a_run_started_is_ended_even_if_its_launcher_is_gone(project: Path) -> None:
+    """A launcher that was killed says so, and its process, in a session of its own, does not go on."""
+    study = load_study("study", seeds=[0])
+    script = Path("launcher.py")
+    script.write_text(
+        "import os, pathlib, signal, subprocess, sys\n"
+        "code = 'import time; time.sleep(600)'\n"
+        "started = subprocess.Popen([sys.executable, '-c', code], start_new_session=True)\n"
+        "pathlib.Path('pid').write_text(str(started.pid))\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    told = r"pretrain-s0: killed by SIGKILL \(killed\): the memory was probably not enough \(log: runs/.*output\.txt\)"
+    with pytest.raises(UserError, match=told):
+        run(study, command=(sys.executable, str(script)))
+    pid = int(Path("pid").read_text())
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+# What accelerate's launcher writes of two processes of which the second died.
+LAUNCHED = """
+Traceback (most recent call last):
+  File "launch.py", line 1033, in launch_command
+    multi_gpu_launcher(args)
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+============================================================
+semiseg FAILED
+------------------------------------------------------------
+Failures:
+[1]:
+  time      : 2026-01-01_00:00:00
+  host      : machine
+  rank      : 0 (local_rank: 0)
+  exitcode  : {} (pid: 11)
+------------------------------------------------------------
+Root Cause (first observed failure):
+[0]:
+  rank      : 1 (local_rank: 1)
+  exitcode  : {} (pid: 12) (SIGNAL)
+============================================================
+"""
+LOST = '[rank0]: Traceback (most recent call last):\n[rank0]:   File "a"\n[rank0]: RuntimeError: Connection closed\n'
+
+
+@pytest.mark.parametrize(
+    ("code", "output", "told"),
+    [
+        (-signal.SIGSEGV, "semiseg: a warning\n", "killed by SIGSEGV (segmentation fault)"),
+        (-signal.SIGBUS, "", "killed by SIGBUS (bus error)"),
+        (-40, "", "killed by signal 40 (real-time signal 6)"),
+        (1, LOST + LAUNCHED.format(1, -11), "killed by SIGSEGV (segmentation fault)"),
+        (1, LAUNCHED.format(-9, -15), "killed by SIGKILL (killed): the memory was probably not enough"),
+        (1, "semiseg: x.json: broken\n" + LOST + LAUNCHED.format(2, 1), "x.json: broken"),
+        (1, "semiseg: x.json: broken\nsemiseg: interrupted\n" + LAUNCHED.format(130, 2), "x.json: broken"),
+        (1, LOST.replace("rank0", "rank1").replace("Connection closed", "no luck") + LOST + LAUNCHED.format(1, 1),
+         "it ended with RuntimeError: no luck"),
+        (1, "semiseg: a warning\n" + LOST + "\nDuring handling ...\n" + LOST.replace("Runtime", "Value"),
+         "it ended with ValueError: Connection closed"),
+        (130, "semiseg: stopped after step 3 of 9\n", "stopped after step 3 of 9"),
+        (3, "one\ntwo\n", "one | two"),
+        (3, "", "it ended with exit code 3 without a word"),
+    ],
+)  # fmt: skip
+def test_why_a_run_failed_is_a_sentence(code: int, output: str, told: str) -> None:
+    assert reason(code, output) == told
+
+
+def test_a_report_with_the_data_at_hand_measures_nothing(project: Path) -> None:
+    """Nor does it import what would: torch."""
+    run(load_study("study", seeds=[0]))
+    code = "import sys; sys.modules['torch'] = None; from semiseg.cli import app; app(sys.argv[1:])"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, "report", "study", "--seeds", "0", "--out", "."]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Path("report.md").is_file()
+    assert not list(Path().glob("edge*.json"))
 
 
 def test_a_split_that_changed_during_training_is_not_recorded(project: Path) -> None:
@@ -388,12 +498,14 @@ def test_several_processes_go_through_accelerate(tmp_path: Path, monkeypatch: py
         "import os, pathlib, sys\n"
         "told = [os.environ[name] for name in ('WORLD_SIZE', 'ACCELERATE_USE_CPU', 'OMP_NUM_THREADS')]\n"
         "pathlib.Path(sys.argv[1], os.environ['RANK']).write_text(' '.join(told))\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    os.kill(os.getpid(), 11)\n"
     )
     share = share_of(Machine(cores=4, gpus=()), slot=0, side_by_side=1, processes=2)
     assert share == Share(processes=2, threads=2, gpus=())
     command = launch_command((sys.executable, str(script)), [str(tmp_path)], share=share)
     done = subprocess.run(command, env=child_environment(share, threads=0), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert reason(done.returncode, done.stderr) == "killed by SIGSEGV (segmentation fault)"
     assert {(tmp_path / rank).read_text() for rank in ("0", "1")} == {"2 true 1"}
 
 

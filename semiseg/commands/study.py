@@ -200,10 +200,11 @@ def _command(study: str, overrides: list[str] | None, seeds: str | None, out: Pa
 
 
 def _measure_and_report(study: Study, folder: Path, *, command: list[str]) -> None:
-    from semiseg.commands.study_data import record_difficulty, record_edges
+    from semiseg.commands.study_data import record_difficulty, record_edge_curve, record_edges
 
     record_difficulty(study, folder)
     record_edges(study, folder)
+    record_edge_curve(study, folder)
     _build_report(study, folder, record=folder, command=command)
 
 

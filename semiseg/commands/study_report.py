@@ -10,7 +10,6 @@ from pathlib import Path
 from semiseg.commands.study_data import (
     EdgeKind,
     RowEdges,
-    record_edge_curve,
     recorded_difficulty,
     recorded_edge_curve,
     recorded_edges,
@@ -49,7 +48,6 @@ def build(study: Study, folder: Path, *, record: Path, command: Sequence[str]) -
     Returns:
         the tables as text, and the path of the page.
     """
-    record_edge_curve(study, folder)
     curve = recorded_edge_curve(study, folder) or recorded_edge_curve(study, record)
     report = replace(report_input(study, record, command=command), edge_curve=curve)
     return report_text(report), build_report(report, out=folder, published=find("published", PUBLISHED))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
+import time
 from types import FrameType, TracebackType
 from typing import Literal
 
@@ -11,6 +13,7 @@ StartMethod = Literal["fork", "forkserver", "spawn"]
 # Forked workers share what this process has imported. Others import torch again, 0.5 GB each, and Python's own choice
 # differs between its versions. Elsewhere than on Linux forking is unsafe: None leaves the choice to the platform.
 START_METHOD: StartMethod | None = "fork" if sys.platform == "linux" else None
+TOGETHER_SECONDS = 2.0  # signals so close to each other are one
 
 
 def leave_signals_to_the_main_process(worker: int = 0) -> None:
@@ -20,19 +23,16 @@ def leave_signals_to_the_main_process(worker: int = 0) -> None:
 
 
 class StopOnSignal:
-    """Counts SIGINT and SIGTERM, so that what is under way is finished and saved before the process ends.
+    """Turns SIGINT and SIGTERM into a flag, so that what is under way is finished and saved before the process ends.
 
-    The second one acts at once; later ones do not disturb what it has begun.
+    A second one acts at once, unless it comes together with the first: a batch system signals a launcher and its
+    processes alike, and the launcher passes the signal on. Later ones do not disturb what the second has begun.
     """
 
     def __init__(self) -> None:
-        self.count = 0
+        self.requested = False
+        self._acts_from = math.inf  # time at which another signal is a second one
         self._previous: dict[int, object] = {}
-
-    @property
-    def requested(self) -> bool:
-        """Whether there was a signal."""
-        return self.count > 0
 
     def __enter__(self) -> StopOnSignal:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -50,6 +50,9 @@ class StopOnSignal:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        self.count += 1
-        if self.count == 2:
+        now = time.monotonic()
+        if not self.requested:
+            self.requested, self._acts_from = True, now + TOGETHER_SECONDS
+        elif now >= self._acts_from:
+            self._acts_from = math.inf
             raise KeyboardInterrupt
