@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -12,6 +11,9 @@ import typer
 from semiseg import __version__
 from semiseg.commands import bench, compare, convert, data, predict, split, study, train
 from semiseg.errors import UserError
+from semiseg.resources import FULL
+
+NO_MEMORY = ("out of memory", "can't allocate memory", "could not create a primitive")
 
 # Plain help: the rich one costs a fifth of a second and breaks lines in examples.
 app = typer.Typer(name="semiseg", no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -32,10 +34,17 @@ def _speaks(function: Callable[..., Any]) -> Callable[..., Any]:
             raise typer.Exit(2) from None
         except OSError as error:
             # A path that cannot be read or written; anything else keeps its traceback.
-            if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.filename is None and error.errno not in FULL:
                 raise
             place = f"{error.filename2 or error.filename}: " if error.filename is not None else ""
             typer.echo(f"semiseg: {place}{error.strerror}", err=True)
+            raise typer.Exit(2) from None
+        except (MemoryError, RuntimeError) as error:
+            # How torch and its parts say that memory is short; anything else keeps its traceback.
+            told = str(error).strip().splitlines()
+            if not isinstance(error, MemoryError) and not any(words in str(error).lower() for words in NO_MEMORY):
+                raise
+            typer.echo(f"semiseg: not enough memory{f' ({told[0]})' if told else ''}", err=True)
             raise typer.Exit(2) from None
         except KeyboardInterrupt as interruption:
             typer.echo(f"semiseg: {interruption.args[0] if interruption.args else 'interrupted'}", err=True)

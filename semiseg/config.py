@@ -20,7 +20,8 @@ from semiseg.errors import UserError
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
-Side = Annotated[int, Field(ge=32)]  # of an image in pixels; 32 is the coarsest stride of the backbone
+Layers = Annotated[int, Field(ge=0, le=100)]  # of a kind; more would be a slip, and take hours to build
+Side = Annotated[int, Field(ge=32, le=2**16)]  # of an image in pixels; 32 is the coarsest stride of the backbone
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy takes
 
 
@@ -141,21 +142,21 @@ class ModelConfig(Section):
     deformable_interval: Annotated[int, Field(ge=0)] = 0
     neck: Literal["fpn", "bifpn"] = "fpn"
     neck_channels: PositiveInt = 256
-    neck_repeats: PositiveInt = 6
+    neck_repeats: Annotated[Layers, Field(ge=1)] = 6
     neck_norm: Norm = "bn"
     strides: list[PositiveInt] = [8, 16, 32, 64, 128]
     level_ranges: list[PositiveInt] = [64, 128, 256, 512]
-    tower_convs: Annotated[int, Field(ge=0)] = 4
+    tower_convs: Layers = 4
     tower_groups: PositiveInt = 32
     centre_radius: Annotated[float, Field(gt=0)] = 1.5
     mask_branch_channels: PositiveInt = 128
-    mask_branch_convs: Annotated[int, Field(ge=0)] = 4
+    mask_branch_convs: Layers = 4
     mask_branch_norm: Norm = "bn"
     mask_channels: PositiveInt = 16
     mask_feature_stride: PositiveInt = 8
     mask_stride: PositiveInt = 4
     dynamic_channels: PositiveInt = 8
-    dynamic_layers: PositiveInt = 3
+    dynamic_layers: Annotated[Layers, Field(ge=1)] = 3
     max_mask_positives: PositiveInt = 64
     pixel_mean: list[float] = [123.675, 116.28, 103.53]
     pixel_std: list[Annotated[float, Field(gt=0)]] = [58.395, 57.12, 57.375]

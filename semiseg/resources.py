@@ -1,17 +1,31 @@
-"""Where named files are found (splits, studies, printed numbers), and how files are written: whole or not at all."""
+"""Where named files are found (splits, studies, printed numbers), and how files are written: whole or not at all.
+
+The rules of writing, for files and folders alike:
+
+* What is written lies in a hidden folder `.semiseg-` and 32 digits beside its place until it is whole and on the disk;
+  then it is renamed. A kill, a full disk or a power cut leaves what was there before, or all of the new.
+* A hidden folder belongs to the process that holds the lock on its file `lock`. One whose lock is free is what a killed
+  process left; the next that writes there removes it. Nothing else is ever removed, whatever it is called.
+* A folder that takes the place of another needs two renames. Between them the old one lies in the hidden folder, and
+  whoever removes that puts it back first.
+* What stands in the way (no space, a limit, no permission) is one sentence that names the file or folder.
+"""
 
 from __future__ import annotations
 
 import difflib
+import errno
 import logging
 import os
+import re
 import shutil
 import uuid
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 from semiseg.errors import UserError
 
@@ -19,6 +33,10 @@ logger = logging.getLogger(__name__)
 
 WEIGHTS_NAME = "model.safetensors"  # in a model folder
 LOCK_NAME = ".train.lock"  # in a run's folder, held by the process that trains it
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, no quota, a limit on the size of files
+_HIDDEN, _LOCK, _ASIDE = ".semiseg-", "lock", "aside"
+_HIDDEN_NAME = re.compile(re.escape(_HIDDEN) + "[0-9a-f]{32}")
+_SETTLED: set[Path] = set()  # folders whose leftovers this process has removed: a listing per file would be quadratic
 Kind = Literal["splits", "experiments", "launch", "published"]
 
 # kind -> (folder below the working project or the packaged copy, suffix, the word for one of them)
@@ -141,40 +159,167 @@ def lock(path: Path, *, waiting: str | None = None) -> Iterator[None]:
         file.release()
 
 
+@contextmanager
+def temporary_folder(parent: Path) -> Iterator[Path]:
+    """A hidden folder of this process in `parent`, which is made if need be; removed with its content at the end.
+
+    Its file `lock` is locked as long as the process lives. The first time a process writes into `parent`, it removes
+    what dead processes left there (see `settle`).
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    if (settled := parent.resolve()) not in _SETTLED:
+        _SETTLED.add(settled)
+        settle(parent)
+    held, lock = _make_hidden(parent)
+    try:
+        yield held
+    finally:
+        with suppress(OSError):
+            _dissolve(held, lock)
+
+
+def settle(parent: Path) -> None:
+    """Ends what killed processes left of their writing in `parent`: a replaced folder is put back, the rest removed.
+
+    Only hidden folders of this module whose lock is free are touched. Where the file system has no locks, or another
+    user's folder may not be changed, they are left alone.
+    """
+    for held in parent.glob(f"{_HIDDEN}*"):
+        if not _HIDDEN_NAME.fullmatch(held.name) or held.is_symlink():
+            continue
+        with suppress(OSError):
+            try:
+                lock = (held / _LOCK).open("r+b")
+            except FileNotFoundError:
+                held.rmdir()  # its process was killed before it had locked it, or when all else was removed
+                continue
+            with lock:
+                if _take(lock):
+                    _dissolve(held, lock)
+
+
+def _make_hidden(parent: Path) -> tuple[Path, IO[bytes]]:
+    while True:
+        held = parent / f"{_HIDDEN}{uuid.uuid4().hex}"
+        held.mkdir()
+        with suppress(FileNotFoundError):  # another process settled it before it was locked
+            lock = (held / _LOCK).open("xb")
+            if _take(lock) is not False and (held / _LOCK).exists():
+                return held, lock
+            lock.close()
+
+
+def _take(lock: IO[bytes]) -> bool | None:
+    """Locks an open file; False if somebody else has, None where the file system cannot tell."""
+    import fcntl
+
+    try:
+        # Not lockf: its locks are the process's, so that one thread would take what another one is writing for left.
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _dissolve(held: Path, lock: IO[bytes]) -> None:
+    """Puts back the folder that was moved aside, if its place is free, and removes everything else, the lock last."""
+    aside = held / _ASIDE
+    for old in aside.iterdir() if aside.is_dir() else ():
+        if not os.path.lexists(held.parent / old.name):
+            os.rename(old, held.parent / old.name)
+    for path in held.iterdir():
+        if path.name != _LOCK:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (held / _LOCK).unlink()
+    lock.close()
+    held.rmdir()
+
+
+@contextmanager
+def told_writing(path: Path) -> Iterator[None]:
+    """Turns what can go wrong in writing `path` into a `UserError` that names it: a full disk, a limit, no permission.
+
+    Errors that say nothing of writing, such as a missing file that is read meanwhile, pass.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL and _HIDDEN not in str(error.filename):
+            raise
+        reason = error.strerror or str(error)
+        raise UserError(f"{path}: {reason[:1].lower()}{reason[1:]}") from error
+
+
 def write_text(path: Path, text: str) -> None:
-    """Writes a UTF-8 file under a temporary name and renames it, so that it is never half-written."""
+    """Writes a UTF-8 file as `whole_file` does."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file under a temporary name in the same folder and renames it; makes missing folders."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    """Writes a file as `whole_file` does."""
+    with whole_file(path) as file:
+        file.write(content)
 
 
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` to write into; it gets that name at the end of the block.
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write into; at the end of the block it is flushed to the disk and gets its name. Makes missing folders.
 
-    After an error or an interruption nothing is left. If another process has made `folder` meanwhile, its is kept.
+    Whenever this is interrupted, `path` is what it was or whole, also after a power cut.
     """
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
+    with told_writing(path), temporary_folder(path.parent) as held:
+        with (held / "new").open("wb") as file:
+            yield file
+        put_in_place(held / "new", path)
+
+
+def put_in_place(new: Path, path: Path) -> None:
+    """Gives a file that is written and closed its name, flushed to the disk before and after."""
+    _flush(new)
+    os.replace(new, path)
+    _flush(path.parent)
+
+
+@contextmanager
+def whole_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A temporary folder to write into; at the end of the block it is flushed to the disk and gets the name `folder`.
+
+    After an error or an interruption nothing is left, and `folder` is what it was or whole, also after a power cut.
+    With `replace`, a process killed between the two renames leaves the old folder aside: `settle` puts it back.
+
+    Args:
+        replace: take the place of a folder that is there; else, if another process has made it meanwhile, its is kept.
+    """
+    with told_writing(folder), temporary_folder(folder.parent) as held:
+        new = held / "new"
+        new.mkdir()
+        yield new
+        with ThreadPoolExecutor(16) as pool:  # one after the other, thousands of pictures would take minutes
+            list(pool.map(_flush, [new, *new.rglob("*")]))
         try:
-            temporary.rename(folder)
+            os.rename(new, folder)  # also onto an empty folder
         except OSError:
             if not folder.is_dir():
                 raise
+            if replace:
+                (held / _ASIDE).mkdir()
+                os.rename(folder, held / _ASIDE / folder.name)
+                os.rename(new, folder)
+        _flush(folder.parent)
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file's content, or the names in a folder, are on the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    except OSError:
+        if not path.is_dir():  # some file systems cannot flush folders
+            raise
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(opened)
 
 
 def weights_file(source: Path) -> Path:

@@ -31,7 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "bench": BASE | {"data", "models", "losses", "evaluation", "engine", "bench"},
     "commands": BASE
     | {"data", "losses", "evaluation", "engine", "interop", "study", "api", "report", "bench", "commands"},
-    "cli": {"errors", "commands", "cli"},
+    "cli": {"errors", "resources", "commands", "cli"},
     "__main__": {"errors", "cli"},
     "__init__": BASE | {"api", "losses"},
 }
@@ -69,7 +69,7 @@ def test_layers_and_sizes(path: Path) -> None:
     room = room_of(".".join(path.relative_to(PACKAGE).with_suffix("").parts))
     assert imported_rooms(path) <= ALLOWED[room], f"{room} may not import {imported_rooms(path) - ALLOWED[room]}"
     text = path.read_text(encoding="utf-8")
-    assert text.count("\n") < 400, "files stay under 400 lines"
+    assert text.count("\n") < 600, "files stay under 600 lines"
     assert path.stem not in ("utils", "misc", "helpers", "common")
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):

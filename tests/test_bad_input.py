@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import signal
@@ -25,10 +26,11 @@ from semiseg.cli import app
 from semiseg.commands.study_data import record_difficulty
 from semiseg.config_files import merge
 from semiseg.data.table import load_table
+from semiseg.engine.checkpoint import load_tensors, save_tensors
 from semiseg.engine.logs import read_log
 from semiseg.engine.run import claimed, execute_run
 from semiseg.errors import UserError
-from semiseg.resources import lock_folder
+from semiseg.resources import lock_folder, write_text
 from semiseg.study import load_study
 from tests.coco_files import CocoFiles, make_coco
 from tests.tiny import TINY, tiny_config
@@ -218,33 +220,60 @@ def test_a_run_folder_that_was_damaged(files: CocoFiles) -> None:
     assert "'--resume' continues it" in complaint("train", config, "--out", out)
     result.write_text('{"metrics": ')
     assert "result.json: not valid JSON" in complaint(*again)
-    result.write_text("{}")
-    assert "result.json: no result of a run; remove it" in complaint(*again)
+    for content in ({}, {"metrics": 3, "steps": 2}, {"metrics": {**metrics, "bbox": {"groups": 1}}, "steps": 2}):
+        result.write_text(json.dumps(content))
+        assert "result.json: no result of a run; remove it" in complaint(*again)
     result.unlink()
     content = last.read_bytes()
     for damaged in (b"", content[: len(content) // 2]):
         last.write_bytes(damaged)
         assert "step_00000002.pt: not a readable checkpoint" in complaint(*again)
+    saved = load_tensors(out / "checkpoints" / "step_00000001.pt")
+    broken = {name: value * math.nan for name, value in saved["model"].items()}
+    for change, told in (
+        ({"step": -5}, "step_00000002.pt: says that it is of step -5"),
+        ({"step": 2, "model": broken}, r"of its weights are not finite numbers, first: backbone"),
+    ):
+        save_tensors(last, {**saved, **change})
+        assert told in complaint(*again)
+        assert "remove it to continue from the checkpoint before" in complaint(*again)
     last.unlink()
     log, held = out / "log.jsonl", (out / "config.json").read_text()
-    log.write_bytes(log.read_bytes().splitlines(keepends=True)[0] + b"\xff\xfe\n[1]\n{}\n")
+    log.write_bytes(log.read_bytes().splitlines(keepends=True)[0] + b'{"step": "2", "seconds": 1}\n\xff\n{}\n')
     (out / "config.json").write_text("{}")
     assert "config.json: says not which run" in complaint(*again)
     (out / "config.json").write_text(held)
-    (out / ".model.old123").mkdir()
+    left = out / f".semiseg-{0:032x}"  # by a process that was killed while it wrote
+    for name in ("lock", "new"):
+        write_text(left / name, "")
+    write_text(out / ".model.mine" / "notes.txt", "a user's own")
     assert CliRunner().invoke(app, [str(part) for part in again]).exit_code == 0
     assert json.loads(result.read_text())["metrics"] == metrics
     assert [line["step"] for line in read_log(log)] == [1, 2]
-    assert not list(out.glob(".model*"))
+    assert not left.exists()
+    assert (out / ".model.mine" / "notes.txt").exists()
 
     description = json.loads((out / "model" / "config.json").read_text())
     for change, told in (
         ({"class_names": None}, "config.json: 'class_names': Input should be a valid list"),
         ({"format": 2}, "config.json: format 2 is not known"),
         ({"model": {**description["model"], "neck_channels": 32}}, "the weights are not those of the model"),
+        ({"model": {**description["model"], "neck_channels": 2**40}}, "the weights are not those of the model"),
+        ({"model": {**description["model"], "tower_convs": 2**40}}, "'tower_convs': Input should be less than or"),
+        ({"category_ids": [1, 3, 5]}, "config.json: 4 class_names and 3 category_ids: needs one of each"),
+        ({"category_ids": [1, 3, 5, 3]}, "config.json: 'category_ids' has 3 2 times; classes must differ"),
+        ({"class_names": ["cat", "cat", "bird", "fish"]}, "config.json: 'class_names' has 'cat' 2 times"),
+        ({"class_names": ["\ud800", "dog", "bird", "fish"]}, r"'class_names' has '\ud800', allowed: texts of"),
+        ({"long_side": 2**40}, "config.json: 'long_side': Input should be less than or equal to 65536"),
     ):
         (out / "model" / "config.json").write_text(json.dumps({**description, **change}))
         assert told in complaint("evaluate", out)
+    (out / "model" / "config.json").write_text(json.dumps(description))
+    weights = out / "model" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-2] ^= 64
+    weights.write_bytes(content)
+    assert "model.safetensors: not the weights that config.json describes" in complaint("evaluate", out)
 
 
 def test_replay_of_other_files(tmp_path: Path) -> None:
@@ -317,9 +346,9 @@ def test_a_run_that_fails_before_it_makes_anything_leaves_no_folder(
     out.mkdir()
     assert "cannot download" in complaint("train", config, "--out", out)
     assert list(out.iterdir()) == []
-    (out / "notes.txt").touch()  # what others put there stays
+    (out / ".notes").touch()  # what others put there stays
     assert "cannot download" in complaint("train", config, "--out", out)
-    assert (out / "notes.txt").exists()
+    assert (out / ".notes").exists()
 
 
 @pytest.mark.parametrize("name", ["rows.arrow", "classes.json"])

@@ -174,7 +174,7 @@ def test_a_failure_in_a_process_leaves_nothing(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(shapes, "MANY_PICTURES", 5)
     monkeypatch.setattr(shapes, "compose", fails)
-    with pytest.raises(OSError, match="No space left on device"):
+    with pytest.raises(UserError, match=r"shapes-5x64px-seed3-\w+: no space left on device"):
         ensure_shapes(tmp_path, images=5, image_size=64, seed=3)
     assert list(tmp_path.iterdir()) == []
 

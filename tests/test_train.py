@@ -245,7 +245,7 @@ def test_log_has_every_term_weighted_and_unweighted_and_the_counts(root: Path, t
     assert 0 < counts["box_masks"] < counts["masks"]
     validations = [line for line in lines if "validation" in line]
     assert [line["step"] for line in validations] == [2]
-    assert json.loads((tmp_path / "best.json").read_text())["step"] == 2
+    assert json.loads((tmp_path / "best" / "best.json").read_text())["step"] == 2
     assert (tmp_path / "best" / "model.safetensors").exists()
     assert list((tmp_path / "tensorboard").iterdir())
 

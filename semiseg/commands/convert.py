@@ -61,6 +61,19 @@ def _check_out(out: Path) -> None:
     held = {path.name for path in out.iterdir()}
     if held and held != {WEIGHTS_NAME, "config.json"}:
         raise UserError(f"{out}: holds other things than a model, which would be lost; give a new folder")
+    if held and not _is_ours(out):
+        raise UserError(f"{out}: holds no readable model of semiseg, but what would be lost; give a new folder")
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder with the files of a model is one that this package wrote: others use the same names."""
+    from semiseg.engine.checkpoint import read_model_info
+
+    try:
+        read_model_info(folder)
+    except UserError:
+        return False
+    return True
 
 
 def _classes(count: int, annotations: Path | None, checkpoint: Path) -> tuple[tuple[str, ...], tuple[int, ...]]:

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Generator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
@@ -27,7 +25,7 @@ from semiseg.config_files import digest
 from semiseg.data.shapes_scene import LABELS, SceneObject, compose
 from semiseg.data.workers import START_METHOD, leave_signals_to_the_main_process
 from semiseg.errors import UserError
-from semiseg.resources import available_cores
+from semiseg.resources import available_cores, whole_folder
 
 GENERATOR_VERSION = 2  # raised with every change of pictures or annotations, so that no stale folder is used
 SHAPES_CLASSES: tuple[str, ...] = LABELS
@@ -76,7 +74,8 @@ def ensure_shapes(root: Path, *, images: int, image_size: int, seed: int) -> Pat
 def make_shapes(folder: Path, *, images: int, image_size: int, seed: int) -> None:
     """Draws a Shapes data set into a new folder: `images/000001.png`, ... and `annotations.json`.
 
-    The folder appears under its name when it is complete; if the drawing is interrupted, nothing is left.
+    The folder appears under its name when it is complete; if the drawing is interrupted, nothing is left. If another
+    process has drawn it meanwhile, its is kept.
 
     Args and errors: as for `ensure_shapes`, and a `UserError` if the folder exists and is not empty.
     """
@@ -87,16 +86,8 @@ def make_shapes(folder: Path, *, images: int, image_size: int, seed: int) -> Non
         )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: exists already; name a new or an empty folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", suffix=".part", dir=folder.parent) as temporary:
-        part = Path(temporary) / folder.name
+    with whole_folder(folder) as part:
         _draw_all(part, images=images, image_size=image_size, seed=seed)
-        try:
-            if folder.exists():
-                folder.rmdir()  # empty, else this is an error
-            os.rename(part, folder)
-        except OSError as error:
-            raise UserError(f"{folder}: cannot be put in place: {error}") from None
 
 
 def _draw_all(folder: Path, *, images: int, image_size: int, seed: int) -> None:

@@ -1,31 +1,36 @@
 """What is written during and after training: checkpoints (to continue) and model folders (to use).
 
-Everything is written under a temporary name and renamed, so that an interruption leaves the old state or the new one.
-Only tensors and plain values are stored and loaded (`weights_only`): a file cannot run code.
+Everything is written by the rules of `semiseg.resources`: an interruption leaves the old state or the new one.
+Only tensors and plain values are stored and loaded (`weights_only`): a file cannot run code. A file whose content has
+changed since it was written is refused: checkpoints have checksums inside, a model folder has one of its weights.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-import shutil
-import tempfile
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from pydantic import model_validator
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from semiseg.config import ModelConfig, Section, Side
-from semiseg.config_files import parse_config
+from semiseg.config_files import file_digest, parse_config
 from semiseg.engine.logs import LOG_NAME, read_log
 from semiseg.errors import UserError
-from semiseg.resources import WEIGHTS_NAME, weights_file, write_text
+from semiseg.resources import WEIGHTS_NAME, settle, weights_file, whole_file, whole_folder, write_text
 
-CHECKPOINT_PATTERN = "step_*.pt"
+CHECKPOINT_NAME = re.compile(r"step_(\d{8,})\.pt")
 MODEL_FORMAT = 1
+DESCRIPTION_NAME, SCORE_NAME = "config.json", "best.json"  # in a model folder; the latter only in a run's best/
 # Settings that change neither the names and shapes of the weights nor what is computed from them: of training, of
 # post-processing, and `mask_stride`, which only says how far the mask logits are upsampled.
 FREE_SETTINGS = {
@@ -55,7 +60,7 @@ class ModelInfo:
 
 
 class _Description(Section):
-    """`config.json` of a model folder."""
+    """`config.json` of a model folder; those from before `weights_sha256` was kept have none."""
 
     format: int
     model: dict[str, Any]
@@ -63,25 +68,40 @@ class _Description(Section):
     category_ids: list[int]
     short_side: Side
     long_side: Side
+    weights_sha256: str | None = None
+
+    @model_validator(mode="after")
+    def _labels_are_told_apart(self) -> _Description:
+        names, ids = self.class_names, self.category_ids
+        if not names or len(names) != len(ids):
+            raise ValueError(f"{len(names)} class_names and {len(ids)} category_ids: needs one of each for every class")
+        broken = [name for name in names if name.encode("utf-8", "replace").decode("utf-8") != name]
+        if broken:
+            raise ValueError(f"'class_names' has {broken[0]!r}, allowed: texts of whole characters")
+        for what, values in (("class_names", names), ("category_ids", ids)):
+            value, count = Counter(values).most_common(1)[0]
+            if count > 1:
+                raise ValueError(f"{what!r} has {value!r} {count} times; classes must differ")
+        return self
 
 
 def save_tensors(path: Path, state: dict[str, Any]) -> None:
-    """torch.save to a temporary file of the same folder, flushed to disk, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
+    """torch.save as `whole_file`."""
+    with whole_file(path) as file:
+        try:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        except RuntimeError as error:
+            # What stopped the file (a full disk, too little memory, a signal) is lost in torch's own error.
+            raise error.__context__ or error from None
 
 
 def load_tensors(path: Path) -> dict[str, Any]:
-    """Reads a file of `save_tensors` on the CPU; a broken one is a `UserError`."""
+    """Reads a file of `save_tensors` on the CPU; a broken one is a `UserError`, also if a single bit of it changed."""
     try:
+        if zipfile.is_zipfile(path):  # torch does not look at the checksums in it
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip() is not None:
+                    raise zipfile.BadZipFile
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
@@ -100,30 +120,40 @@ def save_checkpoint(folder: Path, state: dict[str, Any], *, step: int, keep: int
     """Writes `step_NNNNNNNN.pt` and removes all but the newest `keep`."""
     path = folder / f"step_{step:08d}.pt"
     save_tensors(path, state)
-    for old in sorted(folder.glob(CHECKPOINT_PATTERN))[:-keep]:
-        old.unlink(missing_ok=True)
+    remove_old_checkpoints(folder, keep=keep)
     return path
+
+
+def remove_old_checkpoints(folder: Path, *, keep: int) -> None:
+    """Removes all but the newest `keep`: one more is there where a process was killed just after it had written one."""
+    for old in _checkpoints(folder)[:-keep]:
+        old.unlink(missing_ok=True)
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint with the highest step, or None."""
-    return max(folder.glob(CHECKPOINT_PATTERN), default=None)
+    return next(reversed(_checkpoints(folder)), None)
 
 
-def remove_leftovers(out: Path) -> None:
-    """Removes what a killed process left half-written in a run's folder; nobody else may be writing there."""
-    for path in (*out.glob(".*.tmp"), *out.glob(f"checkpoints/.{CHECKPOINT_PATTERN}.tmp*")):
-        path.unlink(missing_ok=True)
-    for path in (*out.glob(".model.*"), *out.glob(".best.*")):
-        shutil.rmtree(path, ignore_errors=True)
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted((path for path in folder.glob("step_*.pt") if CHECKPOINT_NAME.fullmatch(path.name)), key=named_step)
 
 
-def save_model(folder: Path, state: dict[str, Tensor], info: ModelInfo) -> None:
-    """Writes a model folder: `model.safetensors` and `config.json`; an existing one is replaced as a whole."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
-        save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, temporary / WEIGHTS_NAME)
+def named_step(path: Path) -> int:
+    """The step that a checkpoint's name says."""
+    return int(path.stem.removeprefix("step_"))
+
+
+def save_model(
+    folder: Path, state: dict[str, Tensor], info: ModelInfo, *, score: Mapping[str, Any] | None = None
+) -> None:
+    """Writes a model folder: `model.safetensors` and `config.json`; an existing one is replaced as a whole.
+
+    Args:
+        score: of these weights, written as `best.json` beside them.
+    """
+    with whole_folder(folder, replace=True) as new:
+        weights = save({key: value.detach().cpu().contiguous() for key, value in state.items()})
         description = {
             "format": MODEL_FORMAT,
             "model": info.config.model_dump(mode="json"),
@@ -131,19 +161,19 @@ def save_model(folder: Path, state: dict[str, Tensor], info: ModelInfo) -> None:
             "category_ids": list(info.category_ids),
             "short_side": info.short_side,
             "long_side": info.long_side,
+            "weights_sha256": hashlib.sha256(weights).hexdigest(),
         }
-        (temporary / "config.json").write_text(json.dumps(description, indent=2, ensure_ascii=False), encoding="utf-8")
-        temporary.chmod(0o755)  # others may use the model: temporary folders and safetensors are the owner's alone
-        (temporary / WEIGHTS_NAME).chmod(0o644)
-        if folder.exists():
-            old = folder.with_name(f".{folder.name}.old{os.getpid()}")
-            os.replace(folder, old)
-            os.replace(temporary, folder)
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        (new / WEIGHTS_NAME).write_bytes(weights)
+        (new / DESCRIPTION_NAME).write_text(_json(description), encoding="utf-8")
+        if score is not None:
+            (new / SCORE_NAME).write_text(_json(score), encoding="utf-8")
+
+
+def holds_no_more_than_a_model(folder: Path) -> bool:
+    """Whether `save_model` would take away a model at most: no folder, an empty one, or one with its files alone."""
+    if not folder.exists():
+        return True
+    return folder.is_dir() and {path.name for path in folder.iterdir()} <= {WEIGHTS_NAME, DESCRIPTION_NAME, SCORE_NAME}
 
 
 def load_model_folder(folder: Path) -> tuple[dict[str, Tensor], ModelInfo]:
@@ -152,18 +182,39 @@ def load_model_folder(folder: Path) -> tuple[dict[str, Tensor], ModelInfo]:
     The description's `config.weights` is None: a model built from it needs no file or download of the backbone's
     initial weights, which would be overwritten.
     """
-    info = read_model_info(folder)
+    said, info = _read_description(folder)
+    path = folder / WEIGHTS_NAME
     try:
-        return load_file(folder / WEIGHTS_NAME), info
+        weights = load_file(path)
     except FileNotFoundError:
         raise UserError(f"{folder}: not a model folder: {WEIGHTS_NAME} is missing") from None
     except Exception as error:
         raise UserError(f"{folder}: not a readable model folder, or damaged ({type(error).__name__})") from error
+    if said.weights_sha256 not in (None, file_digest(path, 64)):
+        raise UserError(
+            f"{path}: not the weights that {DESCRIPTION_NAME} describes: damaged, or exchanged; without its "
+            "'weights_sha256' they are taken as they are"
+        )
+    require_finite(weights, where=path)
+    return weights, info
+
+
+def require_finite(weights: Mapping[str, Tensor], *, where: Path) -> None:
+    """A `UserError` if any of the weights is not a finite number: what they compute is not, either."""
+    broken = [name for name, value in weights.items() if not bool(torch.isfinite(value).all())]
+    if broken:
+        raise UserError(f"{where}: {len(broken)} of its weights are not finite numbers, first: {broken[0]}")
 
 
 def read_model_info(folder: Path) -> ModelInfo:
     """The description of a model folder without its weights, as in `load_model_folder`."""
-    path = folder / "config.json"
+    return _read_description(folder)[1]
+
+
+def _read_description(folder: Path) -> tuple[_Description, ModelInfo]:
+    if not folder.exists():
+        settle(folder.parent)  # a process that was to replace it may have been killed between two renames
+    path = folder / DESCRIPTION_NAME
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -176,7 +227,7 @@ def read_model_info(folder: Path) -> ModelInfo:
         found = values.get("format") if isinstance(values, dict) else None
         raise UserError(f"{path}: format {found!r} is not known, expected {MODEL_FORMAT}")
     said = parse_config(_Description, values, where=str(path))
-    return ModelInfo(
+    return said, ModelInfo(
         config=parse_config(ModelConfig, {**said.model, "weights": "random"}, where=str(path)),
         class_names=tuple(said.class_names),
         category_ids=tuple(said.category_ids),
@@ -188,7 +239,7 @@ def read_model_info(folder: Path) -> ModelInfo:
 def _unfinished(run: Path) -> str:
     """How far the run of a folder without a model has come: to its last checkpoint, from which it continues."""
     log, saved = read_log(run / LOG_NAME), latest_checkpoint(run / "checkpoints")
-    step = int(saved.stem.removeprefix("step_")) if saved else 0
+    step = named_step(saved) if saved else 0
     length = f" of {log[-1]['steps']}" if log and "steps" in log[-1] else ""
     return f"the run has not ended (step {step}{length})"
 
@@ -243,7 +294,11 @@ def initial_weights(source: Path) -> dict[str, Tensor]:
     state = load_tensors(path)
     if "model" not in state:
         raise UserError(f"{path}: holds no 'model' to start from; its keys are {', '.join(sorted(state)[:8])}")
-    return state["ema"] if state.get("ema") else state["model"]
+    weights = state["ema"] if state.get("ema") else state["model"]
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise UserError(f"{path}: its 'model' is no table of weights")
+    require_finite(weights, where=path)
+    return weights
 
 
 def load_initial(model: nn.Module, weights: dict[str, Tensor], *, where: str) -> list[str]:
@@ -265,5 +320,9 @@ def load_initial(model: nn.Module, weights: dict[str, Tensor], *, where: str) ->
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON under a temporary name and renames it."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Writes JSON as `whole_file`."""
+    write_text(path, _json(value))
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from semiseg.resources import write_text
+from semiseg.resources import told_writing, write_text
 
 LOG_NAME = "log.jsonl"
 FIRST_LINE_SECONDS, LINE_SECONDS = 5.0, 60.0  # of progress where there is no terminal: until the first, between two
@@ -25,12 +26,20 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             line = json.loads(text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             break
-        if not isinstance(line, dict) or not {"step", "seconds"} <= set(line):
+        if not isinstance(line, dict) or not _is_record(line):
             break
         lines.append(line)
     return lines
+
+
+def _is_record(line: dict[str, Any]) -> bool:
+    """Whether a line's values have the kinds that whoever reads the log relies on."""
+    step, scores = line.get("step"), line.get("validation", {})
+    if type(step) is not int or not isinstance(scores, dict):
+        return False
+    return all(type(number) in (int, float) for number in (line.get("seconds"), line.get("steps", 0), *scores.values()))
 
 
 def format_seconds(seconds: float) -> str:
@@ -68,7 +77,7 @@ class TrainingLog:
             # Imported late: it costs a second, and only runs that write event files need it.
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=start_step)
+            self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=start_step + 1)
         bar = shows_bars(progress)
         self._bar = tqdm(
             total=steps, initial=start_step, unit="step", disable=not bar, file=sys.stderr, dynamic_ncols=True
@@ -81,8 +90,9 @@ class TrainingLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
         self._bar.close()
+        with told_writing(self.path):
+            self._file.close()
         if self._writer is not None:
             self._writer.close()
 
@@ -94,8 +104,10 @@ class TrainingLog:
 
     def write(self, record: dict[str, Any]) -> None:
         """Adds a record; nested tables of numbers become TensorBoard tags `table/name`."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        with told_writing(self.path):
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())  # before a later checkpoint, so that no line before that can be missing
         if "losses" in record:
             loss = f"loss {sum(record['weighted'].values()):.3f}"
             self._bar.set_postfix_str(loss)

@@ -88,8 +88,10 @@ def load_model(folder: Path, *, device: str | torch.device | None = None) -> Loa
 
 def build_network(weights: dict[str, Tensor], info: ModelInfo, *, where: Path) -> CondInst:
     """The network that a model folder describes with its weights, on the CPU; `where` names it in the error."""
-    network = build_model(info.config, num_classes=len(info.class_names))
     try:
+        with torch.device("meta"):  # first without memory: sizes that are not the weights' own may be of any size
+            build_model(info.config, num_classes=len(info.class_names)).load_state_dict(weights, assign=True)
+        network = build_model(info.config, num_classes=len(info.class_names))
         network.load_state_dict(weights)
     except RuntimeError:
         raise UserError(f"{where}: the weights are not those of the model that its config.json describes") from None

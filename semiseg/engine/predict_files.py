@@ -13,6 +13,7 @@ import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +30,7 @@ from semiseg.engine.checkpoint import ModelInfo, write_json
 from semiseg.engine.overlays import Drawn, can_write, draw_detections, prepare_drawing
 from semiseg.engine.predict import LoadedModel, coco_results, find_instances
 from semiseg.errors import UserError
-from semiseg.resources import write_bytes
+from semiseg.resources import put_in_place, temporary_folder, told_writing, write_bytes
 
 RESULTS_NAME, IMAGES_NAME, OVERLAYS_NAME = "results.json", "images.json", "overlays"
 JPEG_QUALITY = 92
@@ -202,22 +203,23 @@ class ResultFiles:
             {"id": number, "name": name} for number, name in zip(info.category_ids, info.class_names, strict=True)
         ]
         self.images: list[dict[str, Any]] = []
-        self._temporary = out / f".{RESULTS_NAME}.{os.getpid()}.tmp"
+        self._open = ExitStack()
         self._file: IO[str] | None = None
         self._begun = False
 
     def __enter__(self) -> ResultFiles:
-        self.out.mkdir(parents=True, exist_ok=True)
-        self._file = self._temporary.open("w", encoding="utf-8")
-        self._file.write("[")
+        with ExitStack() as stack:
+            stack.enter_context(told_writing(self.out / RESULTS_NAME))
+            self._temporary = stack.enter_context(temporary_folder(self.out)) / RESULTS_NAME
+            self._file = stack.enter_context(self._temporary.open("w", encoding="utf-8"))
+            self._file.write("[")
+            self._open = stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._file is not None:
-            self._file.close()
-        self._temporary.unlink(missing_ok=True)
+        self._open.__exit__(kind, error, trace)
 
     def add(self, image_id: int, path: Path, original_hw: tuple[int, int], results: Sequence[dict[str, Any]]) -> None:
         """One image and its detections."""
@@ -239,7 +241,7 @@ class ResultFiles:
             self._file.close()
         write_json(self.out / IMAGES_NAME, {"images": self.images, "annotations": [], "categories": self.categories})
         if self._temporary.exists():
-            os.replace(self._temporary, self.out / RESULTS_NAME)
+            put_in_place(self._temporary, self.out / RESULTS_NAME)
 
 
 def overlay_names(files: Sequence[Path]) -> list[str]:

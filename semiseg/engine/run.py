@@ -1,7 +1,7 @@
 """One run from its configuration to its recorded numbers: train, predict the validation set, evaluate, write.
 
-A run's folder: `config.json`, `log.jsonl`, `checkpoints/`, `model/`, `detections.json`, `result.json` (written last:
-a folder with it is finished).
+A run's folder: `config.json` (what run it is: with it, the folder is a run's), `log.jsonl`, `checkpoints/`, `best/`,
+`model/`, `detections.json`, `tensorboard/`, and `result.json` (written last: a folder with it is finished).
 """
 
 from __future__ import annotations
@@ -27,7 +27,12 @@ from semiseg.data.problems import told_without_mask
 from semiseg.data.sources import AnnotatedImages, cache_folder, ensure_files
 from semiseg.data.table import Table, load_table
 from semiseg.engine.build import RunData, build_data, build_evaluation_loader
-from semiseg.engine.checkpoint import latest_checkpoint, load_model_folder, remove_leftovers, write_json
+from semiseg.engine.checkpoint import (
+    holds_no_more_than_a_model,
+    latest_checkpoint,
+    load_model_folder,
+    write_json,
+)
 from semiseg.engine.evaluate import predict_table, save_detections, score_table
 from semiseg.engine.logs import LOG_NAME, read_log, shows_bars
 from semiseg.engine.predict import build_network
@@ -38,10 +43,16 @@ from semiseg.errors import UserError
 from semiseg.evaluation.coco_metrics import Metrics
 from semiseg.evaluation.precision import Backend, require_backend
 from semiseg.models.condinst import CondInst
-from semiseg.resources import LOCK_NAME, lock_folder, require_folder, weights_file
+from semiseg.resources import LOCK_NAME, lock_folder, require_folder, settle, weights_file
 
 PACKAGE = Path(__file__).resolve().parents[1]
 RESULT_NAME = "result.json"
+RUN_FILES, RUN_FOLDERS, MODELS = (
+    {LOG_NAME, "detections.json", RESULT_NAME},
+    {"checkpoints", "tensorboard"},
+    {"model", "best"},
+)
+STUDY_FILES = {"identity.json", "train.json", "output.txt"}  # that a study puts into the folder of a run
 
 
 def execute_run(config: RunConfig, *, out: Path, resume: bool = True, progress: bool | None = True) -> dict[str, Any]:
@@ -290,22 +301,28 @@ def run_inputs(config: RunConfig, data: RunData) -> dict[str, str | None]:
 
 
 def check_folder(config: RunConfig, out: Path, *, inputs: dict[str, str | None] | None = None, resume: bool) -> None:
-    """Looks whether a run may be trained in a folder; a folder without a checkpoint is free.
+    """Looks whether a run may be trained in a folder: a new or empty one, or one of this run.
+
+    A run of which neither weights nor a result are left has not begun, and another one may take its place.
 
     Args:
         inputs: of `run_inputs`; None before the data is read.
 
     Raises:
-        UserError: no folder, or it holds another run, or this one without `resume`.
+        UserError: no folder, or it holds another run or what no run wrote, or this run without `resume`.
     """
     require_folder(out)
     path = out / "config.json"
-    begun = (out / RESULT_NAME).exists() or latest_checkpoint(out / "checkpoints") is not None
-    if not begun:
-        return
-    stored = read_json(path) if path.exists() else {}
-    if not isinstance(stored.get("identity"), dict):
+    saved = latest_checkpoint(out / "checkpoints") is not None
+    stored: dict[str, Any] = {}
+    with suppress(UserError):
+        stored = read_json(path)
+    is_run = isinstance(stored.get("identity"), dict)
+    if saved and path.exists() and not is_run:
         raise UserError(f"{path}: says not which run {out} holds; another --out starts afresh")
+    _require_nothing_else(out, is_run=is_run)
+    if not saved and not any((out / name).exists() for name in (RESULT_NAME, *MODELS)):
+        return
     wanted = {"identity": config.identity(), **({} if inputs is None else {"inputs": inputs})}
     held = {name: stored.get(name) for name in wanted}
     if digest(held) != digest(wanted):
@@ -314,13 +331,41 @@ def check_folder(config: RunConfig, out: Path, *, inputs: dict[str, str | None] 
         raise UserError(f"{out}: holds this run already; '--resume' continues it, another --out starts afresh")
 
 
+def _require_nothing_else(out: Path, *, is_run: bool) -> None:
+    """Refuses a folder with things that no run wrote: a run's files would replace them or be mixed up with them.
+
+    Hidden files are nobody's concern: no run replaces or removes one that it has not written itself. What else a user
+    has put beside the files of a run stays, too, if it has another name than these.
+
+    Args:
+        is_run: the folder's `config.json` is that of a run.
+    """
+    if not out.is_dir():
+        return
+    strange = []
+    for path in sorted(out.iterdir()):
+        if is_run:
+            wrong = path.name in (RUN_FILES if path.is_dir() else RUN_FOLDERS)
+            wrong = wrong or (path.name in MODELS and not holds_no_more_than_a_model(path))
+        else:
+            wrong = path.name not in STUDY_FILES and not path.name.startswith(".")
+        strange += [f"{path.name}/" if path.is_dir() else path.name] if wrong else []
+    if strange:
+        more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
+        told = f"{', '.join(strange[:3])}{more}"
+        raise UserError(f"{out}: holds what no run wrote: {told}; give a new or an empty folder as --out")
+
+
 def _held_result(path: Path) -> dict[str, Any]:
     try:
         result = read_json(path)
     except UserError as error:
         raise UserError(f"{error}; remove it, and '--resume' evaluates again") from None
-    if not {"metrics", "steps"} <= set(result):
-        raise UserError(f"{path}: no result of a run; remove it, and '--resume' evaluates again")
+    try:
+        Metrics.from_dict(result["metrics"])
+        int(result["steps"])
+    except (UserError, KeyError, TypeError, ValueError):
+        raise UserError(f"{path}: no result of a run; remove it, and '--resume' evaluates again") from None
     return result
 
 
@@ -333,10 +378,11 @@ def claimed(config: RunConfig, out: Path, *, inputs: dict[str, str | None], resu
     new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     with lock_folder(out):
+        settle(out)
+        settle(out / "checkpoints")
         check_folder(config, out, inputs=inputs, resume=resume)
         identity, values = config.identity(), config.model_dump(mode="json")
         write_json(out / "config.json", {"identity": identity, "inputs": inputs, "config": values})
-        remove_leftovers(out)
         try:
             yield
         except BaseException:

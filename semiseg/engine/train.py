@@ -17,12 +17,11 @@ from typing import Any, NoReturn, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from semiseg.config import RunConfig
-from semiseg.config_files import read_json
 from semiseg.data.workers import StopOnSignal
 from semiseg.engine.build import (
     RunData,
@@ -38,11 +37,13 @@ from semiseg.engine.checkpoint import (
     latest_checkpoint,
     load_initial,
     load_tensors,
+    named_step,
+    remove_old_checkpoints,
+    require_finite,
     save_checkpoint,
     save_model,
-    write_json,
 )
-from semiseg.engine.logs import TrainingLog
+from semiseg.engine.logs import LOG_NAME, TrainingLog, read_log
 from semiseg.engine.optim import build_optimizer, learning_rate
 from semiseg.engine.processes import parts_per_step
 from semiseg.engine.replay import write_nonfinite_step
@@ -150,7 +151,7 @@ def train(
         out: the run's folder.
         progress: of `TrainingLog`.
         validate: called every `runtime.evaluate_every` steps on all processes; the best weights by its "mask_AP" are
-            kept in `best/`.
+            kept in `best/`. One that was interrupted after its step's checkpoint is done before the next step.
 
     Raises:
         UserError: on a non-finite loss of any process, and then on all of them; the file named in the message
@@ -169,10 +170,14 @@ def train(
         pin_memory=accelerator.device.type == "cuda",
     )
     opened = open_log(state, out, progress=progress) if accelerator.is_main_process else nullcontext()
+    validated = _is_validated(state, out)
     state.wrapped.train()
     with StopOnSignal() as stop, opened as log:
         batches, window = iter(loader), _Window()
         while state.step < state.steps:
+            if validate and state.step > 0 and state.step % config.runtime.evaluate_every == 0 and not validated:
+                window.started += _validate(state, validate, data, log, out)  # no part of the time of training
+            validated = False
             parts = _next_parts(batches, state, window)
             report = optimizer_step(state, parts, out=out, stop=stop.requested)
             if report is None:
@@ -187,10 +192,6 @@ def train(
             # The last step is saved too: an interruption of the evaluation that follows costs no training.
             if state.step % config.runtime.checkpoint_every == 0 or state.step == state.steps:
                 _save(state, out)
-            if validate and state.step % config.runtime.evaluate_every == 0 and state.step < state.steps:
-                began = time.perf_counter()
-                _validate(state, validate, data, log, out)
-                window.started += time.perf_counter() - began  # no part of the time of training
         if stop.requested:  # during the last step
             raise KeyboardInterrupt(_stopped(state))
     return state
@@ -211,17 +212,33 @@ def open_log(state: TrainState, out: Path, *, progress: bool | None) -> Training
     )
 
 
-def _validate(state: TrainState, validate: Validate, data: RunData, log: TrainingLog | None, out: Path) -> None:
-    """Scores the current weights and keeps them as `best/` if none before were better."""
+def _validate(state: TrainState, validate: Validate, data: RunData, log: TrainingLog | None, out: Path) -> float:
+    """Scores the current weights and keeps them as `best/` if none before were better; the seconds that it took.
+
+    What was better before is what the log says, not what is in `best/`: after an interruption that may be of steps that
+    are about to be done again. The log is written last: without its line all of this is done again.
+    """
+    began = time.perf_counter()
     metrics = validate(trained_model(state))
     if metrics is None or log is None:
-        return
+        return time.perf_counter() - began
+    scores = (score for step, score in _validations(out).items() if step < state.step)
+    if metrics.get("mask_AP", -1.0) > max(scores, default=-1.0):  # absent where no class has ground truth
+        score = {"step": state.step, **metrics}
+        save_model(out / "best", trained_model(state).state_dict(), model_info(state.config, data), score=score)
     log.write({"step": state.step, "steps": state.steps, "seconds": log.seconds, "validation": metrics})
-    path = out / "best.json"
-    best = read_json(path).get("mask_AP", -1.0) if path.exists() else -1.0
-    if metrics.get("mask_AP", -1.0) > best:  # absent where no class has ground truth
-        save_model(out / "best", trained_model(state).state_dict(), model_info(state.config, data))
-        write_json(path, {"step": state.step, **metrics})
+    return time.perf_counter() - began
+
+
+def _validations(out: Path) -> dict[int, float]:
+    """Step -> mask AP of each validation in the log."""
+    lines = [line for line in read_log(out / LOG_NAME) if "validation" in line]
+    return {line["step"]: line["validation"].get("mask_AP", -1.0) for line in lines}
+
+
+def _is_validated(state: TrainState, out: Path) -> bool:
+    """Whether the main process has the current step's validation in its log; the same answer on all processes."""
+    return bool(broadcast_object_list([state.step in _validations(out)])[0])
 
 
 def optimizer_step(state: TrainState, parts: list[Batch], *, out: Path, stop: bool = False) -> StepReport | None:
@@ -337,11 +354,17 @@ def restore(state: TrainState, folder: Path) -> None:
         return
     advice = "remove it to continue from the checkpoint before, or from the start"
     try:
-        _load(state, load_tensors(path))
+        saved = load_tensors(path)
+        if saved["step"] != named_step(path) or saved["step"] > state.steps:
+            raise UserError(f"{path}: says that it is of step {saved['step']!r}, expected its name's, of {state.steps}")
+        _load(state, saved)
+        require_finite(trained_model(state).state_dict(), where=path)
     except UserError as error:
         raise UserError(f"{error}; {advice}") from None
     except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
         raise UserError(f"{path}: no checkpoint of this run ({type(error).__name__}); {advice}") from error
+    if state.accelerator.is_main_process:
+        remove_old_checkpoints(folder, keep=state.config.runtime.keep_checkpoints)
 
 
 def _load(state: TrainState, saved: dict[str, Any]) -> None:

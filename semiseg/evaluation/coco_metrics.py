@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
+from pydantic import TypeAdapter, ValidationError
 
 from semiseg.errors import UserError
 from semiseg.evaluation.precision import Backend, coco_precision
@@ -81,17 +82,16 @@ class Metrics:
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Metrics:
-        """The inverse of `to_dict`; a missing part is a `UserError`."""
+        """The inverse of `to_dict`; a missing or a wrong part is a `UserError`."""
         try:
-            segm = values["segm"]
-            return Metrics(
-                bbox=TypeMetrics(values["bbox"]["groups"], values["bbox"]["classes"]),
-                segm=None if segm is None else TypeMetrics(segm["groups"], segm["classes"]),
-                instances=values["instances"],
-                images=values["images"],
-            )
-        except (KeyError, TypeError) as error:
-            raise UserError(f"recorded metrics: {error} is missing; recorded by another version?") from None
+            return _READER.validate_python(values)
+        except ValidationError as error:
+            wrong = error.errors()[0]
+            place = ".".join(map(str, wrong["loc"])) or "all"
+            raise UserError(f"recorded metrics: {place!r}: {wrong['msg']}; recorded by another version?") from None
+
+
+_READER = TypeAdapter(Metrics)
 
 
 def evaluate_detections(
