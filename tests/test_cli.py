@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
-from semiseg import __version__
+from semiseg import __version__, cli
 from semiseg.cli import app
 from semiseg.commands import study as study_commands
 from semiseg.commands.known_classes import COCO_CLASSES
@@ -266,3 +267,23 @@ def test_evaluate_says_a_misspelt_split_before_it_starts(folder: Path) -> None:
 def test_the_recorded_command_repeats_the_study() -> None:
     command = study_commands._command("shapes", ["optim.steps=3"], "0,1", Path("out"))
     assert command == ["semiseg", "run", "shapes", "--set", "optim.steps=3", "--seeds", "0,1", "--out", "out"]
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (MemoryError(), "semiseg: not enough memory\n"),
+        (RuntimeError("could not create a primitive"), "semiseg: not enough memory (could not create a primitive)\n"),
+        (OSError(27, "File too large"), "semiseg: File too large\n"),
+    ],
+)
+def test_what_a_machine_lacks_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, told: str
+) -> None:
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(typer.Exit) as ended:
+        cli._speaks(fail)()
+    assert ended.value.exit_code == 2
+    assert capsys.readouterr().err == told

@@ -411,6 +411,10 @@ def test_only_a_model_folder_is_replaced(tmp_path: Path) -> None:
     assert "is a file" in run(tmp_path / "any.pth", kept / "notes.txt", code=2)
     assert "is no folder" in run(tmp_path / "any.pth", kept / "notes.txt" / "below", code=2)
     assert (kept / "notes.txt").read_text() == "mine"
+    (kept / "notes.txt").unlink()
+    (kept / "config.json").write_text('{"model_type": "bert"}')  # others' models have files of the same names
+    assert "holds no readable model of semiseg, but what would be lost" in run(tmp_path / "any.pth", kept, code=2)
+    assert (kept / "model.safetensors").read_text() == "x"
     state = released(empty_state(model_config(**NARROW)), model_config(**NARROW))
     path = small_file(tmp_path / "small.pth", state, iteration=1)
     (tmp_path / "out").mkdir()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -180,9 +181,12 @@ def test_a_failure_in_a_process_leaves_nothing(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere one process draws")
-@pytest.mark.parametrize("to_all", [True, False])
-def test_stopping_several_processes_leaves_nothing(tmp_path: Path, to_all: bool) -> None:
-    """Ctrl-C reaches all processes of the terminal; a signal to one process has to end the others."""
+@pytest.mark.parametrize("how", ["to all", "to one", "killed"])
+def test_stopping_several_processes_leaves_nothing(tmp_path: Path, how: str) -> None:
+    """Ctrl-C reaches all processes of the terminal; a signal to one process has to end the others.
+
+    If it is killed, they end nevertheless, and what it had drawn is removed by the next process that draws.
+    """
     lines = (
         "import signal; from pathlib import Path; from semiseg.data.shapes import ensure_shapes",
         "signal.signal(signal.SIGINT, signal.default_int_handler)",  # a shell's background jobs ignore it
@@ -194,11 +198,17 @@ def test_stopping_several_processes_leaves_nothing(tmp_path: Path, to_all: bool)
         while len(list(tmp_path.rglob("*.png"))) < 40:
             assert process.poll() is None
             time.sleep(0.01)
-        if to_all:
+        if how == "to all":
             os.killpg(process.pid, signal.SIGINT)
         else:
-            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGINT if how == "to one" else signal.SIGKILL)
         assert process.wait(timeout=30) != 0
+        if how == "killed":
+            with suppress(ProcessLookupError):
+                for _ in range(3000):  # until the last of its processes has gone
+                    os.killpg(process.pid, 0)
+                    time.sleep(0.01)
+            shutil.rmtree(ensure_shapes(tmp_path / "data", images=1, image_size=64, seed=1))
         assert list((tmp_path / "data").iterdir()) == []
         with pytest.raises(ProcessLookupError):
             os.killpg(process.pid, 0)

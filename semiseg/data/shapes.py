@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from semiseg.config_files import digest
 from semiseg.data.shapes_scene import LABELS, SceneObject, compose
-from semiseg.data.workers import START_METHOD, leave_signals_to_the_main_process
+from semiseg.data.workers import START_METHOD, live_as_long_as_the_main_process
 from semiseg.errors import UserError
 from semiseg.resources import available_cores, whole_folder
 
@@ -136,7 +136,7 @@ def _on_every_core(draw: Callable[[int], Drawn], images: int) -> Generator[Drawn
         yield from map(draw, range(images))
         return
     fork = multiprocessing.get_context(START_METHOD)
-    with ProcessPoolExecutor(available_cores(), fork, initializer=leave_signals_to_the_main_process) as pool:
+    with ProcessPoolExecutor(available_cores(), fork, initializer=live_as_long_as_the_main_process) as pool:
         try:
             yield from pool.map(draw, range(images), chunksize=PICTURES_AT_A_TIME)
         except BaseException:

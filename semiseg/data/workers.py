@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
+import os
 import signal
 import sys
+import threading
 import time
+from multiprocessing.connection import wait
 from types import FrameType, TracebackType
 from typing import Literal
 
@@ -20,6 +24,14 @@ def leave_signals_to_the_main_process(worker: int = 0) -> None:
     """Ctrl-C and a batch system's SIGTERM reach workers too, which must outlive the step that is being finished."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+def live_as_long_as_the_main_process() -> None:
+    """In a pool's process: leaves signals to the main process and ends with it, also when that is killed."""
+    leave_signals_to_the_main_process()
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
 
 
 class StopOnSignal:
