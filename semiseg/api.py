@@ -104,7 +104,8 @@ def train(
         `accelerate launch` only on the main process; elsewhere just `folder`.
 
     Raises:
-        UserError: a configuration or data that is not valid, or a folder that holds another run.
+        UserError: a configuration or data that is not valid, or a folder that holds another run or what
+            no run wrote.
         KeyboardInterrupt: after SIGINT or SIGTERM, with a checkpoint written; the same call continues.
     """
     if isinstance(config, str | Path):
