@@ -251,9 +251,10 @@ class OptimConfig(Section):
 
 
 class RuntimeConfig(Section):
-    """How a run is executed; nothing here is part of its identity.
+    """How a run is executed; of its identity only `precision`, and what `images_per_process` does to batch norm.
 
     images_per_process: at most so many images at once in a process, the rest in accumulation parts; 0 = no limit.
+        Batch norm normalises those together, so that another limit may be another run (docs/MACHINES.md).
     batch_rule: `keep` takes `optim.batch_size` whatever the number of processes. `linear` takes images_per_process
         times the number of processes, with the learning rate in proportion and as many images in all: another run,
         with numbers of its own.
@@ -282,6 +283,12 @@ class RuntimeConfig(Section):
         return self
 
 
+# Of the training: raise it with every change of the code after which the same configuration trains to other numbers (a
+# mended loss; other assignment, sampling, augmentation, first weights or order of images), so that nobody takes a run
+# recorded before for one of today; not for speed or last bits. 1 is left out of identities: runs recorded before there
+# was a version keep theirs.
+ALGORITHM_VERSION = 1
+
 # Keys that came after results had been recorded: at these values they are left out of a run's identity, so that runs
 # from before keep theirs.
 ADDED_LATER: dict[str, dict[str, Any]] = {
@@ -304,26 +311,77 @@ class RunConfig(Section):
     seed: Seed = 0
     init_from: str | None = None
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self, *, initial: bool = False) -> dict[str, Any]:
         """What can change the numbers of the run: the config without paths, workers, logging and the split's name.
 
-        A file of backbone weights is named by its content. The caller adds the digests of split, data and `init_from`.
+        A file of backbone weights is named by its content, a key that nothing reads has a fixed value. The caller adds
+        the digests of split, data and `init_from`, and `engine.processes.normalised_together`.
+
+        Args:
+            initial: the run starts from the weights of another one, so that those of its backbone are not read.
         """
         values = self.model_dump(mode="json", exclude={"runtime", "init_from"})
         for name in ("root", "train_images", "train_annotations", "val_images", "val_annotations", "voc", "hub"):
             del values["data"][name]
-        for section, added in ADDED_LATER.items():
-            for name, value in added.items():
-                if values[section][name] == value:
-                    del values[section][name]
         if values["data"]["format"] != "shapes":
             del values["data"]["shapes"]
         del values["supervision"]["split"]
-        if self.model.weights not in ("imagenet", "random"):
+        if not initial and self.model.weights not in ("imagenet", "random"):
             values["model"]["weights"] = file_digest(Path(self.model.weights))
         if self.runtime.precision != "no":
             values["precision"] = self.runtime.precision
-        return values
+        if ALGORITHM_VERSION != 1:
+            values["algorithm"] = ALGORITHM_VERSION
+        return without_unread(values, initial=initial)
+
+
+def learns_masks(config: RunConfig) -> bool:
+    """Whether an instance can get a mask loss: none can if all masks are withheld and boxes alone have no loss."""
+    return config.supervision.source != "boxes" or config.objective.box != "none"
+
+
+def without_unread(identity: dict[str, Any], *, initial: bool) -> dict[str, Any]:
+    """An identity in which every key that nothing reads, under the kinds that are chosen, has one fixed value.
+
+    So it does not depend on them. Any values would do; these are what the recorded runs have, which so keep their
+    identities. For their sake `ADDED_LATER` is left out here, too.
+
+    Args:
+        identity: of `RunConfig.identity`, or of a version of it that kept these keys; changed in place.
+        initial: of `RunConfig.identity`.
+    """
+    data, supervision, objective, model, optim = (
+        identity[name] for name in ("data", "supervision", "objective", "model", "optim")
+    )
+    from_masks = supervision["source"] != "boxes"
+    coloured = objective["box"] == "projection+pairwise"
+    edges = coloured or (from_masks and objective["mask"] == "labelled")
+    step, bifpn = optim["schedule"] == "step", model.get("neck") == "bifpn"
+    for section, key, is_read, value in (
+        (objective, "mask", from_masks, "dice"),
+        (objective, "affinity_threshold", coloured, 0.1),
+        (objective, "affinity_size", edges, 5),
+        (objective, "affinity_dilation", edges, 2),
+        (objective, "pairwise_warmup_steps", edges, 250),
+        (data, "bottom_rows_without_affinity", edges, 0),
+        (model, "weights", not initial, "random"),
+        (model, "max_mask_positives", from_masks or objective["box"] != "none", 5),
+        (model, "small_widths", model["backbone"] == "small", [24, 48, 96, 160]),
+        (model, "neck_repeats", bifpn, 6),
+        (model, "neck_norm", bifpn, "bn"),
+        (optim, "momentum", optim["optimizer"] == "sgd", 0.9),
+        (optim, "milestones", step, [2 / 3, 8 / 9]),
+        (optim, "warmup_steps", step, None),
+        (optim, "warmup_factor", step and optim["warmup_steps"] != 0, 0.001),
+        (optim, "accumulation", False, 1),  # only cuts a step, see `engine.processes.normalised_together`
+    ):
+        if key in section and not is_read:
+            section[key] = value
+    for name, added in ADDED_LATER.items():
+        for key, value in added.items():
+            if identity[name].get(key) == value:
+                del identity[name][key]
+    return identity
 
 
 def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -104,9 +104,10 @@ def merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
 
 def _toml_value(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        values = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):  # ValueError: no TOML, or a number of too many digits
         return text
+    return values["value"] if len(values) == 1 else text  # more than one line
 
 
 def _explain(kind: type[BaseModel], item: Any, where: str) -> str:

@@ -1,13 +1,14 @@
 """The identity of a study's runs: what was done already, where it lies, which recorded results belong to the study.
 
-A run's identity is the digest of (configuration without paths, split, seed, data, initial run). Equal identities are
-the same run, which is never trained twice; different ones never share a folder.
+A run's identity is the digest of (configuration without paths, split, seed, data, initial run; where a trained norm is
+batch norm, how many images are normalised together). Equal identities are the same run, which is never trained twice;
+different ones never share a folder.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 from semiseg.config import DataConfig, RunConfig
 from semiseg.config_files import digest, file_digest
 from semiseg.data.sources import ensure_files
-from semiseg.engine.processes import fit_to_processes, parts_per_step, told_change
+from semiseg.engine.processes import fit_to_processes, normalised_together, told_change
 from semiseg.errors import UserError
 from semiseg.resources import weights_file
 from semiseg.results import Result
@@ -34,7 +35,7 @@ class PlannedRun:
 
     Attributes:
         run_id: digest of `identity`; equal ids are the same run.
-        identity: {"config", "split", "data", "init"}: digests of everything that can change its numbers.
+        identity: of `run_identity`.
         config: as executed: `init_from` points to the initial run's model folder.
         init: run_id of the initial run, or None.
         folder: where it is trained; another study's folder if the same run lies there.
@@ -57,16 +58,42 @@ class PlannedRun:
         return "-".join([self.row, *([Path(self.split).stem] if self.split else []), f"s{self.seed}"])
 
 
-def run_identity(run: StudyRun, *, data: str, split_digest: str | None, weights: str | None) -> dict[str, Any]:
-    """What can change the numbers of a run, as digests; the digest of this is its run_id.
+def run_identity(
+    run: StudyRun,
+    *,
+    data: str,
+    split_digest: str | None,
+    weights: str | None,
+    processes: int = 1,
+    init_data: str | None = None,
+) -> dict[str, Any]:
+    """What can change the numbers of a run, and nothing else; the digest of this is its run_id.
 
     Args:
+        run: as so many processes execute it, see `fitted_run`.
+        data: digest of its data.
         weights: digest of the file of `init_from`, for a run that names one itself.
+        init_data: digest of the data of the run that it starts from; None = the same data.
+
+    Returns:
+        {"config", "split", "data", "init"} as digests, and "normalised_together" where the cut of a step matters.
     """
     init = weights
     if run.init is not None:
-        init = digest(run_identity(run.init, data=data, split_digest=None, weights=weights))
-    return {"config": digest(run.config.identity()), "split": split_digest, "data": data, "init": init}
+        init_data = data if init_data is None else init_data
+        start = run_identity(run.init, data=init_data, split_digest=None, weights=weights, processes=processes)
+        init = digest(start)
+    return {
+        "config": digest(_config_identity(run)),
+        "split": split_digest,
+        "data": data,
+        "init": init,
+        **normalised_together(run.config, processes),
+    }
+
+
+def _config_identity(run: StudyRun) -> dict[str, Any]:
+    return run.config.identity(initial=run.init is not None or run.config.init_from is not None)
 
 
 def fitted_run(run: StudyRun, processes: int) -> StudyRun:
@@ -85,7 +112,6 @@ def plan(
     planned: dict[str, PlannedRun] = {}
     for asked in study_runs(study, only=only):
         run = fitted_run(asked, processes)
-        parts_per_step(run.config, processes)  # a batch that cannot be shared is said before any run starts
         told = told_change(asked.config, run.config, processes)
         if told:
             warnings.warn(told, stacklevel=2)  # rows with the same change say it once
@@ -97,6 +123,8 @@ def plan(
             data=data_digest(run.config.data),
             split_digest=split_digest,
             weights=weights_digest(first.config.init_from) if first.config.init_from is not None else None,
+            processes=processes,
+            init_data=data_digest(first.config.data),
         )
         run_id = digest(identity)
         init = identity["init"] if run.init is not None else None
@@ -130,8 +158,16 @@ def listed_runs(study: Study, *, only: Sequence[str] = (), processes: int = 1) -
     found: dict[str, StudyRun] = {}
     for asked in study_runs(study, only=only):
         run = fitted_run(asked, processes)
-        parts_per_step(run.config, processes)
-        found.setdefault(digest(run_identity(run, data="", split_digest=run.split, weights=None)), run)
+        first = run.init or run
+        identity = run_identity(
+            run,
+            data=_named_data(run.config.data),
+            split_digest=run.split,
+            weights=first.config.init_from,
+            processes=processes,
+            init_data=_named_data(first.config.data),
+        )
+        found.setdefault(digest(identity), run)
     return list(found.values())
 
 
@@ -199,30 +235,54 @@ def planned_steps(config: RunConfig) -> int | None:
 def matching_results(study: Study, results: Iterable[Result]) -> dict[RunKey, Result]:
     """The recorded results that belong to the study as it is now written, the newest of each run; needs no data.
 
-    A result of another configuration, split content or initial run is left out, whatever row it is named after.
+    A result of another configuration, split content or initial run is left out, whatever row it is named after. A
+    result is the study's if it would be on as many processes as it was trained on.
     """
     results = list(results)
+    recorded_data = {result.run_id: result.identity.get("data", "") for result in results}
     found: dict[RunKey, Result] = {}
     for run in study_runs(study):
         for result in results:
-            if result.seed == run.seed and _is_result_of(result, run):
+            if result.seed == run.seed and _is_result_of(result, run, recorded_data):
                 # The same run may have been recorded under another row's or study's name.
                 found[run.key] = replace(result, study=study.name, row=run.row, split=run.split)
     return found
 
 
-def _is_result_of(result: Result, run: StudyRun) -> bool:
-    run = fitted_run(run, result.processes)
-    if result.identity.get("config") != digest(run.config.identity()):
-        return False
-    split_digest = None
-    if run.split is not None:
-        try:
+def _is_result_of(result: Result, run: StudyRun, recorded_data: Mapping[str, Any]) -> bool:
+    """Whether a result is the run's.
+
+    Args:
+        recorded_data: run_id -> digest of its data, of all results: of the one that this run starts from.
+    """
+    try:
+        run = fitted_run(run, result.processes)
+        if result.identity.get("config") != digest(_config_identity(run)):
+            return False
+        split_digest = None
+        if run.split is not None:
             split_digest = load_split(run.split, list(result.metrics.get("instances", ()))).digest()
-        except UserError:
-            return False  # a result of another data set
-    identity = run_identity(run, data=result.identity.get("data", ""), split_digest=split_digest, weights=None)
-    if (run.init or run).config.init_from is not None:
+        data, first = result.identity.get("data", ""), run.init or run
+        same_data = _named_data(first.config.data) == _named_data(run.config.data)
+        identity = run_identity(
+            run,
+            data=data,
+            split_digest=split_digest,
+            weights=None,
+            processes=result.processes,
+            init_data=data if same_data else recorded_data.get(result.identity.get("init", ""), ""),
+        )
+    except UserError:
+        return False  # a result of another data set, or of processes that the run's batch cannot be shared by
+    if first.config.init_from is not None:
         # Weights that the study takes from a file are not looked for: the report needs recorded results only.
         identity["init"] = result.identity.get("init")
     return digest(identity) == result.run_id
+
+
+def _named_data(config: DataConfig) -> str:
+    """Digest of what names the annotations, whatever they hold; that of Shapes says nothing of its parameters."""
+    names = {"format"}
+    if config.format != "shapes":
+        names |= {"root", "train_annotations", "val_annotations", "voc", "hub"}
+    return digest(config.model_dump(mode="json", include=names))

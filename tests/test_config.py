@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tomlkit import string as toml_string
 
 from semiseg.config import ModelConfig, RunConfig, load_run_config, parse_run
 from semiseg.config_files import apply_overrides, digest, merge, parse_config, read_toml
@@ -100,6 +106,46 @@ def test_overrides_leave_the_original_alone() -> None:
         "model": {"weights": "imagenet"},
     }
     assert values == {"optim": {"steps": 1}}
+
+
+def test_an_override_is_one_value() -> None:
+    """Not a second key behind a line break, and never an exception of the TOML reader."""
+    assert apply_overrides({}, ["a=1\nb = 2"]) == {"a": "1\nb = 2"}
+    assert apply_overrides({}, ["a=[1,\n2]"]) == {"a": [1, 2]}
+    for text in ("[" * 20_000, "9" * 5000):
+        assert apply_overrides({}, [f"a={text}"]) == {"a": text}
+
+
+KEYS = st.text("abc_", min_size=1, max_size=2)
+VALUES = st.integers() | st.floats(allow_nan=False) | st.booleans() | st.text(max_size=8) | st.lists(st.integers())
+TABLES = st.dictionaries(KEYS, VALUES | st.dictionaries(KEYS, VALUES, max_size=2), max_size=3)
+
+
+def as_toml(value: Any) -> str:
+    """The value as one types it: JSON's numbers and lists are TOML's, but for infinity."""
+    return toml_string(value).as_string() if isinstance(value, str) else json.dumps(value).replace("Infinity", "inf")
+
+
+@given(TABLES, st.lists(KEYS, min_size=1, max_size=3), VALUES)
+def test_an_override_sets_its_key_and_nothing_else(table: dict[str, Any], path: list[str], value: Any) -> None:
+    before, item = copy.deepcopy(table), f"{'.'.join(path)}={as_toml(value)}"
+    expected: Any = copy.deepcopy(table)
+    there = expected
+    for key in path[:-1]:
+        there = there.setdefault(key, {})
+        if not isinstance(there, dict):
+            with pytest.raises(UserError, match="is a value, not a table"):
+                apply_overrides(table, [item])
+            return
+    there[path[-1]] = value
+    assert apply_overrides(table, [item]) == apply_overrides(expected, [item]) == expected
+    assert table == before
+
+
+@given(TABLES, st.lists(st.text(max_size=12), max_size=3))
+def test_any_text_is_an_override_or_a_sentence(table: dict[str, Any], items: list[str]) -> None:
+    with suppress(UserError):
+        apply_overrides(table, items)
 
 
 def test_merge_replaces_lists_whole_and_tables_by_key() -> None:

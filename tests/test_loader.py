@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from semiseg.config import RunConfig
+from semiseg.config_files import parse_config
 from semiseg.data.collate import Collate
 from semiseg.data.dataset import InstanceDataset, build_rule
 from semiseg.data.loader import (
@@ -23,6 +29,7 @@ from semiseg.data.loader import (
 )
 from semiseg.data.table import load_table
 from semiseg.data.transforms import TrainTransform
+from semiseg.engine.processes import normalised_together, parts_per_step
 from semiseg.errors import UserError
 from tests.coco_files import CocoFiles, KeepClasses, make_coco
 from tests.test_data_dataset import same
@@ -95,6 +102,58 @@ def test_resuming_yields_the_tail(start_step: int, accumulation: int) -> None:
     resumed = step_batches(accumulation=accumulation, start_step=start_step)
     assert list(resumed) == whole[start_step * accumulation :]
     assert len(resumed) == (15 - start_step) * accumulation
+
+
+@st.composite
+def cut_runs(draw: st.DrawFn) -> tuple[int, int, list[tuple[int, int, int]]]:
+    """(images, batch, [(first step, processes, parts)]): a run that is stopped and continued under other cuts."""
+    processes_and_parts = st.tuples(st.integers(1, 4), st.integers(1, 4))
+    cuts = draw(st.lists(processes_and_parts, min_size=1, max_size=3))
+    batch = math.lcm(*(processes * parts for processes, parts in cuts)) * draw(st.integers(1, 2))
+    starts = [0, *sorted(draw(st.integers(0, 4)) for _ in cuts[1:])]
+    return draw(st.integers(1, 30)), batch, [(start, *cut) for start, cut in zip(starts, cuts, strict=True)]
+
+
+@given(cut_runs())
+def test_the_stream_is_the_same_for_any_processes_parts_and_interruptions(
+    run: tuple[int, int, list[tuple[int, int, int]]],
+) -> None:
+    images, batch, cuts = run
+    steps = 4
+    whole = [key for keys in step_batches(images, batch_size=batch, steps=steps) for key in keys]
+    assert len(whole) == steps * batch
+    stream = []
+    for (start, processes, parts), (end, *_) in pairwise([*cuts, (steps, 0, 0)]):
+        common = {"batch_size": batch, "accumulation": parts, "processes": processes, "start_step": start}
+        ranks = [list(step_batches(images, **common, rank=rank, steps=steps)) for rank in range(processes)]
+        assert {len(batches) for batches in ranks} == {(steps - start) * parts}
+        # Until it is stopped: part after part, and in each the ranks in their order.
+        for part in range((end - start) * parts):
+            stream += [key for rank in range(processes) for key in ranks[rank][part]]
+    assert stream == whole
+
+
+@given(st.integers(1, 32), st.integers(0, 40), st.integers(1, 8), st.integers(1, 4))
+def test_the_rule_of_processes_cuts_a_batch_into_parts_that_fit(
+    batch: int, limit: int, processes: int, accumulation: int
+) -> None:
+    values = {
+        "optim": {"steps": 1, "batch_size": batch * accumulation, "accumulation": accumulation},
+        "runtime": {"images_per_process": limit},
+    }
+    config = parse_config(RunConfig, values, where="test")
+    try:
+        parts = parts_per_step(config, processes)
+    except UserError:
+        assert (batch * accumulation) % processes or batch * accumulation // processes < accumulation
+        return
+    total = config.optim.batch_size
+    images = step_batches(50, batch_size=total, accumulation=parts, processes=processes, steps=1).images_per_batch
+    assert images * parts * processes == total
+    assert parts >= accumulation
+    assert images <= (limit or total)
+    cut = normalised_together(config, processes)  # of the default network, whose mask branch has batch norm
+    assert cut == ({"normalised_together": {"bn": images}} if images < total else {})
 
 
 def test_more_images_in_a_batch_than_in_the_data_set() -> None:

@@ -78,12 +78,14 @@ def run_of_folder(folder: Path) -> RecordedRun:
     values, held = read_json(path), read_json(folder / "config.json")
     about = read_json(folder / "identity.json") if (folder / "identity.json").is_file() else {}
     try:
-        config, inputs = dict(held["config"]), held["inputs"]
+        config, inputs, settings = dict(held["config"]), held["inputs"], dict(held["identity"])
+        cut = settings.pop("normalised_together", None)
         identity: Mapping[str, Any] = about.get("identity") or {
-            "config": digest(held["identity"]),
+            "config": digest(settings),
             "split": inputs["split"],
             "data": inputs["data"],
             "init": inputs["init_from"],
+            **({} if cut is None else {"normalised_together": cut}),
         }
         config.pop("init_from", None)
         result = Result(

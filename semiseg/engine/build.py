@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch.utils.data import DataLoader
 
-from semiseg.config import ObjectiveConfig, RunConfig
+from semiseg.config import ObjectiveConfig, RunConfig, learns_masks
 from semiseg.config_files import digest
 from semiseg.data.collate import Collate
 from semiseg.data.dataset import InstanceDataset, build_rule
@@ -87,11 +87,6 @@ def build_step(config: RunConfig, *, num_classes: int) -> TrainStep:
         centre_radius=config.model.centre_radius,
         max_mask_positives=config.model.max_mask_positives,
     )
-
-
-def learns_masks(config: RunConfig) -> bool:
-    """Whether an instance can get a mask loss: none can if all masks are withheld and boxes alone have no loss."""
-    return config.supervision.source != "boxes" or config.objective.box != "none"
 
 
 def compile_network(model: CondInst, *, backend: str = "inductor") -> None:

@@ -1,14 +1,15 @@
 """How a step's batch is shared by the processes of a run, and what changes when their number does.
 
 A configuration says what a run computes; the number of processes is only known when it starts. Under
-`runtime.batch_rule = "keep"` it changes nothing but the number of parts in which a process goes through its share.
+`runtime.batch_rule = "keep"` it changes nothing but the number of parts in which a process goes through its share, and
+with it how many images batch norm normalises together: another number of them is another run.
 Under "linear" the batch follows the processes, and the learning rate and the number of steps follow the batch: that is
-another run, so it is settled here before any identity is taken (docs/MACHINES.md).
+another run, too, so it is settled here before any identity is taken (docs/MACHINES.md).
 """
 
 from __future__ import annotations
 
-from semiseg.config import OptimConfig, RunConfig, RuntimeConfig
+from semiseg.config import OptimConfig, RunConfig, RuntimeConfig, learns_masks
 from semiseg.errors import UserError
 
 # Images of one forward in evaluation: inference holds no activations for a backward, so eight fit where two train.
@@ -75,7 +76,7 @@ def told_change(config: RunConfig, fitted: RunConfig, processes: int) -> str | N
 
 
 def parts_per_step(config: RunConfig, processes: int) -> int:
-    """Accumulation parts in which each process goes through its share of a step; not part of a run's identity.
+    """Accumulation parts in which each process goes through its share of a step.
 
     The smallest number from `optim.accumulation` on that cuts the batch into equal parts of at most
     `runtime.images_per_process` images (0 = no limit).
@@ -95,6 +96,38 @@ def parts_per_step(config: RunConfig, processes: int) -> int:
         f"{' or '.join(map(str, near))} of them, or set optim.batch_size to a multiple of "
         f"{processes * optim.accumulation}, or runtime.batch_rule = 'linear' with runtime.images_per_process"
     )
+
+
+def normalised_together(config: RunConfig, processes: int) -> dict[str, dict[str, int]]:
+    """What the cut of a step adds to a run's identity: over how many images its trained batch norms normalise.
+
+    `bn` normalises the images of one process and part, `sync_bn` those of one part over all processes. Other norms look
+    at one image at a time, and frozen ones at none.
+
+    Returns:
+        {"normalised_together": {kind of norm: images}}, without the kinds that see the whole batch in one forward; {}
+        if there is nothing to say.
+
+    Raises:
+        UserError: of `parts_per_step`.
+    """
+    batch, parts = config.optim.batch_size, parts_per_step(config, processes)
+    images = {"bn": batch // parts // processes, "sync_bn": batch // parts}
+    cut = {norm: images[norm] for norm in sorted(_trained_norms(config)) if images.get(norm, batch) < batch}
+    return {"normalised_together": cut} if cut else {}
+
+
+def _trained_norms(config: RunConfig) -> set[str]:
+    """The kinds of norm in what a training computes and does not freeze; the head's are group norm."""
+    model = config.model
+    norms: set[str] = set()
+    if model.frozen_stages < 4:
+        norms.add(model.backbone_norm)
+    if model.neck == "bifpn":
+        norms.add(model.neck_norm)
+    if learns_masks(config):  # else the mask branch is neither trained nor computed
+        norms.add(model.mask_branch_norm)
+    return norms
 
 
 def _can_share(optim: OptimConfig, processes: int) -> bool:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from semiseg.config import ModelConfig, RunConfig, RuntimeConfig
+from semiseg.config import ModelConfig, RunConfig, RuntimeConfig, without_unread
 from semiseg.config_files import digest, file_digest, parse_config, read_json
 from semiseg.data.problems import told_without_mask
 from semiseg.data.sources import AnnotatedImages, cache_folder, ensure_files
@@ -36,7 +36,13 @@ from semiseg.engine.checkpoint import (
 from semiseg.engine.evaluate import predict_table, save_detections, score_table
 from semiseg.engine.logs import LOG_NAME, read_log, shows_bars
 from semiseg.engine.predict import build_network
-from semiseg.engine.processes import fit_to_processes, images_in_evaluation, parts_per_step, told_change
+from semiseg.engine.processes import (
+    fit_to_processes,
+    images_in_evaluation,
+    normalised_together,
+    parts_per_step,
+    told_change,
+)
 from semiseg.engine.session import agree, start_accelerator
 from semiseg.engine.train import save_trained, train, trained_model
 from semiseg.errors import UserError
@@ -70,8 +76,8 @@ def execute_run(config: RunConfig, *, out: Path, resume: bool = True, progress: 
     """
     require_backend(_backend(config.runtime))  # said now rather than after the training
     accelerator = start_accelerator(config.runtime, seed=config.seed)
-    config = _fitted(config, accelerator)
-    check_folder(config, out, resume=resume)
+    config, processes = _fitted(config, accelerator), accelerator.num_processes
+    check_folder(config, out, processes=processes, resume=resume)
     # On each machine one process converts; where machines share the folder, the first of all.
     with accelerator.main_process_first(), accelerator.local_main_process_first():
         data = build_data(config)
@@ -81,7 +87,8 @@ def execute_run(config: RunConfig, *, out: Path, resume: bool = True, progress: 
     inputs = run_inputs(config, data)
     for name, found in inputs.items():
         agree(found, where=f"the run's {name!r}", remedy="give each machine the same files")
-    with claimed(config, out, inputs=inputs, resume=resume) if accelerator.is_main_process else nullcontext():
+    claim = claimed(config, out, inputs=inputs, processes=processes, resume=resume)
+    with claim if accelerator.is_main_process else nullcontext():
         accelerator.wait_for_everyone()
         if agree("a result" if (out / RESULT_NAME).exists() else "no result", where=out) == "a result":
             return _held_result(out / RESULT_NAME)
@@ -291,8 +298,13 @@ def headline(metrics: Metrics) -> dict[str, float]:
     return {name: value for name, value in values.items() if value is not None}
 
 
+def _identity(config: RunConfig, processes: int) -> dict[str, Any]:
+    """What can change the numbers of the run that so many processes execute, but for `run_inputs`."""
+    return {**config.identity(initial=config.init_from is not None), **normalised_together(config, processes)}
+
+
 def run_inputs(config: RunConfig, data: RunData) -> dict[str, str | None]:
-    """Digests of what the configuration only names: with `RunConfig.identity` all that can change a run's numbers."""
+    """Digests of what the configuration only names, the other part of a run's identity."""
     return {
         "data": data.fingerprint,
         "split": data.split_digest if config.supervision.source == "split" else None,
@@ -300,19 +312,22 @@ def run_inputs(config: RunConfig, data: RunData) -> dict[str, str | None]:
     }
 
 
-def check_folder(config: RunConfig, out: Path, *, inputs: dict[str, str | None] | None = None, resume: bool) -> None:
+def check_folder(
+    config: RunConfig, out: Path, *, inputs: dict[str, str | None] | None = None, processes: int = 1, resume: bool
+) -> None:
     """Looks whether a run may be trained in a folder: a new or empty one, or one of this run.
 
     A run of which neither weights nor a result are left has not begun, and another one may take its place.
 
     Args:
         inputs: of `run_inputs`; None before the data is read.
+        processes: that will train it.
 
     Raises:
         UserError: no folder, or it holds another run or what no run wrote, or this run without `resume`.
     """
     require_folder(out)
-    path = out / "config.json"
+    path, identity = out / "config.json", _identity(config, processes)
     saved = latest_checkpoint(out / "checkpoints") is not None
     stored: dict[str, Any] = {}
     with suppress(UserError):
@@ -322,9 +337,13 @@ def check_folder(config: RunConfig, out: Path, *, inputs: dict[str, str | None] 
         raise UserError(f"{path}: says not which run {out} holds; another --out starts afresh")
     _require_nothing_else(out, is_run=is_run)
     if not saved and not any((out / name).exists() for name in (RESULT_NAME, *MODELS)):
+        _require_planned(out, identity, processes)
         return
-    wanted = {"identity": config.identity(), **({} if inputs is None else {"inputs": inputs})}
+    wanted = {"identity": identity, **({} if inputs is None else {"inputs": inputs})}
     held = {name: stored.get(name) for name in wanted}
+    with suppress(KeyError, TypeError, AttributeError):  # damaged: it differs in any case
+        # A version of before kept what nothing reads.
+        without_unread(stored["identity"], initial=stored["inputs"]["init_from"] is not None)
     if digest(held) != digest(wanted):
         raise UserError(f"{out}: holds another run ({_first_difference(held, wanted)})")
     if not resume:
@@ -356,6 +375,26 @@ def _require_nothing_else(out: Path, *, is_run: bool) -> None:
         raise UserError(f"{out}: holds what no run wrote: {told}; give a new or an empty folder as --out")
 
 
+def _require_planned(out: Path, identity: dict[str, Any], processes: int) -> None:
+    """A study says in `identity.json` which run its folder is for; on other processes it may be another one."""
+    path = out / "identity.json"
+    planned = read_json(path).get("identity") if path.is_file() else None
+    if not isinstance(planned, dict):
+        return
+    config = digest({key: value for key, value in identity.items() if key != "normalised_together"})
+    cuts = [item.get("normalised_together") for item in (planned, identity)]
+    if planned.get("config") != config or cuts[0] != cuts[1]:
+        raise UserError(
+            f"{path}: means another run than this configuration is on {processes} processes (there batch norm is over "
+            f"{_images(cuts[0])}, here over {_images(cuts[1])}); take as many as the study, or another --out"
+        )
+
+
+def _images(cut: dict[str, int] | None) -> str:
+    """`normalised_together` in words."""
+    return " and ".join(f"{number} images ({norm})" for norm, number in cut.items()) if cut else "the whole batch"
+
+
 def _held_result(path: Path) -> dict[str, Any]:
     try:
         result = read_json(path)
@@ -370,7 +409,9 @@ def _held_result(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def claimed(config: RunConfig, out: Path, *, inputs: dict[str, str | None], resume: bool) -> Iterator[None]:
+def claimed(
+    config: RunConfig, out: Path, *, inputs: dict[str, str | None], processes: int = 1, resume: bool
+) -> Iterator[None]:
     """Keeps other processes from training in the folder and writes the run's configuration into it.
 
     If the run fails before it has made anything else, these are removed again, and with them a new folder.
@@ -380,8 +421,8 @@ def claimed(config: RunConfig, out: Path, *, inputs: dict[str, str | None], resu
     with lock_folder(out):
         settle(out)
         settle(out / "checkpoints")
-        check_folder(config, out, inputs=inputs, resume=resume)
-        identity, values = config.identity(), config.model_dump(mode="json")
+        check_folder(config, out, inputs=inputs, processes=processes, resume=resume)
+        identity, values = _identity(config, processes), config.model_dump(mode="json")
         write_json(out / "config.json", {"identity": identity, "inputs": inputs, "config": values})
         try:
             yield
@@ -396,6 +437,11 @@ def claimed(config: RunConfig, out: Path, *, inputs: dict[str, str | None], resu
 
 
 def _first_difference(held: Any, wanted: Any, path: str = "") -> str:
+    if path == "identity.normalised_together":
+        return (
+            f"its batch norm is over {_images(held)}, wanted {_images(wanted)}: that follows from the number of "
+            "processes and from runtime.images_per_process"
+        )
     if isinstance(held, dict) and isinstance(wanted, dict):
         for key in sorted(set(held) | set(wanted)):
             if held.get(key) != wanted.get(key):

@@ -60,17 +60,23 @@ def recorded_values(run: Result) -> dict[str, Any]:
     return {**run.config, **({"init_from": "recorded weights"} if started else {})}
 
 
+def _result_settings(run: Result) -> dict[str, str]:
+    """The settings of a run, and over how many images its batch norms normalise where that is not the whole batch."""
+    cut = run.identity.get("normalised_together") or {}
+    return settings(recorded_values(run)) | {f"normalised_together.{norm}": str(images) for norm, images in cut.items()}
+
+
 def identity_settings(run: Result) -> Settings:
     """The settings of a run without mere names: what can change its numbers beside seed, data, split and start."""
-    return {key: value for key, value in settings(recorded_values(run)).items() if not key.startswith(_NAMES)}
+    return {key: value for key, value in _result_settings(run).items() if not key.startswith(_NAMES)}
 
 
 def run_settings(run: Result, pretraining: Sequence[Result]) -> Settings:
     """The settings of a run, and as "start..." those of the run that it starts from."""
-    found = settings(recorded_values(run))
+    found = _result_settings(run)
     init = next((item for item in pretraining if item.run_id == run.init_run), None)
     if init is not None:
-        found |= {f"{_START}.{key}": value for key, value in settings(recorded_values(init)).items()}
+        found |= {f"{_START}.{key}": value for key, value in _result_settings(init).items()}
     elif run.init_run is not None or run.identity.get("init") is not None:
         found[_START] = "given weights"
     return found
