@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tomlkit import string as toml_string
 
@@ -126,6 +126,7 @@ def as_toml(value: Any) -> str:
     return toml_string(value).as_string() if isinstance(value, str) else json.dumps(value).replace("Infinity", "inf")
 
 
+@settings(max_examples=30)
 @given(TABLES, st.lists(KEYS, min_size=1, max_size=3), VALUES)
 def test_an_override_sets_its_key_and_nothing_else(table: dict[str, Any], path: list[str], value: Any) -> None:
     before, item = copy.deepcopy(table), f"{'.'.join(path)}={as_toml(value)}"
@@ -142,6 +143,7 @@ def test_an_override_sets_its_key_and_nothing_else(table: dict[str, Any], path: 
     assert table == before
 
 
+@settings(max_examples=30)
 @given(TABLES, st.lists(st.text(max_size=12), max_size=3))
 def test_any_text_is_an_override_or_a_sentence(table: dict[str, Any], items: list[str]) -> None:
     with suppress(UserError):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semiseg.config import RunConfig
@@ -114,6 +114,7 @@ def cut_runs(draw: st.DrawFn) -> tuple[int, int, list[tuple[int, int, int]]]:
     return draw(st.integers(1, 30)), batch, [(start, *cut) for start, cut in zip(starts, cuts, strict=True)]
 
 
+@settings(max_examples=30)
 @given(cut_runs())
 def test_the_stream_is_the_same_for_any_processes_parts_and_interruptions(
     run: tuple[int, int, list[tuple[int, int, int]]],
@@ -133,6 +134,7 @@ def test_the_stream_is_the_same_for_any_processes_parts_and_interruptions(
     assert stream == whole
 
 
+@settings(max_examples=30)
 @given(st.integers(1, 32), st.integers(0, 40), st.integers(1, 8), st.integers(1, 4))
 def test_the_rule_of_processes_cuts_a_batch_into_parts_that_fit(
     batch: int, limit: int, processes: int, accumulation: int
