@@ -7,11 +7,12 @@ import difflib
 import hashlib
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
 
 from semiseg.errors import UserError
 
@@ -37,19 +38,42 @@ def read_toml(path: Path) -> dict[str, Any]:
     """Parses a TOML file; a syntax error or an unreadable file is a `UserError` that names it."""
     try:
         return tomllib.loads(_read_text(path))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits, which is no syntax error
         raise UserError(f"{path}: not valid TOML: {error}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Parses a JSON file that holds a table; anything else is a `UserError` that names it."""
     try:
-        values = json.loads(_read_text(path))
-    except (ValueError, RecursionError) as error:
+        values = from_json(_read_text(path))
+    except ValueError as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a table of values, not {type(values).__name__}")
     return values
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """(number of the line, its value) of every line that is not blank; nothing if there is no such file.
+
+    The value of a line that is no JSON, say cut off by an interruption, is None. Lines end at "\\n" alone: a text may
+    hold other signs that end a line elsewhere, such as U+2028.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                yield number, from_json(line)
+            except ValueError:
+                yield number, None
 
 
 def _read_text(path: Path) -> str:
@@ -63,10 +87,26 @@ def _read_text(path: Path) -> str:
 
 def parse_config(kind: type[Config], values: dict[str, Any], *, where: str) -> Config:
     """Validates `values`; every error becomes one sentence with place, value and the allowed or nearest ones."""
+    _refuse_unusable(values, where)
     try:
         return kind.model_validate(values)
     except ValidationError as error:
         raise UserError("; ".join(_explain(kind, item, where) for item in error.errors())) from None
+
+
+def _refuse_unusable(values: dict[str, Any], where: str) -> None:
+    """Refuses what some field takes and no file system or tensor does: null characters, integers beyond 64 bits."""
+    pending: list[tuple[str, Any]] = [("", values)]
+    while pending:  # no recursion: overrides may nest as deeply as they like
+        path, value = pending.pop()
+        if isinstance(value, dict):
+            pending += [(f"{path}.{key}", item) for key, item in value.items()]
+        elif isinstance(value, list):
+            pending += [(f"{path}.{index}", item) for index, item in enumerate(value)]
+        elif isinstance(value, str) and "\0" in value:
+            raise UserError(f"{where}: {path[1:]!r}: a text with a null character (value: {_shown(value)})")
+        elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise UserError(f"{where}: {path[1:]!r}: allowed: integers of at most 64 bits")
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -97,7 +137,7 @@ def merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
         tables = [isinstance(item, dict) for item in (result.get(key, value), value)]
         if any(tables) and not all(tables):
             wrong = value if tables[0] else result[key]
-            raise UserError(f"{key!r}: expected a table of values, not {wrong!r}")
+            raise UserError(f"{key!r}: expected a table of values, not {_shown(wrong)}")
         result[key] = merge(result[key], value) if all(tables) and key in result else value
     return result
 
@@ -117,11 +157,26 @@ def _explain(kind: type[BaseModel], item: Any, where: str) -> str:
         near = difflib.get_close_matches(str(item["loc"][-1]), allowed, n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]!r}?" if near else f" Allowed here: {', '.join(allowed)}."
         return f"{where}: unknown key {path!r}.{hint}"
+    return f"{where}: {explain(item)}"
+
+
+def explain(item: Any) -> str:
+    """One of the errors of a `ValidationError`: place, what is allowed, and the value."""
+    path = ".".join(str(part) for part in item["loc"])
     message = item["msg"].removeprefix("Value error, ")
     if not path:
-        return f"{where}: {message}"
-    shown = "" if isinstance(item["input"], dict) else f" (value: {item['input']!r})"
-    return f"{where}: {path!r}: {message}{shown}"
+        return message
+    shown = "" if isinstance(item["input"], dict) else f" (value: {_shown(item['input'])})"
+    return f"{path!r}: {message}{shown}"
+
+
+def _shown(value: Any) -> str:
+    """A value for a message, cut to one readable length."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python shows no integer of more than 4300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def _keys_at(kind: type[BaseModel], location: tuple[Any, ...]) -> list[str]:

@@ -9,18 +9,26 @@ import json
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from semiseg.config_files import digest
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+
+from semiseg.config_files import digest, explain, read_json_lines
 from semiseg.errors import UserError
+
+
+def _checked_time(text: str) -> str:
+    if datetime.fromisoformat(text).tzinfo is None:
+        raise ValueError("expected a time with its zone")
+    return text
 
 
 @dataclass(frozen=True)
 class Result:
-    """One finished run.
+    """One finished run; `checked` looks whether its values are of these types, which Python does not.
 
     Attributes:
         run_id: digest of `identity`.
@@ -44,25 +52,27 @@ class Result:
         val_fingerprint: digest of the validation annotations alone; None in records from before it was kept.
     """
 
-    run_id: str
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    run_id: Annotated[str, Field(min_length=1)]
     study: str
     row: str
     split: str | None
     split_digest: str | None
-    seed: int
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
     config: Mapping[str, Any]
     identity: Mapping[str, Any]
     data_fingerprint: str
     metrics: Mapping[str, Any]
-    steps: int
-    seconds: float
+    steps: Annotated[int, Field(ge=0, lt=2**63)]
+    seconds: Annotated[float, Field(ge=0)]
     device: str
     versions: Mapping[str, str]
     git_revision: str | None
     command: Sequence[str]
-    finished: str
+    finished: Annotated[str, AfterValidator(_checked_time)]
     init_run: str | None = None
-    processes: int = 1
+    processes: Annotated[int, Field(ge=1, lt=2**63)] = 1
     val_fingerprint: str | None = None
 
     @property
@@ -71,23 +81,52 @@ class Result:
         return f"{self.run_id}.{digest(self.metrics, 8)}"
 
 
+_RESULT = TypeAdapter(Result)
+
+
+def checked(values: Any, *, where: str) -> Result:
+    """The result of plain values, as JSON holds them; half a character, as in an argument that is not UTF-8, is "?".
+
+    Raises:
+        UserError: a value is missing, unknown or of another type; names it after `where`.
+    """
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: not a result of this version (no table)")
+    try:
+        # Strict, and yet an array is a sequence: only text is validated so.
+        return _RESULT.validate_json(_json(values))
+    except ValidationError as error:
+        told = explain(error.errors()[0])
+    except ValueError as error:  # not finite
+        told = str(error)
+    raise UserError(f"{where}: not a result of this version ({told})")
+
+
+def _json(values: Any) -> bytes:
+    return json.dumps(values, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace")
+
+
 def append(path: Path, result: Result) -> bool:
     """Adds a result in one write that has reached the disk; False if this very result is recorded already.
 
     The same run trained again (on another machine) is a new line; `latest` reads the newest.
+
+    Raises:
+        UserError: the result could not be read again; nothing is written.
     """
+    result = checked(asdict(result), where=f"run {result.run_id}")
     known = {(item.run_id, item.finished) for item in read(path)}
     if (result.run_id, result.finished) in known:
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(asdict(result), ensure_ascii=False, allow_nan=False) + "\n"
+    line = _json(asdict(result)) + b"\n"
     with path.open("ab+") as file:
         # An interrupted write left half a line: the new one must not be glued to it.
         if file.tell() > 0:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
-                line = "\n" + line
-        file.write(line.encode("utf-8"))
+                line = b"\n" + line
+        file.write(line)
         file.flush()
         os.fsync(file.fileno())
     return True
@@ -101,36 +140,13 @@ def read(path: Path) -> list[Result]:
     Raises:
         UserError: a whole line that is no result of this version; names file and line.
     """
-    if not path.exists():
-        return []
     results = []
-    names = {item.name for item in fields(Result)}
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-        except json.JSONDecodeError:
+    for number, values in read_json_lines(path):
+        if values is None:
             warnings.warn(f"{path}, line {number}: cut off by an interruption, or damaged; ignored", stacklevel=2)
-            continue
-        if not isinstance(values, dict) or set(values) - names:
-            extra = ", ".join(sorted(set(values) - names)) if isinstance(values, dict) else "no table"
-            raise UserError(f"{path}, line {number}: not a result of this version ({extra})")
-        try:
-            result = Result(**values)
-            _check(result)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{path}, line {number}: not a result of this version ({error})") from None
-        results.append(result)
+        else:
+            results.append(checked(values, where=f"{path}, line {number}"))
     return results
-
-
-def _check(result: Result) -> None:
-    """Raises ValueError for values that nobody could have recorded."""
-    for name in ("config", "identity", "metrics", "versions"):
-        if not isinstance(getattr(result, name), Mapping):
-            raise ValueError(f"{name!r} is {getattr(result, name)!r}")
-    datetime.fromisoformat(result.finished)
 
 
 def latest(results: Iterable[Result]) -> dict[str, Result]:

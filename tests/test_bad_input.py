@@ -26,6 +26,7 @@ from semiseg.cli import app
 from semiseg.commands.study_data import record_difficulty
 from semiseg.config_files import merge
 from semiseg.data.table import load_table
+from semiseg.engine import run as run_module
 from semiseg.engine.checkpoint import load_tensors, save_tensors
 from semiseg.engine.logs import read_log
 from semiseg.engine.run import claimed, execute_run
@@ -72,6 +73,15 @@ def train_file(files: CocoFiles, **sections: dict[str, Any]) -> Path:
     [
         ("latin.toml", 'a = "é"'.encode("latin-1"), r"latin.toml: not valid TOML: 'utf-8' codec"),
         ("date.toml", b"seed = 2020-01-01", "date.toml: 'seed': Input should be a valid integer"),
+        ("digits.toml", b"seed = " + b"1" * 5000, "digits.toml: not valid TOML: Exceeds the limit"),
+        ("hex.toml", b"seed = 0x" + b"f" * 5000, "hex.toml: 'seed': allowed: integers of at most 64 bits"),
+        ("wide.toml", b"model.small_widths = [9223372036854775808]", "wide.toml: 'model.small_widths.0': allowed: int"),
+        ("section.toml", b"data = 0x" + b"f" * 5000, "section.toml: 'data': allowed: integers of at most 64 bits"),
+        ("null.toml", rb'model.weights = "a\u0000b"', r"null.toml: 'model.weights': a text with a null character"),
+        ("null2.toml", rb'data.val_images = "\u0000"', r"null2.toml: 'data.val_images': a text with a null character"),
+        ("null.json", rb'{"init_from": "\u0000"}', r"null.json: 'init_from': a text with a null character"),
+        ("half.json", rb'{"init_from": "\ud800"}', "half.json: not valid JSON: "),
+        ("digits.json", b'{"seed": ' + b"1" * 5000 + b"}", "digits.json: not valid JSON: number out of range"),
         ("latin.json", '{"a": "é"}'.encode("latin-1"), "latin.json: not valid JSON"),
         ("deep.json", b"[" * 100_000, "deep.json: not valid JSON"),
         ("list.json", b"[1]", "list.json: expected a table of values, not list"),
@@ -104,6 +114,10 @@ def test_a_byte_order_mark_is_no_error(tmp_path: Path) -> None:
         ("data.val_long_side=1", "'data.val_long_side': Input should be greater than or equal to 32"),
         ("objective.affinity_dilation=1000", "'objective.affinity_dilation': Input should be less than or equal to 64"),
         ("data=5", "'data': Input should be a valid dictionary"),
+        ("seed=" + "1" * 5000, "'seed': Input should be a valid integer (value: '1111"),
+        ("seed=" + "[" * 5000, "'seed': Input should be a valid integer (value: '[[[["),
+        ("seed=0x" + "f" * 5000, "'seed': allowed: integers of at most 64 bits"),
+        ("a" + ".a" * 5000 + "=1", "unknown key 'a'"),
     ],
 )
 def test_impossible_values(tmp_path: Path, change: str, told: str) -> None:
@@ -138,6 +152,8 @@ def study_text(**changes: Any) -> str:
         ({"pretrain": {"objective": "none"}}, "study 's', [pretrain]: 'objective': expected a table of values"),
         ({"seeds": [-1]}, "'seeds.0': Input should be greater than or equal to 0"),
         ({"name": ".."}, "'name': String should match pattern"),
+        ({"base": {"model": {"weights": "a\0b"}}}, "'base.model.weights': a text with a null character"),
+        ({"splits": {"few": "a\0b"}}, "'splits.few': a text with a null character"),
     ],
 )
 def test_bad_studies(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
@@ -274,6 +290,24 @@ def test_a_run_folder_that_was_damaged(files: CocoFiles) -> None:
     content[-2] ^= 64
     weights.write_bytes(content)
     assert "model.safetensors: not the weights that config.json describes" in complaint("evaluate", out)
+
+
+def test_annotations_changed_while_a_training_runs(files: CocoFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end does not measure on other annotations than those whose digest the result carries."""
+    config, out = train_file(files), files.images.parent / "out"
+    held = files.annotations.read_bytes()
+    predict = run_module.predict_table
+
+    def changed_meanwhile(*arguments: Any, **keywords: Any) -> Any:
+        files.rewrite(lambda content: content["annotations"].pop())
+        return predict(*arguments, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "predict_table", changed_meanwhile)
+        assert "instances.json: was changed since this run read it" in complaint("train", config, "--out", out)
+    assert not (out / "result.json").exists()
+    files.annotations.write_bytes(held)
+    assert CliRunner().invoke(app, ["train", str(config), "--out", str(out), "--resume"]).exit_code == 0
 
 
 def test_replay_of_other_files(tmp_path: Path) -> None:

@@ -135,12 +135,13 @@ def test_ids_are_those_of_every_set_and_unique(voc: Path, tmp_path: Path) -> Non
     assert all(ids["train"][key] == ids["trainval"][key] for key in ids["train"])
 
 
-def test_other_names_than_vocs_are_numbered(voc: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["garden", "gar\u2028d\x85e\xa0n"])
+def test_other_names_than_vocs_are_numbered(voc: Path, tmp_path: Path, name: str) -> None:
     for part, suffix in (("JPEGImages", "jpg"), ("Annotations", "xml"), ("SegmentationObject", "png")):
-        shutil.copy(voc / part / f"2007_000003.{suffix}", voc / part / f"garden.{suffix}")
-    (voc / "ImageSets" / "Segmentation" / "own.txt").write_text("garden\n2007_000001\n\ngarden\n")
+        shutil.copy(voc / part / f"2007_000003.{suffix}", voc / part / f"{name}.{suffix}")
+    (voc / "ImageSets" / "Segmentation" / "own.txt").write_bytes(f"{name}\n2007_000001\r\n\n{name}  1\n".encode())
     content = convert(tmp_path, "own")
-    assert names_of(content) == ["2007_000001", "garden"]
+    assert names_of(content) == ["2007_000001", name]
     assert [image["id"] for image in content["images"]] == [1, 2]
     assert [item["id"] for item in content["annotations"]] == [1001, 1002, 2001, 2002]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 from pathlib import Path
@@ -250,6 +251,24 @@ def test_metrics_survive_json(random_case):
     assert Metrics.from_dict(json.loads(json.dumps(metrics.to_dict()))) == metrics
     with pytest.raises(UserError, match="bbox"):
         Metrics.from_dict({"segm": None})
+    for change in ({"bbox": 3}, {"segm": []}, {"images": "many"}, {"instances": {"a": None}}, {"bbox": {"groups": {}}}):
+        with pytest.raises(UserError, match=f"recorded metrics: '{next(iter(change))}"):
+            Metrics.from_dict({**metrics.to_dict(), **change})
+    broken = metrics.to_dict()
+    broken["segm"]["groups"]["all"]["AP"] = "high"
+    with pytest.raises(UserError, match=r"'segm\.groups\.all\.AP': .*number"):
+        Metrics.from_dict(broken)
+
+
+def test_annotations_that_changed_since_they_were_read_are_not_measured_on(random_case):
+    path, results = random_case
+    known = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    arguments = {"class_names": CLASSES, "groups": {}, "image_ids": range(20)}
+    metrics = evaluate_detections(path, results, fingerprint=known, **arguments)
+    assert metrics == evaluate_detections(path, results, **arguments)
+    path.write_bytes(path.read_bytes() + b" ")
+    with pytest.raises(UserError, match=rf"json: was changed since this run read it \(its digest was {known}\)"):
+        evaluate_detections(path, results, fingerprint=known, **arguments)
 
 
 def test_group_means_by_hand():

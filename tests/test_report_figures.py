@@ -192,7 +192,10 @@ def test_curves_of_a_log(tmp_path: Path) -> None:
 
 def test_logs_without_losses_give_no_curves(tmp_path: Path) -> None:
     assert read_curves(tmp_path / "gone.jsonl", final=(3, 1.0)) is None
-    (tmp_path / "log.jsonl").write_text('[1]\n{"losses": {"dice": 1}}\n')
+    for lines in ('[1]\n{"losses": {"dice": 1}}', '{"step": "1", "losses": {"dice": 1}}', "[" * 9999, "1" * 5000):
+        (tmp_path / "log.jsonl").write_text(f"{lines}\n")
+        assert read_curves(tmp_path / "log.jsonl", final=(3, 1.0)) is None
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "losses": {"dice": "low"}}\n')
     assert read_curves(tmp_path / "log.jsonl", final=(3, 1.0)) is None
     assert training_figure(TABLE, {}, STYLES) is None
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
+from semiseg.engine.logs import read_log
 from semiseg.engine.run import git_revision
 from semiseg.errors import UserError
 from semiseg.results import Result, append, latest, read
@@ -60,18 +61,79 @@ def test_the_same_result_is_recorded_once_and_a_newer_one_wins(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"identity": 3}, r"'identity' is 3"),
-        ({"metrics": None}, r"'metrics' is None"),
-        ({"finished": "yesterday"}, "yesterday"),
-        ({"finished": 5}, "fromisoformat"),
-        ({"versions": None}, r"'versions' is None"),
+        ({"identity": 3}, "'identity': .*object .*3"),
+        ({"metrics": None}, "'metrics': .*object .*None"),
+        ({"finished": "yesterday"}, "'finished': .*yesterday"),
+        ({"finished": "2025-01-01T00:00:00"}, "'finished': expected a time with its zone"),  # could not be compared
+        ({"finished": 5}, "'finished': .*string"),
+        ({"versions": {"torch": 2}}, "'versions.torch': .*string"),
+        ({"run_id": ["a"]}, "'run_id': .*string"),
+        ({"row": None}, "'row': .*string"),
+        ({"split": 3}, "'split': .*string"),
+        ({"seed": "0"}, "'seed': .*integer"),
+        ({"seed": True}, "'seed': .*integer"),
+        ({"seed": 2**32}, "'seed': "),
+        ({"steps": 5.5}, "'steps': .*integer"),
+        ({"steps": 10**40}, "'steps': "),
+        ({"processes": 0}, "'processes': "),
+        ({"seconds": "long"}, "'seconds': .*number"),
+        ({"command": "semiseg run s"}, "'command': .*array"),
     ],
 )
 def test_values_of_another_kind_are_told(tmp_path: Path, change: dict, told: str) -> None:
     path = tmp_path / "results.jsonl"
-    append(path, replace(RESULT, **change))
+    path.write_text(json.dumps({**asdict(RESULT), **change}) + "\n")
     with pytest.raises(UserError, match=rf"results\.jsonl, line 1: not a result of this version \(.*{told}"):
         read(path)
+    with pytest.raises(UserError, match=f"not a result of this version .*{told}"):  # nor is such a line written
+        append(tmp_path / "new.jsonl", replace(RESULT, **change))
+    assert not (tmp_path / "new.jsonl").exists()
+
+
+@pytest.mark.parametrize("sign", ["\u2028", "\u2029", "\x85", "\x0b", "\x1c", "\r", "\n", "\x00"])
+def test_a_sign_that_ends_lines_elsewhere_is_text_like_any_other(tmp_path: Path, sign: str) -> None:
+    path, result = tmp_path / "results.jsonl", replace(RESULT, row=f"a{sign}b", command=[sign])
+    assert append(path, result)
+    assert not append(path, result)
+    assert read(path) == [result]
+    log = tmp_path / "log.jsonl"
+    lines = [{"step": step, "seconds": 1.0, "name": sign} for step in (1, 2)]
+    log.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    assert read_log(log) == lines
+
+
+@pytest.mark.parametrize("damaged", ["1" * 5000, "[" * 100_000, '"\\ud800"', "\x00"])
+def test_lines_that_no_reader_takes_are_ignored(tmp_path: Path, damaged: str) -> None:
+    """Numbers of thousands of digits, deep nesting, halves of a character."""
+    path = tmp_path / "results.jsonl"
+    append(path, RESULT)
+    line = path.read_text(encoding="utf-8")
+    path.write_text(line.replace('"seed": 0', f'"seed": {damaged}') + line, encoding="utf-8")
+    with pytest.warns(UserWarning, match=r"results\.jsonl, line 1: cut off by an interruption, or damaged; ignored"):
+        assert read(path) == [RESULT]
+
+
+def test_an_argument_that_is_not_utf8_loses_its_sign_and_not_the_result(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    assert append(path, replace(RESULT, command=["semiseg", "caf\udce9"]))
+    assert read(path) == [replace(RESULT, command=["semiseg", "caf?"])]
+
+
+@pytest.mark.parametrize(
+    "line", ['{"step": "7", "seconds": 1}', '{"step": 7, "seconds": null}', '{"step": true, "seconds": 1}', "[7]", "7"]
+)
+def test_a_log_ends_at_its_first_line_of_another_kind(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text(f'{{"step": 1, "seconds": 0.5}}\n\n{line}\n{{"step": 8, "seconds": 2}}\n')
+    assert read_log(path) == [{"step": 1, "seconds": 0.5}]
+
+
+def test_the_recorded_runs_are_read_as_they_are() -> None:
+    paths = sorted(Path(__file__).parent.parent.glob("reports/*/results.jsonl"))
+    assert len(paths) >= 6
+    for path in paths:
+        written = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+        assert [asdict(result) for result in read(path)] == written
 
 
 def test_a_line_cut_off_is_ignored_and_not_glued_to_the_next(tmp_path: Path) -> None:
@@ -93,8 +155,8 @@ def test_lines_of_another_version_are_named(tmp_path: Path) -> None:
     append(path, RESULT)
     line = json.loads(path.read_text(encoding="utf-8"))
     for text, told in (
-        (json.dumps({**line, "colour": 1}), r"line 1: not a result of this version \(colour\)"),
-        (json.dumps({"run_id": "1"}), r"line 1: not a result of this version \(.*missing"),
+        (json.dumps({**line, "colour": 1}), r"line 1: not a result of this version \('colour': Unexpected"),
+        (json.dumps({"run_id": "1"}), r"line 1: not a result of this version \(.*required"),
         ("[1]", r"line 1: not a result of this version \(no table\)"),
     ):
         path.write_text(text + "\n", encoding="utf-8")
@@ -103,7 +165,7 @@ def test_lines_of_another_version_are_named(tmp_path: Path) -> None:
 
 
 def test_numbers_that_json_does_not_know_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="JSON compliant"):
+    with pytest.raises(UserError, match="JSON compliant"):
         append(tmp_path / "results.jsonl", replace(RESULT, seconds=float("nan")))
     assert not (tmp_path / "results.jsonl").exists()
 

@@ -66,6 +66,8 @@ def test_names_compare_after_nfc_and_trimming(tmp_path: Path) -> None:
         ("[fraction]\ncat = 1.5", r"fraction of 'cat' is 1\.5; allowed are 0 to 1"),
         ('[fraction]\ncat = "x"', r"'fraction\.cat': expected a number, not 'x'"),
         ("[fraction]\nseed = 0.5", r"'fraction\.seed': expected a number, not 0\.5"),
+        ("[fraction]\ndefault = " + "1" * 5000, r"not valid TOML"),
+        ("[fraction]\ndefault = 0x" + "f" * 5000, r"'fraction\.default': allowed: integers of at most 64 bits"),
         ("[fraction]\nDog = 0.5", r"'fraction': unknown class 'Dog'\. Did you mean 'dog'\?"),
         ("[fraction]\ndefault = 0", r"every fraction is 0"),
         (

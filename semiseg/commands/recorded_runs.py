@@ -11,7 +11,7 @@ from typing import Any
 
 from semiseg.config_files import digest, read_json
 from semiseg.errors import UserError
-from semiseg.results import Result, read
+from semiseg.results import Result, checked, read
 from semiseg.study import PRETRAIN_ROW, near_hint
 from semiseg.study_plan import REPORTS_FOLDER, RESULTS_NAME, RUNS_FOLDER
 from semiseg.study_run import RESULT_NAME
@@ -88,28 +88,27 @@ def run_of_folder(folder: Path) -> RecordedRun:
             **({} if cut is None else {"normalised_together": cut}),
         }
         config.pop("init_from", None)
-        result = Result(
-            run_id=about.get("run_id") or digest(identity),
-            study=about.get("study", ""),
-            row=about.get("row") or folder.resolve().name,
-            split=(config.get("supervision") or {}).get("split"),
-            split_digest=values.get("split_digest"),
-            seed=config["seed"],
-            config=config,
-            identity=identity,
-            init_run=about.get("init"),
-            command=values["command"],
+        told = {
+            "run_id": about.get("run_id") or digest(identity),
+            "study": about.get("study", ""),
+            "row": about.get("row") or folder.resolve().name,
+            "split": (config.get("supervision") or {}).get("split"),
+            "split_digest": values.get("split_digest"),
+            "seed": config["seed"],
+            "config": config,
+            "identity": identity,
+            "init_run": about.get("init"),
+            "command": [values["command"]],
             **{name: values[name] for name in ("data_fingerprint", "metrics", "steps", "seconds", "device")},
             **{name: values[name] for name in ("versions", "git_revision", "finished")},
-            processes=values.get("processes", 1),
-            val_fingerprint=values.get("val_fingerprint"),
-        )
-        _finished(result)
-    except (KeyError, TypeError, ValueError) as error:
+            "processes": values.get("processes", 1),
+            "val_fingerprint": values.get("val_fingerprint"),
+        }
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{folder}: its {RESULT_NAME} and config.json are not those of a finished run ({error})"
         ) from None
-    return RecordedRun(result, folder, path)
+    return RecordedRun(checked(told, where=str(path)), folder, path)
 
 
 def _with_record(run: RecordedRun, known: Sequence[RecordedRun]) -> RecordedRun:

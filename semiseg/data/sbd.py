@@ -40,7 +40,7 @@ def sbd_list(sbd: Path) -> list[str]:
     names = []
     for path in (sbd / "train.txt", sbd / "val.txt"):
         try:
-            names += path.read_text(encoding="utf-8").split()
+            names += [name.decode("utf-8") for name in path.read_bytes().split()]
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"{path}: the list of images cannot be read: {reason}; it is part of {ARCHIVE}") from None

@@ -144,11 +144,11 @@ def _image_set(voc: Path, sbd: Path | None, image_set: str) -> list[_Listed]:
 def _names(path: Path) -> list[str]:
     """The first word of each line."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Words of bytes: in a text, signs such as U+2028 or a no-break space would end a word, too.
+        return [line.split()[0].decode("utf-8") for line in path.read_bytes().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: the list of images cannot be read: {reason}; it is part of {ARCHIVE}") from None
-    return [line.split()[0] for line in lines if line.strip()]
 
 
 def _record(item: _Listed, voc: Path, sbd: Path | None, *, evaluated: bool) -> ImageRecord:

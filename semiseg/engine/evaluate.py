@@ -96,6 +96,8 @@ def score_table(
 ) -> Metrics:
     """Official box and mask AP of the results, for all classes and for each of them.
 
+    The annotations are read again; a `UserError` if they are no longer those of the table.
+
     Args:
         image_ids: the images that were looked at; must be the table's, each once.
         backend: which package matches and accumulates; the numbers are the same.
@@ -107,6 +109,7 @@ def score_table(
         groups={},
         image_ids=image_ids,
         backend=backend,
+        fingerprint=table.fingerprint,
     )
 
 

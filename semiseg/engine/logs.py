@@ -6,12 +6,14 @@ import json
 import os
 import sys
 import time
+from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
 
+from semiseg.config_files import read_json_lines
 from semiseg.resources import told_writing, write_text
 
 LOG_NAME = "log.jsonl"
@@ -20,22 +22,13 @@ FIRST_LINE_SECONDS, LINE_SECONDS = 5.0, 60.0  # of progress where there is no te
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The complete lines of a log, up to the first that is none: one cut off by an interruption is left out."""
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            break
-        if not isinstance(line, dict) or not _is_record(line):
-            break
-        lines.append(line)
-    return lines
+    return list(takewhile(_is_record, (line for _, line in read_json_lines(path))))
 
 
-def _is_record(line: dict[str, Any]) -> bool:
+def _is_record(line: Any) -> bool:
     """Whether a line's values have the kinds that whoever reads the log relies on."""
+    if not isinstance(line, dict):
+        return False
     step, scores = line.get("step"), line.get("validation", {})
     if type(step) is not int or not isinstance(scores, dict):
         return False

@@ -8,6 +8,7 @@ evaluation of its own with `params.catIds`, because classes never influence each
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import math
@@ -22,6 +23,7 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pydantic import TypeAdapter, ValidationError
 
+from semiseg.config_files import explain
 from semiseg.errors import UserError
 from semiseg.evaluation.precision import Backend, coco_precision
 from semiseg.splits import normalise
@@ -82,16 +84,15 @@ class Metrics:
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Metrics:
-        """The inverse of `to_dict`; a missing or a wrong part is a `UserError`."""
+        """The inverse of `to_dict`; a part that is missing or of another type is a `UserError`."""
         try:
-            return _READER.validate_python(values)
+            return _METRICS.validate_python(dict(values))
         except ValidationError as error:
-            wrong = error.errors()[0]
-            place = ".".join(map(str, wrong["loc"])) or "all"
-            raise UserError(f"recorded metrics: {place!r}: {wrong['msg']}; recorded by another version?") from None
+            told = explain(error.errors()[0])
+            raise UserError(f"recorded metrics: {told}; recorded by another version?") from None
 
 
-_READER = TypeAdapter(Metrics)
+_METRICS = TypeAdapter(Metrics)
 
 
 def evaluate_detections(
@@ -102,6 +103,7 @@ def evaluate_detections(
     groups: Mapping[str, Collection[str]],
     image_ids: Collection[int],
     backend: Backend = "pycocotools",
+    fingerprint: str | None = None,
 ) -> Metrics:
     """Evaluates detections, boxes and masks, quietly.
 
@@ -113,14 +115,16 @@ def evaluate_detections(
         groups: group -> class names; the group "all" is added. May be empty groups (their numbers are None).
         image_ids: the images that were looked at, each once; must be exactly the file's.
         backend: "hotcoco" is faster and gives the same numbers (`precision.py`).
+        fingerprint: of the file when it was read before (`Table.fingerprint`); None takes it as it is.
 
     Returns:
         Numbers in percent. No detections give 0; a class without ground truth gives None.
 
     Raises:
-        UserError: image ids, classes or a detection do not fit the file, or the backend is not installed.
+        UserError: image ids, classes or a detection do not fit the file, the file is not that of `fingerprint`, or the
+            backend is not installed.
     """
-    truth = load_ground_truth(annotations_file)
+    truth = load_ground_truth(annotations_file, fingerprint=fingerprint)
     _check_classes(truth, class_names, groups, where=annotations_file)
     _check_images(truth, image_ids, where=annotations_file)
     check_results(truth, results)
@@ -166,14 +170,23 @@ def group_means(per_class: Mapping[str, Numbers | None], classes: Collection[str
     return means
 
 
-def load_ground_truth(annotations_file: Path) -> COCO:
+def load_ground_truth(annotations_file: Path, *, fingerprint: str | None = None) -> COCO:
     """Reads a COCO instances json without pycocotools' prints and makes it safe to evaluate.
 
     Annotation ids become 1..n in file order: pycocotools takes a match with an annotation of id 0 for none, and
     published files contain id 0 or text. A missing `iscrowd` is 0, a missing `area` the mask's, else the box's.
+
+    Raises:
+        UserError: the file is missing, no COCO instances file, or its digest does not begin with `fingerprint`.
     """
     try:
-        content = json.loads(annotations_file.read_bytes())
+        text = annotations_file.read_bytes()
+        if fingerprint is not None and not hashlib.sha256(text).hexdigest().startswith(fingerprint):
+            raise UserError(
+                f"{annotations_file}: was changed since this run read it (its digest was {fingerprint}); nothing is "
+                "measured on other annotations: put the file back and start the command again"
+            )
+        content = json.loads(text)
         truth = COCO()
         truth.dataset = {key: content[key] for key in ("images", "categories")}
         truth.dataset["annotations"] = [
@@ -183,7 +196,9 @@ def load_ground_truth(annotations_file: Path) -> COCO:
             truth.createIndex()
     except FileNotFoundError:
         raise UserError(f"{annotations_file}: no such file") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise UserError(f"{annotations_file}: cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{annotations_file}: not a COCO instances file: {error}") from None
     for annotation in truth.dataset["annotations"]:
         annotation.setdefault("iscrowd", 0)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
+from semiseg.config_files import read_json_lines
+from semiseg.errors import UserError
 from semiseg.report.aggregate import ReportTable
 from semiseg.report.chart_style import GRID, RowStyle, one_legend, panels_of, quiet, shortened
 from semiseg.report.drawing import Drawing, chart, new_figure, plain
@@ -90,21 +92,17 @@ def read_curves(path: Path, *, final: tuple[int, float | None]) -> TrainingCurve
     """
     losses: list[dict[str, Any]] = []
     validations: dict[int, float] = {}
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError:
-        return None
-    for line in text.splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if not isinstance(record, dict) or "step" not in record:
-            continue
-        if isinstance(record.get("losses"), dict):
-            losses.append({"step": record["step"], **record["losses"]})
-        if isinstance(record.get("validation"), dict) and "mask_AP" in record["validation"]:
-            validations[record["step"]] = record["validation"]["mask_AP"]
+    with suppress(UserError):  # a log that cannot be read
+        for _, record in read_json_lines(path):
+            if record is None:
+                break
+            if not isinstance(record, dict) or type(record.get("step")) is not int:
+                continue
+            terms, validation = record.get("losses"), record.get("validation")
+            if isinstance(terms, dict) and all(type(value) in (int, float) for value in terms.values()):
+                losses.append({"step": record["step"], **terms})
+            if isinstance(validation, dict) and type(validation.get("mask_AP")) in (int, float):
+                validations[record["step"]] = validation["mask_AP"]
     if not losses:
         return None
     step, last = final

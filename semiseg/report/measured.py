@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from semiseg.config_files import read_json
+from semiseg.errors import UserError
 from semiseg.resources import write_text
 from semiseg.results import Result
 
@@ -28,10 +31,8 @@ class Measured:
         self._parts: dict[str, dict[str, Any]] = {}
         self._changed = False
         if path.is_file():
-            try:
-                self._parts = json.loads(path.read_text(encoding="utf-8"))
-            except json.JSONDecodeError:
-                self._parts = {}  # damaged: measured anew
+            with suppress(UserError):  # damaged: measured anew
+                self._parts = {name: kept for name, kept in read_json(path).items() if isinstance(kept, dict)}
 
     def get(self, part: str, key: str, measure: Callable[[], Any | None]) -> Any | None:
         """The kept value, else that of `measure`, which gives plain JSON values or None where it cannot measure."""

@@ -79,7 +79,7 @@ class StoredDetections:
             content = (folder / "detections.json").read_bytes()
             results = json.loads(content)
             check_results(truth, results)
-        except (OSError, ValueError, TypeError, UserError):  # gone, cut off, or of other data
+        except (OSError, ValueError, TypeError, KeyError, RecursionError, UserError):  # gone, cut off, or of other data
             return None
         if not self._are_recorded(run, results, content):
             return None
