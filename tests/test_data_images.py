@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+import io
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
-from semiseg.data.images import check_header, read_image
+from semiseg.data import images
+from semiseg.data.images import check_header, open_image, read_image
 from semiseg.data.problems import BadValue, Kind
 from semiseg.errors import UserError
 
@@ -56,6 +60,54 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path, name: str) -> None:
     assert read_image(tmp_path / name).tolist() == [[[0, 1, 128, 255]]] * 3
 
 
+@pytest.mark.parametrize("values", [[0.0, 0.5, 1.0], [0.0, np.nan, 255.0], [1.0, 200.0, 65535.0]])
+def test_floating_point_values_are_refused(tmp_path: Path, values: list[float]) -> None:
+    """Nothing says which of them is white: 0 to 1 would be a black picture."""
+    path = tmp_path / "a.tif"
+    Image.fromarray(np.array([values], np.float32)).save(path)
+    told = "the image cannot be decoded: its values are floating-point numbers, allowed: integers of 8 or 16 bits"
+    with pytest.raises(UserError, match=rf"a\.tif: {told}"):
+        read_image(path)
+    with pytest.raises(BadValue, match=told):  # before a training, too, where headers alone are read
+        check_header(path, size_hw=(1, 3))
+
+
+@pytest.mark.parametrize("values", [[-1, 5], [0, 2**16]])
+def test_integers_beyond_sixteen_bits_are_refused(tmp_path: Path, values: list[int]) -> None:
+    Image.fromarray(np.array([values], np.int32)).save(tmp_path / "a.tif")
+    with pytest.raises(UserError, match=rf"grey values from {values[0]} to {values[1]}, allowed: 0 to 65535"):
+        read_image(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("name", ["a.eps", "a.jpg", "a.png", "a"])
+def test_postscript_is_no_image_whatever_its_suffix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Pillow would hand it to Ghostscript, which is a program."""
+    Image.new("RGB", (8, 4)).save(tmp_path / name, format="EPS")
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", None)  # called, it would be another error
+    with pytest.raises(UserError, match="cannot be decoded: not an image or damaged"):
+        read_image(tmp_path / name)
+    with pytest.raises(BadValue, match="not an image or damaged"):
+        check_header(tmp_path / name, size_hw=(4, 8))
+    with pytest.raises(OSError, match="cannot identify"):
+        open_image(io.BytesIO((tmp_path / name).read_bytes()))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "TGA"])
+def test_formats_are_known_by_their_content(tmp_path: Path, kind: str) -> None:
+    Image.new("RGB", (8, 4), (255, 255, 255)).save(tmp_path / "a.dat", format=kind)
+    assert read_image(tmp_path / "a.dat").float().mean() > 250
+
+
+def test_pillow_remarks_on_large_files_are_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("L", (4, 4)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        importlib.reload(images)  # pytest keeps filters of its own
+        assert images.read_image(tmp_path / "a.png").shape == (3, 4, 4)
+    assert told == []
+
+
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.bmp"])
 def test_truncated_files(tmp_path: Path, name: str) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
@@ -96,7 +148,7 @@ def test_exif_rotation_is_not_applied_but_named(tmp_path: Path) -> None:
 
 
 def test_a_photograph_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path) -> None:
+    def refuse(path: Path, **_: object) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(Image, "open", refuse)  # a superuser may read everything

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from semiseg.config_files import digest
 from semiseg.data.hub_schema import Schema, read_schema
+from semiseg.data.images import open_image
 from semiseg.errors import UserError
 from semiseg.resources import whole_folder
 from semiseg.splits import normalise
@@ -278,7 +279,7 @@ def _store_image(row: Mapping[str, Any], number: int, folder: Path, place: str) 
     stored = row["image"] or {}
     try:
         content = stored.get("bytes") or Path(stored.get("path") or "").read_bytes()
-        with Image.open(io.BytesIO(content)) as image:
+        with open_image(io.BytesIO(content)) as image:
             size, suffix = image.size, SUFFIXES.get(image.format or "")
             if suffix is None:
                 suffix, content = ".png", _as_png(image)

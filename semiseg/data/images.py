@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import NoReturn
+from typing import IO, NoReturn
 
 import numpy as np
 import torch
@@ -15,6 +17,8 @@ from torch import Tensor
 from semiseg.data.problems import BadValue, Kind
 from semiseg.errors import UserError
 
+# What an image file may be. Pillow reads more, and hands some of it (PostScript) to other programs.
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "GIF", "BMP", "DIB", "TIFF", "JPEG2000", "PPM", "TGA")
 # Modes of 16 and more bits per channel, which Pillow would clip at 255 instead of scaling; all are grey.
 DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
@@ -28,6 +32,8 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# Pillow's remarks on large or odd files name no file but a line of its own; what cannot be read is an error anyway.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def read_image(path: Path, *, size_hw: tuple[int, int] | None = None, upright: bool = False) -> Tensor:
@@ -38,12 +44,13 @@ def read_image(path: Path, *, size_hw: tuple[int, int] | None = None, upright: b
     alpha channel is dropped; of an animation the first picture is taken.
 
     Args:
-        path: any format that Pillow reads.
+        path: one of `FORMATS`, whatever its suffix.
         size_hw: the (height, width) of the stored pixels that the annotations state; another size is an error.
         upright: apply the EXIF orientation, as viewers do: for images without annotations.
 
     Raises:
-        UserError: missing, truncated or of another size; the message names the file.
+        UserError: missing, truncated, of another size, or of floating-point values, which nothing says the white of;
+            the message names the file.
     """
     try:
         return decode_image(path, size_hw=size_hw, upright=upright)
@@ -73,13 +80,27 @@ def unapplied_orientation(path: Path) -> int:
         return orientation if orientation in UPRIGHT else 1
 
 
+def open_image(file: Path | IO[bytes]) -> Image.Image:
+    """Pillow's image of a file of one of `FORMATS`, its header read; raises what Pillow raises."""
+    return Image.open(file, formats=_installed_formats())
+
+
+@cache
+def _installed_formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this Pillow was built with."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
 @contextmanager
 def _opened(path: Path, size_hw: tuple[int, int] | None) -> Iterator[Image.Image]:
     """The image, its header read and its size compared; whatever goes wrong, also inside the block, is a `BadValue`."""
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             if size_hw is not None and (image.height, image.width) != tuple(size_hw):
                 _wrong_size(image, size_hw)
+            if image.mode == "F":
+                raise ValueError("its values are floating-point numbers, allowed: integers of 8 or 16 bits")
             yield image
     except FileNotFoundError:
         raise BadValue(Kind.IMAGE_MISSING, "no such image file") from None

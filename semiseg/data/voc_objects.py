@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from semiseg.data.images import open_image
 from semiseg.errors import UserError
 
 # In alphabetical order, which is that of the indices 1..20 in `SegmentationClass` and of SBD's categories.
@@ -113,7 +114,7 @@ def make_object(
 def image_size(path: Path) -> tuple[int, int]:
     """(height, width) of an image file, from its header."""
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             return image.height, image.width
     except FileNotFoundError:
         raise UserError(f"{path}: no such image; it is part of VOCtrainval_11-May-2012.tar") from None
@@ -128,7 +129,7 @@ def read_indices(path: Path, size_hw: tuple[int, int]) -> np.ndarray:
         UserError: missing, damaged, an image of colours, or of another size than its photograph's `size_hw`.
     """
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             if image.mode not in ("P", "L"):
                 raise UserError(
                     f"{path}: holds {image.mode} colours, allowed: a palette image, whose values are indices"

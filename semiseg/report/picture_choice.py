@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from PIL import Image, UnidentifiedImageError
 from pycocotools.coco import COCO
 
+from semiseg.data.images import decode_image
+from semiseg.data.problems import BadValue
 from semiseg.errors import UserError
 from semiseg.report.aggregate import ReportInput, ReportTable
 from semiseg.results import Result
@@ -110,7 +111,7 @@ def read_image(folder: Path | None, truth: COCO, image_id: Any) -> np.ndarray:
         UserError: the file is gone or no image; without its path, since the sentence stands on the page.
     """
     try:
-        with Image.open((folder or Path()) / truth.imgs[image_id]["file_name"]) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, UnidentifiedImageError):
+        image = decode_image((folder or Path()) / truth.imgs[image_id]["file_name"], size_hw=None)
+    except BadValue:
         raise UserError(f"the file of validation image {image_id} is not on this machine or cannot be read") from None
+    return image.permute(1, 2, 0).numpy()
