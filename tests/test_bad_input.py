@@ -16,8 +16,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import tomlkit
+from PIL import Image
 from torchvision.models._api import WeightsEnum
 from typer.testing import CliRunner
 
@@ -25,6 +27,8 @@ from semiseg import __main__ as entry
 from semiseg.cli import app
 from semiseg.commands.study_data import record_difficulty
 from semiseg.config_files import merge
+from semiseg.data import table as table_module
+from semiseg.data.coco import CocoFile, read_coco
 from semiseg.data.table import load_table
 from semiseg.engine import run as run_module
 from semiseg.engine.checkpoint import load_tensors, save_tensors
@@ -310,6 +314,26 @@ def test_annotations_changed_while_a_training_runs(files: CocoFiles, monkeypatch
     assert CliRunner().invoke(app, ["train", str(config), "--out", str(out), "--resume"]).exit_code == 0
 
 
+def test_images_changed_before_a_training_goes_on(files: CocoFiles) -> None:
+    config, out = train_file(files), files.images.parent / "out"
+    again = ["train", str(config), "--out", str(out), "--resume"]
+    assert CliRunner().invoke(app, again).exit_code == 0
+    (out / "result.json").unlink()
+    path = files.images / "002.png"
+    held = path.read_bytes()
+    with Image.open(path) as image:
+        image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path)
+    assert "out: holds another run (its inputs.image_files is '" in complaint(*again)
+    path.write_bytes(held)
+    os.utime(path, (1, 1))  # a copy of the data is the same data
+    assert CliRunner().invoke(app, again).exit_code == 0
+    (out / "result.json").unlink()
+    content = json.loads((out / "config.json").read_text())
+    del content["inputs"]["image_files"]  # as in a run of an earlier version
+    (out / "config.json").write_text(json.dumps(content))
+    assert CliRunner().invoke(app, again).exit_code == 0
+
+
 def test_replay_of_other_files(tmp_path: Path) -> None:
     path = tmp_path / "replay.pt"
     for content in (b"", b"text", b"PK\x03\x04 no archive"):
@@ -386,17 +410,67 @@ def test_a_run_that_fails_before_it_makes_anything_leaves_no_folder(
 
 
 @pytest.mark.parametrize("name", ["rows.arrow", "classes.json"])
-def test_a_damaged_table_is_made_anew(files: CocoFiles, tmp_path: Path, name: str) -> None:
+def test_a_damaged_table_is_made_anew(
+    files: CocoFiles, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
     cache = tmp_path / "arrow"
     table = load_table(files.annotations, files.images, cache=cache)
     rows = table.rows.to_list()
     path = next(cache.iterdir()) / name
-    for content in (path.read_bytes()[:-9], b""):
+    content = path.read_bytes()
+    turned = [content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :] for at in range(9, len(content), 97)]
+    for damaged in (content[:-9], b"", b"{}", content[:300] + bytes(40) + content[340:], *turned[:40], None):
         path.unlink()
-        path.write_bytes(content)
-        assert load_table(files.annotations, files.images, cache=cache).rows.to_list() == rows
-    path.unlink()
-    assert load_table(files.annotations, files.images, cache=cache).class_names == table.class_names
+        if damaged is not None:
+            path.write_bytes(damaged)
+        caplog.clear()
+        again = load_table(files.annotations, files.images, cache=cache)
+        assert again.rows.to_list() == rows
+        assert (again.class_names, again.category_ids) == (table.class_names, table.category_ids)
+        assert f"{path.parent}: cannot be used (" in caplog.text
+    assert sorted(part.name for part in cache.iterdir()) == [path.parent.name, f"{path.parent.name}.2"]
+
+
+def test_a_table_that_cannot_be_opened_here_stays_for_other_jobs(
+    files: CocoFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "arrow"
+    table = load_table(files.annotations, files.images, cache=cache)
+    (folder,) = cache.iterdir()
+    held = {path.name: (path.stat().st_ino, path.read_bytes()) for path in folder.iterdir()}
+    opened = datasets.Dataset.from_file
+
+    def stale(name: str) -> datasets.Dataset:
+        if Path(name).parent == folder:
+            raise OSError(116, "Stale file handle")
+        return opened(name)
+
+    monkeypatch.setattr(datasets.Dataset, "from_file", stale)
+    again = load_table(files.annotations, files.images, cache=cache)
+    assert again.rows.to_list() == table.rows.to_list()
+    assert {path.name: (path.stat().st_ino, path.read_bytes()) for path in folder.iterdir()} == held
+
+
+def test_a_table_from_before_its_digest_was_kept_is_used(files: CocoFiles, tmp_path: Path) -> None:
+    cache = tmp_path / "arrow"
+    load_table(files.annotations, files.images, cache=cache)
+    (path,) = cache.glob("*/classes.json")
+    path.write_text(json.dumps({name: kept for name, kept in json.loads(path.read_text()).items() if name != "digest"}))
+    load_table(files.annotations, files.images, cache=cache)
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_annotations_changed_while_they_are_converted(
+    files: CocoFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def meanwhile(*arguments: Any, **keywords: Any) -> CocoFile:
+        files.rewrite(lambda content: content["annotations"].pop())
+        return read_coco(*arguments, **keywords)
+
+    monkeypatch.setattr(table_module, "read_coco", meanwhile)
+    with pytest.raises(UserError, match=r"instances\.json: was changed while it was read"):
+        load_table(files.annotations, files.images, cache=tmp_path / "arrow")
+    assert not (tmp_path / "arrow").exists()
 
 
 def test_termination_of_a_whole_process_group_is_an_orderly_stop(files: CocoFiles) -> None:

@@ -9,9 +9,9 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from datasets.arrow_writer import ArrowWriter
 from pyarrow import compute
 from tqdm import tqdm
 
+from semiseg.config_files import digest, file_digest
 from semiseg.data.coco import NO_ANNOTATIONS, image_records, read_coco
 from semiseg.data.image_files import require_sizes
 from semiseg.data.problems import Problem, stop_at_errors
@@ -117,12 +118,8 @@ def load_table(annotations: Path, images: Path, *, cache: Path, annotations_requ
     folder = cache / f"{annotations.stem}-{fingerprint}-v{CONVERTER_VERSION}"
     try:
         rows, classes = _open(annotations, images, folder, annotations_required)
-    except (pyarrow.ArrowException, OSError, ValueError):  # a damaged table is made anew
-        shutil.rmtree(folder, ignore_errors=True)
-        try:
-            rows, classes = _open(annotations, images, folder, annotations_required)
-        except OSError as error:
-            raise UserError(f"{cache}: the Arrow table cannot be written: {error.strerror or error}") from None
+    except OSError as error:
+        raise UserError(f"{cache}: the Arrow table cannot be written: {error.strerror or error}") from None
     table = Table(
         rows=rows,
         class_names=tuple(classes["class_names"]),
@@ -141,15 +138,57 @@ def load_table(annotations: Path, images: Path, *, cache: Path, annotations_requ
 def _open(
     annotations: Path, images: Path, folder: Path, annotations_required: bool
 ) -> tuple[datasets.Dataset, dict[str, Any]]:
-    """The rows and the classes, converted first if they are not there."""
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        # One at a time: a conversion needs gigabytes, and those that wait find it done.
-        with lock(folder.parent / ".lock", waiting=f"{folder.parent}: another process converts annotations; waiting"):
-            if not folder.is_dir():
-                _convert(annotations, images, folder, annotations_required)
+    """The rows and the classes, converted first if they are not there.
+
+    A damaged table is made anew beside itself and stays: what cannot be opened here, say for a stale handle of a
+    network file system, may be mapped into the memory of other jobs.
+    """
+    base = folder
+    for number in count(2):
+        if not folder.is_dir():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            # One at a time: a conversion needs gigabytes, and those that wait find it done.
+            waiting = f"{folder.parent}: another process converts annotations; waiting"
+            with lock(folder.parent / ".lock", waiting=waiting):
+                if not folder.is_dir():
+                    _convert(annotations, images, folder, annotations_required)
+            return _read(folder)
+        try:
+            return _read(folder)
+        except (pyarrow.ArrowException, OSError, ValueError, RecursionError, UserError) as error:
+            logger.warning("%s: cannot be used (%s); remove it when no job reads it", folder, error)
+        folder = base.with_name(f"{base.name}.{number}")
+    raise AssertionError
+
+
+def _read(folder: Path) -> tuple[datasets.Dataset, dict[str, Any]]:
+    """The rows and the classes of a table; a ValueError if the files are not those that were written.
+
+    The digest is looked at before the rows are mapped, about 0.1 s per 100 MB; tables from before there was one have
+    none.
+    """
     classes = json.loads((folder / "classes.json").read_text(encoding="utf-8"))
+    if not isinstance(classes, dict) or not {"class_names", "category_ids"} <= set(classes):
+        raise ValueError("damaged")
+    written = classes.pop("digest", None)
+    if written is not None and written != _digest_of_table(folder / "rows.arrow", classes):
+        raise ValueError("damaged")
     return datasets.Dataset.from_file(str(folder / "rows.arrow")), classes
+
+
+def _digest_of_table(rows: Path, classes: dict[str, Any]) -> str:
+    return digest([file_digest(rows), classes])
+
+
+def sampled_digest(table: Table, *, count: int = 256) -> str:
+    """Digest of the content of `count` of the image files, or of all if there are no more, drawn by their names.
+
+    It finds data sets whose images were replaced, not a single file among many, and is cheap: dates say nothing of a
+    data set that was copied, and looking at the size of every file of COCO takes minutes on some file systems.
+    """
+    names = table.rows.data.column("file_name").to_pylist()
+    drawn = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())[:count]
+    return digest([file_digest(table.images_folder / name) for name in drawn])
 
 
 def missing_images(folder: Path, file_names: list[str]) -> list[str]:
@@ -178,7 +217,7 @@ def _digest(path: Path) -> str:
 
 
 def _convert(annotations: Path, images: Path, folder: Path, annotations_required: bool) -> None:
-    """Writes the table to a temporary folder beside `folder` and renames it.
+    """Writes the table to a temporary folder beside `folder`, whose name holds the digest, and renames it.
 
     Only here the images' headers are read, so that a wrong size stops a training before its first step.
     """
@@ -190,20 +229,23 @@ def _convert(annotations: Path, images: Path, folder: Path, annotations_required
         changed[f"{problem.kind.severity} ({problem.kind.title})"] += 1
 
     coco = read_coco(annotations, report=report, annotations_required=annotations_required)
+    if coco.digest[:16] not in folder.name:
+        raise UserError(f"{annotations}: was changed while it was read; start again when it is whole")
     _require_images(images, [image["file_name"] for image in coco.images], annotations)
     with whole_folder(folder) as temporary:
         rows = str(temporary / "rows.arrow")
         with ArrowWriter(features=FEATURES, path=rows, writer_batch_size=ROWS_PER_WRITE) as writer:
             records = image_records(coco, report=report)
-            count, name = len(coco.images), annotations.name
-            for record in tqdm(records, total=count, desc=name, unit=" images", delay=1, disable=None):
+            total, name = len(coco.images), annotations.name
+            for record in tqdm(records, total=total, desc=name, unit=" images", delay=1, disable=None):
                 writer.write(record)
             writer.finalize()
         require_sizes(coco.images, images)
         classes = {"class_names": coco.class_names, "category_ids": coco.category_ids, "annotated": coco.annotated}
+        classes["digest"] = _digest_of_table(temporary / "rows.arrow", classes)
         (temporary / "classes.json").write_text(json.dumps(classes, ensure_ascii=False), encoding="utf-8")
-    for title, count in changed.items():
-        logger.warning("%s: %d x %s; `semiseg data check` lists them", annotations, count, title)
+    for title, times in changed.items():
+        logger.warning("%s: %d x %s; `semiseg data check` lists them", annotations, times, title)
 
 
 def _require_images(folder: Path, file_names: list[str], annotations: Path) -> None:

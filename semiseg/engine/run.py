@@ -25,7 +25,7 @@ from semiseg.config import ModelConfig, RunConfig, RuntimeConfig, without_unread
 from semiseg.config_files import digest, file_digest, parse_config, read_json
 from semiseg.data.problems import told_without_mask
 from semiseg.data.sources import AnnotatedImages, cache_folder, ensure_files
-from semiseg.data.table import Table, load_table
+from semiseg.data.table import Table, load_table, sampled_digest
 from semiseg.engine.build import RunData, build_data, build_evaluation_loader
 from semiseg.engine.checkpoint import (
     holds_no_more_than_a_model,
@@ -308,6 +308,7 @@ def run_inputs(config: RunConfig, data: RunData) -> dict[str, str | None]:
     return {
         "data": data.fingerprint,
         "split": data.split_digest if config.supervision.source == "split" else None,
+        "image_files": digest([sampled_digest(data.train), sampled_digest(data.val)]),
         "init_from": file_digest(weights_file(Path(config.init_from))) if config.init_from is not None else None,
     }
 
@@ -339,8 +340,10 @@ def check_folder(
     if not saved and not any((out / name).exists() for name in (RESULT_NAME, *MODELS)):
         _require_planned(out, identity, processes)
         return
-    wanted = {"identity": identity, **({} if inputs is None else {"inputs": inputs})}
-    held = {name: stored.get(name) for name in wanted}
+    wanted = {"identity": identity, **({} if inputs is None else {"inputs": dict(inputs)})}
+    held: dict[str, Any] = {name: stored.get(name) for name in wanted}
+    if isinstance(held.get("inputs"), dict) and "image_files" not in held["inputs"]:  # from before it was kept
+        wanted["inputs"].pop("image_files", None)
     with suppress(KeyError, TypeError, AttributeError):  # damaged: it differs in any case
         # A version of before kept what nothing reads.
         without_unread(stored["identity"], initial=stored["inputs"]["init_from"] is not None)
