@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from PIL import Image, UnidentifiedImageError
 from pycocotools.coco import COCO
 
-from semiseg.data.images import decode_image
-from semiseg.data.problems import BadValue
 from semiseg.errors import UserError
 from semiseg.report.aggregate import ReportInput, ReportTable
 from semiseg.results import Result
@@ -111,7 +110,10 @@ def read_image(folder: Path | None, truth: COCO, image_id: Any) -> np.ndarray:
         UserError: the file is gone or no image; without its path, since the sentence stands on the page.
     """
     try:
-        image = decode_image((folder or Path()) / truth.imgs[image_id]["file_name"], size_hw=None)
-    except BadValue:
+        Image.init()
+        path = (folder or Path()) / truth.imgs[image_id]["file_name"]
+        # PostScript would be handed to another program; no data set of a run holds it (data/images.py).
+        with Image.open(path, formats=[name for name in Image.OPEN if name != "EPS"]) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, UnidentifiedImageError):
         raise UserError(f"the file of validation image {image_id} is not on this machine or cannot be read") from None
-    return image.permute(1, 2, 0).numpy()
