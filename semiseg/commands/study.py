@@ -80,8 +80,6 @@ def run(
     if file is not None and file.machines > 1 and _told_machines(planned, file, folder, reproduce, typed):
         return
     path = None if file is None else file.path
-    if file is not None:
-        os.environ.update(file.environment)
     how = Execution(jobs=jobs, processes=processes, launch=path, reproduce=reproduce, typed=typed)
     trained = run_missing(planned, name=loaded.name, results=folder / RESULTS_NAME, how=how)
     if not trained:
@@ -102,7 +100,9 @@ def _launch_file(name: str | None, processes: int) -> LaunchFile | None:
         )
     from semiseg.study_launch import read_launch_file
 
-    return read_launch_file(name)
+    file = read_launch_file(name)
+    os.environ.update(file.environment)  # of a single process, which is started without accelerate's launcher
+    return file
 
 
 def _told_machines(
