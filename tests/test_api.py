@@ -218,7 +218,9 @@ def test_a_model_that_is_none(model: semiseg.LoadedModel, tmp_path: Path) -> Non
     assert not any(parameter.requires_grad for parameter in loaded.network.parameters())
     make_model(tmp_path / "other", class_names=("cat",), category_ids=(1,))
     (tmp_path / "other" / "config.json").write_bytes((tmp_path / "model" / "config.json").read_bytes())
-    with pytest.raises(semiseg.UserError, match="other: the weights are not those of the model"):
+    with pytest.raises(
+        semiseg.UserError, match=r"other/model\.safetensors: not the weights that config\.json describes"
+    ):
         semiseg.load_model(tmp_path / "other")
 
 

@@ -495,10 +495,12 @@ def test_several_processes_go_through_accelerate(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     script = tmp_path / "rank.py"
     script.write_text(
-        "import os, pathlib, sys\n"
+        "import os, pathlib, sys, time\n"
         "told = [os.environ[name] for name in ('WORLD_SIZE', 'ACCELERATE_USE_CPU', 'OMP_NUM_THREADS')]\n"
         "pathlib.Path(sys.argv[1], os.environ['RANK']).write_text(' '.join(told))\n"
         "if os.environ['RANK'] == '1':\n"
+        "    while not pathlib.Path(sys.argv[1], '0').exists():\n"
+        "        time.sleep(0.01)\n"
         "    os.kill(os.getpid(), 11)\n"
     )
     share = share_of(Machine(cores=4, gpus=()), slot=0, side_by_side=1, processes=2)

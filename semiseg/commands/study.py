@@ -68,7 +68,7 @@ def run(
     loaded = _load(study, overrides, seeds)
     folder = _folder(loaded, out)
     file = _launch_file(launch, processes)
-    processes = processes if file is None else file.processes
+    path, processes = (None, processes) if file is None else (file.path, file.processes)
     if dry_run:
         from semiseg.commands.study_dry_run import list_runs
 
@@ -79,7 +79,6 @@ def run(
     typed = ("semiseg", *sys.argv[1:])
     if file is not None and file.machines > 1 and _told_machines(planned, file, folder, reproduce, typed):
         return
-    path = None if file is None else file.path
     how = Execution(jobs=jobs, processes=processes, launch=path, reproduce=reproduce, typed=typed)
     trained = run_missing(planned, name=loaded.name, results=folder / RESULTS_NAME, how=how)
     if not trained:

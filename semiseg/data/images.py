@@ -7,15 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import IO, TYPE_CHECKING, NoReturn
 
 import numpy as np
-import torch
 from PIL import ExifTags, Image
-from torch import Tensor
 
 from semiseg.data.problems import BadValue, Kind
 from semiseg.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # What an image file may be. Pillow reads more, and hands some of it (PostScript) to other programs.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "GIF", "BMP", "DIB", "TIFF", "JPEG2000", "PPM", "TGA")
@@ -62,6 +63,8 @@ def decode_image(path: Path, *, size_hw: tuple[int, int] | None, upright: bool =
     """As `read_image`, but raises `BadValue` without the file's name."""
     with _opened(path, size_hw) as image:
         pixels = _rgb(_turned(image) if upright else image)
+    import torch  # not above: reading headers needs none
+
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 

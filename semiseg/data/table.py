@@ -10,6 +10,7 @@ import json
 import logging
 import os
 from collections import Counter, defaultdict
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -149,9 +150,14 @@ def _open(
             folder.parent.mkdir(parents=True, exist_ok=True)
             # One at a time: a conversion needs gigabytes, and those that wait find it done.
             waiting = f"{folder.parent}: another process converts annotations; waiting"
-            with lock(folder.parent / ".lock", waiting=waiting):
-                if not folder.is_dir():
-                    _convert(annotations, images, folder, annotations_required)
+            try:
+                with lock(folder.parent / ".lock", waiting=waiting):
+                    if not folder.is_dir():
+                        _convert(annotations, images, folder, annotations_required)
+            except BaseException:
+                with suppress(OSError):  # others may have tables there
+                    folder.parent.rmdir()
+                raise
             return _read(folder)
         try:
             return _read(folder)
