@@ -54,13 +54,10 @@ def put(outputs: DenseOutputs, image: int, location: int, label: int, probabilit
 class FeatureMasks:
     """Stands for a model: the mask of a query is its image's feature map, shifted by the location's number."""
 
-    mask_stride = 4
-
     def predict_masks(self, outputs: DenseOutputs, queries: MaskQueries) -> MaskLogits:
         maps = outputs.mask_features[queries.image_index, 0]
         logits = maps + (queries.location_index[:, None, None] - 12) / 12
-        corner = torch.zeros(len(logits), 2)
-        return MaskLogits(logits, queries.image_index, queries.instance_index, corner, corner + 4)
+        return MaskLogits(logits, queries.image_index, queries.instance_index, stride=4)
 
 
 def select(outputs: DenseOutputs, sizes: list[tuple[int, int]] | None = None, **changes: float) -> list[Candidates]:
@@ -244,6 +241,28 @@ def test_pasting_is_upsampling_cropping_and_resizing(stride: int) -> None:
 
     assert torch.equal(paste_masks(logits, stride, (52, 72), (100, 33)), slowly((100, 33)))
     assert torch.equal(paste_masks(logits, stride, (52, 72), (52, 72)), slowly((52, 72)))
+
+
+def test_masks_are_pasted_at_their_own_stride_and_a_crop_is_refused() -> None:
+    class Given:
+        def __init__(self, logits: Tensor, stride: int) -> None:
+            self.logits, self.stride = logits, stride
+
+        def predict_masks(self, outputs: DenseOutputs, queries: MaskQueries) -> MaskLogits:
+            return MaskLogits(self.logits, queries.image_index, queries.instance_index, stride=self.stride)
+
+    queries = MaskQueries(*torch.zeros(3, 1, dtype=torch.int64))
+    logits = torch.full((1, 4, 6), -9.0)
+    logits[:, 2:, 3:] = 9.0
+    ((_, mask),) = iter_masks(Given(logits, 8), empty_outputs(), queries, (32, 48), (32, 48))
+    assert torch.equal(mask, paste_masks(logits, 8, (32, 48), (32, 48)))
+    assert mask[0, 20:, 28:].all()
+    assert not mask[0, :16].any()
+    for crop, stride in ((logits[:, 2:], 8), (logits[:, :, 1:], 8), (logits, 4)):
+        with pytest.raises(ValueError, match=r"do not cover the input \(32, 48\)"):
+            list(iter_masks(Given(crop, stride), empty_outputs(), queries, (32, 48), (32, 48)))
+    with pytest.raises(ValueError, match="stride must be a positive int"):
+        MaskLogits(logits, queries.image_index, queries.instance_index, stride=0)
 
 
 def test_pasted_mask_of_a_half_plane_ends_where_it_should() -> None:

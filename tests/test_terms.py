@@ -94,8 +94,7 @@ class Step:
         logits = [self.draw(100 + 10 * n + q, *GRID) * 2 for n in self.names for q in range(INSTANCES[n][2])]
         stacked = torch.stack(logits) if logits else torch.zeros(0, *GRID)
         self.logits = stacked.to(dtype).requires_grad_()
-        zeros = torch.zeros(len(instance), 2)
-        self.mask_logits = MaskLogits(self.logits, image, instance, zeros, zeros + STRIDE)
+        self.mask_logits = MaskLogits(self.logits, image, instance, stride=STRIDE)
         self.assignment = self.assign(image, instance)
         self.outputs = self.predict(dtype)
 
@@ -361,6 +360,9 @@ def test_wrong_shapes_are_refused() -> None:
     step = Step(make_batch(MIXED))
     step.mask_logits = replace(step.mask_logits, logits=step.logits[:, :-1])
     with pytest.raises(ValueError, match="mask grid"):
+        step.losses(objective())
+    step.mask_logits = replace(step.mask_logits, logits=step.logits, stride=2 * STRIDE)
+    with pytest.raises(ValueError, match=f"mask logits are at stride {2 * STRIDE} but the masks at {STRIDE}"):
         step.losses(objective())
     with pytest.raises(ValueError, match="no targets"):
         mask_targets(replace(step.batch, targets=None), objective=objective())

@@ -27,16 +27,13 @@ DIFFERING_PIXELS = 1e-5  # share of the masks' pixels whose probability may roun
 class GivenMasks:
     """A network that has already predicted its masks: logits (N, h, w)."""
 
-    mask_stride = STRIDE
-
     def __init__(self, logits: Tensor) -> None:
         self.logits = logits
 
     def predict_masks(self, outputs: DenseOutputs, queries: MaskQueries) -> MaskLogits:
         """Those of the queried detections."""
-        corner = self.logits.new_zeros(len(queries.instance_index), 2)
         return MaskLogits(
-            self.logits[queries.instance_index], queries.image_index, queries.instance_index, corner, corner + STRIDE
+            self.logits[queries.instance_index], queries.image_index, queries.instance_index, stride=STRIDE
         )
 
 

@@ -11,8 +11,7 @@ from torch import Tensor
 from semiseg.losses.dice import at_least_float32
 from semiseg.structures.outputs import Assignment, DenseOutputs
 
-FOCAL_ALPHA = 0.25
-FOCAL_GAMMA = 2.0
+FOCAL_ALPHA = 0.25  # gamma is 2: the power is written into the formulas of `_FocalSum`
 
 
 def detection_losses(outputs: DenseOutputs, assignment: Assignment, labels: Tensor) -> dict[str, Tensor]:

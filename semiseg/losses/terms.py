@@ -306,6 +306,8 @@ def compute_losses(
         Every loss of `LOSS_NAMES`, 0 where nothing is there to sum. Their total carries a graph through the masks
         even then.
     """
+    if mask_logits.stride != targets.mask_stride:
+        raise ValueError(f"mask logits are at stride {mask_logits.stride} but the masks at {targets.mask_stride}")
     sums = detection_losses(outputs, assignment, targets.labels) | _mask_sums(outputs, mask_logits, prepared)
     count = dict(zip(COUNT_NAMES, counts.unbind(), strict=True))
     positives = (count["positives"] / processes).clamp(min=1)

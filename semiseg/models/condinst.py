@@ -146,13 +146,11 @@ class CondInst(nn.Module):
             counts=queries.counts,
         )
         logits = aligned_upsample(logits.unsqueeze(1), outputs.mask_feature_stride // self.mask_stride).squeeze(1)
-        corner = logits.new_zeros(logits.shape[0], 2)
         return MaskLogits(
             logits=logits,
             image_index=queries.image_index,
             instance_index=queries.instance_index,
-            origin_xy=corner,
-            stride_xy=corner + self.mask_stride,
+            stride=self.mask_stride,
         )
 
     def filters(self, outputs: DenseOutputs, queries: MaskQueries) -> Tensor:

@@ -25,8 +25,6 @@ CHUNK_PIXELS = 2**20  # of float masks held at once, or one mask: 4 MiB stay in 
 class MaskPredictor(Protocol):
     """What post-processing needs of a model."""
 
-    mask_stride: int
-
     def predict_masks(self, outputs: DenseOutputs, queries: MaskQueries) -> MaskLogits: ...
 
 
@@ -137,7 +135,7 @@ def iter_masks(
     each chunk into RLE needs little memory whatever the image. Without queries nothing is yielded.
 
     Args:
-        model: its `predict_masks` gives whole maps at `mask_stride`.
+        model: its `predict_masks` gives whole maps, at any stride.
         outputs: of the batch that the image is in.
         queries: of one image; the numbers count them from 0.
         input_hw: size of the image in the input, before padding.
@@ -146,19 +144,25 @@ def iter_masks(
     """
     largest = max(input_hw[0] * input_hw[1], output_hw[0] * output_hw[1])
     size = max(chunk_pixels // largest, 1)
-    logits = model.predict_masks(outputs, queries).logits
+    predicted = model.predict_masks(outputs, queries)
+    logits = predicted.logits
     for start in range(0, logits.shape[0], size):
         chunk = logits[start : start + size]
         numbers = torch.arange(start, start + chunk.shape[0], device=logits.device)
-        yield numbers, paste_masks(chunk, model.mask_stride, input_hw, output_hw)
+        yield numbers, paste_masks(chunk, predicted.stride, input_hw, output_hw)
 
 
 def paste_masks(logits: Tensor, stride: int, input_hw: tuple[int, int], output_hw: tuple[int, int]) -> Tensor:
     """Masks (M, H, W) bool in output pixels from whole-map logits (M, h, w) of the padded input.
 
     Sigmoid, aligned upsampling to input pixels, crop to the unpadded image, bilinear resize, above one half.
+
+    Raises:
+        ValueError: the maps do not cover the image.
     """
     height, width = input_hw
+    if logits.shape[-2] * stride < height or logits.shape[-1] * stride < width:
+        raise ValueError(f"mask logits {tuple(logits.shape[-2:])} at stride {stride} do not cover the input {input_hw}")
     # one cell more than the image covers: the last pixels lie between it and the one before
     cells = logits[:, None, : -(-height // stride) + 1, : -(-width // stride) + 1]
     probability = aligned_upsample(cells.float().sigmoid(), stride)[..., :height, :width]

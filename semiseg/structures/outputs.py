@@ -124,29 +124,27 @@ class MaskQueries:
 
 @dataclass(frozen=True)
 class MaskLogits:
-    """One mask per query on a grid of its own: a whole map (CondInst) or a crop (RoI heads).
+    """One mask per query, each on the whole padded map: the corner of cell (0, 0) is that of the input.
 
     Attributes:
         logits: (Q, h, w).
         image_index: (Q,) int64.
         instance_index: (Q,) int64, see `MaskQueries`.
-        origin_xy: (Q, 2) float32, input pixel of the corner of cell (0, 0); zeros for whole maps.
-        stride_xy: (Q, 2) float32, input pixels per cell in x and y.
+        stride: input pixels per cell in x and y, the same for all. A number, so that losses and pasting can check it
+            without waiting for a device.
     """
 
     logits: Tensor
     image_index: Tensor
     instance_index: Tensor
-    origin_xy: Tensor
-    stride_xy: Tensor
+    stride: int
 
     def __post_init__(self) -> None:
         count = self.logits.shape[0]
         require(self.logits.ndim == 3, "logits must be (Q, h, w)")
         for name in ("image_index", "instance_index"):
             require(getattr(self, name).shape == (count,), f"{name} must be (Q,)")
-        for name in ("origin_xy", "stride_xy"):
-            require(getattr(self, name).shape == (count, 2), f"{name} must be (Q, 2)")
+        require(type(self.stride) is int and self.stride > 0, "stride must be a positive int")
 
 
 @dataclass(frozen=True)
