@@ -251,6 +251,7 @@ def test_train_takes_configurations_in_every_form(workplace: Path, monkeypatch: 
     result = semiseg.train("run.toml", out="runs/mine")  # finished: nothing is trained
     assert result["steps"] == 1
     assert result["folder"] == "runs/mine"
+    assert result["command"] == "called from Python"
     config = tiny_config(workplace / "data", optim={"steps": 1})
     assert semiseg.train(config.model_dump(exclude_none=True), out=Path("runs/mine")) == result
     with pytest.raises(semiseg.UserError, match="holds this run already"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -135,6 +136,7 @@ def test_the_documented_launch_continues_a_run_on_other_processes(tmp_path: Path
     assert "after 4 steps" in done.stdout
     result = json.loads((cut / "result.json").read_text())
     assert (result["processes"], result["metrics"]["images"]) == (2, 4)
+    assert result["command"] == shlex.join(["semiseg", *command[command.index("semiseg") + 1 :]])
     assert [line["step"] for line in read_log(cut / "log.jsonl")] == [3, 4]
     whole = read_log(tmp_path / "whole" / "log.jsonl")[2:]
     for mine, theirs in zip(read_log(cut / "log.jsonl"), whole, strict=True):

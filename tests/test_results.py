@@ -170,7 +170,7 @@ def test_numbers_that_json_does_not_know_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "results.jsonl").exists()
 
 
-def test_a_revision_is_dirty_by_the_package_alone(tmp_path: Path) -> None:
+def test_a_revision_is_dirty_by_the_package_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def git(*words: str) -> None:
         subprocess.run(["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c", *words], check=True)
 
@@ -189,3 +189,23 @@ def test_a_revision_is_dirty_by_the_package_alone(tmp_path: Path) -> None:
     assert git_revision(package) == clean
     (package / "code.py").write_text("2\n")
     assert git_revision(package) == f"{clean}-dirty"
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "elsewhere"))  # as git sets for its hooks
+    assert git_revision(package) == f"{clean}-dirty"
+
+
+def test_a_package_installed_below_a_project_has_not_the_revision_of_the_project(tmp_path: Path) -> None:
+    def git(*words: str) -> None:
+        subprocess.run(["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c", *words], check=True)
+
+    installed, beside = tmp_path / ".venv" / "lib" / "package", tmp_path / "package"
+    for path in (installed / "code.py", beside / "code.py", tmp_path / "mine.py"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("1\n")
+    git("init", "-q")
+    git("add", "mine.py", ".venv")
+    git("commit", "-qm", "mine")
+    assert git_revision(installed) is None  # even where somebody keeps his environment in git
+    assert git_revision(beside) is None  # unpacked at the top, but git does not keep it
+    git("add", "package")
+    git("commit", "-qm", "kept")
+    assert git_revision(beside) is not None

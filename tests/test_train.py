@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, is_initialized
 from torch import Tensor
 
+import semiseg
 from semiseg.config import RunConfig
 from semiseg.engine import train as training
 from semiseg.engine.build import build_data, build_step, build_training_loader
@@ -117,6 +122,45 @@ def test_four_steps_equal_two_and_resume_and_two(root: Path, tmp_path: Path) -> 
     assert results[0] == results[1]
     # The averaged weights are a third thing beside the start and the end.
     assert not torch.equal(whole["ema"]["head.class_logits.weight"], whole["model"]["head.class_logits.weight"])
+
+
+def test_bf16_trains_beside_fp32_in_one_process_and_resumes_exactly(root: Path, tmp_path: Path) -> None:
+    """As a notebook compares them: fp32, bf16, and fp32 again, which is the first to the bit."""
+    AcceleratorState._reset_state()  # other tests of this process leave theirs
+    values = tiny_config(root, runtime={"checkpoint_every": 2}).model_dump(mode="json", exclude_none=True)
+    for name, precision in (("first", "no"), ("bf16", "bf16"), ("again", "no")):
+        values["runtime"]["precision"] = precision
+        assert semiseg.train(values, out=tmp_path / name)["steps"] == 4
+    losses = {name: read_log(tmp_path / name / "log.jsonl") for name in ("first", "bf16", "again")}
+    assert [line["losses"] for line in losses["first"]] == [line["losses"] for line in losses["again"]]
+    for line in losses["bf16"]:
+        assert all(math.isfinite(value) for value in line["losses"].values())
+    for name, value in losses["bf16"][0]["losses"].items():
+        assert value == pytest.approx(losses["first"][0]["losses"][name], rel=0.02), name
+    assert losses["bf16"][0]["losses"] != losses["first"][0]["losses"], "something was rounded"
+
+    cut = tmp_path / "cut"
+    (cut / "checkpoints").mkdir(parents=True)
+    shutil.copy(tmp_path / "bf16" / "checkpoints" / "step_00000002.pt", cut / "checkpoints")
+    shutil.copy(tmp_path / "bf16" / "config.json", cut)
+    values["runtime"]["precision"] = "bf16"
+    semiseg.train(values, out=cut)
+    assert [line["losses"] for line in read_log(cut / "log.jsonl")] == [line["losses"] for line in losses["bf16"][2:]]
+    files = [
+        (tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("first", "again", "bf16", "cut")
+    ]
+    assert files[0] == files[1] != files[2] == files[3]
+    assert evaluate_run(cut, progress=False) is not None
+    assert not is_initialized(), "accelerate is left as it was found"
+
+
+def test_an_accelerator_of_the_callers_own_keeps_its_precision(root: Path, tmp_path: Path) -> None:
+    AcceleratorState._reset_state()
+    own = Accelerator(cpu=True, mixed_precision="bf16")
+    with pytest.raises(UserError, match=r"an Accelerator of its own with mixed precision 'bf16', but .* is 'no'"):
+        execute_run(tiny_config(root), out=tmp_path / "run", progress=False)
+    assert own.mixed_precision == "bf16"
+    AcceleratorState._reset_state()
 
 
 def test_finished_run_is_not_trained_again_and_a_folder_holds_one_run(root: Path, tmp_path: Path) -> None:

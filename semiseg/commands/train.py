@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,7 +61,8 @@ def train(
     values = read_config(config, overrides or [])
     from semiseg.engine.run import execute_run
 
-    result = execute_run(values, out=out, resume=resume, progress=progress)
+    typed = shlex.join(["semiseg", *sys.argv[1:]])
+    result = execute_run(values, out=out, resume=resume, progress=progress, command=typed)
     if result:
         _tell(result, out)
 

@@ -6,9 +6,9 @@ A run's folder: `config.json` (what run it is: with it, the folder is a run's), 
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -43,7 +43,7 @@ from semiseg.engine.processes import (
     parts_per_step,
     told_change,
 )
-from semiseg.engine.session import agree, start_accelerator
+from semiseg.engine.session import accelerate_for_one_run, agree, start_accelerator
 from semiseg.engine.train import save_trained, train, trained_model
 from semiseg.errors import UserError
 from semiseg.evaluation.coco_metrics import Metrics
@@ -59,14 +59,19 @@ RUN_FILES, RUN_FOLDERS, MODELS = (
     {"model", "best"},
 )
 STUDY_FILES = {"identity.json", "train.json", "output.txt"}  # that a study puts into the folder of a run
+FROM_PYTHON = "called from Python"  # in the record, where nobody typed a command
 
 
-def execute_run(config: RunConfig, *, out: Path, resume: bool = True, progress: bool | None = True) -> dict[str, Any]:
+@accelerate_for_one_run()
+def execute_run(
+    config: RunConfig, *, out: Path, resume: bool = True, progress: bool | None = True, command: str = FROM_PYTHON
+) -> dict[str, Any]:
     """Trains and evaluates one run in `out`; what is already there is not done again.
 
     Args:
         resume: continue from the latest checkpoint in `out`; False refuses a folder that has one.
         progress: show progress bars; None = on a terminal, and plain lines elsewhere.
+        command: what was typed, for the record.
 
     Returns:
         the contents of `result.json`.
@@ -92,7 +97,7 @@ def execute_run(config: RunConfig, *, out: Path, resume: bool = True, progress: 
         accelerator.wait_for_everyone()
         if agree("a result" if (out / RESULT_NAME).exists() else "no result", where=out) == "a result":
             return _held_result(out / RESULT_NAME)
-        return _train_and_evaluate(config, data, accelerator, out=out, progress=progress)
+        return _train_and_evaluate(config, data, accelerator, out=out, progress=progress, command=command)
 
 
 def _fitted(config: RunConfig, accelerator: Accelerator) -> RunConfig:
@@ -120,7 +125,7 @@ def _warn_of_missing_masks(table: Table) -> None:
 
 
 def _train_and_evaluate(
-    config: RunConfig, data: RunData, accelerator: Accelerator, *, out: Path, progress: bool | None
+    config: RunConfig, data: RunData, accelerator: Accelerator, *, out: Path, progress: bool | None, command: str
 ) -> dict[str, Any]:
     started = time.perf_counter()
 
@@ -156,6 +161,7 @@ def _train_and_evaluate(
     if not accelerator.is_main_process or metrics is None:
         return {}
     result = _result(config, data, accelerator, metrics, steps=state.steps, started=started, out=out)
+    result["command"] = command
     write_json(out / RESULT_NAME, result)
     return result
 
@@ -186,7 +192,6 @@ def _result(
         "processes": accelerator.num_processes,
         "versions": package_versions(_backend(config.runtime)),
         "git_revision": git_revision(),
-        "command": " ".join(["semiseg", *sys.argv[1:]]),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -225,6 +230,7 @@ def evaluate_model(
     return score_table(results, table, image_ids=image_ids, backend=backend)
 
 
+@accelerate_for_one_run()
 def evaluate_run(
     folder: Path,
     *,
@@ -467,13 +473,22 @@ def package_versions(backend: Backend = "pycocotools") -> dict[str, str]:
 
 
 def git_revision(package: Path = PACKAGE) -> str | None:
-    """Revision of the package's own checkout, `-dirty` where files of the package differ; None outside a checkout."""
+    """Revision of the package's own checkout, `-dirty` where files of the package differ; None outside of one.
+
+    Its own is one whose top folder holds the package and that keeps the package's files: a package installed below
+    somebody's project lies in that project's checkout, whose revision says nothing about it.
+    """
+    # git hands these to what it runs, a hook for example; they would name another checkout
+    environment = {name: value for name, value in os.environ.items() if name not in ("GIT_DIR", "GIT_WORK_TREE")}
 
     def told(*words: str) -> str:
         command = ["git", "-C", str(package), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10, env=environment)
+        return done.stdout.strip()
 
     try:
+        if Path(told("rev-parse", "--show-toplevel")).resolve() != package.resolve().parent or not told("ls-files"):
+            return None
         revision = told("describe", "--always", "--abbrev=12")
         # The package alone: a study changes its own record in reports/ while it runs.
         return f"{revision}-dirty" if told("status", "--porcelain", "--untracked-files=no", "--", ".") else revision

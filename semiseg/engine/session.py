@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
@@ -36,7 +39,7 @@ def start_accelerator(runtime: RuntimeConfig, *, seed: int) -> Accelerator:
     its configuration alone, never from flags of the launcher.
 
     Raises:
-        UserError: the launcher asks for another precision than the configuration.
+        UserError: the launcher, or an Accelerator of this process's own, has another precision than the configuration.
     """
     if runtime.threads:
         torch.set_num_threads(runtime.threads)
@@ -45,6 +48,11 @@ def start_accelerator(runtime: RuntimeConfig, *, seed: int) -> Accelerator:
         raise UserError(
             f"accelerate was launched with mixed precision {launched!r}, but runtime.precision is "
             f"{runtime.precision!r}: choose it in the configuration and launch with '--mixed_precision no'"
+        )
+    if is_initialized() and AcceleratorState().mixed_precision != runtime.precision:
+        raise UserError(
+            f"this process has an Accelerator of its own with mixed precision {AcceleratorState().mixed_precision!r}, "
+            f"but runtime.precision is {runtime.precision!r}: train in another process, or with that precision"
         )
     told = crowding(
         int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
@@ -66,6 +74,21 @@ def start_accelerator(runtime: RuntimeConfig, *, seed: int) -> Accelerator:
     )
     set_seed(seed)
     return accelerator
+
+
+@contextmanager
+def accelerate_for_one_run() -> Iterator[None]:
+    """Decorates what starts an accelerator: the next run of this process may then have another precision.
+
+    accelerate keeps a process's precision for good. Where nobody had set one before, it is forgotten at the end, and
+    devices and process groups are kept.
+    """
+    found = is_initialized()
+    try:
+        yield
+    finally:
+        if not found:
+            AcceleratorState._reset_state()  # private: pyproject.toml bounds the version
 
 
 def crowding(processes: int, *, cores: int, gpus: int) -> str | None:
