@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from accelerate.utils import gather_object
 
@@ -21,9 +22,10 @@ from semiseg.config import RunConfig
 from semiseg.engine import train as training
 from semiseg.engine.build import build_data, build_evaluation_loader, build_training_loader
 from semiseg.engine.evaluate import predict_table
-from semiseg.engine.session import agree, gather_to_main, start_accelerator
+from semiseg.engine.session import StopOnSignal, agree, gather_to_main, start_accelerator
 from semiseg.errors import UserError
 from semiseg.structures.inputs import Batch, Supervision
+from tests.host_syncs import HostSyncs
 from tests.test_train import without_instances
 from tests.tiny import tiny_config
 
@@ -120,22 +122,37 @@ def first_gradient(root: Path) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in state.step_module.parameters() if p.grad is not None]).clone()
 
 
-def stop_by_last_process(state: training.TrainState, parts: list[Batch], out: Path) -> dict[str, Any]:
-    """What every process says, and whether its weights stay, when the loss of the last one is not finite."""
+def stop_by_last_process(state: training.TrainState, parts: list[Batch], out: Path, *, what: str) -> dict[str, Any]:
+    """What every process says, and whether its weights stay, when something of the last one is not finite."""
     bias = state.step_module.model.head.class_logits.bias
     assert bias is not None
-    if state.accelerator.is_last_process:
+    if state.accelerator.is_last_process and what == "loss":
         with torch.no_grad():
             bias.fill_(float("nan"))
+    if state.accelerator.is_last_process and what == "gradient":
+        hook = bias.register_hook(lambda gradient: gradient * float("inf"))
     before = [parameter.clone() for parameter in state.step_module.parameters()]
     sentence = "it went on"
     try:
         training.optimizer_step(state, parts, out=out)
     except UserError as error:
         sentence = str(error)
+    if state.accelerator.is_last_process and what == "gradient":
+        hook.remove()
+    state.optimizer.zero_grad()
     pairs = zip(before, state.step_module.parameters(), strict=True)
     unchanged = all(torch.allclose(old, new, rtol=0, atol=0, equal_nan=True) for old, new in pairs)
     return {"sentences": gather_object([sentence]), "unchanged": gather_object([unchanged])}
+
+
+def stop_on_signal(state: training.TrainState, parts: list[Batch], out: Path) -> dict[str, Any]:
+    """What every process reports of a step during which the last one got a signal, and where its host waited."""
+    stop, drafts = StopOnSignal(), [state.step_module.draft(part) for part in parts]
+    stop.requested = state.accelerator.is_last_process
+    with pytest.MonkeyPatch.context() as patch, HostSyncs() as waits:  # drafts are made on the host
+        patch.setattr(state.step_module, "draft", lambda part: drafts[[part is one for one in parts].index(True)])
+        report = training.optimizer_step(state, parts, out=out, stop=stop)
+    return {"stop": gather_object([report.stop]), "waits": gather_object([waits.places()]), "step": state.step}
 
 
 def detections_and_stop(root: Path, out: Path) -> dict[str, Any]:
@@ -155,11 +172,13 @@ def detections_and_stop(root: Path, out: Path) -> dict[str, Any]:
     training_loader = build_training_loader(
         config, data, steps=1, start_step=0, processes=processes, rank=rank, pin_memory=False
     )
+    parts = list(training_loader)
     return {
         "detections": found,
         "image_ids": image_ids,
         "lengths": gather_object([(len(found), len(image_ids))]),
-        "stopped": stop_by_last_process(state, list(training_loader), out),
+        "signal": stop_on_signal(state, parts, out),
+        "stopped": {what: stop_by_last_process(state, parts, out, what=what) for what in ("gradient", "loss")},
     }
 
 

@@ -28,6 +28,7 @@ from tests.tiny import tiny_config
 PROJECT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
 CASES = [(norm, processes, images) for processes in CUTS for norm, images in cuts_of(processes)]
+GRADIENT = ("gradient", "gradient is not finite (1 parameters, first head.class_logits.bias)")
 
 
 @pytest.fixture(scope="module")
@@ -107,15 +108,32 @@ def test_machines_that_do_not_share_the_folder_are_told_so(groups: dict[int, dic
     assert groups[2]["disagreement"] == [told, told]
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_a_loss_that_is_not_finite_on_one_process_stops_all_before_the_update(
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_a_signal_to_one_process_reaches_all_at_the_one_place_where_a_host_waits(
     groups: dict[int, dict[str, Any]], processes: int
 ) -> None:
-    stopped = groups[processes]["stopped"]
+    signal = groups[processes]["signal"]
+    assert signal["stop"] == [True] * processes
+    assert signal["step"] == 1, "the step was finished"
+    # One number, seen as a call of Python and as an operation; batches are sent, which waits for nothing.
+    place = ("engine/train.py", "_told_anywhere")
+    for waits in signal["waits"]:
+        assert {key: n for key, n in waits.items() if key[2] != "to another device"} == {
+            (*place, "__int__"): 1,
+            (*place, "_local_scalar_dense"): 1,
+        }
+
+
+@pytest.mark.parametrize(("what", "told"), [("loss", "loss is not finite (classification nan"), GRADIENT])
+@pytest.mark.parametrize("processes", [2, 4])
+def test_what_is_not_finite_on_one_process_stops_all_before_the_update(
+    groups: dict[int, dict[str, Any]], processes: int, what: str, told: str
+) -> None:
+    stopped = groups[processes]["stopped"][what]
     assert stopped["unchanged"] == [True] * processes
     assert len(stopped["sentences"]) == processes
     assert len(set(stopped["sentences"])) == 1
-    assert "classification nan" in stopped["sentences"][0]
+    assert told in stopped["sentences"][0]
     assert f"_rank{processes - 1}.pt" in stopped["sentences"][0]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from semiseg.engine.logs import read_log
 from semiseg.engine.predict import load_model
 from semiseg.engine.replay import replay_step
 from semiseg.engine.run import evaluate_run, execute_run
-from semiseg.engine.session import start_accelerator
+from semiseg.engine.session import accelerate_for_one_run, start_accelerator
 from semiseg.engine.step import TrainStep
 from semiseg.errors import UserError
 from semiseg.losses.terms import COUNT_NAMES, LOSS_NAMES
@@ -261,6 +262,65 @@ def test_nonfinite_loss_stops_before_the_update_and_replays(root: Path, tmp_path
     assert "step 1 of 4 on images" in text
     assert "dice nan" in text
     assert "weights that are not finite: 1, first mask_branch" in text
+
+
+def overflow_gradient(module: TrainStep) -> None:
+    """Finite losses with a gradient beyond float32: tiny features that the next layer multiplies by as much."""
+    head = module.model.head
+    assert head.class_logits.bias is not None
+    with torch.no_grad():
+        head.class_tower[-2].weight.fill_(2e-39)
+        head.class_logits.weight.mul_(3e38).mul_(10)
+        head.class_logits.bias.fill_(2.0)  # many classes found everywhere: a large sum of slopes
+
+
+@pytest.mark.parametrize(("precision", "clip_norm"), [("no", None), ("no", 1.0), ("bf16", None)])
+def test_a_finite_loss_with_another_gradient_stops_before_the_update_and_replays(
+    root: Path, tmp_path: Path, precision: str, clip_norm: float | None
+) -> None:
+    AcceleratorState._reset_state()
+    config = tiny_config(root, optim={"clip_norm": clip_norm}, runtime={"precision": precision})
+    path = tmp_path / "nonfinite_step_00000001_rank0.pt"
+    with accelerate_for_one_run():
+        state = training.prepare(config, build_data(config), start_accelerator(config.runtime, seed=0))
+        overflow_gradient(state.step_module)
+        before = [parameter.clone() for parameter in state.step_module.parameters()]
+        with pytest.raises(UserError) as caught:
+            training.optimizer_step(state, first_batches(config, 1), out=tmp_path)
+    assert all(map(torch.equal, before, state.step_module.parameters()))
+    assert state.step == 0
+    told = re.fullmatch(
+        r"step 1: the gradient is not finite \((\d+) parameters, first (\S+)\); the weights were not updated; "
+        rf"'semiseg train --replay {path}' runs the step again",
+        str(caught.value),
+    )
+    assert told is not None, caught.value
+    text = replay_step(path)
+    assert "weights that are not finite: 0\n" in text
+    assert text.endswith(f"gradients that are not finite: {told[1]}, first {told[2]}")
+    assert "nan" not in text
+
+
+def test_under_a_scaler_such_an_update_is_left_out_and_training_goes_on(root: Path, tmp_path: Path) -> None:
+    """fp16 needs a GPU; its scaler does not."""
+    config = tiny_config(root)
+    accelerator = start_accelerator(config.runtime, seed=0)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    state = training.prepare(config, build_data(config), accelerator)
+    bias = state.step_module.model.head.class_logits.bias
+    assert bias is not None
+    hook = bias.register_hook(lambda gradient: gradient * float("inf"))
+    before = [parameter.clone() for parameter in state.step_module.parameters()]
+    for number, batch in enumerate(first_batches(config, 3), start=1):
+        if number == 3:
+            hook.remove()
+        training.optimizer_step(state, [batch], out=tmp_path)
+        now = list(state.step_module.parameters())
+        assert all(map(torch.equal, before, now)) == (number < 3)
+        assert accelerator.scaler.get_scale() == 2.0 ** (16 - min(number, 2))
+        assert state.step == number
+    assert all(torch.isfinite(parameter).all() for parameter in now)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_clipping_bounds_the_update(root: Path, tmp_path: Path) -> None:

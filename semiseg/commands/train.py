@@ -31,7 +31,7 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, if it has begun.")] = False,
     replay: Annotated[
-        Path | None, typer.Option(help="Run the step of a non-finite loss again, from the file it left.")
+        Path | None, typer.Option(help="Run a step again that was not finite, from the file it left.")
     ] = None,
     progress: Progress = None,
 ) -> None:

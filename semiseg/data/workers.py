@@ -9,6 +9,8 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import wait
 from types import FrameType, TracebackType
 from typing import Literal
@@ -43,6 +45,7 @@ class StopOnSignal:
 
     def __init__(self) -> None:
         self.requested = False
+        self._at_once = False
         self._acts_from = math.inf  # time at which another signal is a second one
         self._previous: dict[int, object] = {}
 
@@ -62,9 +65,22 @@ class StopOnSignal:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if not self.requested:
+        now, again = time.monotonic(), self.requested
+        if not again:
             self.requested, self._acts_from = True, now + TOGETHER_SECONDS
         elif now >= self._acts_from:
             self._acts_from = math.inf
             raise KeyboardInterrupt
+        if self._at_once:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """In this context the first signal acts at once, too, and one that came before: for waiting between steps."""
+        self._at_once = True
+        try:
+            if self.requested:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self._at_once = False

@@ -11,8 +11,13 @@ from semiseg.engine.schedules import one_cycle, step_schedule
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """SGD or AdamW over the trainable parameters; those of norms get no weight decay (METHOD section 3)."""
+def build_optimizer(model: nn.Module, config: OptimConfig, *, scaled: bool = False) -> torch.optim.Optimizer:
+    """SGD or AdamW over the trainable parameters; those of norms get no weight decay (METHOD section 3).
+
+    Args:
+        scaled: a scaler (of fp16) will leave out updates. torch's fused SGD does so as well, but if the first is left
+            out, it goes on with a momentum that was never written.
+    """
     norm_parameters = {
         id(parameter)
         for module in model.modules()
@@ -25,7 +30,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
         {"params": [p for p in trainable if id(p) in norm_parameters], "weight_decay": 0.0},
     ]
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, fused=True)
+        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, fused=not scaled)
     return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
 
 

@@ -1,4 +1,4 @@
-"""A step whose loss was not finite: written to a file before the update, and run again from that file."""
+"""A step that was not finite in its loss or gradient: written to a file before the update, and run again from it."""
 
 from __future__ import annotations
 
@@ -68,7 +68,8 @@ def replay_step(path: Path) -> str:
     for number, values in enumerate(saved["parts"]):
         batch = _from_values(values)
         plan = step_module.plan(batch)
-        terms = step_module(batch, plan, saved["counts"], warmup=warmup, processes=saved["processes"])
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.runtime.precision == "bf16"):
+            terms = step_module(batch, plan, saved["counts"], warmup=warmup, processes=saved["processes"])
         terms.total.backward()
         values_now = {name: float(value.detach()) for name, value in terms.weighted.items()}
         lines.append(f"part {number}: " + ", ".join(f"{name} {value:.6g}" for name, value in values_now.items()))

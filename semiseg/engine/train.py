@@ -1,7 +1,8 @@
 """The training loop: one plain loop over optimizer steps, for any number of processes.
 
-A step: plan every part -> sum the counts over parts and processes -> forward and backward each part -> check that the
-loss is finite -> clip -> update. What may stop it: a signal (saved first), a non-finite loss (written to a file first).
+A step: plan every part -> sum the counts over parts and processes -> forward and backward each part -> clip -> check
+that losses and gradient are finite -> update. What may stop it: a signal (saved first), a loss or gradient that is not
+finite (written to a file first).
 """
 
 from __future__ import annotations
@@ -88,6 +89,7 @@ class StepReport:
     losses: Tensor  # (len(LOSS_NAMES),) unweighted
     weighted: Tensor  # (len(LOSS_NAMES),)
     counts: Tensor  # (len(COUNT_NAMES),) of the whole step, over all processes
+    stop: bool  # whether a signal has reached any process; the same on all of them
 
 
 @dataclass
@@ -125,7 +127,7 @@ def prepare(config: RunConfig, data: RunData, accelerator: Accelerator) -> Train
         step_module.to(memory_format=torch.channels_last)
     if config.runtime.compile:
         compile_network(step_module.model)
-    optimizer = build_optimizer(step_module.model, config.optim)
+    optimizer = build_optimizer(step_module.model, config.optim, scaled=accelerator.scaler is not None)
     wrapped, prepared = accelerator.prepare(step_module, optimizer)
     decay = config.optim.ema_decay
     ema = None
@@ -154,8 +156,8 @@ def train(
             kept in `best/`. One that was interrupted after its step's checkpoint is done before the next step.
 
     Raises:
-        UserError: on a non-finite loss of any process, and then on all of them; the file named in the message
-            replays the step. Also if the processes do not find the same checkpoint.
+        UserError: on a loss or gradient of any process that is not finite, and then on all of them; the file named in
+            the message replays the step. Also if the processes do not find the same checkpoint.
         KeyboardInterrupt: after SIGINT or SIGTERM, with a checkpoint written.
     """
     state = prepare(config, data, accelerator)
@@ -178,11 +180,11 @@ def train(
             if validate and state.step > 0 and state.step % config.runtime.evaluate_every == 0 and not validated:
                 window.started += _validate(state, validate, data, log, out)  # no part of the time of training
             validated = False
-            parts = _next_parts(batches, state, window)
-            report = optimizer_step(state, parts, out=out, stop=stop.requested)
-            if report is None:
+            parts = _next_parts(batches, state, window, stop)
+            if parts is None:
                 _save(state, out)
                 raise KeyboardInterrupt(_stopped(state))
+            report = optimizer_step(state, parts, out=out, stop=stop)
             window.add(report)
             if log:
                 log.advance()
@@ -190,9 +192,11 @@ def train(
                 _log_window(state, window, log)
                 window = _Window()
             # The last step is saved too: an interruption of the evaluation that follows costs no training.
-            if state.step % config.runtime.checkpoint_every == 0 or state.step == state.steps:
+            if state.step % config.runtime.checkpoint_every == 0 or state.step == state.steps or report.stop:
                 _save(state, out)
-        if stop.requested:  # during the last step
+            if report.stop:
+                raise KeyboardInterrupt(_stopped(state))
+        if any(gather_object([stop.requested])):  # since the last step
             raise KeyboardInterrupt(_stopped(state))
     return state
 
@@ -241,45 +245,43 @@ def _is_validated(state: TrainState, out: Path) -> bool:
     return bool(broadcast_object_list([state.step in _validations(out)])[0])
 
 
-def optimizer_step(state: TrainState, parts: list[Batch], *, out: Path, stop: bool = False) -> StepReport | None:
-    """One update from `parts`, this process's accumulation parts as loaded; None if any process wants to stop.
+def optimizer_step(state: TrainState, parts: list[Batch], *, out: Path, stop: StopOnSignal | None = None) -> StepReport:
+    """One update from `parts`, this process's accumulation parts as loaded.
 
-    The stop flag travels with the counts, so that all processes stop at the same step.
+    A signal to any process changes nothing in the step; that one came is reported to all of them.
     """
     accelerator, config, module = state.accelerator, state.config, state.step_module
     sent = [batch.to(accelerator.device, non_blocking=True) for batch in parts]
     plans = [module.plan(there, module.draft(here)) for here, there in zip(parts, sent, strict=True)]
     counts = torch.stack([plan.counts for plan in plans]).sum(0)
     if accelerator.num_processes > 1:
-        shared = accelerator.reduce(torch.cat([counts, counts.new_tensor([float(stop)])]), reduction="sum")
-        counts, stop = shared[:-1], bool(shared[-1] > 0)
-    if stop:
-        return None
+        counts = accelerator.reduce(counts, reduction="sum")
     rate = learning_rate(config.optim, step=state.step, steps=state.steps)
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     losses, weighted = _forward_backward(state, sent, plans, counts)
-    if _nonfinite_anywhere(accelerator, weighted):
-        _stop_nonfinite(state, parts, counts, weighted, out)
-    if config.optim.clip_norm is not None:
-        accelerator.clip_grad_norm_(state.wrapped.parameters(), config.optim.clip_norm)
+    broken, stopped = _told_anywhere(state, weighted, _clipped_norm(state), stop)
+    if broken:
+        what = _what_broke(state, sent, plans, counts, weighted)
+        _stop_nonfinite(state, parts, counts, weighted, what, out)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     if state.ema is not None:
         state.ema.update_parameters(state.step_module.model)
     state.step += 1
-    return StepReport(losses, weighted, counts)
+    return StepReport(losses, weighted, counts, stopped)
 
 
 def _forward_backward(
-    state: TrainState, parts: list[Batch], plans: list[StepPlan], counts: Tensor
+    state: TrainState, parts: list[Batch], plans: list[StepPlan], counts: Tensor, *, exchange: bool = True
 ) -> tuple[Tensor, Tensor]:
+    """Losses of this process's parts, unweighted and weighted; `exchange` averages the gradient over the processes."""
     accelerator = state.accelerator
     warmup = pairwise_warmup(state.step, state.steps, warmup_steps=state.config.objective.pairwise_warmup_steps)
     losses, weighted = [], []
     for number, (batch, plan) in enumerate(zip(parts, plans, strict=True), start=1):
         # Gradients are exchanged once a step, with the last part.
-        with accelerator.no_sync(state.wrapped) if number < len(parts) else nullcontext():
+        with nullcontext() if exchange and number == len(parts) else accelerator.no_sync(state.wrapped):
             terms = state.wrapped(batch, plan, counts, warmup=warmup, processes=accelerator.num_processes)
             accelerator.backward(terms.total)
         losses.append(torch.stack([terms.unweighted[name].detach() for name in LOSS_NAMES]))
@@ -287,34 +289,76 @@ def _forward_backward(
     return torch.stack(losses).sum(0), torch.stack(weighted).sum(0)
 
 
-def _nonfinite_anywhere(accelerator: Accelerator, weighted: Tensor) -> bool:
-    """Whether a loss of any process is not finite: its gradient has reached all of them, so all must stop.
+def _clipped_norm(state: TrainState) -> Tensor:
+    """The norm of the gradient, still on the device; the gradient is clipped where `optim.clip_norm` says so."""
+    limit = state.config.optim.clip_norm
+    if limit is not None:
+        return cast(Tensor, state.accelerator.clip_grad_norm_(state.wrapped.parameters(), limit))
+    return nn.utils.get_total_norm([p.grad for p in state.wrapped.parameters() if p.grad is not None])
 
-    The one place of a step where the host waits for the device: what follows changes the weights.
+
+def _told_anywhere(state: TrainState, weighted: Tensor, norm: Tensor, stop: StopOnSignal | None) -> tuple[bool, bool]:
+    """Whether on any process a loss or the gradient is not finite, and whether any of them was told to stop.
+
+    The one place of a step where the host waits for the device: what follows changes the weights. (Under fp16 the
+    scaler waits, too: it leaves out updates whose gradient is not finite, which is its way to find a scale.)
     """
-    number = (~torch.isfinite(weighted)).sum(0, keepdim=True)
-    if accelerator.num_processes > 1:
-        number = accelerator.reduce(number, reduction="sum")
-    return bool(number > 0)
+    broken = (~torch.isfinite(weighted)).any()
+    if state.accelerator.scaler is None:
+        broken = broken | ~torch.isfinite(norm)
+    told = torch.stack([broken, torch.full_like(broken, stop is not None and stop.requested)]).int()
+    if state.accelerator.num_processes > 1:
+        told = state.accelerator.reduce(told, reduction="sum")
+    code = int((told[0] > 0) + 2 * (told[1] > 0))  # one number, to be read once
+    return code % 2 == 1, code >= 2
 
 
-def _stop_nonfinite(state: TrainState, parts: list[Batch], counts: Tensor, weighted: Tensor, out: Path) -> NoReturn:
-    """Writes the step where the loss is not finite, then stops every process with the same sentence."""
+def _what_broke(
+    state: TrainState, sent: list[Batch], plans: list[StepPlan], counts: Tensor, weighted: Tensor
+) -> str | None:
+    """What of this process's share of the step is not finite; None if only that of others."""
     values = dict(zip(LOSS_NAMES, weighted.tolist(), strict=True))
-    broken = ", ".join(f"{name} {value}" for name, value in values.items() if not math.isfinite(value))
+    losses = ", ".join(f"{name} {value}" for name, value in values.items() if not math.isfinite(value))
+    if any(gather_object([losses != ""])):
+        return f"the loss is not finite ({losses})" if losses else None
+    # The gradient at hand is that of all processes: whose share of it broke it is seen without the exchange.
+    state.optimizer.zero_grad(set_to_none=True)
+    _forward_backward(state, sent, plans, counts, exchange=False)
+    parameters = dict(state.step_module.model.named_parameters())
+    names = [name for name, p in parameters.items() if p.grad is not None and not torch.isfinite(p.grad).all()]
+    if any(gather_object([bool(names)])):
+        return f"the gradient is not finite ({len(names)} parameters, first {names[0]})" if names else None
+    return "the norm of the gradient is not finite"
+
+
+def _stop_nonfinite(
+    state: TrainState, parts: list[Batch], counts: Tensor, weighted: Tensor, what: str | None, out: Path
+) -> NoReturn:
+    """Writes the step where it broke, then stops every process with the same sentence."""
     told = []
-    if broken:
+    if what is not None:
         path = write_nonfinite_step(out, state, parts, counts, weighted)
         told.append(
-            f"step {state.step + 1}: the loss is not finite ({broken}); the weights were not updated; "
+            f"step {state.step + 1}: {what}; the weights were not updated; "
             f"'semiseg train --replay {path}' runs the step again"
         )
     raise UserError(gather_object(told)[0])
 
 
-def _next_parts(batches: Iterator[Batch], state: TrainState, window: _Window) -> list[Batch]:
+def _next_parts(batches: Iterator[Batch], state: TrainState, window: _Window, stop: StopOnSignal) -> list[Batch] | None:
+    """This process's parts of the next step; None if a signal came first.
+
+    One of several processes must wait for them whatever comes: the others may be in the step already.
+    """
     waited = time.perf_counter()
-    parts = [next(batches) for _ in range(state.parts)]
+    if state.accelerator.num_processes > 1:
+        parts = [next(batches) for _ in range(state.parts)]
+    else:
+        try:
+            with stop.at_once():
+                parts = [next(batches) for _ in range(state.parts)]
+        except KeyboardInterrupt:
+            return None
     window.data_seconds += time.perf_counter() - waited
     return parts
 
