@@ -305,7 +305,9 @@ def test_collate_refuses_two_mask_strides(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_padding_in_either_layout_and_in_shared_memory(channels_last: bool, shared: bool) -> None:
+def test_padding_in_either_layout_and_in_shared_memory(
+    channels_last: bool, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     random = torch.Generator().manual_seed(0)
     shapes = [(3, 5, 9), (3, 8, 4)]
     images = [torch.randint(1, 256, shape, dtype=torch.uint8, generator=random) for shape in shapes]
@@ -320,6 +322,9 @@ def test_padding_in_either_layout_and_in_shared_memory(channels_last: bool, shar
     assert stacked.shape == (2, 3, 8, 12)
     assert stacked.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     assert stacked.is_shared() == shared
+    if shared:
+        monkeypatch.delattr(torch.UntypedStorage, "_new_shared")  # private, and may go
+        assert empty_batch([(5, 9)], 4, channels_last=channels_last, shared=True)[0].is_shared()
     for slot, image in zip(stacked, images, strict=True):
         expected = torch.zeros(3, 8, 12, dtype=torch.uint8)
         expected[:, : image.shape[1], : image.shape[2]] = image

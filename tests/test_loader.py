@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
+import os
+import signal
 import subprocess
 import sys
 from itertools import pairwise
@@ -247,6 +250,41 @@ def test_large_batches_wait_once_per_worker(tmp_path: Path, workers: int, batch_
     assert build_train_loader(dataset, batches=batches, **common).prefetch_factor == ahead
     evaluation = build_eval_loader(dataset, batch_size=batch_size, processes=1, rank=0, **common)
     assert evaluation.prefetch_factor == ahead
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of Linux, and forked workers")
+@pytest.mark.parametrize(("limit", "told"), [("files", "ulimit -n"), ("memory", "--shm-size"), ("start", "ulimit -n")])
+def test_workers_that_cannot_pass_a_batch_on_are_one_sentence(tmp_path: Path, limit: str, told: str) -> None:
+    """And no wait for ever: what the limits forbid would else fail in a thread of the worker's."""
+    import resource
+
+    loader = train_loader(make_dataset(make_coco(tmp_path)), workers=1, start_method="fork")
+    kind = resource.RLIMIT_FSIZE if limit == "memory" else resource.RLIMIT_NOFILE
+    open_now = len(os.listdir("/proc/self/fd"))
+    soft, hard = resource.getrlimit(kind)
+    value = {"files": open_now + 24, "memory": 2**13, "start": open_now + 1}[limit]
+    resource.setrlimit(kind, (value, hard))
+    try:
+        with pytest.raises(UserError, match=rf"the loader's workers failed \(.*\): .*{told}.* runtime\.workers = 0"):
+            list(loader)
+    finally:
+        resource.setrlimit(kind, (soft, hard))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forked workers")
+def test_a_worker_that_is_killed_is_one_sentence_where_its_batch_is_wanted(tmp_path: Path) -> None:
+    before, others = signal.getsignal(signal.SIGCHLD), multiprocessing.active_children()
+    batches = iter(train_loader(make_dataset(make_coco(tmp_path)), workers=1, start_method="fork"))
+    next(batches)
+    assert signal.getsignal(signal.SIGCHLD) == before
+    (worker,) = (child for child in multiprocessing.active_children() if child not in others)
+    worker.kill()
+    worker.join()
+    with pytest.raises(
+        UserError,
+        match=r"the loader's workers failed \((DataLoader worker|one of them).* ended.*\): .*runtime\.workers = 0",
+    ):
+        list(batches)
 
 
 def test_a_process_that_still_holds_a_loader_ends(tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from semiseg.data.dataset import InstanceDataset, Key
+from semiseg.data.workers import told_lack
+from semiseg.errors import UserError
 from semiseg.structures.inputs import Batch, Sample, Targets, empty_batch, grid_size
 
 
@@ -47,8 +49,12 @@ class Collate:
 
     def _space(self, sizes_hw: Sequence[tuple[int, int]]) -> tuple[Tensor, list[Tensor]]:
         """The padded images, still to be written, and the place of each."""
-        in_worker = get_worker_info() is not None
-        return empty_batch(sizes_hw, self.size_divisor, channels_last=True, shared=in_worker)
+        if get_worker_info() is None:
+            return empty_batch(sizes_hw, self.size_divisor, channels_last=True)
+        try:
+            return empty_batch(sizes_hw, self.size_divisor, channels_last=True, shared=True)
+        except RuntimeError as error:
+            raise UserError(told_lack(error)) from None
 
 
 def _batch(images: Tensor, samples: Sequence[Sample]) -> Batch:

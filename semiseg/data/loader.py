@@ -10,9 +10,14 @@ from __future__ import annotations
 import atexit
 import hashlib
 import multiprocessing
+import os
+import pickle
 import signal
+import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
@@ -21,11 +26,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from semiseg.data.collate import Collate
 from semiseg.data.dataset import InstanceDataset, Key
 from semiseg.data.freed_memory import return_freed_memory
-from semiseg.data.workers import START_METHOD, StartMethod, leave_signals_to_the_main_process
+from semiseg.data.workers import START_METHOD, StartMethod, leave_signals_to_the_main_process, told_lack
 from semiseg.errors import UserError
 from semiseg.structures.inputs import Batch
 
 IMAGES_PER_RETURN = 32  # after so many a worker gives back the memory that it has freed
+SPARE_FILES = 48  # that must still open where a batch is passed on: two for each of its tensors, and sockets
 IMAGES_AHEAD = 128  # that may wait in memory, about 4 MB each at COCO's sizes; every worker has one batch in any case
 
 
@@ -133,8 +139,50 @@ class _Batches(Dataset):
             return _Failure(str(error))
 
 
+@dataclass(frozen=True)
+class _Packed:
+    """A batch as it leaves its worker: its tensors in shared memory, the rest and the handles of that as bytes.
+
+    Left to itself, DataLoader does this in a thread of the worker's, where an error is printed, the batch is lost, and
+    this process waits for it for ever.
+    """
+
+    content: bytes
+
+    @classmethod
+    def of(cls, batch: Batch) -> _Packed | _Failure:
+        """In the worker."""
+        try:
+            _require_files(SPARE_FILES)
+            return cls(bytes(ForkingPickler.dumps(batch)))
+        except (RuntimeError, OSError) as error:
+            return _Failure(told_lack(error))
+
+    def batch(self) -> Batch | _Failure:
+        """In this process; once."""
+        try:
+            _require_files(SPARE_FILES)
+            return pickle.loads(self.content)
+        except (ConnectionError, EOFError):
+            return _Failure(told_lack(RuntimeError("one of them has ended")))
+        except (RuntimeError, OSError) as error:
+            return _Failure(told_lack(error))
+
+    def pin_memory(self) -> Batch | _Failure:
+        """Called by the DataLoader when `pin_memory` is on."""
+        batch = self.batch()
+        return batch.pin_memory() if isinstance(batch, Batch) else batch
+
+
+def _require_files(number: int) -> None:
+    """Raises OSError if this process may not open so many more files."""
+    with ExitStack() as opened:
+        for _ in range(number):
+            opened.enter_context(open(os.devnull, "rb", buffering=0))
+
+
 class _Loaded:
-    """Receives each batch in the process that loaded it; a worker gives freed memory back from time to time.
+    """Receives each batch in the process that loaded it; a worker packs it, and gives freed memory back now and then.
 
     Else it keeps what it needed for its largest batch while it waits. After every batch of two images that would cost
     a fifth of their time.
@@ -143,23 +191,53 @@ class _Loaded:
     def __init__(self) -> None:
         self.images = 0  # since the last time
 
-    def __call__(self, batch: Batch | _Failure) -> Batch | _Failure:
-        if isinstance(batch, Batch) and get_worker_info() is not None:
-            self.images += len(batch.image_ids)
-            if self.images >= IMAGES_PER_RETURN:
-                self.images = 0
-                return_freed_memory()
-        return batch
+    def __call__(self, batch: Batch | _Failure) -> Batch | _Packed | _Failure:
+        if isinstance(batch, _Failure) or get_worker_info() is None:
+            return batch
+        packed = _Packed.of(batch)
+        self.images += len(batch.image_ids)
+        if self.images >= IMAGES_PER_RETURN:
+            self.images = 0
+            return_freed_memory()
+        return packed
 
 
 class BatchLoader(DataLoader):
-    """A DataLoader that raises a worker's bad input as the one sentence it is, in this process."""
+    """A DataLoader that raises a worker's bad input, or its end, as the one sentence it is, in this process."""
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # a generator closes the workers as well
-        for item in super().__iter__():
+        batches = self._started()
+        while True:
+            try:
+                item = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader worker"):
+                    raise
+                raise UserError(told_lack(error)) from None
+            if isinstance(item, _Packed):
+                item = item.batch()
             if isinstance(item, _Failure):
                 raise UserError(item.message)
             yield item
+
+    def _started(self) -> Iterator[Any]:
+        """DataLoader's iterator, without the signal handler that torch sets with its first workers.
+
+        It would raise a worker's end wherever this process is, amid an update or the writing of a checkpoint. Without
+        it the end is noticed when a batch of the worker's is waited for.
+        """
+        ours = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
+        handler = signal.getsignal(signal.SIGCHLD) if ours else None
+        try:
+            _require_files(SPARE_FILES if self.num_workers else 0)
+            return super().__iter__()
+        except OSError as error:
+            raise UserError(told_lack(error)) from None
+        finally:
+            if handler is not None:
+                signal.signal(signal.SIGCHLD, handler)
 
 
 def build_train_loader(

@@ -1,4 +1,4 @@
-"""How processes of one's own are started that load or draw, and what signals mean to them and to the main process."""
+"""Processes of one's own that load or draw: how they start, what signals mean to all of them, what they may lack."""
 
 from __future__ import annotations
 
@@ -84,3 +84,13 @@ class StopOnSignal:
             yield
         finally:
             self._at_once = False
+
+
+def told_lack(error: Exception) -> str:
+    """A sentence for what a process that loads could not get, or died of, with what helps."""
+    reason = str((isinstance(error, OSError) and error.strerror) or error).strip().rstrip(".")
+    if "open files" in reason:
+        remedy = "raise the limit of open files (ulimit -n)"
+    else:
+        remedy = "give them more shared memory (a container's --shm-size or --ipc=host) or more memory"
+    return f"the loader's workers failed ({reason}): {remedy}, or set runtime.workers = 0; see docs/MACHINES.md"
