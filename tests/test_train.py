@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
+import signal
+import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -162,6 +166,46 @@ def test_an_accelerator_of_the_callers_own_keeps_its_precision(root: Path, tmp_p
         execute_run(tiny_config(root), out=tmp_path / "run", progress=False)
     assert own.mixed_precision == "bf16"
     AcceleratorState._reset_state()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forked workers")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_signal_while_data_do_not_come_saves_and_the_run_continues_exactly(tmp_path: Path, workers: int) -> None:
+    """An image that never opens (a pipe nobody writes to) stands for storage that does not answer."""
+    config = tiny_config(tmp_path, runtime={"workers": workers})
+    execute_run(config, out=tmp_path / "whole", progress=False)
+    data, out = build_data(config), tmp_path / "cut"
+    keys = list(build_training_loader(
+        config, data, steps=4, start_step=0, processes=1, rank=0, pin_memory=False
+    ).batch_sampler)  # fmt: skip
+    image = data.train.images_folder / data.train.rows[keys[2][0][0]]["file_name"]  # of the third step, new in it
+    content = image.read_bytes()
+    image.unlink()
+    os.mkfifo(image)
+
+    ended = threading.Event()
+
+    def stop_when_two_steps_are_done() -> None:
+        while not (out / "log.jsonl").exists() or (out / "log.jsonl").read_text().count("\n") < 2:
+            if ended.wait(0.02):
+                return
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    watcher = threading.Thread(target=stop_when_two_steps_are_done)
+    watcher.start()
+    try:
+        with pytest.raises(KeyboardInterrupt, match="stopped after step 2 of 4; '--resume' continues") as caught:
+            execute_run(config, out=out, progress=False)
+    finally:
+        ended.set()
+        watcher.join()
+        os.close(os.open(image, os.O_RDWR | os.O_NONBLOCK))  # whoever waits for it goes on
+        image.unlink()
+        image.write_bytes(content)
+    del caught  # with the loader, whose worker has an end now
+    execute_run(config, out=out, progress=False)
+    models = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert models[0] == models[1]
 
 
 def test_finished_run_is_not_trained_again_and_a_folder_holds_one_run(root: Path, tmp_path: Path) -> None:
