@@ -34,8 +34,10 @@ def make_model(
     with torch.no_grad():
         head = network.head
         for layer, bias in ((head.class_logits, -1.0), (head.box_distances, 1.5), (head.centreness, 0.0)):
+            assert layer.bias is not None
             layer.weight.mul_(12)
             layer.bias.fill_(bias)
+        assert network.controller.bias is not None
         network.controller.weight.mul_(10)
         network.controller.bias.normal_(std=0.7)
     ids = category_ids or tuple(2 * label + 1 for label in range(len(class_names)))
