@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import os
@@ -486,10 +487,10 @@ def mutate_json(draw: random.Random, value: Any) -> bytes:
             del holder[key]
         elif change < 0.3 and isinstance(holder, list):
             holder.append(holder[key])
-        elif change < 0.5 and type(holder[key]) in (int, float):
+        elif change < 0.5 and type(holder[key]) in (int, float) and abs(holder[key]) < 1e15:
             holder[key] = draw.choice((-1, 1, 2, 0.5, 1e3, 1e9)) * holder[key] + draw.choice((0, 0, 1, -1))
         else:
-            holder[key] = draw.choice(NASTY)
+            holder[key] = copy.deepcopy(draw.choice(NASTY))
     text = json.dumps(box[0], ensure_ascii=draw.random() < 0.5)
     if draw.random() < 0.01:
         text = text.replace(draw.choice("0123456789"), DIGITS, 1)

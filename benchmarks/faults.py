@@ -101,7 +101,8 @@ class Kill(NamedTuple):
     seconds: float
 
     def __str__(self) -> str:
-        return f"killed at call {self.event}" if self.how == "event" else f"{self.how} killed at {self.seconds:.2f} s"
+        moment = f"call {self.event}" if self.how == "event" else f"{self.seconds:.2f} s"
+        return f"{'child ' if self.how == 'child' else ''}killed at {moment}"
 
 
 class Done(NamedTuple):
@@ -140,10 +141,11 @@ def command(
     struck = False
     if kill is not None and kill.how != "event":
         process.join(kill.seconds)
-        itself = psutil.Process(process.pid)
-        for victim in [itself] if kill.how == "time" else itself.children(recursive=True)[:1]:
-            struck = process.is_alive()
-            victim.kill()
+        if process.is_alive():
+            itself = psutil.Process(process.pid)
+            victims = [itself] if kill.how == "time" else itself.children(recursive=True)[:1]
+            struck = bool(victims)
+            end(victims)
     process.join(timeout)
     seconds, code = time.monotonic() - began, process.exitcode
     if code is None:
@@ -603,9 +605,9 @@ def series(shop: Workshop, categories: Sequence[str], *, limit: int, minutes: fl
 
 
 def kind_of(category: str, text: str) -> tuple[str, str]:
-    """Failures of one kind differ in their numbers, and those after kills in when these came."""
+    """Failures of one kind differ in numbers and temporary names, and those after kills in when these came."""
     outcome = text.partition(": ")[2] if category.startswith("kills") else text
-    return category, re.sub(r"[0-9]+", "#", outcome)
+    return category, re.sub(r"[0-9]+", "#", re.sub(r"(?<=[ /])\.[^ ,;/]+", ".*", outcome))
 
 
 def as_markdown(totals: Mapping[str, Verdict], *, seed: int, heading: str) -> str:
