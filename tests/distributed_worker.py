@@ -19,10 +19,11 @@ import torch
 from accelerate.utils import gather_object
 
 from semiseg.config import RunConfig
+from semiseg.data.workers import StopOnSignal
 from semiseg.engine import train as training
 from semiseg.engine.build import build_data, build_evaluation_loader, build_training_loader
 from semiseg.engine.evaluate import predict_table
-from semiseg.engine.session import StopOnSignal, agree, gather_to_main, start_accelerator
+from semiseg.engine.session import agree, gather_to_main, start_accelerator
 from semiseg.errors import UserError
 from semiseg.structures.inputs import Batch, Supervision
 from tests.host_syncs import HostSyncs
