@@ -7,7 +7,18 @@ from itertools import pairwise
 
 import pytest
 
-from tests.quotes import PROJECT, QUOTES, TABLES, UNSEEN_CHAIN, cell, documents, updated
+from tests.quotes import (
+    PROCESSORS,
+    PROJECT,
+    QUOTES,
+    REPORTS,
+    TABLES,
+    UNSEEN_CHAIN,
+    cell,
+    documents,
+    unseen_by_seed,
+    updated,
+)
 
 
 @pytest.mark.parametrize("name", documents())
@@ -36,3 +47,9 @@ def _assert_seen(name: str, text: str, quoted: str) -> None:
 def test_every_step_that_readme_calls_resolved_is_resolved() -> None:
     for first, second in pairwise(UNSEEN_CHAIN):
         assert cell("shapes_seeds/report.md", "reading", f"{second} − {first}", "unseen") == "resolved: higher"
+
+
+@pytest.mark.parametrize("record", PROCESSORS.values())
+def test_the_order_of_the_rows_holds_with_every_seed_on_every_processor(record: str) -> None:
+    for values in unseen_by_seed(REPORTS / "shapes_seeds" / record).values():
+        assert values == sorted(values)
