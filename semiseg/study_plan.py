@@ -270,7 +270,7 @@ def _is_result_of(result: Result, run: StudyRun, recorded_data: Mapping[str, Any
             split_digest=split_digest,
             weights=None,
             processes=result.processes,
-            init_data=data if same_data else recorded_data.get(result.identity.get("init", ""), ""),
+            init_data=data if same_data else recorded_data.get(str(result.identity.get("init")), ""),
         )
     except UserError:
         return False  # a result of another data set, or of processes that the run's batch cannot be shared by

@@ -330,4 +330,5 @@ def test_channels_last_gives_the_same() -> None:
         model = model.to(memory_format=torch.channels_last)
         found = model(images.contiguous(memory_format=torch.channels_last), full_sizes(images))
     for name, value in tensors_of(expected).items():
-        torch.testing.assert_close(getattr(found, name), value, rtol=1e-4, atol=1e-5)
+        # Rounding of sums is relative to their largest terms, not to what is left of them.
+        assert (getattr(found, name) - value).abs().max() <= 1e-5 * value.abs().max(), name

@@ -12,6 +12,7 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -170,7 +171,9 @@ def test_an_accelerator_of_the_callers_own_keeps_its_precision(root: Path, tmp_p
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forked workers")
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_signal_while_data_do_not_come_saves_and_the_run_continues_exactly(tmp_path: Path, workers: int) -> None:
+def test_a_signal_while_data_do_not_come_saves_and_the_run_continues_exactly(
+    tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An image that never opens (a pipe nobody writes to) stands for storage that does not answer."""
     config = tiny_config(tmp_path, runtime={"workers": workers})
     execute_run(config, out=tmp_path / "whole", progress=False)
@@ -180,8 +183,11 @@ def test_a_signal_while_data_do_not_come_saves_and_the_run_continues_exactly(tmp
     ).batch_sampler)  # fmt: skip
     image = data.train.images_folder / data.train.rows[keys[2][0][0]]["file_name"]  # of the third step, new in it
     content = image.read_bytes()
-    image.unlink()
-    os.mkfifo(image)
+
+    def loader_of_a_pipe(*arguments: Any, **keywords: Any) -> Any:
+        image.unlink()
+        os.mkfifo(image)
+        return build_training_loader(*arguments, **keywords)
 
     ended = threading.Event()
 
@@ -194,8 +200,10 @@ def test_a_signal_while_data_do_not_come_saves_and_the_run_continues_exactly(tmp
     watcher = threading.Thread(target=stop_when_two_steps_are_done)
     watcher.start()
     try:
-        with pytest.raises(KeyboardInterrupt, match="stopped after step 2 of 4; '--resume' continues") as caught:
-            execute_run(config, out=out, progress=False)
+        with monkeypatch.context() as patch:
+            patch.setattr("semiseg.engine.train.build_training_loader", loader_of_a_pipe)
+            with pytest.raises(KeyboardInterrupt, match="stopped after step 2 of 4; '--resume' continues") as caught:
+                execute_run(config, out=out, progress=False)
     finally:
         ended.set()
         watcher.join()

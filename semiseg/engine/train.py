@@ -172,10 +172,9 @@ def train(
         pin_memory=accelerator.device.type == "cuda",
     )
     opened = open_log(state, out, progress=progress) if accelerator.is_main_process else nullcontext()
-    validated = _is_validated(state, out)
     state.wrapped.train()
     with StopOnSignal() as stop, opened as log:
-        batches, window = iter(loader), _Window()
+        batches, window, validated = iter(loader), _Window(), _is_validated(state, out)
         while state.step < state.steps:
             if validate and state.step > 0 and state.step % config.runtime.evaluate_every == 0 and not validated:
                 window.started += _validate(state, validate, data, log, out)  # no part of the time of training

@@ -62,8 +62,8 @@ def recorded_values(run: Result) -> dict[str, Any]:
 
 def _result_settings(run: Result) -> dict[str, str]:
     """The settings of a run, and over how many images its batch norms normalise where that is not the whole batch."""
-    cut = run.identity.get("normalised_together") or {}
-    return settings(recorded_values(run)) | {f"normalised_together.{norm}": str(images) for norm, images in cut.items()}
+    cut = _flat({name: run.identity[name] for name in ("normalised_together",) if name in run.identity})
+    return settings(recorded_values(run)) | cut
 
 
 def identity_settings(run: Result) -> Settings:
