@@ -23,9 +23,14 @@ TOGETHER_SECONDS = 2.0  # signals so close to each other are one
 
 
 def leave_signals_to_the_main_process(worker: int = 0) -> None:
-    """Ctrl-C and a batch system's SIGTERM reach workers too, which must outlive the step that is being finished."""
+    """Ctrl-C and a batch system's SIGTERM reach workers too, which must outlive the step that is being finished.
+
+    That the main process then takes a batch no more, while it is handed over, is nothing to print a traceback for.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    usual = sys.excepthook  # what Python's thread for handing over files calls
+    sys.excepthook = lambda kind, *error: None if issubclass(kind, ConnectionError) else usual(kind, *error)
 
 
 def live_as_long_as_the_main_process() -> None:
