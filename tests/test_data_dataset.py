@@ -323,7 +323,7 @@ def test_padding_in_either_layout_and_in_shared_memory(
     assert stacked.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     assert stacked.is_shared() == shared
     if shared:
-        monkeypatch.delattr(torch.UntypedStorage, "_new_shared")  # private, and may go
+        monkeypatch.setattr(torch.UntypedStorage, "_new_shared", None)  # private, and may go
         assert empty_batch([(5, 9)], 4, channels_last=channels_last, shared=True)[0].is_shared()
     for slot, image in zip(stacked, images, strict=True):
         expected = torch.zeros(3, 8, 12, dtype=torch.uint8)
