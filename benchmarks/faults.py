@@ -12,6 +12,7 @@ imports. Linux only: forks, /proc, namespaces. GPUs are not used.
 from __future__ import annotations
 
 import argparse
+import atexit
 import ctypes
 import hashlib
 import importlib
@@ -169,7 +170,10 @@ def _become(line: str, folder: Path, limits: Mapping[int, int], events: mmap.mma
         resource.setrlimit(what, (limit, limit))
     sys.addaudithook(partial(_count, str(folder), os.getpid(), events, fatal))
     sys.argv = ["semiseg", *shlex.split(line)]
-    importlib.import_module("semiseg.__main__").main()
+    try:
+        importlib.import_module("semiseg.__main__").main()
+    finally:
+        atexit._run_exitfuncs()  # which a fork leaves out, and a command does not
 
 
 def _count(folder: str, process: int, events: mmap.mmap, fatal: int, event: str, details: tuple[Any, ...]) -> None:
@@ -380,9 +384,10 @@ def killed(name: str, shop: Workshop, number: int, draw: random.Random) -> Verdi
     if done.refusal() is None and "another process" in done.err:
         leftovers(wanted.timeout)
         done = run()
-    if done.code != 0:
+    found = difference(wanted.tree, tree(folder, job.loose))
+    if done.code != 0 and (found or "exists already" not in done.err):  # killed when all was done
         wrong.append(f"run again: {done.told}")
-    elif found := difference(wanted.tree, tree(folder, job.loose)):
+    elif found:
         wrong.append(found)
     if alive := leftovers(PATIENCE):
         wrong.append(f"processes left over: {', '.join(alive)}")

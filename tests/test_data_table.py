@@ -20,7 +20,7 @@ from semiseg.data import table as table_module
 from semiseg.data.coco import image_records, read_coco
 from semiseg.data.table import Table, load_table, missing_images
 from semiseg.errors import UserError
-from semiseg.resources import whole_folder
+from semiseg.resources import lock, whole_folder
 from tests.coco_files import CocoFiles, make_coco
 
 
@@ -141,6 +141,17 @@ def test_two_converting_at_once_without_locks_both_end_up_fine(tmp_path: Path, m
     assert len(tables) == 2
     assert tables[0].rows.to_list() == tables[1].rows.to_list()
     assert [path.name for path in cache.iterdir()] == [folder_of(tables[0])]
+
+
+def test_a_lock_of_a_killed_conversion_goes_and_a_held_one_stays(tmp_path: Path) -> None:
+    files, cache = make_coco(tmp_path), tmp_path / "cache"
+    load_table(files.annotations, files.images, cache=cache)
+    (cache / ".lock").touch()
+    load_table(files.annotations, files.images, cache=cache)
+    assert not (cache / ".lock").exists()
+    with lock(cache / ".lock"):  # another conversion is under way
+        assert len(load_table(files.annotations, files.images, cache=cache)) == 4
+        assert (cache / ".lock").exists()
 
 
 def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,14 +144,17 @@ def _open(
     A damaged table is made anew beside itself and stays: what cannot be opened here, say for a stale handle of a
     network file system, may be mapped into the memory of other jobs.
     """
-    base = folder
+    base, place = folder, folder.parent / ".lock"
+    if folder.is_dir() and place.exists():  # left by a killed process, if nobody has locked it
+        with suppress(TimeoutError, OSError), lock(place):
+            pass
     for number in count(2):
         if not folder.is_dir():
             folder.parent.mkdir(parents=True, exist_ok=True)
             # One at a time: a conversion needs gigabytes, and those that wait find it done.
             waiting = f"{folder.parent}: another process converts annotations; waiting"
             try:
-                with lock(folder.parent / ".lock", waiting=waiting):
+                with lock(place, waiting=waiting):
                     if not folder.is_dir():
                         _convert(annotations, images, folder, annotations_required)
             except BaseException:
