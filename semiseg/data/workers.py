@@ -30,7 +30,7 @@ def leave_signals_to_the_main_process(worker: int = 0) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     usual = sys.excepthook  # what Python's thread for handing over files calls
-    sys.excepthook = lambda kind, *error: None if issubclass(kind, ConnectionError) else usual(kind, *error)
+    sys.excepthook = lambda kind, *error: None if issubclass(kind, ConnectionError | EOFError) else usual(kind, *error)
 
 
 def live_as_long_as_the_main_process() -> None:
