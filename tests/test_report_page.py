@@ -176,7 +176,8 @@ def test_all_files_are_there_and_every_reference_is_right(report):
     assert set(references) == files - drawn - {"index.html", "measured.json", "report.md"}
     assert sum(path.stat().st_size for path in (report.parent / "figures").iterdir()) < 1_500_000
     for path in (report.parent / "figures").glob("*.png"):
-        assert Image.open(path).size[0] > 400
+        with Image.open(path) as image:
+            assert image.size[0] > 400
 
 
 def test_the_page_for_browsers_is_whole_and_in_the_order_of_the_text(report):
