@@ -8,7 +8,7 @@ from torch import nn
 from semiseg.config import OptimConfig
 from semiseg.engine.schedules import one_cycle, step_schedule
 
-NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
+NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, *, scaled: bool = False) -> torch.optim.Optimizer:

@@ -181,8 +181,7 @@ def train(
             validated = False
             parts = _next_parts(batches, state, window, stop)
             if parts is None:
-                _save(state, out)
-                raise KeyboardInterrupt(_stopped(state))
+                _stop(state, out)
             report = optimizer_step(state, parts, out=out, stop=stop)
             window.add(report)
             if log:
@@ -190,18 +189,20 @@ def train(
             if state.step % config.runtime.log_every == 0 or state.step == state.steps:
                 _log_window(state, window, log)
                 window = _Window()
-            # The last step is saved too: an interruption of the evaluation that follows costs no training.
-            if state.step % config.runtime.checkpoint_every == 0 or state.step == state.steps or report.stop:
-                _save(state, out)
             if report.stop:
-                raise KeyboardInterrupt(_stopped(state))
+                _stop(state, out)
+            # The last step is saved too: an interruption of the evaluation that follows costs no training.
+            if state.step % config.runtime.checkpoint_every == 0 or state.step == state.steps:
+                _save(state, out)
         if any(gather_object([stop.requested])):  # since the last step
-            raise KeyboardInterrupt(_stopped(state))
+            _stop(state, out)
     return state
 
 
-def _stopped(state: TrainState) -> str:
-    return f"stopped after step {state.step} of {state.steps}; '--resume' continues"
+def _stop(state: TrainState, out: Path) -> NoReturn:
+    """Ends the run as a signal wants it, with a checkpoint."""
+    _save(state, out)
+    raise KeyboardInterrupt(f"stopped after step {state.step} of {state.steps}; '--resume' continues")
 
 
 def open_log(state: TrainState, out: Path, *, progress: bool | None) -> TrainingLog:

@@ -6,6 +6,8 @@ is asked for objects of all sizes and only where a cell has objects; in all othe
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +17,7 @@ from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from semiseg.evaluation.precision import DETECTIONS_PER_IMAGE
+from semiseg.evaluation.precision import DETECTIONS_PER_IMAGE, Results
 
 ALL_AREAS = (0.0, 1e10)  # pixels; COCO's range of all objects
 
@@ -36,9 +38,7 @@ class Cell(NamedTuple):
     ignored: NDArray[np.bool_]
 
 
-def match_cells(
-    truth: COCO, results: Sequence[Mapping[str, Any]], iou_type: str, thresholds: Collection[float]
-) -> dict[Key, Cell]:
+def match_cells(truth: COCO, results: Results, iou_type: str, thresholds: Collection[float]) -> dict[Key, Cell]:
     """The cells with detections, matched as COCO's evaluation does for objects of all sizes.
 
     Args:
@@ -47,26 +47,22 @@ def match_cells(
         iou_type: "bbox" or "segm".
         thresholds: T IoU thresholds.
     """
-    evaluation: Any = COCOeval(iouType=iou_type)
-    evaluation.params.iouThrs = np.array(thresholds, dtype=np.float64)
-    evaluation.params.maxDets = [DETECTIONS_PER_IMAGE]
-    objects = _objects(truth, iou_type)
-    shape = "segmentation" if iou_type == "segm" else "bbox"
+    chosen = _by_score(results)
+    evaluation = _evaluation(truth, results, chosen, iou_type, thresholds)
+    images = defaultdict(list)  # with objects, of each class
+    for image, category in chosen.keys() & {(a["image_id"], a["category_id"]) for a in truth.dataset["annotations"]}:
+        images[category].append(image)
+    matched: dict[Key, Mapping[str, Any]] = {}
+    for category, some in images.items():
+        evaluation.params.catIds, evaluation.params.imgIds = [category], some
+        with contextlib.redirect_stdout(io.StringIO()):
+            evaluation.evaluate()
+        matched |= {(cell["image_id"], category): cell for cell in evaluation.evalImgs}
     cells = {}
-    for key, numbers in _by_score(results).items():
-        if key not in objects:
-            size = (len(thresholds), len(numbers))
-            cells[key] = Cell(numbers, np.zeros(size, np.int64), np.zeros(size, bool))
-            continue
-        evaluation._gts[key] = objects[key]
-        evaluation._dts[key] = [
-            # An area of 0 lies in the range of all areas, as every detection's does.
-            {"id": number + 1, "score": results[number]["score"], "area": 0, shape: results[number][shape]}
-            for number in numbers
-        ]
-        evaluation.ious[key] = evaluation.computeIoU(*key)
-        matched = evaluation.evaluateImg(*key, ALL_AREAS, DETECTIONS_PER_IMAGE)
-        cells[key] = Cell(numbers, matched["dtMatches"].astype(np.int64), matched["dtIgnore"].astype(bool))
+    for key, numbers in chosen.items():
+        size = (len(thresholds), len(numbers))
+        found = matched.get(key, {"dtMatches": np.zeros(size), "dtIgnore": np.zeros(size)})
+        cells[key] = Cell(numbers, found["dtMatches"].astype(np.int64), found["dtIgnore"].astype(bool))
     return cells
 
 
@@ -75,19 +71,29 @@ def counts(annotation: Mapping[str, Any]) -> bool:
     return not annotation["iscrowd"] and ALL_AREAS[0] <= annotation["area"] <= ALL_AREAS[1]
 
 
-def _objects(truth: COCO, iou_type: str) -> dict[Key, list[dict[str, Any]]]:
-    """The annotations of every cell, as pycocotools wants them."""
-    cells = defaultdict(list)
-    for annotation in truth.dataset["annotations"]:
-        if annotation["image_id"] in truth.imgs and annotation["category_id"] in truth.cats:
-            if iou_type == "segm":
-                annotation["segmentation"] = truth.annToRLE(annotation)
-            annotation["ignore"] = bool(annotation["iscrowd"])
-            cells[annotation["image_id"], annotation["category_id"]].append(annotation)
-    return dict(cells)
+def _evaluation(
+    truth: COCO, results: Results, chosen: Mapping[Key, Sequence[int]], iou_type: str, thresholds: Collection[float]
+) -> COCOeval:
+    """pycocotools' evaluation of the chosen detections, for objects of all sizes; which cells is still to be said."""
+    used = ("image_id", "category_id", "score", "segmentation" if iou_type == "segm" else "bbox")
+    predicted = COCO()
+    predicted.dataset = {name: truth.dataset[name] for name in ("images", "categories")}
+    predicted.dataset["annotations"] = [
+        # An area of 0 lies in the range of all areas, as every detection's does.
+        {"id": number + 1, "area": 0, **{name: results[number][name] for name in used}}
+        for numbers in chosen.values()
+        for number in numbers
+    ]
+    with contextlib.redirect_stdout(io.StringIO()):
+        predicted.createIndex()
+    evaluation = COCOeval(truth, predicted, iou_type)
+    evaluation.params.iouThrs = np.array(thresholds, dtype=np.float64)
+    evaluation.params.maxDets = [DETECTIONS_PER_IMAGE]
+    evaluation.params.areaRng, evaluation.params.areaRngLbl = [list(ALL_AREAS)], ["all"]
+    return evaluation
 
 
-def _by_score(results: Sequence[Mapping[str, Any]]) -> dict[Key, list[int]]:
+def _by_score(results: Results) -> dict[Key, list[int]]:
     """Places of the best detections of each cell; equal scores in the order given."""
     cells = defaultdict(list)
     for number in sorted(range(len(results)), key=lambda number: -results[number]["score"]):
