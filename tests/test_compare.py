@@ -271,6 +271,12 @@ def test_folders_of_semiseg_train(tmp_path: Path):
     assert f"semiseg train {tmp_path}/runs/mine/config.json --set seed=1 --out {tmp_path}/runs/mine-s1 &&" in note
     with pytest.raises(UserError, match=r"holds no finished run: there is no result\.json in it"):
         run_of_folder(tmp_path)
+    path = tmp_path / "runs" / "again" / "result.json"
+    values = json.loads(path.read_text())
+    for change in ({"metrics": 3}, {"steps": "5"}, {"finished": 5}, {"versions": []}, {"seconds": None}):
+        path.write_text(json.dumps(values | change))
+        with pytest.raises(UserError, match=rf"result\.json: not a result of this version \('{next(iter(change))}': "):
+            run_of_folder(path.parent)
     (tmp_path / "runs" / "mine" / "result.json").write_text('{"metrics": {}}')
     with pytest.raises(UserError, match="are not those of a finished run"):
         run_of_folder(tmp_path / "runs" / "mine")

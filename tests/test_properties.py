@@ -76,7 +76,7 @@ def complaint_of_the_reader(path: Path) -> str | None:
     return None
 
 
-@settings(REPRODUCIBLE, max_examples=60)
+@REPRODUCIBLE
 @given(data=st.data())
 def test_the_reader_and_the_check_agree_on_any_annotations(content: dict[str, Any], data: st.DataObject) -> None:
     changed = copy.deepcopy(content)
