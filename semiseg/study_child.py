@@ -273,7 +273,7 @@ def last_step(log: Path) -> tuple[int, int] | None:
         try:
             values = json.loads(line)
             return int(values["step"]), int(values["steps"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
     return None
 

@@ -5,7 +5,6 @@ Interrupting loses at most the steps since a run's last checkpoint; the same com
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -295,7 +294,7 @@ def _held_result(run: PlannedRun) -> dict[str, Any]:
 
 
 def _told_end(child: Child) -> str:
-    metrics = json.loads((child.run.folder / RESULT_NAME).read_text(encoding="utf-8"))["metrics"]
+    metrics = _held_result(child.run)["metrics"]
     kinds = {what: metrics.get(kind) or {} for what, kind in (("mask", "segm"), ("box", "bbox"))}
     found = {what: kind.get("groups", {}).get("all", {}).get("AP") for what, kind in kinds.items()}
     numbers = ", ".join(f"{what} AP {value:.1f}" for what, value in found.items() if value is not None)

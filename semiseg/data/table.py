@@ -150,17 +150,7 @@ def _open(
             pass
     for number in count(2):
         if not folder.is_dir():
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            # One at a time: a conversion needs gigabytes, and those that wait find it done.
-            waiting = f"{folder.parent}: another process converts annotations; waiting"
-            try:
-                with lock(place, waiting=waiting):
-                    if not folder.is_dir():
-                        _convert(annotations, images, folder, annotations_required)
-            except BaseException:
-                with suppress(OSError):  # others may have tables there
-                    folder.parent.rmdir()
-                raise
+            _convert_alone(annotations, images, folder, annotations_required, place)
             return _read(folder)
         try:
             return _read(folder)
@@ -168,6 +158,19 @@ def _open(
             logger.warning("%s: cannot be used (%s); remove it when no job reads it", folder, error)
         folder = base.with_name(f"{base.name}.{number}")
     raise AssertionError
+
+
+def _convert_alone(annotations: Path, images: Path, folder: Path, annotations_required: bool, place: Path) -> None:
+    """Converts under the lock at `place`: a conversion needs gigabytes, and those that wait find it done."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with lock(place, waiting=f"{folder.parent}: another process converts annotations; waiting"):
+            if not folder.is_dir():
+                _convert(annotations, images, folder, annotations_required)
+    except BaseException:
+        with suppress(OSError):  # others may have tables there
+            folder.parent.rmdir()
+        raise
 
 
 def _read(folder: Path) -> tuple[datasets.Dataset, dict[str, Any]]:
@@ -216,13 +219,9 @@ def missing_images(folder: Path, file_names: list[str]) -> list[str]:
 
 
 def _digest(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such annotation file") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    if not path.exists():
+        raise UserError(f"{path}: no such annotation file")
+    return file_digest(path, 64)
 
 
 def _convert(annotations: Path, images: Path, folder: Path, annotations_required: bool) -> None:
