@@ -56,8 +56,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     """(number of the line, its value) of every line that is not blank; nothing if there is no such file.
 
-    The value of a line that is no JSON, say cut off by an interruption, is None. Lines end at "\\n" alone: a text may
-    hold other signs that end a line elsewhere, such as U+2028.
+    The value of a line that is no JSON is the ValueError that says why. Lines end at "\\n" alone: a text may hold other
+    signs that end a line elsewhere, such as U+2028.
 
     Raises:
         UserError: the file cannot be read.
@@ -72,8 +72,8 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
         if line.strip():
             try:
                 yield number, from_json(line)
-            except ValueError:
-                yield number, None
+            except ValueError as error:
+                yield number, error
 
 
 def _read_text(path: Path) -> str:

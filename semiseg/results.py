@@ -138,14 +138,17 @@ def read(path: Path) -> list[Result]:
     A line cut off by an interruption is left out with a warning.
 
     Raises:
-        UserError: a whole line that is no result of this version; names file and line.
+        UserError: a line that is damaged in another way, or no result of this version; names file and line.
     """
     results = []
     for number, values in read_json_lines(path):
-        if values is None:
-            warnings.warn(f"{path}, line {number}: cut off by an interruption, or damaged; ignored", stacklevel=2)
+        where = f"{path}, line {number}"
+        if not isinstance(values, ValueError):
+            results.append(checked(values, where=where))
+        elif "EOF" in str(values):  # what every beginning of a line misses, and no other damage
+            warnings.warn(f"{where}: cut off by an interruption; ignored", stacklevel=2)
         else:
-            results.append(checked(values, where=f"{path}, line {number}"))
+            raise UserError(f"{where}: damaged ({values}); mend or remove this line")
     return results
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import os
 import warnings
 from pathlib import Path
 
@@ -127,6 +128,14 @@ def test_missing_file_and_folder_in_its_place(tmp_path: Path) -> None:
         read_image(tmp_path)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names")
+def test_a_pipe_and_a_device_are_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.png")
+    for path in (tmp_path / "a.png", Path(os.devnull)):
+        with pytest.raises(UserError, match=f"{path}: the image cannot be decoded: it is no file"):
+            read_image(path)
+
+
 def test_another_size_than_annotated(tmp_path: Path) -> None:
     Image.new("RGB", (6, 4)).save(tmp_path / "a.png")
     assert read_image(tmp_path / "a.png", size_hw=(4, 6)).shape == (3, 4, 6)
@@ -151,6 +160,7 @@ def test_a_photograph_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.M
     def refuse(path: Path, **_: object) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
+    (tmp_path / "a.png").touch()
     monkeypatch.setattr(Image, "open", refuse)  # a superuser may read everything
     with pytest.raises(UserError, match=r"a\.png: no permission to read the image$"):
         read_image(tmp_path / "a.png")

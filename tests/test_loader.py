@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import multiprocessing
 import os
@@ -253,22 +254,31 @@ def test_large_batches_wait_once_per_worker(tmp_path: Path, workers: int, batch_
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of Linux, and forked workers")
-@pytest.mark.parametrize(("limit", "told"), [("files", "ulimit -n"), ("memory", "--shm-size"), ("start", "ulimit -n")])
-def test_workers_that_cannot_pass_a_batch_on_are_one_sentence(tmp_path: Path, limit: str, told: str) -> None:
-    """And no wait for ever: what the limits forbid would else fail in a thread of the worker's."""
+@pytest.mark.parametrize(
+    ("limit", "told"),
+    [("files", "ulimit -n"), ("memory", "--shm-size"), ("start", "ulimit -n"), ("locks", "--shm-size")],
+)
+def test_workers_that_cannot_pass_a_batch_on_are_one_sentence(
+    tmp_path: Path, limit: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no wait for ever, nor a traceback beside it: what the limits forbid would else fail in a worker's thread."""
     import resource
 
     loader = train_loader(make_dataset(make_coco(tmp_path)), workers=1, start_method="fork")
-    kind = resource.RLIMIT_FSIZE if limit == "memory" else resource.RLIMIT_NOFILE
+    ignored: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", ignored.append)
+    kind = resource.RLIMIT_FSIZE if limit in ("memory", "locks") else resource.RLIMIT_NOFILE
     open_now = len(os.listdir("/proc/self/fd"))
     soft, hard = resource.getrlimit(kind)
-    value = {"files": open_now + 24, "memory": 2**13, "start": open_now + 1}[limit]
+    value = {"files": open_now + 24, "memory": 2**13, "start": open_now + 1, "locks": 0}[limit]
     resource.setrlimit(kind, (value, hard))
     try:
         with pytest.raises(UserError, match=rf"the loader's workers failed \(.*\): .*{told}.* runtime\.workers = 0"):
             list(loader)
     finally:
         resource.setrlimit(kind, (soft, hard))
+    gc.collect()
+    assert not ignored
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forked workers")

@@ -103,14 +103,24 @@ def test_a_sign_that_ends_lines_elsewhere_is_text_like_any_other(tmp_path: Path,
 
 
 @pytest.mark.parametrize("damaged", ["1" * 5000, "[" * 100_000, '"\\ud800"', "\x00"])
-def test_lines_that_no_reader_takes_are_ignored(tmp_path: Path, damaged: str) -> None:
-    """Numbers of thousands of digits, deep nesting, halves of a character."""
+def test_a_whole_line_that_no_reader_takes_is_refused(tmp_path: Path, damaged: str) -> None:
+    """Numbers of thousands of digits, deep nesting, halves of a character: a result would be missing in the tables."""
     path = tmp_path / "results.jsonl"
     append(path, RESULT)
     line = path.read_text(encoding="utf-8")
     path.write_text(line.replace('"seed": 0', f'"seed": {damaged}') + line, encoding="utf-8")
-    with pytest.warns(UserWarning, match=r"results\.jsonl, line 1: cut off by an interruption, or damaged; ignored"):
-        assert read(path) == [RESULT]
+    with pytest.raises(UserError, match=r"results\.jsonl, line 1: damaged \(.*\); mend or remove this line"):
+        read(path)
+
+
+def test_every_beginning_of_a_line_is_known_as_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    append(path, replace(RESULT, row="\u2028é", command=["\ud800"], seconds=1.5e-7))
+    line = path.read_bytes()
+    for length in range(1, len(line) - 1):
+        path.write_bytes(line[:length])
+        with pytest.warns(UserWarning, match=r"results\.jsonl, line 1: cut off by an interruption; ignored"):
+            assert read(path) == []
 
 
 def test_an_argument_that_is_not_utf8_loses_its_sign_and_not_the_result(tmp_path: Path) -> None:

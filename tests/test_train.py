@@ -10,18 +10,20 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, is_initialized
+from PIL import Image
 from torch import Tensor
 
 import semiseg
 from semiseg.config import RunConfig
+from semiseg.data.images import open_image
 from semiseg.engine import train as training
 from semiseg.engine.build import build_data, build_step, build_training_loader
 from semiseg.engine.checkpoint import load_tensors
@@ -174,7 +176,7 @@ def test_an_accelerator_of_the_callers_own_keeps_its_precision(root: Path, tmp_p
 def test_a_signal_while_data_do_not_come_saves_and_the_run_continues_exactly(
     tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An image that never opens (a pipe nobody writes to) stands for storage that does not answer."""
+    """An image that never opens stands for storage that does not answer."""
     config = tiny_config(tmp_path, runtime={"workers": workers})
     execute_run(config, out=tmp_path / "whole", progress=False)
     data, out = build_data(config), tmp_path / "cut"
@@ -182,12 +184,11 @@ def test_a_signal_while_data_do_not_come_saves_and_the_run_continues_exactly(
         config, data, steps=4, start_step=0, processes=1, rank=0, pin_memory=False
     ).batch_sampler)  # fmt: skip
     image = data.train.images_folder / data.train.rows[keys[2][0][0]]["file_name"]  # of the third step, new in it
-    content = image.read_bytes()
 
-    def loader_of_a_pipe(*arguments: Any, **keywords: Any) -> Any:
-        image.unlink()
-        os.mkfifo(image)
-        return build_training_loader(*arguments, **keywords)
+    def open_or_wait(file: Path) -> Image.Image:
+        if file == image:
+            time.sleep(1000)
+        return open_image(file)
 
     ended = threading.Event()
 
@@ -201,16 +202,12 @@ def test_a_signal_while_data_do_not_come_saves_and_the_run_continues_exactly(
     watcher.start()
     try:
         with monkeypatch.context() as patch:
-            patch.setattr("semiseg.engine.train.build_training_loader", loader_of_a_pipe)
-            with pytest.raises(KeyboardInterrupt, match="stopped after step 2 of 4; '--resume' continues") as caught:
+            patch.setattr("semiseg.data.images.open_image", open_or_wait)
+            with pytest.raises(KeyboardInterrupt, match="stopped after step 2 of 4; '--resume' continues"):
                 execute_run(config, out=out, progress=False)
     finally:
         ended.set()
         watcher.join()
-        os.close(os.open(image, os.O_RDWR | os.O_NONBLOCK))  # whoever waits for it goes on
-        image.unlink()
-        image.write_bytes(content)
-    del caught  # with the loader, whose worker has an end now
     execute_run(config, out=out, progress=False)
     models = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "cut")]
     assert models[0] == models[1]

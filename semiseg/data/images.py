@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -99,6 +100,8 @@ def _installed_formats() -> tuple[str, ...]:
 def _opened(path: Path, size_hw: tuple[int, int] | None) -> Iterator[Image.Image]:
     """The image, its header read and its size compared; whatever goes wrong, also inside the block, is a `BadValue`."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ValueError("it is no file")  # a pipe would be waited for
         with open_image(path) as image:
             if size_hw is not None and (image.height, image.width) != tuple(size_hw):
                 _wrong_size(image, size_hw)

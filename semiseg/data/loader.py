@@ -231,7 +231,11 @@ class BatchLoader(DataLoader):
         ours = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
         handler = signal.getsignal(signal.SIGCHLD) if ours else None
         try:
-            _require_files(SPARE_FILES if self.num_workers else 0)
+            if self.num_workers:
+                _require_files(SPARE_FILES)
+                # What torch is about to make. An iterator that could not get it prints a traceback when it is removed.
+                spare = [multiprocessing.Event() for _ in range(self.num_workers + 2)]
+                del spare
             return super().__iter__()
         except OSError as error:
             raise UserError(told_lack(error)) from None

@@ -94,7 +94,7 @@ def read_curves(path: Path, *, final: tuple[int, float | None]) -> TrainingCurve
     validations: dict[int, float] = {}
     with suppress(UserError):  # a log that cannot be read
         for _, record in read_json_lines(path):
-            if record is None:
+            if isinstance(record, ValueError):
                 break
             if not isinstance(record, dict) or type(record.get("step")) is not int:
                 continue
