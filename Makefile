@@ -19,9 +19,9 @@ quickstart-short: $(STAMP)
 bench-quick: $(STAMP)
 	$(BIN)/semiseg bench --quick
 
-## test: the tests
+## test: the tests, two at a time, of one thread each: threads that wait for each other's cores take many times as long
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 ## lint, types: what CI checks beside the tests
 lint: $(STAMP)

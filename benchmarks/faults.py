@@ -426,7 +426,8 @@ def hindered(kind: str, shop: Workshop, number: int, draw: random.Random) -> Ver
     done = command(job.line, folder, timeout=wanted.timeout, limits=limits)
     wrong = [done.refusal()] if done.code != 0 else []
     give_back()
-    done = command(job.line, folder, timeout=wanted.timeout)
+    if done.code != 0:
+        done = command(job.line, folder, timeout=wanted.timeout)
     wrong.append(difference(wanted.tree, tree(folder, job.loose)) if done.code == 0 else f"then: {done.told}")
     if shop.keep and kind not in LIMITS:
         shutil.copytree(folder, folder.with_name("kept"))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -15,14 +15,14 @@ REPOSITORY = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of this source tree, unpacked as pip does it, without its dependencies."""
+    """The wheel of this source tree, unpacked, without its dependencies."""
     folder = tmp_path_factory.mktemp("wheel")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
     subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", str(folder), str(REPOSITORY)], check=True)
     (wheel,) = folder.glob("semiseg-*.whl")
-    target = folder / "site"
-    subprocess.run([*pip, "install", "--no-deps", "--no-compile", "--target", str(target), str(wheel)], check=True)
-    return target
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "site")
+    return folder / "site"
 
 
 def call(installed: Path, cwd: Path, *arguments: str) -> str:
@@ -45,7 +45,8 @@ def test_shipped_files_work_in_an_empty_folder(installed: Path, tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
     record = Path("reports", "shapes", "results.jsonl")
     (tmp_path / record).parent.mkdir(parents=True)
-    shutil.copy(REPOSITORY / record, tmp_path / record)
+    first = (REPOSITORY / record).read_bytes().split(b"\n")[0]  # of many: a page of few figures
+    (tmp_path / record).write_bytes(first + b"\n")
     # The report reads the shipped printed numbers: Table 6 prints 19.9 AP for `neither` on unseen classes.
     call(installed, tmp_path, "report", "shapes")
     for name in ("report.md", "index.html"):
