@@ -102,7 +102,7 @@ BOXES = {"supervision": {"source": "boxes"}}
 MASKS = {"supervision": {"source": "masks"}}
 
 
-def test_runs_that_differ_in_their_seed_alone_are_one_row():
+def test_runs_that_differ_in_their_seed_alone_are_one_row() -> None:
     starts = [made_run("pretrain", seed, **BOXES) for seed in range(2)]
     boxes = [made_run("box+er", seed, init=start, **BOXES) for seed, start in enumerate(starts)]
     masks = made_run("full", 1, init=starts[1], **MASKS)
@@ -126,7 +126,7 @@ def test_runs_that_differ_in_their_seed_alone_are_one_row():
         {"runtime": {"precision": "bf16"}},
     ],
 )
-def test_another_configuration_is_another_row(changes):
+def test_another_configuration_is_another_row(changes) -> None:
     same = made_run("r", 0, **BOXES)
     other = made_run("r", 1, study="second", **{**BOXES, **changes})
     report = compared(same, other)
@@ -136,7 +136,7 @@ def test_another_configuration_is_another_row(changes):
     assert row_names(compared(same, again)) == ["r"]
 
 
-def test_another_start_is_another_row_and_is_named():
+def test_another_start_is_another_row_and_is_named() -> None:
     short, long = (made_run("pretrain", 0, **{**BOXES, "optim": {"steps": steps}}) for steps in (10, 20))
     runs = [made_run("r", seed, init=start, **BOXES) for seed, start in enumerate((short, long))]
     report = compared(*runs, known=(short, long))
@@ -151,7 +151,7 @@ def test_another_start_is_another_row_and_is_named():
     assert "start.optim" not in told
 
 
-def test_the_same_seed_of_a_configuration_twice_is_two_rows():
+def test_the_same_seed_of_a_configuration_twice_is_two_rows() -> None:
     first = made_run("r", 0, **BOXES)
     again = replace(
         first,
@@ -161,7 +161,7 @@ def test_the_same_seed_of_a_configuration_twice_is_two_rows():
     assert names == [f"first: r {first.run_id[:6]}", "first: r ffffff"]
 
 
-def test_numbers_on_different_validation_data_are_refused():
+def test_numbers_on_different_validation_data_are_refused() -> None:
     mine = made_run("mine", **BOXES)
     other = made_run("other", **{**BOXES, "data": {"shapes": {"val_seed": 9}}})
     told = r"'mine' seed 0 \(\w+\) and 'other' seed 0 .* not measured on the same validation data.*seed 2.*seed 9"
@@ -172,7 +172,7 @@ def test_numbers_on_different_validation_data_are_refused():
         compared(mine, more)
 
 
-def test_other_training_data_may_stand_beside_it_and_are_named():
+def test_other_training_data_may_stand_beside_it_and_are_named() -> None:
     mine = made_run("mine", **BOXES)
     other = made_run("other", **{**BOXES, "data": {"shapes": {"train_seed": 9}}})
     report = compared(mine, other)
@@ -182,7 +182,7 @@ def test_other_training_data_may_stand_beside_it_and_are_named():
     assert "`data.shapes.train_seed` (1: mine; 9: other)" in told
 
 
-def test_the_fingerprint_of_the_validation_data_decides_where_it_is_recorded():
+def test_the_fingerprint_of_the_validation_data_decides_where_it_is_recorded() -> None:
     def coco(row: str, data: str, val: str | None) -> Result:
         made = made_run(row, **{**BOXES, "data": {"format": "coco"}})
         return replace(made, run_id=row, data_fingerprint=data, val_fingerprint=val)
@@ -197,14 +197,14 @@ def test_the_fingerprint_of_the_validation_data_decides_where_it_is_recorded():
             compared(*refused)
 
 
-def test_other_classes_are_refused():
+def test_other_classes_are_refused() -> None:
     mine, other = made_run("mine"), made_run("other", seed=1)
     metrics = {**other.metrics, "instances": {"a_ring": 2, "dog": 1}}
     with pytest.raises(UserError, match=r"different classes: they differ in b\|<b>, dog, 猫 café"):
         compared(mine, replace(other, metrics=metrics))
 
 
-def test_class_groups_are_those_of_the_runs_or_of_the_split_that_is_named():
+def test_class_groups_are_those_of_the_runs_or_of_the_split_that_is_named() -> None:
     for name, seen in (("few", CLASSES[:1]), ("many", CLASSES[:2])):
         write_split(make_split(name, CLASSES, seen=seen), Path("splits") / f"{name}.toml")
     few, many = (made_run("r", **{"supervision": {"source": "split", "split": name}}) for name in ("few", "many"))
@@ -224,7 +224,7 @@ def test_class_groups_are_those_of_the_runs_or_of_the_split_that_is_named():
     assert "The class split `gone` is not here" in compared(gone, boxes).notes[0]
 
 
-def test_what_fills_missing_seeds():
+def test_what_fills_missing_seeds() -> None:
     boxes = [made_run("r", seed, **BOXES) for seed in range(3)]
     masks = made_run("full", 0, **MASKS)
     recorded = compared(*boxes[:2], masks, made_run("full", 1, **MASKS)).notes
@@ -256,7 +256,7 @@ def train_folder(path: Path, seed: int = 0) -> Path:
     return path
 
 
-def test_folders_of_semiseg_train(tmp_path: Path):
+def test_folders_of_semiseg_train(tmp_path: Path) -> None:
     run = run_of_folder(train_folder(tmp_path / "runs" / "mine"))
     result = run.result
     assert (result.row, result.study, result.seed, result.processes, result.val_fingerprint) == ("mine", "", 0, 2, "v")
@@ -282,7 +282,7 @@ def test_folders_of_semiseg_train(tmp_path: Path):
         run_of_folder(tmp_path / "runs" / "mine")
 
 
-def test_runs_are_found_by_id_row_and_folder():
+def test_runs_are_found_by_id_row_and_folder() -> None:
     few = {"supervision": {"source": "split", "split": "few"}}
     many = {"supervision": {"source": "split", "split": "splits/many.toml"}}
     runs = [made_run("r", seed, **few) for seed in range(2)] + [made_run("r", 0, **many)]
@@ -315,14 +315,14 @@ def test_runs_are_found_by_id_row_and_folder():
         find_runs("first:r:few", known_runs())
 
 
-def test_the_beginning_of_several_ids_names_them():
+def test_the_beginning_of_several_ids_names_them() -> None:
     runs = [replace(made_run("r", seed), run_id=f"ab{seed}" + "0" * 13) for seed in range(2)]
     record(*runs)
     with pytest.raises(UserError, match=r"ab: 2 runs have an id that begins so: ab0\w+ \(first:r:0\), ab1"):
         find_runs("ab", known_runs())
 
 
-def test_the_verb_prints_the_table_and_writes_the_report_twice_the_same():
+def test_the_verb_prints_the_table_and_writes_the_report_twice_the_same() -> None:
     names = ("box|er", "_<b>猫%#")
     runs = [made_run(names[0], seed, **BOXES) for seed in range(2)]
     runs += [made_run(names[1], seed, study="second", ap=20.0, **MASKS) for seed in range(2)]
@@ -345,7 +345,7 @@ def test_the_verb_prints_the_table_and_writes_the_report_twice_the_same():
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
-def test_bad_input_is_one_sentence_and_exit_code_2():
+def test_bad_input_is_one_sentence_and_exit_code_2() -> None:
     record(made_run("r", **BOXES), made_run("o", **{**BOXES, "data": {"shapes": {"val_seed": 5}}}))
     for arguments, told in (
         (["first:r"], "semiseg: first:r: is one run; a comparison needs two or more"),

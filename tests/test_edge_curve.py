@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -30,7 +31,7 @@ ANNOTATIONS = [
 ]
 
 
-def make_files(folder: Path, annotations: list[dict]) -> CocoFiles:
+def make_files(folder: Path, annotations: list[dict[str, Any]]) -> CocoFiles:
     return smooth(make_coco(folder, sizes_hw=[(46, 37), (40, 50)], annotations=annotations))
 
 
@@ -40,7 +41,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> CocoFiles:
 
 
 def test_each_class_has_the_shares_of_its_own_instances(files: CocoFiles, tmp_path: Path) -> None:
-    def measure(of: CocoFiles) -> dict:
+    def measure(of: CocoFiles) -> dict[str, Any]:
         found = measure_edges(
             of.annotations, of.images, neighbourhoods=[Neighbourhood(3, 1), Neighbourhood(5, 2)],
             thresholds=(0.3, 0.0, 0.1), stride=2, short_side=0, long_side=1333, bottom_rows=3,

@@ -36,7 +36,9 @@ def rectangle(x: float, y: float, width: float, height: float) -> np.ndarray:
     return mask
 
 
-def detection(image: int, category: int, box: list[float], score: float, mask: np.ndarray | None = None) -> dict:
+def detection(
+    image: int, category: int, box: list[float], score: float, mask: np.ndarray | None = None
+) -> dict[str, Any]:
     mask = rectangle(*box) if mask is None else mask
     return {"image_id": image, "category_id": category, "bbox": box, "score": score, "segmentation": encode(mask)}
 
@@ -98,7 +100,7 @@ def box_iou(first: list[float], second: list[float]) -> float:
     return common / (first[2] * first[3] + second[2] * second[3] - common)
 
 
-def slow_pairs(results: list[dict], partners: list[dict]) -> list[int | None]:
+def slow_pairs(results: list[dict[str, Any]], partners: list[dict[str, Any]]) -> list[int | None]:
     """By score, each takes the free partner of its image and class with the highest IoU from 0.5."""
     taken: set[int] = set()
     pairs: list[int | None] = [None] * len(results)
@@ -192,7 +194,9 @@ def other_order(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{**item, "score": 0.99 if item["image_id"] == 3 else item["score"]} for item in results]
 
 
-def make_page(folder: Path, annotations: Path, runs: dict[tuple[str, int], list[dict]], **more: Any) -> PageContext:
+def make_page(
+    folder: Path, annotations: Path, runs: dict[tuple[str, int], list[dict[str, Any]]], **more: Any
+) -> PageContext:
     """A page of one table; `runs`: (row, seed) -> its stored detections."""
     names = list(dict.fromkeys(row for row, _ in runs))
     rows = tuple(ReportRow(name, "", "", name, every_mask=name == "full-masks") for name in names)

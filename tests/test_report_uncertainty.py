@@ -130,7 +130,9 @@ def three_seeds(tmp_path_factory: pytest.TempPathFactory) -> ReportInput:
 
 
 @pytest.mark.parametrize("which", ["one_seed", "three_seeds"])
-def test_intervals_are_the_percentiles_of_paired_resamples(which, request, tmp_path):
+def test_intervals_are_the_percentiles_of_paired_resamples(
+    which, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     report: ReportInput = request.getfixturevalue(which)
     (numbers,) = with_image_intervals(context(report, tmp_path))
     assert numbers.images is not None
@@ -150,7 +152,7 @@ def test_intervals_are_the_percentiles_of_paired_resamples(which, request, tmp_p
     assert numbers.difference(NEITHER, BEST).image_interval == numbers.between(NEITHER, BEST, "unseen").image_interval
 
 
-def test_a_share_of_a_gap_that_may_be_nothing_has_no_interval(one_seed, tmp_path):
+def test_a_share_of_a_gap_that_may_be_nothing_has_no_interval(one_seed: ReportInput, tmp_path: Path) -> None:
     swapped = {
         key: one_seed.results[TABLE.name, NEITHER if key[1] == UPPER_BOUND else key[1], 0] for key in one_seed.results
     }
@@ -160,7 +162,7 @@ def test_a_share_of_a_gap_that_may_be_nothing_has_no_interval(one_seed, tmp_path
     assert numbers.between(NEITHER, UPPER_BOUND, "unseen").resolved is False
 
 
-def test_thresholds_are_the_recorded_ap(one_seed, tmp_path):
+def test_thresholds_are_the_recorded_ap(one_seed: ReportInput, tmp_path: Path) -> None:
     page = context(one_seed, tmp_path)
     for run in one_seed.runs():
         found = thresholds_of(page, run)
@@ -172,7 +174,9 @@ def test_thresholds_are_the_recorded_ap(one_seed, tmp_path):
                 assert found[iou_type][name][5] == pytest.approx(numbers["AP75"], abs=1e-3)
 
 
-def test_every_run_is_matched_once_and_not_again_without_its_folder(one_seed, tmp_path, monkeypatch):
+def test_every_run_is_matched_once_and_not_again_without_its_folder(
+    one_seed: ReportInput, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = []
 
     def counted(*arguments: Any) -> Matches:
@@ -197,7 +201,9 @@ def test_every_run_is_matched_once_and_not_again_without_its_folder(one_seed, tm
     assert len(calls) == 8
 
 
-def test_whose_detections_they_are_is_asked_once_for_each_file(one_seed, tmp_path, monkeypatch):
+def test_whose_detections_they_are_is_asked_once_for_each_file(
+    one_seed: ReportInput, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     page, run = context(one_seed, tmp_path), one_seed.results[TABLE.name, BEST, 0]
     results = page.stored.of(run)
     assert results
@@ -215,7 +221,9 @@ def test_whose_detections_they_are_is_asked_once_for_each_file(one_seed, tmp_pat
     assert context(replace(one_seed, val_annotations=path), tmp_path).stored.of(run) is None
 
 
-def test_what_was_measured_on_one_training_is_not_said_of_another_of_the_same_run(one_seed, tmp_path):
+def test_what_was_measured_on_one_training_is_not_said_of_another_of_the_same_run(
+    one_seed: ReportInput, tmp_path: Path
+) -> None:
     page = context(one_seed, tmp_path)
     run = one_seed.runs()[0]
     assert thresholds_of(page, run) is not None
@@ -226,7 +234,7 @@ def test_what_was_measured_on_one_training_is_not_said_of_another_of_the_same_ru
     assert thresholds_of(later, again) is None
 
 
-def test_without_detections_the_page_says_what_it_said(one_seed, tmp_path):
+def test_without_detections_the_page_says_what_it_said(one_seed: ReportInput, tmp_path: Path) -> None:
     page = context(replace(one_seed, run_folders={}), tmp_path)
     (numbers,) = with_image_intervals(page)
     assert numbers is page.tables[0]
@@ -236,7 +244,7 @@ def test_without_detections_the_page_says_what_it_said(one_seed, tmp_path):
     assert "no claim" in difference_section(one_seed, numbers, pd.DataFrame())[-1]
 
 
-def test_a_row_without_detections_leaves_the_others_theirs(one_seed, tmp_path):
+def test_a_row_without_detections_leaves_the_others_theirs(one_seed: ReportInput, tmp_path: Path) -> None:
     gone = one_seed.results[TABLE.name, BEST, 0].run_id
     folders = {run_id: path for run_id, path in one_seed.run_folders.items() if run_id != gone}
     (numbers,) = with_image_intervals(context(replace(one_seed, run_folders=folders), tmp_path))
@@ -247,14 +255,18 @@ def test_a_row_without_detections_leaves_the_others_theirs(one_seed, tmp_path):
 
 
 @pytest.mark.parametrize("content", ["[", "[]", '[{"image_id": 0}]', '{"a": 1}'])
-def test_detections_that_are_not_those_of_the_run_are_not_measured(one_seed, tmp_path, content):
+def test_detections_that_are_not_those_of_the_run_are_not_measured(
+    one_seed: ReportInput, tmp_path: Path, content
+) -> None:
     run: Result = one_seed.results[TABLE.name, BEST, 0]
     (tmp_path / "detections.json").write_text(content)
     folders = {**one_seed.run_folders, run.run_id: tmp_path}
     assert context(replace(one_seed, run_folders=folders), tmp_path).stored.matches(run) is None
 
 
-def test_other_annotations_are_not_measured_and_objects_without_masks_have_boxes(one_seed, tmp_path):
+def test_other_annotations_are_not_measured_and_objects_without_masks_have_boxes(
+    one_seed: ReportInput, tmp_path: Path
+) -> None:
     run, truth = one_seed.results[TABLE.name, BEST, 0], annotations()
     path = tmp_path / "val.json"
     path.write_text(json.dumps({**truth, "annotations": truth["annotations"][3:]}))
@@ -285,7 +297,9 @@ def test_other_annotations_are_not_measured_and_objects_without_masks_have_boxes
         ((2.0, -2.0, 2.1), (-0.5, 3.0), False, "not resolved over seeds and images"),
     ],
 )
-def test_a_difference_is_resolved_only_if_every_interval_leaves_out_zero(values, image_interval, resolved, words):
+def test_a_difference_is_resolved_only_if_every_interval_leaves_out_zero(
+    values, image_interval, resolved, words
+) -> None:
     found = Difference("a", "b", "all", values, image_interval)
     assert found.resolved is resolved
     assert reading(found) == words
@@ -295,7 +309,7 @@ def intervals_with(numbers, changed: dict[tuple[str, str, str], tuple[float, flo
     return replace(numbers.images, differences={**numbers.images.differences, **changed})
 
 
-def test_what_is_not_resolved_is_marked_wherever_it_is_named(three_seeds, tmp_path):
+def test_what_is_not_resolved_is_marked_wherever_it_is_named(three_seeds: ReportInput, tmp_path: Path) -> None:
     (numbers,) = with_image_intervals(context(three_seeds, tmp_path))
     around = (-1.0, 1.0)
     pairs = [(NEITHER, "projection"), (NEITHER, BEST), (BEST, UPPER_BOUND), (NEITHER, UPPER_BOUND)]
@@ -316,7 +330,7 @@ def test_what_is_not_resolved_is_marked_wherever_it_is_named(three_seeds, tmp_pa
     assert "95 % over seeds | 95 % over images" in section[2]
 
 
-def test_one_seed_is_judged_over_images_and_the_page_says_so(one_seed, tmp_path):
+def test_one_seed_is_judged_over_images_and_the_page_says_so(one_seed: ReportInput, tmp_path: Path) -> None:
     (numbers,) = with_image_intervals(context(one_seed, tmp_path))
     low, high = numbers.images.shares[BEST]
     assert f" % [{low:.0f}, {high:.0f}] of the gap" in answer([numbers])
@@ -330,7 +344,7 @@ def test_one_seed_is_judged_over_images_and_the_page_says_so(one_seed, tmp_path)
     assert f"{RESAMPLES} resamples of the {IMAGES} images" in cells[1]
 
 
-def test_folders_can_be_gone_while_a_page_is_written(one_seed, tmp_path):
+def test_folders_can_be_gone_while_a_page_is_written(one_seed: ReportInput, tmp_path: Path) -> None:
     run = one_seed.results[TABLE.name, BEST, 0]
     copy = shutil.copytree(one_seed.run_folders[run.run_id], tmp_path / "run")
     page = context(replace(one_seed, run_folders={run.run_id: copy}), tmp_path)
@@ -339,7 +353,7 @@ def test_folders_can_be_gone_while_a_page_is_written(one_seed, tmp_path):
     assert page.stored.matches(run) is found
 
 
-def test_two_trainings_of_one_run_have_a_matching_each(one_seed, tmp_path):
+def test_two_trainings_of_one_run_have_a_matching_each(one_seed: ReportInput, tmp_path: Path) -> None:
     """The folder holds the detections of one of them; asked first or last, it is not that of the other."""
     run = one_seed.results[TABLE.name, BEST, 0]
     again = replace(run, metrics=one_seed.results[TABLE.name, NEITHER, 0].metrics)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ def rectangle(x: int, y: int, width: int, height: int) -> np.ndarray:
     return mask
 
 
-def encode(mask: np.ndarray) -> dict:
+def encode(mask: np.ndarray) -> dict[str, Any]:
     value = rle.encode(np.asfortranarray(mask.astype(np.uint8)))
     return {"size": value["size"], "counts": value["counts"].decode()}
 
@@ -101,7 +102,7 @@ def test_means_per_class_over_what_was_found(tmp_path: Path) -> None:
     truth = load_ground_truth(write_truth(tmp_path))
     assert prepare_masks(truth)
 
-    def found(image: int, category: int, box: list[float], score: float, mask: np.ndarray) -> dict:
+    def found(image: int, category: int, box: list[float], score: float, mask: np.ndarray) -> dict[str, Any]:
         return {"image_id": image, "category_id": category, "bbox": box, "score": score, "segmentation": encode(mask)}
 
     results = [
