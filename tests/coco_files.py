@@ -26,7 +26,7 @@ class CocoFiles:
     images: Path
     content: dict[str, Any]
 
-    def rewrite(self, change: Callable[[dict[str, Any]], None]) -> CocoFiles:
+    def rewrite(self, change: Callable[[dict[str, Any]], object]) -> CocoFiles:
         content = json.loads(json.dumps(self.content))
         change(content)
         self.annotations.write_text(json.dumps(content))

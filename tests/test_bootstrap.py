@@ -34,7 +34,8 @@ def encode(box: np.ndarray) -> dict[str, Any]:
 def content(seed: int = 0) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """A ground truth and detections near it, with crowd, false ones and an image without objects; all scores differ."""
     random = np.random.default_rng(seed)
-    annotations, detections = [], []
+    annotations: list[dict[str, Any]] = []
+    detections: list[dict[str, Any]] = []
     for image in range(IMAGES):
         for number in range(0 if image == 3 else 5):
             box = np.concatenate([random.integers(0, 20, 2), random.integers(6, 18, 2)])
@@ -226,7 +227,9 @@ def test_interval_is_about_as_wide_as_the_spread_over_images() -> None:
     order = np.argsort(~right, kind="stable")  # all true positives first: AP is the recall, 0.5
     found = ClassMatches(np.arange(images)[order], matched[:, order], np.zeros_like(matched))
     matches = Matches(("a",), (found,), np.ones((1, images), np.int64))
-    low, high = percentile_interval(bootstrap([matches], [("a",)])[:, 0, 0])
+    interval = percentile_interval(bootstrap([matches], [("a",)])[:, 0, 0])
+    assert interval is not None
+    low, high = interval
     half = 196 * 0.5 / np.sqrt(images)  # of a binomial share, in percent
     assert low == pytest.approx(50 - half, abs=1.5)
     assert high == pytest.approx(50 + half, abs=1.5)

@@ -18,6 +18,7 @@ from semiseg.config import RunConfig
 from semiseg.config_files import digest, merge
 from semiseg.errors import UserError
 from semiseg.evaluation.coco_metrics import METRIC_NAMES
+from semiseg.report.aggregate import ReportInput
 from semiseg.report.provenance import warnings
 from semiseg.results import Result, append
 from semiseg.splits import make_split, write_split
@@ -44,15 +45,17 @@ def metrics_of(ap: float) -> dict[str, Any]:
     }
 
 
-def made_run(row: str, seed: int = 0, *, study: str = "first", ap: float = 30.0, init: Result | None = None, **changes):
+def made_run(
+    row: str, seed: int = 0, *, study: str = "first", ap: float = 30.0, init: Result | None = None, **changes: Any
+) -> Result:
     """The record of a run; `changes` are laid over its configuration."""
     config = run_config(changes, seed)
     split = config.supervision.split
-    identity = {
+    identity: dict[str, str | None] = {
         "config": digest(config.identity()),
         "split": split and f"digest of {split}",
         "data": "shapes-2",
-        "init": init and init.run_id,
+        "init": None if init is None else init.run_id,
     }
     return Result(
         run_id=digest(identity),
@@ -72,7 +75,7 @@ def made_run(row: str, seed: int = 0, *, study: str = "first", ap: float = 30.0,
         git_revision="abc",
         command=["semiseg", "run", study, "--jobs", "2", "--set", "optim.momentum=0.5"],
         finished="2026-01-01T00:00:00+00:00",
-        init_run=init and init.run_id,
+        init_run=None if init is None else init.run_id,
     )
 
 
@@ -80,11 +83,11 @@ def found(*results: Result) -> list[RecordedRun]:
     return [RecordedRun(result, None, Path("reports") / result.study / "results.jsonl") for result in results]
 
 
-def compared(*results: Result, split: str | None = None, known: tuple[Result, ...] = ()):
+def compared(*results: Result, split: str | None = None, known: tuple[Result, ...] = ()) -> ReportInput:
     return comparison(found(*results), found(*results, *known), split=split, command=["semiseg", "compare", "x"])
 
 
-def row_names(report) -> list[str]:
+def row_names(report: ReportInput) -> list[str]:
     return [row.name for row in report.tables[0].rows]
 
 
@@ -98,8 +101,8 @@ def _in_a_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-BOXES = {"supervision": {"source": "boxes"}}
-MASKS = {"supervision": {"source": "masks"}}
+BOXES: dict[str, Any] = {"supervision": {"source": "boxes"}}
+MASKS: dict[str, Any] = {"supervision": {"source": "masks"}}
 
 
 def test_runs_that_differ_in_their_seed_alone_are_one_row() -> None:
@@ -126,7 +129,7 @@ def test_runs_that_differ_in_their_seed_alone_are_one_row() -> None:
         {"runtime": {"precision": "bf16"}},
     ],
 )
-def test_another_configuration_is_another_row(changes) -> None:
+def test_another_configuration_is_another_row(changes: dict[str, Any]) -> None:
     same = made_run("r", 0, **BOXES)
     other = made_run("r", 1, study="second", **{**BOXES, **changes})
     report = compared(same, other)
@@ -207,7 +210,9 @@ def test_other_classes_are_refused() -> None:
 def test_class_groups_are_those_of_the_runs_or_of_the_split_that_is_named() -> None:
     for name, seen in (("few", CLASSES[:1]), ("many", CLASSES[:2])):
         write_split(make_split(name, CLASSES, seen=seen), Path("splits") / f"{name}.toml")
-    few, many = (made_run("r", **{"supervision": {"source": "split", "split": name}}) for name in ("few", "many"))
+    few, many, gone = (
+        made_run("r", supervision={"source": "split", "split": name}) for name in ("few", "many", "gone")
+    )
     boxes = made_run("boxes", **BOXES)
     assert compared(few, boxes).tables[0].unseen == CLASSES[1:]
     report = compared(few, many)
@@ -220,7 +225,6 @@ def test_class_groups_are_those_of_the_runs_or_of_the_split_that_is_named() -> N
     assert compared(few, boxes, split="none").tables[0].unseen == ()
     with pytest.raises(UserError, match="no such class split"):
         compared(few, boxes, split="fewer")
-    gone = made_run("r", **{"supervision": {"source": "split", "split": "gone"}})
     assert "The class split `gone` is not here" in compared(gone, boxes).notes[0]
 
 
@@ -273,6 +277,7 @@ def test_folders_of_semiseg_train(tmp_path: Path) -> None:
         run_of_folder(tmp_path)
     path = tmp_path / "runs" / "again" / "result.json"
     values = json.loads(path.read_text())
+    change: dict[str, Any]
     for change in ({"metrics": 3}, {"steps": "5"}, {"finished": 5}, {"versions": []}, {"seconds": None}):
         path.write_text(json.dumps(values | change))
         with pytest.raises(UserError, match=rf"result\.json: not a result of this version \('{next(iter(change))}': "):
@@ -283,8 +288,8 @@ def test_folders_of_semiseg_train(tmp_path: Path) -> None:
 
 
 def test_runs_are_found_by_id_row_and_folder() -> None:
-    few = {"supervision": {"source": "split", "split": "few"}}
-    many = {"supervision": {"source": "split", "split": "splits/many.toml"}}
+    few: dict[str, Any] = {"supervision": {"source": "split", "split": "few"}}
+    many: dict[str, Any] = {"supervision": {"source": "split", "split": "splits/many.toml"}}
     runs = [made_run("r", seed, **few) for seed in range(2)] + [made_run("r", 0, **many)]
     runs += [made_run("pretrain", 0, **BOXES)]
     record(*runs, made_run("r", 0, study="second", **few))

@@ -40,7 +40,7 @@ def rectangle(x: int, y: int, width: int, height: int) -> np.ndarray:
 
 
 def truth_of(
-    x: int, y: int, width: int, height: int, *, image: int, category: int, number: int, crowd: int = 0
+    x: int, y: int, width: int, height: int, *, image: int, category: int, number: int | str, crowd: int = 0
 ) -> dict[str, Any]:
     return {
         "id": number,
@@ -79,7 +79,8 @@ def write(path: Path, annotations: list[dict[str, Any]], *, images: int, classes
 def random_case(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """20 images of objects in three classes and all area ranges, crowd, misses, false and shifted detections."""
     generator = np.random.default_rng(5)
-    annotations, results = [], []
+    annotations: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     for image in range(20):
         for _ in range(int(generator.integers(0, 7))):
             x, y = (int(v) for v in generator.integers(0, 28, 2))
@@ -139,7 +140,8 @@ def test_groups_equal_pycocotools_restricted_to_the_classes(random_case: tuple[P
         assert measured.classes["never"] is None
         assert measured.classes["only crowd"] is None
     assert compared == 2 * 4 * 6
-    assert 10 < metrics.segm.groups["all"]["AP"] < 90
+    assert metrics.segm is not None
+    assert 10 < (metrics.segm.groups["all"]["AP"] or 0) < 90
     assert metrics.segm.groups["all"] != metrics.bbox.groups["all"]
     assert metrics.instances["only crowd"] == 0
 
@@ -170,13 +172,14 @@ def test_quiet(random_case: tuple[Path, list[dict[str, Any]]], capsys: pytest.Ca
 
 
 @pytest.mark.parametrize("number", [0, 1, "first"], ids=repr)
-def test_perfect_prediction_of_one_object_is_exactly_100(tmp_path: Path, number) -> None:
+def test_perfect_prediction_of_one_object_is_exactly_100(tmp_path: Path, number: int | str) -> None:
     annotation = truth_of(5, 6, 40, 50, image=0, category=7, number=number)
     path = write(tmp_path / "val.json", [annotation], images=1)
     metrics = evaluate_detections(
         path, [found(annotation, score=0.9)], class_names=CLASSES, groups={"unseen": ("猫",)}, image_ids=[0]
     )
     for measured in (metrics.bbox, metrics.segm):
+        assert measured is not None
         assert measured.groups["all"] == {"AP": 100, "AP50": 100, "AP75": 100, "APs": None, "APm": 100, "APl": None}
         assert measured.groups["unseen"] == measured.groups["all"]
 
@@ -190,6 +193,7 @@ def test_hand_computed_precision(tmp_path: Path) -> None:
     results = [found(first, score=0.9), miss, found(second, score=0.7)]
     metrics = evaluate_detections(path, results, class_names=CLASSES, groups={}, image_ids=[0])
     expected = 100 * (51 * 1 + 50 * 2 / 3) / 101  # recall 0, 0.01, ..., 1
+    assert metrics.segm is not None
     assert metrics.segm.groups["all"]["AP"] == pytest.approx(expected, abs=1e-8)
 
 
@@ -207,7 +211,10 @@ def test_detections_on_crowd_are_neither_right_nor_wrong(tmp_path: Path) -> None
 
 def _all_ap(path: Path, results: list[dict[str, Any]]) -> float:
     metrics = evaluate_detections(path, results, class_names=CLASSES, groups={}, image_ids=[0])
-    return metrics.segm.groups["all"]["AP"]
+    assert metrics.segm is not None
+    found_ap = metrics.segm.groups["all"]["AP"]
+    assert found_ap is not None
+    return found_ap
 
 
 def test_mask_areas_decide_the_area_ranges_of_masks(tmp_path: Path) -> None:
@@ -217,6 +224,7 @@ def test_mask_areas_decide_the_area_ranges_of_masks(tmp_path: Path) -> None:
     false["bbox"] = [0, 20, 100, 100]
     path = write(tmp_path / "val.json", [thin], images=1)
     metrics = evaluate_detections(path, [false, found(thin, score=0.5)], class_names=CLASSES, groups={}, image_ids=[0])
+    assert metrics.segm is not None
     assert metrics.segm.groups["all"]["APs"] == pytest.approx(50)
     assert metrics.bbox.groups["all"]["APs"] == 100  # there the false one is a large box
 
@@ -225,14 +233,18 @@ def test_nothing_found_is_zero_and_nothing_to_find_is_none(tmp_path: Path) -> No
     annotation = truth_of(5, 6, 40, 50, image=0, category=7, number=1)
     path = write(tmp_path / "val.json", [annotation], images=2)
     metrics = evaluate_detections(path, [], class_names=CLASSES, groups={"seen": ("ring",)}, image_ids=[1, 0])
+    assert metrics.segm is not None
     assert metrics.segm.groups["all"]["AP"] == 0
-    assert metrics.bbox.classes["猫"]["AP75"] == 0
+    cat = metrics.bbox.classes["猫"]
+    assert cat is not None
+    assert cat["AP75"] == 0
     assert set(metrics.segm.groups["seen"].values()) == {None}
     empty = write(tmp_path / "empty.json", [], images=2)
     metrics = evaluate_detections(empty, [], class_names=CLASSES, groups={}, image_ids=[0, 1])
     assert set(metrics.bbox.groups["all"].values()) == {None}
     false = found(annotation, score=0.5)
     metrics = evaluate_detections(empty, [false], class_names=CLASSES, groups={}, image_ids=[0, 1])
+    assert metrics.segm is not None
     assert set(metrics.segm.groups["all"].values()) == {None}
 
 
@@ -256,6 +268,7 @@ def test_metrics_survive_json(random_case: tuple[Path, list[dict[str, Any]]]) ->
     assert Metrics.from_dict(json.loads(json.dumps(metrics.to_dict()))) == metrics
     with pytest.raises(UserError, match="bbox"):
         Metrics.from_dict({"segm": None})
+    change: dict[str, Any]
     for change in ({"bbox": 3}, {"segm": []}, {"images": "many"}, {"instances": {"a": None}}, {"bbox": {"groups": {}}}):
         with pytest.raises(UserError, match=f"recorded metrics: '{next(iter(change))}"):
             Metrics.from_dict({**metrics.to_dict(), **change})
@@ -270,7 +283,7 @@ def test_annotations_that_changed_since_they_were_read_are_not_measured_on(
 ) -> None:
     path, results = random_case
     known = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    arguments = {"class_names": CLASSES, "groups": {}, "image_ids": range(20)}
+    arguments: dict[str, Any] = {"class_names": CLASSES, "groups": {}, "image_ids": range(20)}
     metrics = evaluate_detections(path, results, fingerprint=known, **arguments)
     assert metrics == evaluate_detections(path, results, **arguments)
     path.write_bytes(path.read_bytes() + b" ")
@@ -307,7 +320,7 @@ def test_results_are_left_unchanged(tmp_path: Path) -> None:
         ([0, 1, 2, 2], "1 evaluated more than once \\(such as 2\\)"),
     ],
 )
-def test_evaluated_images_must_be_the_data_sets(tmp_path: Path, image_ids, message) -> None:
+def test_evaluated_images_must_be_the_data_sets(tmp_path: Path, image_ids: list[int], message: str) -> None:
     path = write(tmp_path / "val.json", [], images=3)
     with pytest.raises(UserError, match=message):
         evaluate_detections(path, [], class_names=CLASSES, groups={}, image_ids=image_ids)
@@ -322,7 +335,7 @@ def test_evaluated_images_must_be_the_data_sets(tmp_path: Path, image_ids, messa
         ({"segmentation": {"size": [4, 4], "counts": "`0"}}, "mask size"),
     ],
 )
-def test_a_detection_that_does_not_fit_is_named(tmp_path: Path, change, message) -> None:
+def test_a_detection_that_does_not_fit_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     annotation = truth_of(5, 6, 40, 50, image=0, category=7, number=1)
     path = write(tmp_path / "val.json", [annotation], images=1)
     results = [found(annotation, score=0.5), {**found(annotation, score=0.5), **change}]

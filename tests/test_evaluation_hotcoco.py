@@ -240,7 +240,7 @@ def test_evaluate_fast_writes_the_same_numbers(tmp_path: Path, monkeypatch: pyte
         return hotcoco_precision(truth, results, iou_type)
 
     monkeypatch.setattr(precision, "_hotcoco_precision", counted)
-    written = []
+    written: list[str] = []
     for options in (["--fast"], []):
         out = tmp_path / f"metrics{len(written)}.json"
         arguments = [tmp_path / "model", "--annotations", data.annotations, "--images", data.images, "--out", out]

@@ -50,7 +50,7 @@ def ground_truth(folder: Path, annotations: list[dict[str, Any]], images: int = 
 
 def box_iou(first: list[int], second: list[int]) -> float:
     one, two = square(*first), square(*second)
-    return (one & two).sum() / (one | two).sum()
+    return float((one & two).sum() / (one | two).sum())
 
 
 def slow_lines(truth: COCO, results: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
@@ -66,7 +66,7 @@ def slow_lines(truth: COCO, results: list[dict[str, Any]]) -> dict[int, dict[str
         best = max(free, key=lambda a: box_iou(result["bbox"], a["bbox"]), default=None)
         if best is not None and box_iou(result["bbox"], best["bbox"]) >= 0.5:
             found[best["id"]] = number
-    lines = {}
+    lines: dict[int, dict[str, Any]] = {}
     for item in truth.dataset["annotations"]:
         if item["id"] not in found:
             lines[item["id"]] = {"detection": -1}
@@ -139,5 +139,5 @@ def test_nothing_found_nothing_there_and_an_empty_mask(tmp_path: Path) -> None:
     assert wrong_class["detection"].tolist() == [-1]
     empty = match_instances(truth, [detection(0, 1, box, np.zeros((SIZE, SIZE), bool), 0.9)]).loc[1]
     assert empty["detection"] == 0
-    assert empty[list(SHARES)].tolist() == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    assert [empty[name] for name in SHARES] == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
     assert len(match_instances(ground_truth(tmp_path, []), [])) == 0

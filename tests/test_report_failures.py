@@ -57,7 +57,7 @@ def strip(x: int, width: int) -> np.ndarray:
 
 
 def write_data(folder: Path, images: int = 12) -> Path:
-    annotations = []
+    annotations: list[dict[str, Any]] = []
     for image in range(images):
         pixels = np.random.default_rng(image).integers(0, 255, (SIZE, SIZE, 3)).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{image}.png")
@@ -152,6 +152,7 @@ def test_gains_count_what_was_not_found_as_nothing() -> None:
 
 
 def test_images_are_chosen_once_by_group_and_ties_by_id(study: ReportInput) -> None:
+    assert study.val_annotations is not None
     truth = load_ground_truth(study.val_annotations)
     drawn = [image.image_id for image in choose_images(truth, {}, seed=3)]
     assert len(set(drawn)) == 4
@@ -176,6 +177,7 @@ def test_the_main_row_lacks_masks(study: ReportInput) -> None:
 
 
 def test_a_detection_has_the_colour_of_its_object_in_every_row(study: ReportInput) -> None:
+    assert study.val_annotations is not None
     truth = load_ground_truth(study.val_annotations)
     objects = truth.imgToAnns[0]
     results = json.loads((study.run_folders["neither-0"] / "detections.json").read_text())[:2]
@@ -186,6 +188,7 @@ def test_a_detection_has_the_colour_of_its_object_in_every_row(study: ReportInpu
 
 
 def test_counts_table_and_picture(study: ReportInput, tmp_path: Path) -> None:
+    assert study.val_annotations is not None
     truth = load_ground_truth(study.val_annotations)
     results = json.loads((study.run_folders["neither-0"] / "detections.json").read_text())
     expected = [12, 12, 0, 0, 0, 12, 0]  # a mask of six of 20 columns: a part of it is missing
@@ -235,6 +238,7 @@ def test_the_folder_of_another_training_of_the_same_run_is_not_measured(study: R
 
 
 def test_a_validation_set_without_objects_has_no_pictures(study: ReportInput, tmp_path: Path) -> None:
+    assert study.val_annotations is not None
     content = json.loads(study.val_annotations.read_text())
     (tmp_path / "val.json").write_text(json.dumps({**content, "annotations": []}))
     page = page_of(replace(study, val_annotations=tmp_path / "val.json"), tmp_path)

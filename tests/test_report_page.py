@@ -54,7 +54,8 @@ def object_mask(x: int, missing: int) -> np.ndarray:
 
 
 def write_data(folder: Path) -> Path:
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for number in range(5):
         pixels = np.random.default_rng(number).integers(0, 255, (SIZE, SIZE, 3)).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}.png")
@@ -217,6 +218,7 @@ def test_the_page_for_browsers_is_whole_and_in_the_order_of_the_text(report: Pat
 
 def test_rebuilding_changes_no_byte_and_no_input(study: ReportInput, report: Path) -> None:
     inputs = study.val_images
+    assert inputs is not None
     before, results = contents(inputs), copy.deepcopy(dict(study.results))
     first = contents(report.parent)
     build_report(study, out=report.parent, published=PUBLISHED)

@@ -43,7 +43,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def document(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "annotations.json").read_text(encoding="utf-8"))
+    content: dict[str, Any] = json.loads((folder / "annotations.json").read_text(encoding="utf-8"))
+    return content
 
 
 def test_pictures_and_masks_are_the_same_on_every_platform() -> None:

@@ -37,12 +37,12 @@ def slow_error(mask: np.ndarray, box: tuple[float, float, float, float]) -> floa
     """Pixel by pixel: the box's columns are those of which some point inside [x, x + w) lies in the image."""
     height, width = mask.shape
     errors = []
-    for low, high, size, line in (
-        (box[0], box[0] + box[2], width, lambda place: mask[:, place]),
-        (box[1], box[1] + box[3], height, lambda place: mask[place, :]),
+    for low, high, size, lines in (
+        (box[0], box[0] + box[2], width, mask.T),
+        (box[1], box[1] + box[3], height, mask),
     ):
         of_box = [place for place in range(size) if low < place + 1 and high > place]
-        of_mask = [place for place in range(size) if any(value != 0 for value in line(place))]
+        of_mask = [place for place in range(size) if any(value != 0 for value in lines[place])]
         common = len(set(of_box) & set(of_mask))
         errors.append(1 - 2 * common / (len(of_box) + len(of_mask)))
     return sum(errors) / 2
