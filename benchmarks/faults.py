@@ -580,7 +580,8 @@ def one_case(shop: Workshop, category: str, number: int) -> Verdict:
     """A case in a process of its own; its folder is removed afterwards."""
     draw = random.Random(f"{category}:{shop.seed}:{number}")
     try:
-        return in_a_fork(partial(CATEGORIES[category][1], shop, number, draw))
+        verdict: Verdict = in_a_fork(partial(CATEGORIES[category][1], shop, number, draw))
+        return verdict
     except ChildProcessError as error:
         first = int.from_bytes(shop.progress[:], "little") if category.startswith("mutations") else number
         return Verdict(failures=[(first, f"the process that tried it {error}")])

@@ -163,7 +163,7 @@ def _explain(kind: type[BaseModel], item: Any, where: str) -> str:
 def explain(item: Any) -> str:
     """One of the errors of a `ValidationError`: place, what is allowed, and the value."""
     path = ".".join(str(part) for part in item["loc"])
-    message = item["msg"].removeprefix("Value error, ")
+    message: str = item["msg"].removeprefix("Value error, ")
     if not path:
         return message
     shown = "" if isinstance(item["input"], dict) else f" (value: {_shown(item['input'])})"

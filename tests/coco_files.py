@@ -26,7 +26,7 @@ class CocoFiles:
     images: Path
     content: dict[str, Any]
 
-    def rewrite(self, change: Callable[[dict[str, Any]], None]) -> CocoFiles:
+    def rewrite(self, change: Callable[[dict[str, Any]], object]) -> CocoFiles:
         content = json.loads(json.dumps(self.content))
         change(content)
         self.annotations.write_text(json.dumps(content))
@@ -80,7 +80,8 @@ def picture(random: np.random.Generator, height: int, width: int) -> np.ndarray:
     """(H, W, 3) uint8 with smooth structure and some noise."""
     coarse = random.integers(0, 256, (height // 8 + 1, width // 8 + 1, 3))
     smooth = coarse.repeat(8, 0).repeat(8, 1)[:height, :width]
-    return np.clip(smooth + random.integers(-8, 9, smooth.shape), 0, 255).astype(np.uint8)
+    noisy: np.ndarray = np.clip(smooth + random.integers(-8, 9, smooth.shape), 0, 255)
+    return noisy.astype(np.uint8)
 
 
 def polygon_annotation(
@@ -124,7 +125,8 @@ def ellipse(height: int, width: int, *, box_xyxy: Sequence[float]) -> np.ndarray
     """(H, W) bool: the ellipse that fills the box."""
     x0, y0, x1, y1 = box_xyxy
     y, x = np.mgrid[:height, :width] + 0.5
-    return ((x - (x0 + x1) / 2) / ((x1 - x0) / 2)) ** 2 + ((y - (y0 + y1) / 2) / ((y1 - y0) / 2)) ** 2 <= 1
+    distance: np.ndarray = ((x - (x0 + x1) / 2) / ((x1 - x0) / 2)) ** 2 + ((y - (y0 + y1) / 2) / ((y1 - y0) / 2)) ** 2
+    return distance <= 1
 
 
 def _annotation(

@@ -13,6 +13,7 @@ import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from semiseg.resources import lock_folder
 
@@ -24,7 +25,7 @@ def main() -> None:
         train(Path(out_text), json.loads(Path(config_path).read_text()))
 
 
-def train(out: Path, config: dict) -> None:
+def train(out: Path, config: dict[str, Any]) -> None:
     kind, _, row = os.environ.get("FAKE", "").partition(":")
     kind = kind if row and out.name.startswith(row) else ""
     stopped: list[int] = []
@@ -60,7 +61,7 @@ def train(out: Path, config: dict) -> None:
         calls.write(json.dumps({"end": steps, "time": time.time()}) + "\n")
 
 
-def write_result(out: Path, config: dict, steps: int) -> None:
+def write_result(out: Path, config: dict[str, Any], steps: int) -> None:
     from semiseg.splits import load_split
 
     classes = ("cat", "dog", "cow")

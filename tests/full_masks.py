@@ -16,14 +16,16 @@ from semiseg.data.transforms import Geometry
 def polygons_to_mask(polygons: Sequence[Sequence[float]], size_hw: tuple[int, int]) -> np.ndarray:
     """(H, W) bool: the union of [x0, y0, x1, y1, ...] each."""
     rles = coco_mask.frPyObjects([list(polygon) for polygon in polygons], *size_hw)
-    return coco_mask.decode(coco_mask.merge(rles)).astype(bool)
+    mask: np.ndarray = coco_mask.decode(coco_mask.merge(rles))
+    return mask.astype(bool)
 
 
 def resized_mask(mask: np.ndarray, geometry: Geometry) -> np.ndarray:
     """(H, W) bool original -> (H', W') bool input: the nearest original pixel."""
     image = torch.from_numpy(np.ascontiguousarray(mask).astype(np.uint8))[None]
     image = functional.resize(image, list(geometry.input_hw), interpolation=InterpolationMode.NEAREST_EXACT)
-    return (functional.horizontal_flip(image) if geometry.flipped else image)[0].numpy().astype(bool)
+    resized: np.ndarray = (functional.horizontal_flip(image) if geometry.flipped else image)[0].numpy()
+    return resized.astype(bool)
 
 
 def sample_cells(mask: np.ndarray, stride: int) -> np.ndarray:
@@ -32,4 +34,5 @@ def sample_cells(mask: np.ndarray, stride: int) -> np.ndarray:
     padded = np.zeros((height + stride, width + stride), dtype=bool)
     padded[:height, :width] = mask
     rows, columns = (stride * np.arange(-(-side // stride)) + stride // 2 for side in (height, width))
-    return padded[rows][:, columns]
+    cells: np.ndarray = padded[rows][:, columns]
+    return cells

@@ -36,12 +36,12 @@ class HostSyncs:
 
     def __enter__(self) -> HostSyncs:
         for mode in self._modes:
-            mode.__enter__()
+            mode.__enter__()  # type: ignore[no-untyped-call]  # torch's
         return self
 
     def __exit__(self, *error: object) -> None:
         for mode in reversed(self._modes):
-            mode.__exit__(*error)
+            mode.__exit__(*error)  # type: ignore[no-untyped-call]  # torch's
 
     def places(self) -> dict[Found, int]:
         return dict(self.count)
@@ -74,7 +74,7 @@ class _Operations(TorchDispatchMode):
     """Sees aten operations, those of the backward included."""
 
     def __init__(self, count: Counter[Found]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self.count = count
 
     def __torch_dispatch__(

@@ -141,7 +141,8 @@ def _crowd_rle(
     """Uncompressed, column by column: the filled part of each column of the box, ragged at its lower end."""
     left, top = corner.astype(int)
     columns, rows = np.maximum(extent.astype(int), 1)
-    counts, last = [], 0
+    counts: list[int] = []
+    last = 0
     for column in range(left, left + columns):
         start = column * height + top
         filled = int(random.integers(1, rows + 1))

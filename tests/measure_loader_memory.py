@@ -23,6 +23,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from semiseg.config import RunConfig
 
@@ -125,13 +126,14 @@ def measure(
         start_step=0,
         steps=batches,
     )
+    options: dict[str, Any] = {} if method is None else {"start_method": method}
     loader = build_train_loader(
         train_dataset(config, data),
         batches=order,
         collate=Collate(config.model.size_divisor),
         workers=workers,
         pin_memory=False,
-        **({} if method is None else {"start_method": method}),
+        **options,
     )
     largest, first = (0, 0, 0, 0), 0.0
     for number, _ in enumerate(loader):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 CLASSES = ("cat", "dog", "cow")
 
@@ -26,6 +27,7 @@ def add_study_data(folder: Path) -> None:
         "annotations": [],
         "categories": [{"id": number, "name": name} for number, name in enumerate(CLASSES, start=1)],
     }
+    differing: dict[str, Any]
     for name, differing in (("train", {}), ("val", {"info": {}})):
         images = folder / "coco" / f"{name}2017"
         images.mkdir(parents=True)

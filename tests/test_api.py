@@ -89,7 +89,7 @@ def test_every_public_name_is_there_and_documented() -> None:
         assert inspect.getdoc(getattr(semiseg.losses, name)), name
         assert f"`{name}`" in page, name
     with pytest.raises(AttributeError, match="has no attribute 'detekt'"):
-        semiseg.detekt  # noqa: B018
+        semiseg.detekt  # type: ignore[attr-defined]  # noqa: B018
 
 
 def test_the_signatures_that_are_promised() -> None:
@@ -107,7 +107,7 @@ def test_detect_is_the_network_on_one_image_at_a_time(model: semiseg.LoadedModel
     assert sum(map(len, together)) > 40
     for image, output_hw, found in zip(images, outputs, together, strict=True):
         assert len(found) > 0
-        assert found.masks.shape[1:] == output_hw
+        assert tuple(found.masks.shape[1:]) == output_hw
         assert 0 < found.masks.float().mean() < 1
         assert_same(found, slowly(model, image, output_hw, 0.1))
     for number in (5, 0, 3):  # alone, and in another order
@@ -191,7 +191,9 @@ IMAGE = torch.zeros(3, 8, 8, dtype=torch.uint8)
         (([IMAGE], {"score_threshold": 1.5}), ValueError, r"score_threshold must be in \[0, 1\], not 1.5"),
     ],
 )
-def test_wrong_arguments(model: semiseg.LoadedModel, arguments: tuple, kind: type[Exception], told: str) -> None:
+def test_wrong_arguments(
+    model: semiseg.LoadedModel, arguments: tuple[Any, ...], kind: type[Exception], told: str
+) -> None:
     given, options = arguments if len(arguments) == 2 else (*arguments, {})
     with pytest.raises(kind, match=told):
         semiseg.detect(model, given, **options)
@@ -268,7 +270,7 @@ def test_wrong_keys_and_values_of_a_configuration(tmp_path: Path) -> None:
     with pytest.raises(semiseg.UserError, match=r"set model\.frozen_stages = 0"):
         semiseg.train({"model": {"weights": "random"}}, out=tmp_path / "run")
     with pytest.raises(ValueError, match="stepz"):  # as docs/API.md says
-        semiseg.RunConfig(optim={"stepz": 3})
+        semiseg.RunConfig(optim={"stepz": 3})  # type: ignore[arg-type]  # pydantic reads what it is given
     assert not (tmp_path / "run").exists()
 
 

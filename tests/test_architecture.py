@@ -95,7 +95,8 @@ def test_public_modules_functions_and_classes_say_what_they_do() -> None:
         if path.name != "__init__.py" and not ast.get_docstring(tree):
             missing.append(str(path))
         for node in tree.body:
-            is_definition = isinstance(node, ast.FunctionDef | ast.ClassDef)
-            if is_definition and not node.name.startswith("_") and not ast.get_docstring(node):
+            if not isinstance(node, ast.FunctionDef | ast.ClassDef):
+                continue
+            if not node.name.startswith("_") and not ast.get_docstring(node):
                 missing.append(f"{path.name}: {node.name}")
     assert missing == []

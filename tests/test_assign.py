@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -180,7 +181,7 @@ def test_crowd_on_every_level() -> None:
 
 
 def test_images_without_boxes() -> None:
-    levels = {"sizes_hw": [(4, 4), (2, 2)], "strides": [8, 16], "level_ranges": [64.0]}
+    levels: dict[str, Any] = {"sizes_hw": [(4, 4), (2, 2)], "strides": [8, 16], "level_ranges": [64.0]}
     one = make_targets(torch.tensor([[0.0, 0.0, 20.0, 20.0]]), torch.tensor([1]))
     found = assign(one, num_images=3, centre_radius=1.5, **levels)
     assert set(found.image_index.tolist()) == {1}

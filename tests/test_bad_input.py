@@ -32,6 +32,7 @@ from semiseg.data.coco import CocoFile, read_coco
 from semiseg.data.table import load_table
 from semiseg.engine import run as run_module
 from semiseg.engine.checkpoint import load_tensors, save_tensors
+from semiseg.engine.evaluate import predict_table
 from semiseg.engine.logs import read_log
 from semiseg.engine.run import claimed, execute_run
 from semiseg.errors import UserError
@@ -56,7 +57,7 @@ def complaint(*arguments: str | Path) -> str:
 def files(tmp_path: Path) -> CocoFiles:
     """Every instance with a mask, so that masks are evaluated."""
     return make_coco(tmp_path / "coco").rewrite(
-        lambda content: [item.update(segmentation=TRIANGLE) for item in content["annotations"]] and None
+        lambda content: [item.update(segmentation=TRIANGLE) for item in content["annotations"]]
     )
 
 
@@ -186,7 +187,7 @@ def test_one_object_without_a_mask_is_said_before_the_work(files: CocoFiles) -> 
 
 def test_a_training_without_objects_is_refused(files: CocoFiles) -> None:
     config, out = train_file(files), files.images.parent / "out"
-    files.rewrite(lambda content: [item.update(iscrowd=1) for item in content["annotations"]] and None)
+    files.rewrite(lambda content: [item.update(iscrowd=1) for item in content["annotations"]])
     assert "instances.json: has no objects to learn from" in complaint("train", config, "--out", out)
     files.rewrite(lambda content: content.update(annotations=[]))
     assert "instances.json: has no objects to learn from" in complaint("train", config, "--out", out)
@@ -240,16 +241,18 @@ def test_a_run_folder_that_was_damaged(files: CocoFiles) -> None:
     assert "'--resume' continues it" in complaint("train", config, "--out", out)
     result.write_text('{"metrics": ')
     assert "result.json: not valid JSON" in complaint(*again)
+    content: dict[str, Any]
     for content in ({}, {"metrics": 3, "steps": 2}, {"metrics": {**metrics, "bbox": {"groups": 1}}, "steps": 2}):
         result.write_text(json.dumps(content))
         assert "result.json: no result of a run; remove it" in complaint(*again)
     result.unlink()
-    content = last.read_bytes()
-    for damaged in (b"", content[: len(content) // 2]):
+    kept = last.read_bytes()
+    for damaged in (b"", kept[: len(kept) // 2]):
         last.write_bytes(damaged)
         assert "step_00000002.pt: not a readable checkpoint" in complaint(*again)
     saved = load_tensors(out / "checkpoints" / "step_00000001.pt")
     broken = {name: value * math.nan for name, value in saved["model"].items()}
+    change: dict[str, Any]
     for change, told in (
         ({"step": -5}, "step_00000002.pt: says that it is of step -5"),
         ({"step": 2, "model": broken}, r"of its weights are not finite numbers, first: backbone"),
@@ -290,9 +293,9 @@ def test_a_run_folder_that_was_damaged(files: CocoFiles) -> None:
         assert told in complaint("evaluate", out)
     (out / "model" / "config.json").write_text(json.dumps(description))
     weights = out / "model" / "model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-2] ^= 64
-    weights.write_bytes(content)
+    flipped = bytearray(weights.read_bytes())
+    flipped[-2] ^= 64
+    weights.write_bytes(flipped)
     assert "model.safetensors: not the weights that config.json describes" in complaint("evaluate", out)
 
 
@@ -300,11 +303,10 @@ def test_annotations_changed_while_a_training_runs(files: CocoFiles, monkeypatch
     """The end does not measure on other annotations than those whose digest the result carries."""
     config, out = train_file(files), files.images.parent / "out"
     held = files.annotations.read_bytes()
-    predict = run_module.predict_table
 
     def changed_meanwhile(*arguments: Any, **keywords: Any) -> Any:
         files.rewrite(lambda content: content["annotations"].pop())
-        return predict(*arguments, **keywords)
+        return predict_table(*arguments, **keywords)
 
     with monkeypatch.context() as patch:
         patch.setattr(run_module, "predict_table", changed_meanwhile)

@@ -34,7 +34,8 @@ def encode(box: np.ndarray) -> dict[str, Any]:
 def content(seed: int = 0) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """A ground truth and detections near it, with crowd, false ones and an image without objects; all scores differ."""
     random = np.random.default_rng(seed)
-    annotations, detections = [], []
+    annotations: list[dict[str, Any]] = []
+    detections: list[dict[str, Any]] = []
     for image in range(IMAGES):
         for number in range(0 if image == 3 else 5):
             box = np.concatenate([random.integers(0, 20, 2), random.integers(6, 18, 2)])
@@ -95,7 +96,7 @@ def official(folder: Path, truth: dict[str, Any], results: list[dict[str, Any]],
 
 
 @pytest.mark.parametrize("iou_type", ["bbox", "segm"])
-def test_average_precision_is_pycocotools(tmp_path: Path, iou_type: str):
+def test_average_precision_is_pycocotools(tmp_path: Path, iou_type: str) -> None:
     truth, results = content()
     matches = match(load(tmp_path, truth), results, iou_type)
     assert matches.classes == ("猫", "cat", "never")
@@ -108,7 +109,7 @@ def test_average_precision_is_pycocotools(tmp_path: Path, iou_type: str):
 
 
 @pytest.mark.parametrize("iou_type", ["bbox", "segm"])
-def test_weights_are_images_that_are_really_repeated(tmp_path: Path, iou_type: str):
+def test_weights_are_images_that_are_really_repeated(tmp_path: Path, iou_type: str) -> None:
     truth, results = content(1)
     matches = match(load(tmp_path, truth), results, iou_type)
     random = np.random.default_rng(2)
@@ -122,7 +123,7 @@ def test_weights_are_images_that_are_really_repeated(tmp_path: Path, iou_type: s
         np.testing.assert_array_equal(average_precision(matches, line), numbers)
 
 
-def test_blocks_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_blocks_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     truth, results = content(3)
     matches = match(load(tmp_path, truth), results, "segm")
     weights = np.random.default_rng(0).integers(0, 4, (50, IMAGES))
@@ -131,7 +132,7 @@ def test_blocks_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     np.testing.assert_array_equal(average_precision(matches, weights), whole)
 
 
-def test_no_detections_and_no_image_that_occurs(tmp_path: Path):
+def test_no_detections_and_no_image_that_occurs(tmp_path: Path) -> None:
     truth, results = content()
     nothing = match(load(tmp_path, truth), [], "segm")
     np.testing.assert_array_equal(average_precision(nothing)[:2], np.zeros((2, 10)))
@@ -143,7 +144,7 @@ def test_no_detections_and_no_image_that_occurs(tmp_path: Path):
     assert average_precision(matches, np.zeros((0, IMAGES), int)).shape == (0, 3, 10)
 
 
-def test_wrong_weights_and_matchings_are_refused(tmp_path: Path):
+def test_wrong_weights_and_matchings_are_refused(tmp_path: Path) -> None:
     truth, results = content()
     matches = match(load(tmp_path, truth), results, "segm")
     for weights in (np.ones(IMAGES + 1, int), np.full(IMAGES, 0.5), np.full(IMAGES, -1), np.ones((1, 1, IMAGES), int)):
@@ -185,7 +186,7 @@ def made_up(images: int, per_image: int, classes: int, objects: int, *, seed: in
     return Matches(tuple(map(str, range(classes))), tuple(found), positives)
 
 
-def test_bootstrap_is_an_evaluation_of_every_resample(tmp_path: Path):
+def test_bootstrap_is_an_evaluation_of_every_resample(tmp_path: Path) -> None:
     truth, results = content(4)
     fewer = results[::2]
     loaded = load(tmp_path, truth)
@@ -204,7 +205,7 @@ def test_bootstrap_is_an_evaluation_of_every_resample(tmp_path: Path):
             np.testing.assert_allclose(own[:2], expected, rtol=0, atol=1e-9)
 
 
-def test_bootstrap_is_paired_and_repeats_itself():
+def test_bootstrap_is_paired_and_repeats_itself() -> None:
     matches = made_up(40, 10, 3, 60)
     one = bootstrap([matches, matches], [matches.classes], resamples=50)
     assert (one[:, 0] == one[:, 1]).all()
@@ -218,7 +219,7 @@ def test_bootstrap_is_paired_and_repeats_itself():
         bootstrap([matches], [("dog",)], resamples=2)
 
 
-def test_interval_is_about_as_wide_as_the_spread_over_images():
+def test_interval_is_about_as_wide_as_the_spread_over_images() -> None:
     # With one class, one object and one detection per image, found in half of them, AP is the mean of known numbers.
     images = 400
     right = np.arange(images) % 2 == 0
@@ -226,13 +227,15 @@ def test_interval_is_about_as_wide_as_the_spread_over_images():
     order = np.argsort(~right, kind="stable")  # all true positives first: AP is the recall, 0.5
     found = ClassMatches(np.arange(images)[order], matched[:, order], np.zeros_like(matched))
     matches = Matches(("a",), (found,), np.ones((1, images), np.int64))
-    low, high = percentile_interval(bootstrap([matches], [("a",)])[:, 0, 0])
+    interval = percentile_interval(bootstrap([matches], [("a",)])[:, 0, 0])
+    assert interval is not None
+    low, high = interval
     half = 196 * 0.5 / np.sqrt(images)  # of a binomial share, in percent
     assert low == pytest.approx(50 - half, abs=1.5)
     assert high == pytest.approx(50 + half, abs=1.5)
 
 
-def test_percentiles_and_zero():
+def test_percentiles_and_zero() -> None:
     assert percentile_interval(np.array([np.nan])) is None
     assert percentile_interval(np.append(np.arange(101.0), np.nan)) == (2.5, 97.5)
     assert leaves_out_zero((0.1, 2.0))

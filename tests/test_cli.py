@@ -37,8 +37,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.fixture
-def annotations(folder: Path) -> Path:
+@pytest.fixture(name="annotations")
+def _annotations(folder: Path) -> Path:
     """Two classes: a cat with a mask and one without, a crowd of cats, a dog with a mask."""
     square = [[1, 1, 5, 1, 5, 5, 1, 5]]
     box = {"image_id": 1, "bbox": [1, 1, 4, 4], "area": 16}
@@ -67,7 +67,7 @@ def test_help_answers_without_what_takes_long_to_import() -> None:
 
 
 def test_every_verb_has_help_with_an_example() -> None:
-    verbs = [("split", name) for name in ("list", "show", "make", "check")]
+    verbs: list[tuple[str, ...]] = [("split", name) for name in ("list", "show", "make", "check")]
     verbs += [("data", name) for name in ("check", "shapes", "difficulty", "affinity")]
     verbs += [(name,) for name in ("train", "evaluate", "predict", "run", "status", "report", "bench")]
     for verb in verbs:

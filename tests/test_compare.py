@@ -18,6 +18,7 @@ from semiseg.config import RunConfig
 from semiseg.config_files import digest, merge
 from semiseg.errors import UserError
 from semiseg.evaluation.coco_metrics import METRIC_NAMES
+from semiseg.report.aggregate import ReportInput
 from semiseg.report.provenance import warnings
 from semiseg.results import Result, append
 from semiseg.splits import make_split, write_split
@@ -44,15 +45,17 @@ def metrics_of(ap: float) -> dict[str, Any]:
     }
 
 
-def made_run(row: str, seed: int = 0, *, study: str = "first", ap: float = 30.0, init: Result | None = None, **changes):
+def made_run(
+    row: str, seed: int = 0, *, study: str = "first", ap: float = 30.0, init: Result | None = None, **changes: Any
+) -> Result:
     """The record of a run; `changes` are laid over its configuration."""
     config = run_config(changes, seed)
     split = config.supervision.split
-    identity = {
+    identity: dict[str, str | None] = {
         "config": digest(config.identity()),
         "split": split and f"digest of {split}",
         "data": "shapes-2",
-        "init": init and init.run_id,
+        "init": None if init is None else init.run_id,
     }
     return Result(
         run_id=digest(identity),
@@ -72,7 +75,7 @@ def made_run(row: str, seed: int = 0, *, study: str = "first", ap: float = 30.0,
         git_revision="abc",
         command=["semiseg", "run", study, "--jobs", "2", "--set", "optim.momentum=0.5"],
         finished="2026-01-01T00:00:00+00:00",
-        init_run=init and init.run_id,
+        init_run=None if init is None else init.run_id,
     )
 
 
@@ -80,11 +83,11 @@ def found(*results: Result) -> list[RecordedRun]:
     return [RecordedRun(result, None, Path("reports") / result.study / "results.jsonl") for result in results]
 
 
-def compared(*results: Result, split: str | None = None, known: tuple[Result, ...] = ()):
+def compared(*results: Result, split: str | None = None, known: tuple[Result, ...] = ()) -> ReportInput:
     return comparison(found(*results), found(*results, *known), split=split, command=["semiseg", "compare", "x"])
 
 
-def row_names(report) -> list[str]:
+def row_names(report: ReportInput) -> list[str]:
     return [row.name for row in report.tables[0].rows]
 
 
@@ -98,11 +101,11 @@ def _in_a_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-BOXES = {"supervision": {"source": "boxes"}}
-MASKS = {"supervision": {"source": "masks"}}
+BOXES: dict[str, Any] = {"supervision": {"source": "boxes"}}
+MASKS: dict[str, Any] = {"supervision": {"source": "masks"}}
 
 
-def test_runs_that_differ_in_their_seed_alone_are_one_row():
+def test_runs_that_differ_in_their_seed_alone_are_one_row() -> None:
     starts = [made_run("pretrain", seed, **BOXES) for seed in range(2)]
     boxes = [made_run("box+er", seed, init=start, **BOXES) for seed, start in enumerate(starts)]
     masks = made_run("full", 1, init=starts[1], **MASKS)
@@ -126,7 +129,7 @@ def test_runs_that_differ_in_their_seed_alone_are_one_row():
         {"runtime": {"precision": "bf16"}},
     ],
 )
-def test_another_configuration_is_another_row(changes):
+def test_another_configuration_is_another_row(changes: dict[str, Any]) -> None:
     same = made_run("r", 0, **BOXES)
     other = made_run("r", 1, study="second", **{**BOXES, **changes})
     report = compared(same, other)
@@ -136,7 +139,7 @@ def test_another_configuration_is_another_row(changes):
     assert row_names(compared(same, again)) == ["r"]
 
 
-def test_another_start_is_another_row_and_is_named():
+def test_another_start_is_another_row_and_is_named() -> None:
     short, long = (made_run("pretrain", 0, **{**BOXES, "optim": {"steps": steps}}) for steps in (10, 20))
     runs = [made_run("r", seed, init=start, **BOXES) for seed, start in enumerate((short, long))]
     report = compared(*runs, known=(short, long))
@@ -151,7 +154,7 @@ def test_another_start_is_another_row_and_is_named():
     assert "start.optim" not in told
 
 
-def test_the_same_seed_of_a_configuration_twice_is_two_rows():
+def test_the_same_seed_of_a_configuration_twice_is_two_rows() -> None:
     first = made_run("r", 0, **BOXES)
     again = replace(
         first,
@@ -161,7 +164,7 @@ def test_the_same_seed_of_a_configuration_twice_is_two_rows():
     assert names == [f"first: r {first.run_id[:6]}", "first: r ffffff"]
 
 
-def test_numbers_on_different_validation_data_are_refused():
+def test_numbers_on_different_validation_data_are_refused() -> None:
     mine = made_run("mine", **BOXES)
     other = made_run("other", **{**BOXES, "data": {"shapes": {"val_seed": 9}}})
     told = r"'mine' seed 0 \(\w+\) and 'other' seed 0 .* not measured on the same validation data.*seed 2.*seed 9"
@@ -172,7 +175,7 @@ def test_numbers_on_different_validation_data_are_refused():
         compared(mine, more)
 
 
-def test_other_training_data_may_stand_beside_it_and_are_named():
+def test_other_training_data_may_stand_beside_it_and_are_named() -> None:
     mine = made_run("mine", **BOXES)
     other = made_run("other", **{**BOXES, "data": {"shapes": {"train_seed": 9}}})
     report = compared(mine, other)
@@ -182,7 +185,7 @@ def test_other_training_data_may_stand_beside_it_and_are_named():
     assert "`data.shapes.train_seed` (1: mine; 9: other)" in told
 
 
-def test_the_fingerprint_of_the_validation_data_decides_where_it_is_recorded():
+def test_the_fingerprint_of_the_validation_data_decides_where_it_is_recorded() -> None:
     def coco(row: str, data: str, val: str | None) -> Result:
         made = made_run(row, **{**BOXES, "data": {"format": "coco"}})
         return replace(made, run_id=row, data_fingerprint=data, val_fingerprint=val)
@@ -197,17 +200,19 @@ def test_the_fingerprint_of_the_validation_data_decides_where_it_is_recorded():
             compared(*refused)
 
 
-def test_other_classes_are_refused():
+def test_other_classes_are_refused() -> None:
     mine, other = made_run("mine"), made_run("other", seed=1)
     metrics = {**other.metrics, "instances": {"a_ring": 2, "dog": 1}}
     with pytest.raises(UserError, match=r"different classes: they differ in b\|<b>, dog, 猫 café"):
         compared(mine, replace(other, metrics=metrics))
 
 
-def test_class_groups_are_those_of_the_runs_or_of_the_split_that_is_named():
+def test_class_groups_are_those_of_the_runs_or_of_the_split_that_is_named() -> None:
     for name, seen in (("few", CLASSES[:1]), ("many", CLASSES[:2])):
         write_split(make_split(name, CLASSES, seen=seen), Path("splits") / f"{name}.toml")
-    few, many = (made_run("r", **{"supervision": {"source": "split", "split": name}}) for name in ("few", "many"))
+    few, many, gone = (
+        made_run("r", supervision={"source": "split", "split": name}) for name in ("few", "many", "gone")
+    )
     boxes = made_run("boxes", **BOXES)
     assert compared(few, boxes).tables[0].unseen == CLASSES[1:]
     report = compared(few, many)
@@ -220,11 +225,10 @@ def test_class_groups_are_those_of_the_runs_or_of_the_split_that_is_named():
     assert compared(few, boxes, split="none").tables[0].unseen == ()
     with pytest.raises(UserError, match="no such class split"):
         compared(few, boxes, split="fewer")
-    gone = made_run("r", **{"supervision": {"source": "split", "split": "gone"}})
     assert "The class split `gone` is not here" in compared(gone, boxes).notes[0]
 
 
-def test_what_fills_missing_seeds():
+def test_what_fills_missing_seeds() -> None:
     boxes = [made_run("r", seed, **BOXES) for seed in range(3)]
     masks = made_run("full", 0, **MASKS)
     recorded = compared(*boxes[:2], masks, made_run("full", 1, **MASKS)).notes
@@ -256,7 +260,7 @@ def train_folder(path: Path, seed: int = 0) -> Path:
     return path
 
 
-def test_folders_of_semiseg_train(tmp_path: Path):
+def test_folders_of_semiseg_train(tmp_path: Path) -> None:
     run = run_of_folder(train_folder(tmp_path / "runs" / "mine"))
     result = run.result
     assert (result.row, result.study, result.seed, result.processes, result.val_fingerprint) == ("mine", "", 0, 2, "v")
@@ -273,6 +277,7 @@ def test_folders_of_semiseg_train(tmp_path: Path):
         run_of_folder(tmp_path)
     path = tmp_path / "runs" / "again" / "result.json"
     values = json.loads(path.read_text())
+    change: dict[str, Any]
     for change in ({"metrics": 3}, {"steps": "5"}, {"finished": 5}, {"versions": []}, {"seconds": None}):
         path.write_text(json.dumps(values | change))
         with pytest.raises(UserError, match=rf"result\.json: not a result of this version \('{next(iter(change))}': "):
@@ -282,9 +287,9 @@ def test_folders_of_semiseg_train(tmp_path: Path):
         run_of_folder(tmp_path / "runs" / "mine")
 
 
-def test_runs_are_found_by_id_row_and_folder():
-    few = {"supervision": {"source": "split", "split": "few"}}
-    many = {"supervision": {"source": "split", "split": "splits/many.toml"}}
+def test_runs_are_found_by_id_row_and_folder() -> None:
+    few: dict[str, Any] = {"supervision": {"source": "split", "split": "few"}}
+    many: dict[str, Any] = {"supervision": {"source": "split", "split": "splits/many.toml"}}
     runs = [made_run("r", seed, **few) for seed in range(2)] + [made_run("r", 0, **many)]
     runs += [made_run("pretrain", 0, **BOXES)]
     record(*runs, made_run("r", 0, study="second", **few))
@@ -315,14 +320,14 @@ def test_runs_are_found_by_id_row_and_folder():
         find_runs("first:r:few", known_runs())
 
 
-def test_the_beginning_of_several_ids_names_them():
+def test_the_beginning_of_several_ids_names_them() -> None:
     runs = [replace(made_run("r", seed), run_id=f"ab{seed}" + "0" * 13) for seed in range(2)]
     record(*runs)
     with pytest.raises(UserError, match=r"ab: 2 runs have an id that begins so: ab0\w+ \(first:r:0\), ab1"):
         find_runs("ab", known_runs())
 
 
-def test_the_verb_prints_the_table_and_writes_the_report_twice_the_same():
+def test_the_verb_prints_the_table_and_writes_the_report_twice_the_same() -> None:
     names = ("box|er", "_<b>猫%#")
     runs = [made_run(names[0], seed, **BOXES) for seed in range(2)]
     runs += [made_run(names[1], seed, study="second", ap=20.0, **MASKS) for seed in range(2)]
@@ -345,7 +350,7 @@ def test_the_verb_prints_the_table_and_writes_the_report_twice_the_same():
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
-def test_bad_input_is_one_sentence_and_exit_code_2():
+def test_bad_input_is_one_sentence_and_exit_code_2() -> None:
     record(made_run("r", **BOXES), made_run("o", **{**BOXES, "data": {"shapes": {"val_seed": 5}}}))
     for arguments, told in (
         (["first:r"], "semiseg: first:r: is one run; a comparison needs two or more"),

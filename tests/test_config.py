@@ -207,4 +207,4 @@ def test_digest_does_not_depend_on_the_order_of_keys() -> None:
 
 def test_values_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
-        ModelConfig().neck_channels = 3  # type: ignore[misc]
+        ModelConfig().neck_channels = 3

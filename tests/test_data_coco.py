@@ -23,7 +23,8 @@ SIZE = (64, 80)  # of image 1
 
 
 def first_objects(files: CocoFiles) -> list[dict[str, Any]]:
-    return next(image_records(read_coco(files.annotations)))["objects"]
+    objects: list[dict[str, Any]] = next(image_records(read_coco(files.annotations)))["objects"]
+    return objects
 
 
 def edit(files: CocoFiles, section: str, index: int, **values: Any) -> CocoFiles:
@@ -258,7 +259,7 @@ def test_a_mask_that_lies_outside_its_box_is_a_notice(tmp_path: Path, form: str)
     outlines = [[30, 20, 40, 20, 40, 28, 30, 28]]
     segmentation = outlines if form == "polygon" else encode(mask, compressed=True)
     boxes = {1: [39, 27, 9, 9], 2: [40, 20, 9, 9], 3: [20, 20, 10, 8], 4: [30, 28, 9, 9], 5: [30, 5, 9, 15]}
-    annotations = [
+    annotations: list[dict[str, Any]] = [
         {"id": number, "image_id": 1, "category_id": 1, "bbox": box, "segmentation": segmentation}
         for number, box in boxes.items()
     ]

@@ -53,7 +53,7 @@ def same(first: Any, second: Any) -> bool:
         return first.dtype == second.dtype and torch.equal(first, second)
     if isinstance(first, Sample | Batch | Targets):
         return all(same(getattr(first, field.name), getattr(second, field.name)) for field in fields(first))
-    return first == second
+    return bool(first == second)
 
 
 # The classes of image 1's annotations are cat, dog, bird, fish; fish has no mask, and dog 2 is an RLE.

@@ -216,7 +216,12 @@ def test_converted_once_and_anew_when_it_changes(monkeypatch: pytest.MonkeyPatch
     name = saved(dataset(range(3)))
     calls = []
     convert = hub._convert
-    monkeypatch.setattr(hub, "_convert", lambda *given: calls.append(given) or convert(*given))
+
+    def counted(*given: Any) -> None:
+        calls.append(given)
+        convert(*given)
+
+    monkeypatch.setattr(hub, "_convert", counted)
     first = converted(name)
     assert converted(name) == first
     assert len(calls) == 1

@@ -23,7 +23,8 @@ from tests.full_masks import polygons_to_mask, resized_mask, sample_cells
 
 
 def counts_of(mask: np.ndarray) -> bytes:
-    return encode(mask, compressed=True)["counts"].encode()
+    counts: str = encode(mask, compressed=True)["counts"]
+    return counts.encode()
 
 
 def random_masks(random: np.random.Generator, size_hw: tuple[int, int]) -> list[np.ndarray]:
@@ -146,8 +147,8 @@ def cells_the_plain_way(annotation: dict[str, Any], geometry: Geometry, stride: 
 def image_the_plain_way(path: Path, geometry: Geometry) -> torch.Tensor:
     """Channel by channel in memory at every step."""
     image = read_image(path).contiguous()
-    image = functional.resize(image, list(geometry.input_hw), antialias=True)
-    return functional.horizontal_flip(image) if geometry.flipped else image
+    resized: torch.Tensor = functional.resize(image, list(geometry.input_hw), antialias=True)
+    return functional.horizontal_flip(resized) if geometry.flipped else resized
 
 
 @pytest.mark.parametrize("flipped", [False, True])

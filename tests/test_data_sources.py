@@ -6,6 +6,7 @@ import gc
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 
 from semiseg.cli import app
 from semiseg.config import DataConfig
-from semiseg.data.sources import AnnotatedImages, cache_folder, ensure_files, expected_files
+from semiseg.data.sources import AnnotatedImages, SetName, cache_folder, ensure_files, expected_files
 from semiseg.data.table import load_table
 from semiseg.engine.build import build_data, build_evaluation_loader, build_training_loader
 from semiseg.engine.checkpoint import ModelInfo, save_model
@@ -48,7 +49,7 @@ def coco(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return root
 
 
-def complaint(config: DataConfig, sets: tuple = ("train", "val")) -> str:
+def complaint(config: DataConfig, sets: Sequence[SetName] = ("train", "val")) -> str:
     with pytest.raises(UserError) as error:
         ensure_files(config, sets)
     return str(error.value)

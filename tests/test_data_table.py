@@ -157,7 +157,7 @@ def test_a_lock_of_a_killed_conversion_goes_and_a_held_one_stays(tmp_path: Path)
 def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files, cache = make_coco(tmp_path), tmp_path / "cache"
 
-    def interrupted(*_args: object, **_kwargs: object) -> list[dict]:
+    def interrupted(*_args: object, **_kwargs: object) -> list[dict[str, Any]]:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

@@ -15,7 +15,8 @@ from tests.full_masks import sample_cells
 def mapped_mask(geometry: Geometry, mask: np.ndarray) -> np.ndarray:
     """(H, W) bool original -> (H', W') bool input."""
     rows, columns = (np.arange(side) for side in geometry.input_hw)
-    return mask[geometry.source_rows(rows)][:, geometry.source_columns(columns)]
+    moved: np.ndarray = mask[geometry.source_rows(rows)][:, geometry.source_columns(columns)]
+    return moved
 
 
 def rasterised(geometry: Geometry, outline: list[float]) -> np.ndarray:

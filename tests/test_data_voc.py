@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 
 from semiseg.cli import app
 from semiseg.data.coco import read_coco
-from semiseg.data.voc import VOC_CLASSES, ensure_voc, voc_files
+from semiseg.data.voc import ensure_voc, voc_files
+from semiseg.data.voc_objects import VOC_CLASSES
 from semiseg.errors import UserError
 from semiseg.evaluation.coco_metrics import evaluate_detections
 from semiseg.splits import load_split
@@ -46,7 +47,8 @@ def voc(tmp_path: Path) -> Path:
 
 def convert(root: Path, image_set: str) -> dict[str, Any]:
     annotations, _ = ensure_voc(root, image_set)
-    return json.loads(annotations.read_text())
+    content: dict[str, Any] = json.loads(annotations.read_text())
+    return content
 
 
 def objects_of(content: dict[str, Any], name: str) -> list[dict[str, Any]]:
@@ -59,7 +61,8 @@ def names_of(content: dict[str, Any]) -> list[str]:
 
 
 def decode(annotation: dict[str, Any]) -> np.ndarray:
-    return coco_mask.decode(annotation["segmentation"]).astype(bool)
+    mask: np.ndarray = coco_mask.decode(annotation["segmentation"])
+    return mask.astype(bool)
 
 
 def test_boxes_masks_and_classes_of_a_segmented_image(voc: Path, tmp_path: Path) -> None:

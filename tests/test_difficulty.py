@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -113,7 +114,7 @@ def edges_of(annotations: Path, images: Path, *, stride: int, thresholds: Sequen
     ).shares
 
 
-def _write(folder: Path, pixels: NDArray[np.uint8], objects: list) -> Path:
+def _write(folder: Path, pixels: NDArray[np.uint8], objects: list[Any]) -> Path:
     Image.fromarray(pixels).save(folder / "0.png")
     annotations = []
     for number, (category, mask, box) in enumerate(objects, start=1):

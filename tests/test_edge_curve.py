@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 
 from semiseg.commands.study_data import record_edge_curve, recorded_edge_curve
-from semiseg.engine.edges import Neighbourhood, measure_edges
+from semiseg.engine.edges import EdgeShare, Neighbourhood, measure_edges
 from semiseg.errors import UserError
 from semiseg.report.aggregate import ReportInput, ReportRow, ReportTable, table_numbers
 from semiseg.report.context import FigureFiles, PageContext
@@ -18,7 +19,7 @@ from semiseg.report.diagnostics import edge_curve_section
 from semiseg.report.edge_curve import EdgeCurve
 from semiseg.report.measured import Measured
 from semiseg.report.published import printed_positive_edges, read_published
-from semiseg.study import load_study
+from semiseg.study import Study, load_study
 from tests.coco_files import CocoFiles, box_annotation, ellipse, make_coco, rle_annotation
 from tests.test_edges import STUDY, smooth
 
@@ -30,7 +31,7 @@ ANNOTATIONS = [
 ]
 
 
-def make_files(folder: Path, annotations: list[dict]) -> CocoFiles:
+def make_files(folder: Path, annotations: list[dict[str, Any]]) -> CocoFiles:
     return smooth(make_coco(folder, sizes_hw=[(46, 37), (40, 50)], annotations=annotations))
 
 
@@ -40,7 +41,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> CocoFiles:
 
 
 def test_each_class_has_the_shares_of_its_own_instances(files: CocoFiles, tmp_path: Path) -> None:
-    def measure(of: CocoFiles) -> dict:
+    def measure(of: CocoFiles) -> dict[tuple[Neighbourhood, float], EdgeShare]:
         found = measure_edges(
             of.annotations, of.images, neighbourhoods=[Neighbourhood(3, 1), Neighbourhood(5, 2)],
             thresholds=(0.3, 0.0, 0.1), stride=2, short_side=0, long_side=1333, bottom_rows=3,
@@ -59,7 +60,7 @@ def test_each_class_has_the_shares_of_its_own_instances(files: CocoFiles, tmp_pa
             assert share.edges < whole[key].edges
 
 
-def write_study(folder: Path, files: CocoFiles):
+def write_study(folder: Path, files: CocoFiles) -> Study:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tau.toml").write_text(STUDY.replace("ROOT", str(files.annotations.parent)))
     return load_study(str(folder / "tau.toml"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,10 +32,16 @@ from tests.slow_reference import in_box, offsets
 THRESHOLDS = (0.0, 0.1, 0.3)
 
 
-def measure(files: CocoFiles, **changes) -> EdgeMeasurement:
+def measure(files: CocoFiles, **changes: Any) -> EdgeMeasurement:
     """At the stored resolution, stride 4, 3 x 3 with dilation 2, unless changed."""
-    given = {"neighbourhoods": [Neighbourhood(3, 2)], "thresholds": THRESHOLDS, "stride": 4, "short_side": 0}
-    given |= {"long_side": 1333, "bottom_rows": 0}
+    given: dict[str, Any] = {
+        "neighbourhoods": [Neighbourhood(3, 2)],
+        "thresholds": THRESHOLDS,
+        "stride": 4,
+        "short_side": 0,
+        "long_side": 1333,
+        "bottom_rows": 0,
+    }
     return measure_edges(files.annotations, files.images, **{**given, **changes})
 
 
@@ -103,7 +110,7 @@ def slow_counts(
                         count[0] += 1
                         count[1] += similar >= threshold
                         count[2] += similar >= threshold and same
-    return {threshold: tuple(count) for threshold, count in counts.items()}
+    return {threshold: (count[0], count[1], count[2]) for threshold, count in counts.items()}
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,7 @@ def test_runs_whose_steps_take_equally_long_share_a_measurement() -> None:
     assert len({keys[row] for row in ("pretrain", "full", "0.1", "size3-dilation1")}) == 4
     config = runs["0.1"]
     assert step_key(config, 1) != step_key(config, 2)
+    change: dict[str, Any]
     for change in ({"model": {"weights": "x.pt"}}, {"seed": 4}, {"optim": {"learning_rate": 1.0, "steps": 7}}):
         changed = parse_config(RunConfig, merge(config.model_dump(mode="json"), change), where="test")
         assert step_key(changed, 1) == step_key(config, 1), change

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ CLASSES = ("ring", "猫", "cross", "never", "only crowd")
 CATEGORY_IDS = (3, 7, 20, 21, 90)  # in label order, with gaps
 
 
-def encode(mask: np.ndarray) -> dict:
+def encode(mask: np.ndarray) -> dict[str, Any]:
     value = rle.encode(np.asfortranarray(mask.astype(np.uint8)))
     return {"size": value["size"], "counts": value["counts"].decode()}
 
@@ -39,8 +40,8 @@ def rectangle(x: int, y: int, width: int, height: int) -> np.ndarray:
 
 
 def truth_of(
-    x: int, y: int, width: int, height: int, *, image: int, category: int, number: int, crowd: int = 0
-) -> dict:
+    x: int, y: int, width: int, height: int, *, image: int, category: int, number: int | str, crowd: int = 0
+) -> dict[str, Any]:
     return {
         "id": number,
         "image_id": image,
@@ -52,7 +53,7 @@ def truth_of(
     }
 
 
-def found(annotation: dict, *, score: float, shift: int = 0) -> dict:
+def found(annotation: dict[str, Any], *, score: float, shift: int = 0) -> dict[str, Any]:
     x, y, width, height = annotation["bbox"]
     return {
         "image_id": annotation["image_id"],
@@ -63,7 +64,7 @@ def found(annotation: dict, *, score: float, shift: int = 0) -> dict:
     }
 
 
-def write(path: Path, annotations: list[dict], *, images: int, classes: int = len(CLASSES)) -> Path:
+def write(path: Path, annotations: list[dict[str, Any]], *, images: int, classes: int = len(CLASSES)) -> Path:
     content = {
         "images": [{"id": i, "file_name": f"{i}.png", "width": SIZE, "height": SIZE} for i in range(images)],
         # The file lists categories in another order than their ids'.
@@ -75,10 +76,11 @@ def write(path: Path, annotations: list[dict], *, images: int, classes: int = le
 
 
 @pytest.fixture(scope="module")
-def random_case(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
+def random_case(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """20 images of objects in three classes and all area ranges, crowd, misses, false and shifted detections."""
     generator = np.random.default_rng(5)
-    annotations, results = [], []
+    annotations: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     for image in range(20):
         for _ in range(int(generator.integers(0, 7))):
             x, y = (int(v) for v in generator.integers(0, 28, 2))
@@ -99,7 +101,9 @@ def random_case(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[di
     return path, results
 
 
-def official(path: Path, results: list[dict], iou_type: str, category_ids: list[int]) -> dict[str, float | None]:
+def official(
+    path: Path, results: list[dict[str, Any]], iou_type: str, category_ids: list[int]
+) -> dict[str, float | None]:
     """pycocotools alone, restricted by params.catIds and summarised by its own summarize()."""
     with contextlib.redirect_stdout(io.StringIO()):
         truth = load_ground_truth(path)
@@ -114,7 +118,7 @@ def official(path: Path, results: list[dict], iou_type: str, category_ids: list[
     return {name: None if value == -1 else round(100 * float(value), 10) for name, value in stats.items()}
 
 
-def test_groups_equal_pycocotools_restricted_to_the_classes(random_case):
+def test_groups_equal_pycocotools_restricted_to_the_classes(random_case: tuple[Path, list[dict[str, Any]]]) -> None:
     path, results = random_case
     groups = {
         "seen": ("cross", "ring"),
@@ -136,12 +140,15 @@ def test_groups_equal_pycocotools_restricted_to_the_classes(random_case):
         assert measured.classes["never"] is None
         assert measured.classes["only crowd"] is None
     assert compared == 2 * 4 * 6
-    assert 10 < metrics.segm.groups["all"]["AP"] < 90
+    assert metrics.segm is not None
+    assert 10 < (metrics.segm.groups["all"]["AP"] or 0) < 90
     assert metrics.segm.groups["all"] != metrics.bbox.groups["all"]
     assert metrics.instances["only crowd"] == 0
 
 
-def test_one_matching_pass_per_iou_type_whatever_the_groups(random_case, monkeypatch):
+def test_one_matching_pass_per_iou_type_whatever_the_groups(
+    random_case: tuple[Path, list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, results = random_case
     passes = []
     evaluate = COCOeval.evaluate
@@ -156,7 +163,7 @@ def test_one_matching_pass_per_iou_type_whatever_the_groups(random_case, monkeyp
     assert passes == ["bbox", "segm"]
 
 
-def test_quiet(random_case, capsys):
+def test_quiet(random_case: tuple[Path, list[dict[str, Any]]], capsys: pytest.CaptureFixture[str]) -> None:
     path, results = random_case
     evaluate_detections(path, results, class_names=CLASSES, groups={}, image_ids=range(20))
     captured = capsys.readouterr()
@@ -165,18 +172,19 @@ def test_quiet(random_case, capsys):
 
 
 @pytest.mark.parametrize("number", [0, 1, "first"], ids=repr)
-def test_perfect_prediction_of_one_object_is_exactly_100(tmp_path, number):
+def test_perfect_prediction_of_one_object_is_exactly_100(tmp_path: Path, number: int | str) -> None:
     annotation = truth_of(5, 6, 40, 50, image=0, category=7, number=number)
     path = write(tmp_path / "val.json", [annotation], images=1)
     metrics = evaluate_detections(
         path, [found(annotation, score=0.9)], class_names=CLASSES, groups={"unseen": ("猫",)}, image_ids=[0]
     )
     for measured in (metrics.bbox, metrics.segm):
+        assert measured is not None
         assert measured.groups["all"] == {"AP": 100, "AP50": 100, "AP75": 100, "APs": None, "APm": 100, "APl": None}
         assert measured.groups["unseen"] == measured.groups["all"]
 
 
-def test_hand_computed_precision(tmp_path):
+def test_hand_computed_precision(tmp_path: Path) -> None:
     """Two objects; best first: a hit, a miss, a hit: precision 1 up to recall 1/2, then 2/3."""
     first = truth_of(0, 0, 40, 40, image=0, category=3, number=1)
     second = truth_of(60, 60, 40, 40, image=0, category=3, number=2)
@@ -185,10 +193,11 @@ def test_hand_computed_precision(tmp_path):
     results = [found(first, score=0.9), miss, found(second, score=0.7)]
     metrics = evaluate_detections(path, results, class_names=CLASSES, groups={}, image_ids=[0])
     expected = 100 * (51 * 1 + 50 * 2 / 3) / 101  # recall 0, 0.01, ..., 1
+    assert metrics.segm is not None
     assert metrics.segm.groups["all"]["AP"] == pytest.approx(expected, abs=1e-8)
 
 
-def test_detections_on_crowd_are_neither_right_nor_wrong(tmp_path):
+def test_detections_on_crowd_are_neither_right_nor_wrong(tmp_path: Path) -> None:
     target = truth_of(0, 0, 30, 30, image=0, category=3, number=1)
     crowd = truth_of(60, 60, 60, 60, image=0, category=3, number=2, crowd=1)
     inside = found(truth_of(70, 70, 20, 20, image=0, category=3, number=9), score=0.95)
@@ -200,38 +209,46 @@ def test_detections_on_crowd_are_neither_right_nor_wrong(tmp_path):
     assert _all_ap(write(path, [target], images=1), results) < 60
 
 
-def _all_ap(path: Path, results: list[dict]) -> float:
+def _all_ap(path: Path, results: list[dict[str, Any]]) -> float:
     metrics = evaluate_detections(path, results, class_names=CLASSES, groups={}, image_ids=[0])
-    return metrics.segm.groups["all"]["AP"]
+    assert metrics.segm is not None
+    found_ap = metrics.segm.groups["all"]["AP"]
+    assert found_ap is not None
+    return found_ap
 
 
-def test_mask_areas_decide_the_area_ranges_of_masks(tmp_path):
+def test_mask_areas_decide_the_area_ranges_of_masks(tmp_path: Path) -> None:
     """A thin mask in a large box is a small object; a false one must lower APs, not APm."""
     thin = truth_of(0, 0, 100, 4, image=0, category=3, number=1)
     false = found(truth_of(0, 20, 100, 4, image=0, category=3, number=9), score=0.99)
     false["bbox"] = [0, 20, 100, 100]
     path = write(tmp_path / "val.json", [thin], images=1)
     metrics = evaluate_detections(path, [false, found(thin, score=0.5)], class_names=CLASSES, groups={}, image_ids=[0])
+    assert metrics.segm is not None
     assert metrics.segm.groups["all"]["APs"] == pytest.approx(50)
     assert metrics.bbox.groups["all"]["APs"] == 100  # there the false one is a large box
 
 
-def test_nothing_found_is_zero_and_nothing_to_find_is_none(tmp_path):
+def test_nothing_found_is_zero_and_nothing_to_find_is_none(tmp_path: Path) -> None:
     annotation = truth_of(5, 6, 40, 50, image=0, category=7, number=1)
     path = write(tmp_path / "val.json", [annotation], images=2)
     metrics = evaluate_detections(path, [], class_names=CLASSES, groups={"seen": ("ring",)}, image_ids=[1, 0])
+    assert metrics.segm is not None
     assert metrics.segm.groups["all"]["AP"] == 0
-    assert metrics.bbox.classes["猫"]["AP75"] == 0
+    cat = metrics.bbox.classes["猫"]
+    assert cat is not None
+    assert cat["AP75"] == 0
     assert set(metrics.segm.groups["seen"].values()) == {None}
     empty = write(tmp_path / "empty.json", [], images=2)
     metrics = evaluate_detections(empty, [], class_names=CLASSES, groups={}, image_ids=[0, 1])
     assert set(metrics.bbox.groups["all"].values()) == {None}
     false = found(annotation, score=0.5)
     metrics = evaluate_detections(empty, [false], class_names=CLASSES, groups={}, image_ids=[0, 1])
+    assert metrics.segm is not None
     assert set(metrics.segm.groups["all"].values()) == {None}
 
 
-def test_boxes_alone_can_be_evaluated(tmp_path):
+def test_boxes_alone_can_be_evaluated(tmp_path: Path) -> None:
     annotation = truth_of(5, 6, 40, 50, image=0, category=7, number=1)
     result = found(annotation, score=0.5)
     del annotation["segmentation"], annotation["area"], annotation["iscrowd"]
@@ -243,7 +260,7 @@ def test_boxes_alone_can_be_evaluated(tmp_path):
     assert Metrics.from_dict(json.loads(json.dumps(metrics.to_dict()))) == metrics
 
 
-def test_metrics_survive_json(random_case):
+def test_metrics_survive_json(random_case: tuple[Path, list[dict[str, Any]]]) -> None:
     path, results = random_case
     metrics = evaluate_detections(
         path, results, class_names=CLASSES, groups={"unseen": ("猫", "never")}, image_ids=range(20)
@@ -251,6 +268,7 @@ def test_metrics_survive_json(random_case):
     assert Metrics.from_dict(json.loads(json.dumps(metrics.to_dict()))) == metrics
     with pytest.raises(UserError, match="bbox"):
         Metrics.from_dict({"segm": None})
+    change: dict[str, Any]
     for change in ({"bbox": 3}, {"segm": []}, {"images": "many"}, {"instances": {"a": None}}, {"bbox": {"groups": {}}}):
         with pytest.raises(UserError, match=f"recorded metrics: '{next(iter(change))}"):
             Metrics.from_dict({**metrics.to_dict(), **change})
@@ -260,10 +278,12 @@ def test_metrics_survive_json(random_case):
         Metrics.from_dict(broken)
 
 
-def test_annotations_that_changed_since_they_were_read_are_not_measured_on(random_case):
+def test_annotations_that_changed_since_they_were_read_are_not_measured_on(
+    random_case: tuple[Path, list[dict[str, Any]]],
+) -> None:
     path, results = random_case
     known = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    arguments = {"class_names": CLASSES, "groups": {}, "image_ids": range(20)}
+    arguments: dict[str, Any] = {"class_names": CLASSES, "groups": {}, "image_ids": range(20)}
     metrics = evaluate_detections(path, results, fingerprint=known, **arguments)
     assert metrics == evaluate_detections(path, results, **arguments)
     path.write_bytes(path.read_bytes() + b" ")
@@ -271,7 +291,7 @@ def test_annotations_that_changed_since_they_were_read_are_not_measured_on(rando
         evaluate_detections(path, results, fingerprint=known, **arguments)
 
 
-def test_group_means_by_hand():
+def test_group_means_by_hand() -> None:
     def numbers(value: float | None) -> dict[str, float | None]:
         return dict.fromkeys(METRIC_NAMES, value)
 
@@ -283,7 +303,7 @@ def test_group_means_by_hand():
         group_means(per_class, ("a", "d"))
 
 
-def test_results_are_left_unchanged(tmp_path):
+def test_results_are_left_unchanged(tmp_path: Path) -> None:
     annotation = truth_of(5, 6, 40, 50, image=0, category=7, number=1)
     results = [found(annotation, score=0.5)]
     before = json.dumps(results)
@@ -300,7 +320,7 @@ def test_results_are_left_unchanged(tmp_path):
         ([0, 1, 2, 2], "1 evaluated more than once \\(such as 2\\)"),
     ],
 )
-def test_evaluated_images_must_be_the_data_sets(tmp_path, image_ids, message):
+def test_evaluated_images_must_be_the_data_sets(tmp_path: Path, image_ids: list[int], message: str) -> None:
     path = write(tmp_path / "val.json", [], images=3)
     with pytest.raises(UserError, match=message):
         evaluate_detections(path, [], class_names=CLASSES, groups={}, image_ids=image_ids)
@@ -315,7 +335,7 @@ def test_evaluated_images_must_be_the_data_sets(tmp_path, image_ids, message):
         ({"segmentation": {"size": [4, 4], "counts": "`0"}}, "mask size"),
     ],
 )
-def test_a_detection_that_does_not_fit_is_named(tmp_path, change, message):
+def test_a_detection_that_does_not_fit_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     annotation = truth_of(5, 6, 40, 50, image=0, category=7, number=1)
     path = write(tmp_path / "val.json", [annotation], images=1)
     results = [found(annotation, score=0.5), {**found(annotation, score=0.5), **change}]
@@ -323,7 +343,7 @@ def test_a_detection_that_does_not_fit_is_named(tmp_path, change, message):
         evaluate_detections(path, results, class_names=CLASSES, groups={}, image_ids=[0])
 
 
-def test_classes_and_groups_must_be_the_files(tmp_path):
+def test_classes_and_groups_must_be_the_files(tmp_path: Path) -> None:
     path = write(tmp_path / "val.json", [], images=1)
     with pytest.raises(UserError, match="its classes"):
         evaluate_detections(path, [], class_names=tuple(reversed(CLASSES)), groups={}, image_ids=[0])

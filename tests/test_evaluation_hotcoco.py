@@ -67,11 +67,11 @@ def random_box(generator: np.random.Generator) -> list[float]:
     return [float(x), float(y), float(width), float(height)]
 
 
-def random_case(seed: int, *, images: int = 14) -> tuple[list[dict], list[dict]]:
+def random_case(seed: int, *, images: int = 14) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Annotations and detections: crowds, empty images, equal scores, empty masks, over 100 of a class."""
     generator = np.random.default_rng(seed)
-    annotations: list[dict] = []
-    results: list[dict] = []
+    annotations: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     for image in range(images):
         if image % 5 == 4:
             continue  # nothing there, nothing found
@@ -98,7 +98,7 @@ def random_case(seed: int, *, images: int = 14) -> tuple[list[dict], list[dict]]
     return annotations, results
 
 
-def random_detection(generator: np.random.Generator, image: int, annotations: list[dict]) -> dict:
+def random_detection(generator: np.random.Generator, image: int, annotations: list[dict[str, Any]]) -> dict[str, Any]:
     box, category = random_box(generator), CATEGORY_IDS[generator.integers(6)]
     if annotations and generator.random() < 0.7:
         target = annotations[generator.integers(len(annotations))]
@@ -116,7 +116,9 @@ def random_detection(generator: np.random.Generator, image: int, annotations: li
     }
 
 
-def write(path: Path, annotations: list[dict], *, images: list[Any], categories: list[int] | None = None) -> Path:
+def write(
+    path: Path, annotations: list[dict[str, Any]], *, images: list[Any], categories: list[int] | None = None
+) -> Path:
     content = {
         "images": [{"id": i, "file_name": f"{i}.png", "width": WIDTH, "height": HEIGHT} for i in reversed(images)],
         "categories": [
@@ -130,7 +132,7 @@ def write(path: Path, annotations: list[dict], *, images: list[Any], categories:
     return path
 
 
-def assert_equal_precision(path: Path, results: list[dict]) -> list[np.ndarray]:
+def assert_equal_precision(path: Path, results: list[dict[str, Any]]) -> list[np.ndarray]:
     found = []
     for iou_type in ("bbox", "segm"):
         # one after the other on fresh truths: pycocotools writes into its annotations
@@ -238,7 +240,7 @@ def test_evaluate_fast_writes_the_same_numbers(tmp_path: Path, monkeypatch: pyte
         return hotcoco_precision(truth, results, iou_type)
 
     monkeypatch.setattr(precision, "_hotcoco_precision", counted)
-    written = []
+    written: list[str] = []
     for options in (["--fast"], []):
         out = tmp_path / f"metrics{len(written)}.json"
         arguments = [tmp_path / "model", "--annotations", data.annotations, "--images", data.images, "--out", out]

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from semiseg.commands.known_classes import COCO_CLASSES
-from semiseg.config import RunConfig
+from semiseg.config import RunConfig, learns_masks
 from semiseg.config_files import digest, merge, parse_config
-from semiseg.engine.build import RunData, build_data, build_training_loader, learns_masks
+from semiseg.engine.build import RunData, build_data, build_training_loader
 from semiseg.engine.optim import learning_rate
 from semiseg.engine.session import start_accelerator
 from semiseg.engine.train import optimizer_step, prepare
@@ -128,7 +128,10 @@ def tiny(config: RunConfig, root: Path) -> RunConfig:
     """The run at the smallest size that keeps what defines it: supervision, objective, neck, kind of backbone."""
     values = config.model_dump(mode="json", exclude={"data", "optim", "runtime", "init_from"})
     bottlenecks = config.model.deformable_interval > 0
-    keep = {"backbone": "resnet50" if bottlenecks else "small", "mask_channels": config.model.mask_channels}
+    keep: dict[str, Any] = {
+        "backbone": "resnet50" if bottlenecks else "small",
+        "mask_channels": config.model.mask_channels,
+    }
     keep |= {"strides": [8, 16, 32, 64, 128], "level_ranges": [16, 32, 64, 128], "neck_repeats": 1}
     changes: dict[str, Any] = {**TINY, "model": {**TINY["model"], **keep}}
     del changes["supervision"]

@@ -46,7 +46,11 @@ def test_a_reader_that_raises_something_else_is_a_failure(tmp_path: Path, monkey
         raise UserError("a sentence") if path.read_bytes() == b"known" else KeyError("x")
 
     for content, told in ((b"known", None), (b"other", "KeyError in benchmark: 'x'")):
-        what = fault_inputs.Mutation(1, "a.txt", lambda draw, content=content: content, read)
+
+        def mutated(_draw: object, content: bytes = content) -> bytes:
+            return content
+
+        what = fault_inputs.Mutation(1, "a.txt", mutated, read)
         monkeypatch.setitem(fault_inputs.MUTATIONS, "test", what)
         assert mutation("test", 0, 0, tmp_path) == told
 

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from pycocotools import mask as rle
+from pycocotools.coco import COCO
 
 from semiseg.evaluation.box_matching import box_matches
 from semiseg.evaluation.coco_metrics import evaluate_detections, load_ground_truth, prepare_masks
@@ -36,7 +37,9 @@ def rectangle(x: float, y: float, width: float, height: float) -> np.ndarray:
     return mask
 
 
-def detection(image: int, category: int, box: list[float], score: float, mask: np.ndarray | None = None) -> dict:
+def detection(
+    image: int, category: int, box: list[float], score: float, mask: np.ndarray | None = None
+) -> dict[str, Any]:
     mask = rectangle(*box) if mask is None else mask
     return {"image_id": image, "category_id": category, "bbox": box, "score": score, "segmentation": encode(mask)}
 
@@ -44,7 +47,7 @@ def detection(image: int, category: int, box: list[float], score: float, mask: n
 def objects() -> list[dict[str, Any]]:
     """Six objects of two classes in three images, and a crowd region."""
     places = [(0, 1, (2, 2)), (0, 1, (26, 2)), (0, 2, (2, 26)), (1, 1, (4, 4)), (1, 2, (26, 26)), (2, 2, (10, 10))]
-    found = [
+    found: list[dict[str, Any]] = [
         {"image_id": image, "category_id": category, "bbox": [x, y, 16, 14], "area": 224, "iscrowd": 0}
         for image, category, (x, y) in places
     ]
@@ -71,7 +74,7 @@ def truth_file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def truth(truth_file: Path):
+def truth(truth_file: Path) -> COCO:
     found = load_ground_truth(truth_file)
     assert prepare_masks(found)
     return found
@@ -98,7 +101,7 @@ def box_iou(first: list[float], second: list[float]) -> float:
     return common / (first[2] * first[3] + second[2] * second[3] - common)
 
 
-def slow_pairs(results: list[dict], partners: list[dict]) -> list[int | None]:
+def slow_pairs(results: list[dict[str, Any]], partners: list[dict[str, Any]]) -> list[int | None]:
     """By score, each takes the free partner of its image and class with the highest IoU from 0.5."""
     taken: set[int] = set()
     pairs: list[int | None] = [None] * len(results)
@@ -109,13 +112,14 @@ def slow_pairs(results: list[dict], partners: list[dict]) -> list[int | None]:
             if place not in taken and all(partner[key] == results[number][key] for key in ("image_id", "category_id"))
         ]
         if offered and max(offered)[0] >= 0.5:
-            pairs[number] = -max(offered)[2]
-            taken.add(pairs[number])
+            place = -max(offered)[2]
+            pairs[number] = place
+            taken.add(place)
     return pairs
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_detections_find_objects_as_a_slow_reference_says(truth, seed: int) -> None:
+def test_detections_find_objects_as_a_slow_reference_says(truth: COCO, seed: int) -> None:
     results = noisy(seed)
     whole = [item for item in objects() if not item["iscrowd"]]
     expected = slow_pairs(results, whole)
@@ -145,7 +149,7 @@ def test_masks_go_to_partners_as_a_slow_reference_says(seed: int) -> None:
     assert json.dumps([full, donors]) == before
 
 
-def test_what_lies_on_crowd_or_has_no_object_finds_nothing(truth) -> None:
+def test_what_lies_on_crowd_or_has_no_object_finds_nothing(truth: COCO) -> None:
     on_crowd, elsewhere = detection(2, 1, [30, 30, 16, 16], 0.9), detection(3, 1, [5, 5, 9, 9], 0.8)
     wrong_class = detection(2, 1, [10, 10, 16, 14], 0.7)
     assert box_matches(truth, [on_crowd, elsewhere, wrong_class]) == [None, None, None]
@@ -157,7 +161,7 @@ def test_what_lies_on_crowd_or_has_no_object_finds_nothing(truth) -> None:
     assert alone.own == [True]
 
 
-def test_ap_is_that_of_the_evaluation(truth, truth_file: Path) -> None:
+def test_ap_is_that_of_the_evaluation(truth: COCO, truth_file: Path) -> None:
     results = noisy(3)
     metrics = evaluate_detections(truth_file, results, class_names=CLASSES, groups={}, image_ids=range(4))
     assert metrics.segm is not None
@@ -184,7 +188,8 @@ def perfect() -> list[dict[str, Any]]:
 
 def worse_masks(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of every mask the upper 70 %."""
-    return [{**item, "segmentation": encode(rectangle(*item["bbox"][:3], 0.7 * item["bbox"][3]))} for item in results]
+    masks = [rectangle(x, y, width, 0.7 * height) for x, y, width, height in (item["bbox"] for item in results)]
+    return [{**item, "segmentation": encode(mask)} for item, mask in zip(results, masks, strict=True)]
 
 
 def other_order(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -192,7 +197,9 @@ def other_order(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{**item, "score": 0.99 if item["image_id"] == 3 else item["score"]} for item in results]
 
 
-def make_page(folder: Path, annotations: Path, runs: dict[tuple[str, int], list[dict]], **more: Any) -> PageContext:
+def make_page(
+    folder: Path, annotations: Path, runs: dict[tuple[str, int], list[dict[str, Any]]], **more: Any
+) -> PageContext:
     """A page of one table; `runs`: (row, seed) -> its stored detections."""
     names = list(dict.fromkeys(row for row, _ in runs))
     rows = tuple(ReportRow(name, "", "", name, every_mask=name == "full-masks") for name in names)

@@ -60,7 +60,7 @@ class Transfers(TorchDispatchMode):
     """Counts operations with tensors on both sides; a number that is a tensor on the CPU costs nothing and is none."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -139,7 +139,8 @@ def test_nor_does_its_backward(mode: FakeTensorMode, tmp_path: Path, mask: str, 
 
 def fake_terms(step: TrainStep, batch: Batch, draft: StepDraft) -> LossTerms:
     plan = step.plan(batch, draft)
-    return step(batch, plan, plan.counts, warmup=0.5, processes=1)
+    terms: LossTerms = step(batch, plan, plan.counts, warmup=0.5, processes=1)
+    return terms
 
 
 def test_what_is_read_back_is_seen(mode: FakeTensorMode, tmp_path: Path) -> None:
@@ -166,7 +167,7 @@ class Reads(TorchDispatchMode):
     """Counts the values that the host reads of tensors."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self.count = 0
         self.paused = False
 

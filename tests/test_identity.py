@@ -132,7 +132,7 @@ def test_the_norms_that_count_are_those_that_the_network_trains(
 
 
 def test_a_run_is_not_continued_under_a_cut_that_makes_it_another(tmp_path: Path) -> None:
-    sections = {"model": {"mask_branch_norm": "bn"}, "optim": {"steps": 1}}
+    sections: dict[str, Any] = {"model": {"mask_branch_norm": "bn"}, "optim": {"steps": 1}}
     first = execute_run(tiny_config(tmp_path, **sections), out=tmp_path / "run", progress=False)
     pairs = tiny_config(tmp_path, **sections, runtime={"images_per_process": 2})
     told = (
@@ -147,7 +147,7 @@ def test_a_run_is_not_continued_under_a_cut_that_makes_it_another(tmp_path: Path
 
 @pytest.mark.parametrize("norm", ["bn", "gn"])
 def test_the_same_cut_on_other_processes_continues_a_run(tmp_path: Path, norm: str) -> None:
-    sections = {"model": {"mask_branch_norm": norm}, "optim": {"batch_size": 4}}
+    sections: dict[str, Any] = {"model": {"mask_branch_norm": norm}, "optim": {"batch_size": 4}}
     config = tiny_config(tmp_path, **sections, runtime={"images_per_process": 2})
     identity = {**config.identity(), **normalised_together(config, 1)}
     (tmp_path / "config.json").write_text(json.dumps({"identity": identity, "inputs": {"init_from": None}}))
@@ -297,7 +297,11 @@ def test_keys_that_something_reads_are_part_of_the_identity(chosen: dict[str, An
 
 
 def test_a_folder_of_a_version_that_kept_unread_keys_is_continued(tmp_path: Path) -> None:
-    chosen = {"optim": {"optimizer": "adamw"}, "objective": {"box": "projection"}, "init_from": "some/model"}
+    chosen: dict[str, Any] = {
+        "optim": {"optimizer": "adamw"},
+        "objective": {"box": "projection"},
+        "init_from": "some/model",
+    }
     config = tiny_config(tmp_path, **chosen)
     identity = config.identity(initial=True)
     old = merge(identity, {"optim": {"momentum": 0.5}, "objective": {"affinity_threshold": 0.3}})

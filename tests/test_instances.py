@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from semiseg.evaluation.instances import SHARES, match_instances
 SIZE = 48
 
 
-def encode(mask: np.ndarray) -> dict:
+def encode(mask: np.ndarray) -> dict[str, Any]:
     value = rle.encode(np.asfortranarray(mask.astype(np.uint8)))
     return {"size": value["size"], "counts": value["counts"].decode()}
 
@@ -27,16 +28,16 @@ def square(x: int, y: int, width: int, height: int) -> np.ndarray:
     return mask
 
 
-def annotation(image: int, category: int, box: list[int], mask: np.ndarray | None, *, crowd: int = 0) -> dict:
+def annotation(image: int, category: int, box: list[int], mask: np.ndarray | None, *, crowd: int = 0) -> dict[str, Any]:
     value = {"image_id": image, "category_id": category, "bbox": box, "iscrowd": crowd, "area": box[2] * box[3]}
     return value | ({} if mask is None else {"segmentation": encode(mask)})
 
 
-def detection(image: int, category: int, box: list[int], mask: np.ndarray, score: float) -> dict:
+def detection(image: int, category: int, box: list[int], mask: np.ndarray, score: float) -> dict[str, Any]:
     return {"image_id": image, "category_id": category, "bbox": box, "score": score, "segmentation": encode(mask)}
 
 
-def ground_truth(folder: Path, annotations: list[dict], images: int = 2) -> COCO:
+def ground_truth(folder: Path, annotations: list[dict[str, Any]], images: int = 2) -> COCO:
     content = {
         "images": [{"id": n, "file_name": f"{n}.png", "width": SIZE, "height": SIZE} for n in range(images)],
         "annotations": [{**a, "id": n} for n, a in enumerate(annotations)],
@@ -49,10 +50,10 @@ def ground_truth(folder: Path, annotations: list[dict], images: int = 2) -> COCO
 
 def box_iou(first: list[int], second: list[int]) -> float:
     one, two = square(*first), square(*second)
-    return (one & two).sum() / (one | two).sum()
+    return float((one & two).sum() / (one | two).sum())
 
 
-def slow_lines(truth: COCO, results: list[dict]) -> dict[int, dict]:
+def slow_lines(truth: COCO, results: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
     """The definition, one pixel at a time: no crowd regions in the data."""
     found: dict[int, int] = {}
     for number in sorted(range(len(results)), key=lambda number: -results[number]["score"]):
@@ -65,7 +66,7 @@ def slow_lines(truth: COCO, results: list[dict]) -> dict[int, dict]:
         best = max(free, key=lambda a: box_iou(result["bbox"], a["bbox"]), default=None)
         if best is not None and box_iou(result["bbox"], best["bbox"]) >= 0.5:
             found[best["id"]] = number
-    lines = {}
+    lines: dict[int, dict[str, Any]] = {}
     for item in truth.dataset["annotations"]:
         if item["id"] not in found:
             lines[item["id"]] = {"detection": -1}
@@ -138,5 +139,5 @@ def test_nothing_found_nothing_there_and_an_empty_mask(tmp_path: Path) -> None:
     assert wrong_class["detection"].tolist() == [-1]
     empty = match_instances(truth, [detection(0, 1, box, np.zeros((SIZE, SIZE), bool), 0.9)]).loc[1]
     assert empty["detection"] == 0
-    assert empty[list(SHARES)].tolist() == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    assert [empty[name] for name in SHARES] == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
     assert len(match_instances(ground_truth(tmp_path, []), [])) == 0

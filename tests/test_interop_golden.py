@@ -41,7 +41,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def golden() -> dict[str, Tensor]:
-    values = {}
+    values: dict[str, Tensor] = {}
     for name in ("batch.npz", "boxinst_r50_eval.npz"):
         with np.load(Path(FOLDER or "") / name) as file:
             values |= {key: torch.from_numpy(file[key]) for key in file.files}

@@ -44,6 +44,17 @@ def die(*_: object, **__: object) -> None:
     os._exit(9)
 
 
+def die_once_a_folder_is_aside() -> None:
+    rename = os.rename
+
+    def rename_and_die(old: Path, new: Path) -> None:
+        rename(old, new)
+        if "aside" in str(new):
+            die()
+
+    os.rename = rename_and_die  # type: ignore[assignment]
+
+
 def content(folder: Path) -> dict[str, bytes | None]:
     paths = sorted(folder.rglob("*"))
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
@@ -147,19 +158,24 @@ def test_killed_at_the_worst_moments_a_run_ends_as_if_undisturbed(tmp_path: Path
 
     def between_best_and_its_line_in_the_log() -> None:
         write = TrainingLog.write
-        TrainingLog.write = lambda log, line: die() if "validation" in line else write(log, line)  # type: ignore
+
+        def die_or_write(log: TrainingLog, record: dict[str, Any]) -> None:
+            die() if "validation" in record else write(log, record)
+
+        TrainingLog.write = die_or_write  # type: ignore[assignment, method-assign]
         train_once(config, out)
 
     def between_the_two_renames_of_best() -> None:
-        rename = os.rename
-        os.rename = lambda old, new: (rename(old, new), die() if "aside" in str(new) else None)  # type: ignore
+        die_once_a_folder_is_aside()
         train_once(config, out)
 
     def before_the_last_tidying() -> None:
         remove = checkpoint.remove_old_checkpoints
-        checkpoint.remove_old_checkpoints = lambda folder, keep: (  # type: ignore[assignment]
+
+        def die_or_remove(folder: Path, *, keep: int) -> None:
             die() if (folder / "step_00000008.pt").exists() else remove(folder, keep=keep)
-        )
+
+        checkpoint.remove_old_checkpoints = die_or_remove
         train_once(config, out)
 
     killed(before_a_validation)
@@ -209,8 +225,7 @@ def test_a_model_that_was_being_replaced_is_found_again(tmp_path: Path) -> None:
     before = content(tmp_path)
 
     def die_between_the_renames() -> None:
-        rename = os.rename
-        os.rename = lambda old, new: (rename(old, new), die() if "aside" in str(new) else None)  # type: ignore
+        die_once_a_folder_is_aside()
         make_model(tmp_path / "model", short_side=96)
 
     killed(die_between_the_renames)
@@ -257,8 +272,8 @@ def test_a_signal_while_a_checkpoint_is_written_stays_a_signal(tmp_path: Path, m
 
 
 def test_every_flipped_bit_of_a_checkpoint_is_noticed_or_harmless(tmp_path: Path) -> None:
-    path, state = tmp_path / "a.pt", {"a": torch.arange(30.0), "step": 3}
-    save_tensors(path, state)
+    path, values = tmp_path / "a.pt", torch.arange(30.0)
+    save_tensors(path, {"a": values, "step": 3})
     whole, noticed = path.read_bytes(), 0
     for place in range(0, len(whole), 7):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 64]) + whole[place + 1 :])
@@ -267,6 +282,6 @@ def test_every_flipped_bit_of_a_checkpoint_is_noticed_or_harmless(tmp_path: Path
         except UserError as error:
             noticed += "a.pt: not a readable checkpoint: damaged" in str(error)
         else:
-            assert torch.equal(read["a"], state["a"])
+            assert torch.equal(read["a"], values)
             assert read["step"] == 3
     assert noticed > 20

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,11 +21,9 @@ from hypothesis import strategies as st
 from semiseg.config import RunConfig
 from semiseg.config_files import parse_config
 from semiseg.data.collate import Collate
-from semiseg.data.dataset import InstanceDataset, build_rule
+from semiseg.data.dataset import InstanceDataset, Key, build_rule
 from semiseg.data.loader import (
     BatchLoader,
-    Key,
-    StartMethod,
     StepBatches,
     build_eval_loader,
     build_train_loader,
@@ -33,6 +32,7 @@ from semiseg.data.loader import (
 )
 from semiseg.data.table import load_table
 from semiseg.data.transforms import TrainTransform
+from semiseg.data.workers import StartMethod
 from semiseg.engine.processes import normalised_together, parts_per_step
 from semiseg.errors import UserError
 from tests.coco_files import CocoFiles, KeepClasses, make_coco
@@ -246,7 +246,7 @@ def test_more_processes_than_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("workers", "batch_size", "ahead"), [(8, 16, 1), (8, 8, 2), (8, 2, 2), (2, 16, 2), (40, 2, 1)])
 def test_large_batches_wait_once_per_worker(tmp_path: Path, workers: int, batch_size: int, ahead: int) -> None:
     dataset = make_dataset(make_coco(tmp_path, sizes_hw=[(32, 32)], annotations=[]))
-    common = {"collate": Collate(32), "workers": workers, "pin_memory": False}
+    common: dict[str, Any] = {"collate": Collate(32), "workers": workers, "pin_memory": False}
     batches = step_batches(1, batch_size=2 * batch_size, accumulation=2)
     assert build_train_loader(dataset, batches=batches, **common).prefetch_factor == ahead
     evaluation = build_eval_loader(dataset, batch_size=batch_size, processes=1, rank=0, **common)

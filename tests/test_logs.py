@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ def shown(
 ) -> str:
     """Standard error of a run of steps 41 to 50 that takes so many seconds a step and logs every fifth."""
     now = [1000.0]
-    monkeypatch.setattr(logs.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     with TrainingLog(out, steps=50, start_step=40, tensorboard=False, progress=progress) as log:
         for step in range(41, 51):
             now[0] += seconds

@@ -139,7 +139,7 @@ def test_an_input_of_the_right_width_passes_no_convolution() -> None:
 
 def test_names_and_shapes_are_those_of_the_released_checkpoints() -> None:
     neck = BiFPN((256, 512, 1024, 2048), 160, repeats=6, norm="frozen_bn")
-    expected = {"p6.0.weight": (160, 2048, 1, 1)}
+    expected: dict[str, tuple[int, ...]] = {"p6.0.weight": (160, 2048, 1, 1)}
     norms = ["p6.1"]
     for block in range(6):
         for name in ("f3_3_4", "f2_2_5", "f1_1_6", "f0_0_7", "f1_1_7_8", "f2_2_6_9", "f3_3_5_10", "f4_4_11"):
@@ -239,7 +239,7 @@ def test_precision_memory_format_and_compilation() -> None:
 def test_weight_decay_is_for_all_but_the_norms() -> None:
     model = small_model(neck_norm="bn")
     decayed, free = build_optimizer(model, OptimConfig(steps=1, optimizer="sgd")).param_groups
-    block = model.neck.blocks[0]
+    block: Any = model.neck.get_submodule("blocks.0")
     assert any(parameter is block.weights_f3_3_4 for parameter in decayed["params"])
     assert any(parameter is block.outputs_f3_3_4[0].weight for parameter in decayed["params"])
     assert any(parameter is block.outputs_f3_3_4[1].weight for parameter in free["params"])

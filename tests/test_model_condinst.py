@@ -175,7 +175,7 @@ def test_filters_are_the_controllers_convolution(side_hw: tuple[int, int]) -> No
 
 
 def test_coarse_levels_come_from_p5() -> None:
-    neck = small_model(strides=[8, 16, 32, 64, 128], level_ranges=[24, 48, 96, 192]).neck
+    neck: Any = small_model(strides=[8, 16, 32, 64, 128], level_ranges=[24, 48, 96, 192]).neck
     maps = [
         torch.randn(1, channels, side, side) for channels, side in zip((8, 8, 16, 16), (48, 24, 12, 6), strict=True)
     ]

@@ -128,7 +128,7 @@ def test_the_interval_counts_blocks_within_a_stage() -> None:
 @pytest.mark.parametrize("stride_in_1x1", [False, True])
 def test_the_stride_stays_where_it_was(stride_in_1x1: bool) -> None:
     backbone = build_backbone(deformable_interval=1, stride_in_1x1=stride_in_1x1)
-    conv = backbone.layer3[0].conv2
+    conv = backbone.get_submodule("layer3.0.conv2")
     assert isinstance(conv, DeformableConv)
     expected = (1, 1) if stride_in_1x1 else (2, 2)
     assert conv.stride == conv.offset.stride == expected

@@ -31,7 +31,7 @@ from semiseg.engine.overlays import (
     place_label,
     prepare_drawing,
 )
-from semiseg.engine.predict import encode_masks
+from semiseg.engine.predict import encode_masks, find_instances
 from semiseg.engine.predict_files import overlay_names
 from semiseg.engine.run import evaluate_run
 from semiseg.errors import UserError
@@ -111,12 +111,11 @@ def test_batches_do_not_matter(model: Path, folder: Path) -> None:
 
 def test_resize_options(model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(folder / "a.png", 40, 60)
-    seen = []
-    forward = predict_files.find_instances
+    seen: list[tuple[int, ...]] = []
 
     def note(network: Any, images: list[torch.Tensor], **options: Any) -> Iterator[Any]:
         seen.extend(tuple(image.shape[1:]) for image in images)
-        return forward(network, images, **options)
+        return find_instances(network, images, **options)
 
     monkeypatch.setattr(predict_files, "find_instances", note)
     for options in ([], ["--short-side", 128], ["--short-side", 128, "--long-side", 150], ["--long-side", 45]):
@@ -152,7 +151,8 @@ def test_a_turned_photograph_is_predicted_upright(model: Path, folder: Path) -> 
     first, second = ([{**r, "image_id": 0} for r in results if r["image_id"] == number] for number in (1, 2))
     assert len(first) > 3
     assert first == second
-    assert np.array_equal(Image.open("out/overlays/upright.jpg"), Image.open("out/overlays/turned.jpg"))
+    one, other = (np.asarray(Image.open(f"out/overlays/{name}.jpg")) for name in ("upright", "turned"))
+    assert np.array_equal(one, other)
 
 
 def test_unreadable_exif_says_nothing(folder: Path) -> None:
@@ -280,13 +280,13 @@ def test_scores(model: Path, folder: Path) -> None:
 def test_an_interruption_leaves_whole_files(model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(5):
         save(folder / "images" / f"{number}.png", seed=number)
-    forward, calls = predict_files.find_instances, []
+    calls: list[int] = []
 
     def stop(network: Any, images: list[torch.Tensor], **options: Any) -> Iterator[Any]:
         calls.append(len(images))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return forward(network, images, **options)
+        return find_instances(network, images, **options)
 
     monkeypatch.setattr(predict_files, "find_instances", stop)
     told = predict(model, "images", "--out", "out", "--batch", "2", code=130)

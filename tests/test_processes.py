@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
@@ -21,7 +22,7 @@ PROJECT = Path(__file__).parent.parent
 LAUNCH = PROJECT / "experiments" / "launch"
 
 
-def config(**sections: dict) -> RunConfig:
+def config(**sections: dict[str, Any]) -> RunConfig:
     return parse_config(RunConfig, {"optim": {"steps": 90_000}, **sections}, where="test")
 
 

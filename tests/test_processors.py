@@ -38,7 +38,7 @@ class Convolutions(TorchDispatchMode):
     """Records (size of the kernel, stride) of every convolution of the forward and of the backward."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self.seen: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -82,6 +82,7 @@ def test_a_slice_and_a_1x1_are_the_strided_1x1(size: tuple[int, int], layout: to
     x = torch.randn(2, 16, *size, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
     ours, theirs = convolution(x), F.conv2d(x, convolution.weight, convolution.bias, stride=2)
     torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-13)
+    assert convolution.bias is not None
     wanted = [x, convolution.weight, convolution.bias]
     for one, other in zip(
         torch.autograd.grad(ours.square().sum(), wanted),
@@ -99,7 +100,7 @@ def test_the_smallest_networks_train_alike_under_every_instruction_set(tmp_path:
     told = [torch.tensor(json.loads((tmp_path / f"{name}.json").read_text())) for name in INSTRUCTION_SETS]
     assert told[0].shape[:2] == (len(WIDTHS), TINY["optim"]["steps"])
     for name, losses in zip(INSTRUCTION_SETS[1:], told[1:], strict=True):
-        torch.testing.assert_close(losses, told[0], rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(losses, told[0], rtol=1e-3, atol=1e-4, msg=f"{name}: {{}}".format)
 
 
 def _train_the_smallest_networks(root: Path, name: str | None) -> None:

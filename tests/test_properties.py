@@ -172,9 +172,10 @@ def test_cells_are_those_of_the_decoded_mask(
     drawn = [drawn_mask(height, width, seed, share) for seed in seeds]
     rles = []
     for mask in drawn:
-        forms = [read_segmentation(encode(mask, form), size_hw=(height, width))[1] for form in (True, False)]
-        assert forms[0] == forms[1]
-        rles.append(forms[0])
+        one, other = (read_segmentation(encode(mask, form), size_hw=(height, width))[1] for form in (True, False))
+        assert one is not None
+        assert one == other
+        rles.append(one)
     lengths, bounds = run_lengths(rles)
     assert [lengths[a:b].tolist() for a, b in itertools.pairwise(bounds)] == [decompress_runs(rle) for rle in rles]
     rows, columns = (

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -44,7 +45,7 @@ CLASSES = ("cat", "dog|<b>")
 CUT = {"neither": 14, "projection+pairwise": 12, "full-masks": 0}  # of 20 columns of each mask
 
 
-def encode(mask: np.ndarray) -> dict:
+def encode(mask: np.ndarray) -> dict[str, Any]:
     value = rle.encode(np.asfortranarray(mask.astype(np.uint8)))
     return {"size": value["size"], "counts": value["counts"].decode()}
 
@@ -56,7 +57,7 @@ def strip(x: int, width: int) -> np.ndarray:
 
 
 def write_data(folder: Path, images: int = 12) -> Path:
-    annotations = []
+    annotations: list[dict[str, Any]] = []
     for image in range(images):
         pixels = np.random.default_rng(image).integers(0, 255, (SIZE, SIZE, 3)).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{image}.png")
@@ -130,7 +131,7 @@ def line(**values: float) -> dict[str, float]:
     return {"detection": 0, **shares, **values}
 
 
-def test_each_failure_has_the_first_cause_that_applies():
+def test_each_failure_has_the_first_cause_that_applies() -> None:
     lines = {
         "merged": [line(on_others=0.26), line(on_others=0.3, mask_box_iou=0.95, outside=0.6, recall=0.1)],
         "box": [line(mask_box_iou=0.91), line(mask_box_iou=0.95, outside=0.6)],
@@ -144,13 +145,14 @@ def test_each_failure_has_the_first_cause_that_applies():
     assert set(lines) - {""} == set(CAUSES)
 
 
-def test_gains_count_what_was_not_found_as_nothing():
+def test_gains_count_what_was_not_found_as_nothing() -> None:
     main = pd.DataFrame({"image": [1, 1, 2], "mask_iou": [0.8, np.nan, 0.5]})
     other = pd.DataFrame({"image": [1, 1, 2], "mask_iou": [0.2, 0.4, np.nan]})
     assert image_gains(main, other) == pytest.approx({1: 0.1, 2: 0.5})
 
 
-def test_images_are_chosen_once_by_group_and_ties_by_id(study):
+def test_images_are_chosen_once_by_group_and_ties_by_id(study: ReportInput) -> None:
+    assert study.val_annotations is not None
     truth = load_ground_truth(study.val_annotations)
     drawn = [image.image_id for image in choose_images(truth, {}, seed=3)]
     assert len(set(drawn)) == 4
@@ -164,7 +166,7 @@ def test_images_are_chosen_once_by_group_and_ties_by_id(study):
     assert choose_images(truth, dict.fromkeys(range(12), 0.0), seed=3)[4:] == []  # neither a gain nor a loss
 
 
-def test_the_main_row_lacks_masks(study):
+def test_the_main_row_lacks_masks(study: ReportInput) -> None:
     numbers = table_numbers(study, TABLE)
     assert numbers.main_row(NAMES) == "projection+pairwise"
     assert numbers.main_row(["neither", "full-masks"]) == "neither"
@@ -174,7 +176,8 @@ def test_the_main_row_lacks_masks(study):
     assert other_row(TABLE, "neither", ["neither"]) is None
 
 
-def test_a_detection_has_the_colour_of_its_object_in_every_row(study):
+def test_a_detection_has_the_colour_of_its_object_in_every_row(study: ReportInput) -> None:
+    assert study.val_annotations is not None
     truth = load_ground_truth(study.val_annotations)
     objects = truth.imgToAnns[0]
     results = json.loads((study.run_folders["neither-0"] / "detections.json").read_text())[:2]
@@ -184,7 +187,8 @@ def test_a_detection_has_the_colour_of_its_object_in_every_row(study):
     assert [item.unseen for item in shown] == [True, False, False]
 
 
-def test_counts_table_and_picture(study, tmp_path):
+def test_counts_table_and_picture(study: ReportInput, tmp_path: Path) -> None:
+    assert study.val_annotations is not None
     truth = load_ground_truth(study.val_annotations)
     results = json.loads((study.run_folders["neither-0"] / "detections.json").read_text())
     expected = [12, 12, 0, 0, 0, 12, 0]  # a mask of six of 20 columns: a part of it is missing
@@ -213,7 +217,7 @@ def test_counts_table_and_picture(study, tmp_path):
     assert "*No figure (failed masks by cause, t6): the run folder" in empty
 
 
-def test_the_folder_of_another_training_of_the_same_run_is_not_measured(study, tmp_path):
+def test_the_folder_of_another_training_of_the_same_run_is_not_measured(study: ReportInput, tmp_path: Path) -> None:
     """It lies where the recorded one would, and its detections are of the same images and classes."""
     other = tmp_path / "other"
     shutil.copytree(study.run_folders["full-masks-0"], other)
@@ -233,14 +237,15 @@ def test_the_folder_of_another_training_of_the_same_run_is_not_measured(study, t
     assert "projection+pairwise-0." not in (tmp_path / "measured.json").read_text()
 
 
-def test_a_validation_set_without_objects_has_no_pictures(study, tmp_path):
+def test_a_validation_set_without_objects_has_no_pictures(study: ReportInput, tmp_path: Path) -> None:
+    assert study.val_annotations is not None
     content = json.loads(study.val_annotations.read_text())
     (tmp_path / "val.json").write_text(json.dumps({**content, "annotations": []}))
     page = page_of(replace(study, val_annotations=tmp_path / "val.json"), tmp_path)
     assert draw_pictures(page.report, page.tables[0], page.stored).note == "the validation set has no objects"
 
 
-def test_nothing_found_has_no_failures_and_pictures_without_gains(tmp_path):
+def test_nothing_found_has_no_failures_and_pictures_without_gains(tmp_path: Path) -> None:
     study = make_study(tmp_path, found=False)
     page = page_of(study, tmp_path / "report")
     text = "\n\n".join(failure_section(page, page.tables[0]))
@@ -251,7 +256,7 @@ def test_nothing_found_has_no_failures_and_pictures_without_gains(tmp_path):
     assert draw_pictures(study, page.tables[0], page.stored).drawing == pictures.drawing
 
 
-def test_what_is_missing_for_pictures_is_said_in_one_sentence(study, tmp_path):
+def test_what_is_missing_for_pictures_is_said_in_one_sentence(study: ReportInput, tmp_path: Path) -> None:
     numbers = table_numbers(study, TABLE)
     nothing = Measured(tmp_path / "measured.json")
     one_gone = {key: path for key, path in study.run_folders.items() if key != "full-masks-0"}
@@ -270,7 +275,7 @@ def test_what_is_missing_for_pictures_is_said_in_one_sentence(study, tmp_path):
     assert pictures.note == "none of its runs is recorded"
 
 
-def test_the_worst_of_each_cause_come_first_and_tiles_lie_within_the_image():
+def test_the_worst_of_each_cause_come_first_and_tiles_lie_within_the_image() -> None:
     values = [0.3, 0.1, 0.2, 0.1, 0.4, 0.45, 0.35, 0.25]
     frame = pd.DataFrame({"mask_iou": values, "cause": ["leak"] * 7 + ["box"]}, index=[9, 8, 7, 6, 5, 4, 3, 2])
     worst = worst_failures(frame, tuple(CAUSES))
@@ -281,7 +286,7 @@ def test_the_worst_of_each_cause_come_first_and_tiles_lie_within_the_image():
     assert crop_window([0, 0, 100, 60], width=100, height=60) == pytest.approx((-30, -50, 160))
 
 
-def test_labels_of_boxes_that_coincide_do_not_lie_on_each_other():
+def test_labels_of_boxes_that_coincide_do_not_lie_on_each_other() -> None:
     inside = Bbox.from_bounds(10, 20, 100, 100)
     box, far = Bbox.from_bounds(30, 40, 50, 50), Bbox.from_bounds(70, 100, 50, 50)
     size = (12.0, 6.0)
@@ -294,7 +299,7 @@ def test_labels_of_boxes_that_coincide_do_not_lie_on_each_other():
     assert label_corners(out, [size] * 2, inside) == [(10, 20), (98, 114)]
 
 
-def test_random_labels_are_apart_and_the_highest_score_has_its_own():
+def test_random_labels_are_apart_and_the_highest_score_has_its_own() -> None:
     draw, inside = np.random.default_rng(0), Bbox.from_bounds(0, 0, 90, 90)
     boxes = [Bbox.from_bounds(*draw.uniform(0, 60, 2), *draw.uniform(10, 40, 2)) for _ in range(25)]
     corners = label_corners(boxes, [(14.0, 7.0)] * 25, inside)
@@ -305,7 +310,7 @@ def test_random_labels_are_apart_and_the_highest_score_has_its_own():
         assert all(abs(x - other_x) >= 14 or abs(y - other_y) >= 7 for other_x, other_y in shown[:place])
 
 
-def test_causes_with_few_failures_share_a_line():
+def test_causes_with_few_failures_share_a_line() -> None:
     counts = {"merged": 6, "box": 1, "leak": 2, "part missing": 3, "other": 1}
     assert packed(counts) == [["merged"], ["box", "leak", "part missing"], ["other"]]
     assert packed({"leak": 5, "other": 2}) == [["leak"], ["other"]]

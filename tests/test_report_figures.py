@@ -8,11 +8,13 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from PIL import Image
 
 from semiseg.report import curve_figures, figures, quality_sections
@@ -49,6 +51,12 @@ def numbers_of(table: ReportTable, classes: pd.DataFrame) -> TableNumbers:
     return TableNumbers(table, nothing, summary, nothing, classes, gaps=(), differences=())
 
 
+def drawn(figure: object) -> Figure:
+    """A chart under `as_figures`."""
+    assert isinstance(figure, Figure)
+    return figure
+
+
 def everything_is_inside(figure: Figure) -> None:
     """No letter and no mark lies outside of the picture."""
     figure.canvas.draw()
@@ -65,7 +73,7 @@ def everything_is_inside(figure: Figure) -> None:
 def test_the_bars_of_seen_and_unseen_classes_lie_within_the_axes(high: str) -> None:
     classes = class_frame([10, 10, 10], [12, 12, 12])
     classes.loc[high] = 80.0
-    panels = class_figure(numbers_of(TABLE, classes), STYLES).axes
+    panels = drawn(class_figure(numbers_of(TABLE, classes), STYLES)).axes
     assert [panel.get_ylabel() for panel in panels] == ["unseen", "seen"]
     assert [len(panel.patches) for panel in panels] == [2, 1]
     for panel in panels:
@@ -77,7 +85,9 @@ def test_the_bars_of_seen_and_unseen_classes_lie_within_the_axes(high: str) -> N
 def test_classes_are_sorted_by_their_gap_within_their_group() -> None:
     classes = class_frame([30, 20, 1], [35, 40, 90])
     assert shown_row(numbers_of(TABLE, classes)) == "projection+pairwise"
-    assert class_gaps(numbers_of(TABLE, classes)).to_dict() == {"ring": 5, "star": 20, "cross": 89}
+    gaps = class_gaps(numbers_of(TABLE, classes))
+    assert gaps is not None
+    assert gaps.to_dict() == {"ring": 5, "star": 20, "cross": 89}
     assert sorted_classes(numbers_of(TABLE, classes)) == ["star", "ring", "cross"]  # the seen one last, though widest
     assert sorted_classes(numbers_of(PLAIN, classes)) == ["cross", "star", "ring"]
 
@@ -99,7 +109,7 @@ BOUNDS = tuple(ReportRow(name, "", "", name, every_mask=True) for name in ("full
         (BOUNDS, {"full-masks": 9}, "full-masks"),
     ],
 )
-def test_one_row_is_the_one_that_a_page_is_about(rows, ap: dict[str, float], main: str) -> None:
+def test_one_row_is_the_one_that_a_page_is_about(rows: tuple[ReportRow, ...], ap: dict[str, float], main: str) -> None:
     table = ReportTable("p", "P", "", "", ("ring", "star"), (), None, rows)
     numbers = numbers_of(table, pd.DataFrame(ap, index=["ring", "star"], dtype=float))
     assert numbers.main_row(ap) == shown_row(numbers) == main
@@ -133,12 +143,12 @@ def test_eighty_classes_with_long_names_stay_legible() -> None:
     table = ReportTable("t", "T", "s", "d", tuple(names[:60]), tuple(names[60:]), None, ROWS)
     values = np.random.default_rng(0).uniform(0, 60, (80, 4))
     classes = pd.DataFrame(values, index=[*table.unseen, *table.seen], columns=list(NAMES))
-    figure = class_figure(numbers_of(table, classes), row_styles([table]))
+    figure = drawn(class_figure(numbers_of(table, classes), row_styles([table])))
     everything_is_inside(figure)
     assert [len(panel.patches) for panel in figure.axes] == [20, 60]
     for panel in figure.axes:
         labels = panel.get_yticklabels()
-        assert min(label.get_fontsize() for label in labels) >= 7
+        assert min(float(label.get_fontsize()) for label in labels) >= 7
         boxes = [label.get_window_extent() for label in labels]
         assert all(below.y1 <= above.y0 + 1 for above, below in pairwise(boxes))
         assert panel.get_position().width > 0.5
@@ -177,6 +187,7 @@ def write_log(path: Path, steps: int, *, validations: dict[int, float]) -> Path:
 def test_curves_of_a_log(tmp_path: Path) -> None:
     path = write_log(tmp_path / "log.jsonl", 125, validations={50: 10.0, 100: 20.0})
     curves = read_curves(path, final=(125, 25.0))
+    assert curves is not None
     assert curves.mask_ap.to_dict() == {50: 10.0, 100: 20.0, 125: 25.0}
     assert CURVE_POINTS / 2 < len(curves.losses) <= CURVE_POINTS
     groups = np.array_split(np.arange(1, 126), len(curves.losses))
@@ -184,9 +195,11 @@ def test_curves_of_a_log(tmp_path: Path) -> None:
     assert curves.losses.index.min() < 3
     assert curves.losses.index.max() > 123
     short = read_curves(write_log(tmp_path / "log.jsonl", 3, validations={}), final=(3, 25.0))
+    assert short is not None
     assert short.losses["dice"].to_dict() == {1: 1.0, 2: 0.5, 3: 1 / 3}
     assert short.mask_ap.empty  # the last number alone is no curve
     boxes = read_curves(write_log(tmp_path / "log.jsonl", 9, validations={5: 50.0}), final=(9, None))
+    assert boxes is not None
     assert boxes.mask_ap.empty  # of boxes, since masks could not be measured
 
 
@@ -203,30 +216,33 @@ def test_logs_without_losses_give_no_curves(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("as_figures")
 def test_training_figure_has_a_panel_per_term_and_one_of_validation_where_measured(tmp_path: Path) -> None:
     validated = read_curves(write_log(tmp_path / "a", 9, validations={4: 10.0}), final=(9, 25.0))
-    figure = training_figure(TABLE, {"neither": [validated] * 2, "full-masks": [validated]}, STYLES)
+    assert validated is not None
+    figure = drawn(training_figure(TABLE, {"neither": [validated] * 2, "full-masks": [validated]}, STYLES))
     everything_is_inside(figure)
     assert [panel.get_title() for panel in figure.axes] == ["dice", "validation mask AP (%)"]
     for panel in figure.axes:
         assert [line.get_color() for line in panel.lines] == [
             STYLES[name].colour for name in ("neither",) * 2 + NAMES[3:]
         ]
-    assert figure.axes[1].lines[0].get_xdata().tolist() == [4, 9]
-    assert figure.axes[1].lines[0].get_ydata().tolist() == [10, 25]
+    assert np.asarray(figure.axes[1].lines[0].get_xdata()).tolist() == [4, 9]
+    assert np.asarray(figure.axes[1].lines[0].get_ydata()).tolist() == [10, 25]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["neither", "full-masks"]
     plain = read_curves(write_log(tmp_path / "b", 9, validations={}), final=(9, 25.0))
-    assert [panel.get_title() for panel in training_figure(TABLE, {"neither": [plain]}, STYLES).axes] == ["dice"]
+    assert plain is not None
+    figure = drawn(training_figure(TABLE, {"neither": [plain]}, STYLES))
+    assert [panel.get_title() for panel in figure.axes] == ["dice"]
 
 
 @pytest.mark.usefixtures("as_figures")
 def test_threshold_curves_are_means_over_seeds_in_a_band() -> None:
     lines = [{"row": "neither", 0.5: 40.0, 0.55: 20.0}, {"row": "neither", 0.5: 60.0, 0.55: 20.0}]
     frame = pd.DataFrame([*lines, {"row": "full-masks", 0.5: 80.0, 0.55: 70.0}])
-    figure = threshold_figure(TABLE, {"unseen classes": frame, "all classes": frame}, STYLES)
+    figure = drawn(threshold_figure(TABLE, {"unseen classes": frame, "all classes": frame}, STYLES))
     everything_is_inside(figure)
     for panel in figure.axes:
-        assert [line.get_ydata().tolist() for line in panel.lines] == [[50, 20], [80, 70]]
+        assert [np.asarray(line.get_ydata()).tolist() for line in panel.lines] == [[50, 20], [80, 70]]
         assert len(panel.collections) == 1  # one seed has no band
-        heights = panel.collections[0].get_paths()[0].vertices[:, 1]
+        heights = np.asarray(panel.collections[0].get_paths()[0].vertices)[:, 1]
         assert heights.max() == pytest.approx(50 + 200**0.5)
     assert threshold_figure(TABLE, {"all classes": frame.iloc[:0]}, STYLES) is None
 
@@ -234,19 +250,21 @@ def test_threshold_curves_are_means_over_seeds_in_a_band() -> None:
 @pytest.mark.usefixtures("as_figures")
 def test_sizes_without_objects_are_not_drawn() -> None:
     frame = pd.DataFrame({"row": ["neither", "neither", "full-masks"], "APs": [10.0, 20.0, 30.0], "APl": np.nan})
-    figure = size_figure(TABLE, {"all classes": frame}, {"APs": "small"}, STYLES)
+    figure = drawn(size_figure(TABLE, {"all classes": frame}, {"APs": "small"}, STYLES))
     everything_is_inside(figure)
     (panel,) = figure.axes
     assert [label.get_text() for label in panel.get_xticklabels()] == ["small"]
-    assert [patch.get_height() for patch in panel.patches] == [15, 0, 0, 30]
+    assert [patch.get_height() for patch in panel.patches if isinstance(patch, Rectangle)] == [15, 0, 0, 30]
     assert size_figure(TABLE, {"all classes": frame}, {}, STYLES) is None
 
 
 def test_drawings_are_the_same_bytes_each_time() -> None:
     classes = class_frame([30, 20, 1], [35, 40, 90])
     first, second = (class_figure(numbers_of(TABLE, classes), STYLES) for _ in range(2))
+    assert first is not None
     assert first == second
     assert Image.open(io.BytesIO(first.png)).size[0] > 700
+    assert first.svg is not None
     assert b"<svg" in first.svg
 
 
@@ -267,7 +285,7 @@ def test_objects_are_counted_by_size_only_if_they_are_those_of_the_run(tmp_path:
         metrics = {"images": 1, "instances": instances, "bbox": {"groups": {}, "classes": {}}, "segm": None}
         run = SimpleNamespace(run_id="r", metrics=metrics)
         report = SimpleNamespace(results={("t", "neither", 0): run}, seeds=(0,), val_annotations=annotations)
-        page = SimpleNamespace(report=report, measured=Measured(tmp_path / "measured.json"))
+        page: Any = SimpleNamespace(report=report, measured=Measured(tmp_path / "measured.json"))
         return quality_sections._object_sizes(page, TABLE)
 
     assert counted({"cross": 1, "ring": 2, "star": 2}, path) == {
@@ -281,7 +299,7 @@ def test_objects_are_counted_by_size_only_if_they_are_those_of_the_run(tmp_path:
 
 
 def test_means_over_classes_leave_out_those_without_objects() -> None:
-    by_class = {"ring": [10.0] * 10, "star": [30.0] * 9 + [None], "cross": [None] * 10}
+    by_class: dict[str, list[float | None]] = {"ring": [10.0] * 10, "star": [30.0] * 9 + [None], "cross": [None] * 10}
     means = quality_sections._threshold_means(by_class, ("ring", "star", "cross"))
     assert next(iter(means)) == 0.5
     assert means[0.5] == 20

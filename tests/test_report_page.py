@@ -10,6 +10,7 @@ import shutil
 from dataclasses import replace
 from html import unescape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,7 +41,7 @@ SIZE = 64
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="9pt" height="9pt" viewBox="0 0 9 9"><g id="figure_1"/></svg>'
 
 
-def encode(mask: np.ndarray) -> dict:
+def encode(mask: np.ndarray) -> dict[str, Any]:
     value = rle.encode(np.asfortranarray(mask.astype(np.uint8)))
     return {"size": value["size"], "counts": value["counts"].decode()}
 
@@ -53,7 +54,8 @@ def object_mask(x: int, missing: int) -> np.ndarray:
 
 
 def write_data(folder: Path) -> Path:
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for number in range(5):
         pixels = np.random.default_rng(number).integers(0, 255, (SIZE, SIZE, 3)).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}.png")
@@ -163,7 +165,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_all_files_are_there_and_every_reference_is_right(report):
+def test_all_files_are_there_and_every_reference_is_right(report: Path) -> None:
     files = set(contents(report.parent))
     tables = {f"tables/{name}.{kind}" for name in ("table6", "table7") for kind in ("csv", "md", "tex")}
     kinds = ("classes", "thresholds", "sizes", "losses", "pictures", "gap_parts", "tightness")
@@ -180,7 +182,7 @@ def test_all_files_are_there_and_every_reference_is_right(report):
             assert image.size[0] > 400
 
 
-def test_the_page_for_browsers_is_whole_and_in_the_order_of_the_text(report):
+def test_the_page_for_browsers_is_whole_and_in_the_order_of_the_text(report: Path) -> None:
     text = report.read_text(encoding="utf-8")
     content = report.with_name("index.html").read_text(encoding="utf-8")
     page = read_page(content)
@@ -214,8 +216,9 @@ def test_the_page_for_browsers_is_whole_and_in_the_order_of_the_text(report):
     assert len(content.encode()) < 1.4 * size
 
 
-def test_rebuilding_changes_no_byte_and_no_input(study, report):
+def test_rebuilding_changes_no_byte_and_no_input(study: ReportInput, report: Path) -> None:
     inputs = study.val_images
+    assert inputs is not None
     before, results = contents(inputs), copy.deepcopy(dict(study.results))
     first = contents(report.parent)
     build_report(study, out=report.parent, published=PUBLISHED)
@@ -224,7 +227,7 @@ def test_rebuilding_changes_no_byte_and_no_input(study, report):
     assert study.results == results
 
 
-def test_the_page_says_what_it_must(report):
+def test_the_page_says_what_it_must(report: Path) -> None:
     text = report.read_text(encoding="utf-8")
     assert text.startswith(
         "# Tiny &lt;study&gt; with a \\| in its title\n\n**Question.** Does it work?\n\n**Answer.** "
@@ -247,7 +250,7 @@ def test_the_page_says_what_it_must(report):
     assert "Mixed" not in text
 
 
-def test_markdown_tables_are_rectangular_and_names_are_escaped(report):
+def test_markdown_tables_are_rectangular_and_names_are_escaped(report: Path) -> None:
     text = report.read_text(encoding="utf-8")
     widths: list[int] = []
     blocks = 0
@@ -263,7 +266,7 @@ def test_markdown_tables_are_rectangular_and_names_are_escaped(report):
     assert "| 猫 \\$x\\$ | unseen |" in text
 
 
-def test_csv_of_both_tables_reads_the_shared_runs(report):
+def test_csv_of_both_tables_reads_the_shared_runs(report: Path) -> None:
     rows = [(report.parent / "tables" / f"{name}.csv").read_text().splitlines() for name in ("table6", "table7")]
     for line in (4, 5):  # box-supervised and full-masks: one run, two tables
         few, many = (table[line].split(",") for table in rows)
@@ -273,7 +276,7 @@ def test_csv_of_both_tables_reads_the_shared_runs(report):
 
 
 @pytest.mark.usefixtures("quickly_drawn")
-def test_missing_cells_are_named_with_the_command(study, tmp_path):
+def test_missing_cells_are_named_with_the_command(study: ReportInput, tmp_path: Path) -> None:
     results = {
         key: value
         for key, value in study.results.items()
@@ -292,7 +295,7 @@ def test_missing_cells_are_named_with_the_command(study, tmp_path):
 
 
 @pytest.mark.usefixtures("quickly_drawn")
-def test_mixed_code_data_and_splits_are_warned_of(study, tmp_path):
+def test_mixed_code_data_and_splits_are_warned_of(study: ReportInput, tmp_path: Path) -> None:
     results = dict(study.results)
     key = ("table6", "neither", 1)
     results[key] = replace(results[key], git_revision="def456", data_fingerprint="data2", split_digest="old")
@@ -304,14 +307,16 @@ def test_mixed_code_data_and_splits_are_warned_of(study, tmp_path):
     assert "Mixed devices" not in text
 
 
-def test_without_run_folders_a_report_of_the_same_runs_is_rebuilt_to_the_byte(study, report, tmp_path):
+def test_without_run_folders_a_report_of_the_same_runs_is_rebuilt_to_the_byte(
+    study: ReportInput, report: Path, tmp_path: Path
+) -> None:
     shutil.copytree(report.parent, tmp_path, dirs_exist_ok=True)
     build_report(replace(study, run_folders={}, val_annotations=None), out=tmp_path, published=PUBLISHED)
     assert contents(tmp_path) == contents(report.parent)
 
 
 @pytest.mark.usefixtures("quickly_drawn")
-def test_figures_of_runs_that_are_gone_are_kept(study, report, tmp_path):
+def test_figures_of_runs_that_are_gone_are_kept(study: ReportInput, report: Path, tmp_path: Path) -> None:
     shutil.copytree(report.parent, tmp_path, dirs_exist_ok=True)
     # A run was recorded anew since: the figures do not show it.
     again = {key: replace(run, run_id=f"{run.run_id}-again") for key, run in study.results.items() if key[2] == 0}
@@ -332,7 +337,7 @@ def test_figures_of_runs_that_are_gone_are_kept(study, report, tmp_path):
 
 
 @pytest.mark.usefixtures("quickly_drawn")
-def test_without_run_folders_and_an_earlier_report_there_are_no_pictures(study, tmp_path):
+def test_without_run_folders_and_an_earlier_report_there_are_no_pictures(study: ReportInput, tmp_path: Path) -> None:
     gone = replace(study, run_folders={})
     fresh = build_report(gone, out=tmp_path, published=PUBLISHED).read_text(encoding="utf-8")
     assert "pictures.png" not in fresh
@@ -340,7 +345,7 @@ def test_without_run_folders_and_an_earlier_report_there_are_no_pictures(study, 
 
 
 @pytest.mark.usefixtures("quickly_drawn")
-def test_a_table_without_unseen_classes_says_nothing_of_them(study, tmp_path):
+def test_a_table_without_unseen_classes_says_nothing_of_them(study: ReportInput, tmp_path: Path) -> None:
     table = replace(TABLES[0], split="", split_digest="", seen=CLASSES, unseen=(), published="3")
     results = {key: value for key, value in study.results.items() if key[0] == "table6"}
     plain = replace(study, tables=(table,), results=results)
@@ -363,7 +368,7 @@ def test_a_table_without_unseen_classes_says_nothing_of_them(study, tmp_path):
     assert line[7:10] == [""] * 3
 
 
-def test_names_of_data_files_are_the_same_letters_on_the_page(study, tmp_path):
+def test_names_of_data_files_are_the_same_letters_on_the_page(study: ReportInput, tmp_path: Path) -> None:
     names = ("猫 café", "\"a\" 'b'", "a|b_c_", "<b> $x$", "&amp; `code` \\")
     rows = tuple(replace(row, label=name) for row, name in zip(ROWS, names, strict=True))
     tables = (replace(TABLES[0], rows=rows, title=" ".join(names)),)
@@ -380,7 +385,7 @@ def test_names_of_data_files_are_the_same_letters_on_the_page(study, tmp_path):
     assert set(names[1:4]) <= {words.text for words in page.all("text")}  # the rows between those of 0 and 100 %
 
 
-def test_terminal_text(study):
+def test_terminal_text(study: ReportInput) -> None:
     text = report_text(study)
     assert text.count("projection + pairwise  ") == 2
     assert text.startswith("Table 6: one_seen\nrow ")

@@ -49,7 +49,7 @@ def best_rows(table: ReportTable, values: list[float | None]) -> set[int]:
     return {row for row, _ in best}
 
 
-def test_the_best_of_a_column_at_the_printed_precision():
+def test_the_best_of_a_column_at_the_printed_precision() -> None:
     table = table_of(rows_of("a", "b", "c"))
     assert best_rows(table, [10.0, 20.0, 15.0]) == {1}
     assert best_rows(table, [20.04, 19.96, 19.94]) == {0, 1}
@@ -60,7 +60,7 @@ def test_the_best_of_a_column_at_the_printed_precision():
     assert best_sentence(table) == "Bold: the highest value of a column"
 
 
-def test_rows_with_every_mask_are_no_competitors_of_rows_that_lack_some():
+def test_rows_with_every_mask_are_no_competitors_of_rows_that_lack_some() -> None:
     table = table_of(rows_of("a", "b", "bound", bounds=("bound",)))
     assert best_rows(table, [10.0, 20.0, 40.0]) == {1}
     assert best_sentence(table) == (
@@ -72,13 +72,13 @@ def test_rows_with_every_mask_are_no_competitors_of_rows_that_lack_some():
     assert best_rows(table_of(rows_of("a", "bound", bounds=("bound",))), [10.0, 40.0]) == set()
 
 
-def test_every_column_has_its_own_best():
+def test_every_column_has_its_own_best() -> None:
     table = table_of(rows_of("a", "b"), unseen=("café",))
     summary = summary_of(table, [{"all_AP": 1.0, "seen_AP75": 7.0}, {"all_AP": 2.0, "seen_AP75": 6.0}])
     assert best_cells(summary, table, layout(table, summary)) == {(1, 4), (0, 12)}
 
 
-def test_bold_is_for_the_number_and_never_for_a_name():
+def test_bold_is_for_the_number_and_never_for_a_name() -> None:
     lines = [["**a** <b>", "10.5 ± 0.3 (9.1)"], ["b", "10.5"], ["c", "—"]]
     text = markdown_table(("row", "AP"), lines, bold={(0, 1), (1, 1)})
     assert text.splitlines()[2:] == [
@@ -116,7 +116,7 @@ def check_tabular(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("unseen", [(), ("café",)])
-def test_latex_holds_together_whatever_the_names_are(unseen: tuple[str, ...]):
+def test_latex_holds_together_whatever_the_names_are(unseen: tuple[str, ...]) -> None:
     table = table_of(rows_of(*EVIL), unseen=unseen)
     values = [{"all_AP": float(place), "all_AP_std": 0.5} for place in range(len(EVIL))]
     summary = summary_of(table, values)
@@ -150,7 +150,7 @@ def input_of(table: ReportTable, *, paper_data: bool) -> ReportInput:
     )  # fmt: skip
 
 
-def test_the_printed_number_stands_behind_ours_and_the_difference_on_the_papers_data_alone():
+def test_the_printed_number_stands_behind_ours_and_the_difference_on_the_papers_data_alone() -> None:
     printed = read_published(PUBLISHED)
     table = table_of(rows_of("neither", "own"), unseen=("café",), published="6")
     numbers = numbers_of(table, [{"all_AP": 25.0, "all_AP_std": 1.0, "seen_AP": 3.0}, {"all_AP": 9.0}])

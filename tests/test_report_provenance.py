@@ -59,7 +59,7 @@ def report_of(*runs: Result, table: ReportTable = TABLE, starts: tuple[Result, .
 ALIKE = (run("a"), run("a", 1), run("b_<b>"), run("b_<b>", 1))
 
 
-def test_nothing_is_warned_of_where_all_is_alike():
+def test_nothing_is_warned_of_where_all_is_alike() -> None:
     report = report_of(*ALIKE)
     assert warnings(report) == []
     assert table_warnings(report, TABLE) == []
@@ -67,7 +67,7 @@ def test_nothing_is_warned_of_where_all_is_alike():
     assert told[1:] == ["The rows of table6 have the same configuration but for the seed."]
 
 
-def test_seeds_that_differ_in_more_than_the_seed_are_named():
+def test_seeds_that_differ_in_more_than_the_seed_are_named() -> None:
     report = report_of(*ALIKE[:3], run("b_<b>", 1, held={"optim": {"batch_size": 32, "learning_rate": 0.5}}))
     [told] = warnings(report)
     assert told == (
@@ -79,7 +79,7 @@ def test_seeds_that_differ_in_more_than_the_seed_are_named():
     ]
 
 
-def test_rows_may_differ_in_supervision_losses_and_what_the_study_varies_only():
+def test_rows_may_differ_in_supervision_losses_and_what_the_study_varies_only() -> None:
     masks = {"supervision": {"source": "masks"}, "objective": {"box": "none"}}
     assert warnings(report_of(run("a"), run("b_<b>", held=masks))) == []
     faster = {"optim": {"steps": 9}}
@@ -96,7 +96,7 @@ def test_rows_may_differ_in_supervision_losses_and_what_the_study_varies_only():
     assert "`runtime.precision` (no: a; bf16: b" in told
 
 
-def test_keys_that_an_older_version_did_not_record_have_their_defaults():
+def test_keys_that_an_older_version_did_not_record_have_their_defaults() -> None:
     older = run("a")
     config = {name: dict(part) if isinstance(part, dict) else part for name, part in older.config.items()}
     for name in ("neck", "deformable_interval"):
@@ -109,7 +109,7 @@ def test_keys_that_an_older_version_did_not_record_have_their_defaults():
     assert settings({"model": {"unknown": 1}, "seed": 3}) == {"model.unknown": "1"}
 
 
-def test_the_table_of_differences():
+def test_the_table_of_differences() -> None:
     long = [640, 672, 704, 736, 768, 800, 832, 864, 896]
     rows = (run("a", held={"optim": {"clip_norm": 2.5}}), run("b_<b>", held={"data": {"short_sides": long}}))
     _, heading, table = differences_section(report_of(*rows))
@@ -122,7 +122,7 @@ def test_the_table_of_differences():
     assert differences_section(report_of(table=TABLE)) == []
 
 
-def test_what_runs_start_from_is_part_of_it():
+def test_what_runs_start_from_is_part_of_it() -> None:
     short, long = (run("pretrain", steps, held={"optim": {"steps": steps}}) for steps in (5, 6))
     first, second = run("a", init_run=short.run_id), run("b_<b>", init_run=long.run_id)
     table = differences_section(report_of(first, second, starts=(short, long)))[2]
@@ -131,7 +131,7 @@ def test_what_runs_start_from_is_part_of_it():
     assert table.splitlines()[2:] == ["| start | pretraining (5 steps) | — |"]
 
 
-def test_provenance_has_its_parts_and_the_commands_last():
+def test_provenance_has_its_parts_and_the_commands_last() -> None:
     starts = (run("pretrain", split=None, split_digest=None, processes=2),)
     blocks = provenance(report_of(*ALIKE, starts=starts))
     text = "\n\n".join(blocks)
@@ -154,7 +154,7 @@ def test_provenance_has_its_parts_and_the_commands_last():
     assert "Hours" not in "\n\n".join(provenance(report_of()))
 
 
-def test_the_line_above_a_table_is_about_that_table():
+def test_the_line_above_a_table_is_about_that_table() -> None:
     mixed = [*ALIKE[:3], replace(ALIKE[3], git_revision="def", device="cpu (1 threads)", data_fingerprint="data2")]
     report = report_of(*mixed[:2], mixed[3])
     [line] = table_warnings(report, TABLE)
@@ -174,7 +174,7 @@ def test_the_line_above_a_table_is_about_that_table():
     assert table_warnings(both, other) == []
 
 
-def test_splits_that_have_changed_or_are_others():
+def test_splits_that_have_changed_or_are_others() -> None:
     changed = report_of(run("a", split_digest="old"), run("b_<b>", split="splits/few.toml"))
     [told] = warnings(changed)
     assert told.startswith(
@@ -209,6 +209,6 @@ COCO = {"data": {"format": "coco"}}
         (run("a", held=COCO, val_fingerprint="v"), run("b", held=COCO, data_fingerprint="data2"), False),
     ],
 )
-def test_same_validation_data(first: Result, second: Result, same: bool):
+def test_same_validation_data(first: Result, second: Result, same: bool) -> None:
     assert same_validation_data(first, second) is same
     assert same_validation_data(second, first) is same

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -63,7 +64,7 @@ def section(text: str, heading: str) -> str:
     return re.split(r"\n#+ ", text.split(heading, 1)[1], maxsplit=1)[0]
 
 
-def page(name: str, ap: dict[str, float], folder: Path, **changes) -> str:
+def page(name: str, ap: dict[str, float], folder: Path, **changes: Any) -> str:
     study = load_study(name, **changes)
     classes = COCO_CLASSES if name.startswith("coco") else tuple(SHAPES_CLASSES)
     record(study, folder, ap, classes=classes)
@@ -124,14 +125,14 @@ def test_what_was_measured_on_trainings_that_are_not_recorded_any_more_is_droppe
     old, new, again = first.trained_as, second.trained_as, newest.trained_as
     assert again.partition(".")[0] == old.partition(".")[0]
     other, setting = "0123456789abcdef", "v1, 1000 resamples, classes 0123456789ab"
-    kept = {
+    kept: dict[str, dict[str, Any]] = {
         "bootstrap": {f"{setting}: {again}": {}, f"{setting}: {again}+{new}": {}},
         "detections": {f"{new}|0123456789ab": True},
         "failures": {f"{new}/v1": {}},
         "object_sizes": {new.partition(".")[0]: {}},
         "tightness": {"ground truth|data1": {}, new: {}},
     }
-    stale = {
+    stale: dict[str, dict[str, Any]] = {
         "bootstrap": {f"{setting}: {old}": {}, f"{setting}: {again} - {old}": {}, f"{setting}: {old}+{new}": {}},
         "detections": {f"{old}|0123456789ab": True},
         "failures": {f"{old}/v1": {}, f"{other}.01234567/v1": {}},

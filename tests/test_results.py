@@ -7,6 +7,7 @@ import re
 import subprocess
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,7 +81,7 @@ def test_the_same_result_is_recorded_once_and_a_newer_one_wins(tmp_path: Path) -
         ({"command": "semiseg run s"}, "'command': .*array"),
     ],
 )
-def test_values_of_another_kind_are_told(tmp_path: Path, change: dict, told: str) -> None:
+def test_values_of_another_kind_are_told(tmp_path: Path, change: dict[str, Any], told: str) -> None:
     path = tmp_path / "results.jsonl"
     path.write_text(json.dumps({**asdict(RESULT), **change}) + "\n")
     with pytest.raises(UserError, match=rf"results\.jsonl, line 1: not a result of this version \(.*{told}"):

@@ -14,6 +14,7 @@ from collections import deque
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,8 +42,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def document(folder: Path) -> dict:
-    return json.loads((folder / "annotations.json").read_text(encoding="utf-8"))
+def document(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "annotations.json").read_text(encoding="utf-8"))
+    return content
 
 
 def test_pictures_and_masks_are_the_same_on_every_platform() -> None:
@@ -55,7 +57,7 @@ def test_pictures_and_masks_are_the_same_on_every_platform() -> None:
     assert state.hexdigest()[:16] == GOLDEN
 
 
-def test_layout_is_coco(folder: Path, document: dict) -> None:
+def test_layout_is_coco(folder: Path, document: dict[str, Any]) -> None:
     assert [c["name"] for c in document["categories"]] == list(SHAPES_CLASSES)
     assert [c["id"] for c in document["categories"]] == list(range(1, 13))
     assert {"info", "licenses", "images", "annotations", "categories"} == set(document)
@@ -67,7 +69,7 @@ def test_layout_is_coco(folder: Path, document: dict) -> None:
     assert {a["category_id"] for a in document["annotations"]} == set(range(1, 13))
 
 
-def test_masks_are_disjoint_and_boxes_tight(document: dict) -> None:
+def test_masks_are_disjoint_and_boxes_tight(document: dict[str, Any]) -> None:
     occupied = {image["id"]: np.zeros((128, 128), dtype=int) for image in document["images"]}
     for ann in document["annotations"]:
         mask = coco_mask.decode(ann["segmentation"])
@@ -79,7 +81,7 @@ def test_masks_are_disjoint_and_boxes_tight(document: dict) -> None:
     assert max(count.max() for count in occupied.values()) == 1
 
 
-def test_pictures_hold_several_instances_that_hide_each_other(document: dict) -> None:
+def test_pictures_hold_several_instances_that_hide_each_other(document: dict[str, Any]) -> None:
     numbers = np.bincount([a["image_id"] for a in document["annotations"]], minlength=PICTURES + 1)[1:]
     assert numbers.min() >= 2
     assert numbers.max() <= 4

@@ -87,7 +87,8 @@ def run(study: Study, **changes: Any) -> list[str]:
 
 def first_call(item: PlannedRun) -> dict[str, Any]:
     """What the stand-in wrote of the first time that it was started for a run."""
-    return json.loads((item.folder / "calls.jsonl").read_text().splitlines()[0])
+    call: dict[str, Any] = json.loads((item.folder / "calls.jsonl").read_text().splitlines()[0])
+    return call
 
 
 def ids(study: Study) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ def rectangle(x: int, y: int, width: int, height: int) -> np.ndarray:
     return mask
 
 
-def encode(mask: np.ndarray) -> dict:
+def encode(mask: np.ndarray) -> dict[str, Any]:
     value = rle.encode(np.asfortranarray(mask.astype(np.uint8)))
     return {"size": value["size"], "counts": value["counts"].decode()}
 
@@ -36,12 +37,12 @@ def slow_error(mask: np.ndarray, box: tuple[float, float, float, float]) -> floa
     """Pixel by pixel: the box's columns are those of which some point inside [x, x + w) lies in the image."""
     height, width = mask.shape
     errors = []
-    for low, high, size, line in (
-        (box[0], box[0] + box[2], width, lambda place: mask[:, place]),
-        (box[1], box[1] + box[3], height, lambda place: mask[place, :]),
+    for low, high, size, lines in (
+        (box[0], box[0] + box[2], width, mask.T),
+        (box[1], box[1] + box[3], height, mask),
     ):
         of_box = [place for place in range(size) if low < place + 1 and high > place]
-        of_mask = [place for place in range(size) if any(value != 0 for value in line(place))]
+        of_mask = [place for place in range(size) if any(value != 0 for value in lines[place])]
         common = len(set(of_box) & set(of_mask))
         errors.append(1 - 2 * common / (len(of_box) + len(of_mask)))
     return sum(errors) / 2
@@ -101,7 +102,7 @@ def test_means_per_class_over_what_was_found(tmp_path: Path) -> None:
     truth = load_ground_truth(write_truth(tmp_path))
     assert prepare_masks(truth)
 
-    def found(image: int, category: int, box: list[float], score: float, mask: np.ndarray) -> dict:
+    def found(image: int, category: int, box: list[float], score: float, mask: np.ndarray) -> dict[str, Any]:
         return {"image_id": image, "category_id": category, "bbox": box, "score": score, "segmentation": encode(mask)}
 
     results = [

@@ -13,6 +13,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from semiseg.config import RunConfig
 from semiseg.data.images import open_image
 from semiseg.engine import train as training
 from semiseg.engine.build import build_data, build_step, build_training_loader
-from semiseg.engine.checkpoint import load_tensors
+from semiseg.engine.checkpoint import load_tensors, save_checkpoint
 from semiseg.engine.logs import read_log
 from semiseg.engine.predict import load_model
 from semiseg.engine.replay import replay_step
@@ -93,7 +94,7 @@ def without_instances(batch: Batch, images: list[int]) -> Batch:
 
 
 def test_four_steps_equal_two_and_resume_and_two(root: Path, tmp_path: Path) -> None:
-    options = {"runtime": {"workers": 2, "checkpoint_every": 2}, "model": {"mask_branch_norm": "bn"}}
+    options: dict[str, Any] = {"runtime": {"workers": 2, "checkpoint_every": 2}, "model": {"mask_branch_norm": "bn"}}
     config = tiny_config(root, **options, optim={"ema_decay": 0.9, "optimizer": "adamw", "schedule": "one_cycle"})
     execute_run(config, out=tmp_path / "whole", progress=False)
     whole = load_tensors(tmp_path / "whole" / "checkpoints" / "step_00000002.pt")
@@ -180,9 +181,9 @@ def test_a_signal_while_data_do_not_come_saves_and_the_run_continues_exactly(
     config = tiny_config(tmp_path, runtime={"workers": workers})
     execute_run(config, out=tmp_path / "whole", progress=False)
     data, out = build_data(config), tmp_path / "cut"
-    keys = list(build_training_loader(
-        config, data, steps=4, start_step=0, processes=1, rank=0, pin_memory=False
-    ).batch_sampler)  # fmt: skip
+    loader = build_training_loader(config, data, steps=4, start_step=0, processes=1, rank=0, pin_memory=False)
+    assert loader.batch_sampler is not None
+    keys = list(loader.batch_sampler)
     image = data.train.images_folder / data.train.rows[keys[2][0][0]]["file_name"]  # of the third step, new in it
 
     def open_or_wait(file: Path) -> Image.Image:
@@ -318,7 +319,9 @@ def overflow_gradient(module: TrainStep) -> None:
     head = module.model.head
     assert head.class_logits.bias is not None
     with torch.no_grad():
-        head.class_tower[-2].weight.fill_(2e-39)
+        weight = head.class_tower[-2].weight
+        assert isinstance(weight, Tensor)
+        weight.fill_(2e-39)
         head.class_logits.weight.mul_(3e38).mul_(10)
         head.class_logits.bias.fill_(2.0)  # many classes found everywhere: a large sum of slopes
 
@@ -411,7 +414,7 @@ def test_init_from_takes_weights_only(root: Path, tmp_path: Path) -> None:
     state = training.prepare(config, data, accelerator)
     assert state.step == 0
     assert not state.optimizer.state_dict()["state"]
-    pretrained = load_tensors(training.save_checkpoint(tmp_path, {"model": {}}, step=1, keep=1))
+    pretrained = load_tensors(save_checkpoint(tmp_path, {"model": {}}, step=1, keep=1))
     assert pretrained == {"model": {}}
     ten = replace(data, train=replace(data.train, class_names=data.train.class_names[:10]))
     with pytest.warns(UserWarning, match=r"has other classes: .*class_logits\.weight.* start"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -108,12 +109,15 @@ def from_model_to_printed_number(config: RunConfig, data: RunData, model: CondIn
     # 11 postprocess -> Detections
     with torch.no_grad():
         outputs = model(batch.images, batch.image_sizes_hw)
-    settings = {
+    settings: dict[str, Any] = {
         "score_threshold": config.model.score_threshold,
         "nms_threshold": config.model.nms_threshold,
     }
-    counts = {"candidates_per_level": config.model.candidates_per_level, "max_detections": config.model.max_detections}
-    detections = postprocess(model, outputs, batch.image_sizes_hw, batch.image_sizes_hw, **settings, **counts)
+    settings |= {
+        "candidates_per_level": config.model.candidates_per_level,
+        "max_detections": config.model.max_detections,
+    }
+    detections = postprocess(model, outputs, batch.image_sizes_hw, batch.image_sizes_hw, **settings)
     assert detections[0].masks.shape[1:] == (64, 64)
     # 12 evaluate -> COCO results of the same detections
     sizes = data.train.original_sizes_hw()

@@ -41,7 +41,7 @@ TINY: dict[str, Any] = {
 }
 
 
-def tiny_config(root: Path, **sections: dict[str, Any] | int | str) -> RunConfig:
+def tiny_config(root: Path, **sections: dict[str, Any] | int | str | None) -> RunConfig:
     """The tiny run with its data under `root` and the given sections laid over it."""
     values = merge(TINY, {"data": {"root": str(root)}})
     return parse_config(RunConfig, merge(values, sections), where="tiny")

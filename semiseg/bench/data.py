@@ -37,7 +37,8 @@ def decode_and_resize(path: Path, size_hw: tuple[int, int]) -> Tensor:
     """(3, H, W) uint8 of an image file."""
     with Image.open(path) as image:
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-    return functional.resize(pixels, list(size_hw), antialias=True)
+    resized: Tensor = functional.resize(pixels, list(size_hw), antialias=True)
+    return resized
 
 
 def _ours(sizes: Sizes, place: Place) -> Task:

@@ -111,7 +111,8 @@ def _normal_quantiles(size_hw: tuple[int, int], generator: torch.Generator) -> T
     """
     area = size_hw[0] * size_hw[1]
     ranks = torch.randperm(area, generator=generator)
-    return torch.special.ndtri((ranks + 0.5) / area).view(size_hw)
+    quantiles: Tensor = torch.special.ndtri((ranks + 0.5) / area)
+    return quantiles.view(size_hw)
 
 
 def _result(losses: tuple[Tensor, ...], logits: Tensor) -> Result:

@@ -112,10 +112,12 @@ class _RemoteWorker:
         self._receive()
 
     def measure(self) -> Pass:
-        return self._ask("measure")
+        measured: Pass = self._ask("measure")
+        return measured
 
     def result(self) -> Result:
-        return self._ask("result")
+        result: Result = self._ask("result")
+        return result
 
     def _ask(self, what: str) -> Any:
         self._connection.send(what)

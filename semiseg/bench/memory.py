@@ -31,6 +31,7 @@ def peak_memory_mb(device: torch.device) -> Callable[[], Peak]:
     where it cannot be reset it may show an earlier peak. Elsewhere the highest resident memory of the process's life
     is compared with itself, which misses whatever stays below an earlier peak. On a GPU: torch's allocated bytes.
     """
+    peak: Callable[[], int]
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

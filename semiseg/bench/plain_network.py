@@ -39,7 +39,7 @@ class PlainOutputs(NamedTuple):
     level: Tensor
 
 
-class PlainResNet50(ResNet):
+class PlainResNet50(ResNet):  # type: ignore[misc]  # torchvision is untyped
     """torchvision's, with its frozen batch norm and without its classifier; stem and first stage are not trained."""
 
     def __init__(self) -> None:
@@ -96,7 +96,8 @@ class PlainMaskBranch(nn.Module):
     def forward(self, levels: list[Tensor]) -> Tensor:
         """(B, F, h, w) at the stride of the first level."""
         fine, middle, coarse = (refine(level) for refine, level in zip(self.refine, levels, strict=True))
-        return self.tower(fine + aligned(middle, 2) + aligned(coarse, 4))
+        features: Tensor = self.tower(fine + aligned(middle, 2) + aligned(coarse, 4))
+        return features
 
 
 class PlainCondInst(nn.Module):

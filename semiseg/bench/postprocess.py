@@ -5,6 +5,8 @@ Straightforward: all masks at once, as floats. The network's part is left out: b
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from pycocotools import mask as rle_codec
@@ -37,7 +39,7 @@ class GivenMasks:
         )
 
 
-def all_masks_at_once(logits: Tensor, input_hw: tuple[int, int], output_hw: tuple[int, int]) -> list[dict]:
+def all_masks_at_once(logits: Tensor, input_hw: tuple[int, int], output_hw: tuple[int, int]) -> list[dict[str, Any]]:
     """RLEs of masks (N, h, w): sigmoid, upsampled to the input, cropped, resized to the output, above one half."""
     probability = aligned(logits[:, None].sigmoid(), STRIDE)[..., : input_hw[0], : input_hw[1]]
     probability = F.interpolate(probability, size=output_hw, mode="bilinear", align_corners=False)[:, 0]
@@ -53,7 +55,7 @@ def _ours(sizes: Sizes, place: Place) -> Task:
     queries = MaskQueries(torch.zeros_like(numbers), torch.zeros_like(numbers), numbers)
     scores = torch.linspace(1, 0.05, count)
 
-    def run() -> list[dict]:
+    def run() -> list[dict[str, Any]]:
         masks = iter_masks(network, outputs, queries, input_hw, output_hw)
         found = Found(0, output_hw, torch.zeros(count, 4), scores, torch.zeros(count, dtype=torch.int64), masks)
         return [item["segmentation"] for item in coco_results(found, image_id=1, category_ids=[1])]

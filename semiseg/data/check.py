@@ -142,7 +142,7 @@ def _mask_misses_box(item: dict[str, Any], size_hw: tuple[int, int]) -> bool:
         y = [value for polygon in item["polygons"] for value in polygon[1::2]]
         left, top, right, bottom = min(x), min(y), max(x), max(y)
     x0, y0, x1, y1 = item["box_xyxy"]
-    return left >= x1 or right <= x0 or top >= y1 or bottom <= y0
+    return bool(left >= x1 or right <= x0 or top >= y1 or bottom <= y0)
 
 
 def _decoded(path: Path, size_hw: tuple[int, int]) -> Problem | None:

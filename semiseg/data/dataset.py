@@ -143,7 +143,7 @@ class Chosen:
     geometry: Geometry
 
 
-class InstanceDataset(torch.utils.data.Dataset):
+class InstanceDataset(torch.utils.data.Dataset[Sample]):
     """Map-style data set: key (row index, sample seed) -> Sample.
 
     All chance in a sample comes from its seed, so it is the same on every worker, rank and resume.

@@ -140,11 +140,13 @@ def _load(name: str) -> Mapping[str, Dataset]:
         raise UserError(f"hf:{name}: no such folder, and no name on the Hub, which has the form OWNER/NAME")
     try:
         if not folder.is_dir():
-            return datasets.load_dataset(name)
-        if not any((folder / saved).is_file() for saved in ("dataset_dict.json", "state.json")):
-            return datasets.load_dataset(str(folder))
-        loaded = datasets.load_from_disk(str(folder))
-        return {"train": loaded} if isinstance(loaded, Dataset) else loaded
+            splits: Mapping[str, Dataset] = datasets.load_dataset(name)
+        elif not any((folder / saved).is_file() for saved in ("dataset_dict.json", "state.json")):
+            splits = datasets.load_dataset(str(folder))
+        else:
+            loaded = datasets.load_from_disk(str(folder))
+            splits = {"train": loaded} if isinstance(loaded, Dataset) else loaded
+        return splits
     except Exception as error:  # readers of many formats, with exceptions of their own, behind a network with others
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         if folder.is_dir():
@@ -203,7 +205,8 @@ def _categories(objects: pyarrow.ChunkedArray) -> list[str | None]:
         values = compute.list_flatten(compute.struct_field(objects, "category"))
     else:
         values = compute.struct_field(compute.list_flatten(objects), "category")
-    return values.unique().to_pylist()
+    categories: list[str | None] = values.unique().to_pylist()
+    return categories
 
 
 def _convert_split(split: _Split, names: Sequence[str], images_folder: Path, file: TextIO) -> None:
@@ -246,7 +249,8 @@ def _category_name(category: Any, names: Sequence[str], place: str) -> str:
         return normalise(category)
     if category is None or not 0 <= category < len(names):
         raise UserError(f"{place}: 'objects.category' is {category}, allowed: 0 to {len(names) - 1}, or a name")
-    return names[category]
+    name: str = names[category]
+    return name
 
 
 def _annotation(item: Mapping[str, Any], number: int, place: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, NoReturn
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from semiseg.data.problems import BadValue, Kind
 from semiseg.errors import UserError
@@ -115,7 +115,7 @@ def _opened(path: Path, size_hw: tuple[int, int] | None) -> Iterator[Image.Image
     except BadValue:
         raise
     except Exception as error:  # on a damaged file Pillow's readers raise whatever they happen to meet
-        detail = "not an image or damaged" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        detail = "not an image or damaged" if isinstance(error, UnidentifiedImageError) else str(error)
         raise BadValue(
             Kind.IMAGE_UNREADABLE, f"the image cannot be decoded: {detail or type(error).__name__}"
         ) from None
@@ -130,7 +130,8 @@ def _turned(image: Image.Image) -> Image.Image:
 
 def _orientation(image: Image.Image) -> int:
     try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1)
+        orientation: int = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return orientation
     except Exception:  # Pillow's parser raises what it happens to meet in damaged data
         return 1
 

@@ -121,7 +121,7 @@ class _Failure:
     message: str
 
 
-class _Batches(Dataset):
+class _Batches(Dataset[Batch | _Failure]):
     """The data set by whole batches, with every `UserError` turned into a `_Failure`."""
 
     def __init__(self, dataset: InstanceDataset, collate: Collate) -> None:
@@ -162,7 +162,8 @@ class _Packed:
         """In this process; once."""
         try:
             _require_files(SPARE_FILES)
-            return pickle.loads(self.content)
+            unpacked: Batch | _Failure = pickle.loads(self.content)
+            return unpacked
         except (ConnectionError, EOFError):
             return _Failure(told_lack(RuntimeError("one of them has ended")))
         except (RuntimeError, OSError) as error:
@@ -202,7 +203,7 @@ class _Loaded:
         return packed
 
 
-class BatchLoader(DataLoader):
+class BatchLoader(DataLoader[Batch | _Failure]):
     """A DataLoader that raises a worker's bad input, or its end, as the one sentence it is, in this process."""
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # a generator closes the workers as well

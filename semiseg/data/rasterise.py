@@ -25,12 +25,14 @@ def outlines_to_rle(polygons: Sequence[np.ndarray], size_hw: tuple[int, int]) ->
         size_hw: (height, width) of the raster.
     """
     rles = coco_mask.frPyObjects(list(polygons), *size_hw)
-    return (rles[0] if len(rles) == 1 else coco_mask.merge(rles))["counts"]
+    counts: bytes = (rles[0] if len(rles) == 1 else coco_mask.merge(rles))["counts"]
+    return counts
 
 
 def rle_to_mask(counts: bytes, size_hw: tuple[int, int]) -> np.ndarray:
     """(H, W) bool of a compressed RLE of that size."""
-    return coco_mask.decode({"size": list(size_hw), "counts": counts}).view(bool)
+    mask: np.ndarray = coco_mask.decode({"size": list(size_hw), "counts": counts})
+    return mask.view(bool)
 
 
 def cell_centres(size: int, stride: int) -> np.ndarray:
@@ -125,7 +127,8 @@ def _cells_before(pixels: np.ndarray, size_hw: tuple[int, int], rows: _Reads, co
     column, row = np.divmod(pixels, size_hw[0])
     number, column = np.divmod(column, size_hw[1])
     whole_columns = number * columns.count + columns.before[column]
-    return whole_columns * rows.count + columns.read[column] * rows.before[row]
+    before: np.ndarray = whole_columns * rows.count + columns.read[column] * rows.before[row]
+    return before
 
 
 def _fill(cells: np.ndarray, changes: np.ndarray) -> None:

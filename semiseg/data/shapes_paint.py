@@ -224,7 +224,8 @@ def _smooth_noise(draws: Draws, size: int, *, cells: int, channels: int) -> Pixe
     low = np.floor(position).astype(np.int64)
     part = position - low
     columns = values[:, :, low] + (values[:, :, low + 1] - values[:, :, low]) * part
-    return columns[:, low] + (columns[:, low + 1] - columns[:, low]) * part[:, None]
+    noise: Pixels = columns[:, low] + (columns[:, low + 1] - columns[:, low]) * part[:, None]
+    return noise
 
 
 def _blend(pixels: Pixels, patch: Patch, surface: Pixels, strength: float) -> None:

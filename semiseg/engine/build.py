@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch.utils.data import DataLoader
-
 from semiseg.config import ObjectiveConfig, RunConfig, learns_masks
 from semiseg.config_files import digest
 from semiseg.data.collate import Collate
 from semiseg.data.dataset import InstanceDataset, build_rule
-from semiseg.data.loader import StepBatches, build_eval_loader, build_train_loader
+from semiseg.data.loader import BatchLoader, StepBatches, build_eval_loader, build_train_loader
 from semiseg.data.sources import cache_folder, ensure_files
 from semiseg.data.table import Table, load_table
 from semiseg.data.transforms import EvalTransform, TrainTransform
@@ -118,7 +116,7 @@ def train_dataset(config: RunConfig, data: RunData) -> InstanceDataset:
 
 def build_training_loader(
     config: RunConfig, data: RunData, *, steps: int, start_step: int, processes: int, rank: int, pin_memory: bool
-) -> DataLoader:
+) -> BatchLoader:
     """Batches of one process from `start_step` on, `parts_per_step` of them per optimizer step."""
     batches = StepBatches(
         len(data.train.rows),
@@ -150,7 +148,7 @@ def build_evaluation_loader(
     workers: int,
     processes: int,
     rank: int,
-) -> DataLoader:
+) -> BatchLoader:
     """Every image of the table once, shared out over the processes; no masks are read."""
     dataset = InstanceDataset(
         table,

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from semiseg.config import ModelConfig
+from semiseg.data.loader import BatchLoader
 from semiseg.data.table import Table
 from semiseg.engine.checkpoint import write_json
 from semiseg.engine.predict import coco_results, find_instances
@@ -37,7 +37,7 @@ class Predictions(NamedTuple):
 
 
 def predict_table(
-    model: CondInst, loader: DataLoader, table: Table, accelerator: Accelerator, *, config: ModelConfig, progress: bool
+    model: CondInst, loader: BatchLoader, table: Table, accelerator: Accelerator, *, config: ModelConfig, progress: bool
 ) -> Predictions:
     """Detections of the images of `loader`, this process's share of the table.
 

@@ -145,7 +145,8 @@ def _eroded(mask: np.ndarray, distance: int) -> np.ndarray:
     steps = range(2 * distance + 1)
     padded = np.pad(mask, distance)
     columns = np.logical_and.reduce([padded[:, step : step + width] for step in steps])
-    return np.logical_and.reduce([columns[step : step + height] for step in steps])
+    eroded: np.ndarray = np.logical_and.reduce([columns[step : step + height] for step in steps])
+    return eroded
 
 
 def _write_labels(

@@ -58,7 +58,8 @@ def means_of_groups(by_class: Numbers, classes: Sequence[str], groups: Sequence[
     known = ~np.isnan(by_class)
     counts = known.astype(float) @ member.T
     totals = np.where(known, by_class, 0.0) @ member.T
-    return np.divide(totals, counts, out=np.full_like(totals, np.nan), where=counts > 0)
+    means: Numbers = np.divide(totals, counts, out=np.full_like(totals, np.nan), where=counts > 0)
+    return means
 
 
 def bootstrap(

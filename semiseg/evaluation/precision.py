@@ -88,7 +88,8 @@ def _pycocotools_precision(truth: COCO, results: Results, iou_type: str) -> Prec
         evaluation = pycocotools_evaluation(truth, results, iou_type)
         evaluation.evaluate()
         evaluation.accumulate()
-    return evaluation.eval["precision"]
+    precision: Precision = evaluation.eval["precision"]
+    return precision
 
 
 def _hotcoco_precision(truth: COCO, results: Results, iou_type: str) -> Precision:
@@ -111,7 +112,8 @@ def _hotcoco_precision(truth: COCO, results: Results, iou_type: str) -> Precisio
     evaluation.params.maxDets = [DETECTIONS_PER_IMAGE]
     evaluation.evaluate()
     evaluation.accumulate()
-    return evaluation.eval["precision"]
+    precision: Precision = evaluation.eval["precision"]
+    return precision
 
 
 def _truth_columns(truth: COCO, images: Mapping[Any, int], classes: Mapping[Any, int], *, masks: bool) -> Any:

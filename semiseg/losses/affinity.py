@@ -68,7 +68,7 @@ def downsample_images(images: Tensor, *, stride: int) -> Tensor:
 def _sum_of_every(values: Tensor, number: int, axis: int, dtype: torch.dtype) -> Tensor:
     """Sums of so many neighbouring values along an axis, whose length it divides."""
     first, *others = values.unflatten(axis, (-1, number)).unbind(axis + 1)
-    total = first.to(dtype, copy=True)
+    total: Tensor = first.to(dtype, copy=True)
     for other in others:
         total += other
     return total

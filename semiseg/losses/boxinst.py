@@ -185,4 +185,5 @@ def edge_sums(
         )
     if total_cells is None:
         total_cells = int(patch_cells(cells, size=size, dilation=dilation).sum())
-    return EdgeSum.apply(logits, cells, edges, image_index, masks, size, dilation, total_cells)
+    sums: Tensor = EdgeSum.apply(logits, cells, edges, image_index, masks, size, dilation, total_cells)
+    return sums

@@ -43,7 +43,8 @@ def detection_losses(outputs: DenseOutputs, assignment: Assignment, labels: Tens
 
 def _classification(class_logits: Tensor, assignment: Assignment, labels: Tensor) -> Tensor:
     place = (assignment.image_index, assignment.location_index, labels[assignment.instance_index])
-    return _FocalSum.apply(class_logits, place, ~assignment.ignored)
+    total: Tensor = _FocalSum.apply(class_logits, place, ~assignment.ignored)
+    return total
 
 
 class _FocalSum(torch.autograd.Function):

@@ -27,7 +27,8 @@ def dice_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
     Source: METHOD section 2; V-Net (arXiv 1606.04797), equation of section 3 with squared sizes.
     """
-    return _Dice.apply(logits, targets)
+    losses: Tensor = _Dice.apply(logits, targets)
+    return losses
 
 
 class _Dice(torch.autograd.Function):

@@ -119,7 +119,8 @@ class CondInst(nn.Module):
         if self.training and not self.learns_masks:
             batch, _, height, width = levels[0].shape
             return levels[0].new_zeros(batch, self.mask_branch.out_channels, height, width)
-        return self.mask_branch(levels)
+        features: Tensor = self.mask_branch(levels)
+        return features
 
     def locations(self, padded_size_hw: tuple[int, int], *, device: torch.device) -> Locations:
         """The locations of `forward`'s predictions for images of a padded size, which divides by `size_divisor`."""

@@ -39,7 +39,7 @@ class DeformableConv(nn.Conv2d):
         """(B, in_channels, h, w) -> (B, out_channels, ceil(h / stride), ceil(w / stride)), in the type of the input."""
         precise = torch.promote_types(features.dtype, torch.float32)
         predicted = self.offset(features).to(precise)
-        found = deform_conv2d(
+        found: Tensor = deform_conv2d(
             features.to(precise),
             predicted[:, :OFFSET_CHANNELS],
             self.weight.to(precise),

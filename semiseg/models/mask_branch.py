@@ -48,4 +48,5 @@ class MaskBranch(nn.Module):
         total = self.refine[0](levels[0])
         for number in range(1, len(self.refine)):
             total = total + aligned_upsample(self.refine[number](levels[number]), 2**number)
-        return self.tower(total)
+        features: Tensor = self.tower(total)
+        return features

@@ -14,7 +14,7 @@ from semiseg.config import Norm
 MAX_GROUPS = 32
 
 
-class FrozenNorm(FrozenBatchNorm2d):
+class FrozenNorm(FrozenBatchNorm2d):  # type: ignore[misc]  # torchvision is untyped
     """torchvision's frozen batch norm (eps 1e-5), computed in one pass and in the type of its input.
 
     torchvision's forward multiplies by float32 buffers, which under autocast turns every activation of the backbone

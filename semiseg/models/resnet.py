@@ -42,7 +42,7 @@ class Strided1x1(nn.Conv2d):
         return F.conv2d(x[:, :, ::rows, ::columns], self.weight, self.bias)
 
 
-class ResNetFeatures(ResNet):
+class ResNetFeatures(ResNet):  # type: ignore[misc]  # torchvision is untyped
     """A torchvision ResNet without its classifier; parameter names are torchvision's.
 
     `forward` takes normalised images (B, 3, H, W), H and W multiples of 32, and returns [C2, C3, C4, C5] at the
@@ -239,7 +239,8 @@ def _imagenet_state(name: ResNetName) -> Mapping[str, Tensor]:
     }
     chosen = known[name]
     try:
-        return chosen.get_state_dict(progress=False, check_hash=True)
+        weights: Mapping[str, Tensor] = chosen.get_state_dict(progress=False, check_hash=True)
+        return weights
     except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong hash is a RuntimeError
         place = Path(torch.hub.get_dir()) / "checkpoints" / Path(chosen.url).name
         raise UserError(

@@ -27,8 +27,10 @@ def aligned_upsample(maps: Tensor, factor: int) -> Tensor:
         return maps
     if maps.is_contiguous(memory_format=torch.channels_last) and not maps.is_contiguous():
         rows = maps.permute(0, 2, 3, 1)  # channels stay last
-        return _Stretch.apply(_Stretch.apply(rows, factor, 2), factor, 1).permute(0, 3, 1, 2)
-    return _Stretch.apply(_Stretch.apply(maps, factor, 3), factor, 2)
+        stretched: Tensor = _Stretch.apply(_Stretch.apply(rows, factor, 2), factor, 1)
+        return stretched.permute(0, 3, 1, 2)
+    stretched = _Stretch.apply(_Stretch.apply(maps, factor, 3), factor, 2)
+    return stretched
 
 
 class _Stretch(torch.autograd.Function):

@@ -106,7 +106,8 @@ def _kept_counts(page: PageContext, run: Result) -> dict[str, list[int]] | None:
 def _sums(table: ReportTable, counts: Mapping[str, Sequence[int]]) -> np.ndarray:
     """Instances, found ones and failures by cause, summed over the classes that count."""
     wanted = [values for name, values in counts.items() if not table.unseen or name in table.unseen]
-    return np.array(wanted, dtype=np.int64).reshape(-1, 2 + len(CAUSES)).sum(0)
+    sums: np.ndarray = np.array(wanted, dtype=np.int64).reshape(-1, 2 + len(CAUSES)).sum(0)
+    return sums
 
 
 def _cells(runs: Sequence[np.ndarray]) -> list[str]:

@@ -217,7 +217,8 @@ class _Page:
         return self._render(_inline_tokens(node))
 
     def _render(self, tokens: Sequence[Token]) -> str:
-        return self._markdown.renderer.render(tokens, self._markdown.options, {})
+        html: str = self._markdown.renderer.render(tokens, self._markdown.options, {})
+        return html
 
     def _words(self, node: SyntaxTreeNode) -> str:
         """What a reader reads of a heading, paragraph or cell."""

@@ -282,7 +282,7 @@ def label_corners(
 
 
 def _overlap(first: Bbox, second: Bbox) -> bool:
-    return first.x0 < second.x1 and second.x0 < first.x1 and first.y0 < second.y1 and second.y0 < first.y1
+    return bool(first.x0 < second.x1 and second.x0 < first.x1 and first.y0 < second.y1 and second.y0 < first.y1)
 
 
 def _draw_panel(sheet: Axes, place: Bbox, image: np.ndarray, instances: Sequence[_Instance]) -> None:

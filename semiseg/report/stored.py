@@ -77,7 +77,7 @@ class StoredDetections:
             return self._kept[key]
         try:
             content = (folder / "detections.json").read_bytes()
-            results = json.loads(content)
+            results: list[dict[str, Any]] = json.loads(content)
             check_results(truth, results)
         except (OSError, ValueError, TypeError, KeyError, RecursionError, UserError):  # gone, cut off, or of other data
             return None

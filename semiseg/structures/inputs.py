@@ -6,9 +6,10 @@ The mask grid has a stride s: cell (i, j) stands for the input pixel (s*i + s//2
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import IntEnum
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -159,8 +160,11 @@ class Batch:
         return _map_tensors(self, lambda tensor: tensor.pin_memory())
 
 
-def _map_tensors(value, function):
-    changed = {}
+_Tensors = TypeVar("_Tensors", Targets, Batch)
+
+
+def _map_tensors(value: _Tensors, function: Callable[[Tensor], Tensor]) -> _Tensors:
+    changed: dict[str, Any] = {}
     for field in fields(value):
         item = getattr(value, field.name)
         if isinstance(item, Tensor):
@@ -170,7 +174,7 @@ def _map_tensors(value, function):
     return replace(value, **changed)
 
 
-def _move(value, device, non_blocking):
+def _move(value: _Tensors, device: torch.device | str, non_blocking: bool) -> _Tensors:
     return _map_tensors(value, lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
 
@@ -233,7 +237,8 @@ def _bytes(count: int, device: torch.device, shared: bool) -> Tensor:
         # fast, since it writes every page twice.
         fresh = getattr(torch.UntypedStorage, "_new_shared", None)
         if fresh is None:
-            return torch.empty(count, dtype=torch.uint8).share_memory_()
+            slow: Tensor = torch.empty(count, dtype=torch.uint8).share_memory_()
+            return slow
         return torch.empty(0, dtype=torch.uint8).set_(fresh(count))
     if device.type == "cpu":  # numpy asks Linux for large pages, so a fresh batch costs far fewer page faults
         return torch.from_numpy(np.empty(count, dtype=np.uint8))
