@@ -289,6 +289,12 @@ class RuntimeConfig(Section):
 # was a version keep theirs.
 ALGORITHM_VERSION = 1
 
+# Of a run's identity, since they change its numbers, and yet no training reads them: see `engine.run.adopt_training`.
+EVALUATION_KEYS = {
+    "model": ("score_threshold", "candidates_per_level", "nms_threshold", "max_detections"),
+    "data": ("val_short_side", "val_long_side"),
+}
+
 # Keys that came after results had been recorded: at these values they are left out of a run's identity, so that runs
 # from before keep theirs.
 ADDED_LATER: dict[str, dict[str, Any]] = {

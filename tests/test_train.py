@@ -20,10 +20,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, is_initialized
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
 import semiseg
 from semiseg.config import RunConfig
+from semiseg.config_files import digest
 from semiseg.data.images import open_image
 from semiseg.engine import train as training
 from semiseg.engine.build import build_data, build_step, build_training_loader
@@ -424,3 +426,40 @@ def test_init_from_takes_weights_only(root: Path, tmp_path: Path) -> None:
         UserError, match=r"of another network; to start from them set\n\n\[model\]\nneck_channels = 16  # now 32$"
     ):
         training.prepare(wider, data, accelerator)
+
+
+def test_another_threshold_in_a_study_is_another_evaluation_and_no_other_training(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its folder takes the end of the training; what is trained otherwise, or was validated meanwhile, trains anew."""
+
+    def planned(name: str, **sections: Any) -> tuple[RunConfig, Path]:
+        config, out = tiny_config(root, **sections), tmp_path / "runs" / name
+        out.mkdir(parents=True)
+        (out / "identity.json").write_text(json.dumps({"identity": {"config": digest(config.identity())}}))
+        return config, out
+
+    first, trained = planned("one/a", model={"score_threshold": 0.0})
+    execute_run(first, out=trained, progress=False)
+    monkeypatch.setattr(training, "optimizer_step", None)  # a training fails
+    keys = {"data": {"val_short_side": 96, "val_long_side": 96}, "model": {"score_threshold": 0.2, "max_detections": 3}}
+    config, out = planned("two/b", **keys)
+    assert config.identity() != first.identity()
+    with pytest.warns(UserWarning, match=f"{out}: trained already as {trained}"):
+        result = execute_run(config, out=out, progress=False)
+    assert result["steps"] == 4
+    assert read_log(out / "log.jsonl") == read_log(trained / "log.jsonl")
+    weights = [load_file(folder / "model" / "model.safetensors") for folder in (trained, out)]
+    assert all(torch.equal(weights[0][name], value) for name, value in weights[1].items())
+    assert load_model(out).info.config.score_threshold == 0.2
+    detections = [json.loads((folder / "detections.json").read_text()) for folder in (trained, out)]
+    assert len(detections[1]) < len(detections[0])
+
+    for name, sections in (
+        ("two/seed", {"seed": 5, **keys}),
+        ("two/loss", {"objective": {"affinity_threshold": 0.2}, **keys}),
+        ("two/validated", {"runtime": {"evaluate_every": 2}, **keys}),
+    ):
+        config, out = planned(name, **sections)
+        with pytest.raises(TypeError, match="NoneType"):
+            execute_run(config, out=out, progress=False)

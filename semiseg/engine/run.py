@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
 import time
 import warnings
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from semiseg.config import ModelConfig, RunConfig, RuntimeConfig, without_unread
+from semiseg.config import EVALUATION_KEYS, ModelConfig, RunConfig, RuntimeConfig, without_unread
 from semiseg.config_files import digest, file_digest, parse_config, read_json
 from semiseg.data.problems import told_without_mask
 from semiseg.data.sources import AnnotatedImages, cache_folder, ensure_files
@@ -31,6 +32,7 @@ from semiseg.engine.checkpoint import (
     holds_no_more_than_a_model,
     latest_checkpoint,
     load_model_folder,
+    named_step,
     write_json,
 )
 from semiseg.engine.evaluate import predict_table, save_detections, score_table
@@ -49,7 +51,7 @@ from semiseg.errors import UserError
 from semiseg.evaluation.coco_metrics import Metrics
 from semiseg.evaluation.precision import Backend, require_backend
 from semiseg.models.condinst import CondInst
-from semiseg.resources import LOCK_NAME, lock_folder, require_folder, settle, weights_file
+from semiseg.resources import LOCK_NAME, lock_folder, require_folder, settle, weights_file, whole_file
 
 PACKAGE = Path(__file__).resolve().parents[1]
 RESULT_NAME = "result.json"
@@ -94,6 +96,8 @@ def execute_run(
         agree(found, where=f"the run's {name!r}", remedy="give each machine the same files")
     claim = claimed(config, out, inputs=inputs, processes=processes, resume=resume)
     with claim if accelerator.is_main_process else nullcontext():
+        if accelerator.is_main_process:
+            adopt_training(out)
         accelerator.wait_for_everyone()
         if agree("a result" if (out / RESULT_NAME).exists() else "no result", where=out) == "a result":
             return _held_result(out / RESULT_NAME)
@@ -443,6 +447,52 @@ def claimed(
                     with suppress(OSError):  # another process has just begun there
                         out.rmdir()
             raise
+
+
+def adopt_training(out: Path) -> None:
+    """Gives a study's run that has not begun the end of a training that differs from it in evaluation alone, if any.
+
+    So another threshold is another evaluation and no other training. Looks at the folders of runs beside `out` and in
+    those of other studies.
+    """
+    if not (out / "identity.json").is_file() or latest_checkpoint(out / "checkpoints") is not None:
+        return
+    mine = read_json(out / "config.json")
+    for folder in sorted(path.parent for path in out.parent.parent.glob("*/*/config.json")):
+        saved = _trained_alike(folder, mine)
+        if saved is None:
+            continue
+        for part in (folder / LOG_NAME, saved):  # the checkpoint last: with it the training counts as done
+            with whole_file(out / part.relative_to(folder)) as new, part.open("rb") as old:
+                shutil.copyfileobj(old, new)
+        warnings.warn(f"{out}: trained already as {folder}, which differs in evaluation alone", stacklevel=3)
+        return
+
+
+def _trained_alike(folder: Path, mine: dict[str, Any]) -> Path | None:
+    """The last checkpoint of a finished run of which `mine`, a run's `config.json`, differs in evaluation alone.
+
+    Validations during a training depend on the evaluation, too: with these it is another training.
+    """
+    with suppress(UserError, KeyError, TypeError, AttributeError):  # no run's folder, or a damaged one
+        held, result = read_json(folder / "config.json"), read_json(folder / RESULT_NAME)
+        same = held["inputs"] == mine["inputs"] and _trained(held["identity"]) == _trained(mine["identity"])
+        validated = any(values["config"]["runtime"]["evaluate_every"] for values in (held, mine))
+        saved = latest_checkpoint(folder / "checkpoints")
+        if same and not validated and saved is not None and named_step(saved) == result["steps"]:
+            return saved
+    return None
+
+
+def _trained(identity: dict[str, Any]) -> dict[str, Any]:
+    """An identity without what only evaluation reads."""
+    return {
+        **identity,
+        **{
+            name: {key: value for key, value in identity[name].items() if key not in keys}
+            for name, keys in EVALUATION_KEYS.items()
+        },
+    }
 
 
 def _first_difference(held: Any, wanted: Any, path: str = "") -> str:
