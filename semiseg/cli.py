@@ -41,10 +41,10 @@ def _speaks(function: Callable[..., Any]) -> Callable[..., Any]:
             raise typer.Exit(2) from None
         except (MemoryError, RuntimeError) as error:
             # How torch and its parts say that memory is short; anything else keeps its traceback.
-            told = str(error).strip().splitlines()
+            told = str(error).strip().partition("\n")[0]
             if not isinstance(error, MemoryError) and not any(words in str(error).lower() for words in NO_MEMORY):
                 raise
-            typer.echo(f"semiseg: not enough memory{f' ({told[0]})' if told else ''}", err=True)
+            typer.echo(f"semiseg: not enough memory{f' ({told})' if told else ''}", err=True)
             raise typer.Exit(2) from None
         except KeyboardInterrupt as interruption:
             typer.echo(f"semiseg: {interruption.args[0] if interruption.args else 'interrupted'}", err=True)

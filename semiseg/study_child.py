@@ -222,7 +222,8 @@ def reason(code: int, output: str) -> str:
     code = causes[-1] if causes else code
     if code < 0:
         return _told_signal(-code)
-    lines = [line.rstrip() for line in _RANK.sub("", output).splitlines() if line.strip()]
+    # Not splitlines: a path in a sentence may hold U+2028.
+    lines = [line.rstrip() for line in re.split("[\r\n]", _RANK.sub("", output)) if line.strip()]
     told = [line.removeprefix("semiseg: ") for line in lines if line.startswith("semiseg: ")]
     errors = _exceptions(lines)
     if errors and code not in (2, 130):

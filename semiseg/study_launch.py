@@ -54,7 +54,7 @@ def read_launch_file(name_or_path: str) -> LaunchFile:
         precision = str(getattr(loaded.mixed_precision, "value", loaded.mixed_precision) or "no").lower()
         gpus = "" if loaded.use_cpu else str(getattr(loaded, "gpu_ids", None) or "all")
     except Exception as error:  # a reader of YAML may raise anything on a damaged file
-        raise UserError(f"{path}: accelerate does not take it as a configuration: {error}".splitlines()[0]) from None
+        raise UserError(f"{path}: accelerate does not take it as a configuration: {error}".split("\n")[0]) from None
     if kind not in ("NO", "MULTI_GPU", "MULTI_CPU"):
         raise UserError(f"{path}: distributed_type is {kind!r}; allowed: 'NO', 'MULTI_GPU', 'MULTI_CPU'")
     if processes < 1 or machines < 1 or processes % machines:

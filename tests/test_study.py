@@ -431,6 +431,7 @@ LOST = '[rank0]: Traceback (most recent call last):\n[rank0]:   File "a"\n[rank0
         (1, "semiseg: a warning\n" + LOST + "\nDuring handling ...\n" + LOST.replace("Runtime", "Value"),
          "it ended with ValueError: Connection closed"),
         (130, "semiseg: stopped after step 3 of 9\n", "stopped after step 3 of 9"),
+        (2, "1 %\r2 %\rsemiseg: a\u2028b\x85c/x.json: broken\n", "a\u2028b\x85c/x.json: broken"),
         (3, "one\ntwo\n", "one | two"),
         (3, "", "it ended with exit code 3 without a word"),
     ],
