@@ -122,5 +122,7 @@ class StudyProgress:
             place = "starts" if step is None else "evaluates" if step == steps else f"step {step} of {steps}"
             places.append(f"{child.run.label} {place}")
         left = self.seconds_left()
-        time_left = "" if left is None else f"; about {format_seconds(left)} left"
-        return f"{self._name}: {len(self._ended)} of {len(self._runs)} runs done; {', '.join(places)}{time_left}"
+        told = [f"{self._name}: {len(self._ended)} of {len(self._runs)} runs done"]
+        told += [", ".join(places)] if places else []
+        told += [f"about {format_seconds(left)} left"] if places and left is not None else []
+        return "; ".join(told)

@@ -23,6 +23,7 @@ from semiseg.results import Result, latest, read
 from semiseg.study import Study, load_study, study_runs
 from semiseg.study_child import Machine, Share, child_environment, last_step, launch_command, reason, share_of
 from semiseg.study_plan import PlannedRun, matching_results, plan
+from semiseg.study_progress import StudyProgress
 from semiseg.study_run import Execution, run_missing, run_status, runs_to_do
 from tests.study_files import write_study
 
@@ -544,3 +545,8 @@ def test_shipped_studies_ask_for_the_rows_of_tables_6_and_7(name: str, count: in
     assert [boxes[row] for row in rows[:4]] == ["none", "projection", "projection+pairwise", "projection+pairwise"]
     sources = {run.row: run.config.supervision.source for run in runs}
     assert [sources[row] for row in rows] == ["split", "split", "split", "boxes", "masks"]
+
+
+def test_a_line_of_progress_without_running_ones_tells_how_many_are_done() -> None:
+    progress = StudyProgress([], name="table", line_seconds=1, stream=io.StringIO())
+    assert progress._line([]) == "table: 0 of 0 runs done"
