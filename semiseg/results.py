@@ -135,7 +135,7 @@ def append(path: Path, result: Result) -> bool:
 def read(path: Path) -> list[Result]:
     """All results in the order of writing; [] if there is no such file.
 
-    A line cut off by an interruption is left out with a warning.
+    A line cut off by an interruption, or damaged so that its end is missed, is left out with a warning.
 
     Raises:
         UserError: a line that is damaged in another way, or no result of this version; names file and line.
@@ -145,7 +145,7 @@ def read(path: Path) -> list[Result]:
         where = f"{path}, line {number}"
         if not isinstance(values, ValueError):
             results.append(checked(values, where=where))
-        elif "EOF" in str(values):  # what every beginning of a line misses, and no other damage
+        elif "EOF" in str(values):  # what every beginning of a line misses
             warnings.warn(f"{where}: cut off by an interruption; ignored", stacklevel=2)
         else:
             raise UserError(f"{where}: damaged ({values}); mend or remove this line")

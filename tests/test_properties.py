@@ -76,7 +76,7 @@ def complaint_of_the_reader(path: Path) -> str | None:
     return None
 
 
-@REPRODUCIBLE
+@settings(REPRODUCIBLE, max_examples=60)
 @given(data=st.data())
 def test_the_reader_and_the_check_agree_on_any_annotations(content: dict[str, Any], data: st.DataObject) -> None:
     changed = copy.deepcopy(content)
@@ -225,7 +225,7 @@ def test_results_with_any_text_are_recorded_once_and_read_back(names: list[tuple
         assert path.read_bytes().count(b"\n") == len(results) if results else not path.exists()
 
 
-@pytest.mark.filterwarnings("ignore:.*damaged; ignored")
+@pytest.mark.filterwarnings("ignore:.*cut off by an interruption; ignored")
 @settings(REPRODUCIBLE, max_examples=60)
 @given(data=st.data())
 def test_a_damaged_record_is_left_out_or_told(data: st.DataObject) -> None:
