@@ -22,7 +22,7 @@ from pydantic import model_validator
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from semiseg.config import ModelConfig, Section, Side
+from semiseg.config import EVALUATION_KEYS, ModelConfig, Section, Side
 from semiseg.config_files import file_digest, parse_config
 from semiseg.engine.logs import LOG_NAME, read_log
 from semiseg.errors import UserError
@@ -35,7 +35,7 @@ DESCRIPTION_NAME, SCORE_NAME = "config.json", "best.json"  # in a model folder; 
 # post-processing, and `mask_stride`, which only says how far the mask logits are upsampled.
 FREE_SETTINGS = {
     *("weights", "frozen_stages", "centre_radius", "mask_stride", "max_mask_positives"),
-    *("score_threshold", "candidates_per_level", "nms_threshold", "max_detections"),
+    *EVALUATION_KEYS["model"],
 }
 BATCH_NORMS = ("bn", "sync_bn", "frozen_bn")  # one function in evaluation, with the same weights
 BATCHES_SEEN = ".num_batches_tracked"  # counter of `bn` and `sync_bn`; nothing is computed from it

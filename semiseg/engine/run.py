@@ -475,12 +475,11 @@ def _trained_alike(folder: Path, mine: dict[str, Any]) -> Path | None:
     Validations during a training depend on the evaluation, too: with these it is another training.
     """
     with suppress(UserError, KeyError, TypeError, AttributeError):  # no run's folder, or a damaged one
-        held, result = read_json(folder / "config.json"), read_json(folder / RESULT_NAME)
+        held, saved = read_json(folder / "config.json"), latest_checkpoint(folder / "checkpoints")
         same = held["inputs"] == mine["inputs"] and _trained(held["identity"]) == _trained(mine["identity"])
         validated = any(values["config"]["runtime"]["evaluate_every"] for values in (held, mine))
-        saved = latest_checkpoint(folder / "checkpoints")
-        if same and not validated and saved is not None and named_step(saved) == result["steps"]:
-            return saved
+        if same and not validated and saved is not None:
+            return saved if named_step(saved) == read_json(folder / RESULT_NAME)["steps"] else None
     return None
 
 
