@@ -21,7 +21,7 @@ bench-quick: $(STAMP)
 
 ## test: the tests, two at a time, of one thread each: threads that wait for each other's cores take many times as long
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 ## lint, types: what CI checks beside the tests
 lint: $(STAMP)

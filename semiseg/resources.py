@@ -182,7 +182,8 @@ def settle(parent: Path) -> None:
     """Ends what killed processes left of their writing in `parent`: a replaced folder is put back, the rest removed.
 
     Only hidden folders of this module whose lock is free are touched. Where the file system has no locks, or another
-    user's folder may not be changed, they are left alone.
+    user's folder may not be changed, they are left alone. Whoever finds that there is nothing to write asks for it too:
+    a process killed at its last moment leaves the whole file and, beside it, its hidden folder.
     """
     for held in parent.glob(f"{_HIDDEN}*"):
         if not _HIDDEN_NAME.fullmatch(held.name) or held.is_symlink():

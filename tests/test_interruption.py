@@ -6,14 +6,17 @@ import io
 import os
 import resource
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from semiseg import resources
 from semiseg.config import RunConfig
+from semiseg.data.shapes import ensure_shapes, make_shapes
+from semiseg.data.table import load_table
 from semiseg.engine import checkpoint
 from semiseg.engine import train as training
 from semiseg.engine.build import build_data
@@ -25,7 +28,9 @@ from semiseg.engine.session import start_accelerator
 from semiseg.errors import UserError
 from semiseg.models.condinst import CondInst
 from semiseg.resources import settle, temporary_folder, whole_folder, write_bytes
+from tests.coco_files import make_coco
 from tests.model_folders import make_model
+from tests.test_cli import call
 from tests.tiny import tiny_config
 
 
@@ -218,6 +223,39 @@ def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path: Path) 
     assert not (tmp_path / f".semiseg-{1:032x}").exists()
     assert all((tmp_path / name).exists() for name in own)
     assert len(list(tmp_path.iterdir())) == len(own) + 1
+
+
+@pytest.mark.parametrize("what", ["shapes", "own shapes", "table", "split"])
+def test_a_kill_when_all_is_in_place_leaves_nothing_after_the_next_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Also where that look writes nothing, since all is there, or refuses to."""
+    files = make_coco(tmp_path / "coco")
+    target = tmp_path / "new" / "data"
+
+    def work() -> None:
+        if what == "shapes":
+            ensure_shapes(tmp_path / "new", images=1, image_size=32, seed=0)
+        elif what == "own shapes":
+            make_shapes(target, images=1, image_size=32, seed=0)
+        elif what == "table":
+            load_table(files.annotations, files.images, cache=tmp_path / "new")
+        else:
+            call("split", "make", "x", "--dataset", "shapes", "--seen", "3", "--out", str(target))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(resources, "_dissolve", die)
+        killed(work)
+    hidden = [path.name for path in (tmp_path / "new").rglob(".*")]
+    assert any(name.startswith(".semiseg-") for name in hidden), hidden
+    with (
+        nullcontext()
+        if what in ("shapes", "table")
+        else pytest.raises((UserError, AssertionError), match="exists already")
+    ):
+        work()
+    assert [path.name for path in (tmp_path / "new").iterdir()] != []
+    assert list((tmp_path / "new").rglob(".*")) == []
 
 
 def test_a_model_that_was_being_replaced_is_found_again(tmp_path: Path) -> None:

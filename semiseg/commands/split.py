@@ -11,7 +11,7 @@ import typer
 from semiseg.commands.known_classes import classes_of
 from semiseg.config_files import read_toml
 from semiseg.errors import UserError
-from semiseg.resources import available, find, require_folder
+from semiseg.resources import available, find, require_folder, settle
 from semiseg.splits import ClassSplit, draw_seen, load_split, make_split, normalise, unknown_class, write_split
 
 SplitName = Annotated[str, typer.Argument(metavar="SPLIT", help="Name or path of a class split.")]
@@ -106,6 +106,7 @@ def make(
             f"{name!r}: no name for a split: expected one without '/' or a dot in front; --out takes a path"
         )
     path = out or Path("splits") / f"{name}.toml"
+    settle(path.parent)
     if path.exists() and not force:
         raise UserError(f"{path}: exists already; '--force' replaces it")
     require_folder(path.absolute().parent)

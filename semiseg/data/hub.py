@@ -27,7 +27,7 @@ from semiseg.config_files import digest
 from semiseg.data.hub_schema import Schema, read_schema
 from semiseg.data.images import open_image
 from semiseg.errors import UserError
-from semiseg.resources import whole_folder
+from semiseg.resources import settle, whole_folder
 from semiseg.splits import normalise
 
 logger = logging.getLogger(__name__)
@@ -118,6 +118,7 @@ def ensure_hub(name: str, *, train_split: str, val_split: str) -> Path:
         rows, place = _part(loaded, spec, key, name), f"hf:{name}, split {spec!r}"
         splits[kind] = _Split(rows, read_schema(rows.features, place), place)
     folder = conversions / digest([CONVERTER_VERSION, *(split.rows._fingerprint for split in splits.values())], 16)
+    settle(conversions)
     if not folder.is_dir():
         with whole_folder(folder) as temporary:
             _convert(splits, temporary)

@@ -25,7 +25,7 @@ from semiseg.config_files import digest
 from semiseg.data.shapes_scene import LABELS, SceneObject, compose
 from semiseg.data.workers import START_METHOD, live_as_long_as_the_main_process
 from semiseg.errors import UserError
-from semiseg.resources import available_cores, whole_folder
+from semiseg.resources import available_cores, settle, whole_folder
 
 GENERATOR_VERSION = 2  # raised with every change of pictures or annotations, so that no stale folder is used
 SHAPES_CLASSES: tuple[str, ...] = LABELS
@@ -59,6 +59,7 @@ def ensure_shapes(root: Path, *, images: int, image_size: int, seed: int) -> Pat
         UserError: impossible parameters.
     """
     folder = shapes_folder(root, images=images, image_size=image_size, seed=seed)
+    settle(folder.parent)
     # In this order: a folder that another process puts in place right now is complete and must not be removed.
     if folder.exists() and not _is_complete(folder, images):
         shutil.rmtree(folder)
@@ -84,6 +85,7 @@ def make_shapes(folder: Path, *, images: int, image_size: int, seed: int) -> Non
             f"Shapes: images={images}, image_size={image_size}, seed={seed}: needs at least 1 image, "
             f"a side of at least {SMALLEST_IMAGE} pixels and a seed that is not negative"
         )
+    settle(folder.parent)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: exists already; name a new or an empty folder")
     with whole_folder(folder) as part:

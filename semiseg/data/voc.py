@@ -21,7 +21,7 @@ from tqdm import tqdm
 from semiseg.data.sbd import find_sbd, sbd_list, sbd_record
 from semiseg.data.voc_objects import VOC_CLASSES, ImageRecord, voc_record
 from semiseg.errors import UserError
-from semiseg.resources import require_folder, write_text
+from semiseg.resources import require_folder, settle, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +71,7 @@ def ensure_voc(root: Path, image_set: str) -> tuple[Path, Path]:
             more than 1 % of the masks contradict their objects.
     """
     annotations, images = voc_files(root, image_set)
+    settle(annotations.parent)
     if annotations.is_file():
         return annotations, images
     voc, sbd = _require_parts(root, image_set)
