@@ -76,6 +76,7 @@ class Job(NamedTuple):
 
 TRAIN = f"train run.toml --out {inputs.RUN} --resume"
 EVALUATE = "evaluate model --annotations coco/instances.json --images coco/images --detections d.json --out n.json"
+STUDY_PROGRESS = r"of \d+ runs done|done in \d+ s"
 STUDY_LOOSE = r"\.pt$|output\.txt$|\.lock$|\.html$|report\.md$|figures/"
 JOBS = {
     "train": Job(TRAIN),
@@ -126,7 +127,8 @@ class Done(NamedTuple):
         """What is wrong with this end as that of a command that refuses; None: a sentence and an exit code."""
         if "Traceback (most recent call last)" in self.err:
             return f"traceback: {self.told}"
-        sentences = sum(line.startswith("semiseg: ") for line in self.err.splitlines())
+        lines = [line for line in self.err.splitlines() if line.startswith("semiseg: ")]
+        sentences = sum(not re.search(STUDY_PROGRESS, line) for line in lines)
         return None if self.code in codes and 0 < sentences < 4 else f"not refused by a sentence: {self.told}"
 
 
