@@ -125,7 +125,7 @@ def first_gradient(root: Path) -> torch.Tensor:
 
 def stop_by_last_process(state: training.TrainState, parts: list[Batch], out: Path, *, what: str) -> dict[str, Any]:
     """What every process says, and whether its weights stay, when something of the last one is not finite."""
-    bias = state.step_module.model.head.class_logits.bias
+    bias = state.step_module.model.detector.class_logits.bias
     assert bias is not None
     if state.accelerator.is_last_process and what == "loss":
         with torch.no_grad():

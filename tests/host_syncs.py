@@ -1,6 +1,6 @@
 """Counts what would make a GPU wait for the host, on any device: where it happens in semiseg, and by which operation.
 
-with HostSyncs() as found: ...; found.places() -> {("models/assign.py", "_smallest_box", "nonzero"): 1, ...}
+with HostSyncs() as found: ...; found.places() -> {("models/detectors/assign.py", "_smallest_box", "nonzero"): 1, ...}
 """
 
 from __future__ import annotations

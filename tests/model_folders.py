@@ -8,7 +8,7 @@ import torch
 
 from semiseg.config import ModelConfig
 from semiseg.engine.checkpoint import ModelInfo, save_model
-from semiseg.models.condinst import build_model
+from semiseg.models.build import build_model
 from tests.coco_files import CLASS_NAMES
 from tests.tiny import tiny_config
 
@@ -32,14 +32,14 @@ def make_model(
     torch.manual_seed(0)
     network = build_model(config, num_classes=len(class_names))
     with torch.no_grad():
-        head = network.head
+        head = network.detector
         for layer, bias in ((head.class_logits, -1.0), (head.box_distances, 1.5), (head.centreness, 0.0)):
             assert layer.bias is not None
             layer.weight.mul_(12)
             layer.bias.fill_(bias)
-        assert network.controller.bias is not None
-        network.controller.weight.mul_(10)
-        network.controller.bias.normal_(std=0.7)
+        assert network.mask_head.controller.bias is not None
+        network.mask_head.controller.weight.mul_(10)
+        network.mask_head.controller.bias.normal_(std=0.7)
     ids = category_ids or tuple(2 * label + 1 for label in range(len(class_names)))
     info = ModelInfo(config, class_names, ids, short_side, long_side)
     save_model(folder, network.state_dict(), info)

@@ -20,11 +20,11 @@ from torch import Tensor
 import semiseg
 from semiseg.engine import predict as engine
 from semiseg.engine.predict import forward_groups
-from semiseg.models.postprocess import postprocess
 from semiseg.structures.inputs import pad_images
 from semiseg.structures.outputs import Detections
 from tests.coco_files import picture
 from tests.model_folders import make_model
+from tests.test_postprocess import postprocess
 from tests.tiny import tiny_config
 
 PAGE = Path(__file__).parent.parent / "docs" / "API.md"

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from semiseg.models.assign import assign
-from semiseg.models.fcos_head import make_locations
+from semiseg.models.detectors.assign import assign
+from semiseg.models.detectors.fcos import make_locations
 from semiseg.structures.inputs import Targets
 from semiseg.structures.outputs import Assignment, Locations
 

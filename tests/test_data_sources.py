@@ -20,7 +20,7 @@ from semiseg.data.table import load_table
 from semiseg.engine.build import build_data, build_evaluation_loader, build_training_loader
 from semiseg.engine.checkpoint import ModelInfo, save_model
 from semiseg.errors import UserError
-from semiseg.models.condinst import build_model
+from semiseg.models.build import build_model
 from tests.coco_files import CLASS_NAMES, make_coco
 from tests.make_large_coco import make_large_coco
 from tests.measure_loader_memory import data_config, family, measure, pss, report

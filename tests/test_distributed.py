@@ -28,7 +28,7 @@ from tests.tiny import tiny_config
 PROJECT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
 CASES = [(norm, processes, images) for processes in CUTS for norm, images in cuts_of(processes)]
-GRADIENT = ("gradient", "gradient is not finite (1 parameters, first head.class_logits.bias)")
+GRADIENT = ("gradient", "gradient is not finite (1 parameters, first detector.class_logits.bias)")
 
 
 @pytest.fixture(scope="module")

@@ -205,7 +205,9 @@ def test_the_first_step_of_every_run(roots: dict[str, Path], tmp_path: Path) -> 
         kinds = [type(module).__name__ for module in model.modules()]
         assert ("BiFPN" in kinds) == (run.config.model.neck == "bifpn"), where
         assert kinds.count("DeformableConv") == (13 if run.config.model.deformable_interval else 0), where
-        before = {part: part.weight.detach().clone() for part in (model.controller, model.head.class_logits)}
+        before = {
+            part: part.weight.detach().clone() for part in (model.mask_head.controller, model.detector.class_logits)
+        }
         loader = build_training_loader(
             config, tables[source], steps=1, start_step=0, processes=1, rank=0, pin_memory=False
         )

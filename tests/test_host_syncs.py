@@ -22,7 +22,7 @@ from semiseg.engine import train as training
 from semiseg.engine.build import build_data, build_step
 from semiseg.engine.step import StepDraft, TrainStep
 from semiseg.losses.terms import LossTerms
-from semiseg.models.sample import sample_positives
+from semiseg.models.detectors.sample import sample_positives
 from semiseg.structures.inputs import Batch, Supervision, Targets
 from tests.tiny import tiny_config
 

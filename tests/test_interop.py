@@ -26,7 +26,8 @@ from semiseg.config_files import parse_config
 from semiseg.engine.checkpoint import check_initial, initial_weights, load_initial, load_model_folder
 from semiseg.errors import UserError
 from semiseg.interop.adelaidet import convert_state, read_state
-from semiseg.models.condinst import CondInst, build_model
+from semiseg.models.build import build_model
+from semiseg.models.segmenter import Segmenter
 from tests.coco_files import make_coco, polygon_annotation
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -77,13 +78,14 @@ def released_name(key: str, *, bifpn: bool) -> str:
             return f"backbone.top_block.p{6 + int(words[1])}.{words[2]}"
         kind = {"inner_blocks": "lateral", "layer_blocks": "output"}[words[1]]
         return f"backbone.fpn_{kind}{3 + int(words[2])}.{words[4]}"
-    if part == "head":
+    if part == "detector":
         if words[0] == "level_scales":
             return f"proposal_generator.fcos_head.scales.{words[1]}.scale"
         kinds = {"class_tower": "cls_tower", "box_tower": "bbox_tower", "class_logits": "cls_logits"}
         kinds |= {"box_distances": "bbox_pred", "centreness": "ctrness"}
         return ".".join(["proposal_generator.fcos_head", kinds[words[0]], *words[1:]])
-    return key
+    assert part == "mask_head"
+    return ".".join(["mask_branch", *words[1:]] if words[0] == "branch" else words)
 
 
 def released(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
@@ -167,7 +169,7 @@ def test_other_widths_and_depths_are_recognised(changes: dict[str, Any]) -> None
     assert (found.config, found.num_classes) == (config, 7)
 
 
-def random_model(config: ModelConfig, *, num_classes: int) -> CondInst:
+def random_model(config: ModelConfig, *, num_classes: int) -> Segmenter:
     """All parameters and statistics at random, none of them where it would hide another."""
     generator = torch.Generator().manual_seed(3)
     model = build_model(config, num_classes=num_classes).eval()
@@ -183,6 +185,10 @@ def random_model(config: ModelConfig, *, num_classes: int) -> CondInst:
             elif ".offset." in key:
                 value.copy_(0.02 * (noise - 0.5))
     return model
+
+
+def assert_alike(ours: Tensor, theirs: Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
 
 
 def test_a_converted_folder_computes_what_the_original_does_and_can_be_evaluated(tmp_path: Path) -> None:
@@ -214,9 +220,10 @@ def test_a_converted_folder_computes_what_the_original_does_and_can_be_evaluated
     with torch.inference_mode():
         size = torch.tensor([[60, 96]])
         ours, theirs = converted(images, size), original(images.flip(1), size)
-    for name in ("class_logits", "box_distances", "centreness_logits", "filter_features", "mask_features"):
-        a, b = getattr(ours, name), getattr(theirs, name)
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
+    for name in ("class_logits", "box_distances", "centreness_logits"):
+        assert_alike(getattr(ours, name), getattr(theirs, name))
+    for name in ("filter_features", "mask_features"):
+        assert_alike(getattr(ours.mask_inputs, name), getattr(theirs.mask_inputs, name))
 
     evaluate_folder(out, tmp_path)
 
@@ -274,7 +281,7 @@ def test_other_classes_are_named_by_an_annotation_file_and_can_change_in_trainin
     check_initial(Path(training.init_from), training.model)
     model = build_model(config, num_classes=5)
     afresh = load_initial(model, initial_weights(Path(training.init_from)), where="converted")
-    assert afresh == ["head.class_logits.weight", "head.class_logits.bias"]
+    assert afresh == ["detector.class_logits.weight", "detector.class_logits.bias"]
 
 
 def test_a_state_dict_may_stand_alone_or_under_model(tmp_path: Path) -> None:

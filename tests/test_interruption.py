@@ -26,7 +26,7 @@ from semiseg.engine.predict_files import ResultFiles
 from semiseg.engine.run import check_folder, claimed
 from semiseg.engine.session import start_accelerator
 from semiseg.errors import UserError
-from semiseg.models.condinst import CondInst
+from semiseg.models.segmenter import Segmenter
 from semiseg.resources import settle, temporary_folder, whole_folder, write_bytes
 from tests.coco_files import make_coco
 from tests.model_folders import make_model
@@ -133,7 +133,7 @@ def test_the_best_of_a_run_that_died_is_not_taken_for_another_ones(tmp_path: Pat
         check_folder(other, tmp_path, resume=True)
 
 
-def weigh(model: CondInst) -> dict[str, float]:
+def weigh(model: Segmenter) -> dict[str, float]:
     """A score that the weights alone decide, up and down from step to step."""
     return {"mask_AP": float(sum(value.detach().double().sum() for value in model.parameters()) * 1e4 % 100)}
 

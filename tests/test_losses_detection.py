@@ -28,10 +28,8 @@ def random_outputs(dtype: torch.dtype = torch.float64) -> DenseOutputs:
         class_logits=draw(B, R, C).requires_grad_(),
         box_distances=draw(B, R, 4).abs().mul(3).detach().requires_grad_(),
         centreness_logits=draw(B, R).requires_grad_(),
-        filter_features=draw(B, R, 5),
-        mask_features=draw(B, 2, 3, 3),
-        mask_feature_stride=8,
         locations=places,
+        mask_inputs=None,
     )
 
 

@@ -14,7 +14,8 @@ from semiseg.config_files import parse_config
 from semiseg.engine.optim import build_optimizer
 from semiseg.errors import UserError
 from semiseg.models.bifpn import BiFPN, weighted_mean
-from semiseg.models.condinst import CondInst, build_model
+from semiseg.models.build import build_model
+from semiseg.models.segmenter import Segmenter
 from semiseg.structures.outputs import MaskQueries
 from tests.tiny import TINY
 
@@ -199,7 +200,7 @@ SMALL: dict[str, Any] = {
 }
 
 
-def small_model(**changes: Any) -> CondInst:
+def small_model(**changes: Any) -> Segmenter:
     torch.manual_seed(0)
     return build_model(parse_config(ModelConfig, {**SMALL, **changes}, where="test"), num_classes=3)
 
@@ -211,10 +212,10 @@ def test_the_network_with_it_has_a_prediction_at_every_location() -> None:
     count = 12 * 20 + 6 * 10 + 3 * 5 + 2 * 3 + 1 * 2
     assert outputs.class_logits.shape == (2, count, 3)
     assert outputs.locations.xy.shape == (count, 2)
-    assert outputs.mask_features.shape == (2, 4, 12, 20)
+    assert outputs.mask_inputs.mask_features.shape == (2, 4, 12, 20)
     queries = MaskQueries(torch.tensor([0, 1]), torch.tensor([0, count - 1]), torch.arange(2))
-    total = outputs.class_logits.sum() + outputs.box_distances.sum() + model.filters(outputs, queries).sum()
-    (total + outputs.mask_features.sum() + outputs.centreness_logits.sum()).backward()
+    total = outputs.class_logits.sum() + outputs.box_distances.sum() + model.mask_head.filters(outputs, queries).sum()
+    (total + outputs.mask_inputs.mask_features.sum() + outputs.centreness_logits.sum()).backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 

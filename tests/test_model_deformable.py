@@ -15,7 +15,7 @@ from torchvision.models.resnet import Bottleneck
 from semiseg.config import ModelConfig, OptimConfig
 from semiseg.engine.optim import build_optimizer
 from semiseg.errors import UserError
-from semiseg.models.condinst import build_model
+from semiseg.models.build import build_model
 from semiseg.models.deformable import DeformableConv
 from semiseg.models.norms import freeze, norm_layer
 from semiseg.models.resnet import ResNetFeatures, freeze_stages, load_backbone_state

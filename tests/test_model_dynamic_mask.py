@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from semiseg.models.dynamic_mask import dynamic_masks, filter_shapes, num_filter_numbers, split_filters
+from semiseg.models.masks.dynamic import dynamic_masks, filter_shapes, num_filter_numbers, split_filters
 from semiseg.models.upsample import aligned_upsample
 
 GOLDEN = Path(__file__).parent / "golden"

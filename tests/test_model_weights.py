@@ -28,13 +28,14 @@ from semiseg.engine.checkpoint import (
     save_model,
 )
 from semiseg.errors import UserError
-from semiseg.models.condinst import CondInst, build_model
+from semiseg.models.build import build_model
+from semiseg.models.segmenter import Segmenter
 from semiseg.resources import available
 from semiseg.study import load_study, study_runs
 from tests.tiny import TINY
 
 
-def build(**changes: Any) -> CondInst:
+def build(**changes: Any) -> Segmenter:
     values: dict[str, Any] = {"backbone": "resnet18", "neck_channels": 32, "mask_branch_channels": 8, **changes}
     return build_model(parse_config(ModelConfig, values, where="test"), num_classes=2)
 
@@ -127,7 +128,7 @@ BIFPN: dict[str, Any] = {"neck": "bifpn", "neck_channels": 160, "neck_repeats": 
         (BIFPN, 717, 39_009_120, 38_884_389),
         ({**BIFPN, "backbone": "resnet101", "deformable_interval": 1}, 1032, 59_982_730, 59_753_551),
     ],
-    ids=["BoxInst R50", "CondInst R50", "BoxInst R50 BiFPN", "BoxInst R101 BiFPN DCN"],
+    ids=["BoxInst R50", "Segmenter R50", "BoxInst R50 BiFPN", "BoxInst R101 BiFPN DCN"],
 )
 def test_networks_are_as_large_as_the_released_ones(
     changes: dict[str, Any], entries: int, numbers: int, parameters: int
@@ -180,7 +181,7 @@ def test_settings_that_may_differ_from_the_initial_weights(model_folder: Path, c
     with torch.no_grad():
         one, other = original(images, sizes), model.eval()(images, sizes)
     torch.testing.assert_close(one.class_logits, other.class_logits)
-    torch.testing.assert_close(one.mask_features, other.mask_features)
+    torch.testing.assert_close(one.mask_inputs.mask_features, other.mask_inputs.mask_features)
 
 
 @pytest.mark.parametrize(

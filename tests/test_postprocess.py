@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,17 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from semiseg.engine.predict import Found, coco_results, encode_masks
-from semiseg.models.fcos_head import make_locations
-from semiseg.models.postprocess import (
-    Candidates,
-    iter_masks,
-    paste_masks,
-    postprocess,
-    select_detections,
-    to_output_boxes,
-)
+from semiseg.models.detectors.fcos import make_locations
+from semiseg.models.detectors.select import select_detections
+from semiseg.models.paste import MaskPredictor, iter_masks, paste_masks, to_output_boxes
 from semiseg.models.upsample import aligned_upsample
-from semiseg.structures.outputs import DenseOutputs, MaskLogits, MaskQueries
+from semiseg.structures.outputs import Candidates, DenseOutputs, Detections, MaskLogits, MaskQueries
 
 SIZES, STRIDES = [(4, 6), (2, 3)], [8, 16]  # an input of 32 x 48: locations 0..23 and 24..29
 SETTINGS = {"score_threshold": 0.05, "candidates_per_level": 1000, "nms_threshold": 0.6, "max_detections": 100}
@@ -36,10 +31,8 @@ def empty_outputs(batch: int = 1, classes: int = 3) -> DenseOutputs:
         class_logits=torch.full((batch, 30, classes), -20.0),
         box_distances=torch.ones(batch, 30, 4),
         centreness_logits=torch.full((batch, 30), 20.0),
-        filter_features=torch.zeros(batch, 30, 1),
-        mask_features=torch.randn(batch, 1, 8, 12, generator=generator),
-        mask_feature_stride=4,
         locations=make_locations(SIZES, STRIDES, torch.device("cpu")),
+        mask_inputs=torch.randn(batch, 1, 8, 12, generator=generator),
     )
 
 
@@ -51,11 +44,37 @@ def put(outputs: DenseOutputs, image: int, location: int, label: int, probabilit
     outputs.class_logits[image, location, label] = math.log(probability / (1 - probability))
 
 
+@torch.no_grad()
+def postprocess(
+    model: MaskPredictor,
+    outputs: DenseOutputs,
+    image_sizes_hw: Tensor,
+    output_sizes_hw: Tensor,
+    **limits: Any,
+) -> list[Detections]:
+    """The detections of every image with all their masks, in output pixels; for output sizes (B, 2)."""
+    chosen = select_detections(outputs, image_sizes_hw, **limits)
+    results = []
+    for found, input_size, output_size in zip(chosen, image_sizes_hw.tolist(), output_sizes_hw.tolist(), strict=True):
+        input_hw, output_hw = (input_size[0], input_size[1]), (output_size[0], output_size[1])
+        chunks = iter_masks(model, outputs, found.queries, input_hw, output_hw)
+        none = torch.zeros(0, *output_hw, dtype=torch.bool, device=found.scores.device)
+        results.append(
+            Detections(
+                boxes=to_output_boxes(found.boxes_xyxy, input_hw, output_hw),
+                scores=found.scores,
+                labels=found.labels,
+                masks=torch.cat([none, *[masks for _, masks in chunks]]),
+            )
+        )
+    return results
+
+
 class FeatureMasks:
     """Stands for a model: the mask of a query is its image's feature map, shifted by the location's number."""
 
     def predict_masks(self, outputs: DenseOutputs, queries: MaskQueries) -> MaskLogits:
-        maps = outputs.mask_features[queries.image_index, 0]
+        maps = outputs.mask_inputs[queries.image_index, 0]
         logits = maps + (queries.location_index[:, None, None] - 12) / 12
         return MaskLogits(logits, queries.image_index, queries.instance_index, stride=4)
 
@@ -145,16 +164,16 @@ def test_an_image_does_not_depend_on_the_others() -> None:
         box_distances=torch.rand(3, 30, 4, generator=generator) * 3,
     )
     sizes, output_sizes = torch.tensor([[32, 48], [20, 40], [32, 30]]), torch.tensor([[64, 96], [20, 40], [15, 45]])
-    together = postprocess(FeatureMasks(), outputs, sizes, output_sizes, **SETTINGS)  # type: ignore[arg-type]
+    together = postprocess(FeatureMasks(), outputs, sizes, output_sizes, **SETTINGS)
     for number in range(3):
-        fields = ("class_logits", "box_distances", "centreness_logits", "filter_features", "mask_features")
+        fields = ("class_logits", "box_distances", "centreness_logits", "mask_inputs")
         alone = dataclasses.replace(outputs, **{name: getattr(outputs, name)[number, None] for name in fields})
         (single,) = postprocess(
             FeatureMasks(),
             alone,
             sizes[number, None],
             output_sizes[number, None],
-            **SETTINGS,  # type: ignore[arg-type]
+            **SETTINGS,
         )
         assert len(single) > 5
         assert single.masks.shape[1:] == tuple(output_sizes[number].tolist())
@@ -168,7 +187,7 @@ def test_no_detections() -> None:
         empty_outputs(),
         torch.tensor([[32, 48]]),
         torch.tensor([[50, 70]]),
-        **SETTINGS,  # type: ignore[arg-type]
+        **SETTINGS,
     )
     assert len(found) == 0
     assert found.masks.shape == (0, 50, 70)

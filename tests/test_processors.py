@@ -24,7 +24,7 @@ from semiseg.config_files import parse_config
 from semiseg.engine.build import build_data
 from semiseg.engine.logs import read_log
 from semiseg.engine.run import execute_run
-from semiseg.models.condinst import build_model
+from semiseg.models.build import build_model
 from semiseg.models.resnet import Strided1x1
 from tests.tiny import TINY, tiny_config
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from semiseg.models.fcos_head import make_locations
-from semiseg.models.sample import mask_quotas, rank_in_group, sample_positives
+from semiseg.models.detectors.fcos import make_locations
+from semiseg.models.detectors.sample import mask_quotas, rank_in_group, sample_positives
 from semiseg.structures.outputs import Assignment, DenseOutputs
 
 
@@ -40,10 +40,8 @@ def make_outputs(class_logits: Tensor, centreness_logits: Tensor) -> DenseOutput
         class_logits=class_logits,
         box_distances=torch.ones(batch, count, 4),
         centreness_logits=centreness_logits,
-        filter_features=torch.zeros(batch, count, 1),
-        mask_features=torch.zeros(batch, 1, 1, 1),
-        mask_feature_stride=8,
         locations=make_locations([(1, count)], [8], torch.device("cpu")),
+        mask_inputs=None,
     )
 
 

@@ -118,9 +118,7 @@ class Step:
             return self.draw(seed, *shape).abs().to(dtype).requires_grad_()
 
         places = Locations(torch.zeros(R, 2), torch.ones(R), torch.zeros(R, dtype=torch.int64), counts=(R,))
-        return DenseOutputs(
-            leaf(1, 2, R, C), leaf(2, 2, R, 4), leaf(3, 2, R), leaf(4, 2, R, 9), leaf(5, 2, 4, 4, 4), 8, places
-        )
+        return DenseOutputs(leaf(1, 2, R, C), leaf(2, 2, R, 4), leaf(3, 2, R), places, mask_inputs=None)
 
     def prepare(self, goal: Objective) -> tuple[MaskTargets, Tensor]:
         prepared = mask_targets(self.batch, objective=goal)
@@ -325,10 +323,6 @@ def test_nothing_to_learn_a_mask_from(
     assert step.logits.grad is not None
     assert torch.equal(step.logits.grad, torch.zeros_like(step.logits))
     assert torch.isfinite(terms.total)
-    if not len(step.logits):
-        for prediction in (step.outputs.filter_features, step.outputs.mask_features):
-            assert prediction.grad is not None
-            assert not prediction.grad.any()
     assert step.outputs.box_distances.grad is not None
 
 

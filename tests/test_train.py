@@ -132,7 +132,7 @@ def test_four_steps_equal_two_and_resume_and_two(root: Path, tmp_path: Path) -> 
     results = [json.loads((tmp_path / name / "result.json").read_text())["metrics"] for name in ("whole", "cut")]
     assert results[0] == results[1]
     # The averaged weights are a third thing beside the start and the end.
-    assert not torch.equal(whole["ema"]["head.class_logits.weight"], whole["model"]["head.class_logits.weight"])
+    assert not torch.equal(whole["ema"]["detector.class_logits.weight"], whole["model"]["detector.class_logits.weight"])
 
 
 def test_bf16_trains_beside_fp32_in_one_process_and_resumes_exactly(root: Path, tmp_path: Path) -> None:
@@ -270,7 +270,7 @@ def test_a_training_without_masks_leaves_out_what_only_masks_need(root: Path, ma
     batch = first_batches(config, 1)[0]
     module = fresh_step(config)
     called: list[str] = []
-    module.model.mask_branch.register_forward_hook(lambda *_: called.append("mask branch"))
+    module.model.mask_head.branch.register_forward_hook(lambda *_: called.append("mask branch"))
     losses, _ = losses_and_gradients(module, [batch])
     gradients = {name: p.grad for name, p in module.named_parameters() if p.requires_grad}
     assert not called
@@ -279,7 +279,7 @@ def test_a_training_without_masks_leaves_out_what_only_masks_need(root: Path, ma
     whole = fresh_step(config)
     for parameter in whole.parameters():
         parameter.requires_grad_(True)
-    whole.model.learns_masks = True
+    whole.model.mask_head.learns = True
     whole_losses, _ = losses_and_gradients(whole, [batch])
     torch.testing.assert_close(losses, whole_losses, rtol=0, atol=0)
     for name, parameter in whole.named_parameters():
@@ -290,7 +290,9 @@ def test_a_training_without_masks_leaves_out_what_only_masks_need(root: Path, ma
             assert not parameter.grad.any(), f"{name} is left out, but learns from boxes"
 
     module.eval()
-    assert module.model(batch.images, batch.image_sizes_hw).mask_features.any(), "prediction still has masks"
+    assert module.model(batch.images, batch.image_sizes_hw).mask_inputs.mask_features.any(), (
+        "prediction still has masks"
+    )
     assert called
 
 
@@ -299,7 +301,7 @@ def test_nonfinite_loss_stops_before_the_update_and_replays(root: Path, tmp_path
     data, accelerator = build_data(config), start_accelerator(config.runtime, seed=0)
     state = training.prepare(config, data, accelerator)
     with torch.no_grad():
-        next(state.step_module.model.mask_branch.parameters()).fill_(float("nan"))
+        next(state.step_module.model.mask_head.branch.parameters()).fill_(float("nan"))
     before = [parameter.clone() for parameter in state.step_module.parameters()]
     with pytest.raises(UserError, match=r"step 1: the loss is not finite \(.*dice nan.*--replay") as caught:
         training.optimizer_step(state, first_batches(config, 1), out=tmp_path)
@@ -313,12 +315,12 @@ def test_nonfinite_loss_stops_before_the_update_and_replays(root: Path, tmp_path
     text = replay_step(path)
     assert "step 1 of 4 on images" in text
     assert "dice nan" in text
-    assert "weights that are not finite: 1, first mask_branch" in text
+    assert "weights that are not finite: 1, first mask_head.branch" in text
 
 
 def overflow_gradient(module: TrainStep) -> None:
     """Finite losses with a gradient beyond float32: tiny features that the next layer multiplies by as much."""
-    head = module.model.head
+    head = module.model.detector
     assert head.class_logits.bias is not None
     with torch.no_grad():
         weight = head.class_tower[-2].weight
@@ -361,7 +363,7 @@ def test_under_a_scaler_such_an_update_is_left_out_and_training_goes_on(root: Pa
     accelerator = start_accelerator(config.runtime, seed=0)
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
     state = training.prepare(config, build_data(config), accelerator)
-    bias = state.step_module.model.head.class_logits.bias
+    bias = state.step_module.model.detector.class_logits.bias
     assert bias is not None
     hook = bias.register_hook(lambda gradient: gradient * float("inf"))
     before = [parameter.clone() for parameter in state.step_module.parameters()]

@@ -15,15 +15,16 @@ from semiseg.engine.build import RunData, build_data, build_objective, train_dat
 from semiseg.engine.evaluate import predict_batch, score_table
 from semiseg.evaluation.coco_metrics import Metrics
 from semiseg.losses.terms import compute_losses, mask_targets, term_counts
-from semiseg.models.assign import assign
-from semiseg.models.condinst import CondInst, build_model
-from semiseg.models.postprocess import postprocess
-from semiseg.models.sample import mask_quotas, sample_positives
+from semiseg.models.build import build_model
+from semiseg.models.detectors.assign import assign
+from semiseg.models.detectors.sample import mask_quotas, sample_positives
+from semiseg.models.segmenter import Segmenter
 from semiseg.report.aggregate import ReportInput, ReportRow, ReportTable, measurements, summarise
 from semiseg.report.tables import csv_table
 from semiseg.results import Result, append, read
 from semiseg.splits import load_split
 from semiseg.structures.inputs import Batch, Supervision
+from tests.test_postprocess import postprocess
 from tests.tiny import tiny_config
 
 
@@ -63,10 +64,10 @@ def from_split_file_to_batch(config: RunConfig, data: RunData) -> Batch:
     return batch
 
 
-def from_batch_to_loss(config: RunConfig, model: CondInst, batch: Batch) -> None:
+def from_batch_to_loss(config: RunConfig, model: Segmenter, batch: Batch) -> None:
     targets = batch.targets
     assert targets is not None
-    # 5 CondInst.forward -> DenseOutputs
+    # 5 Segmenter.forward -> DenseOutputs
     outputs = model.train()(batch.images, batch.image_sizes_hw)
     # 6 assign -> Assignment: every box that has a positive has it at a location inside it
     assignment = assign(
@@ -104,7 +105,9 @@ def from_batch_to_loss(config: RunConfig, model: CondInst, batch: Batch) -> None
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
 
 
-def from_model_to_printed_number(config: RunConfig, data: RunData, model: CondInst, batch: Batch, folder: Path) -> None:
+def from_model_to_printed_number(
+    config: RunConfig, data: RunData, model: Segmenter, batch: Batch, folder: Path
+) -> None:
     model.eval()
     # 11 postprocess -> Detections
     with torch.no_grad():

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from semiseg.bench.inputs import shared_out
 from semiseg.bench.row import Close, Place, Result, Row, Sizes, Task, array
-from semiseg.models.dynamic_mask import dynamic_masks, filter_shapes, num_filter_numbers
+from semiseg.models.masks.dynamic import dynamic_masks, filter_shapes, num_filter_numbers
 
 STRIDE, DYNAMIC_CHANNELS, LAYERS = 8, 8, 3
 FEATURE_STEP, FILTER_STEP = 1 / 4, 1 / 8

@@ -15,7 +15,7 @@ from torchvision.models.resnet import Bottleneck, ResNet
 from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork, FrozenBatchNorm2d
 
 from semiseg.bench.dynamic_head import DYNAMIC_CHANNELS, LAYERS, grouped_masks
-from semiseg.models.dynamic_mask import filter_shapes, num_filter_numbers
+from semiseg.models.masks.dynamic import filter_shapes, num_filter_numbers
 
 STRIDES = (8, 16, 32, 64, 128)
 COORDINATE_RANGES = (64.0, 128.0, 256.0, 512.0, 1024.0)

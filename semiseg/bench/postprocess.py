@@ -18,7 +18,7 @@ from semiseg.bench.plain_network import aligned
 from semiseg.bench.row import Place, Result, Row, Sizes, Task
 from semiseg.data.transforms import resized_size
 from semiseg.engine.predict import Found, coco_results
-from semiseg.models.postprocess import iter_masks
+from semiseg.models.paste import iter_masks
 from semiseg.structures.inputs import grid_size
 from semiseg.structures.outputs import DenseOutputs, Locations, MaskLogits, MaskQueries
 
@@ -87,7 +87,7 @@ def _no_outputs(device: torch.device) -> DenseOutputs:
     """The dense predictions of a network that has none: nothing looks at them."""
     none = torch.zeros(1, 0, 4, device=device)
     locations = Locations(none[0, :, :2], none[0, :, 0], none[0, :, 0].long(), counts=(0,))
-    return DenseOutputs(none, none, none[..., 0], none, none[..., None], 2 * STRIDE, locations)
+    return DenseOutputs(none, none, none[..., 0], locations, mask_inputs=None)
 
 
 def _agree(ours: Result, straightforward: Result) -> bool:

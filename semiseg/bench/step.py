@@ -25,7 +25,7 @@ from semiseg.bench.row import Close, Place, Result, Row, Sizes, Task, array
 from semiseg.config import ModelConfig
 from semiseg.engine.step import TrainStep
 from semiseg.losses.terms import DETECTION_LOSSES, Objective
-from semiseg.models.condinst import build_model
+from semiseg.models.build import build_model
 from semiseg.structures.inputs import Batch, Targets
 
 LOSSES = (*DETECTION_LOSSES, "projection", "pairwise")

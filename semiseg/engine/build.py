@@ -16,7 +16,8 @@ from semiseg.engine.processes import parts_per_step
 from semiseg.engine.step import TrainStep
 from semiseg.errors import UserError
 from semiseg.losses.terms import Objective
-from semiseg.models.condinst import CondInst, build_model
+from semiseg.models.build import build_model
+from semiseg.models.segmenter import Segmenter
 from semiseg.splits import ClassSplit, load_split
 
 
@@ -87,17 +88,16 @@ def build_step(config: RunConfig, *, num_classes: int) -> TrainStep:
     )
 
 
-def compile_network(model: CondInst, *, backend: str = "inductor") -> None:
+def compile_network(model: Segmenter, *, backend: str = "inductor") -> None:
     """Has torch compile, in place and when first called, the parts whose work follows from the image size alone.
 
-    Backbone, pyramid, head and mask branch; names of parameters stay as they are. Masks and losses depend on how many
-    instances there are and are not compiled.
+    Names of parameters stay as they are. Masks and losses depend on how many instances there are and are not compiled.
 
     Args:
         model: the network.
         backend: of `torch.compile`.
     """
-    for part in (model.backbone, model.neck, model.head, model.mask_branch):
+    for part in model.compiled_parts():
         part.compile(backend=backend)
 
 

@@ -26,6 +26,7 @@ from semiseg.config import EVALUATION_KEYS, ModelConfig, Section, Side
 from semiseg.config_files import file_digest, parse_config
 from semiseg.engine.logs import LOG_NAME, read_log
 from semiseg.errors import UserError
+from semiseg.models.segmenter import with_present_names
 from semiseg.resources import WEIGHTS_NAME, settle, weights_file, whole_file, whole_folder, write_text
 
 CHECKPOINT_NAME = re.compile(r"step_(\d{8,})\.pt")
@@ -309,7 +310,7 @@ def load_initial(model: nn.Module, weights: dict[str, Tensor], *, where: str) ->
     Raises:
         UserError: if any other key is missing, unknown or of another shape.
     """
-    own = model.state_dict()
+    own, weights = model.state_dict(), with_present_names(weights)
     reshaped = [key for key in own if key in weights and own[key].shape != weights[key].shape]
     unmatched = sorted(key for key in set(own) ^ set(weights) if not key.endswith(BATCHES_SEEN))
     wrong = unmatched + [key for key in reshaped if "class_logits" not in key]

@@ -20,7 +20,7 @@ from semiseg.engine.predict import coco_results, find_instances
 from semiseg.engine.session import gather_to_main
 from semiseg.evaluation.coco_metrics import Metrics, evaluate_detections
 from semiseg.evaluation.precision import Backend
-from semiseg.models.condinst import CondInst
+from semiseg.models.segmenter import Segmenter
 from semiseg.structures.inputs import Batch
 
 
@@ -37,7 +37,13 @@ class Predictions(NamedTuple):
 
 
 def predict_table(
-    model: CondInst, loader: BatchLoader, table: Table, accelerator: Accelerator, *, config: ModelConfig, progress: bool
+    model: Segmenter,
+    loader: BatchLoader,
+    table: Table,
+    accelerator: Accelerator,
+    *,
+    config: ModelConfig,
+    progress: bool,
 ) -> Predictions:
     """Detections of the images of `loader`, this process's share of the table.
 
@@ -65,7 +71,7 @@ def predict_table(
 
 
 def predict_batch(
-    model: CondInst,
+    model: Segmenter,
     batch: Batch,
     output_sizes: dict[int, tuple[int, int]],
     category_ids: Sequence[int],

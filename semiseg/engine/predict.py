@@ -20,8 +20,10 @@ from torch import Tensor
 from semiseg.config import ModelConfig
 from semiseg.engine.checkpoint import ModelInfo, load_model_folder
 from semiseg.errors import UserError
-from semiseg.models.condinst import CondInst, build_model
-from semiseg.models.postprocess import iter_masks, select_detections, to_output_boxes
+from semiseg.models.build import build_model
+from semiseg.models.detectors.select import select_detections
+from semiseg.models.paste import iter_masks, to_output_boxes
+from semiseg.models.segmenter import Segmenter
 from semiseg.structures.inputs import pad_images
 from semiseg.structures.outputs import Detections
 
@@ -39,7 +41,7 @@ class LoadedModel:
         device: where the network is.
     """
 
-    network: CondInst
+    network: Segmenter
     info: ModelInfo
     device: torch.device
 
@@ -86,7 +88,7 @@ def load_model(folder: Path, *, device: str | torch.device | None = None) -> Loa
     return LoadedModel(network, info, place)
 
 
-def build_network(weights: dict[str, Tensor], info: ModelInfo, *, where: Path) -> CondInst:
+def build_network(weights: dict[str, Tensor], info: ModelInfo, *, where: Path) -> Segmenter:
     """The network that a model folder describes with its weights, on the CPU; `where` names it in the error."""
     try:
         with torch.device("meta"):  # first without memory: sizes that are not the weights' own may be of any size
@@ -134,7 +136,7 @@ def forward_groups(sizes_hw: Sequence[tuple[int, int]], *, size_divisor: int, fo
 
 
 def find_instances(
-    network: CondInst,
+    network: Segmenter,
     images: Sequence[Tensor],
     *,
     output_sizes: Sequence[tuple[int, int]],

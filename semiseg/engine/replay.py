@@ -16,7 +16,6 @@ from semiseg.engine.build import build_step
 from semiseg.engine.checkpoint import load_tensors, save_tensors
 from semiseg.engine.schedules import pairwise_warmup
 from semiseg.errors import UserError
-from semiseg.losses.terms import LOSS_NAMES
 from semiseg.structures.inputs import Batch, Targets
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ def write_nonfinite_step(out: Path, state: TrainState, parts: list[Batch], count
             "steps": state.steps,
             "processes": state.accelerator.num_processes,
             "image_ids": [list(batch.image_ids) for batch in parts],
-            "losses": dict(zip(LOSS_NAMES, weighted.tolist(), strict=True)),
+            "losses": dict(zip(state.step_module.loss_names, weighted.tolist(), strict=True)),
             "counts": counts.cpu(),
             "parts": [_to_values(batch.to("cpu")) for batch in parts],
         },

@@ -50,7 +50,7 @@ from semiseg.engine.train import save_trained, train, trained_model
 from semiseg.errors import UserError
 from semiseg.evaluation.coco_metrics import Metrics
 from semiseg.evaluation.precision import Backend, require_backend
-from semiseg.models.condinst import CondInst
+from semiseg.models.segmenter import Segmenter
 from semiseg.resources import LOCK_NAME, lock_folder, require_folder, settle, weights_file, whole_file
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -133,7 +133,7 @@ def _train_and_evaluate(
 ) -> dict[str, Any]:
     started = time.perf_counter()
 
-    def measure(model: CondInst, *, detections: Path | None = None) -> Metrics | None:
+    def measure(model: Segmenter, *, detections: Path | None = None) -> Metrics | None:
         return evaluate_model(
             model,
             data.val,
@@ -148,7 +148,7 @@ def _train_and_evaluate(
             progress=shows_bars(progress),
         )
 
-    def validate(model: CondInst) -> dict[str, float] | None:
+    def validate(model: Segmenter) -> dict[str, float] | None:
         metrics = measure(model)
         return None if metrics is None else headline(metrics)
 
@@ -201,7 +201,7 @@ def _result(
 
 
 def evaluate_model(
-    model: CondInst,
+    model: Segmenter,
     table: Table,
     accelerator: Accelerator,
     *,

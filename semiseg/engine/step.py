@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from semiseg.losses.terms import (
+    COUNT_NAMES,
+    LOSS_NAMES,
     InstanceTerms,
     LossTerms,
     MaskTargets,
@@ -28,9 +30,9 @@ from semiseg.losses.terms import (
     mask_targets,
     term_counts,
 )
-from semiseg.models.assign import assign
-from semiseg.models.condinst import CondInst
-from semiseg.models.sample import mask_quotas, sample_positives, sums_by_image
+from semiseg.models.detectors.assign import assign
+from semiseg.models.detectors.sample import mask_quotas, sample_positives, sums_by_image
+from semiseg.models.segmenter import Segmenter
 from semiseg.structures.inputs import Batch, Targets
 from semiseg.structures.outputs import Assignment
 from semiseg.structures.transfer import send
@@ -62,7 +64,7 @@ class StepPlan:
     Attributes:
         assignment, quotas, queries: see `StepDraft`.
         mask_targets: what each instance's mask may learn from.
-        counts: (len(COUNT_NAMES),) float64, this batch's share of every denominator.
+        counts: (len(TrainStep.count_names),) float64, this batch's share of every denominator.
     """
 
     assignment: Assignment
@@ -76,9 +78,17 @@ class TrainStep(nn.Module):
     """A model together with its assignment and losses.
 
     Mask heads with parameters of their own work under data parallelism because they are called inside `forward`.
+
+    Attributes:
+        loss_names, count_names: of what `forward` and `plan` return; the same for every part and process of a run.
     """
 
-    def __init__(self, model: CondInst, *, objective: Objective, centre_radius: float, max_mask_positives: int) -> None:
+    loss_names = LOSS_NAMES
+    count_names = COUNT_NAMES
+
+    def __init__(
+        self, model: Segmenter, *, objective: Objective, centre_radius: float, max_mask_positives: int
+    ) -> None:
         super().__init__()
         self.model = model
         self.objective = objective

@@ -52,12 +52,11 @@ from semiseg.engine.schedules import pairwise_warmup
 from semiseg.engine.session import agree
 from semiseg.engine.step import StepPlan, TrainStep
 from semiseg.errors import UserError
-from semiseg.losses.terms import COUNT_NAMES, LOSS_NAMES
-from semiseg.models.condinst import CondInst
+from semiseg.models.segmenter import Segmenter
 from semiseg.structures.inputs import Batch
 
 # Scores a model on the validation set: {"mask_AP": ..., ...} on the main process, None on the others.
-Validate = Callable[[CondInst], dict[str, float] | None]
+Validate = Callable[[Segmenter], dict[str, float] | None]
 
 
 @dataclass
@@ -86,9 +85,9 @@ class TrainState:
 class StepReport:
     """Numbers of one optimizer step, still on the device: this process's share, to be averaged over processes."""
 
-    losses: Tensor  # (len(LOSS_NAMES),) unweighted
-    weighted: Tensor  # (len(LOSS_NAMES),)
-    counts: Tensor  # (len(COUNT_NAMES),) of the whole step, over all processes
+    losses: Tensor  # (len(TrainStep.loss_names),) unweighted
+    weighted: Tensor  # (len(TrainStep.loss_names),)
+    counts: Tensor  # (len(TrainStep.count_names),) of the whole step, over all processes
     stop: bool  # whether a signal has reached any process; the same on all of them
 
 
@@ -284,8 +283,9 @@ def _forward_backward(
         with nullcontext() if exchange and number == len(parts) else accelerator.no_sync(state.wrapped):
             terms = state.wrapped(batch, plan, counts, warmup=warmup, processes=accelerator.num_processes)
             accelerator.backward(terms.total)
-        losses.append(torch.stack([terms.unweighted[name].detach() for name in LOSS_NAMES]))
-        weighted.append(torch.stack([terms.weighted[name].detach() for name in LOSS_NAMES]))
+        names = state.step_module.loss_names
+        losses.append(torch.stack([terms.unweighted[name].detach() for name in names]))
+        weighted.append(torch.stack([terms.weighted[name].detach() for name in names]))
     return torch.stack(losses).sum(0), torch.stack(weighted).sum(0)
 
 
@@ -317,7 +317,7 @@ def _what_broke(
     state: TrainState, sent: list[Batch], plans: list[StepPlan], counts: Tensor, weighted: Tensor
 ) -> str | None:
     """What of this process's share of the step is not finite; None if only that of others."""
-    values = dict(zip(LOSS_NAMES, weighted.tolist(), strict=True))
+    values = dict(zip(state.step_module.loss_names, weighted.tolist(), strict=True))
     losses = ", ".join(f"{name} {value}" for name, value in values.items() if not math.isfinite(value))
     if any(gather_object([losses != ""])):
         return f"the loss is not finite ({losses})" if losses else None
@@ -371,6 +371,7 @@ def _log_window(state: TrainState, window: _Window, log: TrainingLog | None) -> 
         means = state.accelerator.reduce(means, reduction="mean")
     if log is None:
         return
+    module = state.step_module
     losses, weighted = means.tolist()
     counts = torch.stack(window.counts).mean(0).tolist()
     elapsed = time.perf_counter() - window.started
@@ -383,9 +384,9 @@ def _log_window(state: TrainState, window: _Window, log: TrainingLog | None) -> 
             "images_per_second": round(steps * state.config.optim.batch_size / elapsed, 2),
             "data_seconds": round(window.data_seconds, 3),
             "learning_rate": state.optimizer.param_groups[0]["lr"],
-            "losses": dict(zip(LOSS_NAMES, losses, strict=True)),
-            "weighted": dict(zip(LOSS_NAMES, weighted, strict=True)),
-            "counts": dict(zip(COUNT_NAMES, counts, strict=True)),
+            "losses": dict(zip(module.loss_names, losses, strict=True)),
+            "weighted": dict(zip(module.loss_names, weighted, strict=True)),
+            "counts": dict(zip(module.count_names, counts, strict=True)),
         }
     )
 
@@ -437,9 +438,9 @@ def _save(state: TrainState, out: Path) -> None:
     state.accelerator.wait_for_everyone()
 
 
-def trained_model(state: TrainState) -> CondInst:
+def trained_model(state: TrainState) -> Segmenter:
     """The model to evaluate and to keep: the averaged weights where there are any."""
-    return cast(CondInst, state.ema.module) if state.ema is not None else state.step_module.model
+    return cast(Segmenter, state.ema.module) if state.ema is not None else state.step_module.model
 
 
 def save_trained(state: TrainState, data: RunData, folder: Path) -> None:

@@ -20,7 +20,7 @@ from semiseg.config import ModelConfig
 from semiseg.engine.checkpoint import BATCHES_SEEN, load_tensors
 from semiseg.errors import UserError
 from semiseg.interop.adelaidet_names import TRAINING_ONLY, file_name, recognise
-from semiseg.models.condinst import build_model
+from semiseg.models.build import build_model
 
 STEM = "backbone.conv1.weight"
 

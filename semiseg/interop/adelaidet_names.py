@@ -11,7 +11,7 @@ from torch import Tensor
 from semiseg.config import ModelConfig
 from semiseg.config_files import parse_config
 from semiseg.errors import UserError
-from semiseg.models.dynamic_mask import filter_shapes, num_filter_numbers
+from semiseg.models.masks.dynamic import filter_shapes, num_filter_numbers
 
 BACKBONE = "backbone.bottom_up."  # behind it `backbone.` where the neck is a BiFPN
 HEAD = "proposal_generator.fcos_head."
@@ -74,9 +74,10 @@ def _rules(bottom: str) -> Iterable[tuple[str, str]]:
         ("box_distances", "bbox_pred"),
         ("centreness", "ctrness"),
     ):
-        yield rf"head\.{our_part}\.(.+)", rf"{HEAD}{their_part}.\1"
-    yield r"head\.level_scales\.(\d+)", rf"{HEAD}scales.\1.scale"
-    yield r"((?:mask_branch|controller)\..+)", r"\1"
+        yield rf"detector\.{our_part}\.(.+)", rf"{HEAD}{their_part}.\1"
+    yield r"detector\.level_scales\.(\d+)", rf"{HEAD}scales.\1.scale"
+    yield r"mask_head\.branch\.(.+)", r"mask_branch.\1"
+    yield r"mask_head\.(controller\..+)", r"\1"
 
 
 def recognise(state: Mapping[str, Tensor], *, where: str) -> tuple[ModelConfig, int]:

@@ -308,7 +308,7 @@ def compute_losses(
     """
     if mask_logits.stride != targets.mask_stride:
         raise ValueError(f"mask logits are at stride {mask_logits.stride} but the masks at {targets.mask_stride}")
-    sums = detection_losses(outputs, assignment, targets.labels) | _mask_sums(outputs, mask_logits, prepared)
+    sums = detection_losses(outputs, assignment, targets.labels) | _mask_sums(mask_logits, prepared)
     count = dict(zip(COUNT_NAMES, counts.unbind(), strict=True))
     positives = (count["positives"] / processes).clamp(min=1)
     factors = {
@@ -329,7 +329,7 @@ def compute_losses(
     return LossTerms(unweighted=unweighted, weighted=weighted)
 
 
-def _mask_sums(outputs: DenseOutputs, mask_logits: MaskLogits, prepared: MaskTargets) -> dict[str, Tensor]:
+def _mask_sums(mask_logits: MaskLogits, prepared: MaskTargets) -> dict[str, Tensor]:
     logits, image, instance = mask_logits.logits, mask_logits.image_index, mask_logits.instance_index
     if logits.shape[1:] != prepared.grid_hw:
         raise ValueError(f"mask logits are {tuple(logits.shape[1:])} but the mask grid is {prepared.grid_hw}")
@@ -340,17 +340,10 @@ def _mask_sums(outputs: DenseOutputs, mask_logits: MaskLogits, prepared: MaskTar
         sums["projection"] = _projection_sum(logits, instance, prepared)
     for name in prepared.edges if len(logits) else ():
         sums[name] = _edge_sum(name, logits, image, instance, prepared)
-    # One loss with a graph is enough, and a graph for nothing costs a map of zeros.
-    zero = at_least_float32(logits.new_zeros(())) if sums else _zero_with_graph(outputs, logits)
+    # One loss with a graph is enough, and a graph for nothing costs a map of zeros. Without any, the masks take part in
+    # the 0 (those of no queries are on the graph, too), so that no process waits for a gradient that never comes.
+    zero = at_least_float32(logits.new_zeros(()) if sums else logits[:0].sum())
     return dict.fromkeys(MASK_LOSSES, zero) | sums
-
-
-def _zero_with_graph(outputs: DenseOutputs, logits: Tensor) -> Tensor:
-    """0 that every prediction of masks takes part in, so that no process waits for a gradient that never comes."""
-    zero = logits[:0].sum()
-    if not len(logits):  # a model may have predicted nothing from nothing
-        zero = zero + outputs.filter_features[:0].sum() + outputs.mask_features[:0].sum()
-    return at_least_float32(zero)
 
 
 def _dice_sum(logits: Tensor, instance: Tensor, prepared: MaskTargets) -> Tensor:

@@ -7,6 +7,7 @@ Q mask queries, N detections.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,27 +46,21 @@ class DenseOutputs:
         class_logits: (B, R, C).
         box_distances: (B, R, 4) left, top, right, bottom >= 0 in units of the location's stride.
         centreness_logits: (B, R).
-        filter_features: (B, R, F'), from which the model computes the mask filters of a location and its neighbours
-            when it is asked for a mask there.
-        mask_features: (B, F, h, w) shared by all instances of an image.
-        mask_feature_stride: stride of `mask_features` in input pixels.
         locations: where the R predictions stand.
+        mask_inputs: from what the mask head makes the masks that it is asked for: its own structure, which nobody else
+            looks into.
     """
 
     class_logits: Tensor
     box_distances: Tensor
     centreness_logits: Tensor
-    filter_features: Tensor
-    mask_features: Tensor
-    mask_feature_stride: int
     locations: Locations
+    mask_inputs: Any
 
     def __post_init__(self) -> None:
         batch, count = self.class_logits.shape[:2]
         require(self.box_distances.shape == (batch, count, 4), "box_distances must be (B, R, 4)")
         require(self.centreness_logits.shape == (batch, count), "centreness_logits must be (B, R)")
-        require(self.filter_features.shape[:2] == (batch, count), "filter_features must be (B, R, F')")
-        require(self.mask_features.shape[0] == batch, "mask_features must be (B, F, h, w)")
         require(self.locations.xy.shape[0] == count, "one location per prediction")
 
 
@@ -145,6 +140,26 @@ class MaskLogits:
         for name in ("image_index", "instance_index"):
             require(getattr(self, name).shape == (count,), f"{name} must be (Q,)")
         require(type(self.stride) is int and self.stride > 0, "stride must be a positive int")
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The chosen detections of one image, best first, before their masks.
+
+    Attributes:
+        boxes_xyxy: (N, 4) float32, input pixels, unclipped; each has some area inside the unpadded image.
+        scores: (N,) float32 in [0, 1], descending.
+        labels: (N,) int64 in 0..C-1.
+        queries: where their masks come from; `instance_index` is 0..N-1.
+    """
+
+    boxes_xyxy: Tensor
+    scores: Tensor
+    labels: Tensor
+    queries: MaskQueries
+
+    def __len__(self) -> int:
+        return self.boxes_xyxy.shape[0]
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from semiseg.config import ModelConfig
-from semiseg.models.assign import assign
-from semiseg.models.condinst import CondInst, build_model
-from semiseg.models.fcos_head import flatten_levels
+from semiseg.engine.checkpoint import load_initial
+from semiseg.models.build import build_model
+from semiseg.models.detectors.assign import assign
+from semiseg.models.detectors.fcos import flatten_levels
+from semiseg.models.detectors.sample import mask_quotas, sample_positives
 from semiseg.models.norms import FrozenNorm
-from semiseg.models.sample import mask_quotas, sample_positives
+from semiseg.models.segmenter import FORMER_NAMES, Segmenter
 from semiseg.structures.inputs import Targets
 from semiseg.structures.outputs import DenseOutputs, MaskQueries
 from tests.tiny import TINY
@@ -27,7 +30,7 @@ SMALL: dict[str, Any] = {
 }
 
 
-def small_model(**changes: Any) -> CondInst:
+def small_model(**changes: Any) -> Segmenter:
     torch.manual_seed(0)
     return build_model(ModelConfig(**{**SMALL, **changes}), num_classes=5)
 
@@ -42,15 +45,19 @@ def full_sizes(images: Tensor) -> Tensor:
 
 def tensors_of(outputs: DenseOutputs) -> dict[str, Tensor]:
     values = {field.name: getattr(outputs, field.name) for field in dataclasses.fields(outputs)}
-    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    of_masks = {
+        f"mask_inputs.{field.name}": getattr(outputs.mask_inputs, field.name)
+        for field in dataclasses.fields(outputs.mask_inputs)
+    }
+    return {name: value for name, value in (values | of_masks).items() if isinstance(value, Tensor)}
 
 
 @pytest.fixture(scope="module")
-def resnet50() -> CondInst:
+def resnet50() -> Segmenter:
     return build_model(ModelConfig(weights="random"), num_classes=80)
 
 
-def test_resnet50_has_the_parameters_of_the_reference(resnet50: CondInst) -> None:
+def test_resnet50_has_the_parameters_of_the_reference(resnet50: Segmenter) -> None:
     counts = {
         trainable: sum(p.numel() for p in resnet50.parameters() if p.requires_grad or not trainable)
         for trainable in (False, True)
@@ -58,11 +65,11 @@ def test_resnet50_has_the_parameters_of_the_reference(resnet50: CondInst) -> Non
     assert counts == {False: 34_259_731, True: 34_037_331}
     # the reference's checkpoint has 372 entries: two of them are constants of its mask head
     assert len(resnet50.state_dict()) == 370
-    assert resnet50.controller.out_channels == 233
-    assert resnet50.coordinate_ranges.tolist() == [64, 128, 256, 512, 1024]
+    assert resnet50.mask_head.controller.out_channels == 233
+    assert resnet50.mask_head.coordinate_ranges.tolist() == [64, 128, 256, 512, 1024]
 
 
-def test_resnet50_freezes_stem_and_first_stage_and_every_batch_norm(resnet50: CondInst) -> None:
+def test_resnet50_freezes_stem_and_first_stage_and_every_batch_norm(resnet50: Segmenter) -> None:
     trained = {name for name, parameter in resnet50.backbone.named_parameters() if parameter.requires_grad}
     assert not any(name.startswith(("conv1", "layer1")) for name in trained)
     assert {name.split(".")[0] for name in trained} == {"layer2", "layer3", "layer4"}
@@ -71,16 +78,16 @@ def test_resnet50_freezes_stem_and_first_stage_and_every_batch_norm(resnet50: Co
     assert all(isinstance(norm, FrozenNorm) and norm.eps == 1e-5 for norm in norms)
 
 
-def test_every_class_starts_at_one_percent(resnet50: CondInst) -> None:
-    bias = resnet50.head.class_logits.bias
+def test_every_class_starts_at_one_percent(resnet50: Segmenter) -> None:
+    bias = resnet50.detector.class_logits.bias
     assert bias is not None
     probability = bias.sigmoid()
     torch.testing.assert_close(probability, torch.full((80,), 0.01))
-    for conv in (resnet50.head.class_logits, resnet50.head.box_tower[0], resnet50.controller):
+    for conv in (resnet50.detector.class_logits, resnet50.detector.box_tower[0], resnet50.mask_head.controller):
         assert isinstance(conv, nn.Conv2d)
         assert 0.0098 < conv.weight.std() < 0.0102
         assert conv.bias is not None
-    assert not resnet50.state_dict()["controller.bias"].any()
+    assert not resnet50.state_dict()["mask_head.controller.bias"].any()
 
 
 @pytest.mark.parametrize(
@@ -96,7 +103,7 @@ def test_backbones(name: str, channels: int, stride_in_1x1: bool) -> None:
         maps = model.backbone(torch.zeros(1, 3, 64, 32))
     assert [tuple(level.shape[2:]) for level in maps] == [(16, 8), (8, 4), (4, 2), (2, 1)]
     assert maps[-1].shape[1] == channels == model.backbone.channels[-1]
-    assert model.controller.out_channels == 169
+    assert model.mask_head.controller.out_channels == 169
     if channels == 2048:
         first = model.backbone.layer2[0]
         assert (first.conv1.stride, first.conv2.stride) == (((2, 2), (1, 1)) if stride_in_1x1 else ((1, 1), (2, 2)))
@@ -112,8 +119,8 @@ def test_structure_is_the_same_in_training_and_evaluation() -> None:
     assert shapes[0] == shapes[1]
     count = 12 * 8 + 6 * 4 + 3 * 2 + 2 * 1  # the level of stride 64 has ceil(96 / 64) x ceil(64 / 64) cells
     assert shapes[0]["class_logits"] == ((2, count, 5), torch.float32)
-    assert shapes[0]["filter_features"][0] == (2, count, 16)
-    assert shapes[0]["mask_features"][0] == (2, 4, 12, 8)
+    assert shapes[0]["mask_inputs.filter_features"][0] == (2, count, 16)
+    assert shapes[0]["mask_inputs.mask_features"][0] == (2, 4, 12, 8)
     assert outputs.box_distances.min() >= 0
     assert torch.equal(outputs.locations.xy, model.locations((96, 64), device=images.device).xy)
     assert outputs.locations.xy[-1].tolist() == [32.0, 96.0]
@@ -141,9 +148,9 @@ def test_every_size_follows_from_the_configuration(
     images = random_images(2, 3, 64, 128)
     model = small_model(**changes)
     outputs = model(images, full_sizes(images))
-    assert outputs.mask_features.shape[2:] == (64 // features, 128 // features)
+    assert outputs.mask_inputs.mask_features.shape[2:] == (64 // features, 128 // features)
     assert outputs.locations.stride.unique().tolist() == levels
-    assert model.coordinate_ranges.shape == (len(levels),)
+    assert model.mask_head.coordinate_ranges.shape == (len(levels),)
     queries = MaskQueries(torch.tensor([1, 0]), torch.tensor([3, 7]), torch.tensor([0, 1]))
     found = model.predict_masks(outputs, queries)
     assert found.logits.shape == (2, 64 // masks, 128 // masks)
@@ -159,15 +166,15 @@ def test_filters_are_the_controllers_convolution(side_hw: tuple[int, int]) -> No
     model, images = small_model(strides=[8, 16, 32, 64], dynamic_layers=2), random_images(2, 3, *side_hw)
     outputs = model(images, full_sizes(images))
     sizes = model.level_sizes(side_hw)
-    levels = outputs.filter_features.split([height * width for height, width in sizes], dim=1)
+    levels = outputs.mask_inputs.filter_features.split([height * width for height, width in sizes], dim=1)
     maps = [level.transpose(1, 2).unflatten(2, size) for level, size in zip(levels, sizes, strict=True)]
-    expected = flatten_levels([model.controller(level) for level in maps])
+    expected = flatten_levels([model.mask_head.controller(level) for level in maps])
     count = expected.shape[1]
     image_index, location_index = torch.arange(2).repeat_interleave(count), torch.arange(count).repeat(2)
-    found = model.filters(outputs, MaskQueries(image_index, location_index, torch.arange(2 * count)))
+    found = model.mask_head.filters(outputs, MaskQueries(image_index, location_index, torch.arange(2 * count)))
     torch.testing.assert_close(found, expected.flatten(0, 1), rtol=1e-5, atol=1e-7)
     upstream = torch.randn(found.shape, generator=torch.Generator().manual_seed(0))
-    parameters = list(model.head.box_tower.parameters()) + list(model.controller.parameters())
+    parameters = list(model.detector.box_tower.parameters()) + list(model.mask_head.controller.parameters())
     ours = torch.autograd.grad((found * upstream).sum(), parameters, retain_graph=True)
     theirs = torch.autograd.grad((expected.flatten(0, 1) * upstream).sum(), parameters)
     for a, b in zip(ours, theirs, strict=True):
@@ -205,7 +212,7 @@ def test_padding_is_zero_after_normalisation() -> None:
     assert torch.equal(model.normalise(padded, torch.tensor([[40, 50], [64, 20]])), normal)
 
 
-def training_masks(model: CondInst, targets: Targets, images: Tensor) -> tuple[DenseOutputs, Tensor]:
+def training_masks(model: Segmenter, targets: Targets, images: Tensor) -> tuple[DenseOutputs, Tensor]:
     outputs = model(images, full_sizes(images))
     count = images.shape[0]
     assignment = assign(
@@ -258,9 +265,28 @@ def test_images_without_boxes_leave_every_parameter_on_the_graph(
     loss = logits.sum() + outputs.class_logits.sum() + outputs.box_distances.sum() + outputs.centreness_logits.sum()
     loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
-    gradient = model.controller.weight.grad
+    gradient = model.mask_head.controller.weight.grad
     assert gradient is not None
     assert bool(gradient.any()) == bool(boxes)
+
+
+def test_weights_of_before_detector_and_mask_head_were_parts_are_read() -> None:
+    """By a model folder, a checkpoint (with its average of the weights) and `init_from`."""
+    model = small_model()
+    former = {present: old for old, present in FORMER_NAMES.items()}
+    weights = {}
+    for name, value in model.state_dict().items():
+        prefix = next((prefix for prefix in former if name.startswith(prefix)), "")
+        weights[former.get(prefix, "") + name.removeprefix(prefix)] = torch.rand_like(value)
+    parts = {name.partition(".")[0] for name in weights}
+    assert parts == {"backbone", "neck", "head", "controller", "mask_branch"}
+    loaded, averaged, started = small_model(), AveragedModel(small_model()).module, small_model()
+    loaded.load_state_dict(weights)
+    averaged.load_state_dict(weights)
+    assert load_initial(started, weights, where="file") == []
+    for one in (loaded, averaged, started):
+        for (name, value), expected in zip(one.state_dict().items(), weights.values(), strict=True):
+            assert torch.equal(value, expected), name
 
 
 def test_masks_do_not_depend_on_the_other_queries() -> None:
@@ -320,7 +346,7 @@ def test_forward_compiles_as_one_graph(training: bool) -> None:
     with torch.set_grad_enabled(training):
         expected, found = model(images, full_sizes(images)), compiled(images, full_sizes(images))
     for name, value in tensors_of(expected).items():
-        torch.testing.assert_close(getattr(found, name), value)
+        torch.testing.assert_close(tensors_of(found)[name], value)
 
 
 def test_channels_last_gives_the_same() -> None:
@@ -331,4 +357,4 @@ def test_channels_last_gives_the_same() -> None:
         found = model(images.contiguous(memory_format=torch.channels_last), full_sizes(images))
     for name, value in tensors_of(expected).items():
         # Rounding of sums is relative to their largest terms, not to what is left of them.
-        assert (getattr(found, name) - value).abs().max() <= 1e-5 * value.abs().max(), name
+        assert (tensors_of(found)[name] - value).abs().max() <= 1e-5 * value.abs().max(), name
