@@ -10,7 +10,7 @@ from semiseg.config import ModelConfig
 from semiseg.engine.checkpoint import ModelInfo, save_model
 from semiseg.models.build import build_model
 from tests.coco_files import CLASS_NAMES
-from tests.tiny import tiny_config
+from tests.tiny import dynamic, tiny_config
 
 
 def make_model(
@@ -37,9 +37,10 @@ def make_model(
             assert layer.bias is not None
             layer.weight.mul_(12)
             layer.bias.fill_(bias)
-        assert network.mask_head.controller.bias is not None
-        network.mask_head.controller.weight.mul_(10)
-        network.mask_head.controller.bias.normal_(std=0.7)
+        controller = dynamic(network).controller
+        assert controller.bias is not None
+        controller.weight.mul_(10)
+        controller.bias.normal_(std=0.7)
     ids = category_ids or tuple(2 * label + 1 for label in range(len(class_names)))
     info = ModelInfo(config, class_names, ids, short_side, long_side)
     save_model(folder, network.state_dict(), info)

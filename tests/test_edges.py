@@ -23,7 +23,8 @@ from semiseg.data.table import load_table
 from semiseg.engine.build import RunData, build_objective, train_dataset
 from semiseg.engine.edges import EdgeMeasurement, Neighbourhood, measure_edges
 from semiseg.errors import UserError
-from semiseg.losses.terms import mask_targets
+from semiseg.losses.terms import instance_terms, mask_targets
+from semiseg.structures.grids import WholeMap
 from semiseg.study import load_study
 from tests import slow_reference as slow
 from tests.coco_files import CocoFiles, box_annotation, ellipse, make_coco, polygon_annotation, rle_annotation
@@ -147,7 +148,13 @@ def test_sees_what_training_sees(files: CocoFiles, tmp_path: Path) -> None:
         RunData(table, table, None),
     )
     batch, with_masks = (Collate(32)([data[0, 0], data[1, 0]]) for data in (boxes, masks))
-    edges = mask_targets(batch, objective=build_objective(config.objective)).edges["pairwise"]
+    assert batch.targets is not None
+    objective, grid = (
+        build_objective(config.objective),
+        WholeMap(4, (batch.images.shape[-2] // 4, batch.images.shape[-1] // 4)),
+    )
+    instances = instance_terms(batch.targets, grid, objective=objective)
+    edges = mask_targets(batch, instances, objective=objective).edges["pairwise"]
     targets = with_masks.targets
     assert targets is not None
     counting = positive = 0

@@ -25,7 +25,7 @@ from semiseg.structures.inputs import Supervision
 from semiseg.study import Study, StudyRun, load_study, study_runs
 from semiseg.study_plan import run_identity
 from tests.coco_files import make_coco, polygon_annotation
-from tests.tiny import TINY
+from tests.tiny import TINY, dynamic
 
 ROOT = Path(__file__).parent.parent
 STUDIES = sorted(path.stem for path in (ROOT / "experiments").glob("*.toml"))
@@ -206,7 +206,7 @@ def test_the_first_step_of_every_run(roots: dict[str, Path], tmp_path: Path) -> 
         assert ("BiFPN" in kinds) == (run.config.model.neck == "bifpn"), where
         assert kinds.count("DeformableConv") == (13 if run.config.model.deformable_interval else 0), where
         before = {
-            part: part.weight.detach().clone() for part in (model.mask_head.controller, model.detector.class_logits)
+            part: part.weight.detach().clone() for part in (dynamic(model).controller, model.detector.class_logits)
         }
         loader = build_training_loader(
             config, tables[source], steps=1, start_step=0, processes=1, rank=0, pin_memory=False

@@ -154,8 +154,8 @@ def test_what_is_read_back_is_seen(mode: FakeTensorMode, tmp_path: Path) -> None
         plan = step.plan(on_device, as_fake(mode, draft))
         outputs = step.model(on_device.images, on_device.image_sizes_hw)
         with pytest.raises(seen):
-            sample_positives(outputs, plan.assignment, plan.quotas)
-        queries = sample_positives(outputs, plan.assignment, plan.quotas, counts=plan.queries)
+            sample_positives(outputs, plan.assignment, on_device.targets, plan.quotas)
+        queries = sample_positives(outputs, plan.assignment, on_device.targets, plan.quotas, counts=plan.queries)
         with pytest.raises(seen):
             step.model.predict_masks(outputs, replace(queries, counts=None))
         without_sizes = replace(plan, mask_targets=replace(plan.mask_targets, sizes=None))

@@ -16,8 +16,7 @@ from semiseg.errors import UserError
 from semiseg.models.bifpn import BiFPN, weighted_mean
 from semiseg.models.build import build_model
 from semiseg.models.segmenter import Segmenter
-from semiseg.structures.outputs import MaskQueries
-from tests.tiny import TINY
+from tests.tiny import TINY, dynamic, make_queries
 
 WIDTHS = (3, 5, 6, 7)  # of C2..C5
 CHANNELS = 4
@@ -213,8 +212,8 @@ def test_the_network_with_it_has_a_prediction_at_every_location() -> None:
     assert outputs.class_logits.shape == (2, count, 3)
     assert outputs.locations.xy.shape == (count, 2)
     assert outputs.mask_inputs.mask_features.shape == (2, 4, 12, 20)
-    queries = MaskQueries(torch.tensor([0, 1]), torch.tensor([0, count - 1]), torch.arange(2))
-    total = outputs.class_logits.sum() + outputs.box_distances.sum() + model.mask_head.filters(outputs, queries).sum()
+    queries = make_queries(torch.tensor([0, 1]), torch.tensor([0, count - 1]))
+    total = outputs.class_logits.sum() + outputs.box_distances.sum() + dynamic(model).filters(outputs, queries).sum()
     (total + outputs.mask_inputs.mask_features.sum() + outputs.centreness_logits.sum()).backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 

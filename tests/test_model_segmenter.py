@@ -18,9 +18,10 @@ from semiseg.models.detectors.fcos import flatten_levels
 from semiseg.models.detectors.sample import mask_quotas, sample_positives
 from semiseg.models.norms import FrozenNorm
 from semiseg.models.segmenter import FORMER_NAMES, Segmenter
+from semiseg.structures.grids import WholeMap
 from semiseg.structures.inputs import Targets
-from semiseg.structures.outputs import DenseOutputs, MaskQueries
-from tests.tiny import TINY
+from semiseg.structures.outputs import DenseOutputs
+from tests.tiny import TINY, box_targets, dynamic, make_queries
 
 SMALL: dict[str, Any] = {
     **TINY["model"],
@@ -65,8 +66,8 @@ def test_resnet50_has_the_parameters_of_the_reference(resnet50: Segmenter) -> No
     assert counts == {False: 34_259_731, True: 34_037_331}
     # the reference's checkpoint has 372 entries: two of them are constants of its mask head
     assert len(resnet50.state_dict()) == 370
-    assert resnet50.mask_head.controller.out_channels == 233
-    assert resnet50.mask_head.coordinate_ranges.tolist() == [64, 128, 256, 512, 1024]
+    assert dynamic(resnet50).controller.out_channels == 233
+    assert dynamic(resnet50).coordinate_ranges.tolist() == [64, 128, 256, 512, 1024]
 
 
 def test_resnet50_freezes_stem_and_first_stage_and_every_batch_norm(resnet50: Segmenter) -> None:
@@ -83,7 +84,7 @@ def test_every_class_starts_at_one_percent(resnet50: Segmenter) -> None:
     assert bias is not None
     probability = bias.sigmoid()
     torch.testing.assert_close(probability, torch.full((80,), 0.01))
-    for conv in (resnet50.detector.class_logits, resnet50.detector.box_tower[0], resnet50.mask_head.controller):
+    for conv in (resnet50.detector.class_logits, resnet50.detector.box_tower[0], dynamic(resnet50).controller):
         assert isinstance(conv, nn.Conv2d)
         assert 0.0098 < conv.weight.std() < 0.0102
         assert conv.bias is not None
@@ -103,7 +104,7 @@ def test_backbones(name: str, channels: int, stride_in_1x1: bool) -> None:
         maps = model.backbone(torch.zeros(1, 3, 64, 32))
     assert [tuple(level.shape[2:]) for level in maps] == [(16, 8), (8, 4), (4, 2), (2, 1)]
     assert maps[-1].shape[1] == channels == model.backbone.channels[-1]
-    assert model.mask_head.controller.out_channels == 169
+    assert dynamic(model).controller.out_channels == 169
     if channels == 2048:
         first = model.backbone.layer2[0]
         assert (first.conv1.stride, first.conv2.stride) == (((2, 2), (1, 1)) if stride_in_1x1 else ((1, 1), (2, 2)))
@@ -150,11 +151,11 @@ def test_every_size_follows_from_the_configuration(
     outputs = model(images, full_sizes(images))
     assert outputs.mask_inputs.mask_features.shape[2:] == (64 // features, 128 // features)
     assert outputs.locations.stride.unique().tolist() == levels
-    assert model.mask_head.coordinate_ranges.shape == (len(levels),)
-    queries = MaskQueries(torch.tensor([1, 0]), torch.tensor([3, 7]), torch.tensor([0, 1]))
+    assert dynamic(model).coordinate_ranges.shape == (len(levels),)
+    queries = make_queries(torch.tensor([1, 0]), torch.tensor([3, 7]))
     found = model.predict_masks(outputs, queries)
     assert found.logits.shape == (2, 64 // masks, 128 // masks)
-    assert found.stride == masks
+    assert found.grid == WholeMap(masks, (64 // masks, 128 // masks))
     loss = found.logits.sum() + sum(value.sum() for value in tensors_of(outputs).values() if value.requires_grad)
     loss.backward()
     without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
@@ -168,13 +169,13 @@ def test_filters_are_the_controllers_convolution(side_hw: tuple[int, int]) -> No
     sizes = model.level_sizes(side_hw)
     levels = outputs.mask_inputs.filter_features.split([height * width for height, width in sizes], dim=1)
     maps = [level.transpose(1, 2).unflatten(2, size) for level, size in zip(levels, sizes, strict=True)]
-    expected = flatten_levels([model.mask_head.controller(level) for level in maps])
+    expected = flatten_levels([dynamic(model).controller(level) for level in maps])
     count = expected.shape[1]
     image_index, location_index = torch.arange(2).repeat_interleave(count), torch.arange(count).repeat(2)
-    found = model.mask_head.filters(outputs, MaskQueries(image_index, location_index, torch.arange(2 * count)))
+    found = dynamic(model).filters(outputs, make_queries(image_index, location_index))
     torch.testing.assert_close(found, expected.flatten(0, 1), rtol=1e-5, atol=1e-7)
     upstream = torch.randn(found.shape, generator=torch.Generator().manual_seed(0))
-    parameters = list(model.detector.box_tower.parameters()) + list(model.mask_head.controller.parameters())
+    parameters = list(model.detector.box_tower.parameters()) + list(dynamic(model).controller.parameters())
     ours = torch.autograd.grad((found * upstream).sum(), parameters, retain_graph=True)
     theirs = torch.autograd.grad((expected.flatten(0, 1) * upstream).sum(), parameters)
     for a, b in zip(ours, theirs, strict=True):
@@ -230,26 +231,10 @@ def training_masks(model: Segmenter, targets: Targets, images: Tensor) -> tuple[
         image_index=targets.image_index,
         max_positives=64,
     )
-    queries = sample_positives(outputs, assignment, quotas)
+    queries = sample_positives(outputs, assignment, targets, quotas)
     found = model.predict_masks(outputs, queries)
     assert torch.equal(found.instance_index, queries.instance_index)
     return outputs, found.logits
-
-
-def box_targets(boxes: list[list[float]], image_index: list[int]) -> Targets:
-    count, none = len(boxes), torch.zeros(0, dtype=torch.int64)
-    return Targets(
-        boxes_xyxy=torch.tensor(boxes).reshape(-1, 4),
-        labels=torch.zeros(count, dtype=torch.int64),
-        image_index=torch.tensor(image_index, dtype=torch.int64),
-        supervision=torch.zeros(count, dtype=torch.int64),
-        masks=torch.zeros(0, 16, 16, dtype=torch.bool),
-        mask_instance=none,
-        mask_weight=torch.zeros(0),
-        crowd_boxes_xyxy=torch.zeros(0, 4),
-        crowd_image_index=none,
-        mask_stride=4,
-    )
 
 
 @pytest.mark.parametrize(
@@ -265,7 +250,7 @@ def test_images_without_boxes_leave_every_parameter_on_the_graph(
     loss = logits.sum() + outputs.class_logits.sum() + outputs.box_distances.sum() + outputs.centreness_logits.sum()
     loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
-    gradient = model.mask_head.controller.weight.grad
+    gradient = dynamic(model).controller.weight.grad
     assert gradient is not None
     assert bool(gradient.any()) == bool(boxes)
 
@@ -294,9 +279,9 @@ def test_masks_do_not_depend_on_the_other_queries() -> None:
     with torch.no_grad():
         outputs = model(images, full_sizes(images))
         image_index, location_index = torch.tensor([1, 0, 1, 0]), torch.tensor([5, 60, 70, 5])
-        together = model.predict_masks(outputs, MaskQueries(image_index, location_index, torch.arange(4))).logits
+        together = model.predict_masks(outputs, make_queries(image_index, location_index)).logits
         for number in range(4):
-            query = MaskQueries(image_index[number, None], location_index[number, None], torch.tensor([0]))
+            query = make_queries(image_index[number, None], location_index[number, None])
             torch.testing.assert_close(model.predict_masks(outputs, query).logits[0], together[number])
 
 
@@ -327,7 +312,7 @@ def test_frozen_norm_is_batch_norm_in_evaluation() -> None:
 
 def test_under_autocast_boxes_and_masks_stay_float32() -> None:
     model, images = small_model().eval(), random_images(1, 3, 64, 64)
-    queries = MaskQueries(torch.tensor([0]), torch.tensor([9]), torch.tensor([0]))
+    queries = make_queries(torch.tensor([0]), torch.tensor([9]))
     with torch.no_grad():
         exact = model(images, full_sizes(images))
         with torch.autocast("cpu", dtype=torch.bfloat16):

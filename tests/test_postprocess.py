@@ -18,7 +18,9 @@ from semiseg.models.detectors.fcos import make_locations
 from semiseg.models.detectors.select import select_detections
 from semiseg.models.paste import MaskPredictor, iter_masks, paste_masks, to_output_boxes
 from semiseg.models.upsample import aligned_upsample
+from semiseg.structures.grids import WholeMap
 from semiseg.structures.outputs import Candidates, DenseOutputs, Detections, MaskLogits, MaskQueries
+from tests.tiny import make_queries
 
 SIZES, STRIDES = [(4, 6), (2, 3)], [8, 16]  # an input of 32 x 48: locations 0..23 and 24..29
 SETTINGS = {"score_threshold": 0.05, "candidates_per_level": 1000, "nms_threshold": 0.6, "max_detections": 100}
@@ -70,13 +72,17 @@ def postprocess(
     return results
 
 
+def whole(logits: Tensor, stride: int) -> WholeMap:
+    return WholeMap(stride, (logits.shape[1], logits.shape[2]))
+
+
 class FeatureMasks:
     """Stands for a model: the mask of a query is its image's feature map, shifted by the location's number."""
 
     def predict_masks(self, outputs: DenseOutputs, queries: MaskQueries) -> MaskLogits:
         maps = outputs.mask_inputs[queries.image_index, 0]
         logits = maps + (queries.location_index[:, None, None] - 12) / 12
-        return MaskLogits(logits, queries.image_index, queries.instance_index, stride=4)
+        return MaskLogits(logits, queries.image_index, queries.instance_index, WholeMap(4, (8, 12)))
 
 
 def select(outputs: DenseOutputs, sizes: list[tuple[int, int]] | None = None, **changes: float) -> list[Candidates]:
@@ -198,21 +204,21 @@ def test_no_detections() -> None:
 def test_masks_in_chunks_are_the_masks_at_once() -> None:
     outputs = empty_outputs()
     count = 7
-    queries = MaskQueries(torch.zeros(count).long(), torch.arange(count) * 4, torch.arange(count))
-    ((numbers, whole),) = iter_masks(FeatureMasks(), outputs, queries, (30, 45), (60, 90))
+    queries = make_queries([0] * count, torch.arange(count) * 4)
+    ((numbers, at_once),) = iter_masks(FeatureMasks(), outputs, queries, (30, 45), (60, 90))
     assert numbers.tolist() == list(range(count))
-    assert 0.2 < whole.float().mean() < 0.8
+    assert 0.2 < at_once.float().mean() < 0.8
     for chunk_pixels, expected in ((60 * 90 * 3, [3, 3, 1]), (1, [1] * 7)):
         chunks = list(iter_masks(FeatureMasks(), outputs, queries, (30, 45), (60, 90), chunk_pixels=chunk_pixels))
         assert [len(masks) for _, masks in chunks] == expected
         assert torch.equal(torch.cat([numbers for numbers, _ in chunks]), torch.arange(count))
-        assert torch.equal(torch.cat([masks for _, masks in chunks]), whole)
+        assert torch.equal(torch.cat([masks for _, masks in chunks]), at_once)
 
 
 def test_large_masks_are_made_and_encoded_one_at_a_time() -> None:
     """The RLE path of evaluate and predict holds one full-size mask, however many there are."""
     outputs = empty_outputs()
-    queries = MaskQueries(torch.zeros(3).long(), torch.arange(3) * 9, torch.arange(3))
+    queries = make_queries([0] * 3, torch.arange(3) * 9)
     output_hw = (900, 1250)
     chunks = list(iter_masks(FeatureMasks(), outputs, queries, (30, 45), output_hw))
     assert [tuple(masks.shape) for _, masks in chunks] == [(1, *output_hw)] * 3
@@ -258,8 +264,8 @@ def test_pasting_is_upsampling_cropping_and_resizing(stride: int) -> None:
         whole = aligned_upsample(logits[:, None].sigmoid(), stride)
         return F.interpolate(whole[..., :52, :72], size=output_hw, mode="bilinear")[:, 0] > 0.5
 
-    assert torch.equal(paste_masks(logits, stride, (52, 72), (100, 33)), slowly((100, 33)))
-    assert torch.equal(paste_masks(logits, stride, (52, 72), (52, 72)), slowly((52, 72)))
+    assert torch.equal(paste_masks(logits, whole(logits, stride), (52, 72), (100, 33)), slowly((100, 33)))
+    assert torch.equal(paste_masks(logits, whole(logits, stride), (52, 72), (52, 72)), slowly((52, 72)))
 
 
 def test_masks_are_pasted_at_their_own_stride_and_a_crop_is_refused() -> None:
@@ -268,29 +274,30 @@ def test_masks_are_pasted_at_their_own_stride_and_a_crop_is_refused() -> None:
             self.logits, self.stride = logits, stride
 
         def predict_masks(self, outputs: DenseOutputs, queries: MaskQueries) -> MaskLogits:
-            return MaskLogits(self.logits, queries.image_index, queries.instance_index, stride=self.stride)
+            grid = whole(self.logits, self.stride)
+            return MaskLogits(self.logits, queries.image_index, queries.instance_index, grid)
 
-    queries = MaskQueries(*torch.zeros(3, 1, dtype=torch.int64))
+    queries = make_queries([0], [0])
     logits = torch.full((1, 4, 6), -9.0)
     logits[:, 2:, 3:] = 9.0
     ((_, mask),) = iter_masks(Given(logits, 8), empty_outputs(), queries, (32, 48), (32, 48))
-    assert torch.equal(mask, paste_masks(logits, 8, (32, 48), (32, 48)))
+    assert torch.equal(mask, paste_masks(logits, whole(logits, 8), (32, 48), (32, 48)))
     assert mask[0, 20:, 28:].all()
     assert not mask[0, :16].any()
     for crop, stride in ((logits[:, 2:], 8), (logits[:, :, 1:], 8), (logits, 4)):
         with pytest.raises(ValueError, match=r"do not cover the input \(32, 48\)"):
             list(iter_masks(Given(crop, stride), empty_outputs(), queries, (32, 48), (32, 48)))
     with pytest.raises(ValueError, match="stride must be a positive int"):
-        MaskLogits(logits, queries.image_index, queries.instance_index, stride=0)
+        whole(logits, 0)
 
 
 def test_pasted_mask_of_a_half_plane_ends_where_it_should() -> None:
     # cells of stride 4 are pixels 2, 6, 10, ...; inside from column 3 (pixel 14) on: the step is half way, at 12
     logits = torch.full((1, 8, 8), -9.0)
     logits[..., 3:] = 9.0
-    mask = paste_masks(logits, 4, (32, 32), (32, 32))
+    mask = paste_masks(logits, whole(logits, 4), (32, 32), (32, 32))
     assert mask[0, 5].nonzero()[:, 0].tolist() == list(range(13, 32))  # pixel 12 itself is exactly one half
-    assert paste_masks(logits, 4, (32, 32), (32, 64))[0, 5].nonzero()[0].item() == 25
+    assert paste_masks(logits, whole(logits, 4), (32, 32), (32, 64))[0, 5].nonzero()[0].item() == 25
 
 
 def test_boxes_are_scaled_then_clipped() -> None:

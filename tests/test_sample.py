@@ -8,7 +8,9 @@ from torch import Tensor
 
 from semiseg.models.detectors.fcos import make_locations
 from semiseg.models.detectors.sample import mask_quotas, rank_in_group, sample_positives
+from semiseg.structures.inputs import Targets
 from semiseg.structures.outputs import Assignment, DenseOutputs
+from tests.tiny import box_targets
 
 
 def make_assignment(counts: list[int], image_of: list[int], num_locations: int) -> Assignment:
@@ -43,6 +45,10 @@ def make_outputs(class_logits: Tensor, centreness_logits: Tensor) -> DenseOutput
         locations=make_locations([(1, count)], [8], torch.device("cpu")),
         mask_inputs=None,
     )
+
+
+def two_boxes() -> Targets:
+    return box_targets([[1, 1, 9, 9], [2, 2, 9, 9]], [0, 0])
 
 
 def quotas_of(counts: list[int], image_of: list[int], num_images: int, limit: int = 64) -> list[int]:
@@ -92,16 +98,21 @@ def test_best_positives_by_probability_times_centreness() -> None:
     queries = sample_positives(
         make_outputs(class_logits, centreness.logit()),
         make_assignment([4, 2], [0, 0], num_locations=6),
+        two_boxes(),
         torch.tensor([2, 1]),
     )
     assert queries.location_index.tolist() == [1, 2, 5]
     assert queries.instance_index.tolist() == [0, 0, 1]
     assert queries.image_index.tolist() == [0, 0, 0]
+    assert queries.boxes_xyxy[:, 0].tolist() == [1, 1, 2]
+    assert queries.labels.tolist() == [0, 0, 0]
 
 
 def test_equal_scores_take_the_lower_location() -> None:
     outputs = make_outputs(torch.zeros(1, 6, 3), torch.zeros(1, 6))
-    queries = sample_positives(outputs, make_assignment([3, 3], [0, 0], num_locations=6), torch.tensor([2, 1]))
+    queries = sample_positives(
+        outputs, make_assignment([3, 3], [0, 0], num_locations=6), two_boxes(), torch.tensor([2, 1])
+    )
     assert queries.location_index.tolist() == [0, 1, 3]
 
 
@@ -136,7 +147,7 @@ def test_equals_plain_loops() -> None:
         image_index=torch.tensor(image_of),
         max_positives=limit,
     )
-    queries = sample_positives(outputs, assignment, quotas)
+    queries = sample_positives(outputs, assignment, box_targets([[0, 0, 1, 1]] * 30, image_of), quotas)
     found = torch.stack([queries.image_index, queries.location_index, queries.instance_index], dim=1).tolist()
     assert len(expected) > 40
     assert [tuple(row) for row in found] == expected
@@ -145,7 +156,9 @@ def test_equals_plain_loops() -> None:
 
 def test_without_positives() -> None:
     outputs = make_outputs(torch.zeros(1, 6, 3), torch.zeros(1, 6))
-    queries = sample_positives(outputs, make_assignment([0, 0], [0, 0], num_locations=6), torch.zeros(2).long())
+    queries = sample_positives(
+        outputs, make_assignment([0, 0], [0, 0], num_locations=6), two_boxes(), torch.zeros(2).long()
+    )
     assert queries.image_index.shape == (0,)
 
 

@@ -21,9 +21,11 @@ from semiseg.losses.terms import (
     MaskTargets,
     Objective,
     compute_losses,
+    instance_terms,
     mask_targets,
     term_counts,
 )
+from semiseg.structures.grids import WholeMap
 from semiseg.structures.inputs import Batch, Supervision, Targets
 from semiseg.structures.outputs import Assignment, DenseOutputs, Locations, MaskLogits
 from tests import slow_reference as slow
@@ -78,6 +80,11 @@ def make_batch(supervision: list[Supervision], instances: list[int] | None = Non
     return Batch(images, sizes, (7, 8), bottom, targets)
 
 
+def prepare(batch: Batch, goal: Objective) -> MaskTargets:
+    assert batch.targets is not None
+    return mask_targets(batch, instance_terms(batch.targets, WholeMap(STRIDE, GRID), objective=goal), objective=goal)
+
+
 class Step:
     """A batch together with made-up predictions, as the engine would hold them."""
 
@@ -94,7 +101,7 @@ class Step:
         logits = [self.draw(100 + 10 * n + q, *GRID) * 2 for n in self.names for q in range(INSTANCES[n][2])]
         stacked = torch.stack(logits) if logits else torch.zeros(0, *GRID)
         self.logits = stacked.to(dtype).requires_grad_()
-        self.mask_logits = MaskLogits(self.logits, image, instance, stride=STRIDE)
+        self.mask_logits = MaskLogits(self.logits, image, instance, grid=WholeMap(STRIDE, GRID))
         self.assignment = self.assign(image, instance)
         self.outputs = self.predict(dtype)
 
@@ -121,7 +128,7 @@ class Step:
         return DenseOutputs(leaf(1, 2, R, C), leaf(2, 2, R, 4), leaf(3, 2, R), places, mask_inputs=None)
 
     def prepare(self, goal: Objective) -> tuple[MaskTargets, Tensor]:
-        prepared = mask_targets(self.batch, objective=goal)
+        prepared = prepare(self.batch, goal)
         return prepared, term_counts(self.assignment, self.targets, prepared, self.quotas)
 
     def losses(
@@ -261,12 +268,12 @@ def test_counts() -> None:
 
 def test_no_pairwise_objective_means_no_affinity() -> None:
     batch = make_batch(MIXED)
-    assert set(mask_targets(batch, objective=objective()).edges) == {"pairwise"}
-    assert set(mask_targets(batch, objective=objective("labelled")).edges) == {"pairwise", "pairwise_labelled"}
+    assert set(prepare(batch, objective()).edges) == {"pairwise"}
+    assert set(prepare(batch, objective("labelled")).edges) == {"pairwise", "pairwise_labelled"}
     for box in ("none", "projection", "box_as_mask"):
-        assert not mask_targets(batch, objective=objective(box=box)).edges
-    assert not mask_targets(make_batch([MASK] * 7), objective=objective()).edges
-    assert not mask_targets(make_batch([BOX] * 7), objective=objective("labelled", "none")).edges
+        assert not prepare(batch, objective(box=box)).edges
+    assert not prepare(make_batch([MASK] * 7), objective()).edges
+    assert not prepare(make_batch([BOX] * 7), objective("labelled", "none")).edges
 
 
 @pytest.mark.parametrize("mask", get_args(MaskObjective))
@@ -352,11 +359,15 @@ def test_half_precision_predictions_give_float32_losses() -> None:
 
 def test_wrong_shapes_are_refused() -> None:
     step = Step(make_batch(MIXED))
-    step.mask_logits = replace(step.mask_logits, logits=step.logits[:, :-1])
-    with pytest.raises(ValueError, match="mask grid"):
-        step.losses(objective())
-    step.mask_logits = replace(step.mask_logits, logits=step.logits, stride=2 * STRIDE)
-    with pytest.raises(ValueError, match=f"mask logits are at stride {2 * STRIDE} but the masks at {STRIDE}"):
-        step.losses(objective())
+    with pytest.raises(ValueError, match="the cells of their grid"):
+        replace(step.mask_logits, logits=step.logits[:, :-1])
+    lower = WholeMap(STRIDE, (GRID[0] - 1, GRID[1]))
+    for logits, grid in ((step.logits[:, :-1], lower), (step.logits, WholeMap(2 * STRIDE, GRID))):
+        step.mask_logits = replace(step.mask_logits, logits=logits, grid=grid)
+        with pytest.raises(ValueError, match=f"grid WholeMap.*{grid.stride}.* is not that of the masks"):
+            step.losses(objective())
+        with pytest.raises(ValueError, match="the masks have stride and size"):
+            instance_terms(step.targets, grid, objective=objective())
+    instances = instance_terms(step.targets, WholeMap(STRIDE, GRID), objective=objective())
     with pytest.raises(ValueError, match="no targets"):
-        mask_targets(replace(step.batch, targets=None), objective=objective())
+        mask_targets(replace(step.batch, targets=None), instances, objective=objective())

@@ -39,7 +39,7 @@ from semiseg.engine.step import TrainStep
 from semiseg.errors import UserError
 from semiseg.losses.terms import COUNT_NAMES, LOSS_NAMES
 from semiseg.structures.inputs import Batch, Targets
-from tests.tiny import tiny_config
+from tests.tiny import dynamic, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -270,7 +270,7 @@ def test_a_training_without_masks_leaves_out_what_only_masks_need(root: Path, ma
     batch = first_batches(config, 1)[0]
     module = fresh_step(config)
     called: list[str] = []
-    module.model.mask_head.branch.register_forward_hook(lambda *_: called.append("mask branch"))
+    dynamic(module.model).branch.register_forward_hook(lambda *_: called.append("mask branch"))
     losses, _ = losses_and_gradients(module, [batch])
     gradients = {name: p.grad for name, p in module.named_parameters() if p.requires_grad}
     assert not called
@@ -279,7 +279,7 @@ def test_a_training_without_masks_leaves_out_what_only_masks_need(root: Path, ma
     whole = fresh_step(config)
     for parameter in whole.parameters():
         parameter.requires_grad_(True)
-    whole.model.mask_head.learns = True
+    dynamic(whole.model).learns = True
     whole_losses, _ = losses_and_gradients(whole, [batch])
     torch.testing.assert_close(losses, whole_losses, rtol=0, atol=0)
     for name, parameter in whole.named_parameters():
@@ -301,7 +301,7 @@ def test_nonfinite_loss_stops_before_the_update_and_replays(root: Path, tmp_path
     data, accelerator = build_data(config), start_accelerator(config.runtime, seed=0)
     state = training.prepare(config, data, accelerator)
     with torch.no_grad():
-        next(state.step_module.model.mask_head.branch.parameters()).fill_(float("nan"))
+        next(dynamic(state.step_module.model).branch.parameters()).fill_(float("nan"))
     before = [parameter.clone() for parameter in state.step_module.parameters()]
     with pytest.raises(UserError, match=r"step 1: the loss is not finite \(.*dice nan.*--replay") as caught:
         training.optimizer_step(state, first_batches(config, 1), out=tmp_path)

@@ -14,7 +14,7 @@ from semiseg.data.transforms import TrainTransform
 from semiseg.engine.build import RunData, build_data, build_objective, train_dataset
 from semiseg.engine.evaluate import predict_batch, score_table
 from semiseg.evaluation.coco_metrics import Metrics
-from semiseg.losses.terms import compute_losses, mask_targets, term_counts
+from semiseg.losses.terms import compute_losses, instance_terms, mask_targets, term_counts
 from semiseg.models.build import build_model
 from semiseg.models.detectors.assign import assign
 from semiseg.models.detectors.sample import mask_quotas, sample_positives
@@ -88,13 +88,15 @@ def from_batch_to_loss(config: RunConfig, model: Segmenter, batch: Batch) -> Non
         image_index=targets.image_index,
         max_positives=config.model.max_mask_positives,
     )
-    queries = sample_positives(outputs, assignment, quotas)
+    queries = sample_positives(outputs, assignment, targets, quotas)
     assert torch.equal(torch.bincount(queries.instance_index, minlength=targets.num_instances), quotas)
     # 8 predict_masks -> MaskLogits
     mask_logits = model.predict_masks(outputs, queries)
     assert mask_logits.logits.shape == (len(queries.image_index), 16, 16)
     # 9 losses.terms: supervision x objective -> terms
-    prepared = mask_targets(batch, objective=build_objective(config.objective))
+    objective = build_objective(config.objective)
+    instances = instance_terms(targets, model.mask_grid(targets.boxes_xyxy, (64, 64)), objective=objective)
+    prepared = mask_targets(batch, instances, objective=objective)
     counts = term_counts(assignment, targets, prepared, quotas)
     terms = compute_losses(outputs, assignment, mask_logits, targets, prepared, counts, warmup=1.0, processes=1)
     assert {name for name, value in terms.unweighted.items() if value > 0} == {

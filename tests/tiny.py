@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from semiseg.config import RunConfig
 from semiseg.config_files import merge, parse_config
+from semiseg.models.masks.dynamic import DynamicMasks
+from semiseg.models.segmenter import Segmenter
+from semiseg.structures.inputs import Targets
+from semiseg.structures.outputs import MaskQueries
 
 TINY: dict[str, Any] = {
     "data": {
@@ -45,3 +53,33 @@ def tiny_config(root: Path, **sections: dict[str, Any] | int | str | None) -> Ru
     """The tiny run with its data under `root` and the given sections laid over it."""
     values = merge(TINY, {"data": {"root": str(root)}})
     return parse_config(RunConfig, merge(values, sections), where="tiny")
+
+
+def make_queries(image_index: Sequence[int] | Tensor, location_index: Sequence[int] | Tensor) -> MaskQueries:
+    """Queries of a head that asks for neither boxes nor labels; the instances are numbered."""
+    image, location = torch.as_tensor(image_index).long(), torch.as_tensor(location_index).long()
+    boxes = torch.zeros(len(image), 4)
+    return MaskQueries(image, location, torch.arange(len(image)), boxes, torch.zeros_like(image))
+
+
+def box_targets(boxes: Sequence[Sequence[float]], image_index: Sequence[int], *, mask_stride: int = 4) -> Targets:
+    """Instances of class 0 with boxes alone."""
+    count, none = len(boxes), torch.zeros(0, dtype=torch.int64)
+    return Targets(
+        boxes_xyxy=torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+        labels=torch.zeros(count, dtype=torch.int64),
+        image_index=torch.tensor(image_index, dtype=torch.int64),
+        supervision=torch.zeros(count, dtype=torch.int64),
+        masks=torch.zeros(0, 16, 16, dtype=torch.bool),
+        mask_instance=none,
+        mask_weight=torch.zeros(0),
+        crowd_boxes_xyxy=torch.zeros(0, 4),
+        crowd_image_index=none,
+        mask_stride=mask_stride,
+    )
+
+
+def dynamic(model: Segmenter) -> DynamicMasks:
+    """The mask head of a model whose masks are CondInst's."""
+    assert isinstance(model.mask_head, DynamicMasks)
+    return model.mask_head

@@ -13,6 +13,7 @@ from semiseg.data.dataset import InstanceDataset, Key
 from semiseg.data.workers import told_lack
 from semiseg.errors import UserError
 from semiseg.structures.inputs import Batch, Sample, Targets, empty_batch, grid_size
+from semiseg.structures.masks import joined
 
 
 @dataclass(frozen=True)
@@ -70,28 +71,35 @@ def _batch(images: Tensor, samples: Sequence[Sample]) -> Batch:
 def _targets(samples: Sequence[Sample], padded_hw: tuple[int, int]) -> Targets:
     strides = {sample.mask_stride for sample in samples}
     if len(strides) != 1:
-        raise ValueError(f"the samples of a batch have one mask stride, not {sorted(strides)}")
+        raise ValueError(f"the samples of a batch have one mask stride, not {sorted(map(str, strides))}")
     stride = strides.pop()
     counts = torch.tensor([len(sample.labels) for sample in samples])
     first_instance = (counts.cumsum(0) - counts).tolist()
     crowd_counts = torch.tensor([len(sample.crowd_boxes_xyxy) for sample in samples])
-    mask_count = sum(len(sample.masks) for sample in samples)
-    masks = torch.zeros(mask_count, *grid_size(padded_hw, stride), dtype=torch.bool)
-    start = 0
-    for sample in samples:
-        count, height, width = sample.masks.shape
-        masks[start : start + count, :height, :width] = sample.masks
-        start += count
     image_numbers = torch.arange(len(samples))
     return Targets(
         boxes_xyxy=torch.cat([sample.boxes_xyxy for sample in samples]),
         labels=torch.cat([sample.labels for sample in samples]),
         image_index=image_numbers.repeat_interleave(counts),
         supervision=torch.cat([sample.supervision for sample in samples]),
-        masks=masks,
+        masks=_masks([sample.masks for sample in samples], stride, padded_hw),
         mask_instance=torch.cat([s.mask_instance + first for s, first in zip(samples, first_instance, strict=True)]),
-        mask_weight=torch.ones(mask_count),
+        mask_weight=torch.ones(sum(len(sample.masks) for sample in samples)),
         crowd_boxes_xyxy=torch.cat([sample.crowd_boxes_xyxy for sample in samples]),
         crowd_image_index=image_numbers.repeat_interleave(crowd_counts),
         mask_stride=stride,
+        encoded=joined([sample.encoded for sample in samples if sample.encoded is not None])
+        if stride is None
+        else None,
     )
+
+
+def _masks(masks: Sequence[Tensor], stride: int | None, padded_hw: tuple[int, int]) -> Tensor:
+    """The masks of all images, padded to the grid of the batch."""
+    padded = torch.zeros(sum(map(len, masks)), *(grid_size(padded_hw, stride) if stride else (0, 0)), dtype=torch.bool)
+    start = 0
+    for one in masks:
+        count, height, width = one.shape
+        padded[start : start + count, :height, :width] = one
+        start += count
+    return padded

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -16,11 +17,12 @@ import torch
 from torch import Tensor
 
 from semiseg.data.images import read_image
-from semiseg.data.rasterise import cell_centres, outlines_to_rle, read_cells
+from semiseg.data.rasterise import cell_centres, outlines_to_rle, read_cells, run_lengths
 from semiseg.data.table import Table
 from semiseg.data.transforms import Geometry, Transform
 from semiseg.errors import UserError
 from semiseg.structures.inputs import Sample, Supervision, grid_size
+from semiseg.structures.masks import MASK_BITS, EncodedMasks
 
 Key = tuple[int, int]  # (row index, sample seed)
 Source = Literal["split", "masks", "boxes", "as_annotated"]
@@ -155,7 +157,7 @@ class InstanceDataset(torch.utils.data.Dataset[Sample]):
         *,
         rule: SupervisionRule,
         transform: Transform,
-        mask_stride: int,
+        mask_stride: int | None,
         bottom_rows_without_affinity: int = 0,
     ) -> None:
         """Joins the annotations with what a training may see of them.
@@ -164,7 +166,7 @@ class InstanceDataset(torch.utils.data.Dataset[Sample]):
             table: the annotations.
             rule: which instances keep their mask.
             transform: chooses resize and flip.
-            mask_stride: stride of the mask grid in input pixels.
+            mask_stride: stride of the mask grid in input pixels; None = masks stay encoded, for grids of their own.
             bottom_rows_without_affinity: rows of the *original* image whose colours are not to be trusted (COCO: 10).
         """
         self.table = table
@@ -211,6 +213,7 @@ class InstanceDataset(torch.utils.data.Dataset[Sample]):
             labels=torch.tensor(instances.labels, dtype=torch.int64),
             supervision=torch.tensor(instances.supervision, dtype=torch.int64),
             masks=_cells(instances.masks, geometry, self.mask_stride),
+            encoded=_encoded(instances.masks, geometry) if self.mask_stride is None else None,
             mask_instance=torch.tensor(instances.mask_instance, dtype=torch.int64),
             crowd_boxes_xyxy=geometry.boxes(instances.crowd_boxes_xyxy),
             mask_stride=self.mask_stride,
@@ -218,11 +221,14 @@ class InstanceDataset(torch.utils.data.Dataset[Sample]):
         )
 
 
-def _cells(masks: Sequence[KeptMask], geometry: Geometry, stride: int) -> Tensor:
+def _cells(masks: Sequence[KeptMask], geometry: Geometry, stride: int | None) -> Tensor:
     """(M, h, w) bool: each mask at the centres of its cells; a cell whose centre lies beyond the image is False.
 
     Outlines are rasterised at the input's resolution. An RLE is read at the original pixels that hold the centres.
+    Without a stride there are no cells.
     """
+    if stride is None:
+        return torch.zeros(len(masks), 0, 0, dtype=torch.bool)
     height, width = geometry.input_hw
     rows, columns = cell_centres(height, stride), cell_centres(width, stride)
     cells = torch.zeros(len(masks), *grid_size(geometry.input_hw, stride), dtype=torch.bool)
@@ -243,3 +249,23 @@ def _rasterised(masks: Sequence[Sequence[Sequence[float]]], geometry: Geometry) 
     """The outlines of each mask, in original pixels -> its counts at the input's resolution."""
     outlines = iter(geometry.polygons([polygon for mask in masks for polygon in mask]))
     return [outlines_to_rle([next(outlines) for _ in mask], geometry.input_hw) for mask in masks]
+
+
+def _encoded(masks: Sequence[KeptMask], geometry: Geometry) -> EncodedMasks:
+    """The masks as they are: outlines rasterised at the input's resolution, an RLE on the original's."""
+    outlines = iter(_rasterised([kept.polygons for kept in masks if kept.rle_counts is None], geometry))
+    rles = [next(outlines) if kept.rle_counts is None else kept.rle_counts for kept in masks]
+    outlined = torch.tensor([kept.rle_counts is None for kept in masks], dtype=torch.bool)[:, None]
+    original, size = torch.tensor(geometry.original_hw), torch.tensor(geometry.input_hw)
+    changes = [torch.zeros(0, dtype=torch.int64)]
+    if rles:
+        lengths, bounds = run_lengths(rles)
+        for number, (first, end) in enumerate(pairwise(bounds)):
+            # The last run ends with the raster, where nothing is asked for.
+            changes.append(torch.from_numpy(np.cumsum(lengths[first:end])) + (number << MASK_BITS))
+    return EncodedMasks(
+        changes=torch.cat(changes),
+        raster_hw=torch.where(outlined, size, original),
+        input_hw=size.expand(len(masks), 2).clone(),
+        flipped=~outlined[:, 0] & geometry.flipped,
+    )

@@ -16,7 +16,7 @@ from semiseg.engine.processes import parts_per_step
 from semiseg.engine.step import TrainStep
 from semiseg.errors import UserError
 from semiseg.losses.terms import Objective
-from semiseg.models.build import build_model
+from semiseg.models.build import build_model, mask_stride
 from semiseg.models.segmenter import Segmenter
 from semiseg.splits import ClassSplit, load_split
 
@@ -109,7 +109,7 @@ def train_dataset(config: RunConfig, data: RunData) -> InstanceDataset:
         transform=TrainTransform(
             short_sides=config.data.short_sides, long_side=config.data.long_side, flip=config.data.flip
         ),
-        mask_stride=config.model.mask_stride,
+        mask_stride=mask_stride(config.model),
         bottom_rows_without_affinity=config.data.bottom_rows_without_affinity,
     )
 
@@ -142,7 +142,7 @@ def build_evaluation_loader(
     *,
     short_side: int,
     long_side: int,
-    mask_stride: int,
+    mask_stride: int | None,
     size_divisor: int,
     batch_size: int,
     workers: int,

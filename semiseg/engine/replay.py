@@ -17,6 +17,7 @@ from semiseg.engine.checkpoint import load_tensors, save_tensors
 from semiseg.engine.schedules import pairwise_warmup
 from semiseg.errors import UserError
 from semiseg.structures.inputs import Batch, Targets
+from semiseg.structures.masks import EncodedMasks
 
 if TYPE_CHECKING:
     from semiseg.engine.train import TrainState
@@ -89,13 +90,16 @@ def _finite(value: Tensor) -> bool:
     return bool(torch.isfinite(value).all())
 
 
-def _to_values(item: Batch | Targets) -> dict[str, Any]:
+def _to_values(item: Batch | Targets | EncodedMasks) -> dict[str, Any]:
     values = {field.name: getattr(item, field.name) for field in fields(item)}
-    return {key: _to_values(value) if isinstance(value, Targets) else value for key, value in values.items()}
+    parts = (Targets, EncodedMasks)
+    return {key: _to_values(value) if isinstance(value, parts) else value for key, value in values.items()}
 
 
 def _from_values(values: dict[str, Any]) -> Batch:
     targets = values["targets"]
+    if targets is not None and targets.get("encoded") is not None:
+        targets = {**targets, "encoded": EncodedMasks(**targets["encoded"])}
     return Batch(
         **{
             **values,

@@ -50,6 +50,7 @@ from semiseg.engine.train import save_trained, train, trained_model
 from semiseg.errors import UserError
 from semiseg.evaluation.coco_metrics import Metrics
 from semiseg.evaluation.precision import Backend, require_backend
+from semiseg.models.build import mask_stride
 from semiseg.models.segmenter import Segmenter
 from semiseg.resources import LOCK_NAME, lock_folder, require_folder, settle, weights_file, whole_file
 
@@ -219,7 +220,7 @@ def evaluate_model(
         table,
         short_side=short_side,
         long_side=long_side,
-        mask_stride=model_config.mask_stride,
+        mask_stride=mask_stride(model_config),
         size_divisor=model_config.size_divisor,
         batch_size=batch_size,
         workers=workers,

@@ -119,7 +119,8 @@ class TrainStep(nn.Module):
             image_index=targets.image_index,
             max_positives=self.max_mask_positives,
         )
-        instances = instance_terms(targets, objective=self.objective)
+        grid = self.model.mask_grid(targets.boxes_xyxy, (batch.images.shape[-2], batch.images.shape[-1]))
+        instances = instance_terms(targets, grid, objective=self.objective)
         # Quotas are shared out whatever the supervision; masks are then computed only where a term will use them.
         quotas = torch.where(instances.used, quotas, torch.zeros_like(quotas))
         queries = sums_by_image(targets.image_index, quotas, num_images)
@@ -137,7 +138,7 @@ class TrainStep(nn.Module):
         if draft is None:
             draft = self.draft(batch)
         sent = send(draft, batch.images.device)
-        wanted = mask_targets(batch, objective=self.objective, instances=sent.instances, sizes=draft.sizes)
+        wanted = mask_targets(batch, sent.instances, objective=self.objective, sizes=draft.sizes)
         counts = term_counts(sent.assignment, _targets(batch), wanted, sent.quotas)
         return StepPlan(sent.assignment, wanted, sent.quotas, draft.queries, counts)
 
@@ -153,7 +154,7 @@ class TrainStep(nn.Module):
         """
         targets = _targets(batch)
         outputs = self.model(batch.images, batch.image_sizes_hw)
-        queries = sample_positives(outputs, plan.assignment, plan.quotas, counts=plan.queries)
+        queries = sample_positives(outputs, plan.assignment, targets, plan.quotas, counts=plan.queries)
         mask_logits = self.model.predict_masks(outputs, queries)
         return compute_losses(
             outputs,

@@ -94,6 +94,11 @@ def neighbour_inside(
     rows, columns = (torch.arange(side, device=image_sizes_hw.device) * stride + stride // 2 for side in grid_hw)
     row_in = rows < (image_sizes_hw[:, 0] - bottom_rows)[:, None]  # (B, h)
     column_in = columns < image_sizes_hw[:, 1:]  # (B, w)
+    return inside_of_neighbours(row_in, column_in, size=size, dilation=dilation)
+
+
+def inside_of_neighbours(row_in: Tensor, column_in: Tensor, *, size: int, dilation: int) -> Tensor:
+    """Whether the k-th neighbour of each cell is in a row (B, h) and a column (B, w) that are inside: (B, K, h, w)."""
     rows_in, columns_in = (_moved(inside, size, dilation) for inside in (row_in, column_in))
     cells = [(row, column) for row in range(size) for column in range(size)]
     del cells[len(cells) // 2]
@@ -146,10 +151,20 @@ def affinity_edges(
 
     Arguments as for `colour_affinity`; threshold in [0, 1]. Returns (B, K, h, w) bool.
     """
-    lab = rgb_to_lab(downsample_images(images, stride=stride))
-    edges = neighbour_inside(
-        image_sizes_hw, bottom_rows, stride=stride, grid_hw=_grid(lab), size=size, dilation=dilation
+    colours = downsample_images(images, stride=stride)
+    inside = neighbour_inside(
+        image_sizes_hw, bottom_rows, stride=stride, grid_hw=_grid(colours), size=size, dilation=dilation
     )
+    return edges_of(colours, inside, size=size, dilation=dilation, threshold=threshold)
+
+
+def edges_of(colours: Tensor, inside: Tensor, *, size: int, dilation: int, threshold: float) -> Tensor:
+    """Those of the edges `inside` (B, K, h, w) bool, changed in place, whose cells' colours are alike.
+
+    Args:
+        colours: (B, 3, h, w) uint8 RGB of each cell.
+    """
+    lab, edges = rgb_to_lab(colours), inside
     for k, here, there, similar in _pairs(lab, neighbour_offsets(size, dilation)):
         counts = similar >= threshold
         edges[:, k][here].logical_and_(counts)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -25,7 +26,9 @@ from semiseg.losses.boxinst import (
 )
 from semiseg.losses.detection import detection_losses
 from semiseg.losses.dice import at_least_float32, dice_loss
-from semiseg.structures.inputs import Batch, Supervision, Targets, grid_size
+from semiseg.losses.regions import region_cells, region_edges, region_inside
+from semiseg.structures.grids import MaskGrid, WholeMap
+from semiseg.structures.inputs import Batch, Supervision, Targets
 from semiseg.structures.outputs import Assignment, DenseOutputs, MaskLogits
 
 MaskObjective = Literal["dice", "labelled"]
@@ -75,13 +78,15 @@ class InstanceTerms:
             mask (their box, where they have none) has a cell. A loss that no instance of the batch can get, as the
             numbers of instances and of masks show, is not among the keys.
         box_only: (N,) bool, whether the supervision is BOX.
+        grid: of the N instances' masks.
         cells: (N, 4) int64, the box on the mask grid, see `boxinst.box_cells`.
-        mask_row: (N,) int64, row in `Targets.masks`; without meaning where `box_only`.
+        mask_row: (N,) int64, row among the given masks; without meaning where `box_only`.
         weight: (N,) float32 factor of each instance's mask losses: `Targets.mask_weight`, 1 where there is no mask.
     """
 
     chosen: dict[str, Tensor]
     box_only: Tensor
+    grid: MaskGrid
     cells: Tensor
     mask_row: Tensor
     weight: Tensor
@@ -100,7 +105,8 @@ class MaskTargets(InstanceTerms):
     Attributes:
         objective: that it was prepared for.
         masks: (M, h, w) bool, only of instances with a mask.
-        edges: (B, K, h, w) bool, the edges that count for the edge loss of this name; keys as in `chosen`.
+        edges: (B, K, h, w) bool, the edges that count for the edge loss of this name; keys as in `chosen`. On regions
+            (N, K, h, w).
         sizes: see `loss_sizes`; None = they are read back from the device when they are needed.
     """
 
@@ -109,9 +115,9 @@ class MaskTargets(InstanceTerms):
     edges: dict[str, Tensor]
     sizes: Mapping[str, int] | None = None
 
-    @property
-    def grid_hw(self) -> tuple[int, int]:
-        return self.masks.shape[1], self.masks.shape[2]
+    def edge_index(self, image: Tensor, instance: Tensor) -> Tensor:
+        """Which of `edges` are those of masks (Q,) of these images and instances."""
+        return image if isinstance(self.grid, WholeMap) else instance
 
 
 @dataclass(frozen=True)
@@ -131,19 +137,23 @@ class LossTerms:
         return torch.stack([self.weighted[name] for name in LOSS_NAMES]).sum()
 
 
-def instance_terms(targets: Targets, *, objective: Objective) -> InstanceTerms:
+def instance_terms(targets: Targets, grid: MaskGrid, *, objective: Objective) -> InstanceTerms:
     """Looks up what each instance's mask may learn from; without a transfer to the host."""
-    cells = box_cells(targets.boxes_xyxy, stride=targets.mask_stride, grid_hw=_grid(targets))
+    if isinstance(grid, WholeMap):
+        cells = box_cells(targets.boxes_xyxy, stride=grid.stride, grid_hw=grid.size_hw)
+    else:
+        cells = region_cells(targets.boxes_xyxy, grid)
     has_cell = cells[:, 1] > cells[:, 0]
     # `any` as a maximum of bytes, which is 20 times faster
-    has_cell[targets.mask_instance] = targets.masks.flatten(1).view(torch.uint8).amax(1) > 0
+    has_cell[targets.mask_instance] = targets.masks_on(grid).flatten(1).view(torch.uint8).amax(1) > 0
     mask_row = torch.zeros_like(targets.supervision)
-    mask_row[targets.mask_instance] = torch.arange(len(targets.masks), device=mask_row.device)
+    mask_row[targets.mask_instance] = torch.arange(len(targets.mask_instance), device=mask_row.device)
     weight = torch.ones_like(has_cell, dtype=torch.float32)
     weight[targets.mask_instance] = targets.mask_weight
     return InstanceTerms(
         chosen=_choose(targets, objective, has_cell),
         box_only=targets.supervision == Supervision.BOX,
+        grid=grid,
         cells=cells,
         mask_row=mask_row,
         weight=weight,
@@ -152,9 +162,9 @@ def instance_terms(targets: Targets, *, objective: Objective) -> InstanceTerms:
 
 def mask_targets(
     batch: Batch,
+    instances: InstanceTerms,
     *,
     objective: Objective,
-    instances: InstanceTerms | None = None,
     sizes: Mapping[str, int] | None = None,
 ) -> MaskTargets:
     """Prepares a batch's targets for the mask losses, once per batch, on its device, without a transfer to the host.
@@ -163,27 +173,23 @@ def mask_targets(
 
     Args:
         batch: with targets.
+        instances: what `instance_terms` gives of the targets, on the batch's device.
         objective: the study's.
-        instances: what `instance_terms` gives of the targets, if it is there already.
         sizes: see `loss_sizes`.
     """
     targets = batch.targets
     if targets is None:
         raise ValueError("the batch has no targets: it was made for prediction")
-    grid_hw = grid_size((batch.images.shape[-2], batch.images.shape[-1]), targets.mask_stride)
-    if _grid(targets) != grid_hw:
-        raise ValueError(f"masks are {_grid(targets)} but the mask grid is {grid_hw}")
-    if instances is None:
-        instances = instance_terms(targets, objective=objective)
     return MaskTargets(
         chosen=instances.chosen,
         box_only=instances.box_only,
+        grid=instances.grid,
         cells=instances.cells,
         mask_row=instances.mask_row,
         weight=instances.weight,
         objective=objective,
-        masks=targets.masks,
-        edges=_edges(batch, targets.mask_stride, grid_hw, objective, instances.chosen),
+        masks=targets.masks_on(instances.grid),
+        edges=_edges(batch, targets.image_index, instances.grid, objective, instances.chosen),
         sizes=sizes,
     )
 
@@ -203,12 +209,8 @@ def loss_sizes(instances: InstanceTerms, quotas: Tensor, *, objective: Objective
     return {name: int((numbers[name] * instances.chosen[name]).sum()) for name in numbers if name in instances.chosen}
 
 
-def _grid(targets: Targets) -> tuple[int, int]:
-    return targets.masks.shape[1], targets.masks.shape[2]
-
-
 def _choose(targets: Targets, objective: Objective, has_cell: Tensor) -> dict[str, Tensor]:
-    with_mask = len(targets.masks)  # instances whose supervision is not BOX: known without asking the device
+    with_mask = len(targets.mask_instance)  # instances whose supervision is not BOX: known without asking the device
     kinds = [Supervision.BOX] * (with_mask < targets.num_instances)
     kinds += [Supervision.MASK, Supervision.PSEUDO] * (with_mask > 0)
     chosen: dict[str, Tensor] = {}
@@ -220,19 +222,21 @@ def _choose(targets: Targets, objective: Objective, has_cell: Tensor) -> dict[st
 
 
 def _edges(
-    batch: Batch, stride: int, grid_hw: tuple[int, int], objective: Objective, chosen: dict[str, Tensor]
+    batch: Batch, image_index: Tensor, grid: MaskGrid, objective: Objective, chosen: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    sizes, bottom = batch.image_sizes_hw, batch.bottom_rows_without_affinity
+    of_images = (batch.image_sizes_hw, batch.bottom_rows_without_affinity)
     size, dilation, threshold = objective.affinity_size, objective.affinity_dilation, objective.affinity_threshold
+    if isinstance(grid, WholeMap):
+        coloured = partial(affinity_edges, batch.images, *of_images, stride=grid.stride)
+        inside = partial(neighbour_inside, *of_images, stride=grid.stride, grid_hw=grid.size_hw)
+    else:
+        coloured = partial(region_edges, batch.images, grid, image_index, *of_images)
+        inside = partial(region_inside, grid, image_index, *of_images)
     edges = {}
     if "pairwise" in chosen:
-        edges["pairwise"] = affinity_edges(
-            batch.images, sizes, bottom, stride=stride, size=size, dilation=dilation, threshold=threshold
-        )
+        edges["pairwise"] = coloured(size=size, dilation=dilation, threshold=threshold)
     if "pairwise_labelled" in chosen:
-        edges["pairwise_labelled"] = neighbour_inside(
-            sizes, bottom, stride=stride, grid_hw=grid_hw, size=size, dilation=dilation
-        )
+        edges["pairwise_labelled"] = inside(size=size, dilation=dilation)
     return edges
 
 
@@ -262,7 +266,9 @@ def term_counts(assignment: Assignment, targets: Targets, prepared: MaskTargets,
     for name in MASK_LOSSES:
         each = quotas * prepared.chosen[name] if name in prepared.chosen else quotas.new_zeros(1)
         if name in prepared.edges:
-            each = each * edge_counts(prepared.cells, prepared.edges[name], targets.image_index)
+            instances = torch.arange(len(quotas), device=quotas.device)
+            index = prepared.edge_index(targets.image_index, instances)
+            each = each * edge_counts(prepared.cells, prepared.edges[name], index)
         counts[name] = each.sum()
     return torch.stack([counts[name].double() for name in COUNT_NAMES])
 
@@ -296,7 +302,7 @@ def compute_losses(
     method names no weight, take the same kind of share and warm-up as the coloured ones (docs/NUMERICS.md).
 
     Args:
-        mask_logits: whole maps on the mask grid, one per sampled positive.
+        mask_logits: one per sampled positive, on the grid of its instance.
         prepared: `mask_targets` of the same batch.
         counts: (len(COUNT_NAMES),) of the whole step.
         warmup: factor of the edge losses in [0, 1]: min(step / W, 1) with step from 1.
@@ -306,8 +312,6 @@ def compute_losses(
         Every loss of `LOSS_NAMES`, 0 where nothing is there to sum. Their total carries a graph through the masks
         even then.
     """
-    if mask_logits.stride != targets.mask_stride:
-        raise ValueError(f"mask logits are at stride {mask_logits.stride} but the masks at {targets.mask_stride}")
     sums = detection_losses(outputs, assignment, targets.labels) | _mask_sums(mask_logits, prepared)
     count = dict(zip(COUNT_NAMES, counts.unbind(), strict=True))
     positives = (count["positives"] / processes).clamp(min=1)
@@ -331,8 +335,8 @@ def compute_losses(
 
 def _mask_sums(mask_logits: MaskLogits, prepared: MaskTargets) -> dict[str, Tensor]:
     logits, image, instance = mask_logits.logits, mask_logits.image_index, mask_logits.instance_index
-    if logits.shape[1:] != prepared.grid_hw:
-        raise ValueError(f"mask logits are {tuple(logits.shape[1:])} but the mask grid is {prepared.grid_hw}")
+    if not _same_cells(mask_logits.grid, prepared.grid):
+        raise ValueError(f"the mask logits' grid {mask_logits.grid} is not that of the masks, {prepared.grid}")
     sums = {}
     if len(logits) and "dice" in prepared.chosen:
         sums["dice"] = _dice_sum(logits, instance, prepared)
@@ -344,6 +348,13 @@ def _mask_sums(mask_logits: MaskLogits, prepared: MaskTargets) -> dict[str, Tens
     # the 0 (those of no queries are on the graph, too), so that no process waits for a gradient that never comes.
     zero = at_least_float32(logits.new_zeros(()) if sums else logits[:0].sum())
     return dict.fromkeys(MASK_LOSSES, zero) | sums
+
+
+def _same_cells(one: MaskGrid, other: MaskGrid) -> bool:
+    """Whether masks of the two grids can be compared; where regions stand is not read back from the device."""
+    if isinstance(one, WholeMap) or isinstance(other, WholeMap):
+        return one == other
+    return one.size_hw == other.size_hw
 
 
 def _dice_sum(logits: Tensor, instance: Tensor, prepared: MaskTargets) -> Tensor:
@@ -360,7 +371,7 @@ def _masks_of(instance: Tensor, prepared: MaskTargets) -> Tensor:
     given = prepared.masks[prepared.mask_row[instance]] if len(prepared.masks) else None
     if given is not None and prepared.objective.box != "box_as_mask":
         return given
-    rows, columns = cell_profiles(prepared.cells[instance], prepared.grid_hw)
+    rows, columns = cell_profiles(prepared.cells[instance], prepared.grid.size_hw)
     filled = rows[:, :, None] & columns[:, None, :]
     return filled if given is None else torch.where(prepared.box_only[instance, None, None], filled, given)
 
@@ -380,5 +391,6 @@ def _edge_sum(name: str, logits: Tensor, image: Tensor, instance: Tensor, prepar
     total = None if prepared.sizes is None else prepared.sizes[name]
     size, dilation = objective.affinity_size, objective.affinity_dilation
     masks = None if name == "pairwise" else prepared.masks[prepared.mask_row[instance]]
-    each = edge_sums(logits, cells, edges, image, masks, size=size, dilation=dilation, total_cells=total)
+    index = prepared.edge_index(image, instance)
+    each = edge_sums(logits, cells, edges, index, masks, size=size, dilation=dilation, total_cells=total)
     return (each * prepared.weight[instance]).sum()

@@ -9,6 +9,7 @@ from semiseg.models.bifpn import BiFPN
 from semiseg.models.detectors.fcos import FCOSHead
 from semiseg.models.fpn import FeaturePyramid
 from semiseg.models.masks.dynamic import DynamicMasks, MaskBranch
+from semiseg.models.masks.head import MaskHead
 from semiseg.models.resnet import BACKBONE_STRIDES, ResNetFeatures, SmallResNet, build_resnet, build_small_resnet
 from semiseg.models.segmenter import Segmenter
 
@@ -32,7 +33,7 @@ def build_model(config: ModelConfig, *, num_classes: int) -> Segmenter:
         backbone=backbone,
         neck=neck,
         detector=detector,
-        mask_head=_build_mask_head(config),
+        mask_head=build_mask_head(config),
         strides=config.strides,
         level_ranges=config.level_ranges,
         pixel_mean=config.pixel_mean,
@@ -40,7 +41,13 @@ def build_model(config: ModelConfig, *, num_classes: int) -> Segmenter:
     )
 
 
-def _build_mask_head(config: ModelConfig) -> DynamicMasks:
+def mask_stride(config: ModelConfig) -> int | None:
+    """Stride in input pixels of the one grid of all masks; None where the mask head has a grid for each of them."""
+    return config.mask_stride
+
+
+def build_mask_head(config: ModelConfig) -> MaskHead:
+    """The mask head alone."""
     level_strides = [stride for stride in BACKBONE_STRIDES if stride >= config.mask_feature_stride]
     branch = MaskBranch(
         config.neck_channels,

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from semiseg.models.bifpn import BiFPN
 from semiseg.models.detectors.fcos import FCOSHead, flatten_levels, make_locations
 from semiseg.models.fpn import FeaturePyramid
-from semiseg.models.masks.dynamic import DynamicMasks
+from semiseg.models.masks.head import MaskHead
 from semiseg.models.resnet import BACKBONE_STRIDES, ResNetFeatures, SmallResNet
+from semiseg.structures.grids import MaskGrid
 from semiseg.structures.inputs import grid_size
 from semiseg.structures.outputs import DenseOutputs, Locations, MaskLogits, MaskQueries
 
@@ -42,7 +43,7 @@ class Segmenter(nn.Module):
         backbone: ResNetFeatures | SmallResNet,
         neck: FeaturePyramid | BiFPN,
         detector: FCOSHead,
-        mask_head: DynamicMasks,
+        mask_head: MaskHead,
         strides: Sequence[int],
         level_ranges: Sequence[float],
         pixel_mean: Sequence[float],
@@ -105,11 +106,12 @@ class Segmenter(nn.Module):
         return [grid_size(padded_size_hw, stride) for stride in self.strides]
 
     def predict_masks(self, outputs: DenseOutputs, queries: MaskQueries) -> MaskLogits:
-        """Mask logits (Q, h, w) of the queried locations, in their order.
-
-        Without queries the result is (0, h, w) and still on the graph of everything that masks are made from.
-        """
+        """One mask per query, see `MaskHead.predict_masks`."""
         return self.mask_head.predict_masks(outputs, queries)
+
+    def mask_grid(self, boxes_xyxy: Tensor, padded_size_hw: tuple[int, int]) -> MaskGrid:
+        """See `MaskHead.grid`."""
+        return self.mask_head.grid(boxes_xyxy, padded_size_hw)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """torch's, of weights under their present or former names."""

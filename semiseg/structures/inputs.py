@@ -15,6 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from semiseg.structures.grids import MaskGrid, Regions
+from semiseg.structures.masks import EncodedMasks
+
 
 class Supervision(IntEnum):
     """What is known of one training instance beyond its class and box."""
@@ -48,7 +51,8 @@ class Sample:
         masks: (M, h, w) bool on the mask grid of this image, (h, w) = grid_size((H, W), mask_stride).
         mask_instance: (M,) int64, the instance of each mask; exactly the instances whose supervision is not BOX.
         crowd_boxes_xyxy: (K, 4) float32: regions that are neither object nor background.
-        mask_stride: stride of the mask grid in input pixels.
+        mask_stride: stride of the mask grid in input pixels; None = every mask has a grid of its own: then `masks` is
+            (M, 0, 0), and `encoded` has them.
         bottom_rows_without_affinity: input rows at the bottom whose colours are not to be trusted (COCO: 10 rows of
             the original image, scaled; METHOD section 2).
     """
@@ -61,8 +65,9 @@ class Sample:
     masks: Tensor
     mask_instance: Tensor
     crowd_boxes_xyxy: Tensor
-    mask_stride: int
+    mask_stride: int | None
     bottom_rows_without_affinity: int = 0
+    encoded: EncodedMasks | None = None
 
     def __post_init__(self) -> None:
         require(self.image.dtype == torch.uint8 and self.image.ndim == 3, "image must be (3, H, W) uint8")
@@ -71,8 +76,10 @@ class Sample:
         require(self.labels.shape == (count,), "labels must be (N,)")
         require(self.supervision.shape == (count,), "supervision must be (N,)")
         size_hw = (self.image.shape[-2], self.image.shape[-1])
-        expected = (self.mask_instance.shape[0], *grid_size(size_hw, self.mask_stride))
+        grid_hw = (0, 0) if self.mask_stride is None else grid_size(size_hw, self.mask_stride)
+        expected = (self.mask_instance.shape[0], *grid_hw)
         require(tuple(self.masks.shape) == expected, f"masks must be {expected}, not {tuple(self.masks.shape)}")
+        require((self.encoded is None) == (self.mask_stride is not None), "encoded masks, or a stride")
         with_mask = (self.supervision != Supervision.BOX).nonzero()[:, 0]
         require(torch.equal(self.mask_instance.sort().values, with_mask), "one mask per mask-supervised instance")
         require(self.crowd_boxes_xyxy.ndim == 2 and self.crowd_boxes_xyxy.shape[1] == 4, "crowd boxes must be (K, 4)")
@@ -92,7 +99,7 @@ class Targets:
         mask_weight: (M,) float32, weight of each mask in its loss (1 for annotated masks).
         crowd_boxes_xyxy: (K, 4) float32, input pixels.
         crowd_image_index: (K,) int64 in 0..B-1.
-        mask_stride: stride of the mask grid in input pixels.
+        mask_stride, encoded: see `Sample`.
     """
 
     boxes_xyxy: Tensor
@@ -104,7 +111,8 @@ class Targets:
     mask_weight: Tensor
     crowd_boxes_xyxy: Tensor
     crowd_image_index: Tensor
-    mask_stride: int
+    mask_stride: int | None
+    encoded: EncodedMasks | None = None
 
     def __post_init__(self) -> None:
         count, mask_count = self.boxes_xyxy.shape[0], self.masks.shape[0]
@@ -112,6 +120,7 @@ class Targets:
         for name in ("labels", "image_index", "supervision"):
             require(getattr(self, name).shape == (count,), f"{name} must be (N,)")
         require(self.masks.ndim == 3, "masks must be (M, h, w)")
+        require((self.encoded is None) == (self.mask_stride is not None), "encoded masks, or a stride")
         for name in ("mask_instance", "mask_weight"):
             require(getattr(self, name).shape == (mask_count,), f"{name} must be (M,)")
         require(self.crowd_boxes_xyxy.shape == (self.crowd_image_index.shape[0], 4), "crowd boxes must be (K, 4)")
@@ -119,6 +128,16 @@ class Targets:
     @property
     def num_instances(self) -> int:
         return self.boxes_xyxy.shape[0]
+
+    def masks_on(self, grid: MaskGrid) -> Tensor:
+        """The masks' cells (M, h, w) bool on the grid of the N instances' masks."""
+        if isinstance(grid, Regions):
+            if self.encoded is None:
+                raise ValueError("masks that are sampled already cannot be cut out")
+            return self.encoded.at(*grid.of(self.mask_instance).centres())
+        own = (self.mask_stride, (self.masks.shape[1], self.masks.shape[2]))
+        require(own == (grid.stride, grid.size_hw), f"the masks have stride and size {own}, but their grid is {grid}")
+        return self.masks
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Targets:
         return _move(self, device, non_blocking)
@@ -160,7 +179,7 @@ class Batch:
         return _map_tensors(self, lambda tensor: tensor.pin_memory())
 
 
-_Tensors = TypeVar("_Tensors", Targets, Batch)
+_Tensors = TypeVar("_Tensors", bound="EncodedMasks | Targets | Batch")
 
 
 def _map_tensors(value: _Tensors, function: Callable[[Tensor], Tensor]) -> _Tensors:
@@ -169,7 +188,7 @@ def _map_tensors(value: _Tensors, function: Callable[[Tensor], Tensor]) -> _Tens
         item = getattr(value, field.name)
         if isinstance(item, Tensor):
             changed[field.name] = function(item)
-        elif isinstance(item, Targets):
+        elif isinstance(item, (Targets, EncodedMasks)):
             changed[field.name] = _map_tensors(item, function)
     return replace(value, **changed)
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from semiseg.structures.grids import MaskGrid, Regions
 from semiseg.structures.inputs import require
 
 
@@ -95,12 +96,14 @@ class Assignment:
 
 @dataclass(frozen=True)
 class MaskQueries:
-    """Locations whose mask is wanted: sampled positives in training, kept detections in prediction.
+    """The instances whose mask is wanted: sampled positives in training, kept detections in prediction.
 
     Attributes:
         image_index: (Q,) int64.
         location_index: (Q,) int64 in 0..R-1.
         instance_index: (Q,) int64: in training the target instance, in prediction the detection's own number.
+        boxes_xyxy: (Q, 4) float32, input pixels, of that instance or detection.
+        labels: (Q,) int64, its class.
         counts: how many queries each image has, where `image_index` ascends and the numbers are known on the host;
             else None.
     """
@@ -108,38 +111,42 @@ class MaskQueries:
     image_index: Tensor
     location_index: Tensor
     instance_index: Tensor
+    boxes_xyxy: Tensor
+    labels: Tensor
     counts: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         count = self.image_index.shape[0]
-        require(self.location_index.shape == (count,), "location_index must be (Q,)")
-        require(self.instance_index.shape == (count,), "instance_index must be (Q,)")
+        for name in ("location_index", "instance_index", "labels"):
+            require(getattr(self, name).shape == (count,), f"{name} must be (Q,)")
+        require(self.boxes_xyxy.shape == (count, 4), "boxes_xyxy must be (Q, 4)")
         require(self.counts is None or sum(self.counts) == count, "counts must add up to Q")
 
 
 @dataclass(frozen=True)
 class MaskLogits:
-    """One mask per query, each on the whole padded map: the corner of cell (0, 0) is that of the input.
+    """One mask per query.
 
     Attributes:
         logits: (Q, h, w).
         image_index: (Q,) int64.
         instance_index: (Q,) int64, see `MaskQueries`.
-        stride: input pixels per cell in x and y, the same for all. A number, so that losses and pasting can check it
-            without waiting for a device.
+        grid: where the cells stand: targets, losses and pasting ask it and nothing else.
     """
 
     logits: Tensor
     image_index: Tensor
     instance_index: Tensor
-    stride: int
+    grid: MaskGrid
 
     def __post_init__(self) -> None:
         count = self.logits.shape[0]
         require(self.logits.ndim == 3, "logits must be (Q, h, w)")
+        require(self.logits.shape[1:] == self.grid.size_hw, "logits must have the cells of their grid")
+        if isinstance(self.grid, Regions):
+            require(len(self.grid.boxes_xyxy) == count, "one region per mask")
         for name in ("image_index", "instance_index"):
             require(getattr(self, name).shape == (count,), f"{name} must be (Q,)")
-        require(type(self.stride) is int and self.stride > 0, "stride must be a positive int")
 
 
 @dataclass(frozen=True)

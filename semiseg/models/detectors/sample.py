@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from semiseg.structures.inputs import Targets
 from semiseg.structures.outputs import Assignment, DenseOutputs, MaskQueries
 
 
@@ -46,7 +47,12 @@ def mask_quotas(
 
 @torch.no_grad()
 def sample_positives(
-    outputs: DenseOutputs, assignment: Assignment, quotas: Tensor, *, counts: Sequence[int] | None = None
+    outputs: DenseOutputs,
+    assignment: Assignment,
+    targets: Targets,
+    quotas: Tensor,
+    *,
+    counts: Sequence[int] | None = None,
 ) -> MaskQueries:
     """The best positives of each instance, as many as its quota.
 
@@ -56,6 +62,7 @@ def sample_positives(
     Args:
         outputs: of B images.
         assignment: P positives.
+        targets: N instances.
         quotas: (N,) int64, none above the number of the instance's positives.
         counts: the sum of the quotas of each image; None = they are read back from the device.
     """
@@ -69,10 +76,13 @@ def sample_positives(
     if counts is None:
         counts = sums_by_image(assignment.image_index[order], chosen, len(outputs.class_logits))
     kept = order[torch.nonzero_static(chosen, size=sum(counts))[:, 0]]
+    instance_index = assignment.instance_index[kept]
     return MaskQueries(
         image_index=assignment.image_index[kept],
         location_index=assignment.location_index[kept],
-        instance_index=assignment.instance_index[kept],
+        instance_index=instance_index,
+        boxes_xyxy=targets.boxes_xyxy[instance_index],
+        labels=targets.labels[instance_index],
         counts=tuple(counts),
     )
 

@@ -65,6 +65,8 @@ def select_detections(
                     image_index=torch.full_like(kept, image),
                     location_index=location[kept],
                     instance_index=torch.arange(len(kept), device=kept.device),
+                    boxes_xyxy=boxes[kept],
+                    labels=label[kept],
                 ),
             )
         )

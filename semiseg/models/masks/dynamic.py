@@ -18,9 +18,11 @@ from torchvision.ops import Conv2dNormActivation
 
 from semiseg.config import Norm
 from semiseg.models.detectors.fcos import HEAD_STD, flatten_levels, neighbourhoods
+from semiseg.models.masks.head import MaskHead
 from semiseg.models.norms import norm_layer
 from semiseg.models.upsample import aligned_upsample
-from semiseg.structures.inputs import require
+from semiseg.structures.grids import WholeMap
+from semiseg.structures.inputs import grid_size, require
 from semiseg.structures.outputs import DenseOutputs, MaskLogits, MaskQueries
 
 COORDINATES = 2  # dx, dy come before the features
@@ -44,7 +46,7 @@ class DynamicInputs:
         require(self.mask_features.shape[0] == len(self.filter_features), "mask_features must be (B, F, h, w)")
 
 
-class DynamicMasks(nn.Module):
+class DynamicMasks(MaskHead):
     """Mask branch, and the controller that writes each instance's mask head.
 
     Attributes:
@@ -79,24 +81,16 @@ class DynamicMasks(nn.Module):
         self.register_buffer("coordinate_ranges", torch.tensor(coordinate_ranges), persistent=False)
 
     def freeze(self) -> None:
-        """For a training that has no mask loss: nothing here is trained, and the branch is not computed in it.
-
-        Its gradients would be 0 everywhere, and on the finest map they cost about as much as others.
-        """
+        """The branch is not computed in such a training: on the finest map its gradients, 0 everywhere, are dear."""
         self.learns = False
         self.requires_grad_(False)
 
     def compiled_parts(self) -> Sequence[nn.Module]:
-        """See `Segmenter.compiled_parts`."""
+        """The branch."""
         return (self.branch,)
 
     def forward(self, levels: Mapping[int, Tensor], box_towers: Sequence[Tensor]) -> DynamicInputs:
-        """What masks are made from; the features are 0 in a training without masks.
-
-        Args:
-            levels: (B, channels, h, w) of the pyramid, by stride.
-            box_towers: (B, F', h, w) of each level at which the detector predicts.
-        """
+        """As `MaskHead.forward`; the features are 0 in a training without masks."""
         taken = [levels[stride] for stride in self.level_strides]
         if self.training and not self.learns:
             batch, _, height, width = taken[0].shape
@@ -105,11 +99,12 @@ class DynamicMasks(nn.Module):
             features = self.branch(taken)
         return DynamicInputs(flatten_levels(box_towers), features)
 
-    def predict_masks(self, outputs: DenseOutputs, queries: MaskQueries) -> MaskLogits:
-        """Mask logits (Q, h, w) of the queried locations on the whole padded map, at `stride`.
+    def grid(self, boxes_xyxy: Tensor, padded_size_hw: tuple[int, int]) -> WholeMap:
+        """The whole padded map at `stride`, whatever the boxes."""
+        return WholeMap(self.stride, grid_size(padded_size_hw, self.stride))
 
-        The order is that of the queries. Without queries the result is (0, h, w) and still on the graph.
-        """
+    def predict_masks(self, outputs: DenseOutputs, queries: MaskQueries) -> MaskLogits:
+        """Mask logits (Q, h, w) of the queried locations on the whole padded map, at `stride`."""
         inputs: DynamicInputs = outputs.mask_inputs
         locations = outputs.locations
         logits = dynamic_masks(
@@ -127,7 +122,7 @@ class DynamicMasks(nn.Module):
             logits=logits,
             image_index=queries.image_index,
             instance_index=queries.instance_index,
-            stride=self.stride,
+            grid=WholeMap(self.stride, (logits.shape[1], logits.shape[2])),
         )
 
     def filters(self, outputs: DenseOutputs, queries: MaskQueries) -> Tensor:

@@ -1,0 +1,58 @@
+"""What the mask losses compare with, on grids that are regions: box cells and edges of each mask.
+
+Letters: N masks, B images, K neighbours (see `affinity`), (h, w) the cells of a region. A cell stands for its centre,
+and takes part in a box, in the image or in a mask as the input pixel that holds this point.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchvision.ops import roi_align
+
+from semiseg.losses.affinity import edges_of, inside_of_neighbours
+from semiseg.structures.grids import Regions
+
+
+def region_cells(boxes_xyxy: Tensor, regions: Regions) -> Tensor:
+    """As `boxinst.box_cells`, each box (N, 4) on the grid of its own region: (N, 4) int64, half open."""
+    low, high = boxes_xyxy[:, None, :2].floor(), (boxes_xyxy[:, None, 2:] + 1).floor()  # (N, 1, xy)
+    rows, columns = (centre.floor() for centre in regions.centres())
+    counts = [(place < bound[..., axis]).sum(1) for axis, place in ((1, rows), (0, columns)) for bound in (low, high)]
+    cells = torch.stack(counts, dim=1)  # row0, row1, column0, column1
+    empty = (cells[:, 0] >= cells[:, 1]) | (cells[:, 2] >= cells[:, 3])
+    cells[empty, 1], cells[empty, 3] = cells[empty, 0], cells[empty, 2]
+    return cells
+
+
+def region_inside(
+    regions: Regions, image_index: Tensor, image_sizes_hw: Tensor, bottom_rows: Tensor, *, size: int, dilation: int
+) -> Tensor:
+    """As `affinity.neighbour_inside`, of each region's cells: (N, K, h, w) bool.
+
+    Args:
+        image_index: (N,) the image of each region; others as there.
+    """
+    rows, columns = (centre.floor() for centre in regions.centres())
+    limit = (image_sizes_hw[:, 0] - bottom_rows)[image_index, None]
+    row_in, column_in = (rows >= 0) & (rows < limit), (columns >= 0) & (columns < image_sizes_hw[image_index, 1:])
+    return inside_of_neighbours(row_in, column_in, size=size, dilation=dilation)
+
+
+@torch.no_grad()
+def region_edges(
+    images: Tensor,
+    regions: Regions,
+    image_index: Tensor,
+    image_sizes_hw: Tensor,
+    bottom_rows: Tensor,
+    *,
+    size: int,
+    dilation: int,
+    threshold: float,
+) -> Tensor:
+    """As `affinity.affinity_edges`, of each region's cells, whose colours are means over cells: (N, K, h, w) bool."""
+    where = torch.cat([image_index[:, None].to(regions.boxes_xyxy.dtype), regions.boxes_xyxy], dim=1)
+    colours = roi_align(images.float(), where, regions.size_hw, aligned=True).to(torch.uint8)  # truncated, as means are
+    inside = region_inside(regions, image_index, image_sizes_hw, bottom_rows, size=size, dilation=dilation)
+    return edges_of(colours, inside, size=size, dilation=dilation, threshold=threshold)

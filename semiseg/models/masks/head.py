@@ -1,0 +1,45 @@
+"""What a mask head is: the only place that knows how a mask is made."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from semiseg.structures.grids import MaskGrid
+from semiseg.structures.outputs import DenseOutputs, MaskLogits, MaskQueries
+
+
+class MaskHead(nn.Module, ABC):
+    """From the levels of the pyramid and the features of the detector to the masks of the queries."""
+
+    @abstractmethod
+    def forward(self, levels: Mapping[int, Tensor], box_towers: Sequence[Tensor]) -> Any:
+        """What masks are made from, which becomes `DenseOutputs.mask_inputs`; the same in training and evaluation.
+
+        Args:
+            levels: (B, channels, h, w) of the pyramid, by stride.
+            box_towers: (B, F', h, w) of each level at which the detector predicts, behind its box tower.
+        """
+
+    @abstractmethod
+    def grid(self, boxes_xyxy: Tensor, padded_size_hw: tuple[int, int]) -> MaskGrid:
+        """Where the cells of the masks of N instances with these boxes (N, 4) stand; it follows from no prediction."""
+
+    @abstractmethod
+    def predict_masks(self, outputs: DenseOutputs, queries: MaskQueries) -> MaskLogits:
+        """One mask per query, in their order, on `grid(queries.boxes_xyxy)`.
+
+        Without queries the result is (0, h, w) and still on the graph of every parameter of this head, so that no
+        process of several waits for a gradient that never comes.
+        """
+
+    @abstractmethod
+    def freeze(self) -> None:
+        """For a training that has no mask loss: nothing here is trained, nor computed in it where that is dear."""
+
+    def compiled_parts(self) -> Sequence[nn.Module]:
+        """The parts whose work follows from the size of the images alone."""
+        return ()

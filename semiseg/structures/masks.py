@@ -1,0 +1,77 @@
+"""Given masks on their way to a grid: by the places where each changes, until somebody asks for their cells."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class EncodedMasks:
+    """M masks, each on a raster of its own that the input was resized (and flipped) from.
+
+    Attributes:
+        changes: (T,) int64, where masks change from outside to inside and back, ascending: mask * 2^40 + the pixel of
+            its raster, counted column by column.
+        raster_hw: (M, 2) int64, height and width of each raster.
+        input_hw: (M, 2) int64, of the resized image.
+        flipped: (M,) bool, whether that was flipped from left to right.
+    """
+
+    changes: Tensor
+    raster_hw: Tensor
+    input_hw: Tensor
+    flipped: Tensor
+
+    def __len__(self) -> int:
+        return len(self.raster_hw)
+
+    def at(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Whether the input pixels that hold the points (rows[m, i], columns[m, j]) are inside mask m.
+
+        A pixel of the input has the value of the raster's pixel that holds its centre; beyond the image it is outside.
+
+        Args:
+            rows, columns: (M, h) and (M, w), continuous input pixels.
+
+        Returns:
+            (M, h, w) bool.
+        """
+        row, row_in = _source(rows, self.input_hw[:, :1], self.raster_hw[:, :1], None)
+        column, column_in = _source(columns, self.input_hw[:, 1:], self.raster_hw[:, 1:], self.flipped[:, None])
+        mask = torch.arange(len(self), device=rows.device)[:, None, None]
+        place = (mask << MASK_BITS) + column[:, None, :] * self.raster_hw[:, :1, None] + row[:, :, None]
+        before = torch.searchsorted(self.changes, place, right=True)
+        first = torch.searchsorted(self.changes, mask << MASK_BITS)
+        inside = (before - first) % 2 == 1
+        return inside & row_in[:, :, None] & column_in[:, None, :]
+
+
+MASK_BITS = 40  # a raster has fewer pixels than 2^40, and a batch fewer masks than 2^23
+
+
+def _source(points: Tensor, size: Tensor, raster: Tensor, flipped: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The raster's pixels (M, n) of points along one side, and which of these are in the image."""
+    pixel = points.floor()
+    inside = (pixel >= 0) & (pixel < size)
+    if flipped is not None:
+        pixel = torch.where(flipped, size - 1 - pixel, pixel)
+    scale = raster.float() / size.float()  # in float32, as `Geometry.source_rows` has it
+    source = ((pixel.float() + 0.5) * scale).long()
+    return source.clamp_(min=0).minimum(raster - 1), inside
+
+
+def joined(masks: Sequence[EncodedMasks]) -> EncodedMasks:
+    """The masks of several images as those of one batch."""
+    starts = [0]
+    for one in masks:
+        starts.append(starts[-1] + len(one))
+    return EncodedMasks(
+        changes=torch.cat([one.changes + (start << MASK_BITS) for one, start in zip(masks, starts, strict=False)]),
+        raster_hw=torch.cat([one.raster_hw for one in masks]),
+        input_hw=torch.cat([one.input_hw for one in masks]),
+        flipped=torch.cat([one.flipped for one in masks]),
+    )
