@@ -76,12 +76,6 @@ TAU = {"full": 41.0, "0.0": 2.0, "0.1": 33.0, "0.2": 32.0, "0.3": 31.5}
 
 
 def test_the_threshold_study_on_shapes(tmp_path: Path) -> None:
-    shares = [
-        {"size": 5, "dilation": 2, "threshold": t, "edges": 9, "share": s, "positive": p}
-        for t, s, p in ((0.0, 1.0, 0.9), (0.1, 0.66, 0.994), (0.2, 0.64, 0.995))
-    ]
-    content = {"parameters": {}, "sentence": "Measured on 7 images.", "shares": shares}
-    (tmp_path / "edges.json").write_text(json.dumps(content))
     text = page("shapes_tau", TAU, tmp_path)
     assert "**Answer.** Highest mean mask AP: tau = 0.1 (33.1), then tau = 0.2 (32.1; −1.0, resolved)" in text  # noqa: RUF001
     assert "; lowest: tau = 0 (2.1; −31.0, resolved); with every mask: labelled edges (masks) 41.1." in text  # noqa: RUF001
@@ -91,12 +85,7 @@ def test_the_threshold_study_on_shapes(tmp_path: Path) -> None:
     assert "| APm (COCO, printed) |\n" in text, "no APl"
     assert "| tau = 0.1 | 3 | **33.1** ± 0.1 (30.7) |" in text
     assert "| labelled edges (masks) | 3 | 41.1 ± 0.1 (35.4) |" in text
-    edges = section(text, "### Which edges count")
-    assert "Measured on 7 images." in edges
-    assert "| tau = 0.1 | 66.0 % | 99.4 % | 33.1 | 98.3 % | 30.7 |" in edges
-    assert "| tau = 0.3 | — | — | 31.6 | — | — |" in edges
-    assert "| labelled edges (masks) | — | — | 41.1 | — | 35.4 |" in edges
-    assert "truly positive" not in section(text, "### The printed numbers")
+    assert "- 0.1: 98.3% of the selected edges are truly positive" in section(text, "### The printed numbers")
     differences = section(text, "### Which differences are resolved")
     assert "| tau = 0.1 − labelled edges (masks) | −8.0 ± 0.0 |" in differences  # noqa: RUF001
     assert differences.count("labelled edges (masks) |") == 4
@@ -104,12 +93,11 @@ def test_the_threshold_study_on_shapes(tmp_path: Path) -> None:
         assert word not in text, word
 
 
-def test_the_neighbourhood_study_without_measured_edges(tmp_path: Path) -> None:
+def test_the_neighbourhood_study(tmp_path: Path) -> None:
     rows = {"size3-dilation1": 30.0, "size3-dilation2": 29.0, "size5-dilation1": 30.5, "size5-dilation2": 28.0}
     text = page("shapes_neighbourhood", rows, tmp_path, seeds=[0])
     assert "Highest mean mask AP: 5 x 5, dilation 1 (30.5), then 3 x 3, dilation 1 (30.0; −0.5)" in text  # noqa: RUF001
     assert "(one seed: small differences are not resolved)." in text
-    assert "Which edges count" not in text
     notes = section(text, "### The printed numbers (BoxInst, neighbourhood of the pairwise loss)")
     assert "- size3-dilation1, size3-dilation2, size5-dilation1, size5-dilation2: tau=0.1" in notes
 

@@ -44,13 +44,6 @@ def _rows_in_words(report: ReportInput) -> str:
     return f"All rows get the boxes and classes of every object and differ in {differ}.{words}"
 
 
-def difficulty(report: ReportInput) -> list[str]:
-    """The measured properties of the data set; nothing where none were measured."""
-    if not report.difficulty:
-        return []
-    return ["## How hard the data are", "\n".join(f"- {escape_markdown(line)}" for line in report.difficulty)]
-
-
 def _names(classes: Sequence[str]) -> str:
     if not classes:
         return "no class"

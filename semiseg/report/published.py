@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pandas as pd
 
 from semiseg.errors import UserError
 from semiseg.report.aggregate import TABLE_METRICS, UPPER_BOUND, ReportInput, ReportTable, TableNumbers
-from semiseg.report.tables import Layout, escape_markdown, markdown_table, number, table_cells
+from semiseg.report.tables import Layout, escape_markdown, number, table_cells
 
 # What the tables without a number in the paper are called; the others are "Table 6".
 _NAMES = {"tau": "colour threshold", "neighbourhood": "neighbourhood of the pairwise loss"}
-_POSITIVE = re.compile(r"([\d.]+) ?% of the selected edges are truly positive")
 
 
 def read_published(path: Path) -> pd.DataFrame:
@@ -76,40 +74,6 @@ def published_section(report: ReportInput, numbers: TableNumbers, printed: pd.Da
     ]
 
 
-def edge_section(report: ReportInput, numbers: TableNumbers, printed: pd.DataFrame) -> list[str]:
-    """How many edges count and how many of these are truly positive, beside the AP; nothing where no row has them."""
-    table = numbers.table
-    if all(row.edges is None for row in table.rows):
-        return []
-    lines = []
-    for row in table.rows:
-        counting, positive = ("—", "—") if row.edges is None else (f"{100 * share:.1f} %" for share in row.edges)
-        lines.append(
-            [
-                row.label,
-                counting,
-                positive,
-                number(numbers.mean(row.name, "all_AP")),
-                _printed_positive(printed, table.published, row.name),
-                _printed_ap(printed, table.published, row.name, "all") or "—",
-            ]
-        )
-    text = (
-        "Of all edges with their centre in a box, those count whose two cells have similar enough colours; a counting "
-        "edge is truly positive if both cells have the same label in the instance's mask. "
-    )
-    whose = "printed" if report.paper_data else f"{data_name(printed, table)}, printed"
-    headings = ("row", "edges that count", "truly positive", "AP", f"truly positive ({whose})", f"AP ({whose})")
-    return ["### Which edges count", text + escape_markdown(report.edges), markdown_table(headings, lines)]
-
-
-def printed_positive_edges(printed: pd.DataFrame) -> list[tuple[float, float]]:
-    """The printed shares of truly positive edges by rising colour threshold: (threshold, percent)."""
-    rows = printed[printed["table"] == "tau"]
-    found = [(row, _POSITIVE.search(note)) for row, note in zip(rows["row"], rows["note"], strict=True)]
-    return sorted((float(row), float(match.group(1))) for row, match in found if match)
-
-
 def printed_difference(printed: pd.DataFrame, table: str | None, first: str, second: str, group: str) -> str:
     """`second` minus `first` in printed AP, "—" if the paper has not both."""
     values = [_printed_ap(printed, table, row, group) for row in (first, second)]
@@ -167,10 +131,9 @@ def _places(rows: pd.DataFrame, names: list[str]) -> dict[str, str]:
 def _notes(printed: pd.DataFrame, table: ReportTable) -> list[str]:
     rows = printed[printed["table"] == table.published]
     names = {row.name for row in table.rows}
-    shown = any(row.edges is not None for row in table.rows)  # those of the edges stand in a section of their own
     about: dict[str, list[str]] = {}
     for _, line in rows[rows["row"].isin(names)].iterrows():
-        if line["note"] and not (shown and _POSITIVE.search(line["note"])):
+        if line["note"]:
             about.setdefault(line["note"], []).append(line["row"] + f" ({line['classes']})" * bool(table.unseen))
     notes = [f"{', '.join(found)}: {note}" for note, found in about.items()]
     others = [
@@ -204,10 +167,3 @@ def _printed_value(printed: pd.DataFrame, table: str | None, row: str, group: st
     """A printed number of a row, "" if it is not in the paper."""
     found = printed[(printed["table"] == table) & (printed["row"] == row) & (printed["classes"] == group)]
     return "" if found.empty or metric not in found else str(found.iloc[0][metric])
-
-
-def _printed_positive(printed: pd.DataFrame, table: str | None, row: str) -> str:
-    """The printed share of truly positive edges, which stands in the note of a row; "—" if it is not there."""
-    notes = printed.loc[(printed["table"] == table) & (printed["row"] == row), "note"]
-    found = [match.group(1) for note in notes if (match := _POSITIVE.search(note))]
-    return f"{found[0]} %" if found else "—"

@@ -7,7 +7,7 @@ import pandas as pd
 from semiseg.report.aggregate import NEITHER, UPPER_BOUND, ReportInput, TableNumbers
 from semiseg.report.context import PageContext
 from semiseg.report.provenance import table_warnings
-from semiseg.report.published import beside_printed, data_name, edge_section, printed_difference, published_section
+from semiseg.report.published import beside_printed, data_name, printed_difference, published_section
 from semiseg.report.statements import box_statement, gap_caution, gap_cells, reading, row_order
 from semiseg.report.tables import (
     MINUS,
@@ -38,7 +38,6 @@ def table_section(page: PageContext, numbers: TableNumbers) -> list[str]:
         markdown_table(headings, cells, texts=shown.texts, bold=best),
         row_order(numbers),
         *published_section(report, numbers, page.printed),
-        *edge_section(report, numbers, page.printed),
         *_gap_section(numbers),
         *uncertainty_section(numbers),
         *difference_section(report, numbers, page.printed),
