@@ -94,7 +94,6 @@ def assert_whole(page: Element, folder: Path) -> None:
                 assert unquote(value[1:]) in ids, f"{value} leads nowhere"
             elif name == "href":
                 assert element.tag == "a", f"<{element.tag}> refers to {value}"
-                assert element.has_class("beside")
                 assert (folder / unquote(value)).is_file(), f"{value} is not beside the page"
             for target in re.findall(r"url\(([^)]*)\)", value):
                 assert target.startswith("#")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from dataclasses import replace
@@ -11,25 +12,36 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.transforms import Bbox
 from PIL import Image
 from pycocotools import mask as rle
 
 from semiseg.evaluation.coco_metrics import evaluate_detections, load_ground_truth
 from semiseg.evaluation.instances import SHARES, match_instances
+from semiseg.overlays import COLOURS
 from semiseg.report.aggregate import ReportInput, ReportRow, ReportTable, table_numbers
 from semiseg.report.context import FigureFiles, PageContext
-from semiseg.report.failure_pictures import PER_CAUSE, crop_window, packed, worst_failures
-from semiseg.report.failures import CAUSES, causes_of_failure, failure_counts, failure_section
+from semiseg.report.failures import (
+    CAUSES,
+    PER_CAUSE,
+    causes_of_failure,
+    crop_window,
+    failure_counts,
+    failure_section,
+    worst_failures,
+)
 from semiseg.report.measured import Measured
-from semiseg.report.picture_choice import GAIN, LOSS, RANDOM, choose_images, image_gains, other_row
 from semiseg.report.pictures import (
-    INSTANCE_COLOURS,
+    GAIN,
+    LOSS,
+    RANDOM,
     UNMATCHED,
-    _found_instances,
+    choose_images,
+    contact_sheet,
     draw_pictures,
-    label_corners,
-    line_label,
+    found_objects,
+    image_gains,
+    other_row,
+    truth_objects,
 )
 from semiseg.report.stored import StoredDetections
 from semiseg.results import Result
@@ -159,8 +171,8 @@ def test_images_are_chosen_once_by_group_and_ties_by_id(study: ReportInput) -> N
     chosen = choose_images(truth, gains, seed=3)
     groups = {group: [c.image_id for c in chosen if c.group == group] for group in (RANDOM, GAIN, LOSS)}
     assert groups == {RANDOM: drawn, GAIN: [left[5], left[1], left[2]], LOSS: [left[7], left[0]]}
-    assert line_label(chosen[0]) == f"random (+90)\nimage {drawn[0]}"
-    assert line_label(chosen[1]) == f"random\nimage {drawn[1]}"
+    assert chosen[0].label == f"random (+90), image {drawn[0]}"
+    assert chosen[1].label == f"random, image {drawn[1]}"
     assert choose_images(truth, dict.fromkeys(range(12), 0.0), seed=3)[4:] == []  # neither a gain nor a loss
 
 
@@ -179,10 +191,12 @@ def test_a_detection_has_the_colour_of_its_object_in_every_row(study: ReportInpu
     truth = load_ground_truth(study.val_annotations)
     objects = truth.imgToAnns[0]
     results = json.loads((study.run_folders["neither-0"] / "detections.json").read_text())[:2]
-    far = results[0] | {"bbox": [0, 40, 5, 5]}
-    shown = _found_instances(TABLE, truth, objects, [results[1], far, results[0]])
-    assert [item.colour for item in shown] == [INSTANCE_COLOURS[1], UNMATCHED, INSTANCE_COLOURS[0]]
-    assert [item.unseen for item in shown] == [True, False, False]
+    assert [item.colour for item in truth_objects(TABLE, truth, objects)] == [*COLOURS[:2]]
+    far = results[0] | {"bbox": [0, 40, 5, 5], "score": 0.5}
+    shown = found_objects(TABLE, truth, objects, [far, results[0] | {"score": 0.4}, results[1]])
+    assert [item.colour for item in shown] == [COLOURS[1], UNMATCHED, COLOURS[0]], "the best first"
+    assert [item.text for item in shown] == ["0.90", "0.50", "0.40"]
+    assert [item.dashed for item in shown] == [False, True, True], "solid: unseen"
 
 
 def test_counts_table_and_picture(study: ReportInput, tmp_path: Path) -> None:
@@ -271,7 +285,7 @@ def test_what_is_missing_for_pictures_is_said_in_one_sentence(study: ReportInput
 def test_the_worst_of_each_cause_come_first_and_tiles_lie_within_the_image() -> None:
     values = [0.3, 0.1, 0.2, 0.1, 0.4, 0.45, 0.35, 0.25]
     frame = pd.DataFrame({"mask_iou": values, "cause": ["leak"] * 7 + ["box"]}, index=[9, 8, 7, 6, 5, 4, 3, 2])
-    worst = worst_failures(frame, tuple(CAUSES))
+    worst = worst_failures(frame)
     assert {cause: lines.index.tolist() for cause, lines in worst.items()} == {"box": [2], "leak": [6, 8, 7, 9, 3, 5]}
     assert len(worst["leak"]) == PER_CAUSE
     assert crop_window([0, 20, 10, 20], width=100, height=60) == pytest.approx((0, 14, 32))
@@ -279,33 +293,22 @@ def test_the_worst_of_each_cause_come_first_and_tiles_lie_within_the_image() -> 
     assert crop_window([0, 0, 100, 60], width=100, height=60) == pytest.approx((-30, -50, 160))
 
 
-def test_labels_of_boxes_that_coincide_do_not_lie_on_each_other() -> None:
-    inside = Bbox.from_bounds(10, 20, 100, 100)
-    box, far = Bbox.from_bounds(30, 40, 50, 50), Bbox.from_bounds(70, 100, 50, 50)
-    size = (12.0, 6.0)
-    assert label_corners([], [], inside) == []
-    # The last has the highest score: its label stays, the next one moves down, and the lowest is left out.
-    assert label_corners([box, box, box], [size] * 3, inside) == [None, (30, 84), (30, 40)]
-    assert label_corners([box, far], [size] * 2, inside) == [(30, 40), (70, 100)]
-    # Boxes that leave the picture: the labels do not.
-    out = [Bbox.from_bounds(-50, -50, 300, 300), Bbox.from_bounds(108, 119, 9, 9)]
-    assert label_corners(out, [size] * 2, inside) == [(10, 20), (98, 114)]
-
-
-def test_random_labels_are_apart_and_the_highest_score_has_its_own() -> None:
-    draw, inside = np.random.default_rng(0), Bbox.from_bounds(0, 0, 90, 90)
-    boxes = [Bbox.from_bounds(*draw.uniform(0, 60, 2), *draw.uniform(10, 40, 2)) for _ in range(25)]
-    corners = label_corners(boxes, [(14.0, 7.0)] * 25, inside)
-    shown = [corner for corner in corners if corner is not None]
-    assert corners[-1] == (min(boxes[-1].x0, 76), min(boxes[-1].y0, 83))
-    assert 5 < len(shown) < 25
-    for place, (x, y) in enumerate(shown):
-        assert all(abs(x - other_x) >= 14 or abs(y - other_y) >= 7 for other_x, other_y in shown[:place])
-
-
-def test_causes_with_few_failures_share_a_line() -> None:
-    counts = {"merged": 6, "box": 1, "leak": 2, "part missing": 3, "other": 1}
-    assert packed(counts) == [["merged"], ["box", "leak", "part missing"], ["other"]]
-    assert packed({"leak": 5, "other": 2}) == [["leak"], ["other"]]
-    assert packed({"leak": 1}) == [["leak"]]
-    assert packed({}) == []
+def test_a_sheet_holds_every_picture_below_its_words() -> None:
+    colours = [(200, 0, 0), (0, 200, 0), (0, 0, 200)]
+    first, second, third = (Image.new("RGB", (60, 40), colour) for colour in colours)
+    content = contact_sheet([("words " * 99, [("a", first), ("b\nb", second)]), ("", [("", third)])])
+    assert content == contact_sheet([("words " * 99, [("a", first), ("b\nb", second)]), ("", [("", third)])])
+    with Image.open(io.BytesIO(content)) as sheet:
+        pixels = np.asarray(sheet.convert("RGB"))
+    corners = []
+    for colour in colours:
+        rows, columns = (pixels == colour).all(2).nonzero()
+        assert len(rows) == 60 * 40
+        corners.append((int(rows.min()), int(columns.min())))
+    (top, left), (same, right), (below, start) = corners
+    assert (same, start) == (top, left)
+    assert right >= left + 60
+    assert below >= top + 40
+    dark = (pixels < 90).all(2)
+    assert dark[:top].any()
+    assert not dark[top : top + 40].any()
