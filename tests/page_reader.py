@@ -1,4 +1,4 @@
-"""Reads an HTML page as a tree, and says whether it is whole: for the tests of reports."""
+"""Reads a report's Markdown and its HTML page as a tree, and says whether that is whole: for the tests of reports."""
 
 from __future__ import annotations
 
@@ -8,6 +8,12 @@ from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
+
+
+def unpadded(text: str) -> str:
+    """Markdown whose tables have one space beside each cell."""
+    return re.sub(r" +(?= \|)", "", re.sub(r"(?<=\|) +", " ", text))
+
 
 VOID = {"meta", "img", "br", "hr", "link", "input", "source", "wbr"}
 LOADING = {"script", "link", "iframe", "object", "embed", "base", "source", "foreignObject"}

@@ -150,10 +150,8 @@ def test_html_in_the_text_is_shown_as_letters(tmp_path: Path) -> None:
 def test_headings_tables_warnings_and_listings(tmp_path: Path) -> None:
     (tmp_path / "tables").mkdir()
     (tmp_path / "tables" / "t.csv").write_text("")
-    table = markdown_table(
-        ("row", "terms", "all AP", "reading"), [["a", "yes", "1.0", "z" * 31], ["b", "no", "—", "r"]]
-    )
-    wide = table.replace("| --- | ---: | ---: | ---: |", "| --- | --- | ---: | ---: |")
+    lines = [["a", "yes", "1.0", "z" * 31], ["b", "no", "—", "r"]]
+    table = markdown_table(("row", "terms", "all AP", "reading"), lines, texts=2)
     page = page_of(
         tmp_path,
         "# Title",
@@ -161,7 +159,7 @@ def test_headings_tables_warnings_and_listings(tmp_path: Path) -> None:
         "> **Mixed code.** Beware.",
         "## Table 6: few (3 of 12)",
         "Files: [csv](tables/t.csv), see [below](#per-class-1).",
-        wide,
+        table,
         "### Per class",
         "## Table 7",
         "### Per class",
@@ -186,7 +184,10 @@ def test_headings_tables_warnings_and_listings(tmp_path: Path) -> None:
     ]
     assert page.one("blockquote").text.strip() == "Mixed code. Beware."
     cells = page.one("table").all("th", "td")
-    assert [cell.attributes.get("style", "") for cell in cells] == ["", "", *["text-align:right"] * 2] * 3
+    assert [cell.attributes.get("style", "") for cell in cells] == [
+        *["text-align:left"] * 2,
+        *["text-align:right"] * 2,
+    ] * 3
     folded = page.all("details")
     assert [part.one("summary").text for part in folded] == ["6 lines", "7 lines"]
     assert folded[0].one("pre").text == "a\nb\nc\nd\ne\nf\n"

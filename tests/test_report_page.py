@@ -23,7 +23,7 @@ from semiseg.report import drawing, figures, html, pictures
 from semiseg.report.aggregate import ReportInput, ReportRow, ReportTable
 from semiseg.report.page import build_report, report_text
 from semiseg.results import Result
-from tests.page_reader import assert_whole, read_page
+from tests.page_reader import assert_whole, read_page, unpadded
 from tests.recorded_runs import recorded_run
 
 PUBLISHED = Path(__file__).parent.parent / "reports" / "published" / "boxinst.csv"
@@ -172,7 +172,7 @@ def test_all_files_are_there_and_every_reference_is_right(report: Path) -> None:
     figures |= {"figures/ap.png", "figures/gap.png"}
     drawn = {name.replace(".png", ".svg") for name in figures if "pictures" not in name}
     assert files == {"index.html", "measured.json", "report.md", *tables, *figures, *drawn}
-    text = report.read_text(encoding="utf-8")
+    text = unpadded(report.read_text(encoding="utf-8"))
     references = re.findall(r"(?<!\\)\]\(([^)]*)\)", text)
     assert set(references) == files - drawn - {"index.html", "measured.json", "report.md"}
     assert sum(path.stat().st_size for path in (report.parent / "figures").iterdir()) < 1_500_000
@@ -182,7 +182,7 @@ def test_all_files_are_there_and_every_reference_is_right(report: Path) -> None:
 
 
 def test_the_page_for_browsers_is_whole_and_in_the_order_of_the_text(report: Path) -> None:
-    text = report.read_text(encoding="utf-8")
+    text = unpadded(report.read_text(encoding="utf-8"))
     content = report.with_name("index.html").read_text(encoding="utf-8")
     page = read_page(content)
     assert_whole(page, report.parent)
@@ -221,7 +221,7 @@ def test_rebuilding_changes_no_byte_and_no_input(study: ReportInput, report: Pat
 
 
 def test_the_page_says_what_it_must(report: Path) -> None:
-    text = report.read_text(encoding="utf-8")
+    text = unpadded(report.read_text(encoding="utf-8"))
     assert text.startswith(
         "# Tiny &lt;study&gt; with a \\| in its title\n\n**Question.** Does it work?\n\n**Answer.** "
     )
@@ -243,7 +243,7 @@ def test_the_page_says_what_it_must(report: Path) -> None:
 
 
 def test_markdown_tables_are_rectangular_and_names_are_escaped(report: Path) -> None:
-    text = report.read_text(encoding="utf-8")
+    text = unpadded(report.read_text(encoding="utf-8"))
     widths: list[int] = []
     blocks = 0
     for line in [*text.splitlines(), ""]:
@@ -275,13 +275,13 @@ def test_missing_cells_are_named_with_the_command(study: ReportInput, tmp_path: 
         if key[1] != "neither" and key != ("table7", "projection", 2) and key[2] < 3
     }
     partial = replace(study, results=results)
-    text = build_report(partial, out=tmp_path, published=PUBLISHED).read_text(encoding="utf-8")
+    text = unpadded(build_report(partial, out=tmp_path, published=PUBLISHED).read_text(encoding="utf-8"))
     assert "table6 lacks `neither` seed 0, 1, 2. `semiseg run tiny` fills them" in text
     assert "table7 lacks `neither` seed 0, 1, 2; `projection` seed 2." in text
     assert "not answered yet (neither not measured on unseen classes)" in text
     assert (tmp_path / "tables" / "table6.csv").read_text().splitlines()[1] == "neither,no,no,0" + "," * 18
     empty = replace(study, results={})
-    text = build_report(empty, out=tmp_path / "empty", published=PUBLISHED).read_text(encoding="utf-8")
+    text = unpadded(build_report(empty, out=tmp_path / "empty", published=PUBLISHED).read_text(encoding="utf-8"))
     for reference in re.findall(r"!\[[^]]*\]\(([^)]*)\)", text):
         assert (tmp_path / "empty" / reference).is_file()
 
@@ -292,7 +292,7 @@ def test_mixed_code_data_and_splits_are_warned_of(study: ReportInput, tmp_path: 
     key = ("table6", "neither", 1)
     results[key] = replace(results[key], git_revision="def456", data_fingerprint="data2", split_digest="old")
     mixed = replace(study, results=results, run_folders={})
-    text = build_report(mixed, out=tmp_path, published=PUBLISHED).read_text(encoding="utf-8")
+    text = unpadded(build_report(mixed, out=tmp_path, published=PUBLISHED).read_text(encoding="utf-8"))
     assert "**Mixed code (git revisions).** `abc123`: 23 runs; `def456`: neither (few) seed 1." in text
     assert "**Mixed data.** `data1`: 23 runs; `data2`: neither (few) seed 1." in text
     assert "(old) than today's (d6)" in text
@@ -315,7 +315,7 @@ def test_figures_of_runs_that_are_gone_are_kept(study: ReportInput, report: Path
     one_gone = dict(list(study.run_folders.items())[1:])
     for folders in (one_gone, {}):
         gone = replace(study, run_folders=folders)
-        text = build_report(gone, out=tmp_path, published=PUBLISHED).read_text(encoding="utf-8")
+        text = unpadded(build_report(gone, out=tmp_path, published=PUBLISHED).read_text(encoding="utf-8"))
         kept, before = (contents(folder / "figures") for folder in (tmp_path, report.parent))
         assert kept == before
         assert "neither seed 0" in text.split("Without ")[1].split(": the detections of these runs")[0]
@@ -338,7 +338,7 @@ def test_a_table_without_unseen_classes_says_nothing_of_them(study: ReportInput,
     table = replace(TABLES[0], split="", split_digest="", seen=CLASSES, unseen=(), published="3")
     results = {key: value for key, value in study.results.items() if key[0] == "table6"}
     plain = replace(study, tables=(table,), results=results)
-    text = build_report(plain, out=tmp_path, published=PUBLISHED).read_text(encoding="utf-8")
+    text = unpadded(build_report(plain, out=tmp_path, published=PUBLISHED).read_text(encoding="utf-8"))
     assert "**Answer.** Mask AP: neither 0.0 → projection " in text
     assert "gap closed" not in text
     assert "unseen" not in text

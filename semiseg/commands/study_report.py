@@ -18,8 +18,8 @@ from semiseg.commands.study_words import (
 from semiseg.config import DataConfig, RunConfig
 from semiseg.data.sources import expected_files
 from semiseg.report.aggregate import ReportInput, ReportRow, ReportTable
-from semiseg.report.configurations import differing, settings
 from semiseg.report.page import build_report, report_text
+from semiseg.report.provenance import differing, settings
 from semiseg.resources import find
 from semiseg.results import Result, latest, read
 from semiseg.splits import load_split

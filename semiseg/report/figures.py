@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -89,7 +89,9 @@ def _legend(figure: Figure, panels: Iterable[Axes], *, columns: int = 3, above: 
     """One legend for all panels, outside of them, each label once."""
     found = [panel.get_legend_handles_labels() for panel in panels]
     handles = {label: handle for pair in found for handle, label in zip(*pair, strict=True)}
-    place = "outside upper center" if above else "outside lower center"
+    place: Literal["outside upper center", "outside lower center"] = "outside lower center"
+    if above:
+        place = "outside upper center"
     figure.legend(list(handles.values()), list(handles), loc=place, ncols=columns)
 
 
@@ -241,7 +243,7 @@ def _class_bars(panel: Axes, table: ReportTable, classes: pd.DataFrame, main: st
     goal = GREEN if group or UPPER_BOUND not in styles else styles[UPPER_BOUND].colour
     for name, sign, edge in ((table.rows[0].name, "o", BLACK), (UPPER_BOUND, "D", goal)):
         if name in classes and name != main and classes[name].notna().any():
-            edges = {"color": "white", "markeredgecolor": edge, "markeredgewidth": 1.2}
+            edges: dict[str, Any] = {"color": "white", "markeredgecolor": edge, "markeredgewidth": 1.2}
             panel.plot(classes[name], places, sign, label=labels[name], **edges)
     panel.set_yticks(places, [shortened(str(name)) for name in classes.index])
     panel.set_ylim(len(classes) - 0.4, -0.6)
@@ -300,7 +302,7 @@ def threshold_figure(table: ReportTable, measured: Mapping[str, pd.DataFrame], s
                 std = values.std(ddof=1).to_numpy()
                 panel.fill_between(thresholds, mean - std, mean + std, color=style.colour, alpha=0.15, linewidth=0)
             if len(values):
-                look = {"color": style.colour, "linestyle": style.dashes, "marker": style.marker}
+                look: dict[str, Any] = {"color": style.colour, "linestyle": style.dashes, "marker": style.marker}
                 # Marks at 0 are whole.
                 panel.plot(thresholds, mean, clip_on=False, label=shortened(row.label, 40), **look)
         panel.set_title(group)
@@ -351,7 +353,7 @@ def training_figure(
         for label, name, line in drawn:
             style = styles[name]
             marks = {"marker": style.marker, "markersize": 3.5} if drawn is validated else {}
-            look = {"color": style.colour, "linestyle": style.dashes, "linewidth": 1.1, **marks}
+            look: dict[str, Any] = {"color": style.colour, "linestyle": style.dashes, "linewidth": 1.1, **marks}
             panel.plot(line.index.to_numpy(), line.to_numpy(), label=shortened(label, 40), **look)
         panel.set_title(heading)
         panel.margins(x=0.03)

@@ -46,7 +46,7 @@ def render_page(text: str, folder: Path) -> str:
     headings = [(token, tokens[index + 1]) for index, token in enumerate(tokens) if token.type == "heading_open"]
     entries = [
         f'<li class="{token.tag}"><a href="#{quote(str(token.attrs["id"]))}">'
-        f"{markdown.renderer.renderInline(words.children or [], markdown.options, environment)}</a></li>\n"
+        f"{markdown.renderer.render(words.children or [], markdown.options, environment)}</a></li>\n"
         for token, words in headings
         if token.tag in ("h2", "h3")
     ]

@@ -21,8 +21,7 @@ from semiseg.report.figures import ap_figure, gap_figure
 from semiseg.report.html import PAGE_NAME, render_page
 from semiseg.report.measured import MEASURED_NAME, Measured
 from semiseg.report.pictures import picture_section
-from semiseg.report.protocol import protocol
-from semiseg.report.provenance import provenance, warnings
+from semiseg.report.provenance import protocol, provenance, warnings
 from semiseg.report.published import read_published
 from semiseg.report.quality_sections import class_section, size_section, threshold_section, training_section
 from semiseg.report.statements import answer

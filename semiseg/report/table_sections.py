@@ -6,7 +6,6 @@ import pandas as pd
 
 from semiseg.report.aggregate import NEITHER, UPPER_BOUND, ReportInput, TableNumbers
 from semiseg.report.context import PageContext
-from semiseg.report.provenance import table_warnings
 from semiseg.report.published import beside_printed, data_name, printed_difference, published_section
 from semiseg.report.statements import box_statement, gap_caution, gap_cells, reading, row_order
 from semiseg.report.tables import (
@@ -33,7 +32,6 @@ def table_section(page: PageContext, numbers: TableNumbers) -> list[str]:
         classes = f"All {len(table.seen)} classes"
     return [
         f"## {escape_markdown(table.title)}",
-        *(table_warnings(report, table) if len(page.tables) > 1 else []),  # else they stand right above
         f"{classes}; mask AP in percent; — = not measured.{bold} Files: {files}.",
         markdown_table(headings, cells, texts=shown.texts, bold=best),
         row_order(numbers),
