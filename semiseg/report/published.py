@@ -61,22 +61,17 @@ def published_section(report: ReportInput, numbers: TableNumbers, printed: pd.Da
     if table.published is None:
         return []
     rows = printed[printed["table"] == table.published]
-    caution = same_numbers_caution(printed) if table.published in ("6", "7") else ""
-    notes = _notes(printed, table)
+    notes = [f"- {escape_markdown(note)}" for note in _notes(printed, table)]
     return [
         f"### The printed numbers (BoxInst, {_NAMES.get(table.published, f'Table {table.published}')})",
         _context(report, rows, data_name(printed, table)),
-        *([caution] if caution else []),
-        *(
-            ["Notes to the printed numbers:\n\n" + "\n".join(f"- {escape_markdown(note)}" for note in notes)]
-            * bool(notes)
-        ),
+        *(["Notes to the printed numbers:\n\n" + "\n".join(notes)] if notes else []),
     ]
 
 
 def printed_difference(printed: pd.DataFrame, table: str | None, first: str, second: str, group: str) -> str:
     """`second` minus `first` in printed AP, "—" if the paper has not both."""
-    values = [_printed_ap(printed, table, row, group) for row in (first, second)]
+    values = [_printed_value(printed, table, row, group, "AP") for row in (first, second)]
     return number(float(values[1]) - float(values[0]), sign=True) if all(values) else "—"
 
 
@@ -87,19 +82,6 @@ def data_name(printed: pd.DataFrame, table: ReportTable) -> str:
     found = printed.loc[printed["table"] == table.published, "evaluation_set"]
     names = {str(text).split()[0].upper() for text in found if text}
     return names.pop() if len(names) == 1 else "COCO"
-
-
-def same_numbers_caution(published: pd.DataFrame) -> str:
-    """Names rows that the paper prints with the same unseen numbers in Tables 6 and 7, box-supervised above all."""
-    unseen = published[(published["classes"] == "unseen") & (published["row"] == "box-supervised")]
-    printed = {tuple(line) for line in unseen[["AP", "AP50", "AP75"]].to_numpy()}
-    if len(unseen) < 2 or len(printed) > 1:
-        return ""
-    tables = " and ".join(unseen["table"])
-    return (
-        f"**Caution:** the paper prints the box-supervised row of Tables {tables} with identical numbers on unseen "
-        f"classes ({' / '.join(next(iter(printed)))}) although their unseen classes differ: quote it with this caution."
-    )
 
 
 def _context(report: ReportInput, rows: pd.DataFrame, data: str) -> str:
@@ -157,10 +139,6 @@ def _printed(printed: pd.DataFrame, table: str, row: str, group: str) -> str:
     if found.empty:
         return "—"
     return " / ".join(value or "—" for value in found.iloc[0][list(TABLE_METRICS)])
-
-
-def _printed_ap(printed: pd.DataFrame, table: str | None, row: str, group: str) -> str:
-    return _printed_value(printed, table, row, group, "AP")
 
 
 def _printed_value(printed: pd.DataFrame, table: str | None, row: str, group: str, metric: str) -> str:
