@@ -160,14 +160,6 @@ QUOTES = (
     ),
     Quote(
         "docs/NUMERICS.md",
-        "{} % of the edges that count are truly positive (3 × 3 with dilation 1: {} %)",
-        lambda: [
-            cell("shapes_neighbourhood/report.md", "truly positive", row).removesuffix(" %")
-            for row in ("5 x 5, dilation 2", "3 x 3, dilation 1")
-        ],
-    ),
-    Quote(
-        "docs/NUMERICS.md",
         "finds it {} AP above 3 × 3 with dilation 1 without masks ({} and {})",
         wide_neighbourhood,
     ),

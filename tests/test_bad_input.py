@@ -25,7 +25,6 @@ from typer.testing import CliRunner
 
 from semiseg import __main__ as entry
 from semiseg.cli import app
-from semiseg.commands.study_data import record_difficulty
 from semiseg.config_files import merge
 from semiseg.data import table as table_module
 from semiseg.data.coco import CocoFile, read_coco
@@ -37,7 +36,6 @@ from semiseg.engine.logs import read_log
 from semiseg.engine.run import claimed, execute_run
 from semiseg.errors import UserError
 from semiseg.resources import lock_folder, write_text
-from semiseg.study import load_study
 from tests.coco_files import CocoFiles, make_coco
 from tests.tiny import TINY, tiny_config
 
@@ -201,11 +199,6 @@ def test_names_of_splits_stay_in_their_folder(tmp_path: Path, monkeypatch: pytes
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "splits" / "folder.toml").mkdir(parents=True)
     assert CliRunner().invoke(app, ["split", "list"]).exit_code == 0
-
-
-def test_difficulty_of_impossible_neighbourhoods() -> None:
-    assert "--size 4: expected an odd number" in complaint("data", "difficulty", "a.json", "images", "--size", "4")
-    assert "from 0 to 1" in complaint("data", "difficulty", "a.json", "images", "--threshold", "3")
 
 
 @pytest.mark.parametrize(
@@ -496,16 +489,6 @@ def test_termination_of_a_whole_process_group_is_an_orderly_stop(files: CocoFile
     assert told.count("\n") == 1
     step = read_log(out / "log.jsonl")[-1]["step"]
     assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step_{step:08d}.pt"]
-
-
-def test_a_damaged_difficulty_is_measured_anew(tmp_path: Path) -> None:
-    base = {**TINY, "data": {**TINY["data"], "root": str(tmp_path / "data")}}
-    (tmp_path / "s.toml").write_text(study_text(base=base))
-    study = load_study(str(tmp_path / "s.toml"))
-    for content in ("{", "[]", "{}"):
-        (tmp_path / "difficulty.json").write_text(content)
-        record_difficulty(study, tmp_path)
-        assert len(json.loads((tmp_path / "difficulty.json").read_text())["sentences"]) == 3
 
 
 def test_warnings_of_the_package_are_sentences() -> None:

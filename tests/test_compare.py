@@ -22,6 +22,7 @@ from semiseg.report.aggregate import ReportInput
 from semiseg.report.provenance import warnings
 from semiseg.results import Result, append
 from semiseg.splits import make_split, write_split
+from tests.page_reader import unpadded
 
 CLASSES = ("a_ring", "b|<b>", "猫 café")
 SHAPES = {"data": {"format": "shapes"}, "model": {"backbone": "small", "weights": "random", "frozen_stages": 0}}
@@ -337,7 +338,7 @@ def test_the_verb_prints_the_table_and_writes_the_report_twice_the_same() -> Non
     assert outcome.exit_code == 0, (outcome.output, outcome.exception)
     assert re.search(r"box\|er +yes +yes +2  31\.5 ± 0\.7", outcome.output)
     folder = Path("reports") / "compare" / "-".join(run.run_id[:6] for run in runs)
-    text = (folder / "report.md").read_text(encoding="utf-8")
+    text = unpadded((folder / "report.md").read_text(encoding="utf-8"))
     assert "| box\\|er | yes | yes | 2 | 31.5 ± 0.7 |" in text
     assert "| \\_&lt;b&gt;猫%\\# | — | — | 2 | 21.5 ± 0.7 |" in text
     assert "`reports/first/results.jsonl`, `reports/second/results.jsonl`; 4 runs" in text

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import builtins
 import json
 import logging
 import shutil
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +33,6 @@ from tests.voc_files import (
     write_palette,
     write_xml,
 )
-
-needs_scipy = pytest.mark.skipif(find_spec("scipy") is None, reason="SciPy reads SBD's files")
 
 
 @pytest.fixture
@@ -114,7 +110,6 @@ def test_detection_lists_give_boxes_and_never_images_of_val(voc: Path, tmp_path:
     assert names_of(convert(tmp_path, "main_trainval")) == ["2007_000001", "2007_000003", "2008_000005"]
 
 
-@needs_scipy
 def test_train_aug_takes_vocs_masks_first_then_sbds_and_nothing_of_val(voc: Path, tmp_path: Path) -> None:
     make_sbd(tmp_path / "benchmark_RELEASE" / "dataset")
     content = convert(tmp_path, "train_aug")
@@ -292,7 +287,6 @@ def test_maps_of_classes_may_be_missing(voc: Path, tmp_path: Path) -> None:
     assert convert(tmp_path, "train") == expected
 
 
-@needs_scipy
 def test_errors_in_sbd(voc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sbd = tmp_path / "SBD"
     make_sbd(sbd)
@@ -316,21 +310,6 @@ def test_errors_in_sbd(voc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ensure_voc(tmp_path, "train_aug")
     (sbd / "val.txt").unlink()
     with pytest.raises(UserError, match=r"SBD/val\.txt: the list of images cannot be read: No such file"):
-        ensure_voc(tmp_path, "train_aug")
-
-
-@needs_scipy
-def test_without_scipy_the_extra_is_named(voc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_sbd(tmp_path / "SBD")
-    original = builtins.__import__
-
-    def without_scipy(name: str, *arguments: Any, **keywords: Any) -> Any:
-        if name.startswith("scipy"):
-            raise ImportError(name)
-        return original(name, *arguments, **keywords)
-
-    monkeypatch.setattr(builtins, "__import__", without_scipy)
-    with pytest.raises(UserError, match=r"pip install 'semiseg\[sbd\]'"):
         ensure_voc(tmp_path, "train_aug")
 
 

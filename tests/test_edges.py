@@ -14,8 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from semiseg.cli import app
-from semiseg.commands.study_data import record_edges, recorded_edges, table_edges
-from semiseg.config import DataConfig, RunConfig
+from semiseg.config import RunConfig
 from semiseg.config_files import parse_config
 from semiseg.data.collate import Collate
 from semiseg.data.images import read_image
@@ -25,7 +24,6 @@ from semiseg.engine.edges import EdgeMeasurement, Neighbourhood, measure_edges
 from semiseg.errors import UserError
 from semiseg.losses.terms import instance_terms, mask_targets
 from semiseg.structures.grids import WholeMap
-from semiseg.study import load_study
 from tests import slow_reference as slow
 from tests.coco_files import CocoFiles, box_annotation, ellipse, make_coco, polygon_annotation, rle_annotation
 from tests.slow_reference import in_box, offsets
@@ -233,62 +231,3 @@ def test_impossible_options_are_told(files: CocoFiles, option: list[str], told: 
     result = CliRunner().invoke(app, ["data", "affinity", str(files.annotations), str(files.images), *option])
     assert result.exit_code == 2
     assert told in result.output
-
-
-STUDY = """
-title = "T"
-question = "Q?"
-[base]
-data = { root = "ROOT", val_annotations = "instances.json", val_images = "images", val_short_side = 48 }
-supervision.source = "boxes"
-[[rows]]
-name = "full"
-set.supervision.source = "masks"
-[[rows]]
-name = "0.0"
-set.objective.affinity_threshold = 0.0
-[[rows]]
-name = "0.1"
-set.objective.affinity_threshold = 0.1
-[[tables]]
-name = "tau"
-title = "tau"
-number = "tau"
-rows = ["full", "0.0", "0.1"]
-"""
-
-
-def test_a_study_measures_the_edges_of_its_rows_once(files: CocoFiles, tmp_path: Path) -> None:
-    (tmp_path / "tau.toml").write_text(STUDY.replace("ROOT", str(files.annotations.parent)))
-    study = load_study(str(tmp_path / "tau.toml"))
-    kinds = table_edges(study, study.tables[0])
-    assert kinds == {"0.0": (3, 2, 0.0), "0.1": (3, 2, 0.1)}
-    assert recorded_edges(tmp_path) == ({}, "")
-    record_edges(study, tmp_path)
-    shares, sentence = recorded_edges(tmp_path)
-    assert "2 validation images with 3 instances (short side 48, mask grid at stride 4)" in sentence
-    limit = DataConfig().val_long_side
-    direct = measure(files, short_side=48, long_side=limit, bottom_rows=10, thresholds=(0.0, 0.1)).shares
-    assert [shares[kind].positive for kind in kinds.values()] == [share.positive for share in direct]
-    path = tmp_path / "edges.json"
-    before = path.stat().st_mtime_ns
-    record_edges(study, tmp_path)
-    assert path.stat().st_mtime_ns == before
-    path.write_text("{")
-    with pytest.raises(UserError, match=r"edges\.json: not readable; remove it"):
-        recorded_edges(tmp_path)
-    record_edges(study, tmp_path)
-    assert recorded_edges(tmp_path)[0] == shares
-
-
-def test_only_studies_that_vary_the_edges_measure_them(tmp_path: Path) -> None:
-    for name in ("shapes", "coco_table3", "coco_table4"):
-        study = load_study(name)
-        assert all(table_edges(study, table) == {} for table in study.tables), name
-        if name != "shapes":
-            record_edges(study, tmp_path)
-    assert list(tmp_path.iterdir()) == []
-    assert (
-        len(set(table_edges(load_study("coco_neighbourhood"), load_study("coco_neighbourhood").tables[0]).values()))
-        == 4
-    )

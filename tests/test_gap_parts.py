@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
+from examples.analysis.gap_parts import class_ap, gap_parts, main, with_masks_of, with_true_masks
+from semiseg.errors import UserError
 from semiseg.evaluation.box_matching import box_matches
 from semiseg.evaluation.coco_metrics import evaluate_detections, load_ground_truth, prepare_masks
-from semiseg.evaluation.gap_parts import class_ap, with_masks_of, with_true_masks
-from semiseg.report.aggregate import ReportInput, ReportRow, ReportTable, table_numbers
-from semiseg.report.context import FigureFiles, PageContext
-from semiseg.report.gap_parts import GapParts, gap_parts_figure, gap_parts_section, gap_sentence
-from semiseg.report.measured import Measured
-from tests.recorded_runs import recorded_run
 
 SIZE = 48
 CLASSES = ("cat", "dog", "nowhere")  # the last without objects
@@ -173,9 +167,6 @@ def test_ap_is_that_of_the_evaluation(truth: COCO, truth_file: Path) -> None:
     assert class_ap(truth, []) == {"cat": 0.0, "dog": 0.0, "nowhere": None}
 
 
-# --- the section -----------------------------------------------------------------------------------------------------
-
-
 def perfect() -> list[dict[str, Any]]:
     """Every object found, in the order of falling scores, and one false alarm between them."""
     whole = [item for item in objects() if not item["iscrowd"]]
@@ -197,132 +188,50 @@ def other_order(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{**item, "score": 0.99 if item["image_id"] == 3 else item["score"]} for item in results]
 
 
-def make_page(
-    folder: Path, annotations: Path, runs: dict[tuple[str, int], list[dict[str, Any]]], **more: Any
-) -> PageContext:
-    """A page of one table; `runs`: (row, seed) -> its stored detections."""
-    names = list(dict.fromkeys(row for row, _ in runs))
-    rows = tuple(ReportRow(name, "", "", name, every_mask=name == "full-masks") for name in names)
-    table = ReportTable("t", "T", "s", "d", ("cat",), more.get("unseen", ("dog", "nowhere")), None, rows)
-    results, folders = {}, {}
-    for (row, seed), detections in runs.items():
-        run_id = f"{row}-{seed}"
-        folders[run_id] = folder / run_id
-        folders[run_id].mkdir(parents=True, exist_ok=True)
-        (folders[run_id] / "detections.json").write_text(json.dumps(detections))
-        metrics = evaluate_detections(annotations, detections, class_names=CLASSES, groups={}, image_ids=range(4))
-        results["t", row, seed] = recorded_run(row, seed, metrics=metrics.to_dict())
-    report = ReportInput(
-        "s", "T", "Q?", tuple(sorted({seed for _, seed in runs})), (table,), results, "", "", None, "", "",
-        run_folders=folders, val_annotations=annotations,
-    )  # fmt: skip
-    measured = Measured(folder / "out" / "measured.json")
-    return PageContext(
-        report, [table_numbers(report, table)], pd.DataFrame(), FigureFiles(folder / "out" / "figures"), measured
-    )
+def mean_ap(truth_file: Path, results: list[dict[str, Any]], names: list[str]) -> float:
+    metrics = evaluate_detections(truth_file, results, class_names=CLASSES, groups={}, image_ids=range(4))
+    value = metrics.group("segm", names)["AP"]
+    assert value is not None
+    return value
 
 
-def cells(blocks: list[str], row: str) -> list[str]:
-    table = next(block for block in blocks if block.startswith("| row"))
-    line = next(line for line in table.splitlines() if line.startswith(f"| {row} |"))
-    return [cell.strip() for cell in line.strip("|").split("|")][1:]
-
-
-def test_the_parts_are_what_was_made_worse(tmp_path: Path, truth_file: Path) -> None:
+@pytest.mark.parametrize("names", [["cat", "dog", "nowhere"], ["dog", "nowhere"]])
+def test_the_parts_are_what_was_made_worse(truth: COCO, truth_file: Path, names: list[str]) -> None:
     full = perfect()
-    runs = {
-        ("same", 0): full,
-        ("masks", 0): worse_masks(full),
-        ("order", 0): other_order(full),
-        ("nothing", 0): [],
-        ("full-masks", 0): full,
-    }
-    page = make_page(tmp_path, truth_file, runs)
-    blocks = gap_parts_section(page, page.tables[0])
-    goal = page.tables[0].mean("full-masks", "unseen_AP") or 0.0
-    # AP, true masks, exchanged, gap, box part, mask part, box part by true masks, without partner
-    same = f"{goal:.1f}"
-    assert cells(blocks, "same") == [same, same, same, "+0.0", "+0.0", "+0.0", "+0.0", "0.0 %"]
-    ap = page.tables[0].mean("masks", "unseen_AP") or 0.0
-    assert 0 < ap < goal
-    lost = f"+{goal - ap:.1f}"
-    assert cells(blocks, "masks") == [f"{ap:.1f}", same, f"{ap:.1f}", lost, "+0.0", lost, "+0.0", "0.0 %"]
-    ap = page.tables[0].mean("order", "unseen_AP") or 0.0
-    assert 0 < ap < goal
-    lost = f"+{goal - ap:.1f}"
-    assert cells(blocks, "order") == [f"{ap:.1f}", f"{ap:.1f}", same, lost, lost, "+0.0", lost, "0.0 %"]
-    assert cells(blocks, "nothing") == [
-        "0.0",
-        "0.0",
-        same,
-        f"+{goal:.1f}",
-        f"+{goal:.1f}",
-        "+0.0",
-        f"+{goal:.1f}",
-        "100.0 %",
-    ]
-    assert cells(blocks, "full-masks")[:2] == [same, same]
+    goal = mean_ap(truth_file, full, names)
+
+    def parts(row: list[dict[str, Any]]) -> dict[str, float]:
+        found = gap_parts(truth, full, row, names)
+        assert found["ap"] == pytest.approx(mean_ap(truth_file, row, names))
+        assert found["full"] == found["full_true_masks"] == pytest.approx(goal)
+        assert found["gap"] == pytest.approx(found["boxes"] + found["masks"])
+        return found
+
+    same = parts(full)
+    assert [same[name] for name in ("gap", "boxes", "masks", "boxes_by_truth", "kept")] == [0] * 5
+    worse = parts(worse_masks(full))
+    assert worse["true_masks"] == pytest.approx(goal)
+    assert (worse["boxes"], worse["boxes_by_truth"], worse["kept"]) == (0, 0, 0)
+    assert 0 < worse["masks"] == pytest.approx(goal - worse["ap"])
+    order = parts(other_order(full))
+    assert order["true_masks"] == order["ap"] < goal
+    assert order["masks"] == 0
+    assert order["exchanged"] == pytest.approx(goal)
+    assert order["boxes_by_truth"] == order["boxes"] == pytest.approx(goal - order["ap"])
+    nothing = parts([])
+    assert (nothing["ap"], nothing["true_masks"], nothing["masks"], nothing["kept"]) == (0, 0, 0, 100)
 
 
-def test_the_method_is_told_in_short_pieces_that_name_every_column(tmp_path: Path, truth_file: Path) -> None:
-    full = perfect()
-    page = make_page(tmp_path, truth_file, {("masks", 0): worse_masks(full), ("full-masks", 0): full})
-    blocks = gap_parts_section(page, page.tables[0])
-    place = next(number for number, block in enumerate(blocks) if block.startswith("| row"))
-    pieces = [line for block in blocks[1:place] for line in block.splitlines()]
-    assert max(map(len, pieces)) < 330
-    told = {words.lower() for piece in pieces for words in re.findall(r"\*\*(.*?)\*\*", piece)}
-    headings = [cell.strip() for cell in blocks[place].splitlines()[0].strip("|").split("|")]
-    assert told == set(headings) - {"row", "AP"}
-
-
-def test_seeds_are_paired_and_the_measurement_outlives_the_detections(tmp_path: Path, truth_file: Path) -> None:
-    full = perfect()
-    runs = {("masks", 0): worse_masks(full), ("masks", 1): full, ("masks", 2): full}
-    runs |= {("full-masks", 0): full, ("full-masks", 1): other_order(full)}
-    page = make_page(tmp_path, truth_file, runs)
-    blocks = gap_parts_section(page, page.tables[0])
-    aps = page.tables[0].measured.pivot(index="seed", columns="row", values="unseen_AP")
-    gaps = (aps["full-masks"] - aps["masks"])[[0, 1]]
-    assert cells(blocks, "masks")[3] == f"{gaps.mean():+.1f} ± {gaps.std(ddof=1):.1f}"
-    assert "2 seeds" in blocks[1]
-    page.measured.save()
-    first = (tmp_path / "out" / "measured.json").read_bytes()
-    for folder in page.report.run_folders.values():
-        (folder / "detections.json").unlink()
-    page.measured = Measured(tmp_path / "out" / "measured.json")
-    assert gap_parts_section(page, page.tables[0]) == blocks
-    page.measured.save()
-    assert (tmp_path / "out" / "measured.json").read_bytes() == first
-
-
-def test_without_detections_or_a_bound_nothing_is_claimed(tmp_path: Path, truth_file: Path) -> None:
-    runs = {("masks", 0): perfect(), ("full-masks", 0): perfect()}
-    page = make_page(tmp_path, truth_file, runs)
-    damaged = page.report.run_folders["masks-0"] / "detections.json"
-    for text in ("[{", json.dumps([{**perfect()[0], "image_id": 77}])):
-        damaged.write_text(text)
-        assert gap_parts_section(page, page.tables[0])[1].startswith("Not measured: ")
-    page.measured.save()
-    assert list(json.loads((tmp_path / "out" / "measured.json").read_text())) == ["detections"]
-    page = make_page(tmp_path / "other", truth_file, {("masks", 0): perfect(), ("dice", 0): perfect()})
-    assert gap_parts_section(page, page.tables[0]) == []
-
-
-@pytest.mark.parametrize(
-    ("masks", "boxes", "expected"),
-    [
-        (10.1, 0.7, "Of the 10.8 AP that a\\_b lacks on all classes compared with full, 10.1 are masks and 0.7 boxes"),
-        (4.4, -0.6, "Of the 3.8 AP that a\\_b lacks on all classes compared with full, its masks make up +4.4, its"),
-        (1.0, -0.01, "1.0 are masks and 0.0 boxes and scores (one seed)."),
-        (-1.0, 0.2, "(\N{MINUS SIGN}0.8 AP below it, one seed): masks \N{MINUS SIGN}1.0, boxes and scores +0.2."),
-    ],
-)
-def test_the_sentence_says_what_the_gap_is_made_of(masks: float, boxes: float, expected: str) -> None:
-    values = pd.DataFrame([{"gap": masks + boxes, "masks": masks, "boxes": boxes, "ap": 1.0}])
-    parts = GapParts(ReportRow("a_b", "", "", "a_b"), values)
-    assert expected in gap_sentence(parts, classes="all", bound="full")
-    drawn = gap_parts_figure([parts], classes="all", bound="full")
-    assert drawn == gap_parts_figure([parts], classes="all", bound="full")
-    assert drawn.svg is not None
-    assert b"masks" in drawn.svg
+def test_the_script_prints_the_parts(tmp_path: Path, truth_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, results in (("full", perfect()), ("row", worse_masks(perfect()))):
+        (tmp_path / f"{name}.json").write_text(json.dumps(results))
+    arguments = [str(truth_file), str(tmp_path / "full.json"), str(tmp_path / "row.json")]
+    main([*arguments, "--classes", "dog,nowhere"])
+    told = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    assert float(told["gap"]) == float(told["masks"]) > 0
+    (tmp_path / "row.json").write_text("[{")
+    with pytest.raises(UserError, match=r"row\.json: cannot be read"):
+        main(arguments)
+    truth_file.write_text(truth_file.read_text().replace('"segmentation"', '"none"'))
+    with pytest.raises(UserError, match="every object needs a mask"):
+        main(arguments)

@@ -20,7 +20,7 @@ from semiseg.engine.run import check_folder, execute_run
 from semiseg.engine.session import start_accelerator
 from semiseg.engine.train import optimizer_step, prepare
 from semiseg.errors import UserError
-from semiseg.report.configurations import differing, run_settings
+from semiseg.report.provenance import differing, run_settings
 from semiseg.results import Result, read
 from semiseg.study import Study, load_study, study_runs
 from semiseg.study_child import write_run_files

@@ -20,7 +20,11 @@ from semiseg.cli import app
 from semiseg.commands.predict import find_images
 from semiseg.data.images import read_image
 from semiseg.engine import predict_files
-from semiseg.engine.overlays import (
+from semiseg.engine.predict import encode_masks, find_instances
+from semiseg.engine.predict_files import overlay_names
+from semiseg.engine.run import evaluate_run
+from semiseg.errors import UserError
+from semiseg.overlays import (
     COLOURS,
     LARGEST_SIDE,
     Drawn,
@@ -31,10 +35,6 @@ from semiseg.engine.overlays import (
     place_label,
     prepare_drawing,
 )
-from semiseg.engine.predict import encode_masks, find_instances
-from semiseg.engine.predict_files import overlay_names
-from semiseg.engine.run import evaluate_run
-from semiseg.errors import UserError
 from tests.coco_files import make_coco, picture
 from tests.model_folders import make_model
 
@@ -271,7 +271,7 @@ def test_scores(model: Path, folder: Path) -> None:
     drawn, bare = (
         np.asarray(Image.open(folder / name / "overlays" / "a.jpg")).astype(int) for name in ("all", "undrawn")
     )
-    plain = np.asarray(prepare_drawing(read_image(folder / "a.png"))).astype(int)
+    plain = np.asarray(prepare_drawing(read_image(folder / "a.png").permute(1, 2, 0).numpy())).astype(int)
     assert bare.shape == plain.shape
     assert abs(bare - plain).mean() < 3  # JPEG
     assert abs(drawn - plain).mean() > 20
@@ -330,7 +330,7 @@ def drawn_square(size_hw: tuple[int, int], x0: int, y0: int, x1: int, y1: int, t
 
 
 def test_a_mask_is_tinted_where_it_is() -> None:
-    image = torch.full((3, 500, 600), 100, dtype=torch.uint8)
+    image = np.full((500, 600, 3), 100, dtype=np.uint8)
     drawing = draw_detections(prepare_drawing(image), (500, 600), [drawn_square((500, 600), 100, 200, 400, 420)])
     pixels = np.asarray(drawing).astype(int)
     assert pixels.shape == (500, 600, 3)
@@ -342,14 +342,14 @@ def test_a_mask_is_tinted_where_it_is() -> None:
     rows, columns = changed.nonzero()  # the label, above the box
     assert rows.min() > 170
     assert (rows.max(), columns.min()) == (199, 100)
-    half = draw_detections(prepare_drawing(image[:, :50, :60]), (50, 60), [drawn_square((50, 60), 10, 20, 40, 42)])
+    half = draw_detections(prepare_drawing(image[:50, :60]), (50, 60), [drawn_square((50, 60), 10, 20, 40, 42)])
     assert (abs(np.asarray(half).astype(int)[210:410, 110:390] - (55 + 0.45 * colour)) <= 1).all()  # ten times larger
 
 
 @pytest.mark.parametrize("size_hw", [(1, 1), (1, 900), (3000, 2), (7, 5), (2100, 2100)])
 def test_any_size_can_be_drawn(size_hw: tuple[int, int]) -> None:
     height, width = size_hw
-    image = torch.zeros(3, height, width, dtype=torch.uint8)
+    image = np.zeros((height, width, 3), dtype=np.uint8)
     instances = [drawn_square(size_hw, 0, 0, width, height, "a very long name of a class " * 9), Drawn(
         (width, height, width, height), encode_masks(torch.zeros(1, height, width, dtype=torch.bool))[0], ""
     )]  # fmt: skip

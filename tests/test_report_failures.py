@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from dataclasses import replace
@@ -11,30 +12,40 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.transforms import Bbox
 from PIL import Image
 from pycocotools import mask as rle
 
 from semiseg.evaluation.coco_metrics import evaluate_detections, load_ground_truth
 from semiseg.evaluation.instances import SHARES, match_instances
+from semiseg.overlays import COLOURS
 from semiseg.report.aggregate import ReportInput, ReportRow, ReportTable, table_numbers
 from semiseg.report.context import FigureFiles, PageContext
-from semiseg.report.failure_pictures import PER_CAUSE, crop_window, packed, worst_failures
-from semiseg.report.failures import CAUSES, causes_of_failure, failure_counts, failure_section
-from semiseg.report.gap_parts import gap_parts_section
+from semiseg.report.failures import (
+    CAUSES,
+    PER_CAUSE,
+    causes_of_failure,
+    crop_window,
+    failure_counts,
+    failure_section,
+    worst_failures,
+)
 from semiseg.report.measured import Measured
-from semiseg.report.picture_choice import GAIN, LOSS, RANDOM, choose_images, image_gains, other_row
 from semiseg.report.pictures import (
-    INSTANCE_COLOURS,
+    GAIN,
+    LOSS,
+    RANDOM,
     UNMATCHED,
-    _found_instances,
+    choose_images,
+    contact_sheet,
     draw_pictures,
-    label_corners,
-    line_label,
+    found_objects,
+    image_gains,
+    other_row,
+    truth_objects,
 )
 from semiseg.report.stored import StoredDetections
-from semiseg.report.tightness import tightness_section
 from semiseg.results import Result
+from tests.page_reader import unpadded
 from tests.recorded_runs import recorded_run
 
 SIZE = 48
@@ -161,8 +172,8 @@ def test_images_are_chosen_once_by_group_and_ties_by_id(study: ReportInput) -> N
     chosen = choose_images(truth, gains, seed=3)
     groups = {group: [c.image_id for c in chosen if c.group == group] for group in (RANDOM, GAIN, LOSS)}
     assert groups == {RANDOM: drawn, GAIN: [left[5], left[1], left[2]], LOSS: [left[7], left[0]]}
-    assert line_label(chosen[0]) == f"random (+90)\nimage {drawn[0]}"
-    assert line_label(chosen[1]) == f"random\nimage {drawn[1]}"
+    assert chosen[0].label == f"random (+90), image {drawn[0]}"
+    assert chosen[1].label == f"random, image {drawn[1]}"
     assert choose_images(truth, dict.fromkeys(range(12), 0.0), seed=3)[4:] == []  # neither a gain nor a loss
 
 
@@ -181,10 +192,12 @@ def test_a_detection_has_the_colour_of_its_object_in_every_row(study: ReportInpu
     truth = load_ground_truth(study.val_annotations)
     objects = truth.imgToAnns[0]
     results = json.loads((study.run_folders["neither-0"] / "detections.json").read_text())[:2]
-    far = results[0] | {"bbox": [0, 40, 5, 5]}
-    shown = _found_instances(TABLE, truth, objects, [results[1], far, results[0]])
-    assert [item.colour for item in shown] == [INSTANCE_COLOURS[1], UNMATCHED, INSTANCE_COLOURS[0]]
-    assert [item.unseen for item in shown] == [True, False, False]
+    assert [item.colour for item in truth_objects(TABLE, truth, objects)] == [*COLOURS[:2]]
+    far = results[0] | {"bbox": [0, 40, 5, 5], "score": 0.5}
+    shown = found_objects(TABLE, truth, objects, [far, results[0] | {"score": 0.4}, results[1]])
+    assert [item.colour for item in shown] == [COLOURS[1], UNMATCHED, COLOURS[0]], "the best first"
+    assert [item.text for item in shown] == ["0.90", "0.50", "0.40"]
+    assert [item.dashed for item in shown] == [False, True, True], "solid: unseen"
 
 
 def test_counts_table_and_picture(study: ReportInput, tmp_path: Path) -> None:
@@ -195,7 +208,7 @@ def test_counts_table_and_picture(study: ReportInput, tmp_path: Path) -> None:
     assert failure_counts(truth, match_instances(truth, results)) == dict.fromkeys(CLASSES, expected)
     assert failure_counts(truth, match_instances(truth, [])) == {name: [12, 0, 0, 0, 0, 0, 0] for name in CLASSES}
     page = page_of(study, tmp_path)
-    text = "\n\n".join(failure_section(page, page.tables[0]))
+    text = unpadded("\n\n".join(failure_section(page, page.tables[0])))
     cells = "12 (100 %) | 0 (0 %) | 0 (0 %) | 0 (0 %) | 12 (100 %) | 0 (0 %)"
     assert f"| neither | 2 | 12 (100 %) | {cells} |" in text
     assert "| full-masks | 2 | 12 (100 %) | 0 (0 %) | 0 | 0 | 0 | 0 | 0 |" in text
@@ -206,13 +219,13 @@ def test_counts_table_and_picture(study: ReportInput, tmp_path: Path) -> None:
     page.measured.save()
     # Without the run folders the numbers are the same, and the picture is kept.
     gone = page_of(replace(study, run_folders={}, val_annotations=None), tmp_path)
-    again = "\n\n".join(failure_section(gone, gone.tables[0]))
+    again = unpadded("\n\n".join(failure_section(gone, gone.tables[0])))
     assert [part for part in again.splitlines() if part.startswith("|")] == [
         part for part in text.splitlines() if part.startswith("|")
     ]
     assert picture.read_bytes() == first
     fresh = page_of(replace(study, run_folders={}), tmp_path / "fresh")
-    empty = "\n\n".join(failure_section(fresh, fresh.tables[0]))
+    empty = unpadded("\n\n".join(failure_section(fresh, fresh.tables[0])))
     assert "| neither | 0 | — | — | — | — | — | — | — |" in empty
     assert "*No figure (failed masks by cause, t6): the run folder" in empty
 
@@ -224,14 +237,9 @@ def test_the_folder_of_another_training_of_the_same_run_is_not_measured(study: R
     folders = {**study.run_folders, "projection+pairwise-0": other}
     page = page_of(replace(study, run_folders=folders), tmp_path)
     failures = failure_section(page, page.tables[0])
-    assert "| projection+pairwise | 1 | " in failures[2]
+    assert "| projection+pairwise | 1 | " in unpadded(failures[2])
     assert failures[3].startswith("Without projection+pairwise seed 0: ")
     assert failures[4].startswith("*No figure (failed masks by cause, t6): ")
-    tightness = tightness_section(page, page.tables[0])
-    assert "Without projection+pairwise seed 0: the detections of these runs are not on this machine." in tightness
-    parts = gap_parts_section(page, page.tables[0])
-    assert "Without projection+pairwise seed 0: the detections of these runs are not on this machine." in parts
-    assert parts[1].endswith("(one seed).")
     assert draw_pictures(page.report, page.tables[0], page.stored).drawing is None
     page.measured.save()
     assert "projection+pairwise-0." not in (tmp_path / "measured.json").read_text()
@@ -248,7 +256,7 @@ def test_a_validation_set_without_objects_has_no_pictures(study: ReportInput, tm
 def test_nothing_found_has_no_failures_and_pictures_without_gains(tmp_path: Path) -> None:
     study = make_study(tmp_path, found=False)
     page = page_of(study, tmp_path / "report")
-    text = "\n\n".join(failure_section(page, page.tables[0]))
+    text = unpadded("\n\n".join(failure_section(page, page.tables[0])))
     assert "| neither | 2 | 0 (0 %) | 0 | 0 | 0 | 0 | 0 | 0 |" in text
     assert "No mask of projection+pairwise, seed 0, has failed" in text
     pictures = draw_pictures(study, page.tables[0], page.stored)
@@ -278,7 +286,7 @@ def test_what_is_missing_for_pictures_is_said_in_one_sentence(study: ReportInput
 def test_the_worst_of_each_cause_come_first_and_tiles_lie_within_the_image() -> None:
     values = [0.3, 0.1, 0.2, 0.1, 0.4, 0.45, 0.35, 0.25]
     frame = pd.DataFrame({"mask_iou": values, "cause": ["leak"] * 7 + ["box"]}, index=[9, 8, 7, 6, 5, 4, 3, 2])
-    worst = worst_failures(frame, tuple(CAUSES))
+    worst = worst_failures(frame)
     assert {cause: lines.index.tolist() for cause, lines in worst.items()} == {"box": [2], "leak": [6, 8, 7, 9, 3, 5]}
     assert len(worst["leak"]) == PER_CAUSE
     assert crop_window([0, 20, 10, 20], width=100, height=60) == pytest.approx((0, 14, 32))
@@ -286,33 +294,22 @@ def test_the_worst_of_each_cause_come_first_and_tiles_lie_within_the_image() -> 
     assert crop_window([0, 0, 100, 60], width=100, height=60) == pytest.approx((-30, -50, 160))
 
 
-def test_labels_of_boxes_that_coincide_do_not_lie_on_each_other() -> None:
-    inside = Bbox.from_bounds(10, 20, 100, 100)
-    box, far = Bbox.from_bounds(30, 40, 50, 50), Bbox.from_bounds(70, 100, 50, 50)
-    size = (12.0, 6.0)
-    assert label_corners([], [], inside) == []
-    # The last has the highest score: its label stays, the next one moves down, and the lowest is left out.
-    assert label_corners([box, box, box], [size] * 3, inside) == [None, (30, 84), (30, 40)]
-    assert label_corners([box, far], [size] * 2, inside) == [(30, 40), (70, 100)]
-    # Boxes that leave the picture: the labels do not.
-    out = [Bbox.from_bounds(-50, -50, 300, 300), Bbox.from_bounds(108, 119, 9, 9)]
-    assert label_corners(out, [size] * 2, inside) == [(10, 20), (98, 114)]
-
-
-def test_random_labels_are_apart_and_the_highest_score_has_its_own() -> None:
-    draw, inside = np.random.default_rng(0), Bbox.from_bounds(0, 0, 90, 90)
-    boxes = [Bbox.from_bounds(*draw.uniform(0, 60, 2), *draw.uniform(10, 40, 2)) for _ in range(25)]
-    corners = label_corners(boxes, [(14.0, 7.0)] * 25, inside)
-    shown = [corner for corner in corners if corner is not None]
-    assert corners[-1] == (min(boxes[-1].x0, 76), min(boxes[-1].y0, 83))
-    assert 5 < len(shown) < 25
-    for place, (x, y) in enumerate(shown):
-        assert all(abs(x - other_x) >= 14 or abs(y - other_y) >= 7 for other_x, other_y in shown[:place])
-
-
-def test_causes_with_few_failures_share_a_line() -> None:
-    counts = {"merged": 6, "box": 1, "leak": 2, "part missing": 3, "other": 1}
-    assert packed(counts) == [["merged"], ["box", "leak", "part missing"], ["other"]]
-    assert packed({"leak": 5, "other": 2}) == [["leak"], ["other"]]
-    assert packed({"leak": 1}) == [["leak"]]
-    assert packed({}) == []
+def test_a_sheet_holds_every_picture_below_its_words() -> None:
+    colours = [(200, 0, 0), (0, 200, 0), (0, 0, 200)]
+    first, second, third = (Image.new("RGB", (60, 40), colour) for colour in colours)
+    content = contact_sheet([("words " * 99, [("a", first), ("b\nb", second)]), ("", [("", third)])])
+    assert content == contact_sheet([("words " * 99, [("a", first), ("b\nb", second)]), ("", [("", third)])])
+    with Image.open(io.BytesIO(content)) as sheet:
+        pixels = np.asarray(sheet.convert("RGB"))
+    corners = []
+    for colour in colours:
+        rows, columns = (pixels == colour).all(2).nonzero()
+        assert len(rows) == 60 * 40
+        corners.append((int(rows.min()), int(columns.min())))
+    (top, left), (same, right), (below, start) = corners
+    assert (same, start) == (top, left)
+    assert right >= left + 60
+    assert below >= top + 40
+    dark = pixels.max(axis=2) < 90
+    assert dark[:top].any()
+    assert not dark[top : top + 40].any()

@@ -17,11 +17,22 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from semiseg.report import curve_figures, figures, quality_sections
+from semiseg.report import figures, quality_sections
 from semiseg.report.aggregate import ReportRow, ReportTable, TableNumbers
-from semiseg.report.chart_style import GROUP_COLOURS, row_styles, shortened, wrapped
-from semiseg.report.curve_figures import CURVE_POINTS, read_curves, threshold_figure, training_figure
-from semiseg.report.figures import class_figure, class_gaps, shown_row, size_figure, sorted_classes
+from semiseg.report.drawing import shortened, wrapped
+from semiseg.report.figures import (
+    CURVE_POINTS,
+    GROUP_COLOURS,
+    class_figure,
+    class_gaps,
+    read_curves,
+    row_styles,
+    shown_row,
+    size_figure,
+    sorted_classes,
+    threshold_figure,
+    training_figure,
+)
 from semiseg.report.measured import Measured
 
 NAMES = ("neither", "projection", "projection+pairwise", "full-masks")
@@ -34,8 +45,7 @@ STYLES = row_styles([TABLE])
 @pytest.fixture
 def as_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures as matplotlib has them instead of bytes."""
-    for module in (figures, curve_figures):
-        monkeypatch.setattr(module, "chart", lambda figure: figure)
+    monkeypatch.setattr(figures, "chart", lambda figure: figure)
 
 
 def class_frame(method: list[float], full: list[float]) -> pd.DataFrame:

@@ -33,6 +33,7 @@ from semiseg.report.statements import answer, gap_caution, reading, row_order
 from semiseg.report.table_sections import difference_section, uncertainty_section
 from semiseg.report.uncertainty import thresholds_of, with_image_intervals
 from semiseg.results import Result
+from tests.page_reader import unpadded
 from tests.recorded_runs import recorded_run
 from tests.test_bootstrap import encode
 
@@ -270,7 +271,7 @@ def test_a_row_without_detections_leaves_the_others_theirs(one_seed: ReportInput
     assert (BEST, "all") not in numbers.images.cells
     assert numbers.between(NEITHER, BEST, "all").resolved is None
     assert numbers.between(NEITHER, "projection", "all").image_interval is not None
-    assert f"| {BEST.replace('_', '')} | — | — | — |" in uncertainty_section(numbers)[-1]
+    assert f"| {BEST.replace('_', '')} | — | — | — |" in unpadded(uncertainty_section(numbers)[-1])
 
 
 @pytest.mark.parametrize("content", ["[", "[]", '[{"image_id": 0}]', '{"a": 1}'])
@@ -345,9 +346,10 @@ def test_what_is_not_resolved_is_marked_wherever_it_is_named(three_seeds: Report
     assert "the gap itself" in (gap_caution(vague) or "")
     section = difference_section(three_seeds, vague, pd.DataFrame())
     assert "two 95 % intervals of its mean leave out 0" in section[1]
-    line = next(line for line in section[2].splitlines() if line.startswith(f"| {BEST} − {NEITHER} | unseen"))  # noqa: RUF001
+    lines = unpadded(section[2]).splitlines()
+    line = next(line for line in lines if line.startswith(f"| {BEST} − {NEITHER} | unseen"))  # noqa: RUF001
     assert line.endswith("| −1.0 … +1.0 | not resolved over images |")  # noqa: RUF001
-    assert "95 % over seeds | 95 % over images" in section[2]
+    assert "95 % over seeds | 95 % over images" in lines[0]
 
 
 def test_one_seed_is_judged_over_images_and_the_page_says_so(one_seed: ReportInput, tmp_path: Path) -> None:

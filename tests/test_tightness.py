@@ -1,4 +1,4 @@
-"""The projection error of stored masks against boxes: slow reference, limits, and its section of the report."""
+"""The projection error of stored masks against boxes: slow reference, limits, and the script that prints it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from pycocotools import mask as rle
 
+from examples.analysis.tightness import class_tightness, main, projection_error, true_tightness
 from semiseg.evaluation.coco_metrics import load_ground_truth, prepare_masks
-from semiseg.evaluation.tightness import class_tightness, projection_error, true_tightness
 
 SIZE = 40
 OBJECTS = (  # image, category, box; the last one is crowd
@@ -98,7 +98,7 @@ def write_truth(folder: Path) -> Path:
     return path
 
 
-def test_means_per_class_over_what_was_found(tmp_path: Path) -> None:
+def test_means_per_class_over_what_was_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     truth = load_ground_truth(write_truth(tmp_path))
     assert prepare_masks(truth)
 
@@ -121,3 +121,7 @@ def test_means_per_class_over_what_was_found(tmp_path: Path) -> None:
     assert all(value.objects == 0 for value in class_tightness(truth, []).values())
     true = true_tightness(truth)
     assert [(value.objects, value.error) for value in true.values()] == [(2, 0.0), (1, 0.0), (0, None)]
+    (tmp_path / "detections.json").write_text(json.dumps(results))
+    main([str(tmp_path / "val.json"), str(tmp_path / "detections.json")])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert lines == [["a", "2", "8.3", "%", "0.0", "%"], ["b", "0", "-", "0.0", "%"], ["c", "0", "-", "-"]]

@@ -22,7 +22,7 @@ from semiseg.config_files import digest, parse_config
 from semiseg.data.sources import expected_files
 from semiseg.errors import UserError
 from semiseg.report.aggregate import ReportInput, ReportRow, ReportTable
-from semiseg.report.configurations import identity_settings, recorded_values, run_settings, unmeant
+from semiseg.report.provenance import identity_settings, recorded_values, run_settings, unmeant
 from semiseg.results import Result, same_validation_data
 from semiseg.splits import ClassSplit, load_split
 from semiseg.study import StudyRow, load_study

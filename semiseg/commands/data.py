@@ -1,4 +1,4 @@
-"""`semiseg data`: check annotations, draw the embedded data set, measure what boxes and colours give away."""
+"""`semiseg data`: check annotations, draw the embedded data set, measure what colours give away about masks."""
 
 from __future__ import annotations
 
@@ -49,59 +49,19 @@ def shapes(
     typer.echo(f"{images} images in {out / 'images'}, their annotations in {out / 'annotations.json'}")
 
 
-Stride = Annotated[int, typer.Option(min=1, help="Of the mask grid, in pixels.")]
-Thresholds = Annotated[
-    list[float] | None, typer.Option("--threshold", help="Similarity from which an edge counts. Repeatable.")
-]
-MaxImages = Annotated[int | None, typer.Option(min=1, help="Look at the first so many images only.")]
-
-
-def difficulty(
-    annotations: Annotated[Path, typer.Argument(help="COCO instances json, every instance with a mask.")],
-    images: Annotated[Path, typer.Argument(help="Folder of the images.")],
-    stride: Stride = 4,
-    size: Annotated[int, typer.Option(min=3, help="Side of the neighbourhood, in cells.")] = 3,
-    dilation: Annotated[int, typer.Option(min=1, help="Distance between neighbours, in cells.")] = 2,
-    thresholds: Thresholds = None,
-    max_images: MaxImages = None,
-) -> None:
-    """Measure how hard box supervision is.
-
-    How much the boxes and colours of a data set give away about its masks.
-
-    Example: semiseg data difficulty annotations.json images --stride 2 --threshold 0 --threshold 0.3
-    """
-    _check_edges([size], thresholds)
-    from semiseg.engine.edges import Neighbourhood, measure_edges
-    from semiseg.evaluation.difficulty import measure_difficulty
-
-    edges = measure_edges(
-        annotations,
-        images,
-        neighbourhoods=[Neighbourhood(size, dilation)],
-        thresholds=sorted(set(thresholds or (0.0, 0.1, 0.2, 0.3, 0.5))),
-        stride=stride,
-        short_side=0,
-        long_side=0,
-        bottom_rows=0,
-        max_images=max_images,
-        progress=True,
-    )
-    measured = measure_difficulty(annotations, max_images=max_images, progress=True)
-    typer.echo(f"{edges.render()}\n\n{measured.render()}")
-
-
 def affinity(
     annotations: Annotated[Path, typer.Argument(help="COCO instances json with masks.")],
     images: Annotated[Path, typer.Argument(help="Folder of the images.")],
-    stride: Stride = 4,
+    stride: Annotated[int, typer.Option(min=1, help="Of the mask grid, in pixels.")] = 4,
     size: Annotated[
         list[int] | None, typer.Option(help="Side of the neighbourhood, in cells. Repeatable. Default: 3 and 5.")
     ] = None,
     dilation: Annotated[
         list[int] | None, typer.Option(help="Distance between neighbours, in cells. Repeatable. Default: 1 and 2.")
     ] = None,
-    thresholds: Thresholds = None,
+    thresholds: Annotated[
+        list[float] | None, typer.Option("--threshold", help="Similarity from which an edge counts. Repeatable.")
+    ] = None,
     short_side: Annotated[
         int, typer.Option(min=0, help="Resize images as for the network (800 for COCO). 0 = stored size.")
     ] = 0,
@@ -109,7 +69,7 @@ def affinity(
     bottom_rows: Annotated[
         int, typer.Option(min=0, help="Rows at the bottom without affinity, as in training (10 for COCO).")
     ] = 0,
-    max_images: MaxImages = None,
+    max_images: Annotated[int | None, typer.Option(min=1, help="Look at the first so many images only.")] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers to this JSON file too.")
     ] = None,

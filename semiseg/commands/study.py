@@ -85,7 +85,7 @@ def run(
         typer.echo(f"nothing to train: all {len(planned)} runs are done")
     if not trained and not reproduce and any(run_status(item, {}).state != "done" for item in planned):
         typer.echo("(some of them were recorded elsewhere; '--reproduce' trains them here)")
-    _measure_and_report(loaded, folder, command=_command(study, overrides, seeds, out))
+    _build_report(loaded, folder, record=folder, command=_command(study, overrides, seeds, out))
     if not overrides:
         _say_beside_reference(loaded, folder)
 
@@ -196,15 +196,6 @@ def _command(study: str, overrides: list[str] | None, seeds: str | None, out: Pa
     changes = [part for item in overrides or [] for part in ("--set", item)]
     given = [part for name, value in (("--seeds", seeds), ("--out", out)) if value for part in (name, str(value))]
     return ["semiseg", "run", study, *changes, *given]
-
-
-def _measure_and_report(study: Study, folder: Path, *, command: list[str]) -> None:
-    from semiseg.commands.study_data import record_difficulty, record_edge_curve, record_edges
-
-    record_difficulty(study, folder)
-    record_edges(study, folder)
-    record_edge_curve(study, folder)
-    _build_report(study, folder, record=folder, command=command)
 
 
 def _say_beside_reference(study: Study, folder: Path) -> None:

@@ -4,17 +4,8 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
-from semiseg.commands.study_data import (
-    EdgeKind,
-    RowEdges,
-    recorded_difficulty,
-    recorded_edge_curve,
-    recorded_edges,
-    table_edges,
-)
 from semiseg.commands.study_words import (
     data_sentence,
     initial_weights_in_words,
@@ -27,8 +18,8 @@ from semiseg.commands.study_words import (
 from semiseg.config import DataConfig, RunConfig
 from semiseg.data.sources import expected_files
 from semiseg.report.aggregate import ReportInput, ReportRow, ReportTable
-from semiseg.report.configurations import differing, settings
 from semiseg.report.page import build_report, report_text
+from semiseg.report.provenance import differing, settings
 from semiseg.resources import find
 from semiseg.results import Result, latest, read
 from semiseg.splits import load_split
@@ -48,8 +39,7 @@ def build(study: Study, folder: Path, *, record: Path, command: Sequence[str]) -
     Returns:
         the tables as text, and the path of the page.
     """
-    curve = recorded_edge_curve(study, folder) or recorded_edge_curve(study, record)
-    report = replace(report_input(study, record, command=command), edge_curve=curve)
+    report = report_input(study, record, command=command)
     return report_text(report), build_report(report, out=folder, published=find("published", PUBLISHED))
 
 
@@ -57,8 +47,7 @@ def report_input(study: Study, folder: Path, *, command: Sequence[str]) -> Repor
     """Everything that the report of a study is made from; `folder` is that of the record."""
     recorded = read(folder / RESULTS_NAME)
     found = matching_results(study, recorded)
-    edges, measured = recorded_edges(folder)
-    tables = tuple(_table(study, table, found, edges) for table in study.tables)
+    tables = tuple(_table(study, table, found) for table in study.tables)
     cells = {
         (table.name, row, seed): result
         for table in study.tables
@@ -86,8 +75,6 @@ def report_input(study: Study, folder: Path, *, command: Sequence[str]) -> Repor
         run_command=shlex.join(command),
         report_command=shlex.join([command[0], "report", *command[2:]]),
         pretraining_results=tuple(found[run.key] for run in pretrainings if run.key in found),
-        difficulty=recorded_difficulty(folder),
-        edges=measured,
         recorded=tuple(latest(recorded).values()),
         run_folders={run_id: path for run_id in run_ids for path in RUNS_FOLDER.glob(f"*/*-{run_id}")},
         val_annotations=annotations,
@@ -95,12 +82,9 @@ def report_input(study: Study, folder: Path, *, command: Sequence[str]) -> Repor
     )
 
 
-def _table(
-    study: Study, table: StudyTable, found: Mapping[RunKey, Result], edges: Mapping[EdgeKind, RowEdges]
-) -> ReportTable:
+def _table(study: Study, table: StudyTable, found: Mapping[RunKey, Result]) -> ReportTable:
     rows = {row.name: row for row in study.rows}
     configs = {name: row_run(study, table, name, study.seeds[0]).config for name in table.rows}
-    kinds = table_edges(study, table)
     classes = tuple(_class_names(study, table, found))
     split = load_split(study.splits[table.split], classes) if table.split is not None else None
     return ReportTable(
@@ -111,17 +95,14 @@ def _table(
         seen=split.seen if split else classes,
         unseen=split.unseen if split else (),
         published=str(table.number) if table.number is not None else None,
-        rows=tuple(
-            _row(study, rows[name], config, edges.get(kinds[name]) if name in kinds else None)
-            for name, config in configs.items()
-        ),
+        rows=tuple(_row(study, rows[name], config) for name, config in configs.items()),
         compare=tuple((first, second) for first, second in table.compare),
         alike=is_alike(list(configs.values())),
         varied=tuple(differing([settings(config.model_dump(mode="json")) for config in configs.values()])),
     )
 
 
-def _row(study: Study, row: StudyRow, config: RunConfig, edges: RowEdges | None) -> ReportRow:
+def _row(study: Study, row: StudyRow, config: RunConfig) -> ReportRow:
     words = {True: "yes", False: "no", None: ""}
     source = config.supervision.source
     shared = source != "split" and sum(row.name in table.rows for table in study.tables) > 1
@@ -132,7 +113,6 @@ def _row(study: Study, row: StudyRow, config: RunConfig, edges: RowEdges | None)
         label=row.label or row.name,
         meaning=row_meaning(row, config, in_every_table=shared),
         every_mask=source == "masks",
-        edges=edges,
     )
 
 

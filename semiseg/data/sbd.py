@@ -17,7 +17,6 @@ from semiseg.errors import UserError
 ARCHIVE = "benchmark.tgz"
 SITE = "http://www.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours"
 FOLDERS = ("SBD", "benchmark_RELEASE/dataset", "SBD/benchmark_RELEASE/dataset")
-INSTALL = "pip install 'semiseg[sbd]'"
 
 
 def find_sbd(root: Path) -> Path:
@@ -85,10 +84,8 @@ def _object(number: int, category: int, mask: np.ndarray) -> ObjectRecord | None
 
 def _read_mat(path: Path) -> tuple[np.ndarray, list[int]]:
     """`Segmentation` (H, W) and `Categories` (n) of a file."""
-    try:
-        from scipy.io import loadmat
-    except ImportError:
-        raise UserError(f"SBD's files are MATLAB's, and SciPy, which reads them, is missing: {INSTALL}") from None
+    from scipy.io import loadmat  # not above: only these files need it
+
     if not path.is_file():
         raise UserError(f"{path}: no such file; it is part of {ARCHIVE}")
     try:

@@ -9,8 +9,8 @@ thresholds 0, 0.1 and 0.2 on COCO).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,6 @@ class EdgeShare:
         edges: all edges of the neighbourhood, whatever their similarity.
         share: the part of them that counts, 0..1; NaN without edges.
         positive: the part of the counting ones that is truly positive, 0..1; NaN without any.
-        by_class: class -> the same two parts, of the edges of its instances; classes without edges are left out.
     """
 
     neighbourhood: Neighbourhood
@@ -56,7 +55,6 @@ class EdgeShare:
     edges: int
     share: float
     positive: float
-    by_class: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -132,7 +130,7 @@ def measure_edges(
     coco = read_coco(annotations)
     chosen = sorted(coco.images, key=lambda image: image["id"])[:max_images]
     samples = _samples(replace(coco, images=chosen), images, transform, stride=stride, bottom_rows=bottom_rows)
-    counts = [_Counts(neighbourhood, thresholds, stride, coco.class_names) for neighbourhood in neighbourhoods]
+    counts = [_Counts(neighbourhood, thresholds, stride) for neighbourhood in neighbourhoods]
     instances = 0
     for sample in tqdm(
         samples, total=len(chosen), desc="measuring edges", unit="img", disable=None if progress else True
@@ -178,20 +176,17 @@ def _samples(coco: CocoFile, images: Path, transform: Transform, *, stride: int,
 
 
 class _Counts:
-    """Running counts of one neighbourhood by class and by how many of the thresholds an edge reaches.
+    """Running counts of one neighbourhood by how many of the thresholds an edge reaches: (T + 1,) int64.
 
-    `reaching` and `positive`, of all edges and of the truly positive ones, are (C, T + 1) int64.
+    `reaching` of all edges, `positive` of the truly positive ones.
     """
 
-    def __init__(
-        self, neighbourhood: Neighbourhood, thresholds: Sequence[float], stride: int, classes: Sequence[str]
-    ) -> None:
+    def __init__(self, neighbourhood: Neighbourhood, thresholds: Sequence[float], stride: int) -> None:
         self.neighbourhood = neighbourhood
         self.thresholds = tuple(thresholds)
         self.stride = stride
-        self.classes = tuple(classes)
         self.rising = torch.tensor(sorted(self.thresholds), dtype=torch.float32)
-        self.reaching = torch.zeros(len(self.classes), len(self.thresholds) + 1, dtype=torch.int64)
+        self.reaching = torch.zeros(len(self.thresholds) + 1, dtype=torch.int64)
         self.positive = torch.zeros_like(self.reaching)
 
     def add(self, sample: Sample) -> None:
@@ -206,12 +201,14 @@ class _Counts:
         inside = neighbour_inside(sizes_hw, bottom, stride=self.stride, grid_hw=grid_hw, size=size, dilation=dilation)[
             0
         ]
-        boxes, labels = sample.boxes_xyxy[sample.mask_instance], sample.labels[sample.mask_instance].tolist()
-        all_cells = box_cells(boxes, stride=self.stride, grid_hw=grid_hw)
-        for cells, mask, label in zip(all_cells, sample.masks, labels, strict=True):
+        all_cells = box_cells(sample.boxes_xyxy[sample.mask_instance], stride=self.stride, grid_hw=grid_hw)
+        for cells, mask in zip(all_cells, sample.masks, strict=True):
             row0, row1, column0, column1 = cells.tolist()
             window = (slice(None), slice(row0, row1), slice(column0, column1))
-            self._add(label, similar[window], inside[window], self._same(mask, cells.tolist()))
+            reached = torch.bucketize(similar[window][inside[window]], self.rising, right=True)
+            same = self._same(mask, cells.tolist())[inside[window]]
+            self.reaching += torch.bincount(reached, minlength=len(self.reaching))
+            self.positive += torch.bincount(reached[same], minlength=len(self.reaching))
 
     def _same(self, mask: Tensor, cells: list[int]) -> Tensor:
         """(K, rows, columns) bool: whether each cell of the box has the label of its k-th neighbour."""
@@ -226,32 +223,14 @@ class _Counts:
             ]
         )
 
-    def _add(self, label: int, similar: Tensor, inside: Tensor, same: Tensor) -> None:
-        reached = torch.bucketize(similar[inside], self.rising, right=True)
-        self.reaching[label] += torch.bincount(reached, minlength=len(self.rising) + 1)
-        self.positive[label] += torch.bincount(reached[same[inside]], minlength=len(self.rising) + 1)
-
     def shares(self) -> list[EdgeShare]:
         return [self._share(threshold) for threshold in self.thresholds]
 
     def _share(self, threshold: float) -> EdgeShare:
-        """Of one threshold, over all classes and by class."""
         first = sorted(self.thresholds).index(threshold) + 1  # an edge that reaches so many thresholds reaches this one
-        edges, counting, positive = (
-            self.reaching.sum(1),
-            self.reaching[:, first:].sum(1),
-            self.positive[:, first:].sum(1),
-        )
-        every = int(edges.sum())
-        by_class = zip(self.classes, edges.tolist(), counting.tolist(), positive.tolist(), strict=True)
-        return EdgeShare(
-            self.neighbourhood,
-            threshold,
-            every,
-            _ratio(int(counting.sum()), every),
-            _ratio(int(positive.sum()), int(counting.sum())),
-            {name: (_ratio(some, of), _ratio(true, some)) for name, of, some, true in by_class if of},
-        )
+        edges, counting = int(self.reaching.sum()), int(self.reaching[first:].sum())
+        positive = _ratio(int(self.positive[first:].sum()), counting)
+        return EdgeShare(self.neighbourhood, threshold, edges, _ratio(counting, edges), positive)
 
 
 def _ratio(part: int, whole: int) -> float:

@@ -27,9 +27,9 @@ from tqdm import tqdm
 from semiseg.data.images import read_image
 from semiseg.data.transforms import EvalTransform
 from semiseg.engine.checkpoint import ModelInfo, write_json
-from semiseg.engine.overlays import Drawn, can_write, draw_detections, prepare_drawing
 from semiseg.engine.predict import LoadedModel, coco_results, find_instances
 from semiseg.errors import UserError
+from semiseg.overlays import Drawn, can_write, draw_detections, prepare_drawing
 from semiseg.resources import put_in_place, temporary_folder, told_writing, write_bytes
 
 RESULTS_NAME, IMAGES_NAME, OVERLAYS_NAME = "results.json", "images.json", "overlays"
@@ -301,5 +301,5 @@ def _read(image_id: int, path: Path, options: PredictOptions) -> _ImageFile:
         path,
         original_hw,
         input=geometry.image(image),
-        picture=None if options.drawn_score is None else prepare_drawing(image),
+        picture=None if options.drawn_score is None else prepare_drawing(image.permute(1, 2, 0).numpy()),
     )

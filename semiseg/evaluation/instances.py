@@ -21,9 +21,7 @@ SHARES = ("box_iou", "mask_iou", "outside", "recall", "on_others", "mask_box_iou
 _Encoding = Mapping[str, Any]
 
 
-def match_instances(
-    truth: COCO, results: Sequence[Mapping[str, Any]], found: Sequence[int | None] | None = None
-) -> pd.DataFrame:
+def match_instances(truth: COCO, results: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """Matches detections to instances by their boxes, as `box_matching.py` does, and measures the matched masks.
 
     Crowd regions are no instances. Instances without a mask take part in the matching, but have no line.
@@ -32,7 +30,6 @@ def match_instances(
         truth: of `coco_metrics.load_ground_truth`.
         results: COCO results that fit it (`coco_metrics.check_results`): image_id, category_id, bbox (x, y, w, h in
             pixels), score, segmentation (RLE of the image's size).
-        found: their `box_matches`, if at hand.
 
     Returns:
         One line per instance with a mask, in the order of the file's images and annotations; index: annotation id.
@@ -42,8 +39,7 @@ def match_instances(
         not on its own; mask_box_iou: IoU of the predicted mask with the detection's own box. NaN where not found;
         the shares of an empty mask are 0.
     """
-    found = box_matches(truth, results) if found is None else found
-    finders = {key: number for number, key in enumerate(found) if key is not None}
+    finders = {key: number for number, key in enumerate(box_matches(truth, results)) if key is not None}
     lines: list[dict[str, Any]] = []
     for image_id in truth.imgs:
         annotations = [a for a in truth.imgToAnns[image_id] if not a["iscrowd"] and a.get("segmentation")]

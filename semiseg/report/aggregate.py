@@ -18,7 +18,6 @@ import pandas as pd
 from semiseg.errors import UserError
 from semiseg.evaluation.coco_metrics import Metrics
 from semiseg.report.differences import Difference, ImageIntervals, difference
-from semiseg.report.edge_curve import EdgeCurve
 from semiseg.results import Result
 
 NEITHER, BEST, UPPER_BOUND = "neither", "projection+pairwise", "full-masks"
@@ -47,8 +46,6 @@ class ReportRow:
         label: what people read in tables and figures.
         meaning: what the row trains with, in words.
         every_mask: whether it has the mask of every object: a bound for rows that lack some.
-        edges: of all edges of its pairwise loss the share that counts and of these the truly positive ones, 0..1;
-            None where it was not measured.
     """
 
     name: str
@@ -57,7 +54,6 @@ class ReportRow:
     label: str
     meaning: str = ""
     every_mask: bool = False
-    edges: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -100,9 +96,6 @@ class ReportInput:
         pretraining: the detector that the rows start from, in words, or None if there is none.
         initial: the weights that the rows start from if there is no such detector.
         paper_data: whether these are the data of the printed numbers.
-        edges: how the edges of the rows were measured, in a sentence.
-        edge_curve: the edges of the pairwise losses against the colour threshold, where measured.
-        difficulty: measured properties of the data set, one sentence each.
         run_command, report_command: what fills missing cells ("" if nothing does) and what rebuilds the report.
         records: the files that the results were read from, as the page names them.
         notes: what else a reader must know before the numbers, a sentence or two each, in Markdown.
@@ -127,9 +120,6 @@ class ReportInput:
     pretraining_results: tuple[Result, ...] = ()
     initial: str = "random weights"
     paper_data: bool = False
-    difficulty: tuple[str, ...] = ()
-    edges: str = ""
-    edge_curve: EdgeCurve | None = None
     records: tuple[str, ...] = ("`results.jsonl` beside this file",)
     notes: tuple[str, ...] = ()
     recorded: tuple[Result, ...] = ()

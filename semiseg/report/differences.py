@@ -10,15 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import pandas as pd
+from scipy.special import stdtrit  # scipy.stats.t.ppf, without the second that scipy.stats takes to load
 
 from semiseg.evaluation.bootstrap import Interval, leaves_out_zero
-
-# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; more than 30 use the last one (a little wide).
-_STUDENT_975 = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
-    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
-    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
-)
 
 
 @dataclass(frozen=True)
@@ -52,7 +46,7 @@ class Difference:
         mean, std, count = self.mean, self.std, len(self.values)
         if mean is None or std is None or count < 3:
             return None
-        half = _STUDENT_975[min(count - 1, len(_STUDENT_975)) - 1] * std / math.sqrt(count)
+        half = float(stdtrit(count - 1, 0.975)) * std / math.sqrt(count)
         return mean - half, mean + half
 
     @property

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from PIL import Image
+from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
+from semiseg.errors import UserError
+from semiseg.overlays import COLOURS, can_write, paint_mask
 from semiseg.report.aggregate import ReportTable, TableNumbers
 from semiseg.report.context import PageContext
-from semiseg.report.failure_pictures import failure_picture
-from semiseg.report.picture_choice import class_name, runs_of_one_seed
+from semiseg.report.drawing import Drawing
+from semiseg.report.pictures import (
+    Pictures,
+    class_name,
+    contact_sheet,
+    judged,
+    read_image,
+    runs_of_one_seed,
+    there,
+    truth_of,
+)
 from semiseg.report.stored import missing_note
 from semiseg.report.tables import escape_markdown, markdown_table
 from semiseg.results import Result
@@ -25,7 +40,10 @@ CAUSES: Mapping[str, str] = {
     "part missing": "less than half of the object covered",
     "other": "none of these",
 }
+PER_CAUSE = 6
 _VERSION = "v1"  # of the rules, in the key of what is kept
+_CROP = 1.6  # side of a tile, in longer sides of the object's box
+_TILE = 160  # pixels
 
 
 def causes_of_failure(matches: pd.DataFrame) -> pd.Series:
@@ -81,11 +99,11 @@ def _pictured(page: PageContext, numbers: TableNumbers) -> list[str]:
         return []
     seed, runs = runs_of_one_seed(report, table)
     row = numbers.main_row(runs)
-    counts = _kept_counts(page, report.results[table.name, row, seed])
+    counts = _kept_counts(page, runs[row])
     if counts is not None and not _sums(table, counts)[2:].any():
         label = next(item.label for item in table.rows if item.name == row)
         return [f"No mask of {escape_markdown(label)}, seed {seed}, has failed: there is nothing to picture."]
-    picture = failure_picture(report, numbers, page.stored, causes_of_failure, tuple(CAUSES))
+    picture = failure_picture(page, table, row, seed)
     return page.figures.show(
         f"{table.name}_failures",
         picture.drawing,
@@ -131,7 +149,80 @@ def _rules(table: ReportTable) -> str:
     return (
         f"{whose} whose box was found (a detection of the class with box IoU of at least 0.5, matched one to one by "
         "score) but whose mask has an IoU below 0.5: COCO's easiest threshold already misses it. Each failure has one "
-        "cause, the first of these rules that applies, since merged masks and boxes leak as well: "
-        f"{rules}. Counts are means over the runs; in brackets the share: found of all objects, failed of the found "
-        "ones, each cause of the failed ones."
+        f"cause, the first of these rules that applies: {rules}. Counts are means over the runs; in brackets the share "
+        "of all objects, of the found ones, and of the failed ones."
     )
+
+
+def failure_picture(page: PageContext, table: ReportTable, row: str, seed: int) -> Pictures:
+    """The PER_CAUSE worst failures of each cause by mask IoU, of one run."""
+    run, label = page.report.results[table.name, row, seed], next(r.label for r in table.rows if r.name == row)
+    try:
+        truth = truth_of(page.stored)
+        results, matches = there(page.stored.of(run)), judged(table, truth, there(page.stored.instances(run)))
+        failed = matches.assign(cause=causes_of_failure(matches)).query("cause != ''")
+        strips = []
+        for cause, lines in worst_failures(failed).items():
+            count = int((failed["cause"] == cause).sum())
+            words = f"{cause}: {count} of {len(failed)} ({100 * count / len(failed):.0f} %)"
+            tiles = []
+            for key, line in lines.iterrows():
+                annotation = truth.anns[key]
+                image = read_image(page.report.val_images, truth, annotation["image_id"])
+                predicted = results[line["detection"]]["segmentation"]
+                tile = _tile(image, truth.annToRLE(annotation), predicted, annotation["bbox"])
+                tiles.append((_title(truth, annotation, line["mask_iou"]), tile))
+            strips.append((words, tiles))
+    except UserError as error:
+        return Pictures(None, str(error))
+    note = (
+        f"The failures of {label}, seed {seed}: of each cause the {PER_CAUSE} with the lowest mask IoU at most; above "
+        "them its share of all failures. White line: the object's mask; orange: the predicted mask. Each tile is "
+        f"{_CROP} times as wide as the object's box."
+    )
+    return Pictures(Drawing(contact_sheet(strips)), note)
+
+
+def worst_failures(failed: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Cause -> its PER_CAUSE lines with the lowest mask IoU, ties by annotation id; causes without any are left out."""
+    ordered = failed.sort_index().sort_values("mask_iou", kind="stable")
+    worst = {cause: ordered[ordered["cause"] == cause].head(PER_CAUSE) for cause in CAUSES}
+    return {cause: lines for cause, lines in worst.items() if len(lines)}
+
+
+def _title(truth: COCO, annotation: Mapping[str, Any], mask_iou: float) -> str:
+    name = class_name(truth, annotation["category_id"])
+    name = name if can_write(name) else f"class {annotation['category_id']}"
+    shown = math.floor(100 * mask_iou) / 100  # a failure is never shown as 0.50
+    return f"{name}, IoU {shown:.2f}\nimage {annotation['image_id']}"
+
+
+def _tile(
+    image: np.ndarray, truth: Mapping[str, Any], predicted: Mapping[str, Any], box: Sequence[float]
+) -> Image.Image:
+    """The predicted mask in orange over a grey image, the outline of the object in white beside black, cut out."""
+    left, top, side = crop_window(box, width=image.shape[1], height=image.shape[0])
+    window = (round(left), round(top), round(left + side), round(top + side))
+    picture = Image.fromarray(image).convert("L").convert("RGB").crop(window)
+    picture = picture.resize((_TILE, _TILE), Image.Resampling.BICUBIC)
+    paint_mask(picture, _cut(predicted, window), COLOURS[0], line=1)
+    for colour, line in (((0, 0, 0), 3), ((255, 255, 255), 2)):
+        paint_mask(picture, _cut(truth, window), colour, line=line, opacity=0)
+    return picture
+
+
+def _cut(mask: Mapping[str, Any], window: tuple[int, int, int, int]) -> dict[str, Any]:
+    """The part of a mask in a window, which may reach beyond the image."""
+    part = np.asarray(Image.fromarray(rle.decode(mask)).crop(window))
+    encoded: dict[str, Any] = rle.encode(np.asfortranarray(part))
+    return encoded
+
+
+def crop_window(box: Sequence[float], *, width: int, height: int) -> tuple[float, float, float]:
+    """Left, top and side in pixels of the square around a box (x, y, w, h), moved into the image where it fits."""
+    side = _CROP * max(box[2], box[3], 1.0)
+    corner = []
+    for start, extent, limit in ((box[0], box[2], width), (box[1], box[3], height)):
+        low = start + extent / 2 - side / 2
+        corner.append(min(max(low, 0.0), limit - side) if side <= limit else (limit - side) / 2)
+    return corner[0], corner[1], side

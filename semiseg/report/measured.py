@@ -15,6 +15,7 @@ from semiseg.resources import write_text
 from semiseg.results import Result
 
 MEASURED_NAME = "measured.json"
+PARTS = ("bootstrap", "detections", "failures", "object_sizes", "thresholds")  # others are of earlier versions: dropped
 # Of trainings (`Result.trained_as`), runs and data: digests of 16 letters, as no setting in a key has them.
 _NAMES = re.compile(r"(?<![0-9a-f])[0-9a-f]{16}(?:\.[0-9a-f]{8})?(?![0-9a-f])")
 
@@ -32,7 +33,9 @@ class Measured:
         self._changed = False
         if path.is_file():
             with suppress(UserError):  # damaged: measured anew
-                self._parts = {name: kept for name, kept in read_json(path).items() if isinstance(kept, dict)}
+                content = read_json(path)
+                self._parts = {name: content[name] for name in PARTS if isinstance(content.get(name), dict)}
+                self._changed = set(self._parts) != set(content)
 
     def get(self, part: str, key: str, measure: Callable[[], Any | None]) -> Any | None:
         """The kept value, else that of `measure`, which gives plain JSON values or None where it cannot measure."""

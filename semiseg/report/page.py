@@ -16,17 +16,14 @@ import numpy as np
 
 from semiseg.report.aggregate import ReportInput, TableNumbers, table_numbers
 from semiseg.report.context import FigureFiles, PageContext
-from semiseg.report.diagnostics import edge_curve_section
 from semiseg.report.failures import failure_section
 from semiseg.report.figures import ap_figure, gap_figure
-from semiseg.report.gap_parts import gap_parts_section
 from semiseg.report.html import PAGE_NAME, render_page
 from semiseg.report.measured import MEASURED_NAME, Measured
-from semiseg.report.protocol import difficulty, protocol
-from semiseg.report.provenance import provenance, warnings
+from semiseg.report.pictures import picture_section
+from semiseg.report.provenance import protocol, provenance, warnings
 from semiseg.report.published import read_published
-from semiseg.report.quality_sections import class_section, size_section, threshold_section
-from semiseg.report.run_sections import picture_section, training_section
+from semiseg.report.quality_sections import class_section, size_section, threshold_section, training_section
 from semiseg.report.statements import answer
 from semiseg.report.table_sections import table_section
 from semiseg.report.tables import (
@@ -40,7 +37,6 @@ from semiseg.report.tables import (
     table_cells,
     text_table,
 )
-from semiseg.report.tightness import tightness_section
 from semiseg.report.uncertainty import with_image_intervals
 from semiseg.resources import write_text
 
@@ -53,9 +49,6 @@ SECTIONS: tuple[Callable[[PageContext, TableNumbers], list[str]], ...] = (
     training_section,
     picture_section,
     failure_section,
-    gap_parts_section,
-    tightness_section,
-    edge_curve_section,
 )
 
 
@@ -85,7 +78,6 @@ def build_report(report: ReportInput, *, out: Path, published: Path) -> Path:
         f"**Answer.** {answer(page.tables)}",
         *(f"> {warning}" for warning in warnings(report)),
         *_with_overview(page, [block for numbers in page.tables for block in _table_blocks(page, numbers)]),
-        *difficulty(report),
         *protocol(report),
         *provenance(report),
     ]

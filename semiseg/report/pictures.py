@@ -1,64 +1,39 @@
 """Side-by-side pictures: ground truth and every row's detections on the same validation images.
 
-Which images and rows: `picture_choice.py`. An instance keeps its colour across the columns: a detection takes the
-colour of the ground-truth box that it overlaps most (IoU at least 0.5), or grey if it overlaps none.
+An object keeps its colour across the columns: a detection takes the colour of the ground-truth box that it overlaps
+most (IoU at least 0.5), or grey if it overlaps none.
 """
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from matplotlib.text import Text
-from matplotlib.transforms import Bbox, TransformedBbox
+import pandas as pd
+from PIL import Image, ImageDraw, UnidentifiedImageError
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
 from semiseg.errors import UserError
+from semiseg.overlays import COLOURS, Drawn, can_write, draw_detections, fitted, load_font
 from semiseg.report.aggregate import ReportInput, ReportTable, TableNumbers
-from semiseg.report.drawing import (
-    BLUE,
-    DPI,
-    GREEN,
-    ORANGE,
-    PURPLE,
-    SKY,
-    VERMILLION,
-    Drawing,
-    new_figure,
-    plain,
-    png,
-    quiet_about_fonts,
-)
-from semiseg.report.picture_choice import (
-    EXTREME_IMAGES,
-    RANDOM,
-    ChosenImage,
-    choose_images,
-    class_name,
-    image_gains,
-    judged,
-    other_row,
-    pick_images,
-    read_image,
-    runs_of_one_seed,
-)
+from semiseg.report.context import PageContext
+from semiseg.report.drawing import Drawing, png
 from semiseg.report.stored import StoredDetections
 from semiseg.report.tables import signed
+from semiseg.results import Result
+from semiseg.splits import normalise
 
+RANDOM, GAIN, LOSS = "random", "largest gain", "largest loss"
+RANDOM_IMAGES, EXTREME_IMAGES = 4, 3
 SCORE_THRESHOLD = 0.4
-INSTANCE_COLOURS = (ORANGE, SKY, GREEN, VERMILLION, PURPLE, BLUE, "#F0E442", "#7F3C8D", "#11A579", "#A5AA99")
-UNMATCHED = "#BBBBBB"
+UNMATCHED = (187, 187, 187)
+_TILE, _GAP, _LINE = 200, 8, 16  # pixels: width of a picture, room around it, height of a line of words
 _Read = TypeVar("_Read")
-_SIDE, _SMALL_SIDE = 176, 148  # width of a picture in pixels: up to six columns, and more
-_MARGIN, _GAP = 36, 8  # pixels: room for the labels of lines; between pictures
 
 
 @dataclass(frozen=True)
@@ -75,17 +50,36 @@ class Pictures:
 
 
 @dataclass(frozen=True)
-class _Instance:
-    """One object to draw: box (x, y, w, h) in pixels, mask (H, W) bool or None, text beside the box.
+class ChosenImage:
+    """One validation image to show.
 
-    `unseen` objects have a solid box: those of unseen classes, and all where a table has none.
+    Attributes:
+        group: RANDOM, GAIN or LOSS.
+        gain: mean mask IoU of the main row minus that of the other row on the image's instances; None without them.
     """
 
-    box: Sequence[float]
-    mask: np.ndarray | None
-    text: str
-    colour: str
-    unseen: bool
+    image_id: Any
+    group: str
+    gain: float | None
+
+    @property
+    def label(self) -> str:
+        """Its group, gain in points of IoU, and id."""
+        gain = "" if self.gain is None else f" ({signed(100 * self.gain, 0)})"
+        return f"{self.group}{gain}, image {self.image_id}"
+
+
+def picture_section(page: PageContext, numbers: TableNumbers) -> list[str]:
+    """Ground truth and all rows side by side."""
+    name, pictures = numbers.table.name, draw_pictures(page.report, numbers, page.stored)
+    shown = page.figures.show(
+        f"{name}_pictures",
+        pictures.drawing,
+        alt=f"ground truth and detections, {name}",
+        caption=pictures.note,
+        absent=pictures.note,
+    )
+    return ["### Pictures", *shown]
 
 
 def draw_pictures(report: ReportInput, numbers: TableNumbers, stored: StoredDetections) -> Pictures:
@@ -95,32 +89,47 @@ def draw_pictures(report: ReportInput, numbers: TableNumbers, stored: StoredDete
         seed, runs = runs_of_one_seed(report, table)
         main = numbers.main_row(runs)
         other = other_row(table, main, runs)
-        if (truth := stored.truth()) is None:
-            raise UserError("the validation set with its masks is not on this machine")
+        truth = truth_of(stored)
         if not pick_images(truth, seed=report.picture_seed):
             raise UserError("the validation set has no objects")
-        matches = [judged(table, truth, _there(stored.instances(runs[row]))) for row in (main, other) if row]
+        matches = [judged(table, truth, there(stored.instances(runs[row]))) for row in (main, other) if row]
         chosen = choose_images(truth, image_gains(*matches) if other else {}, seed=report.picture_seed)
         images = {image.image_id: read_image(report.val_images, truth, image.image_id) for image in chosen}
         detections = {
             row: [
-                found
-                for found in _there(stored.of(run))
-                if found["image_id"] in images and found["score"] > SCORE_THRESHOLD
+                result
+                for result in there(stored.of(run))
+                if result["image_id"] in images and result["score"] > SCORE_THRESHOLD
             ]
             for row, run in runs.items()
         }
     except UserError as error:
         return Pictures(None, str(error))
-    drawing = _draw(table, truth, chosen, images, detections)
-    return Pictures(drawing, _note(report, table, chosen, seed, (main, other)))
+    strips = []
+    for image in chosen:
+        annotations = [a for a in truth.imgToAnns[image.image_id] if not a["iscrowd"]]
+        columns = {"ground truth": truth_objects(table, truth, annotations)}
+        for row in table.rows:
+            if row.name in detections:
+                own = [result for result in detections[row.name] if result["image_id"] == image.image_id]
+                columns[row.label] = found_objects(table, truth, annotations, own)
+        tiles = [(label, _tile(images[image.image_id], objects)) for label, objects in columns.items()]
+        strips.append((image.label, tiles))
+    return Pictures(Drawing(contact_sheet(strips)), _note(report, table, chosen, seed, (main, other)))
 
 
-def _there(found: _Read | None) -> _Read:
+def there(found: _Read | None) -> _Read:
     """A picture without a row would replace a better one of an earlier report: all of them are needed."""
     if found is None:
         raise UserError("the run folders with the detections are not on this machine")
     return found
+
+
+def truth_of(stored: StoredDetections) -> COCO:
+    """The validation objects with masks, which pictures are drawn from."""
+    if (truth := stored.truth()) is None:
+        raise UserError("the validation set with its masks is not on this machine")
+    return truth
 
 
 def _note(
@@ -143,172 +152,163 @@ def _note(
         )
     solid = " Solid boxes: unseen classes, dashed: seen classes." if table.unseen else ""
     return (
-        f"{rule[:1].upper()}{rule[1:]}. Runs of seed {seed}; detections with a score above {SCORE_THRESHOLD}. "
-        "A detection has the colour of the object that its box covers best (IoU at least 0.5), grey if none. "
-        "Where scores would lie on each other, the lower one moves to the lower left corner or is left out." + solid
+        f"{rule}. Runs of seed {seed}; detections with a score above {SCORE_THRESHOLD}. A detection has the colour of "
+        f"the object that its box covers best (IoU at least 0.5), grey if none.{solid}"
     )
 
 
-def _draw(
-    table: ReportTable,
-    truth: COCO,
-    chosen: Sequence[ChosenImage],
-    images: Mapping[Any, np.ndarray],
-    detections: Mapping[str, list[dict[str, Any]]],
-) -> Drawing:
-    rows = [row for row in table.rows if row.name in detections]
-    columns = ["ground truth", *(row.label for row in rows)]
-    side = _SIDE if len(columns) <= 6 else _SMALL_SIDE
-    titles = ["\n".join(plain(line) for line in textwrap.wrap(column, side // 7)) for column in columns]
-    head = 8 + 15 * max(title.count("\n") + 1 for title in titles)
-    heights = [round(side * shape[0] / shape[1]) for shape in (images[image.image_id].shape for image in chosen)]
-    figure, sheet = _sheet(_MARGIN + (side + _GAP) * len(columns), head + sum(height + _GAP for height in heights))
-    for number, title in enumerate(titles):
-        middle = _MARGIN + (side + _GAP) * number + side / 2
-        sheet.text(middle, head - 5, title, fontsize=8, ha="center", va="bottom")
-    top = head
-    for image, height in zip(chosen, heights, strict=True):
-        pixels = images[image.image_id]
-        annotations = [a for a in truth.imgToAnns[image.image_id] if not a["iscrowd"]]
-        shown = [_truth_instances(table, truth, annotations)]
-        for row in rows:
-            found = [d for d in detections[row.name] if d["image_id"] == image.image_id]
-            found.sort(key=lambda d: d["score"])
-            shown.append(_found_instances(table, truth, annotations, found))
-        label = sheet.text(_MARGIN - 5, top + height / 2, plain_lines(line_label(image)), fontsize=7)
-        label.set(rotation="vertical", ha="right", va="center", multialignment="center")
-        for number, instances in enumerate(shown):
-            place = Bbox.from_bounds(_MARGIN + (side + _GAP) * number, top, side, height)
-            _draw_panel(sheet, place, pixels, instances)
-        top += height + _GAP
-    return Drawing(png(figure, colours=160))
-
-
-def _sheet(width: int, height: int) -> tuple[Figure, Axes]:
-    """An empty figure whose coordinates are its pixels, from the upper left corner.
-
-    One for all pictures: a matplotlib panel for each takes several times as long to lay out and to draw.
-    """
-    figure = new_figure(width / DPI, height / DPI)
-    figure.set_layout_engine("none")
-    sheet = figure.add_axes((0, 0, 1, 1))
-    sheet.set_axis_off()
-    sheet.set_xlim(0, width)
-    sheet.set_ylim(height, 0)
-    sheet.autoscale(False)
-    return figure, sheet
-
-
-def line_label(image: ChosenImage) -> str:
-    """What stands beside the pictures of an image: its group, id and gain in points of IoU."""
-    gain = "" if image.gain is None else f" ({signed(100 * image.gain, 0)})"
-    return f"{image.group}{gain}\nimage {image.image_id}"
-
-
-def plain_lines(text: str) -> str:
-    """`plain` for each line of a text."""
-    return "\n".join(plain(line) for line in text.split("\n"))
-
-
-def _truth_instances(table: ReportTable, truth: COCO, annotations: Sequence[Mapping[str, Any]]) -> list[_Instance]:
-    return [
-        _Instance(
-            box=annotation["bbox"],
-            mask=truth.annToMask(annotation).astype(bool) if annotation.get("segmentation") else None,
-            text=name,
-            colour=INSTANCE_COLOURS[number % len(INSTANCE_COLOURS)],
-            unseen=not table.unseen or name in table.unseen,
-        )
-        for number, annotation in enumerate(annotations)
-        for name in [class_name(truth, annotation["category_id"])]
-    ]
-
-
-def _found_instances(
-    table: ReportTable, truth: COCO, annotations: Sequence[Mapping[str, Any]], found: Sequence[Mapping[str, Any]]
-) -> list[_Instance]:
-    boxes = np.array([a["bbox"] for a in annotations], dtype=np.float64).reshape(-1, 4)
-    instances = []
-    for detection in found:
-        overlaps = rle.iou(np.array([detection["bbox"]], dtype=np.float64), boxes, [0] * len(boxes))
-        best = int(np.argmax(overlaps)) if len(boxes) else -1
-        matched = best >= 0 and overlaps[0, best] >= 0.5
-        instances.append(
-            _Instance(
-                box=detection["bbox"],
-                mask=rle.decode(detection["segmentation"]).astype(bool),
-                text=f"{detection['score']:.2f}",
-                colour=INSTANCE_COLOURS[best % len(INSTANCE_COLOURS)] if matched else UNMATCHED,
-                unseen=not table.unseen or class_name(truth, detection["category_id"]) in table.unseen,
+def truth_objects(table: ReportTable, truth: COCO, annotations: Sequence[Mapping[str, Any]]) -> list[Drawn]:
+    """The objects of an image, each with its class."""
+    drawn = []
+    for index, annotation in enumerate(annotations):
+        name = class_name(truth, annotation["category_id"])
+        drawn.append(
+            Drawn(
+                _corners(annotation["bbox"]),
+                truth.annToRLE(annotation) if annotation.get("segmentation") else None,
+                name if can_write(name) else f"class {annotation['category_id']}",
+                COLOURS[index % len(COLOURS)],
+                dashed=_is_dashed(table, truth, annotation),
             )
         )
-    return instances
+    return drawn
 
 
-def _label(sheet: Axes, instance: _Instance) -> tuple[Text, Bbox]:
-    """The text beside a box, not yet on the sheet, and its extent in pixels."""
-    text = Text(0, 0, plain(instance.text), fontsize=5, color="black", va="top", transform=sheet.transData)
-    text.set_figure(sheet.figure)
-    with quiet_about_fonts():
-        extent = text.get_window_extent()
-    text.set_bbox({"facecolor": instance.colour, "edgecolor": "none", "pad": 0.4, "alpha": 0.85})
-    return text, extent
+def found_objects(
+    table: ReportTable, truth: COCO, annotations: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str, Any]]
+) -> list[Drawn]:
+    """The detections of an image, best first, in the colours of its objects."""
+    boxes = np.array([a["bbox"] for a in annotations], dtype=np.float64).reshape(-1, 4)
+    drawn = []
+    for result in sorted(results, key=lambda result: -result["score"]):
+        overlaps = rle.iou(np.array([result["bbox"]], dtype=np.float64), boxes, [0] * len(boxes))
+        best = int(np.argmax(overlaps)) if len(boxes) else -1
+        colour = COLOURS[best % len(COLOURS)] if best >= 0 and overlaps[0, best] >= 0.5 else UNMATCHED
+        box, text = _corners(result["bbox"]), f"{result['score']:.2f}"
+        dashed = _is_dashed(table, truth, result)
+        drawn.append(Drawn(box, result["segmentation"], text, colour, dashed))
+    return drawn
 
 
-def label_corners(
-    boxes: Sequence[Bbox], sizes: Sequence[tuple[float, float]], inside: Bbox
-) -> list[tuple[float, float] | None]:
-    """Where the label of each box stands: in its upper left corner, else in its lower left one; None: nowhere.
+def _corners(box: Sequence[float]) -> tuple[float, float, float, float]:
+    x, y, width, height = box
+    return x, y, x + width, y + height
 
-    No two labels overlap: the last box, which is that of the highest score, chooses first.
+
+def _is_dashed(table: ReportTable, truth: COCO, item: Mapping[str, Any]) -> bool:
+    return bool(table.unseen) and class_name(truth, item["category_id"]) not in table.unseen
+
+
+def _tile(image: np.ndarray, objects: Sequence[Drawn]) -> Image.Image:
+    """An image with its objects, half without colour, so that colours mean objects."""
+    pixels = Image.blend(Image.fromarray(image), Image.fromarray(image).convert("L").convert("RGB"), 0.5)
+    height = max(round(_TILE * image.shape[0] / image.shape[1]), 1)
+    picture = pixels.resize((_TILE, height), Image.Resampling.BICUBIC)
+    return draw_detections(picture, (image.shape[0], image.shape[1]), objects, smallest_text=9)
+
+
+def contact_sheet(strips: Sequence[tuple[str, Sequence[tuple[str, Image.Image]]]]) -> bytes:
+    """A PNG of pictures in lines, each line with words above it and each picture with a title, which may have lines.
 
     Args:
-        boxes, inside: in pixels, y downwards; labels stay inside of `inside`.
-        sizes: width and height of the labels, in pixels.
+        strips: words and titled pictures of every line.
     """
-    taken: list[Bbox] = []
-    corners: list[tuple[float, float] | None] = []
-    for box, (width, height) in zip(reversed(boxes), reversed(sizes), strict=True):
-        left = max(inside.x0, min(box.x0, inside.x1 - width))
-        free = None
-        for top in (box.y0, box.y1 - height):
-            own = Bbox.from_bounds(left, max(inside.y0, min(top, inside.y1 - height)), width, height)
-            if not any(_overlap(own, other) for other in taken):
-                taken.append(own)
-                free = (own.x0, own.y0)
-                break
-        corners.append(free)
-    return corners[::-1]
+    heads = [_LINE * (1 + max(title.count("\n") + 1 for title, _ in tiles)) for _, tiles in strips]
+    heights = [max(picture.height for _, picture in tiles) for _, tiles in strips]
+    width = max(sum(picture.width + _GAP for _, picture in tiles) for _, tiles in strips) + _GAP
+    sheet = Image.new("RGB", (width, sum(heads) + sum(heights) + _GAP * (len(strips) + 1)), "white")
+    pen, bold, font = ImageDraw.Draw(sheet), load_font(13), load_font(11)
+    top = _GAP
+    for (words, tiles), head, height in zip(strips, heads, heights, strict=True):
+        pen.text((_GAP, top), fitted(words, bold, width - 2 * _GAP), fill="black", font=bold)
+        left = _GAP
+        for title, picture in tiles:
+            for number, line in enumerate(title.split("\n"), start=1):
+                pen.text((left, top + _LINE * number), fitted(line, font, picture.width), fill="black", font=font)
+            sheet.paste(picture, (left, top + head))
+            left += picture.width + _GAP
+        top += head + height + _GAP
+    return png(sheet, colours=160)
 
 
-def _overlap(first: Bbox, second: Bbox) -> bool:
-    return bool(first.x0 < second.x1 and second.x0 < first.x1 and first.y0 < second.y1 and second.y0 < first.y1)
+def class_name(truth: COCO, category_id: Any) -> str:
+    """The name of a category as splits write it."""
+    return normalise(str(truth.cats[category_id]["name"]))
 
 
-def _draw_panel(sheet: Axes, place: Bbox, image: np.ndarray, instances: Sequence[_Instance]) -> None:
-    """Masks in colour over a greyed image, boxes on top, so that colours mean instances only."""
-    grey = image.astype(np.float64).mean(2, keepdims=True).repeat(3, 2)
-    shown = 0.5 * image + 0.5 * grey
-    for instance in instances:
-        if instance.mask is not None and instance.mask.shape == shown.shape[:2]:
-            shown[instance.mask] = 0.35 * shown[instance.mask] + 0.65 * 255 * np.array(to_rgb(instance.colour))
-    extent = (place.x0, place.x1, place.y1, place.y0)
-    sheet.imshow(shown.astype(np.uint8), interpolation="antialiased", extent=extent, aspect="auto")
-    across, down = place.width / image.shape[1], place.height / image.shape[0]
-    inside = TransformedBbox(place, sheet.transData)
-    boxes = [
-        Bbox.from_bounds(place.x0 + across * x, place.y0 + down * y, across * width, down * height)
-        for x, y, width, height in (instance.box for instance in instances)
-    ]
-    labels = [_label(sheet, instance) for instance in instances]
-    corners = label_corners(boxes, [(label.width, label.height) for _, label in labels], place)
-    for instance, box, (text, _), corner in zip(instances, boxes, labels, corners, strict=True):
-        outline = Rectangle((box.x0, box.y0), box.width, box.height, fill=False, color=instance.colour)
-        outline.set(linewidth=1, linestyle="-" if instance.unseen else (0, (3, 2)))
-        sheet.add_patch(outline).set_clip_box(inside)
-        if corner is not None:
-            text.set_position(corner)
-            text.set_clip_box(inside)
-            sheet.add_artist(text)
-    frame = Rectangle((place.x0, place.y0), place.width, place.height, fill=False, color="black", linewidth=0.8)
-    sheet.add_patch(frame).set_zorder(3)
+def runs_of_one_seed(report: ReportInput, table: ReportTable) -> tuple[int, dict[str, Result]]:
+    """The seed with the most recorded rows, the first of equals, and the run of each of these rows.
+
+    Raises:
+        UserError: none of the table's runs is recorded.
+    """
+    recorded = {
+        seed: {r.name: run for r in table.rows if (run := report.results.get((table.name, r.name, seed)))}
+        for seed in report.seeds
+    }
+    seed = max(report.seeds, key=lambda seed: len(recorded[seed]), default=None)
+    if seed is None or not recorded[seed]:
+        raise UserError("none of its runs is recorded")
+    return seed, recorded[seed]
+
+
+def other_row(table: ReportTable, main: str, among: Collection[str]) -> str | None:
+    """The row that the main one is compared with: the table's first other one; None if there is none."""
+    return next((row.name for row in table.rows if row.name in among and row.name != main), None)
+
+
+def judged(table: ReportTable, truth: COCO, matches: pd.DataFrame) -> pd.DataFrame:
+    """The lines of `match_instances` that count: unseen classes, or all where a table has none."""
+    if not table.unseen:
+        return matches
+    wanted = {category for category in truth.cats if class_name(truth, category) in table.unseen}
+    return matches[matches["category"].isin(wanted)]
+
+
+def image_gains(main: pd.DataFrame, other: pd.DataFrame) -> dict[Any, float]:
+    """Image id -> how much higher the mean mask IoU of its instances is for `main`; not found counts as 0.
+
+    Args:
+        main, other: lines of `match_instances`, judged, of the same instances.
+    """
+    difference = main["mask_iou"].fillna(0.0) - other["mask_iou"].fillna(0.0)
+    # Rounded, so that equal images are equal whatever the order of the additions.
+    return {image: round(float(np.mean(values)), 9) for image, values in difference.groupby(main["image"])}
+
+
+def choose_images(truth: COCO, gains: Mapping[Any, float], *, seed: int) -> list[ChosenImage]:
+    """Images with objects drawn at random, then those with the largest gain and with the largest loss.
+
+    No image is chosen twice: the groups are filled in this order. Ties go to the smaller id. Only a positive gain is
+    a gain, only a negative one a loss.
+    """
+    drawn = pick_images(truth, seed=seed)
+    chosen = [ChosenImage(image_id, RANDOM, gains.get(image_id)) for image_id in drawn]
+    for group, sign in ((GAIN, 1), (LOSS, -1)):
+        taken = {image.image_id for image in chosen}
+        left = [image_id for image_id in sorted(gains) if image_id not in taken and sign * gains[image_id] > 0]
+        largest = sorted(left, key=lambda image_id: -sign * gains[image_id])[:EXTREME_IMAGES]
+        chosen += [ChosenImage(image_id, group, gains[image_id]) for image_id in largest]
+    return chosen
+
+
+def pick_images(truth: COCO, *, seed: int, count: int = RANDOM_IMAGES) -> list[Any]:
+    """Ids of images with at least one object, drawn without replacement; the same for the same file and seed."""
+    candidates = sorted({a["image_id"] for a in truth.dataset["annotations"] if not a["iscrowd"]} & set(truth.imgs))
+    return random.Random(seed).sample(candidates, min(count, len(candidates)))
+
+
+def read_image(folder: Path | None, truth: COCO, image_id: Any) -> np.ndarray:
+    """The pixels of a validation image (H, W, 3) uint8, RGB.
+
+    Raises:
+        UserError: the file is gone or no image; without its path, since the sentence stands on the page.
+    """
+    try:
+        Image.init()
+        path = (folder or Path()) / truth.imgs[image_id]["file_name"]
+        # PostScript would be handed to another program; no data set of a run holds it (data/images.py).
+        with Image.open(path, formats=[name for name in Image.OPEN if name != "EPS"]) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, UnidentifiedImageError):
+        raise UserError(f"the file of validation image {image_id} is not on this machine or cannot be read") from None

@@ -1,66 +1,160 @@
-"""Where the numbers of a report come from, and the warnings that follow from it."""
+"""Where the numbers of a report come from: protocol, settings of the rows, runs; and the warnings that follow."""
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePath
+from typing import Any
 
+from semiseg.config import RunConfig
+from semiseg.config_files import parse_config
+from semiseg.errors import UserError
 from semiseg.report.aggregate import ReportInput, ReportTable
-from semiseg.report.configurations import configuration_warnings, differences_section
 from semiseg.report.tables import code, escape_markdown, markdown_table
 from semiseg.results import Result, same_validation_data
 
-# What runs under one table should have in common, in words, with what tells it.
+Settings = Mapping[str, str]
+
+# What runs of a report should have in common, in words, with what tells it.
 _COMMON: tuple[tuple[str, Callable[[Result], str]], ...] = (
     ("code (git revisions)", lambda run: run.git_revision or "outside git"),
-    ("versions", lambda run: ", ".join(f"{name} {value}" for name, value in sorted(run.versions.items()))),
+    ("versions", lambda run: _versions(run)),
     ("devices", lambda run: re.sub(r", \d+ threads", "", run.device)),  # threads change the last bits only
 )
+# Settings that say which data and which split; what these hold is in fingerprints and digests.
+_NAMES = ("data.train_", "data.val_images", "data.val_annotations", "data.voc.", "data.hub.", "supervision.split")
+_MEANT = ("supervision.", "objective.")  # what rows of one table are there to compare
+_START = "start"
+_LONGEST = 40  # signs of a value
+
+
+def settings(config: Mapping[str, Any]) -> dict[str, str]:
+    """Flat key -> value in words of a recorded configuration, without what a run's identity leaves out.
+
+    Keys that the recording version did not know have their defaults. The seed, paths, workers and logging are left out;
+    names of data files and of the split are kept, since they tell a reader which data these are.
+    """
+    try:
+        values = parse_config(RunConfig, dict(config), where="recorded configuration").model_dump(mode="json")
+    except UserError:  # of a version with other keys
+        values = dict(config)
+    flat = _flat(values)
+    kind = flat.get("data.format")
+    unused = [f"data.{name}." for name in ("shapes", "voc") if name != kind]
+    if not flat.get("data.root", "").startswith("hf:"):
+        unused.append("data.hub.")
+    if kind != "coco":
+        unused += ["data.train_", "data.val_images", "data.val_annotations"]
+    left_out = ("seed", "init_from", "data.root", "runtime.", *unused)
+    return {key: value for key, value in flat.items() if key == "runtime.precision" or not key.startswith(left_out)}
+
+
+def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{above}{name}.")
+        else:
+            flat[above + name] = "—" if value is None else value if isinstance(value, str) else json.dumps(value)
+    return flat
+
+
+def recorded_values(run: Result) -> dict[str, Any]:
+    """The configuration of a run; a record names no path of initial weights, only that there were some."""
+    started = run.init_run is not None or run.identity.get("init") is not None
+    return {**run.config, **({"init_from": "recorded weights"} if started else {})}
+
+
+def _result_settings(run: Result) -> dict[str, str]:
+    """The settings of a run, and over how many images its batch norms normalise where that is not the whole batch."""
+    cut = _flat({name: run.identity[name] for name in ("normalised_together",) if name in run.identity})
+    return settings(recorded_values(run)) | cut
+
+
+def identity_settings(run: Result) -> Settings:
+    """The settings of a run without mere names: what can change its numbers beside seed, data, split and start."""
+    return {key: value for key, value in _result_settings(run).items() if not key.startswith(_NAMES)}
+
+
+def run_settings(run: Result, pretraining: Sequence[Result]) -> Settings:
+    """The settings of a run, and as "start..." those of the run that it starts from."""
+    values = _result_settings(run)
+    init = next((item for item in pretraining if item.run_id == run.init_run), None)
+    if init is not None:
+        values |= {f"{_START}.{key}": value for key, value in _result_settings(init).items()}
+    elif run.init_run is not None or run.identity.get("init") is not None:
+        values[_START] = "given weights"
+    return values
+
+
+def differing(columns: Sequence[Settings]) -> list[str]:
+    """The keys whose values are not the same in all of these, in their order; a missing start counts as one key."""
+    keys = dict.fromkeys(key for column in columns for key in column)
+    different = [key for key in keys if len({column.get(key) for column in columns}) > 1]
+    started = [any(key.startswith(f"{_START}.") for key in column) for column in columns]
+    if any(started) and not all(started):
+        different = [key for key in different if key.partition(".")[0] != _START] + [_START]
+    return different
+
+
+def unmeant(columns: Sequence[Settings]) -> list[str]:
+    """Those of the differing settings that are neither supervision nor mask losses, nor mere names of data."""
+    return [key for key in differing(columns) if not key.startswith((*_MEANT, *_NAMES))]
+
+
+def _value(column: Settings, key: str) -> str:
+    if key == _START and key not in column:
+        steps = column.get(f"{_START}.optim.steps")
+        return "—" if steps is None else f"pretraining ({steps} steps)"
+    return column.get(key, "—")
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
+
+
+def row_settings(report: ReportInput, table: ReportTable) -> dict[str, list[tuple[Result, Settings]]]:
+    """Row name -> its runs with their settings, in the order of seeds; rows without a run are left out."""
+    rows: dict[str, list[tuple[Result, Settings]]] = {}
+    for row in table.rows:
+        for seed in report.seeds:
+            if (run := report.results.get((table.name, row.name, seed))) is not None:
+                rows.setdefault(row.name, []).append((run, run_settings(run, report.pretraining_results)))
+    return rows
 
 
 def warnings(report: ReportInput) -> list[str]:
     """What a reader must know before the numbers: missing cells, and runs that do not belong together."""
     runs = [*report.runs(), *report.pretraining_results]
-    found = [text for table in report.tables if (text := _incomplete(report, table))]
-    found += report.notes
-    found += _data_warning(runs)
-    found += [text for table in report.tables for text in configuration_warnings(report, table)]
-    found += [
+    mixed = [
         f"**Mixed {what}.** {_places(runs, key)}. Numbers of different {what} are not strictly comparable."
         for what, key in _COMMON
         if len({key(run) for run in runs}) > 1
     ]
-    return found + [text for table in report.tables for text in _split_warnings(report, table)]
+    return [
+        *(text for table in report.tables for text in _incomplete(report, table)),
+        *report.notes,
+        *_data_warning(runs),
+        *(text for table in report.tables for text in _configuration_warnings(report, table)),
+        *mixed,
+        *(text for table in report.tables for text in _split_warnings(report, table)),
+    ]
 
 
-def table_warnings(report: ReportInput, table: ReportTable) -> list[str]:
-    """One line above a table that repeats in words which of the page's warnings are about it; nothing if none is."""
-    runs = table_runs(report, table)
-    found = ["cells are missing"] if report.missing(table) else []
-    found += [f"mixed {what}" for what, key in _COMMON if len({key(run) for run in runs}) > 1]
-    found += ["mixed data"] if _data_warning(runs) else []
-    found += ["configurations that differ in more than they should"] if configuration_warnings(report, table) else []
-    found += ["another class split"] if _split_warnings(report, table) else []
-    return [f"> **Mind the warnings at the top of the page:** {'; '.join(found)}."] if found else []
-
-
-def table_runs(report: ReportInput, table: ReportTable) -> list[Result]:
-    """The runs behind the cells of a table, in the order of rows and seeds."""
-    cells = ((table.name, row.name, seed) for row in table.rows for seed in report.seeds)
-    return [run for cell in cells if (run := report.results.get(cell)) is not None]
-
-
-def _incomplete(report: ReportInput, table: ReportTable) -> str:
+def _incomplete(report: ReportInput, table: ReportTable) -> list[str]:
     by_row: dict[str, list[int]] = {}
     for row, seed in report.missing(table):
         by_row.setdefault(row, []).append(seed)
     if not by_row:
-        return ""
+        return []
     cells = "; ".join(f"{code(row)} seed {', '.join(map(str, seeds))}" for row, seeds in by_row.items())
-    fills = f" {code(report.run_command)} fills them, then {code(report.report_command)}." * bool(report.run_command)
-    return f"**Incomplete.** {escape_markdown(table.name)} lacks {cells}.{fills}"
+    text = f"**Incomplete.** {escape_markdown(table.name)} lacks {cells}."
+    if report.run_command:
+        text += f" {code(report.run_command)} fills them, then {code(report.report_command)}."
+    return [text]
 
 
 def _data_warning(runs: Sequence[Result]) -> list[str]:
@@ -73,31 +167,59 @@ def _data_warning(runs: Sequence[Result]) -> list[str]:
     return [f"**Mixed data.** {places}. Numbers of different data are not strictly comparable."]
 
 
+def _configuration_warnings(report: ReportInput, table: ReportTable) -> list[str]:
+    """Names seeds of one row that differ in more than the seed, and rows that differ in more than they are meant to."""
+    rows = row_settings(report, table)
+    texts, told = [], set()
+    for name, runs in rows.items():
+        keys = [key for key in differing([column for _, column in runs]) if not key.startswith(_NAMES)]
+        told |= set(keys)
+        if keys:
+            values = "; ".join(_by_value(key, [(f"seed {run.seed}", column) for run, column in runs]) for key in keys)
+            texts.append(
+                f"**Mixed configurations.** {escape_markdown(table.name)}: the seeds of {code(name)} differ in "
+                f"{values}. Their mean is not that of one configuration."
+            )
+    first = [(name, runs[0][1]) for name, runs in rows.items()]
+    keys = [key for key in unmeant([column for _, column in first]) if key not in (*table.varied, *told)]
+    if keys:
+        values = "; ".join(_by_value(key, first) for key in keys)
+        texts.append(
+            f"**Different configurations.** {escape_markdown(table.name)}: beyond supervision and mask losses its rows "
+            f"differ in {values}. What differs in AP may be due to that."
+        )
+    return texts
+
+
+def _by_value(key: str, columns: Sequence[tuple[str, Settings]]) -> str:
+    """ "`optim.batch_size` (16: neither, projection; 8: full-masks)"."""
+    places: dict[str, list[str]] = {}
+    for place, column in columns:
+        places.setdefault(_value(column, key), []).append(escape_markdown(place))
+    values = (f"{escape_markdown(_shortened(value))}: {', '.join(names)}" for value, names in places.items())
+    return f"{code(key)} ({'; '.join(values)})"
+
+
 def _split_warnings(report: ReportInput, table: ReportTable) -> list[str]:
-    trained = [run for run in table_runs(report, table) if run.split_digest not in (None, table.split_digest)]
-    if not table.split or not trained:
+    runs = [report.results.get((table.name, row.name, seed)) for row in table.rows for seed in report.seeds]
+    other = [run for run in runs if run is not None and run.split_digest not in (None, table.split_digest)]
+    if not table.split:
         return []
-    here = [run for run in trained if _name(run.split) == _name(table.split)]
-    elsewhere = [run for run in trained if run not in here]
-    found = []
+    here = [run for run in other if PurePath(run.split or "").stem == PurePath(table.split).stem]
+    elsewhere = [run for run in other if run not in here]
+    texts = []
     if here:
         digests = ", ".join(sorted({str(run.split_digest) for run in here}))
-        found.append(
+        texts.append(
             f"**Changed split.** Runs of {escape_markdown(table.name)} were trained with another content of the split "
             f"{code(table.split)} ({digests}) than today's ({table.split_digest}): {_cells(here)}."
         )
     if elsewhere:
-        found.append(
+        texts.append(
             f"**Other split.** {escape_markdown(table.name)} shows the class groups of {code(table.split)}, but these "
-            f"runs were trained with masks of other classes: "
-            f"{_places(elsewhere, lambda run: str(run.split))}."
+            f"runs were trained with masks of other classes: {_places(elsewhere, lambda run: str(run.split))}."
         )
-    return found
-
-
-def _name(split: str | None) -> str:
-    """A split's name, of its path too."""
-    return PurePath(split or "").stem
+    return texts
 
 
 def _places(runs: Sequence[Result], key: Callable[[Result], str]) -> str:
@@ -105,9 +227,10 @@ def _places(runs: Sequence[Result], key: Callable[[Result], str]) -> str:
     by_value: dict[str, list[Result]] = {}
     for run in runs:
         by_value.setdefault(key(run), []).append(run)
-    ordered = sorted(by_value.items(), key=lambda item: -len(item[1]))
-    parts = [f"{code(ordered[0][0])}: {_runs(len(ordered[0][1]))}"]
-    return "; ".join([*parts, *(f"{code(value)}: {_cells(members)}" for value, members in ordered[1:])])
+    (value, most), *others = sorted(by_value.items(), key=lambda item: -len(item[1]))
+    return "; ".join(
+        [f"{code(value)}: {_runs(len(most))}", *(f"{code(value)}: {_cells(members)}" for value, members in others)]
+    )
 
 
 def _cells(runs: Sequence[Result]) -> str:
@@ -116,7 +239,31 @@ def _cells(runs: Sequence[Result]) -> str:
         f"{escape_markdown(run.row)}{f' ({escape_markdown(run.split)})' if run.split else ''} seed {run.seed}"
         for run in runs[:6]
     )
-    return names + (f" and {len(runs) - 6} more" if len(runs) > 6 else "")
+    return f"{names} and {len(runs) - 6} more" if len(runs) > 6 else names
+
+
+def protocol(report: ReportInput) -> list[str]:
+    """The section that says what was trained on what: data, start, schedule, seeds, rows, measure."""
+    start = (
+        f"Every row starts from {escape_markdown(report.initial)}."
+        if report.pretraining is None
+        else f"{escape_markdown(report.pretraining)} This pretraining is part of the protocol: it stands in for the "
+        "ImageNet weights that the paper starts from."
+    )
+    differ = "its mask loss" if all(table.alike for table in report.tables) else "its masks, mask loss and network"
+    meanings = {row.name: row.meaning for table in report.tables for row in table.rows if row.meaning}
+    words = "".join(f"\n  - {code(name)}: {escape_markdown(meaning)}" for name, meaning in meanings.items())
+    lines = [
+        f"- **Data.** {escape_markdown(report.data)}",
+        f"- **Start.** {start}",
+        f"- **Schedule.** {escape_markdown(report.schedule)}",
+        f"- **Seeds.** {', '.join(map(str, report.seeds))}. A seed draws the initial weights, the order of the images "
+        "and the augmentation; rows of one seed are compared in pairs. Deviations are sample standard deviations over "
+        "seeds (n − 1).",  # noqa: RUF001
+        f"- **Rows.** All rows get the boxes and classes of every object and differ in {differ}.{words}",
+        "- **Measure.** COCO AP of masks in percent (pycocotools), on the validation images.",
+    ]
+    return ["## Protocol", "\n".join(lines)]
 
 
 def provenance(report: ReportInput) -> list[str]:
@@ -132,23 +279,46 @@ def provenance(report: ReportInput) -> list[str]:
         f"- Recorded results: {', '.join(report.records)}; {_runs(len(runs))} and {len(pretraining)} of pretraining, "
         f"{_hours(hours)} hours of training and evaluation in all.",
         f"- {trained} {code(report.report_command)}.",
-        *(f"- Split {code(table.split)}: digest `{table.split_digest}`." for table in report.tables if table.split),
         _fact("Data fingerprint (training and validation)", [run.data_fingerprint for run in every]),
         _fact("Validation data", [run.val_fingerprint for run in every if run.val_fingerprint]),
         _fact("Seeds", [str(seed) for seed in report.seeds]),
         _fact("Git revision", [run.git_revision or "outside git" for run in every]),
         _fact("Device", [run.device for run in every]),
-        _fact("Versions", [", ".join(f"{name} {v}" for name, v in sorted(run.versions.items())) for run in every]),
+        _fact("Versions", [_versions(run) for run in every]),
     ]
     blocks = ["## Provenance", "\n".join(fact for fact in facts if fact)]
     blocks += differences_section(report) + _class_lists(report)
     if every:
         headings = ("run", "row", "split", "seed", "steps", "seconds", "git", "finished", "started from")
-        blocks += ["### Hours", *_hours_by_row(every)]
+        blocks += ["### Hours", _hours_by_row(every)]
         blocks += ["### Runs", markdown_table(headings, [_run_cells(run) for run in every], texts=3)]
         commands = "\n".join(f"{run.run_id}  {_command(run)}" for run in every)
         blocks += ["### Commands of the runs", f"```text\n{commands}\n```"]
     return blocks
+
+
+def differences_section(report: ReportInput) -> list[str]:
+    """For each table the settings in which its rows differ, one column per row."""
+    blocks = ["### Configuration of the rows"]
+    for table in report.tables:
+        rows = row_settings(report, table)
+        labels = {row.name: row.label for row in table.rows}
+        keys = differing([column for runs in rows.values() for _, column in runs])
+        name = escape_markdown(table.name)
+        if rows and not keys:
+            blocks.append(f"The rows of {name} have the same configuration but for the seed.")
+        elif rows:
+            lines = [
+                [
+                    key,
+                    *(_shortened("; ".join(dict.fromkeys(_value(c, key) for _, c in runs))) for runs in rows.values()),
+                ]
+                for key in keys
+            ]
+            blocks.append(f"Where the rows of {name} differ, beyond the seed:")
+            headings = ("setting", *(labels[row] for row in rows))
+            blocks.append(markdown_table(headings, lines, texts=len(headings)))
+    return blocks if len(blocks) > 1 else []
 
 
 def _class_lists(report: ReportInput) -> list[str]:
@@ -164,26 +334,24 @@ def _class_lists(report: ReportInput) -> list[str]:
     return ["### Classes", "\n".join(lines)] if lines else []
 
 
-def _hours_by_row(runs: Sequence[Result]) -> list[str]:
+def _hours_by_row(runs: Sequence[Result]) -> str:
     """Hours of training and evaluation per row; times the processes where some runs had several."""
     by_row: dict[tuple[str, str], list[Result]] = {}
     for run in runs:
         by_row.setdefault((run.row, run.split or "—"), []).append(run)
+    by_row["all", ""] = list(runs)
+    headings = ["row", "split", "runs", "hours per run", "hours"]
     several = any(run.processes > 1 for run in runs)
-
-    def cells(members: Sequence[Result]) -> list[str]:
-        hours = [run.seconds / 3600 for run in members]
-        shared = [run.seconds * run.processes / 3600 for run in members]
-        return [
-            str(len(members)),
-            _hours(sum(hours) / len(hours)),
-            _hours(sum(hours)),
-            *([_hours(sum(shared))] * several),
-        ]
-
-    headings = ("row", "split", "runs", "hours per run", "hours", *(["process hours"] * several))
-    lines = [[*key, *cells(members)] for key, members in by_row.items()]
-    return [markdown_table(headings, [*lines, ["all", "", *cells(runs)]], texts=2)]
+    if several:
+        headings.append("process hours")
+    lines = []
+    for key, members in by_row.items():
+        hours = sum(run.seconds / 3600 for run in members)
+        line = [*key, str(len(members)), _hours(hours / len(members)), _hours(hours)]
+        if several:
+            line.append(_hours(sum(run.seconds * run.processes / 3600 for run in members)))
+        lines.append(line)
+    return markdown_table(headings, lines, texts=2)
 
 
 def _hours(hours: float) -> str:
@@ -208,6 +376,10 @@ def _run_cells(run: Result) -> list[str]:
 def _command(run: Result) -> str:
     text = run.command if isinstance(run.command, str) else shlex.join(run.command)
     return " ".join(text.split()).replace("```", "'''")
+
+
+def _versions(run: Result) -> str:
+    return ", ".join(f"{name} {value}" for name, value in sorted(run.versions.items()))
 
 
 def _fact(name: str, values: Sequence[str]) -> str:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pandas as pd
 
 from semiseg.errors import UserError
 from semiseg.report.aggregate import TABLE_METRICS, UPPER_BOUND, ReportInput, ReportTable, TableNumbers
-from semiseg.report.tables import Layout, escape_markdown, markdown_table, number, table_cells
+from semiseg.report.tables import Layout, escape_markdown, number, table_cells
 
 # What the tables without a number in the paper are called; the others are "Table 6".
 _NAMES = {"tau": "colour threshold", "neighbourhood": "neighbourhood of the pairwise loss"}
-_POSITIVE = re.compile(r"([\d.]+) ?% of the selected edges are truly positive")
 
 
 def read_published(path: Path) -> pd.DataFrame:
@@ -63,56 +61,17 @@ def published_section(report: ReportInput, numbers: TableNumbers, printed: pd.Da
     if table.published is None:
         return []
     rows = printed[printed["table"] == table.published]
-    caution = same_numbers_caution(printed) if table.published in ("6", "7") else ""
-    notes = _notes(printed, table)
+    notes = [f"- {escape_markdown(note)}" for note in _notes(printed, table)]
     return [
         f"### The printed numbers (BoxInst, {_NAMES.get(table.published, f'Table {table.published}')})",
         _context(report, rows, data_name(printed, table)),
-        *([caution] if caution else []),
-        *(
-            ["Notes to the printed numbers:\n\n" + "\n".join(f"- {escape_markdown(note)}" for note in notes)]
-            * bool(notes)
-        ),
+        *(["Notes to the printed numbers:\n\n" + "\n".join(notes)] if notes else []),
     ]
-
-
-def edge_section(report: ReportInput, numbers: TableNumbers, printed: pd.DataFrame) -> list[str]:
-    """How many edges count and how many of these are truly positive, beside the AP; nothing where no row has them."""
-    table = numbers.table
-    if all(row.edges is None for row in table.rows):
-        return []
-    lines = []
-    for row in table.rows:
-        counting, positive = ("—", "—") if row.edges is None else (f"{100 * share:.1f} %" for share in row.edges)
-        lines.append(
-            [
-                row.label,
-                counting,
-                positive,
-                number(numbers.mean(row.name, "all_AP")),
-                _printed_positive(printed, table.published, row.name),
-                _printed_ap(printed, table.published, row.name, "all") or "—",
-            ]
-        )
-    text = (
-        "Of all edges with their centre in a box, those count whose two cells have similar enough colours; a counting "
-        "edge is truly positive if both cells have the same label in the instance's mask. "
-    )
-    whose = "printed" if report.paper_data else f"{data_name(printed, table)}, printed"
-    headings = ("row", "edges that count", "truly positive", "AP", f"truly positive ({whose})", f"AP ({whose})")
-    return ["### Which edges count", text + escape_markdown(report.edges), markdown_table(headings, lines)]
-
-
-def printed_positive_edges(printed: pd.DataFrame) -> list[tuple[float, float]]:
-    """The printed shares of truly positive edges by rising colour threshold: (threshold, percent)."""
-    rows = printed[printed["table"] == "tau"]
-    found = [(row, _POSITIVE.search(note)) for row, note in zip(rows["row"], rows["note"], strict=True)]
-    return sorted((float(row), float(match.group(1))) for row, match in found if match)
 
 
 def printed_difference(printed: pd.DataFrame, table: str | None, first: str, second: str, group: str) -> str:
     """`second` minus `first` in printed AP, "—" if the paper has not both."""
-    values = [_printed_ap(printed, table, row, group) for row in (first, second)]
+    values = [_printed_value(printed, table, row, group, "AP") for row in (first, second)]
     return number(float(values[1]) - float(values[0]), sign=True) if all(values) else "—"
 
 
@@ -123,19 +82,6 @@ def data_name(printed: pd.DataFrame, table: ReportTable) -> str:
     found = printed.loc[printed["table"] == table.published, "evaluation_set"]
     names = {str(text).split()[0].upper() for text in found if text}
     return names.pop() if len(names) == 1 else "COCO"
-
-
-def same_numbers_caution(published: pd.DataFrame) -> str:
-    """Names rows that the paper prints with the same unseen numbers in Tables 6 and 7, box-supervised above all."""
-    unseen = published[(published["classes"] == "unseen") & (published["row"] == "box-supervised")]
-    printed = {tuple(line) for line in unseen[["AP", "AP50", "AP75"]].to_numpy()}
-    if len(unseen) < 2 or len(printed) > 1:
-        return ""
-    tables = " and ".join(unseen["table"])
-    return (
-        f"**Caution:** the paper prints the box-supervised row of Tables {tables} with identical numbers on unseen "
-        f"classes ({' / '.join(next(iter(printed)))}) although their unseen classes differ: quote it with this caution."
-    )
 
 
 def _context(report: ReportInput, rows: pd.DataFrame, data: str) -> str:
@@ -167,10 +113,9 @@ def _places(rows: pd.DataFrame, names: list[str]) -> dict[str, str]:
 def _notes(printed: pd.DataFrame, table: ReportTable) -> list[str]:
     rows = printed[printed["table"] == table.published]
     names = {row.name for row in table.rows}
-    shown = any(row.edges is not None for row in table.rows)  # those of the edges stand in a section of their own
     about: dict[str, list[str]] = {}
     for _, line in rows[rows["row"].isin(names)].iterrows():
-        if line["note"] and not (shown and _POSITIVE.search(line["note"])):
+        if line["note"]:
             about.setdefault(line["note"], []).append(line["row"] + f" ({line['classes']})" * bool(table.unseen))
     notes = [f"{', '.join(found)}: {note}" for note, found in about.items()]
     others = [
@@ -196,18 +141,7 @@ def _printed(printed: pd.DataFrame, table: str, row: str, group: str) -> str:
     return " / ".join(value or "—" for value in found.iloc[0][list(TABLE_METRICS)])
 
 
-def _printed_ap(printed: pd.DataFrame, table: str | None, row: str, group: str) -> str:
-    return _printed_value(printed, table, row, group, "AP")
-
-
 def _printed_value(printed: pd.DataFrame, table: str | None, row: str, group: str, metric: str) -> str:
     """A printed number of a row, "" if it is not in the paper."""
     found = printed[(printed["table"] == table) & (printed["row"] == row) & (printed["classes"] == group)]
     return "" if found.empty or metric not in found else str(found.iloc[0][metric])
-
-
-def _printed_positive(printed: pd.DataFrame, table: str | None, row: str) -> str:
-    """The printed share of truly positive edges, which stands in the note of a row; "—" if it is not there."""
-    notes = printed.loc[(printed["table"] == table) & (printed["row"] == row), "note"]
-    found = [match.group(1) for note in notes if (match := _POSITIVE.search(note))]
-    return f"{found[0]} %" if found else "—"

@@ -1,4 +1,4 @@
-"""The sections of one table that take its AP apart: by class, by the IoU that a match takes, by the size of objects."""
+"""The sections of one table beside its numbers: AP by class, by the IoU of a match, by size; training curves."""
 
 from __future__ import annotations
 
@@ -10,10 +10,19 @@ from semiseg.errors import UserError
 from semiseg.evaluation.coco_metrics import Metrics, TypeMetrics, load_ground_truth
 from semiseg.evaluation.matching import IOU_THRESHOLDS
 from semiseg.report.aggregate import UPPER_BOUND, ReportInput, ReportTable, TableNumbers
-from semiseg.report.chart_style import row_styles
 from semiseg.report.context import PageContext
-from semiseg.report.curve_figures import threshold_figure
-from semiseg.report.figures import class_figure, class_gaps, shown_row, size_figure, sorted_classes
+from semiseg.report.figures import (
+    TrainingCurves,
+    class_figure,
+    class_gaps,
+    read_curves,
+    row_styles,
+    shown_row,
+    size_figure,
+    sorted_classes,
+    threshold_figure,
+    training_figure,
+)
 from semiseg.report.tables import escape_markdown, markdown_table, number
 from semiseg.report.uncertainty import thresholds_of
 from semiseg.results import Result
@@ -255,3 +264,29 @@ def _threshold_means(
 def _over_seeds(frame: pd.DataFrame, row: str, column: str | float) -> str:
     values = frame.loc[frame["row"] == row][column].astype(float)
     return number(float(values.mean()), float(values.std(ddof=1)))
+
+
+def training_section(page: PageContext, numbers: TableNumbers) -> list[str]:
+    """The curves of every loss term, and of the validation AP where it was measured on the way."""
+    report, table = page.report, numbers.table
+    curves: dict[str, list[TrainingCurves]] = {row.name: [] for row in table.rows}
+    complete = True  # a figure that lacks runs would replace a better one of an earlier report
+    for row in table.rows:
+        for seed in report.seeds:
+            if (run := report.results.get((table.name, row.name, seed))) is None:
+                continue
+            masks = Metrics.from_dict(run.metrics).group("segm", table.seen + table.unseen)["AP"]
+            folder = report.run_folders.get(run.run_id)
+            found = None if folder is None else read_curves(folder / "log.jsonl", final=(run.steps, masks))
+            complete = complete and found is not None
+            curves[row.name] += [found] if found is not None else []
+    validated = any(len(curve.mask_ap) for found in curves.values() for curve in found)
+    shown = page.figures.show(
+        f"{table.name}_losses",
+        training_figure(table, curves, row_styles(report.tables)) if complete else None,
+        alt=f"training losses{' and validation AP' if validated else ''}, {table.name}",
+        caption="Loss terms before weighting, over the steps of the rows' own training, averaged over some steps; one "
+        f"line per run.{' Validation mask AP is that of all classes.' if validated else ''}",
+        absent="the run folders with the logs are not on this machine",
+    )
+    return ["### Training", *shown]

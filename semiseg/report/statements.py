@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-import pandas as pd
-
 from semiseg.report.aggregate import (
     BEST,
     NEITHER,
@@ -170,7 +168,7 @@ def _not_resolved(step: Difference) -> str:
 
 
 def row_order(numbers: TableNumbers) -> str:
-    """The rows by their mean AP on unseen classes, and whether the order the method predicts holds."""
+    """The rows by their mean AP on unseen classes, on all where there are none."""
     labels = {row.name: row.label for row in numbers.table.rows}
     group = "unseen" if numbers.table.unseen else "all"
     means = {name: mean for name in labels if (mean := numbers.mean(name, f"{group}_AP")) is not None}
@@ -180,17 +178,9 @@ def row_order(numbers: TableNumbers) -> str:
     text = f"By mean AP on {group} classes: {escape_markdown(labels[ordered[0]])} ({means[ordered[0]]:.1f})"
     for lower, name in pairwise(ordered):
         sign = "=" if f"{means[lower]:.1f}" == f"{means[name]:.1f}" else "<"
-        step = "; step not resolved" * (numbers.between(lower, name, group).resolved is False)
+        step = "; step not resolved" if numbers.between(lower, name, group).resolved is False else ""
         text += f" {sign} {escape_markdown(labels[name])} ({means[name]:.1f}{step})"
-    expected = (NEITHER, "projection", BEST, UPPER_BOUND)
-    if group == "all" or not set(expected) <= set(means):
-        return f"{text}."
-    first, second, third, last = (means[name] for name in expected)
-    word = "holds" if first < second < third <= last else "does **not** hold"
-    return (
-        f"{text}. The expected order (neither < projection < projection + pairwise ≤ full-masks) {word} in the means; "
-        "which steps are resolved is said below."
-    )
+    return f"{text}."
 
 
 def reading(difference: Difference) -> str:
@@ -212,32 +202,13 @@ def box_statement(numbers: TableNumbers) -> str:
     """Whether the rows detect equally well, so that mask AP compares masks."""
     values = numbers.box_summary["all_AP"].dropna()
     if not numbers.table.alike:
-        return (
-            "Rows differ in network, data or schedule, so that their detection differs too; differences in mask AP are "
-            "due to both."
-        )
-    text = (
-        "Boxes and classes are supervised alike in every row, so that detection should be equally good; what differs "
-        "in mask AP is then due to the masks."
-    )
-    if len(values) < 2:
-        return text
-    spread = float(values.max() - values.min())
-    text += f" Mean box AP on all classes differs by {spread:.1f} AP between the best and the worst row"
-    return text + (
-        f": more than {_BOX_SPREAD:.0f} AP, so part of the differences in mask AP is due to detection."
-        if spread > _BOX_SPREAD
-        else "."
-    )
-
-
-def gap_cells(gap: GapClosed, label: str) -> list[str]:
-    """Cells of the table of gaps: row, AP from and to, gain, share closed with its spread over seeds."""
-    spread = pd.Series(gap.per_seed).std(ddof=1) if len(gap.per_seed) > 1 else None
-    share = "no gap" if gap.percent is None else whole_percent(gap.percent)
-    if gap.percent is not None and spread is not None:
-        share += f" ± {spread:.0f}"
-    return [label, number(gap.start), number(gap.reached), number(gap.reached - gap.start, sign=True), share]
+        return "Rows differ in network, data or schedule: differences in mask AP are due to boxes and masks."
+    text = "Boxes and classes are supervised alike in every row, so that differences in mask AP should be due to masks."
+    if len(values) > 1:
+        spread = float(values.max() - values.min())
+        text += f" Mean box AP on all classes differs by {spread:.1f} AP between the best and the worst row"
+        text += f": more than {_BOX_SPREAD:.0f} AP, so part is due to detection." if spread > _BOX_SPREAD else "."
+    return text
 
 
 def _classes(count: int) -> str:

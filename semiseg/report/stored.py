@@ -16,7 +16,6 @@ import pandas as pd
 from pycocotools.coco import COCO
 
 from semiseg.errors import UserError
-from semiseg.evaluation.box_matching import box_matches
 from semiseg.evaluation.coco_metrics import Metrics, check_results, load_ground_truth, prepare_masks
 from semiseg.evaluation.instances import match_instances
 from semiseg.evaluation.matching import Matches, average_precision, match
@@ -25,8 +24,7 @@ from semiseg.report.measured import Measured
 from semiseg.report.tables import escape_markdown
 from semiseg.results import Result
 
-_KEPT = 2  # runs whose detections stay in memory in any case: a row's beside those of full-masks
-_KEPT_DETECTIONS = 200_000  # of all runs together that stay: some hundred megabytes
+_KEPT_DETECTIONS = 200_000  # of all runs together that stay in memory: some hundred megabytes
 _SAME = 0.01  # AP; detections whose AP differs more from the recorded one are not those of the training
 
 RunMatches = Mapping[str, Matches]  # "bbox" and, where every object has a mask, "segm"
@@ -46,7 +44,6 @@ class StoredDetections:
         self._has_masks = False
         self._kept: dict[str, list[dict[str, Any]]] = {}
         self._matches: dict[str, RunMatches | None] = {}
-        self._found: dict[str, list[int | None]] = {}
         self._instances: dict[str, pd.DataFrame] = {}
 
     def objects(self) -> COCO | None:
@@ -84,9 +81,8 @@ class StoredDetections:
         if not self._are_recorded(run, results, content):
             return None
         self._kept[key] = results
-        for oldest in list(self._kept)[:-_KEPT]:
-            if sum(len(kept) for kept in self._kept.values()) > _KEPT_DETECTIONS:
-                del self._kept[oldest]
+        while len(self._kept) > 1 and sum(map(len, self._kept.values())) > _KEPT_DETECTIONS:
+            del self._kept[next(iter(self._kept))]  # the oldest
         return results
 
     def _are_recorded(self, run: Result, results: Sequence[Mapping[str, Any]], content: bytes) -> bool:
@@ -123,24 +119,14 @@ class StoredDetections:
                 self._matches[key] = None if results is None else self._match(results)
         return self._matches[key]
 
-    def found(self, run: Result) -> list[int | None] | None:
-        """`box_matches` of a run; None as in `of`."""
-        key = run.trained_as
-        if key not in self._found:
-            truth, results = self.objects(), self.of(run)
-            if truth is None or results is None:
-                return None
-            self._found[key] = box_matches(truth, results)
-        return self._found[key]
-
     def instances(self, run: Result) -> pd.DataFrame | None:
         """`match_instances` of a run; None as in `of`, or if some masks are not there."""
         key = run.trained_as
         if key not in self._instances:
-            truth, results, found = self.truth(), self.of(run), self.found(run)
-            if truth is None or results is None or found is None:
+            truth, results = self.truth(), self.of(run)
+            if truth is None or results is None:
                 return None
-            self._instances[key] = match_instances(truth, results, found)
+            self._instances[key] = match_instances(truth, results)
         return self._instances[key]
 
 

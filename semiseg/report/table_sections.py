@@ -6,9 +6,8 @@ import pandas as pd
 
 from semiseg.report.aggregate import NEITHER, UPPER_BOUND, ReportInput, TableNumbers
 from semiseg.report.context import PageContext
-from semiseg.report.provenance import table_warnings
-from semiseg.report.published import beside_printed, data_name, edge_section, printed_difference, published_section
-from semiseg.report.statements import box_statement, gap_caution, gap_cells, reading, row_order
+from semiseg.report.published import beside_printed, data_name, printed_difference, published_section
+from semiseg.report.statements import box_statement, gap_caution, reading, row_order
 from semiseg.report.tables import (
     MINUS,
     best_cells,
@@ -18,6 +17,7 @@ from semiseg.report.tables import (
     markdown_table,
     number,
     signed,
+    whole_percent,
 )
 
 
@@ -33,12 +33,10 @@ def table_section(page: PageContext, numbers: TableNumbers) -> list[str]:
         classes = f"All {len(table.seen)} classes"
     return [
         f"## {escape_markdown(table.title)}",
-        *(table_warnings(report, table) if len(page.tables) > 1 else []),  # else they stand right above
         f"{classes}; mask AP in percent; — = not measured.{bold} Files: {files}.",
         markdown_table(headings, cells, texts=shown.texts, bold=best),
         row_order(numbers),
         *published_section(report, numbers, page.printed),
-        *edge_section(report, numbers, page.printed),
         *_gap_section(numbers),
         *uncertainty_section(numbers),
         *difference_section(report, numbers, page.printed),
@@ -62,10 +60,14 @@ def _gap_section(numbers: TableNumbers) -> list[str]:
         text += f" **Note:** {caution}; shares of it say little."
     if shares := numbers.images.shares if numbers.images is not None else {}:
         text += f" The last column is {_image_words(numbers)}."
-    lines = [
-        [*gap_cells(gap, labels[gap.row]), *([_range(shares.get(gap.row), sign=False, digits=0)] if shares else [])]
-        for gap in numbers.gaps
-    ]
+    lines = []
+    for gap in numbers.gaps:
+        share = "no gap" if gap.percent is None else whole_percent(gap.percent)
+        if gap.percent is not None and len(gap.per_seed) > 1:
+            share += f" ± {pd.Series(gap.per_seed).std(ddof=1):.0f}"
+        gain = number(gap.reached - gap.start, sign=True)
+        interval = [_range(shares.get(gap.row), sign=False, digits=0)] if shares else []
+        lines.append([labels[gap.row], number(gap.start), number(gap.reached), gain, share, *interval])
     headings = ("row", "neither AP", "row AP", "gain", "gap closed", *(["95 % over images"] if shares else []))
     return [heading, text, markdown_table(headings, lines)]
 
@@ -104,11 +106,8 @@ def uncertainty_section(numbers: TableNumbers) -> list[str]:
         for row in table.rows
     ]
     text = (
-        f"In brackets {_image_words(numbers)}. AP of several seeds is averaged within a resample. The interval says "
-        "how much depends on which images were looked at, for these trained networks; training again with other seeds "
-        "is not part of it. With few images AP of a resample tends to lie above AP of all images, and so do the "
-        "brackets. Rows are compared below on the same resamples: their differences are surer than the brackets of two "
-        "rows suggest."
+        f"In brackets {_image_words(numbers)}: for these trained networks, seeds averaged within a resample. Rows are "
+        "compared below on the same resamples: their differences are surer than the brackets of two rows suggest."
     )
     headings = ("row", *(f"{group} AP" if table.unseen else "AP" for group in groups))
     return ["### Uncertainty over validation images", text, markdown_table(headings, lines)]
@@ -148,26 +147,17 @@ def difference_section(report: ReportInput, numbers: TableNumbers, printed: pd.D
 
 def _judgement(*, over_seeds: bool, over_images: bool) -> str:
     """When a difference is called resolved."""
-    start = (
+    seeds = "its 95 % interval over seeds (Student's t, at least three seeds) leaves out 0"
+    images = "its 95 % interval over validation images (both rows on the same resamples) leaves out 0"
+    rule = {
+        (True, True): "two 95 % intervals of its mean leave out 0: that over seeds (Student's t, at least three seeds) "
+        "and that over validation images (both rows on the same resamples, seeds averaged)",
+        (False, True): f"{images}; so it is for these trained networks: another seed may give another one",
+    }.get((over_seeds, over_images), seeds)
+    return (
         "Differences of AP, paired by seed: mean ± standard deviation over seeds. A difference is called resolved if "
+        f"{rule}. The pairs are judged one by one, without correction for their number."
     )
-    one_by_one = " The pairs are judged one by one, without correction for their number."
-    if not over_images:
-        rule = "the 95 % interval of its mean over seeds (Student's t) leaves out 0, which takes at least three seeds."
-        return f"{start}{rule}{one_by_one} The spread over validation images is not part of it."
-    if not over_seeds:
-        rule = (
-            "its 95 % interval over validation images leaves out 0 (paired: both rows on the same resamples). An "
-            "interval over seeds takes at least three: what is resolved is so for these trained networks, and another "
-            "seed may give another difference."
-        )
-    else:
-        rule = (
-            "two 95 % intervals of its mean leave out 0: that over seeds (Student's t, at least three seeds) and that "
-            "over validation images (paired: both rows on the same resamples, seeds averaged in each). Where there is "
-            "only one of them, it decides, and the reading says so."
-        )
-    return f"{start}{rule}{one_by_one}"
 
 
 def _box_section(numbers: TableNumbers) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import math
 import re
-import unicodedata
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -149,15 +148,24 @@ def markdown_table(
     Args:
         bold: (line, column) of cells whose number, up to the first space, is bold.
     """
-    rule = ["---" if column < texts else "---:" for column in range(len(headings))]
-    body = [
-        [
-            _bold_number(escape_markdown(cell), "**{}**") if (place, column) in bold else escape_markdown(cell)
-            for column, cell in enumerate(line)
-        ]
-        for place, line in enumerate((headings, *lines), start=-1)
+    escaped = [
+        [_formed(escape_markdown(cell), "**{}**", bold=(row, column) in bold) for column, cell in enumerate(line)]
+        for row, line in enumerate(lines)
     ]
-    return "".join("| " + " | ".join(line) + " |\n" for line in (body[0], rule, *body[1:]))
+    frame = pd.DataFrame(escaped, columns=[escape_markdown(heading) for heading in headings])
+    sides = ["left" if column < texts else "right" for column in range(len(headings))]
+    return f"{frame.to_markdown(index=False, tablefmt='pipe', colalign=sides, disable_numparse=True)}\n"
+
+
+def text_table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """Aligned columns for the terminal: the first to the left, the others to the right."""
+    rows = list(lines)
+    if not rows:
+        return "  ".join(headings) + "\n"
+    names = pd.Index(headings[1:], name=headings[0])
+    frame = pd.DataFrame([row[1:] for row in rows], index=[row[0] for row in rows], columns=names)
+    with pd.option_context("display.unicode.east_asian_width", True):
+        return f"{frame.to_string()}\n"
 
 
 def latex_table(table: ReportTable, shown: Layout, lines: Iterable[Sequence[str]], *, bold: Cells = frozenset()) -> str:
@@ -166,61 +174,34 @@ def latex_table(table: ReportTable, shown: Layout, lines: Iterable[Sequence[str]
     Args:
         bold: as in `markdown_table`.
     """
-    lines = list(lines)
-    rows = "".join(_latex_line(line, [column for row, column in bold if row == n]) for n, line in enumerate(lines))
-    title = " ".join(table.title.split())
-    first = 3 if shown.terms else 1
-    head, rules, column = " &" * first, "", first + 2
-    for group, columns in shown.groups:
-        head += f" & \\multicolumn{{{len(columns)}}}{{c}}{{{f'{group or GROUPS[0]} classes'}}}"
-        rules += f"\\cmidrule(lr){{{column}-{column + len(columns) - 1}}} "
-        column += len(columns)
-    names = [name.partition("_")[2] for _, columns in shown.groups for name in columns]
-    best = best_sentence(table)
-    beyond = any(sign > _LAST_LATIN and sign not in (*_LATEX, "—") for line in lines for cell in line for sign in cell)
-    engine = " and XeLaTeX or LuaLaTeX with a font that has these names" if beyond else ""
-    return (
-        f"% {title}: mask AP in percent (mean $\\pm$ standard deviation over seeds). {' '.join(best.split())}.\n"
-        f"% Needs \\usepackage{{booktabs}}{engine}.\n"
-        f"\\begin{{tabular}}{{l{'cc' if shown.terms else ''}{'r' * (len(names) + 1)}}}\n"
-        "\\toprule\n"
-        f"{head} \\\\\n{rules.strip()}\n"
-        f"row{' & projection & pairwise' if shown.terms else ''} & seeds"
-        + "".join(f" & AP$_{{{name[2:]}}}$" if name[2:] else " & AP" for name in names)
-        + " \\\\\n\\midrule\n"
-        + rows
-        + "\\bottomrule\n\\end{tabular}\n"
-    )
-
-
-def _latex_line(cells: Sequence[str], bold: Collection[int]) -> str:
-    escaped = [escape_latex(cell) for cell in cells]
-    line = " & ".join(
-        _bold_number(cell, "\\textbf{{{}}}") if column in bold else cell for column, cell in enumerate(escaped)
-    )
-    # "[" and "*" behind the end of a line would be taken as its options.
-    return f"{'{}' if line.startswith(('[', '*')) else ''}{line} \\\\\n"
-
-
-def _bold_number(cell: str, form: str) -> str:
-    """The cell with its number in a form, and what follows it, such as "± 0.3", as it is."""
-    value, space, rest = cell.partition(" ")
-    return f"{form.format(value)}{space}{rest}"
-
-
-def text_table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """Aligned columns for the terminal: the first to the left, the others to the right."""
-    body = [list(headings), *([*line] for line in lines)]
-    widths = [max(_width(line[column]) for line in body) for column in range(len(headings))]
-    padded = [
-        [
-            cell + " " * (width - _width(cell)) if column == 0 else " " * (width - _width(cell)) + cell
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        for line in body
+    escaped = [
+        [_formed(escape_latex(cell), r"\textbf{{{}}}", bold=(row, column) in bold) for column, cell in enumerate(line)]
+        for row, line in enumerate(lines)
     ]
-    rule = ["-" * width for width in widths]
-    return "".join("  ".join(line).rstrip() + "\n" for line in (padded[0], rule, *padded[1:]))
+    for line in escaped:
+        if line[0].startswith(("[", "*")):  # behind the end of a line they would be taken as its options
+            line[0] = f"{{}}{line[0]}"
+    terms = ("projection", "pairwise") if shown.terms else ()
+    columns = [("", name) for name in ("row", *terms, "seeds")]
+    for group, names in shown.groups:
+        metrics = (name.partition("_")[2].removeprefix("AP") for name in names)
+        columns += [(f"{group or GROUPS[0]} classes", f"AP$_{{{end}}}$" if end else "AP") for end in metrics]
+    frame = pd.DataFrame(escaped, columns=pd.MultiIndex.from_tuples(columns))
+    sides = f"l{'c' * len(terms)}{'r' * (len(columns) - 1 - len(terms))}"
+    tabular = frame.style.hide(axis="index").to_latex(hrules=True, column_format=sides, multicol_align="c")
+    beyond = any(sign > _LAST_LATIN and sign != "—" for line in escaped for cell in line for sign in cell)
+    engine = " and XeLaTeX or LuaLaTeX with a font that has these names" if beyond else ""
+    title, best = (" ".join(text.split()) for text in (table.title, best_sentence(table)))
+    return (
+        f"% {title}: mask AP in percent (mean $\\pm$ standard deviation over seeds). {best}.\n"
+        f"% Needs \\usepackage{{booktabs}}{engine}.\n{tabular}"
+    )
+
+
+def _formed(cell: str, form: str, *, bold: bool) -> str:
+    """The cell; if bold, its number in a form, and what follows it, such as "± 0.3", as it is."""
+    value, space, rest = cell.partition(" ")
+    return f"{form.format(value)}{space}{rest}" if bold else cell
 
 
 def escape_markdown(text: str) -> str:
@@ -240,10 +221,3 @@ def code(text: str) -> str:
 def escape_latex(text: str) -> str:
     """Names as they are; letters beyond ASCII stay (UTF-8 is LaTeX's default)."""
     return "".join(_LATEX.get(sign, sign) for sign in " ".join(text.split()))
-
-
-def _width(text: str) -> int:
-    """Columns that a text takes in a terminal: East Asian wide signs take two, combining marks none."""
-    return sum(
-        0 if unicodedata.combining(sign) else 2 if unicodedata.east_asian_width(sign) in "WF" else 1 for sign in text
-    )

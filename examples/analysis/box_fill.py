@@ -1,12 +1,13 @@
-"""How hard box supervision is on a data set: what its boxes give away about the masks.
+"""What the boxes of a data set give away about its masks: how much of a box its object fills, and what else is in it.
 
-What its colours give away is measured by `engine/edges.py`.
+    python -m examples.analysis.box_fill data/coco/annotations/instances_val2017.json --max-images 500
+
+What its colours give away is measured by `semiseg data affinity`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
+import argparse
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -16,16 +17,15 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pycocotools.coco import COCO
-from tqdm import tqdm
 
 from semiseg.errors import UserError
+from semiseg.evaluation.coco_metrics import load_ground_truth, names_of_classes
 
 Bools = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
-class ClassDifficulty:
+class ClassFill:
     """One class, or all together. Shares are 0..1, NaN without instances; crowd regions count nowhere.
 
     Attributes:
@@ -44,8 +44,8 @@ class ClassDifficulty:
 
 
 @dataclass(frozen=True)
-class Difficulty:
-    """What `measure_difficulty` found.
+class BoxFill:
+    """What `measure_box_fill` found.
 
     Attributes:
         images: number of images looked at.
@@ -55,8 +55,8 @@ class Difficulty:
 
     images: int
     instances_per_image: tuple[float, int, int]
-    overall: ClassDifficulty
-    classes: Mapping[str, ClassDifficulty]
+    overall: ClassFill
+    classes: Mapping[str, ClassFill]
 
     def render(self) -> str:
         """A text table."""
@@ -70,7 +70,7 @@ class Difficulty:
         return "\n".join(lines)
 
 
-def measure_difficulty(annotations_file: Path, *, max_images: int | None = None, progress: bool = False) -> Difficulty:
+def measure_box_fill(annotations_file: Path, *, max_images: int | None = None) -> BoxFill:
     """Measures an annotated data set in pixels of its stored images, which are not read.
 
     Args:
@@ -79,11 +79,12 @@ def measure_difficulty(annotations_file: Path, *, max_images: int | None = None,
     Raises:
         UserError: nothing to measure.
     """
-    coco = _read_annotations(annotations_file)
+    coco = load_ground_truth(annotations_file)
+    names = dict(zip(sorted(coco.cats), names_of_classes(coco), strict=True))
     image_ids = sorted(coco.getImgIds())[:max_images]
     rows: dict[int, list[_Row]] = {category_id: [] for category_id in sorted(coco.getCatIds())}
     numbers = []
-    for image_id in tqdm(image_ids, desc="measuring difficulty", unit="img", disable=None if progress else True):
+    for image_id in image_ids:
         anns = [a for a in coco.imgToAnns[image_id] if a.get("segmentation") and not a.get("iscrowd", 0)]
         numbers.append(len(anns))
         if not anns:
@@ -94,11 +95,11 @@ def measure_difficulty(annotations_file: Path, *, max_images: int | None = None,
             rows[ann["category_id"]].append(_measure_instance(ann, mask, occupied))
     if not any(numbers):
         raise UserError(f"{annotations_file}: no instance with a mask in the {len(image_ids)} images looked at")
-    return Difficulty(
+    return BoxFill(
         images=len(image_ids),
         instances_per_image=(statistics.fmean(numbers), min(numbers), max(numbers)),
         overall=_summary([row for items in rows.values() for row in items]),
-        classes={coco.cats[category_id]["name"]: _summary(items) for category_id, items in rows.items()},
+        classes={names[category_id]: _summary(items) for category_id, items in rows.items()},
     )
 
 
@@ -118,11 +119,11 @@ def _measure_instance(ann: Mapping[str, Any], mask: Bools, occupied: NDArray[np.
     return _Row(fill, _ratio(others, pixels), float(ann.get("visible", float("nan"))))
 
 
-def _summary(rows: Sequence[_Row]) -> ClassDifficulty:
+def _summary(rows: Sequence[_Row]) -> ClassFill:
     def mean(values: list[float]) -> float:
         return statistics.fmean(values) if values else float("nan")
 
-    return ClassDifficulty(
+    return ClassFill(
         instances=len(rows),
         fill=mean([row.fill for row in rows]),
         low_fill=mean([float(row.fill < 0.5) for row in rows]),
@@ -131,17 +132,22 @@ def _summary(rows: Sequence[_Row]) -> ClassDifficulty:
     )
 
 
-def _read_annotations(path: Path) -> COCO:
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-            return COCO(str(path))
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: not a readable COCO annotation file: {error}") from None
-
-
 def _ratio(part: int, whole: int) -> float:
     return part / whole if whole else float("nan")
 
 
 def _percent(share: float) -> str:
     return "-" if math.isnan(share) else f"{100 * share:.1f} %"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description="Measures how much of their boxes objects fill.")
+    parser.add_argument("annotations", type=Path)
+    parser.add_argument("--max-images", type=int, help="look at the first so many images only")
+    given = parser.parse_args(arguments)
+    print(measure_box_fill(given.annotations, max_images=given.max_images).render())
+
+
+if __name__ == "__main__":
+    main()

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from examples.analysis.box_fill import main, measure_box_fill
 from semiseg.data.shapes import ensure_shapes
 from semiseg.engine.edges import EdgeShare, Neighbourhood, measure_edges
 from semiseg.errors import UserError
-from semiseg.evaluation.difficulty import measure_difficulty
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +26,13 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_boxes_of_shapes_say_little_about_masks(shapes: Path) -> None:
-    shapes_difficulty = measure_difficulty(shapes / "annotations.json")
-    assert shapes_difficulty.overall.low_fill >= 0.2
-    assert shapes_difficulty.instances_per_image[0] >= 2
-    assert all(row.instances >= 10 for row in shapes_difficulty.classes.values())
-    assert len(shapes_difficulty.classes) == 12
-    assert 0.7 < shapes_difficulty.overall.visible < 0.97
-    assert shapes_difficulty.overall.foreign > 0.05
+    fill = measure_box_fill(shapes / "annotations.json")
+    assert fill.overall.low_fill >= 0.2
+    assert fill.instances_per_image[0] >= 2
+    assert all(row.instances >= 10 for row in fill.classes.values())
+    assert len(fill.classes) == 12
+    assert 0.7 < fill.overall.visible < 0.97
+    assert fill.overall.foreign > 0.05
 
 
 def test_colours_of_shapes_say_much_but_not_all(shapes: Path) -> None:
@@ -45,7 +45,7 @@ def test_colours_of_shapes_say_much_but_not_all(shapes: Path) -> None:
     assert 0.3 < few.share < some.share < 0.8
 
 
-def test_counts_by_hand(tmp_path: Path) -> None:
+def test_counts_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """4 x 4 pixels, stride 1, all eight neighbours: 24 horizontal, 24 vertical and 36 diagonal ordered pairs.
 
     Columns 0, 1 are the first object, in a box over everything: 8 horizontal and 12 diagonal pairs cross its edge.
@@ -67,7 +67,7 @@ def test_counts_by_hand(tmp_path: Path) -> None:
     # diagonal pairs go.
     assert alike.share == pytest.approx((64 + all_2 - 10) / (84 + all_2))
     assert alike.positive == pytest.approx((64 + positive_2) / (64 + all_2 - 10))
-    found = measure_difficulty(file)
+    found = measure_box_fill(file)
     assert found.overall.fill == pytest.approx(0.5)
     assert found.overall.low_fill == 0
     assert found.classes["b"].foreign == 0
@@ -75,6 +75,8 @@ def test_counts_by_hand(tmp_path: Path) -> None:
     assert math.isnan(found.overall.visible)
     assert found.instances_per_image == (2, 2, 2)
     assert "a                                1          50.0 %           0.0 %          25.0 %" in found.render()
+    main([str(file), "--max-images", "1"])
+    assert capsys.readouterr().out == f"{found.render()}\n"
 
 
 def test_crowd_and_box_only_instances_count_nowhere(tmp_path: Path) -> None:
@@ -85,19 +87,19 @@ def test_crowd_and_box_only_instances_count_nowhere(tmp_path: Path) -> None:
     document["annotations"][0]["iscrowd"] = 1
     del document["annotations"][1]["segmentation"]
     file.write_text(json.dumps(document))
-    found = measure_difficulty(file)
+    found = measure_box_fill(file)
     assert found.overall.instances == 1
     assert found.overall.foreign == 0
     document["annotations"] = document["annotations"][:2]
     file.write_text(json.dumps(document))
     with pytest.raises(UserError, match="no instance with a mask"):
-        measure_difficulty(file)
+        measure_box_fill(file)
 
 
 def test_a_file_that_is_none_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("{")
-    with pytest.raises(UserError, match=r"a\.json: not a readable COCO"):
-        measure_difficulty(tmp_path / "a.json")
+    with pytest.raises(UserError, match=r"a\.json: not "):
+        measure_box_fill(tmp_path / "a.json")
 
 
 def edges_of(annotations: Path, images: Path, *, stride: int, thresholds: Sequence[float]) -> tuple[EdgeShare, ...]:

@@ -1,4 +1,4 @@
-"""Detections drawn over their image, for looking at: masks, outlines, boxes, names and scores.
+"""Detections drawn over their image, for `predict` and for the pictures of reports: masks, outlines, boxes, labels.
 
 Frames: original = the image that boxes and masks refer to; drawing = the picture that comes out, the same image scaled
 so that text can be read on small images and large ones stay small.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,6 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as rle_codec
-from torch import Tensor
-
-from semiseg.data.rasterise import rle_to_mask
 
 # Okabe and Ito 2008, distinguishable with any colour vision; black, which photographs are full of, is left out.
 COLOURS: tuple[Colour, ...] = (
@@ -29,6 +26,7 @@ COLOURS: tuple[Colour, ...] = (
 SMALLEST_SIDE = 480  # of the drawing's shorter side: smaller images are enlarged by a whole factor
 LARGEST_SIDE = 2048  # of the drawing's longer side: larger images are reduced
 MASK_OPACITY = 0.45
+_DASH = 4  # pixels
 
 Colour = tuple[int, int, int]
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in drawing pixels, half open
@@ -36,17 +34,21 @@ Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in drawing pixels, half open
 
 @dataclass(frozen=True)
 class Drawn:
-    """One detection to draw.
+    """One object to draw.
 
     Attributes:
         box_xyxy: original pixels.
-        rle: COCO's compressed RLE, of the original's size.
+        rle: COCO's compressed RLE, of the original's size; None = no mask.
         text: beside the box.
+        colour: None = one that differs from those of boxes it touches.
+        dashed: whether its box has a dashed line.
     """
 
     box_xyxy: tuple[float, float, float, float]
-    rle: dict[str, Any]
+    rle: Mapping[str, Any] | None
     text: str
+    colour: Colour | None = None
+    dashed: bool = False
 
 
 def drawing_size(original_hw: tuple[int, int]) -> tuple[int, int]:
@@ -58,46 +60,49 @@ def drawing_size(original_hw: tuple[int, int]) -> tuple[int, int]:
     return height * factor, width * factor
 
 
-def prepare_drawing(image: Tensor) -> Image.Image:
-    """The image (3, H, W) uint8 RGB at its drawing's size, so that the large one need not be kept."""
-    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-    height, width = drawing_size((picture.height, picture.width))
-    return picture.resize((width, height), Image.Resampling.BICUBIC)
+def prepare_drawing(image: np.ndarray) -> Image.Image:
+    """The image (H, W, 3) uint8 RGB at its drawing's size, so that the large one need not be kept."""
+    height, width = drawing_size((image.shape[0], image.shape[1]))
+    return Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def draw_detections(picture: Image.Image, original_hw: tuple[int, int], detections: Sequence[Drawn]) -> Image.Image:
+def draw_detections(
+    picture: Image.Image, original_hw: tuple[int, int], detections: Sequence[Drawn], *, smallest_text: int = 13
+) -> Image.Image:
     """A new picture with the detections on it.
 
     Masks and boxes of better detections lie over those of worse ones; labels are moved so that they neither leave the
-    picture nor, where there is room, cover one another. The colour of a detection follows from its place in the list
+    picture nor, where there is room, cover one another. A colour that is not given follows from the place in the list
     and the boxes before it: it differs from those of better detections whose boxes touch its own, as far as there are
     colours.
 
     Args:
-        picture: of `prepare_drawing`.
+        picture: the image, of `prepare_drawing` or of any other size.
         original_hw: the frame of the detections.
         detections: best first.
+        smallest_text: height of letters in pixels; on large pictures they are larger.
     """
     scale_x, scale_y = picture.width / original_hw[1], picture.height / original_hw[0]
     boxes = [_scaled(item.box_xyxy, scale_x, scale_y, picture.size) for item in detections]
-    colours = choose_colours(boxes)
+    colours = [item.colour or chosen for item, chosen in zip(detections, choose_colours(boxes), strict=True)]
     line = max(round(min(picture.size) / 450), 1)
     drawing = picture.copy()
     for item, colour in reversed(list(zip(detections, colours, strict=True))):
-        _paint_mask(drawing, item.rle, colour, line=line + 1)
+        if item.rle is not None:
+            paint_mask(drawing, item.rle, colour, line=line + 1)
     pen = ImageDraw.Draw(drawing)
-    for box, colour in reversed(list(zip(boxes, colours, strict=True))):
-        pen.rectangle((box[0], box[1], box[2] - 1, box[3] - 1), outline=colour, width=line)
-    _write_labels(pen, [item.text for item in detections], boxes, colours)
+    for item, box, colour in reversed(list(zip(detections, boxes, colours, strict=True))):
+        _draw_box(pen, box, colour, width=line, dashed=item.dashed)
+    _write_labels(pen, [item.text for item in detections], boxes, colours, smallest_text)
     return drawing
 
 
 def choose_colours(boxes: Sequence[Box]) -> list[Colour]:
     """A colour for each box: the next in turn that no box before it has which touches it, or else the next."""
     chosen: list[int] = []
-    for number, box in enumerate(boxes):
-        taken = {chosen[other] for other in range(number) if _touch(box, boxes[other])}
-        turns = [(number + shift) % len(COLOURS) for shift in range(len(COLOURS))]
+    for index, box in enumerate(boxes):
+        taken = {chosen[other] for other in range(index) if _touch(box, boxes[other])}
+        turns = [(index + shift) % len(COLOURS) for shift in range(len(COLOURS))]
         chosen.append(next((colour for colour in turns if colour not in taken), turns[0]))
     return [COLOURS[colour] for colour in chosen]
 
@@ -114,7 +119,22 @@ def _scaled(box: Sequence[float], scale_x: float, scale_y: float, size_wh: tuple
     return x0, y0, max(x1, x0 + 1), max(y1, y0 + 1)
 
 
-def _paint_mask(drawing: Image.Image, rle: dict[str, Any], colour: Colour, *, line: int) -> None:
+def _draw_box(pen: ImageDraw.ImageDraw, box: Box, colour: Colour, *, width: int, dashed: bool) -> None:
+    x0, y0, x1, y1 = box[0], box[1], box[2] - 1, box[3] - 1
+    if not dashed:
+        pen.rectangle((x0, y0, x1, y1), outline=colour, width=width)
+        return
+    for x in range(x0, x1 + 1, 2 * _DASH):
+        for y in (y0, y1):
+            pen.line((x, y, min(x + _DASH - 1, x1), y), fill=colour, width=width)
+    for y in range(y0, y1 + 1, 2 * _DASH):
+        for x in (x0, x1):
+            pen.line((x, y, x, min(y + _DASH - 1, y1)), fill=colour, width=width)
+
+
+def paint_mask(
+    drawing: Image.Image, rle: Mapping[str, Any], colour: Colour, *, line: int, opacity: float = MASK_OPACITY
+) -> None:
     """Tints a mask of the original's size in the drawing, with an outline `line` pixels wide inside it."""
     x, y, width, height = rle_codec.toBbox(rle).tolist()
     if width == 0 or height == 0:
@@ -126,37 +146,35 @@ def _paint_mask(drawing: Image.Image, rle: dict[str, Any], colour: Colour, *, li
     top, bottom = math.floor(y / scale_y), min(math.ceil((y + height) / scale_y), drawing.height)
     margin = 2 * math.ceil(max(scale_x, scale_y))
     x0, y0 = max(int(x) - margin, 0), max(int(y) - margin, 0)
-    mask = rle_to_mask(rle["counts"].encode("ascii"), (original_height, original_width))
-    part = np.ascontiguousarray(mask[y0 : int(y + height) + margin, x0 : int(x + width) + margin])
+    part = np.ascontiguousarray(
+        rle_codec.decode(rle)[y0 : int(y + height) + margin, x0 : int(x + width) + margin], dtype=np.uint8
+    )
     source = (left * scale_x - x0, top * scale_y - y0, right * scale_x - x0, bottom * scale_y - y0)
-    scaled = Image.fromarray(part.view(np.uint8) * np.uint8(255)).resize(
+    scaled = Image.fromarray(part * np.uint8(255)).resize(
         (right - left, bottom - top),
         Image.Resampling.BILINEAR,
         box=(source[0], source[1], min(source[2], part.shape[1]), min(source[3], part.shape[0])),
     )
-    inside = np.asarray(scaled) >= 128
-    opacity = np.where(inside & ~_eroded(inside, line), 255, inside * round(255 * MASK_OPACITY)).astype(np.uint8)
-    drawing.paste(colour, (left, top), Image.fromarray(opacity))
-
-
-def _eroded(mask: np.ndarray, distance: int) -> np.ndarray:
-    """The pixels of a mask (H, W) from which all pixels up to `distance` rows and columns away are in the mask."""
-    height, width = mask.shape
-    steps = range(2 * distance + 1)
-    padded = np.pad(mask, distance)
-    columns = np.logical_and.reduce([padded[:, step : step + width] for step in steps])
-    eroded: np.ndarray = np.logical_and.reduce([columns[step : step + height] for step in steps])
-    return eroded
+    inside = np.pad(np.asarray(scaled) >= 128, line)
+    core = inside  # all pixels from which `line` rows and columns away everything is in the mask
+    for axis in (0, 1):
+        core = np.logical_and.reduce([np.roll(core, step, axis) for step in range(-line, line + 1)])
+    opacities = np.where(inside & ~core, 255, inside * round(255 * opacity)).astype(np.uint8)
+    drawing.paste(colour, (left, top), Image.fromarray(opacities[line:-line, line:-line]))
 
 
 def _write_labels(
-    pen: ImageDraw.ImageDraw, texts: Sequence[str], boxes: Sequence[Box], colours: Sequence[Colour]
+    pen: ImageDraw.ImageDraw,
+    texts: Sequence[str],
+    boxes: Sequence[Box],
+    colours: Sequence[Colour],
+    smallest_text: int,
 ) -> None:
     width, height = pen.im.size
-    font = load_font(min(max(round(min(width, height) / 50), 13), 24))
+    font = load_font(min(max(round(min(width, height) / 50), smallest_text), 24))
     placed: list[Box] = []
     for text, box, colour in zip(texts, boxes, colours, strict=True):
-        shown = _fitted(text, font, width - 4)
+        shown = fitted(text, font, width - 4)
         left, top, right, bottom = font.getbbox(shown)
         place = place_label((int(right - left) + 5, int(bottom - top) + 5), box, placed, (width, height))
         placed.append(place)
@@ -187,7 +205,7 @@ def _cover(a: Box, b: Box) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def _fitted(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+def fitted(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     """The text, or as much of it as is not wider, with dots at its end."""
     if font.getlength(text) <= width:
         return text

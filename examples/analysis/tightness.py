@@ -1,10 +1,18 @@
-"""How tightly found masks fill their boxes: the error that the projection loss trains, on stored detections."""
+"""How tightly predicted masks fill the boxes of what they found: the projection loss, measured on stored detections.
+
+    python -m examples.analysis.tightness val.json runs/mine/detections.json
+
+The error is 1 - Dice between the projections of mask and box, averaged over x and y; 0 for a mask that reaches from
+side to side of the box and no further.
+"""
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +20,7 @@ from numpy.typing import NDArray
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
+from examples.analysis import read_detections, read_truth
 from semiseg.evaluation.box_matching import box_matches
 from semiseg.evaluation.coco_metrics import names_of_classes
 
@@ -29,9 +38,7 @@ class ClassTightness:
     error: float | None
 
 
-def class_tightness(
-    truth: COCO, results: Sequence[Mapping[str, Any]], found: Sequence[int | None] | None = None
-) -> dict[str, ClassTightness]:
+def class_tightness(truth: COCO, results: Sequence[Mapping[str, Any]]) -> dict[str, ClassTightness]:
     """Projection error of the masks of all detections that found an object (`box_matches`), per class.
 
     The box is that of the object, not of the detection: it is what the projection loss compares with in training, and
@@ -40,12 +47,10 @@ def class_tightness(
     Args:
         truth: from `coco_metrics.load_ground_truth`.
         results: COCO results with masks of the size of their images.
-        found: their `box_matches`, if at hand.
     """
-    found = box_matches(truth, results) if found is None else found
     errors = [
         (result["category_id"], projection_error(rle.decode(result["segmentation"]), truth.anns[match]["bbox"]))
-        for result, match in zip(results, found, strict=True)
+        for result, match in zip(results, box_matches(truth, results), strict=True)
         if match is not None
     ]
     return _by_class(truth, errors)
@@ -105,3 +110,21 @@ def _touched(low: float, high: float, size: int) -> NDArray[np.bool_]:
 def _dice_error(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:
     """Neither of the two may be all false together; `second` never is."""
     return 1 - 2 * int((first & second).sum()) / (int(first.sum()) + int(second.sum()))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints objects found and mean error by class, and that of the objects' own masks."""
+    parser = argparse.ArgumentParser(description="Measures how tightly masks fill their boxes.")
+    parser.add_argument("annotations", type=Path)
+    parser.add_argument("detections", type=Path)
+    given = parser.parse_args(arguments)
+    truth = read_truth(given.annotations)
+    true = true_tightness(truth)
+    print(f"{'class':<24}{'found':>8}{'error':>10}{'true masks':>12}")
+    for name, found in class_tightness(truth, read_detections(given.detections, truth)).items():
+        shown = ["-" if error is None else f"{100 * error:.1f} %" for error in (found.error, true[name].error)]
+        print(f"{name:<24}{found.objects:>8}{shown[0]:>10}{shown[1]:>12}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What can be done with semiseg beyond its verbs."""
