@@ -37,6 +37,7 @@ Result = dict[str, Any]  # name -> float64 array, or a list of texts or numbers
 SIDES: tuple[Side, Side] = ("ours", "straightforward")
 LEAST_MEMORY_MB = 0.1  # below the resolution of the measurement; keeps ratios finite
 MEBIBYTE = 2**20
+PRELOADED = ["benchmarks.rows"]  # what the server of the processes has imported
 
 
 class Place(NamedTuple):
@@ -226,7 +227,7 @@ def _executor(own_process: bool) -> Executor:
     if not own_process:
         return ThreadPoolExecutor(1)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.rows"])
+    context.set_forkserver_preload(PRELOADED)
     return ProcessPoolExecutor(1, mp_context=context)
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
 import math
-import os
-import signal
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import masks, rows, step
+from benchmarks import masks, measure, rows, step
 from benchmarks import straightforward as plain
 from benchmarks.__main__ import as_json, main, table_line
 from benchmarks.evaluation import EVALUATION
@@ -30,12 +28,21 @@ from semiseg.errors import UserError
 from semiseg.losses.affinity import rgb_to_lab
 from semiseg.losses.boxinst import box_cells
 from semiseg.models.upsample import aligned_upsample
+from tests.benchmark_rows import both_sides, dying, fast, hungry, slow, wrong
 
 NAMES = ["mask_losses", "affinity", "dynamic_head", "step", "postprocess", "evaluation", "data"]
 KEYS = ["name", "seconds", "baseline_seconds", "speedup", "memory_mb", "baseline_memory_mb", "memory_ratio"]
 CPU = torch.device("cpu")
 
 Call = Callable[..., tuple[str, str]]
+
+
+@pytest.fixture(autouse=True)
+def little_garbage() -> Iterator[None]:
+    """A measurement collects garbage first: a third of a second if it looks at all that has been imported."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture
@@ -50,38 +57,6 @@ def call(capsys: pytest.CaptureFixture[str]) -> Call:
         return output, errors
 
     return called
-
-
-def task(value: float, seconds: float = 0.0) -> Task:
-    """Work that waits and computes one number."""
-
-    def run() -> dict[str, np.ndarray]:
-        time.sleep(seconds)
-        return {"value": np.array([value])}
-
-    return Task(run)
-
-
-def fast(side: Side, sizes: Sizes, place: Place) -> Task:
-    return task(1.0, seconds=0.001 if side == "ours" else 0.01)
-
-
-def slow(side: Side, sizes: Sizes, place: Place) -> Task:
-    return task(1.0, seconds=0.01 if side == "ours" else 0.001)
-
-
-def wrong(side: Side, sizes: Sizes, place: Place) -> Task:
-    return task(1.1 if side == "ours" else 1.0)
-
-
-def hungry(side: Side, sizes: Sizes, place: Place) -> Task:
-    """Work whose straightforward side holds `megabytes` for a moment."""
-    megabytes = sizes["megabytes"] if side == "straightforward" else 0
-    return Task(lambda: {"side": side, "total": float(torch.ones(megabytes * 2**18).sum())})
-
-
-def dying(side: Side, sizes: Sizes, place: Place) -> Task:
-    return Task(lambda: os.kill(os.getpid(), signal.SIGKILL)) if sizes["megabytes"] > 1 else task(1.0)
 
 
 ROW = Row(
@@ -162,8 +137,9 @@ def test_the_table_has_a_line_per_row() -> None:
     assert as_json([row], scale="quick")["rows"] == [row]
 
 
-def test_measuring_in_own_processes() -> None:
+def test_measuring_in_own_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory is what the work holds at its peak, a killed process is one sentence."""
+    monkeypatch.setattr(measure, "PRELOADED", ["tests.benchmark_rows"])
     measured = measure_row(replace(ROW, prepare=hungry, agree=both_sides), sizes=ROW.sizes, passes=2)
     assert measured["passes"] == 2
     assert measured["same_result"]
@@ -172,10 +148,6 @@ def test_measuring_in_own_processes() -> None:
     assert measured["sizes"] == {"megabytes": 64}
     with pytest.raises(UserError, match="made_up: the measuring process was ended from outside"):
         measure_row(replace(ROW, prepare=dying), sizes=ROW.sizes, passes=1)
-
-
-def both_sides(ours: dict[str, object], straightforward: dict[str, object]) -> bool:
-    return (ours["side"], straightforward["side"]) == ("ours", "straightforward")
 
 
 def test_peak_memory_counts_what_was_freed_again() -> None:
