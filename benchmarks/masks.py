@@ -43,30 +43,28 @@ DIFFERING_PIXELS = 1e-5  # share of the masks' pixels whose probability may roun
 def prepare_losses(side: Side, sizes: Sizes, place: Place) -> Task:
     """`mask_losses`."""
     logits, cells, edges, image_index = loss_inputs(sizes, place.device)
+    rows, columns = cell_profiles(cells, (logits.shape[1], logits.shape[2]))
+    box_masks = (rows[:, :, None] & columns[:, None, :]).float()
+    similarity = edges[image_index].float()
 
-    if side == "ours":
-
-        def losses() -> tuple[Tensor, Tensor, Tensor]:
-            sums, counts = pairwise_loss(logits, cells, edges, image_index, size=SIZE, dilation=DILATION)
-            return projection_loss(logits, cells), sums, counts
-    else:
-        rows, columns = cell_profiles(cells, (logits.shape[1], logits.shape[2]))
-        box_masks = (rows[:, :, None] & columns[:, None, :]).float()
-        similarity = edges[image_index].float()
-
-        def losses() -> tuple[Tensor, Tensor, Tensor]:
-            counting = (similarity >= THRESHOLD).float()
-            sums, counts = plain.pairwise_sums(logits, box_masks, counting, size=SIZE, dilation=DILATION)
-            return plain.projection(logits, box_masks), sums, counts
-
-    def run() -> dict[str, Tensor | None]:
+    def ours() -> dict[str, Tensor | None]:
         logits.grad = None
-        projections, sums, counts = losses()
-        projection, pairwise = projections.mean(), sums.sum() / counts.sum().clamp(min=1)
+        projection = projection_loss(logits, cells).mean()
+        sums, counts = pairwise_loss(logits, cells, edges, image_index, size=SIZE, dilation=DILATION)
+        return backward(projection, sums.sum() / counts.sum().clamp(min=1))
+
+    def straightforward() -> dict[str, Tensor | None]:
+        logits.grad = None
+        projection = plain.projection(logits, box_masks).mean()
+        losses = plain.edge_losses(logits, size=SIZE, dilation=DILATION)
+        weights = (similarity >= THRESHOLD).float() * box_masks[:, None]
+        return backward(projection, (losses * weights).sum() / weights.sum().clamp(min=1))
+
+    def backward(projection: Tensor, pairwise: Tensor) -> dict[str, Tensor | None]:
         (projection + pairwise).backward()
         return {"projection": projection, "pairwise": pairwise, "gradient": logits.grad}
 
-    return Task(run)
+    return Task(ours if side == "ours" else straightforward)
 
 
 def loss_inputs(sizes: Sizes, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:

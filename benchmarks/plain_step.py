@@ -123,7 +123,7 @@ def plain_losses(
     logits = _masks(outputs, of_image, location)
     similarity, box_masks = instance_affinity(images, boxes, image_index, bottom=0)
     similarity, box_masks = similarity[instance], box_masks[instance]  # one copy for each mask
-    edges = (similarity >= THRESHOLD).float()
+    edges = similarity >= THRESHOLD
     sums, counts = plain.pairwise_sums(logits, box_masks, edges, size=SIZE, dilation=DILATION)
     losses["projection"] = plain.projection(logits, box_masks).mean()
     losses["pairwise"] = sums.sum() / counts.sum().clamp(min=1)

@@ -65,18 +65,14 @@ def edge_losses(logits: Tensor, *, size: int, dilation: int, labels: Tensor | No
     """-log P(both ends have the same label) of every cell with each neighbour: logits (N, h, w) -> (N, K, h, w).
 
     Args:
-        labels: (N, h, w) 0 or 1. Where those of both ends differ, -log P(the ends differ).
+        labels: (N, h, w) 0 or 1, the true ones: then -log P(both ends are right, or both wrong), which is that they
+            have the same label where the true ones are the same, and different ones where they differ.
     """
-    inside, outside = F.logsigmoid(logits), F.logsigmoid(-logits)
-    other_inside = neighbours(inside[:, None], size=size, dilation=dilation)[:, 0]  # (N, K, h, w)
-    other_outside = neighbours(outside[:, None], size=size, dilation=dilation)[:, 0]
     if labels is not None:
-        differ = labels[:, None] != neighbours(labels[:, None], size=size, dilation=dilation)[:, 0]
-        other_inside, other_outside = (
-            torch.where(differ, other_outside, other_inside),
-            torch.where(differ, other_inside, other_outside),
-        )
-    both_inside, both_outside = inside[:, None] + other_inside, outside[:, None] + other_outside
+        logits = torch.where(labels > 0, logits, -logits)
+    inside, outside = F.logsigmoid(logits), F.logsigmoid(-logits)
+    both_inside = inside[:, None] + neighbours(inside[:, None], size=size, dilation=dilation)[:, 0]  # (N, K, h, w)
+    both_outside = outside[:, None] + neighbours(outside[:, None], size=size, dilation=dilation)[:, 0]
     largest = torch.maximum(both_inside, both_outside)
     return -(torch.log(torch.exp(both_inside - largest) + torch.exp(both_outside - largest)) + largest)
 
@@ -84,9 +80,9 @@ def edge_losses(logits: Tensor, *, size: int, dilation: int, labels: Tensor | No
 def pairwise_sums(
     logits: Tensor, box_masks: Tensor, edges: Tensor, *, size: int, dilation: int, labels: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Sum and number (N,) of `edge_losses` over the edges (N, K, h, w), 0 or 1, whose cell is in the box."""
-    weights = edges * box_masks[:, None]
+    """Sum and number (N,) of `edge_losses` over the edges (N, K, h, w) bool whose cell is in the box."""
     losses = edge_losses(logits, size=size, dilation=dilation, labels=labels)
+    weights = edges.to(logits.dtype) * box_masks[:, None]
     return (losses * weights).sum((1, 2, 3)), weights.sum((1, 2, 3))
 
 

@@ -88,9 +88,9 @@ def test_pairwise_equals_the_straightforward_formulation(size: int, dilation: in
     labelled, labelled_counts = labelled_pairwise_loss(
         logits, CELLS, masks, inside, IMAGE_INDEX, size=size, dilation=dilation
     )
-    of_edges = plain.pairwise_sums(logits, box_masks(), edges[IMAGE_INDEX].double(), size=size, dilation=dilation)
+    of_edges = plain.pairwise_sums(logits, box_masks(), edges[IMAGE_INDEX], size=size, dilation=dilation)
     of_labels = plain.pairwise_sums(
-        logits, box_masks(), inside[IMAGE_INDEX].double(), size=size, dilation=dilation, labels=masks.double()
+        logits, box_masks(), inside[IMAGE_INDEX], size=size, dilation=dilation, labels=masks.double()
     )
     for actual, number, values, count in ((sums, counts, *of_edges), (labelled, labelled_counts, *of_labels)):
         assert number.tolist() == count.tolist()

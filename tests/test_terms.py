@@ -173,7 +173,7 @@ def slow_mask_loss(step: Step, goal: Objective, warmup: float) -> Tensor:
             if goal.mask == "dice":
                 per_mask = per_mask + weights[n] * plain.dice(logits.sigmoid(), masks[n][None]).sum()
             else:
-                mask, inside = masks[n][None], (of_image > 0).double()
+                mask, inside = masks[n][None], of_image > 0
                 per_mask = per_mask + weights[n] * plain.projection(logits, mask).sum()
                 total, number = plain.pairwise_sums(logits, box, inside, size=3, dilation=2, labels=mask)
                 labelled, labelled_count = labelled + weights[n] * total.sum(), labelled_count + int(number)
@@ -186,7 +186,7 @@ def slow_mask_loss(step: Step, goal: Objective, warmup: float) -> Tensor:
             else:
                 per_mask = per_mask + plain.projection(logits, box).sum()
             if goal.box == "projection+pairwise":
-                total, number = plain.pairwise_sums(logits, box, (of_image >= 0.3).double(), size=3, dilation=2)
+                total, number = plain.pairwise_sums(logits, box, of_image >= 0.3, size=3, dilation=2)
                 pairs, pair_count = pairs + total.sum(), pair_count + int(number)
         all_masks += 1
     share = box_masks / max(all_masks, 1)
