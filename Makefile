@@ -17,7 +17,7 @@ quickstart-short: $(STAMP)
 
 ## bench-quick: speed and memory beside straightforward formulations, about a minute; fails on a wrong result only
 bench-quick: $(STAMP)
-	$(BIN)/semiseg bench --quick
+	$(BIN)/python -m benchmarks --quick
 
 ## test: the tests, two at a time, of one thread each: threads that wait for each other's cores take many times as long
 test: $(STAMP)

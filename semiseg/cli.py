@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from semiseg import __version__
-from semiseg.commands import bench, compare, convert, data, predict, split, study, train
+from semiseg.commands import compare, convert, data, predict, split, study, train
 from semiseg.errors import UserError
 from semiseg.resources import FULL
 
@@ -93,4 +93,3 @@ app.command("run")(_speaks(study.run))
 app.command("status")(_speaks(study.status))
 app.command("report")(_speaks(study.report))
 app.command("compare")(_speaks(compare.compare))
-app.command("bench")(_speaks(bench.bench))

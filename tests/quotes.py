@@ -181,7 +181,7 @@ TABLES = (
         lambda: (REPORTS / "shapes/tables/table6.md").read_text(encoding="utf-8").splitlines(),
     ),
     QuotedTable("docs/NUMERICS.md", "Order of the rows by processor and seed", processor_lines),
-    QuotedTable("docs/PERFORMANCE.md", "The full form, `semiseg bench --json", bench_lines),
+    QuotedTable("docs/PERFORMANCE.md", "The full form, `python -m benchmarks --json", bench_lines),
 )
 
 

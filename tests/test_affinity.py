@@ -1,4 +1,4 @@
-"""Colour affinity: against plain loops, for every offset, padding and bottom rows, several image sizes in one batch."""
+"""Colour affinity: against the straightforward formulation, for every offset, with padding and bottom rows."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import straightforward as plain
 from semiseg.losses.affinity import (
     affinity_edges,
     colour_affinity,
@@ -15,7 +16,6 @@ from semiseg.losses.affinity import (
     rgb_to_lab,
 )
 from semiseg.structures.inputs import pad_images
-from tests import slow_reference as slow
 
 
 def random_images(*sizes_hw: tuple[int, int], seed: int = 0) -> list[Tensor]:
@@ -49,7 +49,7 @@ def test_pooling_truncates_and_takes_padding_as_black() -> None:
 
 
 @pytest.mark.parametrize(("stride", "size", "dilation"), [(4, 3, 2), (2, 3, 1), (2, 5, 2), (1, 3, 1)])
-def test_equals_plain_loops(stride: int, size: int, dilation: int) -> None:
+def test_equals_the_straightforward_formulation(stride: int, size: int, dilation: int) -> None:
     sizes = [(13 * stride // 2, 9 * stride), (8 * stride, 7 * stride + 1)]
     images, sizes_hw = pad_images(random_images(*sizes), 4 * stride)
     # Colours close together, so that affinities are spread over (0, 1) and not all 0.
@@ -60,15 +60,13 @@ def test_equals_plain_loops(stride: int, size: int, dilation: int) -> None:
     inside = neighbour_inside(sizes_hw, bottom, stride=stride, grid_hw=grid_hw, size=size, dilation=dilation)
     edges = affinity_edges(images, sizes_hw, bottom, stride=stride, size=size, dilation=dilation, threshold=0.3)
     for b, size_hw in enumerate(sizes):
-        expected = slow.affinity(
-            images[b], size_hw=size_hw, bottom=int(bottom[b]), stride=stride, size=size, dilation=dilation
+        expected = plain.similarity(
+            images[b], size_hw, bottom=int(bottom[b]), stride=stride, size=size, dilation=dilation
         )
-        flat = [s for plane in expected for row in plane for s in row]
-        assert inside[b].flatten().tolist() == [s is not None for s in flat]
-        values = torch.tensor([s or 0.0 for s in flat], dtype=torch.float64)
-        assert 0.05 < (values > 0.3).double().mean() < 0.95, "a case with both kinds of edges"
-        torch.testing.assert_close(similar[b].flatten().double(), values, rtol=1e-5, atol=1e-7)
-        assert edges[b].flatten().tolist() == [s is not None and s >= 0.3 for s in flat]
+        assert torch.equal(inside[b], expected > 0)
+        assert 0.05 < (expected > 0.3).double().mean() < 0.95, "a case with both kinds of edges"
+        torch.testing.assert_close(similar[b].double(), expected, rtol=1e-5, atol=1e-7)
+        assert torch.equal(edges[b], expected >= 0.3)
 
 
 def test_threshold_zero_keeps_every_inner_edge_and_no_other() -> None:

@@ -29,9 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "study": BASE | {"data", "engine", "study"},
     "api": BASE | {"data", "models", "losses", "engine"},
     "report": BASE | {"evaluation", "overlays", "report"},
-    "bench": BASE | {"data", "models", "losses", "evaluation", "engine", "bench"},
-    "commands": BASE
-    | {"data", "losses", "evaluation", "engine", "interop", "study", "api", "report", "bench", "commands"},
+    "commands": BASE | {"data", "losses", "evaluation", "engine", "interop", "study", "api", "report", "commands"},
     "cli": {"errors", "resources", "commands", "cli"},
     "__main__": {"errors", "cli"},
     "__init__": BASE | {"api", "losses"},

@@ -1,4 +1,4 @@
-"""Assignment: against the reference's numbers, against plain loops, and the cases one can work out by hand."""
+"""Assignment: the reference's numbers, the straightforward formulation, and cases one can work out by hand."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import straightforward as plain
 from semiseg.models.detectors.assign import assign
 from semiseg.models.detectors.fcos import make_locations
 from semiseg.structures.inputs import Targets
-from semiseg.structures.outputs import Assignment, Locations
+from semiseg.structures.outputs import Assignment
 
 GOLDEN = Path(__file__).parent / "golden" / "model_assignment.npz"
 NONE = torch.zeros(0, dtype=torch.int64)
@@ -51,28 +52,6 @@ def assign_stride8(targets: Targets, sizes_hw: list[tuple[int, int]], *, num_ima
     return assign(targets, sizes_hw=sizes_hw, strides=[8], num_images=num_images, level_ranges=[], centre_radius=1.5)
 
 
-def assign_slowly(
-    locations: Locations, boxes: Tensor, image_index: Tensor, ranges: list[float], radius: float
-) -> dict[tuple[int, int], int]:
-    """METHOD's rule in plain loops."""
-    found: dict[tuple[int, int], tuple[float, int]] = {}
-    lower, upper = [-1.0, *ranges], [*ranges, math.inf]
-    for instance, (x1, y1, x2, y2) in enumerate(boxes.tolist()):
-        for number, ((x, y), stride, level) in enumerate(
-            zip(locations.xy.tolist(), locations.stride.tolist(), locations.level.tolist(), strict=True)
-        ):
-            reach, centre_x, centre_y = radius * stride, (x1 + x2) / 2, (y1 + y2) / 2
-            in_centre = max(centre_x - reach, x1) < x < min(centre_x + reach, x2) and max(
-                centre_y - reach, y1
-            ) < y < min(centre_y + reach, y2)
-            longest = max(x - x1, y - y1, x2 - x, y2 - y)
-            if not in_centre or not lower[level] <= longest <= upper[level]:
-                continue
-            key, rank = (int(image_index[instance]), number), ((x2 - x1) * (y2 - y1), instance)
-            found[key] = min(found.get(key, rank), rank)
-    return {key: rank[1] for key, rank in found.items()}
-
-
 @pytest.mark.parametrize(("name", "expected_positives"), [("pad", 72), ("ceil", 72), ("big", 131)])
 def test_equals_the_reference(name: str, expected_positives: int) -> None:
     golden = {
@@ -106,7 +85,7 @@ def test_equals_the_reference(name: str, expected_positives: int) -> None:
 
 @pytest.mark.parametrize("radius", [0.7, 1.5, 2.0, 40.0])
 @pytest.mark.parametrize("sizes", [[(16, 16), (8, 8), (4, 4), (2, 2)], [(9, 25), (5, 13), (3, 7), (2, 4)]])
-def test_equals_plain_loops_on_crowded_images(sizes: list[tuple[int, int]], radius: float) -> None:
+def test_equals_the_straightforward_formulation_on_crowded_images(sizes: list[tuple[int, int]], radius: float) -> None:
     generator = torch.Generator().manual_seed(4)
     strides = [8, 16, 32, 64]
     corner = torch.rand(60, 2, generator=generator) * 100
@@ -121,7 +100,13 @@ def test_equals_plain_loops_on_crowded_images(sizes: list[tuple[int, int]], radi
         level_ranges=[24, 48, 96],
         centre_radius=radius,
     )
-    expected = assign_slowly(make_locations(sizes, strides, CPU), boxes, image_index, [24.0, 48.0, 96.0], radius)
+    locations = make_locations(sizes, strides, CPU)
+    xy, ranges = locations.xy.double(), (-1.0, 24.0, 48.0, 96.0, math.inf)
+    expected: dict[tuple[int, int], int] = {}
+    for image in range(3):
+        own = boxes[image_index == image].double()
+        matched = plain.assign(xy, locations.stride.double(), locations.level, own, ranges=ranges, radius=radius)
+        expected |= {(image, r): 20 * image + n for r, n in enumerate(matched.tolist()) if n >= 0}
     assert len(expected) > 50
     assert as_dict(found) == expected
     places = found.image_index * 1000 + found.location_index

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from semiseg.bench import dynamic_head, growth, mask_losses, step
-from semiseg.bench.row import Result, Row
+from benchmarks import growth, masks, step
+from benchmarks import straightforward as plain
+from benchmarks.measure import Result, Row, Worker
 
 CPU = torch.device("cpu")
 GRADIENTS = 20
@@ -20,7 +21,7 @@ def test_no_two_sigmoids_tie_for_the_maximum_of_a_row_or_column() -> None:
     """At the largest size of the growth measurement; random numbers of the same deviation do tie there."""
     generator = torch.Generator().manual_seed(1)
     sizes = {"instances": 8, "rows": 400, "columns": 608, "images": 2}
-    quantiles = mask_losses._inputs(sizes, CPU)[0].detach()
+    quantiles = masks.loss_inputs(sizes, CPU)[0].detach()
     random = 2 * torch.randn(64, 400, 608, generator=generator)
 
     def ties(logits: torch.Tensor) -> int:
@@ -35,15 +36,16 @@ def test_no_two_sigmoids_tie_for_the_maximum_of_a_row_or_column() -> None:
 
 def test_everything_before_a_relu_of_the_dynamic_head_is_exact() -> None:
     """In float32, at the sizes of the row: the same numbers as in float64, so no sign depends on rounding."""
-    sizes = {**dynamic_head.ROW.sizes, "instances": 5}
-    features, filters, image_index, location_xy, coordinate_range, _ = dynamic_head._inputs(sizes, CPU)
+    sizes = {**masks.DYNAMIC_HEAD.sizes, "instances": 5}
+    features, filters, image_index, location_xy, coordinate_range, _ = masks.head_inputs(sizes, CPU)
     rows, columns = torch.meshgrid(torch.arange(sizes["rows"]), torch.arange(sizes["columns"]), indexing="ij")
-    cells = torch.stack((columns, rows)) * dynamic_head.STRIDE + dynamic_head.STRIDE // 2
+    cells = torch.stack((columns, rows)) * masks.FEATURE_STRIDE + masks.FEATURE_STRIDE // 2
 
     def before_relus(dtype: torch.dtype) -> list[torch.Tensor]:
         relative = (location_xy.to(dtype)[:, :, None, None] - cells) / coordinate_range.to(dtype)[:, None, None, None]
         maps = torch.cat((relative, features.detach().to(dtype)[image_index]), dim=1)
-        weights, biases = dynamic_head._cut(filters.detach().to(dtype), maps.shape[1])
+        widths = [maps.shape[1], masks.DYNAMIC_CHANNELS, masks.DYNAMIC_CHANNELS, 1]
+        weights, biases = plain.cut_filters(filters.detach().to(dtype), widths)
         seen = []
         for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
             seen.append(torch.einsum("noi,nihw->nohw", weight, maps) + bias[:, :, None, None])
@@ -55,10 +57,11 @@ def test_everything_before_a_relu_of_the_dynamic_head_is_exact() -> None:
         assert double.std() > 0.5
 
 
-@pytest.mark.parametrize("row", [mask_losses.ROW, dynamic_head.ROW], ids=lambda row: row.name)
+@pytest.mark.parametrize("row", [masks.MASK_LOSSES, masks.DYNAMIC_HEAD], ids=lambda row: row.name)
 def test_a_few_wrong_cells_and_a_wrong_row_do_not_pass(row: Row, tmp_path: Path) -> None:
-    work = row.task("straightforward", row.sizes_at("tiny"), tmp_path)
-    right = work.result(work.run())
+    worker = Worker(row, "straightforward", row.sizes_at("tiny"), tmp_path)
+    worker.measure()
+    right = worker.result()
     name = "gradient" if "gradient" in right else "features"
     largest = np.abs(right[name]).max()
     assert row.agree(right, right)
@@ -84,7 +87,7 @@ def steps(**distances: float) -> tuple[Result, Result]:
 
 
 def test_one_relu_near_0_passes_and_a_wrong_step_does_not() -> None:
-    own, small = step.ROW.agree, STEP_OF_GROWTH.agree
+    own, small = step.STEP.agree, STEP_OF_GROWTH.agree
     assert own(*steps(first=0.009, most=0.0019, loss=9e-6))
     assert small(*steps(first=0.029, most=0.0019, loss=9e-6))
     assert not own(*steps(first=0.011))

@@ -1,4 +1,4 @@
-"""The measured edges against plain loops, against what training uses, and the verb that prints them."""
+"""The measured edges against straightforward counts, against what training uses, and the verb that prints them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from benchmarks import straightforward as plain
 from semiseg.cli import app
 from semiseg.config import RunConfig
 from semiseg.config_files import parse_config
@@ -24,9 +25,8 @@ from semiseg.engine.edges import EdgeMeasurement, Neighbourhood, measure_edges
 from semiseg.errors import UserError
 from semiseg.losses.terms import instance_terms, mask_targets
 from semiseg.structures.grids import WholeMap
-from tests import slow_reference as slow
 from tests.coco_files import CocoFiles, box_annotation, ellipse, make_coco, polygon_annotation, rle_annotation
-from tests.slow_reference import in_box, offsets
+from tests.full_masks import sample_cells
 
 THRESHOLDS = (0.0, 0.1, 0.3)
 
@@ -71,10 +71,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> CocoFiles:
     return smooth(make_coco(folder, sizes_hw=[(46, 37), (40, 50)], annotations=annotations))
 
 
-def slow_counts(
+def plain_counts(
     files: CocoFiles, *, stride: int, size: int, dilation: int, thresholds: tuple[float, ...], bottom_rows: int
 ) -> dict[float, tuple[int, int, int]]:
-    """threshold -> (all, counting, positive) edges, cell by cell, at the stored resolution."""
+    """threshold -> (all, counting, positive) edges, image by image, at the stored resolution."""
     counts = {threshold: [0, 0, 0] for threshold in thresholds}
     from pycocotools.coco import COCO
 
@@ -90,34 +90,28 @@ def slow_counts(
         rows, columns = -(-height // stride), -(-width // stride)
         padded = torch.zeros(3, rows * stride, columns * stride, dtype=torch.uint8)
         padded[:, :height, :width] = image
-        plain = slow.affinity(
-            padded, size_hw=(height, width), bottom=bottom_rows, stride=stride, size=size, dilation=dilation
+        similar = plain.similarity(
+            padded, (height, width), bottom=bottom_rows, stride=stride, size=size, dilation=dilation
         )
-
-        def label(row: int, column: int, mask: np.ndarray = mask) -> int:
-            y, x = stride * row + stride // 2, stride * column + stride // 2
-            return int(mask[y, x]) if y < mask.shape[0] and x < mask.shape[1] else 0
-
-        for k, (dy, dx) in enumerate(offsets(size, dilation)):
-            for i in range(rows):
-                for j in range(columns):
-                    similar = plain[k][i][j]
-                    if similar is None or not in_box([x, y, x + w, y + h], i, j, stride):
-                        continue
-                    same = label(i, j) == label(i + dy, j + dx)
-                    for threshold, count in counts.items():
-                        count[0] += 1
-                        count[1] += similar >= threshold
-                        count[2] += similar >= threshold and same
+        labels = torch.from_numpy(sample_cells(mask.astype(bool), stride)).double()
+        same = labels == plain.neighbours(labels[None, None], size=size, dilation=dilation)[0, 0]
+        box = torch.tensor([x, y, x + w, y + h], dtype=torch.float64)
+        every = (similar > 0) & plain.box_mask(box, (rows, columns), stride).bool()
+        for threshold, count in counts.items():
+            counting = every & (similar >= threshold)
+            for index, edges in enumerate((every, counting, counting & same)):
+                count[index] += int(edges.sum())
     return {threshold: (count[0], count[1], count[2]) for threshold, count in counts.items()}
 
 
 @pytest.mark.parametrize(
     ("stride", "size", "dilation", "bottom_rows"), [(4, 3, 2, 0), (2, 3, 1, 10), (3, 5, 2, 5), (1, 3, 1, 0)]
 )
-def test_equals_plain_loops(files: CocoFiles, stride: int, size: int, dilation: int, bottom_rows: int) -> None:
+def test_equals_straightforward_counts(
+    files: CocoFiles, stride: int, size: int, dilation: int, bottom_rows: int
+) -> None:
     found = measure(files, stride=stride, neighbourhoods=[Neighbourhood(size, dilation)], bottom_rows=bottom_rows)
-    expected = slow_counts(
+    expected = plain_counts(
         files, stride=stride, size=size, dilation=dilation, thresholds=THRESHOLDS, bottom_rows=bottom_rows
     )
     assert (found.images, found.instances) == (2, 3)
@@ -158,12 +152,10 @@ def test_sees_what_training_sees(files: CocoFiles, tmp_path: Path) -> None:
     counting = positive = 0
     for row, instance in enumerate(targets.mask_instance.tolist()):
         image, mask = int(targets.image_index[instance]), targets.masks[row]
-        box = targets.boxes_xyxy[instance].tolist()
-        for k, (dy, dx) in enumerate(offsets(3, 2)):
-            for i, j in edges[image, k].nonzero().tolist():
-                if in_box(box, i, j, 4):
-                    counting += 1
-                    positive += bool(mask[i, j] == mask[i + dy, j + dx])
+        box = plain.box_mask(targets.boxes_xyxy[instance], (mask.shape[0], mask.shape[1]), 4).bool()
+        same = mask == plain.neighbours(mask[None, None].double(), size=3, dilation=2)[0, 0].bool()
+        counting += int((edges[image] & box).sum())
+        positive += int((edges[image] & box & same).sum())
     found = measure(files, short_side=64, long_side=90, bottom_rows=10, thresholds=[0.1]).shares[0]
     assert round(found.share * found.edges) == counting > 500
     assert found.positive == positive / counting

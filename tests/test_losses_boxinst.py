@@ -1,4 +1,4 @@
-"""Dice, projection and pairwise losses: plain loops, gradcheck, and cases one can compute in the head."""
+"""Dice, projection and pairwise losses: straightforward formulations, gradcheck, cases one can compute in the head."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
+from benchmarks import straightforward as plain
 from semiseg.losses.affinity import neighbour_inside
 from semiseg.losses.boxinst import (
     box_cells,
@@ -20,7 +21,6 @@ from semiseg.losses.boxinst import (
     projection_loss,
 )
 from semiseg.losses.dice import dice_loss
-from tests import slow_reference as slow
 
 GRID = (7, 9)
 # On a grid of stride 4: an inner box, the corner bottom right, the whole grid, a box between cell centres, one cell.
@@ -48,8 +48,8 @@ def random_edges(size: int, dilation: int) -> Tensor:
     return inside & (torch.rand(inside.shape, generator=torch.Generator().manual_seed(2)) > 0.4)
 
 
-def inside_box(n: int) -> Tensor:
-    return slow.box_mask(BOXES[n].tolist(), GRID, 4)
+def box_masks() -> Tensor:
+    return torch.stack([plain.box_mask(box, GRID, 4) for box in BOXES]).double()
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3, 4])
@@ -61,7 +61,7 @@ def test_box_cells_equal_the_definition(stride: int) -> None:
     grid_hw = (24 // stride, 28 // stride)
     rows, columns = cell_profiles(box_cells(boxes, stride=stride, grid_hw=grid_hw), grid_hw)
     actual = rows[:, :, None] & columns[:, None, :]
-    assert actual.tolist() == [slow.box_mask(box, grid_hw, stride).tolist() for box in boxes.tolist()]
+    assert torch.equal(actual, torch.stack([plain.box_mask(box, grid_hw, stride) for box in boxes]).bool())
 
 
 def test_box_cells_by_hand() -> None:
@@ -69,42 +69,36 @@ def test_box_cells_by_hand() -> None:
     assert CELLS.tolist() == [[1, 5, 1, 5], [4, 7, 5, 9], [0, 7, 0, 9], [1, 1, 1, 1], [2, 3, 2, 3]]
 
 
-def test_dice_and_projection_equal_plain_loops() -> None:
+def test_dice_and_projection_equal_the_straightforward_formulation() -> None:
     logits, masks = random_logits(), random_masks()
-    for n in range(len(BOXES)):
-        box = inside_box(n)
-        expected = slow.projection(logits[n], box)
-        torch.testing.assert_close(projection_loss(logits, CELLS)[n], expected, rtol=1e-12, atol=0)
-        expected = slow.projection(logits[n], masks[n])
-        torch.testing.assert_close(mask_projection_loss(logits, masks)[n], expected, rtol=1e-12, atol=0)
-        expected = slow.dice_of_maps(logits[n], masks[n])
-        torch.testing.assert_close(dice_loss(logits, masks)[n], expected, rtol=1e-12, atol=0)
+    exact = masks.double()
+    for actual, expected in (
+        (projection_loss(logits, CELLS), plain.projection(logits, box_masks())),
+        (mask_projection_loss(logits, masks), plain.projection(logits, exact)),
+        (dice_loss(logits, masks), plain.dice(logits.sigmoid(), exact)),
+    ):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize(("size", "dilation"), [(3, 1), (3, 2), (5, 1), (3, 6)])
-def test_pairwise_equals_plain_loops(size: int, dilation: int) -> None:
+def test_pairwise_equals_the_straightforward_formulation(size: int, dilation: int) -> None:
     logits, masks, edges = random_logits().requires_grad_(), random_masks(), random_edges(size, dilation)
     inside = inside_edges(size, dilation)
     sums, counts = pairwise_loss(logits, CELLS, edges, IMAGE_INDEX, size=size, dilation=dilation)
     labelled, labelled_counts = labelled_pairwise_loss(
         logits, CELLS, masks, inside, IMAGE_INDEX, size=size, dilation=dilation
     )
-    loops = [
-        slow.pairwise(logits[n], inside_box(n), edges[IMAGE_INDEX[n]], size=size, dilation=dilation)
-        for n in range(len(BOXES))
-    ]
-    labelled_loops = [
-        slow.labelled_pairwise(logits[n], inside_box(n), masks[n], inside[IMAGE_INDEX[n]], size=size, dilation=dilation)
-        for n in range(len(BOXES))
-    ]
-    for (actual, number), expected in (((sums, counts), loops), ((labelled, labelled_counts), labelled_loops)):
-        assert number.tolist() == [count for _, count in expected]
+    of_edges = plain.pairwise_sums(logits, box_masks(), edges[IMAGE_INDEX], size=size, dilation=dilation)
+    of_labels = plain.pairwise_sums(
+        logits, box_masks(), inside[IMAGE_INDEX], size=size, dilation=dilation, labels=masks.double()
+    )
+    for actual, number, values, count in ((sums, counts, *of_edges), (labelled, labelled_counts, *of_labels)):
+        assert number.tolist() == count.tolist()
         assert dilation == 6 or number.sum() > 100
-        values = torch.stack([value for value, _ in expected])
         torch.testing.assert_close(actual, values, rtol=1e-11, atol=1e-12)
         factors = torch.arange(1.0, 6, dtype=torch.float64)
         mine = torch.autograd.grad((actual * factors).sum(), logits)[0]
-        theirs = torch.autograd.grad((values * factors).sum(), logits, allow_unused=True)[0]
+        theirs = torch.autograd.grad((values * factors).sum(), logits)[0]
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
 
 

@@ -1,4 +1,4 @@
-"""The dynamic mask head and aligned upsampling: the reference's numbers, and a head written out in plain loops."""
+"""The dynamic mask head and aligned upsampling: the reference's numbers, and the straightforward formulation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from semiseg.models.masks.dynamic import dynamic_masks, filter_shapes, num_filter_numbers, split_filters
+from benchmarks import straightforward as plain
+from semiseg.models.masks.dynamic import dynamic_masks, filter_shapes, num_filter_numbers
 from semiseg.models.upsample import aligned_upsample
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -18,32 +19,6 @@ RANGES = torch.tensor([64.0, 128.0, 256.0, 512.0, 1024.0])
 
 def load(name: str) -> dict[str, Tensor]:
     return {key: torch.from_numpy(value) for key, value in np.load(GOLDEN / f"{name}.npz").items()}
-
-
-def masks_slowly(
-    features: Tensor,
-    filters: Tensor,
-    image_index: Tensor,
-    location_xy: Tensor,
-    coordinate_range: Tensor,
-    shapes: list[tuple[int, int]],
-    stride: int,
-) -> Tensor:
-    """One instance after the other, relative coordinates first, as METHOD says it."""
-    _, _, height, width = features.shape
-    y, x = torch.meshgrid(torch.arange(height) * stride, torch.arange(width) * stride, indexing="ij")
-    cells = torch.stack([x, y]).to(features) + stride // 2
-    weights, biases = split_filters(filters, shapes)
-    result = []
-    for query in range(filters.shape[0]):
-        relative = (location_xy[query, :, None, None] - cells) / coordinate_range[query]
-        maps = torch.cat([relative, features[image_index[query]]])
-        for number, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-            maps = torch.einsum("oi,ihw->ohw", weight[query], maps) + bias[query, :, None, None]
-            if number < len(shapes) - 1:
-                maps = maps.relu()
-        result.append(maps[0])
-    return torch.stack(result)
 
 
 @pytest.mark.parametrize(("name", "mask_channels", "numbers"), [("condinst", 8, 169), ("boxinst", 16, 233)])
@@ -82,7 +57,8 @@ def test_equals_the_plain_head_with_its_gradients(num_layers: int) -> None:
     logits = dynamic_masks(features, filters, image_index, location, range_, shapes=shapes, stride=8)
     gradients = torch.autograd.grad((logits * upstream).sum(), [features, filters])
     exact = (features.detach().double().requires_grad_(), filters.detach().double().requires_grad_())
-    expected = masks_slowly(*exact, image_index, location.double(), range_.double(), shapes, 8)
+    places = (image_index, location.double(), range_.double())
+    expected = plain.dynamic_masks(*exact, *places, channels=4, layers=num_layers, stride=8)
     expected_gradients = torch.autograd.grad((expected * upstream).sum(), exact)
     torch.testing.assert_close(logits.double(), expected, rtol=1e-5, atol=1e-5)
     for found, wanted in zip(gradients, expected_gradients, strict=True):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import straightforward as plain
 from semiseg.models.detectors.fcos import make_locations
 from semiseg.models.detectors.sample import mask_quotas, rank_in_group, sample_positives
 from semiseg.structures.inputs import Targets
@@ -116,30 +117,18 @@ def test_equal_scores_take_the_lower_location() -> None:
     assert queries.location_index.tolist() == [0, 1, 3]
 
 
-def test_equals_plain_loops() -> None:
+def test_equals_the_straightforward_formulation() -> None:
     generator = torch.Generator().manual_seed(11)
     counts = torch.randint(0, 12, (30,), generator=generator).tolist()
     image_of = sorted(torch.randint(0, 4, (30,), generator=generator).tolist())
     assignment = make_assignment(counts, image_of, num_locations=200)
     outputs = make_outputs(torch.randn(4, 200, 5, generator=generator), torch.randn(4, 200, generator=generator))
     limit = 16
-    expected = []
-    for image in range(4):
-        own = [i for i in range(30) if image_of[i] == image and counts[i]]
-        chosen = sorted(own, key=lambda i: (-counts[i], i))[:limit]
-        share = max(limit // max(len(own), 1), 1)
-        for instance in sorted(chosen):
-            rows = (assignment.instance_index == instance).nonzero()[:, 0].tolist()
-            places = [int(assignment.location_index[row]) for row in rows]
-            score = {
-                place: float(
-                    outputs.class_logits[image, place].sigmoid().max()
-                    * outputs.centreness_logits[image, place].sigmoid()
-                )
-                for place in places
-            }
-            best = sorted(places, key=lambda place: (-score[place], place))[:share]
-            expected += [(image, place, instance) for place in best]
+    matched = torch.full((4, 200), -1)
+    matched[assignment.image_index, assignment.location_index] = assignment.instance_index
+    expected = plain.sample(
+        outputs.class_logits.sigmoid().amax(2) * outputs.centreness_logits.sigmoid(), matched, limit
+    )
     quotas = mask_quotas(
         assignment,
         num_instances=30,

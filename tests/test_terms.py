@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import straightforward as plain
 from semiseg.losses.terms import (
     COUNT_NAMES,
     DETECTION_LOSSES,
@@ -28,7 +29,6 @@ from semiseg.losses.terms import (
 from semiseg.structures.grids import WholeMap
 from semiseg.structures.inputs import Batch, Supervision, Targets
 from semiseg.structures.outputs import Assignment, DenseOutputs, Locations, MaskLogits
-from tests import slow_reference as slow
 
 BOX, MASK, PSEUDO = Supervision.BOX, Supervision.MASK, Supervision.PSEUDO
 STRIDE, GRID = 4, (8, 8)
@@ -154,12 +154,12 @@ def mask_total(terms: LossTerms) -> Tensor:
 def slow_mask_loss(step: Step, goal: Objective, warmup: float) -> Tensor:
     """METHOD section 2, Mixing, one sampled positive after the other."""
     targets, batch = step.targets, step.batch
-    masks = dict(zip(targets.mask_instance.tolist(), targets.masks, strict=True))
+    masks = dict(zip(targets.mask_instance.tolist(), targets.masks.double(), strict=True))
     weights = dict(zip(targets.mask_instance.tolist(), targets.mask_weight.tolist(), strict=True))
-    affinity = [
-        slow.affinity(
+    similar = [
+        plain.similarity(
             batch.images[b],
-            size_hw=tuple(batch.image_sizes_hw[b].tolist()),
+            tuple(batch.image_sizes_hw[b].tolist()),
             bottom=int(batch.bottom_rows_without_affinity[b]),
             stride=STRIDE,
             size=3,
@@ -167,33 +167,32 @@ def slow_mask_loss(step: Step, goal: Objective, warmup: float) -> Tensor:
         )
         for b in range(2)
     ]
-    edges = [torch.tensor([[[s is not None and s >= 0.3 for s in r] for r in p] for p in k]) for k in affinity]
-    inside = [torch.tensor([[[s is not None for s in r] for r in p] for p in k]) for k in affinity]
     per_mask, pairs, pair_count = torch.zeros(()).double(), torch.zeros(()).double(), 0
     labelled, labelled_count, all_masks, box_masks = torch.zeros(()).double(), 0, 0, 0
     for q, n in enumerate(step.mask_logits.instance_index.tolist()):
-        logits, b = step.logits[q], int(targets.image_index[n])
-        box = slow.box_mask(targets.boxes_xyxy[n].tolist(), GRID, STRIDE)
+        logits, of_image = step.logits[q : q + 1], similar[int(targets.image_index[n])][None]
+        box = plain.box_mask(targets.boxes_xyxy[n], GRID, STRIDE).double()[None]
         if n in masks:
             if not masks[n].any():
                 continue
             if goal.mask == "dice":
-                per_mask = per_mask + weights[n] * slow.dice_of_maps(logits, masks[n])
+                per_mask = per_mask + weights[n] * plain.dice(logits.sigmoid(), masks[n][None]).sum()
             else:
-                per_mask = per_mask + weights[n] * slow.projection(logits, masks[n])
-                total, number = slow.labelled_pairwise(logits, box, masks[n], inside[b], size=3, dilation=2)
-                labelled, labelled_count = labelled + weights[n] * total, labelled_count + number
+                mask, inside = masks[n][None], of_image > 0
+                per_mask = per_mask + weights[n] * plain.projection(logits, mask).sum()
+                total, number = plain.pairwise_sums(logits, box, inside, size=3, dilation=2, labels=mask)
+                labelled, labelled_count = labelled + weights[n] * total.sum(), labelled_count + int(number)
         else:
             if not box.any() or goal.box == "none":
                 continue
             box_masks += 1
             if goal.box == "box_as_mask":
-                per_mask = per_mask + slow.dice_of_maps(logits, box)
+                per_mask = per_mask + plain.dice(logits.sigmoid(), box).sum()
             else:
-                per_mask = per_mask + slow.projection(logits, box)
+                per_mask = per_mask + plain.projection(logits, box).sum()
             if goal.box == "projection+pairwise":
-                total, number = slow.pairwise(logits, box, edges[b], size=3, dilation=2)
-                pairs, pair_count = pairs + total, pair_count + number
+                total, number = plain.pairwise_sums(logits, box, of_image >= 0.3, size=3, dilation=2)
+                pairs, pair_count = pairs + total.sum(), pair_count + int(number)
         all_masks += 1
     share = box_masks / max(all_masks, 1)
     loss = per_mask / max(all_masks, 1) + share * warmup * pairs / max(pair_count, 1)
@@ -210,7 +209,7 @@ def test_the_table_is_complete() -> None:
 
 @pytest.mark.parametrize("mask", get_args(MaskObjective))
 @pytest.mark.parametrize("box", get_args(BoxObjective))
-def test_a_mixed_batch_equals_the_formula_in_plain_loops(mask: MaskObjective, box: BoxObjective) -> None:
+def test_a_mixed_batch_equals_the_formula_in_a_plain_loop(mask: MaskObjective, box: BoxObjective) -> None:
     step = Step(make_batch([PSEUDO, *MIXED[1:]]))
     goal = objective(mask, box)
     terms = step.losses(goal, warmup=0.4)
@@ -227,8 +226,8 @@ def test_a_batch_of_masks_alone_is_the_mean_dice() -> None:
     step = Step(make_batch([MASK] * 7))
     used = [q for q, n in enumerate(step.mask_logits.instance_index.tolist()) if step.targets.masks[n].any()]
     assert 0 < len(used) < len(step.logits)
-    masks = step.targets.masks[step.mask_logits.instance_index]
-    expected = sum(slow.dice_of_maps(step.logits[q], masks[q]) for q in used) / len(used)
+    masks = step.targets.masks[step.mask_logits.instance_index].double()
+    expected = plain.dice(step.logits[used].sigmoid(), masks[used]).mean()
     terms = step.losses(objective())
     torch.testing.assert_close(mask_total(terms), expected, rtol=1e-10, atol=0)
     torch.testing.assert_close(terms.unweighted["dice"], expected, rtol=1e-10, atol=0)
@@ -254,7 +253,7 @@ def test_counts() -> None:
     assert count["positives"] == 6
     assert count["box_positives"] == sum(MIXED[n] == BOX for n in step.assignment.instance_index.tolist())
     assert count["centreness"] == pytest.approx(step.assignment.centreness.sum().item())
-    boxes = [slow.box_mask(box, GRID, STRIDE) for box in step.targets.boxes_xyxy.tolist()]
+    boxes = [plain.box_mask(box, GRID, STRIDE).bool() for box in step.targets.boxes_xyxy]
     quotas = step.quotas.tolist()
     expected = sum(
         quotas[n] * int((prepared.edges["pairwise"][int(step.targets.image_index[n])] & boxes[n]).sum())

@@ -1,4 +1,5 @@
-"""Row `evaluation`: box and mask AP of all classes and of two groups, from a file of ground truth and detections.
+"""Rows `evaluation` and `evaluation_hotcoco`: box and mask AP of all classes and of two groups, from a file of ground
+truth and detections.
 
 Straightforward: one plain pycocotools evaluation of all classes for each of the two IoU types.
 """
@@ -10,72 +11,55 @@ import io
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pycocotools import mask as rle_codec
 from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
-from semiseg.bench.row import Close, Place, Result, Row, Sizes, Task
+from benchmarks import straightforward as plain
+from benchmarks.measure import Close, Place, Row, Side, Sizes, Task
 from semiseg.evaluation.coco_metrics import METRIC_NAMES, Metrics, evaluate_detections
 from semiseg.evaluation.precision import Backend
 
 HEIGHT, WIDTH = 480, 640
 INSTANCES = 7  # annotated per image, COCO's average
 SHAPES = 2048  # different outlines: drawing one for each of half a million detections would take longer than the rest
-FOUND = 2  # detections around each instance; all others lie anywhere
+NEAR = 2  # detections around each instance; all others lie anywhere
 OUTLINE_POINTS = 12
 
 
-def plain_evaluation(annotations: Path, boxes: list[dict[str, Any]], masks: list[dict[str, Any]]) -> Result:
-    """The first six numbers of COCO's summary, for each IoU type with its results, as fractions."""
-    numbers = {}
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO(str(annotations))
-        for iou_type, results in (("bbox", boxes), ("segm", masks)):
-            found = truth.loadRes([dict(result) for result in results])  # loadRes writes into what it gets
-            measured = COCOeval(truth, found, iou_type)
-            measured.evaluate()
-            measured.accumulate()
-            measured.summarize()
-            numbers[iou_type] = measured.stats[:6]
-    return numbers
+def prepare(backend: Backend, side: Side, sizes: Sizes, place: Place) -> Task:
+    """Both rows."""
+    names = [f"class {label:04d}" for label in range(sizes["classes"])]
+    annotations, results = _inputs(sizes, names, place.folder)
+    seen, image_ids = sizes["classes"] // 4, range(1, sizes["images"] + 1)
+    groups = {"seen": names[:seen], "unseen": names[seen:]}
 
-
-def _ours(sizes: Sizes, place: Place) -> Task:
-    return _our_task(sizes, place, "pycocotools")
-
-
-def _ours_by_hotcoco(sizes: Sizes, place: Place) -> Task:
-    return _our_task(sizes, place, "hotcoco")
-
-
-def _our_task(sizes: Sizes, place: Place, backend: Backend) -> Task:
-    annotations, results = _inputs(sizes, place.folder)
-    names = _names(sizes)
-    seen = names[: sizes["classes"] // 4]
-    groups = {"seen": seen, "unseen": names[len(seen) :]}
-    image_ids = range(1, sizes["images"] + 1)
-
-    def run() -> Metrics:
+    def ours() -> Metrics:
         return evaluate_detections(
             annotations, results, class_names=names, groups=groups, image_ids=image_ids, backend=backend
         )
 
-    return Task(run, _our_numbers)
-
-
-def _straightforward(sizes: Sizes, place: Place) -> Task:
-    annotations, results = _inputs(sizes, place.folder)
-    # Mask results without boxes: with them pycocotools would sort by the area of the box.
+    if side == "ours":
+        return Task(ours, _as_summary)
     boxes = [{key: value for key, value in result.items() if key != "segmentation"} for result in results]
     masks = [{key: value for key, value in result.items() if key != "bbox"} for result in results]
-    return Task(lambda: plain_evaluation(annotations, boxes, masks), lambda numbers: numbers)
+
+    def straightforward() -> dict[str, np.ndarray]:
+        with contextlib.redirect_stdout(io.StringIO()):
+            truth = COCO(str(annotations))
+        return {
+            iou_type: plain.coco_summary(truth, [dict(result) for result in results], iou_type)
+            for iou_type, results in (("bbox", boxes), ("segm", masks))
+        }
+
+    return Task(straightforward)
 
 
-def _our_numbers(metrics: Metrics) -> Result:
+def _as_summary(metrics: Metrics) -> dict[str, np.ndarray]:
     """As pycocotools' summary: fractions, -1 where nothing was measured."""
     assert metrics.segm is not None
     both = {"bbox": metrics.bbox, "segm": metrics.segm}
@@ -83,11 +67,7 @@ def _our_numbers(metrics: Metrics) -> Result:
     return {name: np.array([-1.0 if v is None else v / 100 for v in row]) for name, row in values.items()}
 
 
-def _names(sizes: Sizes) -> tuple[str, ...]:
-    return tuple(f"class {number:04d}" for number in range(sizes["classes"]))
-
-
-def _inputs(sizes: Sizes, folder: Path) -> tuple[Path, list[dict[str, Any]]]:
+def _inputs(sizes: Sizes, names: list[str], folder: Path) -> tuple[Path, list[dict[str, Any]]]:
     """A ground-truth file, and as many detections per image as the sizes say; the same at every call."""
     random = np.random.default_rng(8)
     truth, near = _outlines(random)
@@ -100,25 +80,18 @@ def _inputs(sizes: Sizes, folder: Path) -> tuple[Path, list[dict[str, Any]]]:
     for image_id in range(1, sizes["images"] + 1):
         shapes, labels = random.integers(SHAPES, size=INSTANCES), random.integers(sizes["classes"], size=INSTANCES)
         for shape, label in zip(shapes.tolist(), labels.tolist(), strict=True):
-            place = {"id": len(annotations) + 1, "image_id": image_id, "category_id": label + 1, "iscrowd": 0}
+            ids = {"id": len(annotations) + 1, "image_id": image_id, "category_id": label + 1, "iscrowd": 0}
             mask = {"bbox": truth_boxes[shape], "area": areas[shape], "segmentation": [truth[shape]]}
-            annotations.append({**place, **mask})
-        others = sizes["detections"] - FOUND * INSTANCES
-        found = [*shapes.tolist() * FOUND, *random.integers(SHAPES, size=others).tolist()]
-        classes = [*labels.tolist() * FOUND, *random.integers(sizes["classes"], size=others).tolist()]
-        scores = np.concatenate((random.uniform(0.2, 1, FOUND * INSTANCES), random.uniform(0.05, 0.6, others)))
-        for shape, label, score in zip(found, classes, scores.tolist(), strict=True):
+            annotations.append({**ids, **mask})
+        others = sizes["detections"] - NEAR * INSTANCES
+        detected = [*shapes.tolist() * NEAR, *random.integers(SHAPES, size=others).tolist()]
+        classes = [*labels.tolist() * NEAR, *random.integers(sizes["classes"], size=others).tolist()]
+        scores = np.concatenate((random.uniform(0.2, 1, NEAR * INSTANCES), random.uniform(0.05, 0.6, others)))
+        for shape, label, score in zip(detected, classes, scores.tolist(), strict=True):
             rle = {"size": [HEIGHT, WIDTH], "counts": near_texts[shape]}
-            results.append(
-                {
-                    "image_id": image_id,
-                    "category_id": label + 1,
-                    "bbox": near_boxes[shape],
-                    "score": score,
-                    "segmentation": rle,
-                }
-            )
-    categories = [{"id": number, "name": name} for number, name in enumerate(_names(sizes), start=1)]
+            box = {"image_id": image_id, "category_id": label + 1, "bbox": near_boxes[shape], "score": score}
+            results.append({**box, "segmentation": rle})
+    categories = [{"id": number, "name": name} for number, name in enumerate(names, start=1)]
     images = [{"id": number, "height": HEIGHT, "width": WIDTH} for number in range(1, sizes["images"] + 1)]
     path = folder / "instances.json"
     path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
@@ -134,32 +107,27 @@ def _outlines(random: np.random.Generator) -> tuple[list[list[float]], list[list
     uneven = random.uniform(0.7, 1.3, (SHAPES, OUTLINE_POINTS, 1))
     truth = centre + radius * uneven * ring
     near = truth + radius * random.normal(0, 0.12, (SHAPES, 1, 2)) + radius * random.normal(0, 0.06, truth.shape)
-    return _flat_points(truth), _flat_points(near)
+    outlines = (points.clip(0, (WIDTH, HEIGHT)).reshape(SHAPES, -1).tolist() for points in (truth, near))
+    return next(outlines), next(outlines)
 
 
-def _flat_points(points: np.ndarray) -> list[list[float]]:
-    return points.clip(0, (WIDTH, HEIGHT)).reshape(len(points), -1).tolist()
-
-
-ROW = Row(
+EVALUATION = Row(
     name="evaluation",
     sizes={"images": 5000, "detections": 100, "classes": 80},
     quick={"images": 40},
     tiny={"images": 3, "detections": 20, "classes": 4},
     passes=1,
     quick_passes=3,
-    ours=_ours,
-    straightforward=_straightforward,
+    prepare=partial(prepare, "pycocotools"),
     agree=Close(1e-9),
 )
-
 # The optional backend, which checks itself against pycocotools on some of the images; with more images in the quick
 # form, so that this is not most of its work.
-HOTCOCO_ROW = replace(
-    ROW,
+EVALUATION_HOTCOCO = replace(
+    EVALUATION,
     name="evaluation_hotcoco",
     quick={"images": 200},
     quick_passes=1,
-    ours=_ours_by_hotcoco,
+    prepare=partial(prepare, "hotcoco"),
     package="hotcoco",
 )

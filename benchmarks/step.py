@@ -1,4 +1,5 @@
 """Row `step`: forward and backward of one training step of BoxInst, ResNet-50; the update is the same for both.
+Row `step_gpu`: the step in bf16, channels-last and compiled, against float32.
 
 Straightforward: `plain_step`. Both start from the same random weights.
 
@@ -12,17 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
-from semiseg.bench.inputs import coco_like_boxes, picture, shared_out
-from semiseg.bench.plain_network import PlainCondInst
-from semiseg.bench.plain_step import MAX_POSITIVES, THRESHOLD, plain_losses
-from semiseg.bench.row import Close, Place, Result, Row, Sizes, Task, array
+from benchmarks.inputs import coco_like_boxes, picture, shared_out
+from benchmarks.measure import Close, Place, Result, Row, Side, Sizes, Task
+from benchmarks.plain_step import DILATION, MAX_POSITIVES, SIZE, THRESHOLD, PlainCondInst, plain_losses
 from semiseg.config import ModelConfig
+from semiseg.engine.build import compile_network
 from semiseg.engine.step import TrainStep
 from semiseg.losses.terms import DETECTION_LOSSES, Objective
 from semiseg.models.build import build_model
@@ -33,6 +36,25 @@ RESIDUAL_SCALE = 0.2  # of the last norm of a residual block, so that activation
 LEAST_NORM = 1e-12  # of a gradient: that of a level without positives is 0
 SUMS_PER_GRADIENT = 64
 LOSS_TOLERANCE = 1e-5  # of the largest; they differed by at most 4e-7
+BF16_LOSSES = 0.05  # of the largest loss: bf16 has 8 bits of mantissa, and other positives may be sampled
+# Dense bf16 matrix peak in TFLOP/s, as the makers' data sheets give it; by a part of the device's name, longer first.
+MATRIX_PEAKS = {
+    "H100 PCIe": 756,
+    "H200": 989,
+    "H100": 989,
+    "B200": 2250,
+    "A100": 312,
+    "A10G": 70,
+    "A10": 125,
+    "A40": 150,
+    "A6000": 155,
+    "L40S": 362,
+    "L40": 181,
+    "L4": 121,
+    "RTX 5090": 210,
+    "RTX 4090": 165,
+    "RTX 3090": 71,
+}
 
 
 @dataclass(frozen=True)
@@ -48,7 +70,7 @@ class CloseGradients:
     half: float = 2e-3  # the median was at most 1e-3
 
     def __call__(self, ours: Result, straightforward: Result) -> bool:
-        """Whether they agree; both as `_result` returns them."""
+        """Whether they agree; both as `step_result` returns them."""
         losses = [{"names": side["names"], "losses": side["losses"]} for side in (ours, straightforward)]
         if not Close(LOSS_TOLERANCE)(*losses):
             return False
@@ -57,28 +79,41 @@ class CloseGradients:
         return bool((distances <= self.every).all() and np.median(distances) <= self.half)  # not if any is NaN
 
 
-def _ours(sizes: Sizes, place: Place) -> Task:
-    step = our_step(sizes).to(place.device).to(memory_format=torch.channels_last).train()  # the default of a run
-    run = step_run(step, sizes, place.device, bfloat16=False)
-    return Task(run, lambda losses: _result(losses, step.model))
-
-
-def _straightforward(sizes: Sizes, place: Place) -> Task:
+def prepare_step(side: Side, sizes: Sizes, place: Place) -> Task:
+    """`step`: ours in the default layout of a run."""
+    step = our_step(sizes)
+    if side == "ours":
+        step = step.to(place.device).to(memory_format=torch.channels_last).train()
+        run = step_run(step, sizes, place.device, bfloat16=False)
+        return Task(run, lambda losses: step_result(losses, step.model))
     model = PlainCondInst(sizes["classes"])
-    model.load_state_dict(our_step(sizes).model.state_dict())
+    model.load_state_dict(step.model.state_dict())
     model.to(place.device).train()
     batch = training_batch(sizes).to(place.device)
     targets = batch.targets
     assert targets is not None
+    inputs = (batch.images, targets.boxes_xyxy, targets.labels, targets.image_index)
 
-    def run() -> Tensor:
+    def plain_run() -> Tensor:
         model.zero_grad(set_to_none=True)
-        losses = plain_losses(model, batch.images, targets.boxes_xyxy, targets.labels, targets.image_index)
+        losses = plain_losses(model, *inputs)
         values = torch.stack([losses[name] for name in LOSSES])
         values.sum().backward()
         return values.detach()
 
-    return Task(run, lambda losses: _result(losses, model))
+    return Task(plain_run, lambda losses: step_result(losses, model))
+
+
+def prepare_gpu_step(side: Side, sizes: Sizes, place: Place) -> Task:
+    """`step_gpu`: bf16, channels-last and compiled against float32."""
+    step, fast = our_step(sizes).to(place.device).train(), side == "ours"
+    if fast:
+        step = step.to(memory_format=torch.channels_last)
+    run = step_run(step, sizes, place.device, bfloat16=fast)
+    if fast and place.device.type == "cuda":  # on a CPU the row serves tests, for which compiling takes too long
+        compile_network(step.model)
+        run()
+    return Task(run, lambda losses: {"losses": losses})
 
 
 def our_step(sizes: Sizes) -> TrainStep:
@@ -93,8 +128,8 @@ def our_step(sizes: Sizes) -> TrainStep:
         mask="dice",
         box="projection+pairwise",
         affinity_threshold=THRESHOLD,
-        affinity_size=3,
-        affinity_dilation=2,
+        affinity_size=SIZE,
+        affinity_dilation=DILATION,
     )
     return TrainStep(model, objective=objective, centre_radius=config.centre_radius, max_mask_positives=MAX_POSITIVES)
 
@@ -121,7 +156,7 @@ def training_batch(sizes: Sizes) -> Batch:
     size_hw = (sizes["height"], sizes["width"])
     generator = torch.Generator().manual_seed(6)
     return Batch(
-        images=torch.stack([picture(size_hw, seed=number) for number in range(images)]),
+        images=torch.stack([picture(size_hw, seed=index) for index in range(images)]),
         image_sizes_hw=torch.tensor([size_hw] * images),
         image_ids=tuple(range(images)),
         bottom_rows_without_affinity=torch.zeros(images, dtype=torch.int64),
@@ -140,11 +175,11 @@ def training_batch(sizes: Sizes) -> Batch:
     )
 
 
-def _result(losses: Tensor, model: nn.Module) -> Result:
+def step_result(losses: Tensor, model: nn.Module) -> dict[str, Any]:
     """The losses, and of every gradient, by name, `signed_sums` (parameters, sums)."""
     gradients = {name: p.grad for name, p in sorted(model.named_parameters()) if p.grad is not None}
     sums = torch.stack([signed_sums(gradient) for gradient in gradients.values()])
-    return {"losses": array(losses), "names": list(gradients), "sums": array(sums)}
+    return {"losses": losses, "names": list(gradients), "sums": sums}
 
 
 def signed_sums(gradient: Tensor) -> Tensor:
@@ -159,13 +194,44 @@ def signed_sums(gradient: Tensor) -> Tensor:
     return F.pad(values, (0, -len(values) % SUMS_PER_GRADIENT)).view(-1, SUMS_PER_GRADIENT).sum(0)
 
 
-ROW = Row(
+def step_facts(sizes: Sizes, seconds: float) -> dict[str, float]:
+    """Images per second; FLOPs of a step's products and convolutions, and the share of the matrix peak that they are.
+
+    Counted on the GPU where there is one, else on the CPU.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    run = step_run(our_step(sizes).to(device).train(), sizes, device, bfloat16=False)
+    with FlopCounterMode(display=False) as counter:
+        run()
+    flops = float(counter.get_total_flops())
+    facts = {"images_per_second": sizes["images"] / seconds, "flops_per_step": flops}
+    peak = matrix_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return facts if peak is None else {**facts, "share_of_matrix_peak": flops / seconds / peak}
+
+
+def matrix_peak(name: str) -> float | None:
+    """Dense bf16 FLOP/s of a GPU by its name, None if it is not listed."""
+    return next((peak * 1e12 for part, peak in MATRIX_PEAKS.items() if part in name), None)
+
+
+STEP = Row(
     name="step",
     sizes={"images": 2, "height": 512, "width": 640, "boxes": 8, "classes": 80},
     tiny={"height": 128, "width": 160, "boxes": 2},
     passes=6,
     quick_passes=2,
-    ours=_ours,
-    straightforward=_straightforward,
+    prepare=prepare_step,
     agree=CloseGradients(every=1e-2),  # the furthest was at 3e-3
+)
+STEP_GPU = Row(
+    name="step_gpu",
+    sizes={"images": 8, "height": 800, "width": 1216, "boxes": 8, "classes": 80},
+    quick={"images": 4},
+    tiny={"images": 1, "height": 64, "width": 64, "boxes": 2},
+    passes=12,
+    quick_passes=6,
+    prepare=prepare_gpu_step,
+    agree=Close(BF16_LOSSES),
+    device="cuda",
+    facts=step_facts,
 )
