@@ -72,6 +72,13 @@ class RunStatus:
     when: str | None = None
     recorded_only: bool = False
 
+    @property
+    def shown(self) -> str:
+        """The state in a table."""
+        if self.state == "started" and self.steps is not None:
+            return f"step {self.step} of {self.steps}"
+        return "done (recorded)" if self.recorded_only else self.state
+
 
 def run_status(run: PlannedRun, recorded: Mapping[str, Result]) -> RunStatus:
     """Where a run stands, by its folder and the record."""

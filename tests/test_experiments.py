@@ -48,7 +48,7 @@ def run_ids(study: Study) -> dict[str, str]:
     """Row -> id of its runs (of the first seed and split), on one made-up data set."""
     ids: dict[str, str] = {}
     for run in study_runs(study):
-        identity = run_identity(run, data="d", split_digest=run.split, weights=None)
+        identity = run_identity(run, data=lambda _: "d", split=lambda run: run.split, weights=str)
         ids.setdefault(run.row, digest(identity))
     return ids
 

@@ -45,7 +45,7 @@ def record(study: Study, folder: Path, ap: dict[str, float], *, classes: tuple[s
 
 
 def _result(run: StudyRun, ap: float, classes: tuple[str, ...]) -> Result:
-    identity = run_identity(run, data="d", split_digest=None, weights=None)
+    identity = run_identity(run, data=lambda _: "d", split=lambda _: None, weights=str)
     numbers = {**dict.fromkeys(METRIC_NAMES), "AP": ap, "AP50": ap + 20, "AP75": ap, "APs": ap / 2, "APm": ap}
     boxes = {**numbers, "AP": 50.0}
     metrics = {

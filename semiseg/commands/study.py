@@ -45,11 +45,8 @@ def run(
         bool, typer.Option("--reproduce", help="Train also what is only recorded, as by another machine.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only list what would be trained, and for how long.")
+        bool, typer.Option("--dry-run", help="Only list what would be trained, with times of finished runs alike.")
     ] = False,
-    estimate: Annotated[
-        bool, typer.Option(help="With --dry-run: estimate the hours, which may measure steps for a minute.")
-    ] = True,
     out: Out = None,
 ) -> None:
     """Train what is missing of a study, then report.
@@ -70,9 +67,9 @@ def run(
     file = _launch_file(launch, processes)
     path, processes = (None, processes) if file is None else (file.path, file.processes)
     if dry_run:
-        from semiseg.commands.study_dry_run import list_runs
+        from semiseg.commands.study_dry_run import listed
 
-        list_runs(loaded, folder, only=only or (), processes=processes, reproduce=reproduce, estimate=estimate)
+        typer.echo(listed(loaded, folder, only=only or (), processes=processes, reproduce=reproduce))
         return
     planned = plan(loaded, only=only or (), processes=processes)
     require_folder(folder)
@@ -140,13 +137,13 @@ def status(
     Example: semiseg status shapes
     """
     from semiseg.results import latest, read
-    from semiseg.study_plan import RESULTS_NAME, listed_runs, missing_data, plan
+    from semiseg.study_plan import RESULTS_NAME, missing_data, plan
     from semiseg.study_run import run_status
 
     loaded = _load(study, overrides, seeds)
     lacking = missing_data(loaded)
     if lacking is not None:
-        listed = listed_runs(loaded, processes=processes)
+        listed = plan(loaded, processes=processes, by_name=True)
         lines = [[run.row, run.split or "", str(run.seed), "unknown", "", ""] for run in listed]
         typer.echo(_status_table(lines), nl=False)
         typer.echo(
@@ -241,11 +238,8 @@ def _build_report(study: Study, folder: Path, *, record: Path, command: list[str
 def _status_line(item: RunStatus) -> list[str]:
     from semiseg.study_run import finished_at
 
-    state: str = item.state if not item.recorded_only else "done (recorded)"
-    if item.state == "started" and item.steps is not None:
-        state = f"step {item.step} of {item.steps}"
     run = item.run
-    return [run.row, run.split or "", str(run.seed), state, finished_at(item.when), run.run_id]
+    return [run.row, run.split or "", str(run.seed), item.shown, finished_at(item.when), run.run_id]
 
 
 def _status_table(lines: list[list[str]]) -> str:

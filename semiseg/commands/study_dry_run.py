@@ -1,166 +1,96 @@
-"""`semiseg run STUDY --dry-run`: what would be trained, on what, and for about how long."""
+"""`semiseg run STUDY --dry-run`: what would be trained, and for how long where finished runs say so."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import typer
+from typing import Any
 
 from semiseg.config import RunConfig
+from semiseg.config_files import digest, parse_config, read_json
+from semiseg.engine.logs import format_seconds
 from semiseg.engine.processes import parts_per_step
+from semiseg.errors import UserError
 from semiseg.report.tables import text_table
 from semiseg.results import latest, read
 from semiseg.study import Study
 from semiseg.study_child import this_machine
-from semiseg.study_plan import (
-    RESULTS_NAME,
-    RUNS_FOLDER,
-    class_names,
-    listed_runs,
-    missing_data,
-    plan,
-    planned_steps,
-)
-from semiseg.study_run import RunStatus, run_status, runs_to_do
+from semiseg.study_plan import RESULTS_NAME, RUNS_FOLDER, missing_data, plan, planned_steps
+from semiseg.study_run import RESULT_NAME, run_status, runs_to_do
 
-if TYPE_CHECKING:
-    from semiseg.study_estimate import StepEstimate
-
-ESTIMATE_SECONDS = 60.0  # for all measurements together
-_MANY_HOURS = 100  # from here on also said in days
+TRAINING_ALONE = "training alone, one run after the other, as the newest finished runs of the same kind took on"
 
 
-@dataclass(frozen=True)
-class _Line:
-    """One run of the list.
-
-    Attributes:
-        state: as shown.
-        done: steps that need not be trained again.
-        run_id: "" if it is not known, for want of the data.
-    """
-
-    row: str
-    split: str | None
-    seed: int
-    config: RunConfig
-    state: str
-    done: int = 0
-    run_id: str = ""
-
-
-def list_runs(
-    study: Study, folder: Path, *, only: Sequence[str], processes: int, reproduce: bool, estimate: bool
-) -> None:
-    """Prints the runs that would be trained; nothing is trained.
+def listed(study: Study, folder: Path, *, only: Sequence[str], processes: int, reproduce: bool) -> str:
+    """The runs that would be trained, as a table with what is to be known of them.
 
     Without the data at hand all runs are listed, and one line says what is missing: which of them are done can only be
     told from the annotations.
 
     Args:
         folder: of the study's record.
-        estimate: also say how long they take, for which a step of each kind of run may be measured.
     """
     missing = missing_data(study, only=only)
-    if missing is None:
-        planned = plan(study, only=only, processes=processes)
-        recorded = latest(read(folder / RESULTS_NAME))
-        lines = [_planned_line(run_status(run, recorded)) for run in runs_to_do(planned, recorded, reproduce=reproduce)]
-        total = len(planned)
-    else:
-        runs = listed_runs(study, only=only, processes=processes)
-        lines, total = [_Line(run.row, run.split, run.seed, run.config, "unknown") for run in runs], len(runs)
-    steps = _estimates(lines, processes, at_hand=missing is None) if estimate and lines else []
-    if lines:
-        typer.echo(_table(lines, steps, processes), nl=False)
-    typer.echo(f"{len(lines)} of {total} runs to train" + ", if none is done" * (missing is not None))
-    if not lines and not reproduce:
-        typer.echo("all are done or recorded; '--reproduce' lists those that were recorded elsewhere")
-    if missing is not None:
-        typer.echo(f"which of them are done cannot be told without the data: {missing}")
-    for sentence in _told(lines, steps):
-        typer.echo(sentence)
-
-
-def _planned_line(status: RunStatus) -> _Line:
-    run = status.run
-    done = status.step or 0 if status.state == "started" else 0
-    state: str = status.state
-    if status.state == "started" and status.steps is not None:
-        state = f"step {status.step} of {status.steps}"
-    return _Line(run.row, run.split, run.seed, run.config, state, done, run.run_id)
-
-
-def _estimates(lines: Sequence[_Line], processes: int, *, at_hand: bool) -> list[StepEstimate]:
-    from semiseg.study_estimate import estimate_steps
-
-    return estimate_steps(
-        [line.config for line in lines],
-        processes=processes,
-        runs_folder=RUNS_FOLDER,
-        num_classes=len(class_names(lines[0].config.data)) if at_hand else None,
-        seconds=ESTIMATE_SECONDS,
-        say=lambda text: typer.echo(f"semiseg: {text}", err=True),
-    )
-
-
-def _table(lines: Sequence[_Line], steps: Sequence[StepEstimate], processes: int) -> str:
+    planned = plan(study, only=only, processes=processes, by_name=missing is not None)
+    recorded = latest(read(folder / RESULTS_NAME))
+    todo = planned if missing else runs_to_do(planned, recorded, reproduce=reproduce)
+    known = seconds_per_step(RUNS_FOLDER, processes)
     gpus = str(processes) if this_machine().gpus else "none"
-    cells = []
-    for number, line in enumerate(lines):
-        hours = _hours(line, steps[number]) if steps else None
-        length = planned_steps(line.config)
-        cells.append(
+    rows: list[list[str]] = []
+    times: list[tuple[float, str]] = []  # seconds that are left of a run, and the device they are known from
+    for run in todo:
+        status, steps = run_status(run, recorded), planned_steps(run.config)
+        time = "—"
+        if steps is not None and (kind := _kind(run.config, processes)) in known:
+            seconds, device = known[kind]
+            times.append(((steps - (status.step or 0)) * seconds, device))
+            time = format_seconds(times[-1][0])
+        rows.append(
             [
-                *(line.row, line.split or "", str(line.seed), line.state),
-                str(length) if length is not None else f"{line.config.optim.epochs:g} epochs",
-                _batch(line.config, processes),
-                gpus,
-                *([_shown(hours)] if steps else []),
-                line.run_id,
+                *(run.row, run.split or "", str(run.seed), "unknown" if missing else status.shown),
+                f"{run.config.optim.epochs:g} epochs" if steps is None else str(steps),
+                *(_batch(run.config, processes), gpus, time, "" if missing else run.run_id),
             ]
         )
-    headings = ("row", "split", "seed", "state", "steps", "batch", "GPUs", *(["hours"] if steps else []), "run")
-    return text_table(headings, cells)
+    table = text_table(("row", "split", "seed", "state", "steps", "batch", "GPUs", "time", "run"), rows) if rows else ""
+    lines = [f"{len(todo)} of {len(planned)} runs to train{', if none is done' if missing else ''}"]
+    if missing:
+        lines.append(f"which of them are done cannot be told without the data: {missing}")
+    if times:
+        total, devices = format_seconds(sum(left for left, _ in times)), sorted({device for _, device in times})
+        lines.append(f"about {total} for {len(times)} of them: {TRAINING_ALONE} {', '.join(devices)}")
+    elif todo:
+        lines.append(f"no times: no run of the same kind is finished in {RUNS_FOLDER}/")
+    elif not reproduce:
+        lines.append("all are done or recorded; '--reproduce' lists those that were recorded elsewhere")
+    return table + "\n".join(lines)
 
 
 def _batch(config: RunConfig, processes: int) -> str:
     """Images per step: in all, and as processes x accumulation parts x images where that is not one."""
     parts, batch = parts_per_step(config, processes), config.optim.batch_size
-    shares = [f"{processes}"] * (processes > 1) + [f"{parts} parts"] * (parts > 1)
-    return f"{batch} = {' x '.join([*shares, str(batch // processes // parts)])}" if shares else str(batch)
+    factors = [str(processes)] if processes > 1 else []
+    factors += [f"{parts} parts"] if parts > 1 else []
+    return f"{batch} = {' x '.join([*factors, str(batch // processes // parts)])}" if factors else str(batch)
 
 
-def _hours(line: _Line, step: StepEstimate) -> float | None:
-    """What is left of a run; None where its steps or their length are not known."""
-    length = planned_steps(line.config)
-    return None if length is None or step.seconds is None else (length - line.done) * step.seconds / 3600
+def seconds_per_step(runs_folder: Path, processes: int) -> dict[str, tuple[float, str]]:
+    """Kind of run -> seconds of a step and device, of the newest finished run of that kind on so many processes."""
+    newest: dict[str, tuple[str, float, str]] = {}
+    for path in runs_folder.glob(f"*/*/{RESULT_NAME}"):
+        try:
+            result: dict[str, Any] = read_json(path)
+            config = parse_config(RunConfig, read_json(path.parent / "config.json")["config"], where=str(path.parent))
+            if result.get("processes", 1) == processes:
+                found = (result["finished"], result["train_seconds"] / result["steps"], result["device"])
+                kind = _kind(config, processes)
+                newest[kind] = max(found, newest.get(kind, found))
+        except (UserError, KeyError, TypeError, ZeroDivisionError):
+            continue  # no whole run, or one of another version: it says nothing about this study
+    return {kind: (seconds, device) for kind, (_, seconds, device) in newest.items()}
 
 
-def _shown(hours: float | None) -> str:
-    return "—" if hours is None else two_digits(hours)
-
-
-def two_digits(value: float) -> str:
-    """A positive estimate with the two digits that it deserves: 0.052, 1.5, 43, 43000."""
-    decimals = 1 - math.floor(math.log10(float(f"{value:.1e}"))) if value > 0 else 0
-    return f"{round(value, decimals):.{max(0, decimals)}f}"
-
-
-def _told(lines: Sequence[_Line], steps: Sequence[StepEstimate]) -> list[str]:
-    """The sum, and where the seconds per step come from."""
-    if not steps:
-        return []
-    hours = [_hours(line, step) for line, step in zip(lines, steps, strict=True)]
-    known = [value for value in hours if value is not None]
-    runs = "" if len(known) == len(lines) else f" for {len(known)} of the runs"
-    total = sum(known)
-    days = f" ({two_digits(total / 24)} days)" * (total > _MANY_HOURS)
-    told = [f"about {two_digits(total)} hours{days} in all{runs}, one run after the other"] if known else []
-    sources = dict.fromkeys(step.source for step in steps)
-    what = "training alone: no reading of images, no exchange between processes, no evaluation"
-    return [*told, *sources, *([what] * bool(known))]
+def _kind(config: RunConfig, processes: int) -> str:
+    """Equal for runs whose steps take equally long: they differ in seed, length, rates and the split's classes."""
+    batch = [config.optim.batch_size, config.optim.optimizer, parts_per_step(config, processes)]
+    return digest({**config.identity(initial=True), "seed": 0, "optim": batch})
