@@ -14,8 +14,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from semiseg.config import DataConfig
 from semiseg.config_files import digest, read_json
+from semiseg.data.sources import ensure_files
 from semiseg.data.workers import StopOnSignal
 from semiseg.engine.logs import format_seconds
 from semiseg.errors import UserError
@@ -125,7 +125,7 @@ def run_missing(
     todo = runs_to_do(planned, latest(read(results)), reproduce=how.reproduce)
     if todo:
         for config in {digest(run.config.data.model_dump()): run.config.data for run in todo}.values():
-            prepare_data(config)
+            ensure_files(config)  # here, where people see how far it is
         _Study(planned, todo, name=name, results=results, how=how, stream=stream or sys.stderr).run()
     return todo
 
@@ -135,16 +135,6 @@ def record_ended(planned: Sequence[PlannedRun], *, results: Path, typed: Sequenc
     for run in planned:
         if (run.folder / RESULT_NAME).is_file():
             append(results, read_result(run, typed=typed))
-
-
-def prepare_data(config: DataConfig) -> None:
-    """Draws the embedded data set before any run needs it, so that runs side by side do not each draw it."""
-    if config.format == "shapes":
-        from semiseg.data.shapes import ensure_shapes
-
-        shapes = config.shapes
-        for images, seed in ((shapes.train_images, shapes.train_seed), (shapes.val_images, shapes.val_seed)):
-            ensure_shapes(Path(config.root), images=images, image_size=shapes.image_size, seed=seed)
 
 
 class _Study:
