@@ -40,12 +40,13 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, no quota, a limit 
 _HIDDEN, _LOCK, _ASIDE = ".semiseg-", "lock", "aside"
 _HIDDEN_NAME = re.compile(re.escape(_HIDDEN) + "[0-9a-f]{32}")
 _SETTLED: set[Path] = set()  # folders whose leftovers this process has removed: a listing per file would be quadratic
-Kind = Literal["splits", "experiments", "launch", "published"]
+Kind = Literal["splits", "experiments", "bases", "launch", "published"]
 
 # kind -> (folder below the working project or the packaged copy, suffix, the word for one of them)
 _PLACES: dict[Kind, tuple[str, str, str]] = {
     "splits": ("splits", ".toml", "class split"),
     "experiments": ("experiments", ".toml", "study"),
+    "bases": ("experiments/bases", ".toml", "base of settings"),
     "launch": ("experiments/launch", ".yaml", "launch file"),
     "published": ("reports/published", ".csv", "table of printed numbers"),
 }

@@ -19,7 +19,7 @@ from semiseg.commands.known_classes import COCO_CLASSES
 from semiseg.data.shapes import SHAPES_CLASSES
 from semiseg.errors import UserError
 from semiseg.resources import find
-from semiseg.study import load_study
+from semiseg.studies.file import load_study
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -94,7 +94,7 @@ def test_an_interruption_ends_with_one_sentence_and_code_130(monkeypatch: pytest
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt("stopped; the same command continues")
 
-    monkeypatch.setattr("semiseg.study.load_study", interrupt)
+    monkeypatch.setattr("semiseg.studies.file.load_study", interrupt)
     assert call("status", "shapes", code=130) == "semiseg: stopped; the same command continues\n"
 
 
@@ -102,7 +102,7 @@ def test_other_exceptions_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("a fault")
 
-    monkeypatch.setattr("semiseg.study.load_study", fail)
+    monkeypatch.setattr("semiseg.studies.file.load_study", fail)
     assert isinstance(CliRunner().invoke(app, ["status", "shapes"]).exception, ZeroDivisionError)
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from semiseg.commands.study_dry_run import seconds_per_step
-from semiseg.study import load_study
-from semiseg.study_plan import PlannedRun, plan
+from semiseg.studies.file import load_study
+from semiseg.studies.identity import PlannedRun, plan
+from semiseg.studies.status import seconds_per_step
 from tests.study_files import add_study_data
 from tests.test_cli import call
 

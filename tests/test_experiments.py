@@ -22,8 +22,8 @@ from semiseg.losses.terms import COUNT_NAMES, MASK_LOSSES, TERMS
 from semiseg.report.published import read_published
 from semiseg.splits import load_split
 from semiseg.structures.inputs import Supervision
-from semiseg.study import Study, StudyRun, load_study, study_runs
-from semiseg.study_plan import run_identity
+from semiseg.studies.file import Study, StudyRun, load_study, study_runs
+from semiseg.studies.identity import run_identity
 from tests.coco_files import make_coco, polygon_annotation
 from tests.tiny import TINY
 

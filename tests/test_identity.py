@@ -22,9 +22,8 @@ from semiseg.engine.train import optimizer_step, prepare
 from semiseg.errors import UserError
 from semiseg.report.provenance import differing, run_settings
 from semiseg.results import Result, read
-from semiseg.study import Study, load_study, study_runs
-from semiseg.study_child import write_run_files
-from semiseg.study_plan import PlannedRun, matching_results, plan
+from semiseg.studies.file import Study, load_study, study_runs
+from semiseg.studies.identity import PlannedRun, matching_results, plan, write_run_files
 from tests.recorded_runs import recorded_run
 from tests.study_files import write_study
 from tests.tiny import tiny_config

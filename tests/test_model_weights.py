@@ -30,7 +30,7 @@ from semiseg.engine.checkpoint import (
 from semiseg.errors import UserError
 from semiseg.models.condinst import CondInst, build_model
 from semiseg.resources import available
-from semiseg.study import load_study, study_runs
+from semiseg.studies.file import load_study, study_runs
 from tests.tiny import TINY
 
 

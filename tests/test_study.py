@@ -20,11 +20,13 @@ from semiseg.data.workers import TOGETHER_SECONDS, StopOnSignal
 from semiseg.engine.logs import format_seconds
 from semiseg.errors import UserError
 from semiseg.results import Result, latest, read
-from semiseg.study import Study, load_study, study_runs
-from semiseg.study_child import Machine, Share, child_environment, last_step, launch_command, reason, share_of
-from semiseg.study_plan import PlannedRun, matching_results, plan
-from semiseg.study_progress import StudyProgress
-from semiseg.study_run import Execution, run_missing, run_status, runs_to_do
+from semiseg.studies.child import last_step, reason
+from semiseg.studies.file import Study, load_study, study_runs
+from semiseg.studies.identity import PlannedRun, matching_results, plan
+from semiseg.studies.machines import Machine, Share, child_environment, launch_command, share_of
+from semiseg.studies.progress import StudyProgress
+from semiseg.studies.run import Execution, run_missing
+from semiseg.studies.status import run_status, runs_to_do
 from tests.study_files import write_study
 
 STUDY = """
@@ -355,9 +357,7 @@ def test_a_run_that_is_being_trained_is_left_alone(project: Path, monkeypatch: p
     study = load_study("study", seeds=[0])
     pretrain = plan(study)[0]
     monkeypatch.setenv("FAKE", "slow:pretrain")
-    code = (
-        "from pathlib import Path; import test_study as t, semiseg.study as s\nt.run(s.load_study('study', seeds=[0]))"
-    )
+    code = "import test_study as t\nfrom semiseg.studies.file import load_study\nt.run(load_study('study', seeds=[0]))"
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     parent = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.DEVNULL)
     try:
@@ -480,7 +480,7 @@ def test_progress_on_a_terminal_is_bars(project: Path) -> None:
     study = load_study("study", ["optim.steps=30"], seeds=[0])
     run_missing(plan(study), name="study", results=Path("r.jsonl"), how=execution(jobs=2), stream=stream)
     text = stream.getvalue()
-    assert "pretrain-s0: " in text
+    assert "  pretrain-s0 " in text
     assert "5 of 5 runs" in text
     assert "2400/2400" in text
 

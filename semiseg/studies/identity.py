@@ -7,6 +7,7 @@ different ones never share a folder.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,14 +20,15 @@ from semiseg.config_files import digest, file_digest
 from semiseg.data.sources import ensure_files
 from semiseg.engine.processes import fit_to_processes, normalised_together, told_change
 from semiseg.errors import UserError
-from semiseg.resources import weights_file
+from semiseg.resources import weights_file, write_text
 from semiseg.results import Result
 from semiseg.splits import load_split
-from semiseg.study import RunKey, Study, StudyRun, study_runs
+from semiseg.studies.file import RunKey, Study, StudyRun, study_runs
 
 RUNS_FOLDER = Path("runs")
 REPORTS_FOLDER = Path("reports")
-RESULTS_NAME = "results.jsonl"
+RESULTS_NAME = "results.jsonl"  # the record of a study
+RESULT_NAME = "result.json"  # the engine writes it last: a folder with it is finished
 
 
 @dataclass(frozen=True)
@@ -121,20 +123,16 @@ def plan(
         by_name: look at no file: data, splits and weights count as the same where their names are. The identities are
             then good for telling the runs of this plan apart and for nothing else.
     """
+    data: Callable[[DataConfig], str] = _named_data if by_name else data_digest
+    split: Callable[[StudyRun], str | None] = (lambda run: run.split) if by_name else _split_digest
+    weights: Callable[[str], str] = str if by_name else weights_digest
     planned: dict[str, PlannedRun] = {}
     for asked in study_runs(study, only=only):
         run = fitted_run(asked, processes)
         change = told_change(asked.config, run.config, processes)
         if change:
             warnings.warn(change, stacklevel=2)  # rows with the same change say it once
-        if by_name:
-            identity = run_identity(
-                run, data=_named_data, split=lambda run: run.split, weights=str, processes=processes
-            )
-        else:
-            identity = run_identity(
-                run, data=data_digest, split=_split_digest, weights=weights_digest, processes=processes
-            )
+        identity = run_identity(run, data=data, split=split, weights=weights, processes=processes)
         run_id = digest(identity)
         init = identity["init"] if run.init is not None else None
         config = run.config
@@ -148,6 +146,14 @@ def plan(
 
 def _split_digest(run: StudyRun) -> str:
     return load_split(str(run.split), class_names(run.config.data)).digest()
+
+
+def write_run_files(run: PlannedRun) -> None:
+    """Writes what a run is, into its folder: `identity.json`, and `train.json`, which `semiseg train` takes."""
+    names = ("run_id", "identity", "study", "row", "split", "seed", "init")
+    about = {name: getattr(run, name) for name in names}
+    write_text(run.folder / "identity.json", json.dumps(about, indent=1, ensure_ascii=False) + "\n")
+    write_text(run.folder / "train.json", run.config.model_dump_json(indent=1) + "\n")
 
 
 def missing_data(study: Study, *, only: Sequence[str] = ()) -> str | None:
