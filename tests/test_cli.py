@@ -237,6 +237,13 @@ def test_a_report_of_nothing_is_refused(folder: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
+def test_a_report_of_results_that_are_not_the_studys_needs_no_data(folder: Path) -> None:
+    (folder / "mine").mkdir()
+    (folder / "mine" / "results.jsonl").write_text("")
+    call("report", "coco_voc_splits", "--out", "mine")
+    assert "table6 lacks `neither` seed 0" in (folder / "mine" / "report.md").read_text()
+
+
 def test_a_study_names_a_reference_that_is_there(folder: Path) -> None:
     text = find("experiments", "shapes").read_text(encoding="utf-8")
     (folder / "mine.toml").write_text(text.replace('reference = "shapes_seeds"', 'reference = "shapes_sedes"'))

@@ -13,7 +13,7 @@ from PIL import Image
 
 from semiseg.commands.known_classes import COCO_CLASSES
 from semiseg.config import RunConfig, learns_masks
-from semiseg.config_files import digest, merge, parse_config
+from semiseg.config_files import digest, merge, parse_config, read_toml
 from semiseg.engine.build import RunData, build_data, build_training_loader
 from semiseg.engine.optim import learning_rate
 from semiseg.engine.session import start_accelerator
@@ -61,6 +61,15 @@ def test_there_is_a_study_for_every_table() -> None:
     assert {*COCO_TABLES, "coco_voc_splits", "shapes", "shapes_table2", "shapes_tau"} <= set(STUDIES)
     found = {str(table.number) for name in STUDIES if name.startswith("coco") for table in load_study(name).tables}
     assert found == {"2", "3", "4", "6", "7", "tau", "neighbourhood"}
+
+
+def test_the_studies_of_shapes_have_one_base() -> None:
+    names = [name for name in STUDIES if name.startswith("shapes")]
+    assert len(names) == 7
+    for name in names:
+        written = read_toml(ROOT / "experiments" / f"{name}.toml")
+        assert written["base"] == "shapes"
+        assert load_study(name).base == read_toml(ROOT / "experiments" / "bases" / "shapes.toml")
 
 
 @pytest.mark.parametrize("name", STUDIES)

@@ -162,6 +162,7 @@ def test_what_makes_a_run_another_run(project: Path) -> None:
         ("seeds = [0, 1]", "seeds = [1, 1]", r"seed '1' is there twice"),
         ("seeds = [0, 1]", "seed = [1]", r"unknown key 'seed'\. Did you mean 'seeds'"),
         ("optim.steps = 3", "optim.stps = 3", r"\[pretrain\]: unknown key 'optim\.stps'\. Did you mean 'steps'"),
+        ("[base]", "[set]\nseed = 1\n[base]", r"\[set\] sets 'seed', but the seeds of a study are its own 'seeds'"),
         ('set = { supervision.source = "masks" }', "set = { sed = 1 }", r"row 'full': unknown key 'sed'"),
         ("[pretrain]", '[pretrain]\nsupervision.source = "masks"', r"may use 'boxes' only"),
         ("optim.steps = 3", 'optim.steps = 3\ninit_from = "x"', r"its weights come from the \[pretrain\] run"),
@@ -182,6 +183,25 @@ def test_overrides_that_a_study_cannot_take(project: Path) -> None:
     with pytest.raises(UserError, match=r"has no \[pretrain\]"):
         load_study("study", ["pretrain.optim.steps=3"])
     assert all(item.init is None for item in plan(load_study("study")))
+
+
+def test_a_base_is_a_table_of_settings_in_a_file_of_its_own(project: Path) -> None:
+    """By name or path; what the study sets is laid over it, and the runs are those of the settings written out."""
+    before = ids(load_study("study", seeds=[0]))
+    settings = """
+        data = { root = "coco", train_annotations = "train.json", val_annotations = "val.json" }
+        optim = { steps = 99, batch_size = 16 }
+    """
+    Path("experiments/bases").mkdir()
+    for path in (Path("experiments/bases/own.toml"), Path("elsewhere.toml")):
+        path.write_text(settings)
+        base = path.stem if "bases" in path.parts else str(path)
+        text = STUDY[: STUDY.index("[base]")] + "[set]\noptim.steps = 3\n" + STUDY[STUDY.index("[pretrain]") :]
+        Path("experiments/study.toml").write_text(f'base = "{base}"\n{text}')
+        assert ids(load_study("study", seeds=[0])) == before
+        path.unlink()
+    with pytest.raises(UserError, match=r"elsewhere\.toml: no such base of settings: .* Available: .*shapes"):
+        load_study("study")
 
 
 def test_missing_data_are_named(project: Path) -> None:
