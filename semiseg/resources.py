@@ -176,8 +176,8 @@ def _lock_file(path: Path, *, warn: bool = False, wait: bool = False) -> FileLoc
         if error.filename is not None or isinstance(error, TimeoutError):  # no matter of a system without locks
             raise
         if warn:
-            told = f"{path.parent}: cannot be locked ({error}); let one process at a time work there"
-            warnings.warn(told, stacklevel=5)
+            message = f"{path.parent}: cannot be locked ({error}); let one process at a time work there"
+            warnings.warn(message, stacklevel=5)
         return None
     return file
 
@@ -285,10 +285,10 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
 
     Whenever this is interrupted, `path` is what it was or whole, also after a power cut.
     """
-    with told_writing(path), temporary_folder(path.parent) as held:
-        with (held / "new").open("wb") as file:
+    with told_writing(path), temporary_folder(path.parent) as hidden:
+        with (hidden / "new").open("wb") as file:
             yield file
-        put_in_place(held / "new", path)
+        put_in_place(hidden / "new", path)
 
 
 def put_in_place(new: Path, path: Path) -> None:
@@ -308,8 +308,8 @@ def whole_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
     Args:
         replace: take the place of a folder that is there; else, if another process has made it meanwhile, its is kept.
     """
-    with told_writing(folder), temporary_folder(folder.parent) as held:
-        new = held / "new"
+    with told_writing(folder), temporary_folder(folder.parent) as hidden:
+        new = hidden / "new"
         new.mkdir()
         yield new
         with ThreadPoolExecutor(16) as pool:  # one after the other, thousands of pictures would take minutes
@@ -320,8 +320,8 @@ def whole_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
             if not folder.is_dir():
                 raise
             if replace:
-                (held / _ASIDE).mkdir()
-                os.rename(folder, held / _ASIDE / folder.name)
+                (hidden / _ASIDE).mkdir()
+                os.rename(folder, hidden / _ASIDE / folder.name)
                 os.rename(new, folder)
         _flush(folder.parent)
 

@@ -239,13 +239,13 @@ def matching_results(study: Study, results: Iterable[Result]) -> dict[RunKey, Re
     """
     results = list(results)
     recorded_data = {result.run_id: result.identity.get("data", "") for result in results}
-    found: dict[RunKey, Result] = {}
+    matching: dict[RunKey, Result] = {}
     for run in study_runs(study):
         for result in results:
             if result.seed == run.seed and _is_result_of(result, run, recorded_data):
                 # The same run may have been recorded under another row's or study's name.
-                found[run.key] = replace(result, study=study.name, row=run.row, split=run.split)
-    return found
+                matching[run.key] = replace(result, study=study.name, row=run.row, split=run.split)
+    return matching
 
 
 def _is_result_of(result: Result, run: StudyRun, recorded_data: Mapping[str, Any]) -> bool:

@@ -51,13 +51,12 @@ def build(study: Study, folder: Path, *, record: Path, command: Sequence[str]) -
 
 def record_folder(study: Study, folder: Path) -> Path:
     """Where the study's results are recorded: the folder of the report, else the study's own."""
-    places = list(dict.fromkeys((folder, REPORTS_FOLDER / study.name)))
-    for place in places:
-        if (place / RESULTS_NAME).is_file():
-            return place
-    raise UserError(
-        f"{' and '.join(str(place) for place in places)}: no recorded results; 'semiseg run {study.name}' makes them"
-    )
+    folders = dict.fromkeys((folder, REPORTS_FOLDER / study.name))
+    for candidate in folders:
+        if (candidate / RESULTS_NAME).is_file():
+            return candidate
+    named = " and ".join(map(str, folders))
+    raise UserError(f"{named}: no recorded results; 'semiseg run {study.name}' makes them")
 
 
 def beside_reference(study: Study, folder: Path) -> str:

@@ -69,7 +69,8 @@ def run_missing(
     if todo:
         for config in {digest(run.config.data.model_dump()): run.config.data for run in todo}.values():
             ensure_files(config)  # here, where people see how far it is
-        _Study(planned, todo, name=name, results=results, how=how, stream=stream or sys.stderr).run()
+        progress = StudyProgress(todo, name=name, line_seconds=how.line_seconds, stream=stream or sys.stderr)
+        _Study(planned, todo, progress, results, how).run()
     return todo
 
 
@@ -101,11 +102,9 @@ class _Study:
         self,
         planned: Sequence[PlannedRun],
         todo: Sequence[PlannedRun],
-        *,
-        name: str,
+        progress: StudyProgress,
         results: Path,
         how: Execution,
-        stream: TextIO,
     ) -> None:
         self.how = how
         self.results = results
@@ -113,7 +112,7 @@ class _Study:
         self.running: list[Child] = []
         self.failures: dict[str, str] = {}
         self.skipped: list[PlannedRun] = []
-        self.progress = StudyProgress(todo, name=name, line_seconds=how.line_seconds, stream=stream)
+        self.progress = progress
         # Counted over the whole plan, not over what is left of it: a continued study gives each run the same number
         # of threads, which the last bits of its numbers depend on.
         self.pretrainings = sum(run.row == PRETRAIN_ROW for run in planned)
