@@ -295,19 +295,26 @@ def test_runs_are_found_by_id_row_and_folder() -> None:
     train_folder(folder)
     assert find_runs("eeee", known)[0].folder == folder
     for name, told in {
-        "first:r": "with several splits; add one of few, many",
-        "first:s": "study 'first' has no run of row 's'",
-        "firsts:r": "no study 'firsts' is recorded. Did you mean 'first'?",
-        "first:r:few:7": "recorded are few:0, few:1, many:0",
+        "first:s": "first:s: no recorded run is called so. Did you mean 'first:r'?",
+        "firsts:r": "Did you mean 'first:r'?",
+        "first:r:few:7": "no recorded run is called so. Did you mean 'first:r:few:1'?",
         "": "neither the folder of a run, nor the beginning",
         runs[0].run_id[:-1] + "x": f"Near: {runs[0].run_id} (",
     }.items():
         with pytest.raises(UserError, match=re.escape(told)):
             find_runs(name, known)
+
+
+def test_a_row_of_several_splits_or_configurations_is_as_many_rows() -> None:
+    few: dict[str, Any] = {"supervision": {"source": "split", "split": "few"}}
+    many: dict[str, Any] = {"supervision": {"source": "split", "split": "many"}}
+    runs = [made_run("r", 0, **few), made_run("r", 1, **few), made_run("r", 0, **many)]
     changed = made_run("r", 1, **{**few, "optim": {"steps": 3}})
-    record(changed)
-    with pytest.raises(UserError, match=f"seed 1 was trained with several configurations.*{changed.run_id}"):
-        find_runs("first:r:few", known_runs())
+    record(*runs, changed)
+    chosen = find_runs("first:r", known_runs())
+    assert {run.result.run_id for run in chosen} == {run.run_id for run in (*runs, changed)}
+    names = row_names(comparison(chosen, chosen, split="none", command=["c"]))
+    assert names == [f"r (few) {runs[0].run_id[:6]}", "r (many)", f"r (few) {changed.run_id[:6]}"]
 
 
 def test_the_beginning_of_several_ids_names_them() -> None:

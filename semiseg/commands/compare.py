@@ -30,7 +30,7 @@ def compare(
 
     The numbers come from the records in reports/*/results.jsonl or from the folders of the runs; nothing is trained.
     Runs that differ only in their seed are one row, with mean and standard deviation. Runs whose validation data
-    differ are refused. The beginning of an id is enough; STUDY:ROW means all its seeds. Ids stand in the reports and
+    differ are refused. The beginning of an id is enough; STUDY:ROW means all its runs. Ids stand in the reports and
     in 'semiseg status STUDY'.
 
     Examples:

@@ -138,13 +138,13 @@ def _folders() -> dict[str, Path]:
 
 
 def find_runs(name: str, known: Sequence[RecordedRun]) -> list[RecordedRun]:
-    """The run that `name` means, or the seeds of one row.
+    """The run that `name` means, or all runs of a row.
 
     Args:
         known: of `known_runs`.
 
     Raises:
-        UserError: no such run, with the nearest one, or several.
+        UserError: no such run, with the nearest ones, or an id that is not whole and begins several.
     """
     if name and Path(name).is_dir():
         return [run_of_folder(Path(name))]
@@ -159,8 +159,8 @@ def _run_of_id(name: str, known: Sequence[RecordedRun]) -> RecordedRun:
     names = {**dict.fromkeys(unrecorded, ""), **{run_id: f" ({run.name})" for run_id, run in recorded.items()}}
     matching = sorted(run_id for run_id in names if name and run_id.startswith(name.lower()))
     if len(matching) > 1:
-        shown = ", ".join(run_id + names[run_id] for run_id in matching[:4])
-        raise UserError(f"{name}: {len(matching)} runs have an id that begins so: {shown}")
+        first = ", ".join(run_id + names[run_id] for run_id in matching[:4])
+        raise UserError(f"{name}: {len(matching)} runs have an id that begins so: {first}")
     if not matching:
         near = difflib.get_close_matches(name.lower(), names, n=2, cutoff=0.4)
         hint = f" Near: {', '.join(run_id + names[run_id] for run_id in near)}." if near else ""
@@ -174,29 +174,12 @@ def _run_of_id(name: str, known: Sequence[RecordedRun]) -> RecordedRun:
 
 def _runs_of_row(name: str, known: Sequence[RecordedRun]) -> list[RecordedRun]:
     study, row, *rest = name.split(":")
-    runs = [run for run in known if run.result.study == study]
-    if not runs:
-        hint = near_hint(study, sorted({run.result.study for run in known} - {""}))
-        raise UserError(f"{name}: no study {study!r} is recorded.{hint}")
-    of_row = [run for run in runs if run.result.row == row]
-    if not of_row:
-        hint = near_hint(row, sorted({run.result.row for run in runs} - {PRETRAIN_ROW}))
-        raise UserError(f"{name}: study {study!r} has no run of row {row!r}.{hint}")
+    of_row = [run for run in known if (run.result.study, run.result.row) == (study, row)]
     matching = [run for run in of_row if all(part in (run.split, str(run.result.seed)) for part in rest)]
     if not matching:
-        recorded = sorted({run.name.removeprefix(f"{study}:{row}:") for run in of_row})
-        raise UserError(f"{name}: no such run of row {row!r}; recorded are {', '.join(recorded)}")
-    splits = sorted({run.split or "no split" for run in matching})
-    if len(splits) > 1:
-        raise UserError(f"{name}: row {row!r} was trained with several splits; add one of {', '.join(splits)}")
-    by_seed: dict[int, list[str]] = {}
-    for run in matching:
-        by_seed.setdefault(run.result.seed, []).append(run.result.run_id)
-    for seed, ids in by_seed.items():
-        if len(ids) > 1:
-            raise UserError(
-                f"{name}: seed {seed} was trained with several configurations; name one by its id: {', '.join(ids)}"
-            )
+        rows = sorted({f"{run.result.study}:{run.result.row}" for run in known if run.result.row != PRETRAIN_ROW})
+        hint = near_hint(name, sorted(run.name for run in of_row) or rows)
+        raise UserError(f"{name}: no recorded run is called so.{hint}")
     return sorted(matching, key=lambda run: run.result.seed)
 
 
