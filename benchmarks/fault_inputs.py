@@ -595,7 +595,7 @@ def read_run(path: Path) -> None:
 
 def read_study(path: Path) -> None:
     """Reads a study as `semiseg run` does, up to the configurations of its runs."""
-    from semiseg.study import load_study, study_runs
+    from semiseg.studies.file import load_study, study_runs
 
     for run in study_runs(load_study(str(path))):
         run.config.identity()
@@ -611,8 +611,8 @@ def read_split(path: Path) -> None:
 def read_results(path: Path) -> None:
     """Reads a record of results as `semiseg report` does, up to the choice of a study's own."""
     from semiseg.results import latest, read
-    from semiseg.study import load_study
-    from semiseg.study_plan import matching_results
+    from semiseg.studies.file import load_study
+    from semiseg.studies.identity import matching_results
 
     results = read(path)
     matching_results(load_study("shapes"), latest(results).values())

@@ -90,7 +90,7 @@ JOBS = {
     "resume": Job(TRAIN, base="interrupted"),
     "photo": Job("predict model photo.png --out predictions"),
     "status": Job("status shapes --out page"),
-    "dry-run": Job("run study --dry-run --no-estimate"),
+    "dry-run": Job("run study --dry-run"),
     "split": Job("split check few coco/instances.json"),
 }
 

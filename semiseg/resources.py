@@ -25,9 +25,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, TYPE_CHECKING, Literal
 
 from semiseg.errors import UserError
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 logger = logging.getLogger(__name__)
 
@@ -37,12 +40,13 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, no quota, a limit 
 _HIDDEN, _LOCK, _ASIDE = ".semiseg-", "lock", "aside"
 _HIDDEN_NAME = re.compile(re.escape(_HIDDEN) + "[0-9a-f]{32}")
 _SETTLED: set[Path] = set()  # folders whose leftovers this process has removed: a listing per file would be quadratic
-Kind = Literal["splits", "experiments", "launch", "published"]
+Kind = Literal["splits", "experiments", "bases", "launch", "published"]
 
 # kind -> (folder below the working project or the packaged copy, suffix, the word for one of them)
 _PLACES: dict[Kind, tuple[str, str, str]] = {
     "splits": ("splits", ".toml", "class split"),
     "experiments": ("experiments", ".toml", "study"),
+    "bases": ("experiments/bases", ".toml", "base of settings"),
     "launch": ("experiments/launch", ".yaml", "launch file"),
     "published": ("reports/published", ".csv", "table of printed numbers"),
 }
@@ -116,9 +120,9 @@ def lock_folder(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another process holds it.
     """
-    with ExitStack() as held:
+    with ExitStack() as stack:
         try:
-            held.enter_context(lock(folder / LOCK_NAME))
+            stack.enter_context(lock(folder / LOCK_NAME))
         except TimeoutError:
             raise UserError(f"{folder}: another process is training this run; wait for it or end it first") from None
         yield
@@ -136,27 +140,57 @@ def lock(path: Path, *, waiting: str | None = None) -> Iterator[None]:
     Raises:
         TimeoutError: another process holds it and `waiting` is None.
     """
+    try:
+        locked = _lock_file(path, warn=True)
+    except TimeoutError:
+        if waiting is None:
+            raise
+        logger.warning(waiting)
+        locked = _lock_file(path, warn=True, wait=True)
+    try:
+        yield
+    finally:
+        _unlock(path, locked)
+
+
+def remove_stale_lock(path: Path) -> None:
+    """Removes the file of a lock that a killed process has left; one that is held stays."""
+    if path.exists():
+        with suppress(OSError), lock(path):
+            pass
+
+
+def _lock_file(path: Path, *, warn: bool = False, wait: bool = False) -> FileLock | None:
+    """Makes and locks a file until `_unlock` or the end of the process; None where the file system has no locks.
+
+    Raises:
+        TimeoutError: another process holds it, without `wait`.
+    """
     from filelock import FileLock  # not above: only who writes waits for it
 
     # No file that stands for a lock where there are none: a killed process would leave it for ever.
     file = FileLock(path, fallback_to_soft=False)
     try:
-        file.acquire(blocking=False)
-    except TimeoutError:
-        if waiting is None:
-            raise
-        logger.warning(waiting)
-        file.acquire()
+        file.acquire(blocking=wait)
     except OSError as error:
-        if error.filename is not None:  # the file cannot be made, which is no matter of locks
+        if error.filename is not None or isinstance(error, TimeoutError):  # no matter of a system without locks
             raise
-        warnings.warn(f"{path.parent}: cannot be locked ({error}); let one process at a time work there", stacklevel=4)
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            path.unlink()  # while it is held: who opens it now finds it gone and makes another
-        file.release()
+        if warn:
+            message = f"{path.parent}: cannot be locked ({error}); let one process at a time work there"
+            warnings.warn(message, stacklevel=5)
+        return None
+    return file
+
+
+def _unlock(path: Path, locked: FileLock | None) -> None:
+    """Removes the file and ends its lock, in this order: who has opened it meanwhile finds it gone and makes another.
+
+    Windows removes no file that is open; there filelock does it afterwards.
+    """
+    with suppress(OSError):
+        path.unlink()
+    if locked is not None:
+        locked.release()
 
 
 @contextmanager
@@ -170,12 +204,12 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
     if (settled := parent.resolve()) not in _SETTLED:
         _SETTLED.add(settled)
         settle(parent)
-    held, lock = _make_hidden(parent)
+    folder, locked = _make_hidden(parent)
     try:
-        yield held
+        yield folder
     finally:
         with suppress(OSError):
-            _dissolve(held, lock)
+            _dissolve(folder, locked)
 
 
 def settle(parent: Path) -> None:
@@ -185,57 +219,38 @@ def settle(parent: Path) -> None:
     user's folder may not be changed, they are left alone. Whoever finds that there is nothing to write asks for it too:
     a process killed at its last moment leaves the whole file and, beside it, its hidden folder.
     """
-    for held in parent.glob(f"{_HIDDEN}*"):
-        if not _HIDDEN_NAME.fullmatch(held.name) or held.is_symlink():
+    for folder in parent.glob(f"{_HIDDEN}*"):
+        if not _HIDDEN_NAME.fullmatch(folder.name) or folder.is_symlink():
             continue
-        with suppress(OSError):
-            try:
-                lock = (held / _LOCK).open("r+b")
-            except FileNotFoundError:
-                held.rmdir()  # its process was killed before it had locked it, or when all else was removed
-                continue
-            with lock:
-                if _take(lock):
-                    _dissolve(held, lock)
+        with suppress(OSError):  # also of a lock that is held
+            if not (folder / _LOCK).exists():
+                folder.rmdir()  # its process was killed before it had locked it, or when all else was removed
+            elif locked := _lock_file(folder / _LOCK):
+                _dissolve(folder, locked)
 
 
-def _make_hidden(parent: Path) -> tuple[Path, IO[bytes]]:
+def _make_hidden(parent: Path) -> tuple[Path, FileLock | None]:
     while True:
-        held = parent / f"{_HIDDEN}{uuid.uuid4().hex}"
-        held.mkdir()
-        with suppress(FileNotFoundError):  # another process settled it before it was locked
-            lock = (held / _LOCK).open("xb")
-            if _take(lock) is not False and (held / _LOCK).exists():
-                return held, lock
-            lock.close()
+        folder = parent / f"{_HIDDEN}{uuid.uuid4().hex}"
+        folder.mkdir()
+        with suppress(FileNotFoundError, TimeoutError):  # another process settled it before it was locked
+            locked = _lock_file(folder / _LOCK)
+            if locked is None:
+                (folder / _LOCK).touch()
+            return folder, locked
 
 
-def _take(lock: IO[bytes]) -> bool | None:
-    """Locks an open file; False if somebody else has, None where the file system cannot tell."""
-    import fcntl
-
-    try:
-        # Not lockf: its locks are the process's, so that one thread would take what another one is writing for left.
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return None
-    return True
-
-
-def _dissolve(held: Path, lock: IO[bytes]) -> None:
+def _dissolve(folder: Path, locked: FileLock | None) -> None:
     """Puts back the folder that was moved aside, if its place is free, and removes everything else, the lock last."""
-    aside = held / _ASIDE
+    aside = folder / _ASIDE
     for old in aside.iterdir() if aside.is_dir() else ():
-        if not os.path.lexists(held.parent / old.name):
-            os.rename(old, held.parent / old.name)
-    for path in held.iterdir():
+        if not os.path.lexists(folder.parent / old.name):
+            os.rename(old, folder.parent / old.name)
+    for path in folder.iterdir():
         if path.name != _LOCK:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    (held / _LOCK).unlink()
-    lock.close()
-    held.rmdir()
+    _unlock(folder / _LOCK, locked)
+    folder.rmdir()
 
 
 @contextmanager
@@ -270,10 +285,10 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
 
     Whenever this is interrupted, `path` is what it was or whole, also after a power cut.
     """
-    with told_writing(path), temporary_folder(path.parent) as held:
-        with (held / "new").open("wb") as file:
+    with told_writing(path), temporary_folder(path.parent) as hidden:
+        with (hidden / "new").open("wb") as file:
             yield file
-        put_in_place(held / "new", path)
+        put_in_place(hidden / "new", path)
 
 
 def put_in_place(new: Path, path: Path) -> None:
@@ -293,8 +308,8 @@ def whole_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
     Args:
         replace: take the place of a folder that is there; else, if another process has made it meanwhile, its is kept.
     """
-    with told_writing(folder), temporary_folder(folder.parent) as held:
-        new = held / "new"
+    with told_writing(folder), temporary_folder(folder.parent) as hidden:
+        new = hidden / "new"
         new.mkdir()
         yield new
         with ThreadPoolExecutor(16) as pool:  # one after the other, thousands of pictures would take minutes
@@ -305,8 +320,8 @@ def whole_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
             if not folder.is_dir():
                 raise
             if replace:
-                (held / _ASIDE).mkdir()
-                os.rename(folder, held / _ASIDE / folder.name)
+                (hidden / _ASIDE).mkdir()
+                os.rename(folder, hidden / _ASIDE / folder.name)
                 os.rename(new, folder)
         _flush(folder.parent)
 

@@ -26,10 +26,10 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": BASE | {"evaluation"},
     "engine": BASE | {"data", "models", "losses", "evaluation", "engine", "overlays"},
     "interop": BASE | {"models", "engine", "interop"},
-    "study": BASE | {"data", "engine", "study"},
+    "studies": BASE | {"data", "engine", "report", "studies"},
     "api": BASE | {"data", "models", "losses", "engine"},
     "report": BASE | {"evaluation", "overlays", "report"},
-    "commands": BASE | {"data", "losses", "evaluation", "engine", "interop", "study", "api", "report", "commands"},
+    "commands": BASE | {"data", "losses", "evaluation", "engine", "interop", "studies", "api", "report", "commands"},
     "cli": {"errors", "resources", "commands", "cli"},
     "__main__": {"errors", "cli"},
     "__init__": BASE | {"api", "losses"},
@@ -37,9 +37,9 @@ ALLOWED: dict[str, set[str]] = {
 
 
 def room_of(name: str) -> str:
-    """The room of a file or module name below `semiseg`: its folder, or its own name; `study_run` belongs to study."""
+    """The room of a file or module name below `semiseg`: its folder, or its own name; `config_files` is config's."""
     first = name.split(".")[0]
-    return next((room for room in ("study", "config") if first.startswith(f"{room}_")), first)
+    return "config" if first == "config_files" else first
 
 
 def imported_rooms(path: Path) -> set[str]:

@@ -19,7 +19,7 @@ from semiseg.commands.known_classes import COCO_CLASSES
 from semiseg.data.shapes import SHAPES_CLASSES
 from semiseg.errors import UserError
 from semiseg.resources import find
-from semiseg.study import load_study
+from semiseg.studies.file import load_study
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -94,7 +94,7 @@ def test_an_interruption_ends_with_one_sentence_and_code_130(monkeypatch: pytest
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt("stopped; the same command continues")
 
-    monkeypatch.setattr("semiseg.study.load_study", interrupt)
+    monkeypatch.setattr("semiseg.studies.file.load_study", interrupt)
     assert call("status", "shapes", code=130) == "semiseg: stopped; the same command continues\n"
 
 
@@ -102,7 +102,7 @@ def test_other_exceptions_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("a fault")
 
-    monkeypatch.setattr("semiseg.study.load_study", fail)
+    monkeypatch.setattr("semiseg.studies.file.load_study", fail)
     assert isinstance(CliRunner().invoke(app, ["status", "shapes"]).exception, ZeroDivisionError)
 
 
@@ -235,6 +235,13 @@ def test_a_report_of_nothing_is_refused(folder: Path) -> None:
     assert "out and reports/shapes: no recorded results; 'semiseg run shapes' makes them" in told
     assert "reports/coco_tau: no recorded results" in call("report", "coco_tau", code=2)
     assert list(folder.iterdir()) == []
+
+
+def test_a_report_of_results_that_are_not_the_studys_needs_no_data(folder: Path) -> None:
+    (folder / "mine").mkdir()
+    (folder / "mine" / "results.jsonl").write_text("")
+    call("report", "coco_voc_splits", "--out", "mine")
+    assert "table6 lacks `neither` seed 0" in (folder / "mine" / "report.md").read_text()
 
 
 def test_a_study_names_a_reference_that_is_there(folder: Path) -> None:

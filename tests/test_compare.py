@@ -12,8 +12,6 @@ import pytest
 from typer.testing import CliRunner
 
 from semiseg.cli import app
-from semiseg.commands.comparison import comparison
-from semiseg.commands.recorded_runs import RecordedRun, find_runs, known_runs, run_of_folder
 from semiseg.config import RunConfig
 from semiseg.config_files import digest, merge
 from semiseg.errors import UserError
@@ -22,6 +20,8 @@ from semiseg.report.aggregate import ReportInput
 from semiseg.report.provenance import warnings
 from semiseg.results import Result, append
 from semiseg.splits import make_split, write_split
+from semiseg.studies.compare import comparison
+from semiseg.studies.recorded import RecordedRun, find_runs, known_runs, run_of_folder
 from tests.page_reader import unpadded
 
 CLASSES = ("a_ring", "b|<b>", "猫 café")
@@ -162,7 +162,7 @@ def test_the_same_seed_of_a_configuration_twice_is_two_rows() -> None:
         run_id="f" * 16,
     )
     names = row_names(compared(first, again))
-    assert names == [f"first: r {first.run_id[:6]}", "first: r ffffff"]
+    assert names == [f"r {first.run_id[:6]}", "r ffffff"]
 
 
 def test_numbers_on_different_validation_data_are_refused() -> None:
@@ -229,19 +229,11 @@ def test_class_groups_are_those_of_the_runs_or_of_the_split_that_is_named() -> N
     assert "The class split `gone` is not here" in compared(gone, boxes).notes[0]
 
 
-def test_what_fills_missing_seeds() -> None:
+def test_missing_seeds_are_named() -> None:
     boxes = [made_run("r", seed, **BOXES) for seed in range(3)]
-    masks = made_run("full", 0, **MASKS)
-    recorded = compared(*boxes[:2], masks, made_run("full", 1, **MASKS)).notes
-    assert recorded == ()
-    elsewhere = made_run("upper", 1, study="second", **MASKS)
-    [note] = compared(*boxes[:2], masks, known=(elsewhere,)).notes
-    assert note == f"**What is missing is recorded:** `semiseg compare x {elsewhere.run_id}` shows it."
-    report = compared(*boxes, masks, known=(elsewhere,))
-    train = "semiseg run first --set optim.momentum=0.5 --only full --seeds 2"
-    again = f"semiseg compare x {elsewhere.run_id} first:full:2"
-    assert report.notes == (f"**To fill what is missing:** `{train}`, then `{again}`.",)
+    report = compared(*boxes, made_run("full", 0, **MASKS))
     assert "comparison lacks `full` seed 1, 2." in warnings(report)[0]
+    assert report.notes == ()
 
 
 def train_folder(path: Path, seed: int = 0) -> Path:
@@ -271,9 +263,6 @@ def test_folders_of_semiseg_train(tmp_path: Path) -> None:
     assert second.result.run_id != result.run_id
     [row] = comparison([run, second], [], split=None, command=["c"]).tables[0].rows
     assert row.name == "mine"
-    other = found(made_run("full", 1, **MASKS))
-    [note] = comparison([run, *other], other, split=None, command=["c"]).notes
-    assert f"semiseg train {tmp_path}/runs/mine/config.json --set seed=1 --out {tmp_path}/runs/mine-s1 &&" in note
     with pytest.raises(UserError, match=r"holds no finished run: there is no result\.json in it"):
         run_of_folder(tmp_path)
     path = tmp_path / "runs" / "again" / "result.json"
@@ -306,19 +295,26 @@ def test_runs_are_found_by_id_row_and_folder() -> None:
     train_folder(folder)
     assert find_runs("eeee", known)[0].folder == folder
     for name, told in {
-        "first:r": "with several splits; add one of few, many",
-        "first:s": "study 'first' has no run of row 's'",
-        "firsts:r": "no study 'firsts' is recorded. Did you mean 'first'?",
-        "first:r:few:7": "recorded are few:0, few:1, many:0",
+        "first:s": "first:s: no recorded run is called so. Did you mean 'first:r'?",
+        "firsts:r": "Did you mean 'first:r'?",
+        "first:r:few:7": "no recorded run is called so. Did you mean 'first:r:few:1'?",
         "": "neither the folder of a run, nor the beginning",
         runs[0].run_id[:-1] + "x": f"Near: {runs[0].run_id} (",
     }.items():
         with pytest.raises(UserError, match=re.escape(told)):
             find_runs(name, known)
+
+
+def test_a_row_of_several_splits_or_configurations_is_as_many_rows() -> None:
+    few: dict[str, Any] = {"supervision": {"source": "split", "split": "few"}}
+    many: dict[str, Any] = {"supervision": {"source": "split", "split": "many"}}
+    runs = [made_run("r", 0, **few), made_run("r", 1, **few), made_run("r", 0, **many)]
     changed = made_run("r", 1, **{**few, "optim": {"steps": 3}})
-    record(changed)
-    with pytest.raises(UserError, match=f"seed 1 was trained with several configurations.*{changed.run_id}"):
-        find_runs("first:r:few", known_runs())
+    record(*runs, changed)
+    chosen = find_runs("first:r", known_runs())
+    assert {run.result.run_id for run in chosen} == {run.run_id for run in (*runs, changed)}
+    names = row_names(comparison(chosen, chosen, split="none", command=["c"]))
+    assert names == [f"r (few) {runs[0].run_id[:6]}", "r (many)", f"r (few) {changed.run_id[:6]}"]
 
 
 def test_the_beginning_of_several_ids_names_them() -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from semiseg.commands.known_classes import COCO_CLASSES
 from semiseg.config import RunConfig, learns_masks
-from semiseg.config_files import digest, merge, parse_config
+from semiseg.config_files import digest, merge, parse_config, read_toml
 from semiseg.engine.build import RunData, build_data, build_training_loader
 from semiseg.engine.optim import learning_rate
 from semiseg.engine.session import start_accelerator
@@ -22,8 +22,8 @@ from semiseg.losses.terms import COUNT_NAMES, MASK_LOSSES, TERMS
 from semiseg.report.published import read_published
 from semiseg.splits import load_split
 from semiseg.structures.inputs import Supervision
-from semiseg.study import Study, StudyRun, load_study, study_runs
-from semiseg.study_plan import run_identity
+from semiseg.studies.file import Study, StudyRun, load_study, study_runs
+from semiseg.studies.identity import run_identity
 from tests.coco_files import make_coco, polygon_annotation
 from tests.tiny import TINY, dynamic
 
@@ -48,7 +48,7 @@ def run_ids(study: Study) -> dict[str, str]:
     """Row -> id of its runs (of the first seed and split), on one made-up data set."""
     ids: dict[str, str] = {}
     for run in study_runs(study):
-        identity = run_identity(run, data="d", split_digest=run.split, weights=None)
+        identity = run_identity(run, data=lambda _: "d", split=lambda run: run.split, weights=str)
         ids.setdefault(run.row, digest(identity))
     return ids
 
@@ -61,6 +61,15 @@ def test_there_is_a_study_for_every_table() -> None:
     assert {*COCO_TABLES, "coco_voc_splits", "shapes", "shapes_table2", "shapes_tau"} <= set(STUDIES)
     found = {str(table.number) for name in STUDIES if name.startswith("coco") for table in load_study(name).tables}
     assert found == {"2", "3", "4", "6", "7", "tau", "neighbourhood"}
+
+
+def test_the_studies_of_shapes_have_one_base() -> None:
+    names = [name for name in STUDIES if name.startswith("shapes")]
+    assert len(names) == 7
+    for name in names:
+        written = read_toml(ROOT / "experiments" / f"{name}.toml")
+        assert written["base"] == "shapes"
+        assert load_study(name).base == read_toml(ROOT / "experiments" / "bases" / "shapes.toml")
 
 
 @pytest.mark.parametrize("name", STUDIES)

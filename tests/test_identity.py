@@ -22,9 +22,8 @@ from semiseg.engine.train import optimizer_step, prepare
 from semiseg.errors import UserError
 from semiseg.report.provenance import differing, run_settings
 from semiseg.results import Result, read
-from semiseg.study import Study, load_study, study_runs
-from semiseg.study_child import write_run_files
-from semiseg.study_plan import PlannedRun, listed_runs, matching_results, plan
+from semiseg.studies.file import Study, load_study, study_runs
+from semiseg.studies.identity import PlannedRun, matching_results, plan, write_run_files
 from tests.recorded_runs import recorded_run
 from tests.study_files import write_study
 from tests.tiny import tiny_config
@@ -352,7 +351,7 @@ def test_runs_on_different_data_are_listed_apart_without_looking_at_them(project
     other = '[[rows]]\nname = "other"\nset = { supervision.source = "boxes", data.train_annotations = "other.json" }\n'
     text = STUDY.replace("[[tables]]", other + "[[tables]]").replace('["boxes"]', '["boxes", "other"]')
     Path("experiments/study.toml").write_text(text)
-    assert [run.row for run in listed_runs(load_study("study"))] == ["boxes", "other"]
+    assert [run.row for run in plan(load_study("study"), by_name=True)] == ["boxes", "other"]
 
 
 RECORDS = sorted((ROOT / "reports").glob("*/results.jsonl"))

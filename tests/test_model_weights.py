@@ -31,7 +31,7 @@ from semiseg.errors import UserError
 from semiseg.models.build import build_model
 from semiseg.models.segmenter import Segmenter
 from semiseg.resources import available
-from semiseg.study import load_study, study_runs
+from semiseg.studies.file import load_study, study_runs
 from tests.tiny import TINY
 
 

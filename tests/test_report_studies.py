@@ -13,8 +13,6 @@ from typing import Any
 import pytest
 
 from semiseg.commands.known_classes import COCO_CLASSES
-from semiseg.commands.study_report import build, report_input
-from semiseg.commands.study_words import is_alike, is_paper_data, row_meaning, schedule_sentence
 from semiseg.config import DataConfig, RunConfig
 from semiseg.config_files import digest
 from semiseg.data.shapes import SHAPES_CLASSES
@@ -24,8 +22,10 @@ from semiseg.report.published import read_published
 from semiseg.report.statements import answer
 from semiseg.report.tables import layout
 from semiseg.results import Result, append, read
-from semiseg.study import Study, StudyRun, load_study, study_runs
-from semiseg.study_plan import run_identity
+from semiseg.studies.file import Study, StudyRun, load_study, study_runs
+from semiseg.studies.identity import run_identity
+from semiseg.studies.report import build, report_input
+from semiseg.studies.words import is_alike, is_paper_data, row_meaning, schedule_sentence
 from tests.page_reader import unpadded
 from tests.recorded_runs import recorded_run
 
@@ -45,7 +45,7 @@ def record(study: Study, folder: Path, ap: dict[str, float], *, classes: tuple[s
 
 
 def _result(run: StudyRun, ap: float, classes: tuple[str, ...]) -> Result:
-    identity = run_identity(run, data="d", split_digest=None, weights=None)
+    identity = run_identity(run, data=lambda _: "d", split=lambda _: None, weights=str)
     numbers = {**dict.fromkeys(METRIC_NAMES), "AP": ap, "AP50": ap + 20, "AP75": ap, "APs": ap / 2, "APm": ap}
     boxes = {**numbers, "AP": 50.0}
     metrics = {

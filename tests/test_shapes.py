@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
@@ -169,6 +173,33 @@ def test_several_processes_draw_the_same_files(tmp_path: Path, monkeypatch: pyte
         assert (together / path.relative_to(alone)).read_bytes() == path.read_bytes()
 
 
+def test_of_two_that_want_to_draw_one_waits_and_finds_it_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, drawn, waits = shapes.make_shapes, [], threading.Event()
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.getMessage() == f"{tmp_path}: another process draws Shapes; waiting":
+                waits.set()
+
+    def make_when_the_other_waits(folder: Path, **parameters: int) -> None:
+        drawn.append(folder)
+        assert waits.wait(60)
+        make(folder, **parameters)
+
+    monkeypatch.setattr(shapes, "make_shapes", make_when_the_other_waits)
+    listener = Listener()
+    logging.getLogger("semiseg.resources").addHandler(listener)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            asked = [pool.submit(ensure_shapes, tmp_path, images=2, image_size=64, seed=3) for _ in range(2)]
+            folders = {future.result() for future in asked}
+    finally:
+        logging.getLogger("semiseg.resources").removeHandler(listener)
+    assert folders == set(drawn)
+    assert len(drawn) == 1
+    assert [path.name for path in tmp_path.iterdir()] == [drawn[0].name]
+
+
 def test_a_failure_in_a_process_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(seed: int, index: int, image_size: int) -> tuple[NDArray[np.uint8], list[SceneObject]]:
         if index == 3:
@@ -244,6 +275,7 @@ def test_complete_folder_is_reused_and_a_damaged_one_drawn_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = ensure_shapes(tmp_path, images=2, image_size=64, seed=0)
+    (tmp_path / ".lock").touch()  # of a process that was killed when it had drawn
     drawn = []
 
     def recorded(seed: int, index: int, size: int) -> tuple[NDArray[np.uint8], list[SceneObject]]:
@@ -253,18 +285,27 @@ def test_complete_folder_is_reused_and_a_damaged_one_drawn_anew(
     monkeypatch.setattr(shapes, "compose", recorded)
     assert ensure_shapes(tmp_path, images=2, image_size=64, seed=0) == folder
     assert drawn == []
+    assert list(tmp_path.iterdir()) == [folder]
     (folder / "images" / "000002.png").unlink()
     assert ensure_shapes(tmp_path, images=2, image_size=64, seed=0) == folder
     assert drawn == [(0, 0, 64), (0, 1, 64)]
     assert (folder / "images" / "000002.png").is_file()
 
 
-def test_the_first_of_two_processes_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.filterwarnings("ignore:.*cannot be locked")
+def test_without_locks_the_first_of_two_processes_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw_all = shapes._draw_all
+
+    def no_locks(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
     def while_another_is_quicker(part: Path, **parameters: int) -> None:
-        monkeypatch.undo()
+        monkeypatch.setattr(shapes, "_draw_all", draw_all)
         folder = ensure_shapes(tmp_path, **parameters)
         (folder / "first").touch()
-        shapes._draw_all(part, **parameters)
+        draw_all(part, **parameters)
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
 
     monkeypatch.setattr(shapes, "_draw_all", while_another_is_quicker)
     folder = ensure_shapes(tmp_path, images=1, image_size=64, seed=0)

@@ -20,11 +20,13 @@ from semiseg.data.workers import TOGETHER_SECONDS, StopOnSignal
 from semiseg.engine.logs import format_seconds
 from semiseg.errors import UserError
 from semiseg.results import Result, latest, read
-from semiseg.study import Study, load_study, study_runs
-from semiseg.study_child import Machine, Share, child_environment, last_step, launch_command, reason, share_of
-from semiseg.study_plan import PlannedRun, matching_results, plan
-from semiseg.study_progress import StudyProgress
-from semiseg.study_run import Execution, run_missing, run_status, runs_to_do
+from semiseg.studies.child import last_step, reason
+from semiseg.studies.file import Study, load_study, study_runs
+from semiseg.studies.identity import PlannedRun, matching_results, plan
+from semiseg.studies.machines import Machine, Share, child_environment, launch_command, share_of
+from semiseg.studies.progress import StudyProgress
+from semiseg.studies.run import Execution, run_missing
+from semiseg.studies.status import run_status, runs_to_do
 from tests.study_files import write_study
 
 STUDY = """
@@ -160,6 +162,7 @@ def test_what_makes_a_run_another_run(project: Path) -> None:
         ("seeds = [0, 1]", "seeds = [1, 1]", r"seed '1' is there twice"),
         ("seeds = [0, 1]", "seed = [1]", r"unknown key 'seed'\. Did you mean 'seeds'"),
         ("optim.steps = 3", "optim.stps = 3", r"\[pretrain\]: unknown key 'optim\.stps'\. Did you mean 'steps'"),
+        ("[base]", "[set]\nseed = 1\n[base]", r"\[set\] sets 'seed', but the seeds of a study are its own 'seeds'"),
         ('set = { supervision.source = "masks" }', "set = { sed = 1 }", r"row 'full': unknown key 'sed'"),
         ("[pretrain]", '[pretrain]\nsupervision.source = "masks"', r"may use 'boxes' only"),
         ("optim.steps = 3", 'optim.steps = 3\ninit_from = "x"', r"its weights come from the \[pretrain\] run"),
@@ -180,6 +183,25 @@ def test_overrides_that_a_study_cannot_take(project: Path) -> None:
     with pytest.raises(UserError, match=r"has no \[pretrain\]"):
         load_study("study", ["pretrain.optim.steps=3"])
     assert all(item.init is None for item in plan(load_study("study")))
+
+
+def test_a_base_is_a_table_of_settings_in_a_file_of_its_own(project: Path) -> None:
+    """By name or path; what the study sets is laid over it, and the runs are those of the settings written out."""
+    before = ids(load_study("study", seeds=[0]))
+    settings = """
+        data = { root = "coco", train_annotations = "train.json", val_annotations = "val.json" }
+        optim = { steps = 99, batch_size = 16 }
+    """
+    Path("experiments/bases").mkdir()
+    for path in (Path("experiments/bases/own.toml"), Path("elsewhere.toml")):
+        path.write_text(settings)
+        base = path.stem if "bases" in path.parts else str(path)
+        text = STUDY[: STUDY.index("[base]")] + "[set]\noptim.steps = 3\n" + STUDY[STUDY.index("[pretrain]") :]
+        Path("experiments/study.toml").write_text(f'base = "{base}"\n{text}')
+        assert ids(load_study("study", seeds=[0])) == before
+        path.unlink()
+    with pytest.raises(UserError, match=r"elsewhere\.toml: no such base of settings: .* Available: .*shapes"):
+        load_study("study")
 
 
 def test_missing_data_are_named(project: Path) -> None:
@@ -355,9 +377,7 @@ def test_a_run_that_is_being_trained_is_left_alone(project: Path, monkeypatch: p
     study = load_study("study", seeds=[0])
     pretrain = plan(study)[0]
     monkeypatch.setenv("FAKE", "slow:pretrain")
-    code = (
-        "from pathlib import Path; import test_study as t, semiseg.study as s\nt.run(s.load_study('study', seeds=[0]))"
-    )
+    code = "import test_study as t\nfrom semiseg.studies.file import load_study\nt.run(load_study('study', seeds=[0]))"
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     parent = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.DEVNULL)
     try:
@@ -480,7 +500,7 @@ def test_progress_on_a_terminal_is_bars(project: Path) -> None:
     study = load_study("study", ["optim.steps=30"], seeds=[0])
     run_missing(plan(study), name="study", results=Path("r.jsonl"), how=execution(jobs=2), stream=stream)
     text = stream.getvalue()
-    assert "pretrain-s0: " in text
+    assert "  pretrain-s0 " in text
     assert "5 of 5 runs" in text
     assert "2400/2400" in text
 

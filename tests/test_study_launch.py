@@ -22,11 +22,19 @@ from semiseg.config_files import merge
 from semiseg.engine.logs import read_log
 from semiseg.errors import UserError
 from semiseg.results import latest, read
-from semiseg.study import Study, load_study
-from semiseg.study_child import Machine, last_step, launch_command, share_of
-from semiseg.study_launch import LaunchFile, lines_for_machines, read_launch_file
-from semiseg.study_plan import PlannedRun, matching_results, plan
-from semiseg.study_run import Execution, read_result, record_ended, run_missing
+from semiseg.studies.child import last_step
+from semiseg.studies.file import Study, load_study
+from semiseg.studies.identity import PlannedRun, matching_results, plan
+from semiseg.studies.machines import (
+    LaunchFile,
+    Machine,
+    launch_command,
+    lines_for_machines,
+    read_launch_file,
+    share_of,
+)
+from semiseg.studies.recorded import read_result
+from semiseg.studies.run import Execution, lines_to_type, run_missing
 from tests.distributed_worker import free_port
 from tests.study_files import write_study
 from tests.test_cli import call
@@ -125,7 +133,7 @@ def test_under_linear_other_processes_mean_other_runs(project: Path) -> None:
 def test_recorded_results_belong_to_the_processes_that_they_were_trained_on(project: Path) -> None:
     linear = load_study("study", LINEAR)
     planned = plan(linear, processes=4)
-    lines_for_machines(planned, {}, LaunchFile(Path("two.yaml"), 4, 2), reproduce=False)
+    lines_for_machines(planned, LaunchFile(Path("two.yaml"), 4, 2))
     results = []
     for item in planned:
         train(item)
@@ -212,9 +220,8 @@ def test_several_machines_are_told_what_to_type_and_the_study_records_what_has_e
         ]  # fmt: skip
         train(item)
     launch = read_launch_file("two.yaml")
-    record_ended(planned, results=results, typed=("semiseg", "run"))
+    assert lines_to_type(planned, launch, results=results, how=Execution(typed=("semiseg", "run"))) == []
     assert set(latest(read(results))) == {item.run_id for item in planned}
-    assert lines_for_machines(planned, latest(read(results)), launch, reproduce=False) == []
 
 
 def test_processes_are_said_once(project: Path) -> None:

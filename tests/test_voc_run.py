@@ -16,8 +16,8 @@ from semiseg.engine.logs import read_log
 from semiseg.engine.run import execute_run
 from semiseg.losses.terms import LOSS_NAMES
 from semiseg.structures.inputs import Supervision
-from semiseg.study import load_study, study_runs
-from semiseg.study_plan import data_digest
+from semiseg.studies.file import load_study, study_runs
+from semiseg.studies.identity import data_digest
 from tests.tiny import TINY
 from tests.voc_files import make_voc
 

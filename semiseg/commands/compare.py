@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
+from semiseg.config_files import digest
 from semiseg.errors import UserError
-from semiseg.resources import require_folder
+from semiseg.resources import find, require_folder
 
 
 def compare(
@@ -29,7 +30,7 @@ def compare(
 
     The numbers come from the records in reports/*/results.jsonl or from the folders of the runs; nothing is trained.
     Runs that differ only in their seed are one row, with mean and standard deviation. Runs whose validation data
-    differ are refused. The beginning of an id is enough; STUDY:ROW means all its seeds. Ids stand in the reports and
+    differ are refused. The beginning of an id is enough; STUDY:ROW means all its runs. Ids stand in the reports and
     in 'semiseg status STUDY'.
 
     Examples:
@@ -38,21 +39,19 @@ def compare(
 
     semiseg compare runs/mine a201527f c3f73351 --split shapes_few_seen
     """
-    from semiseg.commands.comparison import comparison
-    from semiseg.commands.recorded_runs import find_runs, known_runs
     from semiseg.report.page import build_report, report_text
-    from semiseg.resources import find
+    from semiseg.studies.compare import comparison
+    from semiseg.studies.recorded import find_runs, known_runs
 
     known = known_runs()
-    found = {run.result.run_id: run for name in runs for run in find_runs(name, known)}
-    if len(found) < 2:
+    chosen = {run.result.run_id: run for name in runs for run in find_runs(name, known)}
+    if len(chosen) < 2:
         raise UserError(f"{' '.join(runs)}: is one run; a comparison needs two or more")
-    ids = [run.short_id for run in found.values()]
-    folder = out or Path("reports") / "compare" / _folder_name(ids)
+    folder = out or Path("reports") / "compare" / _folder_name([run.short_id for run in chosen.values()])
     require_folder(folder)
     given = [part for name, value in (("--split", split), ("--out", out)) if value for part in (name, str(value))]
     command = ["semiseg", "compare", *runs, *given]
-    report = comparison(list(found.values()), known, split=split, command=command)
+    report = comparison(list(chosen.values()), known, split=split, command=command)
     path = build_report(report, out=folder, published=find("published", "boxinst"))
     notes = [note.replace("**", "").replace("`", "'") + "\n" for note in report.notes]
     typer.echo("\n".join([report_text(report), *notes, f"report: {path}\nto open: {path.with_name('index.html')}"]))
@@ -60,6 +59,4 @@ def compare(
 
 def _folder_name(ids: list[str]) -> str:
     """The ids of up to six runs; of more the first five and how many there are in all, with a digest of all."""
-    from semiseg.config_files import digest
-
     return "-".join(ids if len(ids) <= 6 else [*ids[:5], f"{len(ids)}runs", digest(ids, 6)])

@@ -25,7 +25,7 @@ from semiseg.config_files import digest
 from semiseg.data.shapes_scene import LABELS, SceneObject, compose
 from semiseg.data.workers import START_METHOD, live_as_long_as_the_main_process
 from semiseg.errors import UserError
-from semiseg.resources import available_cores, settle, whole_folder
+from semiseg.resources import available_cores, lock, remove_stale_lock, settle, whole_folder
 
 GENERATOR_VERSION = 2  # raised with every change of pictures or annotations, so that no stale folder is used
 SHAPES_CLASSES: tuple[str, ...] = LABELS
@@ -48,7 +48,8 @@ def ensure_shapes(root: Path, *, images: int, image_size: int, seed: int) -> Pat
     """The folder of a Shapes data set under `root`, drawn first if it is not there: `images/`, `annotations.json`.
 
     Its name is `shapes_folder`'s. A folder with missing pictures is drawn anew. If several processes ask for one
-    folder at once, each draws it and the first to finish is kept.
+    folder at once, one of them draws it and the others wait; where the file system has no locks, each draws it and the
+    first to finish is kept.
 
     Args:
         images: number of pictures.
@@ -58,17 +59,20 @@ def ensure_shapes(root: Path, *, images: int, image_size: int, seed: int) -> Pat
     Raises:
         UserError: impossible parameters.
     """
+    _require_possible(images, image_size, seed)
     folder = shapes_folder(root, images=images, image_size=image_size, seed=seed)
-    settle(folder.parent)
-    # In this order: a folder that another process puts in place right now is complete and must not be removed.
-    if folder.exists() and not _is_complete(folder, images):
-        shutil.rmtree(folder)
-    if not folder.exists():
-        try:
+    settle(root)
+    place = root / ".lock"
+    if _is_complete(folder, images):
+        remove_stale_lock(place)
+        return folder
+    root.mkdir(parents=True, exist_ok=True)
+    with lock(place, waiting=f"{root}: another process draws Shapes; waiting"):
+        # In this order: a folder that another process puts in place right now is complete and must not be removed.
+        if folder.exists() and not _is_complete(folder, images):
+            shutil.rmtree(folder)
+        if not folder.exists():
             make_shapes(folder, images=images, image_size=image_size, seed=seed)
-        except UserError:
-            if not _is_complete(folder, images):  # else another process was quicker
-                raise
     return folder
 
 
@@ -80,16 +84,20 @@ def make_shapes(folder: Path, *, images: int, image_size: int, seed: int) -> Non
 
     Args and errors: as for `ensure_shapes`, and a `UserError` if the folder exists and is not empty.
     """
-    if images < 1 or image_size < SMALLEST_IMAGE or seed < 0:
-        raise UserError(
-            f"Shapes: images={images}, image_size={image_size}, seed={seed}: needs at least 1 image, "
-            f"a side of at least {SMALLEST_IMAGE} pixels and a seed that is not negative"
-        )
+    _require_possible(images, image_size, seed)
     settle(folder.parent)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: exists already; name a new or an empty folder")
     with whole_folder(folder) as part:
         _draw_all(part, images=images, image_size=image_size, seed=seed)
+
+
+def _require_possible(images: int, image_size: int, seed: int) -> None:
+    if images < 1 or image_size < SMALLEST_IMAGE or seed < 0:
+        raise UserError(
+            f"Shapes: images={images}, image_size={image_size}, seed={seed}: needs at least 1 image, "
+            f"a side of at least {SMALLEST_IMAGE} pixels and a seed that is not negative"
+        )
 
 
 def _draw_all(folder: Path, *, images: int, image_size: int, seed: int) -> None:

@@ -28,7 +28,7 @@ from semiseg.data.coco import NO_ANNOTATIONS, image_records, read_coco
 from semiseg.data.image_files import require_sizes
 from semiseg.data.problems import Problem, stop_at_errors
 from semiseg.errors import UserError
-from semiseg.resources import lock, settle, whole_folder
+from semiseg.resources import lock, remove_stale_lock, settle, whole_folder
 
 logger = logging.getLogger(__name__)
 
@@ -146,9 +146,8 @@ def _open(
     """
     base, place = folder, folder.parent / ".lock"
     settle(folder.parent)
-    if folder.is_dir() and place.exists():  # left by a killed process, if nobody has locked it
-        with suppress(TimeoutError, OSError), lock(place):
-            pass
+    if folder.is_dir():
+        remove_stale_lock(place)
     for number in count(2):
         if not folder.is_dir():
             _convert_alone(annotations, images, folder, annotations_required, place)

@@ -1,4 +1,4 @@
-"""One run as a process of its own: its command, its share of the machine, its progress, its end."""
+"""One run as a process of its own: its start, its progress, its end, and why it failed."""
 
 from __future__ import annotations
 
@@ -6,22 +6,19 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from semiseg.errors import UserError
-from semiseg.resources import available_cores, lock_folder, write_text
-from semiseg.study_plan import PlannedRun
+from semiseg.resources import lock_folder
+from semiseg.studies.identity import PlannedRun, write_run_files
+from semiseg.studies.machines import Share, child_environment, launch_command
 
 OUTPUT_NAME = "output.txt"
 _TAIL_BYTES = 65536
@@ -29,102 +26,6 @@ _MARK = "SEMISEG_RUN"  # in the environment of all processes of a run, whoever s
 # What torch's launcher says of a process that failed.
 _EXIT_CODE = re.compile(r"^ *exitcode *: (-?\d+) \(pid: ", re.MULTILINE)
 _RANK = re.compile(r"^\[rank\d+\]: ", re.MULTILINE)
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What the runs share.
-
-    Attributes:
-        cores: processor cores that this process may use.
-        gpus: ids for CUDA_VISIBLE_DEVICES; empty = the processor only.
-    """
-
-    cores: int
-    gpus: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Share:
-    """What one run gets of the machine.
-
-    Attributes:
-        processes: that train it together.
-        threads: of each process.
-        gpus: ids for CUDA_VISIBLE_DEVICES.
-        launch: accelerate's configuration file that starts several processes; None = by their number alone.
-    """
-
-    processes: int
-    threads: int
-    gpus: tuple[str, ...]
-    launch: Path | None = None
-
-
-def this_machine() -> Machine:
-    """Cores by this process's affinity, GPUs by CUDA_VISIBLE_DEVICES or all of them."""
-    cores = available_cores()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    # Importing torch takes seconds: only where there can be a GPU at all.
-    if visible == "" or not (shutil.which("nvidia-smi") or Path("/dev/nvidiactl").exists()):
-        return Machine(cores, ())
-    import torch
-
-    count = torch.cuda.device_count()
-    named = tuple(visible.split(",")) if visible else tuple(str(number) for number in range(count))
-    return Machine(cores, named[:count])
-
-
-def share_of(machine: Machine, *, slot: int, side_by_side: int, processes: int, launch: Path | None = None) -> Share:
-    """Equal shares; more runs than groups of GPUs share them in turn.
-
-    Args:
-        slot: 0..side_by_side - 1, the place of the run among those that go at the same time.
-    """
-    threads = max(1, machine.cores // (side_by_side * processes))
-    if not machine.gpus:
-        return Share(processes, threads, (), launch)
-    if processes > len(machine.gpus):
-        asked = f"--processes {processes}" if launch is None else f"{launch}: num_processes {processes}"
-        raise UserError(f"{asked}: there are {len(machine.gpus)} GPUs, one process uses one")
-    first = slot % (len(machine.gpus) // processes) * processes
-    return Share(processes, threads, machine.gpus[first : first + processes], launch)
-
-
-def launch_command(command: Sequence[str], arguments: Sequence[str], *, share: Share) -> list[str]:
-    """The command line of a run; several processes go through accelerate.
-
-    One does not: accelerate's launcher of one process passes no signal on.
-
-    Args:
-        command: python and what it runs, such as (python, "-m", "semiseg").
-    """
-    if share.processes == 1:
-        return [*command, *arguments]
-    if share.launch is not None:
-        launcher = ["-m", "accelerate.commands.launch", "--config_file", str(share.launch)]
-        return [command[0], *launcher, *command[1:], *arguments]
-    # `--cpu` would start a single process without a word, so gloo is asked for as in `child_environment`. Port 0 is a
-    # free one, which lets several such runs go side by side.
-    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(share.processes)]
-    settings = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    return [command[0], *launcher, *settings, *command[1:], *arguments]
-
-
-def child_environment(share: Share, *, threads: int) -> dict[str, str]:
-    """The environment of a run; a smaller OMP_NUM_THREADS of the user's own stays.
-
-    Args:
-        threads: wanted by the configuration, 0 = the share's.
-    """
-    own = os.environ.get("OMP_NUM_THREADS", "")
-    limit = threads or (min(share.threads, int(own)) if own.isdigit() and int(own) else share.threads)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(limit), "PYTHONUNBUFFERED": "1"}
-    if share.gpus:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(share.gpus)
-    elif share.processes > 1:
-        environment["ACCELERATE_USE_CPU"] = "true"
-    return environment
 
 
 class Child:
@@ -191,8 +92,8 @@ class Child:
         self._process.wait()
         for _ in range(10):  # new ones may have been started while the others were ended
             # The processes of a launcher are in sessions of their own, and nobody's children once it is gone.
-            found = psutil.process_iter(["environ"])
-            left = [process for process in found if (process.info["environ"] or {}).get(_MARK) == self._mark]
+            every = psutil.process_iter(["environ"])
+            left = [process for process in every if (process.info["environ"] or {}).get(_MARK) == self._mark]
             for process in left:
                 with suppress(psutil.NoSuchProcess):
                     process.kill()
@@ -216,23 +117,26 @@ def reason(code: int, output: str) -> str:
         code: its exit code, negative for a signal.
         output: what it wrote. Of a launcher it tells of the processes that failed, each with its own code.
     """
-    codes = [int(found) for found in _EXIT_CODE.findall(output)]
+    codes = [int(text) for text in _EXIT_CODE.findall(output)]
     # One that fails takes the others along, which are then ended by SIGTERM or complain of their lost connection.
-    causes = [found for found in codes if found < 0 and found != -signal.SIGTERM] or [2] * (2 in codes) or codes
-    code = causes[-1] if causes else code
+    killed = [item for item in codes if item < 0 and item != -signal.SIGTERM]
+    refused = [item for item in codes if item == 2]
+    code = (killed or refused or codes or [code])[-1]
     if code < 0:
-        return _told_signal(-code)
+        return _killed_by(-code)
     # Not splitlines: a path in a sentence may hold U+2028.
     lines = [line.rstrip() for line in re.split("[\r\n]", _RANK.sub("", output)) if line.strip()]
-    told = [line.removeprefix("semiseg: ") for line in lines if line.startswith("semiseg: ")]
     errors = _exceptions(lines)
     if errors and code not in (2, 130):
         return f"it ended with {errors[0 if codes else -1]}"
-    own = [line for line in told if line != "interrupted"] or told
-    return own[-1] if own else " | ".join(lines[-4:]) or f"it ended with exit code {code} without a word"
+    sentences = [line.removeprefix("semiseg: ") for line in lines if line.startswith("semiseg: ")]
+    sentences = [line for line in sentences if line != "interrupted"] or sentences
+    if sentences:
+        return sentences[-1]
+    return " | ".join(lines[-4:]) or f"it ended with exit code {code} without a word"
 
 
-def _told_signal(number: int) -> str:
+def _killed_by(number: int) -> str:
     try:
         name = signal.Signals(number).name
     except ValueError:
@@ -244,22 +148,14 @@ def _told_signal(number: int) -> str:
 
 def _exceptions(lines: Sequence[str]) -> list[str]:
     """The exceptions of the tracebacks, the launcher's own left out."""
-    found, inside = [], False
+    exceptions, inside = [], False
     for line in lines:
         if line.startswith("Traceback (most recent call last)"):
             inside = True
         elif inside and not line[0].isspace():
-            found.append(line)
+            exceptions.append(line)
             inside = False
-    return [line for line in found if not line.startswith("torch.distributed.elastic.")]
-
-
-def write_run_files(run: PlannedRun) -> None:
-    """Writes what a run is, into its folder: `identity.json`, and `train.json`, which `semiseg train` takes."""
-    names = ("run_id", "identity", "study", "row", "split", "seed", "init")
-    identity = {name: getattr(run, name) for name in names}
-    write_text(run.folder / "identity.json", json.dumps(identity, indent=1, ensure_ascii=False) + "\n")
-    write_text(run.folder / "train.json", run.config.model_dump_json(indent=1) + "\n")
+    return [line for line in exceptions if not line.startswith("torch.distributed.elastic.")]
 
 
 def last_step(log: Path) -> tuple[int, int] | None:
@@ -277,8 +173,3 @@ def last_step(log: Path) -> tuple[int, int] | None:
         except (ValueError, KeyError, TypeError, RecursionError):
             continue
     return None
-
-
-def python_command() -> tuple[str, ...]:
-    """This very installation of the command line."""
-    return (sys.executable, "-m", "semiseg")

@@ -1,9 +1,9 @@
 """A study file -> the runs that it asks for.
 
-A study lists only what differs from the defaults: `[base]` for all runs, `set` per row, and optionally `[pretrain]`,
-one training on boxes alone per seed whose weights all rows of that seed start from. Rows that do not depend on the
-class split (all masks, boxes only) are there once and read for every table. `study_plan.py` gives runs their identity,
-`study_run.py` trains what is missing.
+A study lists only what differs from the defaults: `base`, a table of settings or the name of a shipped one, `set` for
+what differs from that, both for all runs; `set` per row; and optionally `[pretrain]`, one training on boxes alone per
+seed whose weights all rows of that seed start from. Rows that do not depend on the class split (all masks, boxes only)
+are there once and read for every table.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from semiseg.resources import find
 PRETRAIN_ROW = "pretrain"
 
 RunKey = tuple[str, str | None, int]  # row, split, seed
+CellKey = tuple[str, str, int]  # table, row, seed
 Name = Annotated[str, Field(min_length=1, pattern=r"^[^./\\\p{Cc}][^/\\\p{Cc}]*$")]  # part of a folder's name
 
 
@@ -63,6 +64,9 @@ class StudyTable(Section):
 class Study(Section):
     """A study file; `name` is the file's name unless it says otherwise.
 
+    base: configuration values of every run; a file names them instead by `base = "shapes"`, a path or the name of a
+        file in `experiments/bases/`.
+    set: values of every run, laid over the base.
     reference: a study of the same rows and tables with several seeds, whose recorded means a run of this one is set
         beside at its end.
     """
@@ -73,6 +77,7 @@ class Study(Section):
     seeds: list[Seed] = Field(default=[0], min_length=1)
     reference: str | None = None
     base: dict[str, Any] = Field(default_factory=dict)
+    set: dict[str, Any] = Field(default_factory=dict)
     pretrain: dict[str, Any] | None = None
     splits: dict[str, str] = Field(default_factory=dict)
     rows: list[StudyRow] = Field(min_length=1)
@@ -106,11 +111,11 @@ class Study(Section):
 
     @model_validator(mode="after")
     def _seeds_are_the_studys(self) -> Study:
-        places = {"[base]": self.base, "[pretrain]": self.pretrain or {}}
-        places |= {f"row {row.name!r}": row.set for row in self.rows}
-        for place, values in places.items():
+        tables = {"[base]": self.base, "[set]": self.set, "[pretrain]": self.pretrain or {}}
+        tables |= {f"row {row.name!r}": row.set for row in self.rows}
+        for name, values in tables.items():
             if "seed" in values:
-                raise ValueError(f"{place} sets 'seed', but the seeds of a study are its own 'seeds'")
+                raise ValueError(f"{name} sets 'seed', but the seeds of a study are its own 'seeds'")
         return self
 
 
@@ -147,6 +152,8 @@ def load_study(name_or_path: str, overrides: Sequence[str] = (), *, seeds: Seque
     values = {"name": path.stem, **read_toml(path)}
     if seeds is not None:
         values["seeds"] = list(seeds)
+    if isinstance(values.get("base"), str):
+        values["base"] = read_toml(find("bases", values["base"]))
     study = parse_config(Study, values, where=str(path))
     if study.reference is not None:
         find("experiments", study.reference)  # said before the trainings rather than after
@@ -170,31 +177,35 @@ def _lay_over(study: Study, overrides: Sequence[str]) -> Study:
     return study.model_copy(update={"pretrain": pretrain, "rows": rows})
 
 
+def study_cells(study: Study, *, only: Sequence[str] = ()) -> dict[CellKey, StudyRun]:
+    """The run that each cell of the study's tables reads; several cells may read the same one.
+
+    Args:
+        only: names of rows; empty = all.
+    """
+    rows = {row.name: row for row in study.rows}
+    for name in only:
+        if name not in rows:
+            raise UserError(f"--only {name!r}: study {study.name!r} has no such row.{near_hint(name, rows)}")
+    cells: dict[CellKey, StudyRun] = {}
+    for seed in study.seeds:
+        init = _pretraining(study, seed)
+        for table in study.tables:
+            for name in table.rows:
+                if not only or name in only:
+                    cells[table.name, name, seed] = _row_run(study, rows[name], table, seed, init)
+    return cells
+
+
 def study_runs(study: Study, *, only: Sequence[str] = ()) -> list[StudyRun]:
     """The runs of a study, pretrainings first; each (row, split, seed) once, however many tables show it.
 
     Args:
         only: names of rows; the pretraining they start from is included. Empty = all.
     """
-    names = [row.name for row in study.rows]
-    for name in only:
-        if name not in names:
-            raise UserError(f"--only {name!r}: study {study.name!r} has no such row.{near_hint(name, names)}")
-    rows = {row.name: row for row in study.rows}
-    pretrainings = {seed: _pretraining(study, seed) for seed in study.seeds}
-    runs: dict[RunKey, StudyRun] = {}
-    for seed in study.seeds:
-        for table in study.tables:
-            for name in table.rows:
-                if not only or name in only:
-                    run = _row_run(study, rows[name], table, seed, pretrainings[seed])
-                    runs.setdefault(run.key, run)
-    return [run for run in pretrainings.values() if run is not None] + list(runs.values())
-
-
-def row_run(study: Study, table: StudyTable, row: str, seed: int) -> StudyRun:
-    """The run that a table reads for one row and seed."""
-    return _row_run(study, next(r for r in study.rows if r.name == row), table, seed, _pretraining(study, seed))
+    rows = list(study_cells(study, only=only).values())
+    starts = [run.init for run in rows if run.init is not None]
+    return list({run.key: run for run in [*starts, *rows]}.values())
 
 
 def _pretraining(study: Study, seed: int) -> StudyRun | None:
@@ -202,7 +213,7 @@ def _pretraining(study: Study, seed: int) -> StudyRun | None:
         return None
     boxes_alone: dict[str, Any] = {"supervision": {"source": "boxes"}, "objective": {"box": "none"}}
     where = f"study {study.name!r}, [pretrain]"
-    values = _merged(study.base, boxes_alone, study.pretrain, {"seed": seed}, where=where)
+    values = _merged(study.base, study.set, boxes_alone, study.pretrain, {"seed": seed}, where=where)
     config = parse_run(values, where=where)
     if config.supervision.source != "boxes":
         # Its weights reach every row: masks here would be masks of unseen classes there.
@@ -217,7 +228,7 @@ def _row_run(study: Study, row: StudyRow, table: StudyTable, seed: int, init: St
     where = f"study {study.name!r}, row {row.name!r}"
     split = study.splits[table.split] if table.split is not None else None
     by_split: dict[str, Any] = {"supervision": {"source": "split", "split": split}} if split is not None else {}
-    values = _merged(study.base, by_split, row.set, {"seed": seed}, where=where)
+    values = _merged(study.base, study.set, by_split, row.set, {"seed": seed}, where=where)
     supervision = values.get("supervision", {})
     if isinstance(supervision, dict):  # else `parse_run` says what it must be
         if supervision.get("source") != "split":

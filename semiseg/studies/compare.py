@@ -3,20 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
-from pathlib import Path, PurePath
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
-from semiseg.commands.recorded_runs import RecordedRun
-from semiseg.commands.study_words import (
-    data_sentence,
-    initial_weights_in_words,
-    is_paper_data,
-    pretraining_sentence,
-    row_meaning,
-    schedule_sentence,
-)
 from semiseg.config import RunConfig
 from semiseg.config_files import digest, parse_config
 from semiseg.data.sources import expected_files
@@ -25,14 +15,22 @@ from semiseg.report.aggregate import ReportInput, ReportRow, ReportTable
 from semiseg.report.provenance import identity_settings, recorded_values, run_settings, unmeant
 from semiseg.results import Result, same_validation_data
 from semiseg.splits import ClassSplit, load_split
-from semiseg.study import StudyRow, load_study
+from semiseg.studies.file import StudyRow, load_study
+from semiseg.studies.recorded import RecordedRun
+from semiseg.studies.words import (
+    data_sentence,
+    initial_weights_in_words,
+    is_paper_data,
+    pretraining_sentence,
+    row_meaning,
+    schedule_sentence,
+)
 
 TABLE = "comparison"
 NO_SPLIT = "none"
 
 
-@dataclass(frozen=True)
-class _Row:
+class _Row(NamedTuple):
     """Runs that differ in their seed alone; `name` and `label` are those of the table."""
 
     name: str
@@ -55,8 +53,10 @@ def comparison(
         UserError: validation data or classes differ, or there is no such split.
     """
     classes = _common_classes(runs)
-    require_same_validation_data(runs)
-    starts = tuple(_starts(runs, known))
+    _require_same_validation_data(runs)
+    by_id = {run.result.run_id: run.result for run in known}
+    ids = dict.fromkeys(run.result.init_run for run in runs)
+    starts = {run_id: by_id[run_id] for run_id in ids if run_id in by_id}
     rows = _rows(runs, starts)
     groups, notes = _class_groups(runs, classes, split)
     configs = [row.config for row in rows]
@@ -69,7 +69,7 @@ def comparison(
         unseen=groups.unseen if groups else (),
         published=None,
         rows=tuple(_report_row(row) for row in rows),
-        alike=_is_alike(rows, starts),
+        alike=_is_alike(rows, list(starts.values())),
     )
     cells = {(TABLE, row.name, run.result.seed): replace(run.result, row=row.name) for row in rows for run in row.runs}
     files = expected_files(configs[0].data)["val"]
@@ -89,16 +89,16 @@ def comparison(
         paper_data=is_paper_data(configs[0].data, len(classes)),
         run_command="",
         report_command=shlex.join(command),
-        pretraining_results=starts,
+        pretraining_results=tuple(starts.values()),
         records=tuple(f"`{record}`" for record in records),
-        notes=(*_filling(rows, known, starts, command), *notes),
+        notes=tuple(notes),
         run_folders={run.result.run_id: run.folder for run in runs if run.folder is not None},
         val_annotations=files.annotations if here else None,
         val_images=files.images if here else None,
     )
 
 
-def require_same_validation_data(runs: Sequence[RecordedRun]) -> None:
+def _require_same_validation_data(runs: Sequence[RecordedRun]) -> None:
     """Raises UserError if not all were measured on the same images and objects."""
     same, others = [runs[0]], list(runs[1:])
     while joined := [run for run in others if any(same_validation_data(run.result, item.result) for item in same)]:
@@ -107,7 +107,7 @@ def require_same_validation_data(runs: Sequence[RecordedRun]) -> None:
     if others:
         first, second = runs[0].result, others[0].result
         raise UserError(
-            f"{_told(runs[0])} and {_told(others[0])} were not measured on the same validation data, as far as their "
+            f"{_named(runs[0])} and {_named(others[0])} were not measured on the same validation data, as far as their "
             f"records say ({_data_in_words(first)}; {_data_in_words(second)}), so that their numbers cannot stand side "
             "by side"
         )
@@ -122,7 +122,7 @@ def _data_in_words(result: Result) -> str:
     return f"{digest_of_val}data {result.data_fingerprint}"
 
 
-def _told(run: RecordedRun) -> str:
+def _named(run: RecordedRun) -> str:
     return f"{run.result.row!r} seed {run.result.seed} ({run.result.run_id})"
 
 
@@ -131,18 +131,11 @@ def _common_classes(runs: Sequence[RecordedRun]) -> tuple[str, ...]:
     for run, classes in zip(runs, lists, strict=True):
         if classes != lists[0]:
             differing = ", ".join(sorted(set(classes) ^ set(lists[0]))) or "their order"
-            raise UserError(f"{_told(runs[0])} and {_told(run)} have different classes: they differ in {differing}")
+            raise UserError(f"{_named(runs[0])} and {_named(run)} have different classes: they differ in {differing}")
     return lists[0]
 
 
-def _starts(runs: Sequence[RecordedRun], known: Sequence[RecordedRun]) -> list[Result]:
-    """The recorded runs whose weights these start from, each once."""
-    wanted = dict.fromkeys(run.result.init_run for run in runs if run.result.init_run is not None)
-    by_id = {run.result.run_id: run.result for run in known}
-    return [by_id[run_id] for run_id in wanted if run_id in by_id]
-
-
-def _rows(runs: Sequence[RecordedRun], starts: Sequence[Result]) -> list[_Row]:
+def _rows(runs: Sequence[RecordedRun], starts: Mapping[str, Result]) -> list[_Row]:
     """Runs of one configuration and different seeds are one row, in the order of their first run."""
     groups: dict[str, list[RecordedRun]] = {}
     for run in runs:
@@ -151,39 +144,30 @@ def _rows(runs: Sequence[RecordedRun], starts: Sequence[Result]) -> list[_Row]:
             key += "+"  # the same seed once more, trained anew: a row of its own
         groups.setdefault(key, []).append(run)
     members = [tuple(sorted(group, key=lambda run: run.result.seed)) for group in groups.values()]
-    names = _unique_names([group[0] for group in members])
+    names = _row_names([group[0] for group in members])
     return [_row(name, group) for name, group in zip(names, members, strict=True)]
 
 
-def _configuration_key(result: Result, starts: Sequence[Result]) -> str:
+def _configuration_key(result: Result, starts: Mapping[str, Result]) -> str:
     """Digest of everything that can change the numbers of a run, but for its seed."""
-    start = next((item for item in starts if item.run_id == result.init_run), None)
+    start = starts.get(result.init_run or "")
     split = result.split_digest if result.config.get("supervision", {}).get("source") == "split" else None
     init = result.identity.get("init") if start is None else _configuration_key(start, starts)
     return digest([identity_settings(result), split, result.data_fingerprint, init])
 
 
-def _unique_names(firsts: Sequence[RecordedRun]) -> list[str]:
-    """A name for each row: as recorded, with split, study or id where that is not enough to tell them apart."""
-
-    def named(run: RecordedRun, study: bool, split: bool, run_id: bool) -> str:
-        result = run.result
-        stem = f" ({PurePath(result.split).stem})" if split and result.split else ""
-        return (
-            f"{f'{result.study}: ' if study and result.study else ''}{result.row}{stem}" + f" {run.short_id}" * run_id
-        )
-
-    names: list[str] = []
-    for study, split, run_id in (
-        (False, False, False),
-        (False, True, False),
-        (True, False, False),
-        (True, True, False),
-    ):
-        names = [named(run, study, split, run_id) for run in firsts]
-        if len(set(names)) == len(names):
-            return names
-    return [named(run, True, True, names.count(name) > 1) for run, name in zip(firsts, names, strict=True)]
+def _row_names(firsts: Sequence[RecordedRun]) -> list[str]:
+    """As recorded; where that does not tell the rows apart, with study and split as far as they differ, or the id."""
+    rows = [run.result.row for run in firsts]
+    if len(set(rows)) == len(rows):
+        return rows
+    if len({run.result.study for run in firsts}) > 1:
+        rows = [
+            f"{run.result.study}: {row}" if run.result.study else row for run, row in zip(firsts, rows, strict=True)
+        ]
+    if len({run.split for run in firsts}) > 1:
+        rows = [f"{row} ({run.split})" if run.split else row for run, row in zip(firsts, rows, strict=True)]
+    return [f"{row} {run.short_id}" if rows.count(row) > 1 else row for run, row in zip(firsts, rows, strict=True)]
 
 
 def _row(name: str, runs: tuple[RecordedRun, ...]) -> _Row:
@@ -240,68 +224,10 @@ def _class_groups(
     return None, []
 
 
-def _pretraining(rows: Sequence[_Row], starts: Sequence[Result]) -> str | None:
+def _pretraining(rows: Sequence[_Row], starts: Mapping[str, Result]) -> str | None:
     """What all rows start from, if it is one pretraining but for its seed."""
-    if not starts or any(run.result.init_run is None for row in rows for run in row.runs):
+    kinds = {digest(identity_settings(start)) for start in starts.values()}
+    if len(kinds) != 1 or any(run.result.init_run not in starts for row in rows for run in row.runs):
         return None
-    kinds = {digest(identity_settings(start)) for start in starts}
-    known = {start.run_id for start in starts}
-    if len(kinds) > 1 or any(run.result.init_run not in known for row in rows for run in row.runs):
-        return None
-    return pretraining_sentence(parse_config(RunConfig, dict(starts[0].config), where="recorded pretraining"))
-
-
-def _filling(
-    rows: Sequence[_Row], known: Sequence[RecordedRun], starts: Sequence[Result], command: Sequence[str]
-) -> list[str]:
-    """A sentence with the commands that fill the seeds that some rows have and others lack; nothing if none lacks."""
-    training: list[str] = []
-    more: list[str] = []
-    seeds = {run.result.seed for row in rows for run in row.runs}
-    for row in rows:
-        lacking = seeds - {run.result.seed for run in row.runs}
-        recorded = _recorded_seeds(row, lacking, known, starts)
-        more += [recorded[seed].result.run_id for seed in sorted(recorded)]
-        missing = sorted(lacking - set(recorded))
-        if missing:
-            train, names = _training(row.runs[0], missing)
-            training += train
-            more += names
-    if not more:
-        return []
-    again = f"`{shlex.join([*command, *more])}`"
-    if not training:
-        return [f"**What is missing is recorded:** {again} shows it."]
-    return [f"**To fill what is missing:** `{' && '.join(training)}`, then {again}."]
-
-
-def _recorded_seeds(
-    row: _Row, lacking: set[int], known: Sequence[RecordedRun], starts: Sequence[Result]
-) -> dict[int, RecordedRun]:
-    """Seed -> a recorded run of the row's configuration."""
-    every = [*starts, *(run.result for run in known)]
-    key = _configuration_key(row.runs[0].result, every)
-    return {
-        run.result.seed: run
-        for run in known
-        if run.result.seed in lacking and _configuration_key(run.result, every) == key
-    }
-
-
-def _training(run: RecordedRun, seeds: Sequence[int]) -> tuple[list[str], list[str]]:
-    """The commands that train further seeds of a run, and what `compare` knows their runs by."""
-    result = run.result
-    if not result.study:
-        folder = run.folder or Path("runs") / result.row
-        folders = [f"{folder}-s{seed}" for seed in seeds]
-        config = str(folder / "config.json")
-        pairs = zip(seeds, folders, strict=True)
-        return [
-            shlex.join(["semiseg", "train", config, "--set", f"seed={s}", "--out", out]) for s, out in pairs
-        ], folders
-    typed = list(result.command) if not isinstance(result.command, str) else shlex.split(result.command)
-    kept = [part for pair in pairwise(typed) if pair[0] in ("--set", "--out") for part in pair]
-    listed = ",".join(map(str, seeds))
-    train = shlex.join(["semiseg", "run", result.study, *kept, "--only", result.row, "--seeds", listed])
-    place = [result.study, result.row, *([PurePath(result.split).stem] if result.split else [])]
-    return [train], [":".join([*place, str(seed)]) for seed in seeds]
+    first = next(iter(starts.values()))
+    return pretraining_sentence(parse_config(RunConfig, dict(first.config), where="recorded pretraining"))

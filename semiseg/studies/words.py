@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from semiseg.config import DataConfig, RunConfig
 from semiseg.report.aggregate import UPPER_BOUND
-from semiseg.study import StudyRow
-from semiseg.study_plan import planned_steps
+from semiseg.report.provenance import settings, unmeant
+from semiseg.studies.file import StudyRow
+from semiseg.studies.identity import planned_steps
 
 _MASK_LOSS = {"dice": "Dice", "labelled": "projection and pairwise terms with labelled edges"}
 _BOX_LOSS = {
@@ -17,8 +18,8 @@ _BOX_LOSS = {
     "projection+pairwise": "BoxInst's projection and pairwise terms",
     "box_as_mask": "Dice with the filled box as mask",
 }
-# Where the supervision says how a row learns masks; everything else in `set` is told as it is written.
-_TOLD = {("supervision", "source"), ("supervision", "split"), ("objective", "mask"), ("objective", "box")}
+# What the words for a row's supervision say already; everything else in `set` follows as it is written.
+_IN_WORDS = {"supervision.source", "supervision.split", "objective.mask", "objective.box"}
 
 
 def row_meaning(row: StudyRow, config: RunConfig, *, in_every_table: bool) -> str:
@@ -34,30 +35,27 @@ def row_meaning(row: StudyRow, config: RunConfig, *, in_every_table: bool) -> st
         "masks": f"masks of every class, {mask}",
         "as_annotated": f"masks where they are annotated, {mask}; {box} for the other objects",
     }[config.supervision.source]
-    settings = [f"{path} = {value}" for path, value in _flat(row.set) if tuple(path.split(".")) not in _TOLD]
-    if settings:
-        text += f"; with {', '.join(settings)}"
+    others = [f"{path} = {value}" for path, value in _flat(row.set) if path not in _IN_WORDS]
+    if others:
+        text += f"; with {', '.join(others)}"
     if row.name == UPPER_BOUND:
         text += ": the upper bound, which the paper leaves out"
     return text + (" (the same run in every table)" if in_every_table else "")
 
 
 def _flat(values: dict[str, Any], above: str = "") -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
+    pairs: list[tuple[str, Any]] = []
     for name, value in values.items():
         path = f"{above}{name}"
-        found += _flat(value, f"{path}.") if isinstance(value, dict) else [(path, value)]
-    return found
+        pairs += _flat(value, f"{path}.") if isinstance(value, dict) else [(path, value)]
+    return pairs
 
 
 def is_alike(configs: Sequence[RunConfig]) -> bool:
     """Whether runs differ in supervision, mask losses and seed alone."""
-    return len({config.model_copy(update=_without_losses(config)).model_dump_json() for config in configs}) <= 1
-
-
-def _without_losses(config: RunConfig) -> dict[str, Any]:
-    plain = RunConfig()
-    return {"supervision": plain.supervision, "objective": plain.objective, "seed": 0, "runtime": plain.runtime}
+    values = [config.model_dump(mode="json") for config in configs]
+    same_data = all(item["data"] == values[0]["data"] for item in values)
+    return same_data and not unmeant([settings(item) for item in values])
 
 
 def is_paper_data(data: DataConfig, classes: int) -> bool:
@@ -85,7 +83,7 @@ def schedule_sentence(configs: Sequence[RunConfig]) -> str:
     """Length, optimiser, backbone and mask losses; what differs between the rows is left to their own description."""
     images = _each(config.optim.batch_size for config in configs)
     parts = [
-        f"{_each(length(config) for config in configs)} of {images} images",
+        f"{_each(_length(config) for config in configs)} of {images} images",
         _each(config.optim.optimizer for config in configs),
         f"rate {_each(f'{config.optim.learning_rate:g}' for config in configs)} "
         f"({_each(config.optim.schedule for config in configs)})",
@@ -98,10 +96,10 @@ def schedule_sentence(configs: Sequence[RunConfig]) -> str:
     return f"{', '.join(parts)}; {', '.join(model)}."
 
 
-def _each(values: Any) -> str:
+def _each(values: Iterable[Any]) -> str:
     """The values, each once: "resnet50 or resnet101 by row" where rows differ."""
-    found = list(dict.fromkeys(str(value) for value in values))
-    return found[0] if len(found) == 1 else f"{', '.join(found[:-1])} or {found[-1]} by row"
+    *others, last = dict.fromkeys(str(value) for value in values)
+    return f"{', '.join(others)} or {last} by row" if others else last
 
 
 def pretraining_sentence(config: RunConfig) -> str:
@@ -109,27 +107,23 @@ def pretraining_sentence(config: RunConfig) -> str:
     sides = " or ".join(str(side) for side in config.data.short_sides)
     return (
         f"Every row starts from the detector that its seed pretrained on boxes alone, without any mask "
-        f"({length(config)} of {config.optim.batch_size} images with short sides of {sides} pixels, "
+        f"({_length(config)} of {config.optim.batch_size} images with short sides of {sides} pixels, "
         f"rate {config.optim.learning_rate:g})."
     )
 
 
 def initial_weights_in_words(configs: Sequence[RunConfig]) -> str:
     """What the rows start from where a study has no pretraining of its own."""
-    names = {
-        "imagenet": "ImageNet weights of its backbone",
-        "random": "random weights",
-    }
-    found = dict.fromkeys(
-        "the weights of a given model"
-        if config.init_from is not None
+    names = {"imagenet": "ImageNet weights of its backbone", "random": "random weights"}
+    weights = [
+        "the weights of a given model" if config.init_from is not None
         else names.get(config.model.weights, "given weights of its backbone")
         for config in configs
-    )
-    return " or ".join(found)
+    ]  # fmt: skip
+    return " or ".join(dict.fromkeys(weights))
 
 
-def length(config: RunConfig) -> str:
+def _length(config: RunConfig) -> str:
     """Steps, or epochs where the number of steps needs the data set."""
     steps = planned_steps(config)
     return f"{steps} steps" if steps is not None else f"{config.optim.epochs:g} epochs"

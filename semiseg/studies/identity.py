@@ -7,8 +7,9 @@ different ones never share a folder.
 
 from __future__ import annotations
 
+import json
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -19,14 +20,15 @@ from semiseg.config_files import digest, file_digest
 from semiseg.data.sources import ensure_files
 from semiseg.engine.processes import fit_to_processes, normalised_together, told_change
 from semiseg.errors import UserError
-from semiseg.resources import weights_file
+from semiseg.resources import weights_file, write_text
 from semiseg.results import Result
 from semiseg.splits import load_split
-from semiseg.study import RunKey, Study, StudyRun, study_runs
+from semiseg.studies.file import RunKey, Study, StudyRun, study_runs
 
 RUNS_FOLDER = Path("runs")
 REPORTS_FOLDER = Path("reports")
-RESULTS_NAME = "results.jsonl"
+RESULTS_NAME = "results.jsonl"  # the record of a study
+RESULT_NAME = "result.json"  # the engine writes it last: a folder with it is finished
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,17 @@ class PlannedRun:
     study: str
     row: str
     split: str | None
-    split_digest: str | None
     seed: int
     config: RunConfig
     identity: dict[str, Any]
     init: str | None
     folder: Path
+
+    @property
+    def split_digest(self) -> str | None:
+        """Digest of the class split, None if the run does not depend on one."""
+        digest_of_split: str | None = self.identity["split"]
+        return digest_of_split
 
     @property
     def label(self) -> str:
@@ -61,32 +68,30 @@ class PlannedRun:
 def run_identity(
     run: StudyRun,
     *,
-    data: str,
-    split_digest: str | None,
-    weights: str | None,
+    data: Callable[[DataConfig], str],
+    split: Callable[[StudyRun], str | None],
+    weights: Callable[[str], str],
     processes: int = 1,
-    init_data: str | None = None,
 ) -> dict[str, Any]:
     """What can change the numbers of a run, and nothing else; the digest of this is its run_id.
 
     Args:
         run: as so many processes execute it, see `fitted_run`.
-        data: digest of its data.
-        weights: digest of the file of `init_from`, for a run that names one itself.
-        init_data: digest of the data of the run that it starts from; None = the same data.
+        data: gives the digest of data, also of those of the run that this one starts from.
+        split: gives the digest of the run's class split.
+        weights: gives the digest of the file that `init_from` names.
 
     Returns:
         {"config", "split", "data", "init"} as digests, and "normalised_together" where the cut of a step matters.
     """
-    init = weights
     if run.init is not None:
-        init_data = data if init_data is None else init_data
-        start = run_identity(run.init, data=init_data, split_digest=None, weights=weights, processes=processes)
-        init = digest(start)
+        init: str | None = digest(run_identity(run.init, data=data, split=split, weights=weights, processes=processes))
+    else:
+        init = None if run.config.init_from is None else weights(run.config.init_from)
     return {
         "config": digest(_config_identity(run)),
-        "split": split_digest,
-        "data": data,
+        "split": None if run.split is None else split(run),
+        "data": data(run.config.data),
         "init": init,
         **normalised_together(run.config, processes),
     }
@@ -103,40 +108,52 @@ def fitted_run(run: StudyRun, processes: int) -> StudyRun:
 
 
 def plan(
-    study: Study, *, only: Sequence[str] = (), processes: int = 1, runs_folder: Path = RUNS_FOLDER
+    study: Study,
+    *,
+    only: Sequence[str] = (),
+    processes: int = 1,
+    runs_folder: Path = RUNS_FOLDER,
+    by_name: bool = False,
 ) -> list[PlannedRun]:
     """The study's runs with their identities, each run once, initial runs before those that start from them.
 
     Reads the annotation files, made on first use where the source is none of COCO's layout, and the class splits.
+
+    Args:
+        by_name: look at no file: data, splits and weights count as the same where their names are. The identities are
+            then good for telling the runs of this plan apart and for nothing else.
     """
+    data: Callable[[DataConfig], str] = _named_data if by_name else data_digest
+    split: Callable[[StudyRun], str | None] = (lambda run: run.split) if by_name else _split_digest
+    weights: Callable[[str], str] = str if by_name else weights_digest
     planned: dict[str, PlannedRun] = {}
     for asked in study_runs(study, only=only):
         run = fitted_run(asked, processes)
-        told = told_change(asked.config, run.config, processes)
-        if told:
-            warnings.warn(told, stacklevel=2)  # rows with the same change say it once
-        first = run.init or run
-        names = class_names(run.config.data) if run.split is not None else ()
-        split_digest = load_split(run.split, names).digest() if run.split is not None else None
-        identity = run_identity(
-            run,
-            data=data_digest(run.config.data),
-            split_digest=split_digest,
-            weights=weights_digest(first.config.init_from) if first.config.init_from is not None else None,
-            processes=processes,
-            init_data=data_digest(first.config.data),
-        )
+        change = told_change(asked.config, run.config, processes)
+        if change:
+            warnings.warn(change, stacklevel=2)  # rows with the same change say it once
+        identity = run_identity(run, data=data, split=split, weights=weights, processes=processes)
         run_id = digest(identity)
         init = identity["init"] if run.init is not None else None
         config = run.config
         if init is not None:
             config = config.model_copy(update={"init_from": str(planned[init].folder / "model")})
         folder = _folder(study.name, run, run_id, runs_folder)
-        item = PlannedRun(
-            run_id, study.name, run.row, run.split, split_digest, run.seed, config, identity, init, folder
-        )
+        item = PlannedRun(run_id, study.name, run.row, run.split, run.seed, config, identity, init, folder)
         planned.setdefault(run_id, item)
     return list(planned.values())
+
+
+def _split_digest(run: StudyRun) -> str:
+    return load_split(str(run.split), class_names(run.config.data)).digest()
+
+
+def write_run_files(run: PlannedRun) -> None:
+    """Writes what a run is, into its folder: `identity.json`, and `train.json`, which `semiseg train` takes."""
+    names = ("run_id", "identity", "study", "row", "split", "seed", "init")
+    about = {name: getattr(run, name) for name in names}
+    write_text(run.folder / "identity.json", json.dumps(about, indent=1, ensure_ascii=False) + "\n")
+    write_text(run.folder / "train.json", run.config.model_dump_json(indent=1) + "\n")
 
 
 def missing_data(study: Study, *, only: Sequence[str] = ()) -> str | None:
@@ -151,24 +168,6 @@ def missing_data(study: Study, *, only: Sequence[str] = ()) -> str | None:
         except UserError as error:
             return str(error)
     return None
-
-
-def listed_runs(study: Study, *, only: Sequence[str] = (), processes: int = 1) -> list[StudyRun]:
-    """The runs that `plan` would plan, each once, without looking at any data."""
-    found: dict[str, StudyRun] = {}
-    for asked in study_runs(study, only=only):
-        run = fitted_run(asked, processes)
-        first = run.init or run
-        identity = run_identity(
-            run,
-            data=_named_data(run.config.data),
-            split_digest=run.split,
-            weights=first.config.init_from,
-            processes=processes,
-            init_data=_named_data(first.config.data),
-        )
-        found.setdefault(digest(identity), run)
-    return list(found.values())
 
 
 def _folder(study: str, run: StudyRun, run_id: str, runs_folder: Path) -> Path:
@@ -240,13 +239,13 @@ def matching_results(study: Study, results: Iterable[Result]) -> dict[RunKey, Re
     """
     results = list(results)
     recorded_data = {result.run_id: result.identity.get("data", "") for result in results}
-    found: dict[RunKey, Result] = {}
+    matching: dict[RunKey, Result] = {}
     for run in study_runs(study):
         for result in results:
             if result.seed == run.seed and _is_result_of(result, run, recorded_data):
                 # The same run may have been recorded under another row's or study's name.
-                found[run.key] = replace(result, study=study.name, row=run.row, split=run.split)
-    return found
+                matching[run.key] = replace(result, study=study.name, row=run.row, split=run.split)
+    return matching
 
 
 def _is_result_of(result: Result, run: StudyRun, recorded_data: Mapping[str, Any]) -> bool:
@@ -259,22 +258,22 @@ def _is_result_of(result: Result, run: StudyRun, recorded_data: Mapping[str, Any
         run = fitted_run(run, result.processes)
         if result.identity.get("config") != digest(_config_identity(run)):
             return False
-        split_digest = None
-        if run.split is not None:
-            split_digest = load_split(run.split, list(result.metrics.get("instances", ()))).digest()
-        data, first = result.identity.get("data", ""), run.init or run
-        same_data = _named_data(first.config.data) == _named_data(run.config.data)
+        own, classes = _named_data(run.config.data), list(result.metrics.get("instances", ()))
+
+        def data(config: DataConfig) -> str:
+            same = _named_data(config) == own
+            return str(result.identity.get("data") if same else recorded_data.get(str(result.identity.get("init"))))
+
         identity = run_identity(
             run,
             data=data,
-            split_digest=split_digest,
-            weights=None,
+            split=lambda run: load_split(str(run.split), classes).digest(),
+            weights=str,
             processes=result.processes,
-            init_data=data if same_data else recorded_data.get(str(result.identity.get("init")), ""),
         )
     except UserError:
         return False  # a result of another data set, or of processes that the run's batch cannot be shared by
-    if first.config.init_from is not None:
+    if (run.init or run).config.init_from is not None:
         # Weights that the study takes from a file are not looked for: the report needs recorded results only.
         identity["init"] = result.identity.get("init")
     return digest(identity) == result.run_id

@@ -1,0 +1,205 @@
+"""Trains and evaluates what is missing of a study, several runs side by side, and records each finished one once.
+
+Interrupting loses at most the steps since a run's last checkpoint; the same command continues.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TextIO
+
+from semiseg.config_files import digest
+from semiseg.data.sources import ensure_files
+from semiseg.data.workers import StopOnSignal
+from semiseg.engine.logs import format_seconds
+from semiseg.errors import UserError
+from semiseg.results import append, latest, read
+from semiseg.studies.child import Child
+from semiseg.studies.file import PRETRAIN_ROW
+from semiseg.studies.identity import RESULT_NAME, PlannedRun
+from semiseg.studies.machines import LaunchFile, Machine, lines_for_machines, share_of, this_machine
+from semiseg.studies.progress import StudyProgress
+from semiseg.studies.recorded import read_result
+from semiseg.studies.status import finished_values, runs_to_do
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a study is executed; nothing here is part of a run's identity.
+
+    Attributes:
+        jobs: independent runs side by side.
+        processes: per run; more than one go through accelerate.
+        launch: accelerate's configuration file for each run, of as many processes on this machine.
+        reproduce: train also what is recorded but was not trained in this folder.
+        typed: the command that the user typed, for the record.
+        command: what runs the command line of a child.
+        grace_seconds: an interrupted run's time for its checkpoint.
+        line_seconds: between two lines of progress where there is no terminal.
+    """
+
+    jobs: int = 1
+    processes: int = 1
+    launch: Path | None = None
+    reproduce: bool = False
+    typed: tuple[str, ...] = ()
+    command: tuple[str, ...] = (sys.executable, "-m", "semiseg")
+    machine: Machine = field(default_factory=this_machine)
+    poll_seconds: float = 0.2
+    grace_seconds: float = 60.0
+    line_seconds: float = 20.0
+
+
+def run_missing(
+    planned: Sequence[PlannedRun], *, name: str, results: Path, how: Execution, stream: TextIO | None = None
+) -> list[PlannedRun]:
+    """Runs what is missing and records it in `results`; the runs that were trained now.
+
+    Raises:
+        UserError: runs failed (the others have been finished first), or a run is being trained elsewhere.
+        KeyboardInterrupt: SIGINT or SIGTERM; the running ones were given time to write a checkpoint.
+    """
+    record_ended(planned, results=results, typed=how.typed)
+    todo = runs_to_do(planned, latest(read(results)), reproduce=how.reproduce)
+    if todo:
+        for config in {digest(run.config.data.model_dump()): run.config.data for run in todo}.values():
+            ensure_files(config)  # here, where people see how far it is
+        progress = StudyProgress(todo, name=name, line_seconds=how.line_seconds, stream=stream or sys.stderr)
+        _Study(planned, todo, progress, results, how).run()
+    return todo
+
+
+def record_ended(planned: Sequence[PlannedRun], *, results: Path, typed: Sequence[str]) -> None:
+    """Records what has ended without being recorded: an earlier call was killed, or it was trained on its own."""
+    for run in planned:
+        if (run.folder / RESULT_NAME).is_file():
+            append(results, read_result(run, typed=typed))
+
+
+def lines_to_type(planned: Sequence[PlannedRun], file: LaunchFile, *, results: Path, how: Execution) -> list[str]:
+    """What to type on several machines, whose runs nobody can start from one of them; nothing if all are done."""
+    record_ended(planned, results=results, typed=how.typed)
+    lines = lines_for_machines(runs_to_do(planned, latest(read(results)), reproduce=how.reproduce), file)
+    if not lines:
+        return []
+    return [
+        f"# {len(lines)} runs on {file.machines} machines: in this folder, on each machine, in this order, with RANK 0 "
+        "on that of main_process_ip;",
+        "# afterwards the same 'semiseg run' records them and reports",
+        *lines,
+    ]
+
+
+class _Study:
+    """The state of one call of `run_missing`."""
+
+    def __init__(
+        self,
+        planned: Sequence[PlannedRun],
+        todo: Sequence[PlannedRun],
+        progress: StudyProgress,
+        results: Path,
+        how: Execution,
+    ) -> None:
+        self.how = how
+        self.results = results
+        self.waiting = list(todo)
+        self.running: list[Child] = []
+        self.failures: dict[str, str] = {}
+        self.skipped: list[PlannedRun] = []
+        self.progress = progress
+        # Counted over the whole plan, not over what is left of it: a continued study gives each run the same number
+        # of threads, which the last bits of its numbers depend on.
+        self.pretrainings = sum(run.row == PRETRAIN_ROW for run in planned)
+        self.rows = len(planned) - self.pretrainings
+
+    def run(self) -> None:
+        with StopOnSignal() as stop:
+            try:
+                while self.waiting or self.running:
+                    if stop.requested:
+                        self._stop()
+                        raise KeyboardInterrupt("stopped; the same command continues where it ended")
+                    self._start_ready()
+                    self._collect_ended()
+                    self.progress.update(self.running)
+                    time.sleep(self.how.poll_seconds)
+            finally:
+                for child in self.running:
+                    child.kill()
+                self.progress.close()
+        if self.failures:
+            skipped = f"; {len(self.skipped)} runs that start from them were not begun" if self.skipped else ""
+            reasons = "; ".join(self.failures.values())
+            raise UserError(f"{len(self.failures)} of the study's runs failed{skipped}: {reasons}")
+
+    def _start_ready(self) -> None:
+        unfinished = {run.run_id for run in self.waiting} | {child.run.run_id for child in self.running}
+        for run in list(self.waiting):
+            if run.init in self.failures:
+                self.waiting.remove(run)
+                self.skipped.append(run)
+            elif run.init not in unfinished and len(self.running) < self.how.jobs:
+                self.waiting.remove(run)
+                self._start(run)
+
+    def _start(self, run: PlannedRun) -> None:
+        slot = min(set(range(self.how.jobs)) - {child.slot for child in self.running})
+        how, alike = self.how, self.pretrainings if run.row == PRETRAIN_ROW else self.rows
+        side_by_side = min(how.jobs, alike)
+        share = share_of(how.machine, slot=slot, side_by_side=side_by_side, processes=how.processes, launch=how.launch)
+        try:
+            child = Child(run, command=how.command, share=share, slot=slot, grace_seconds=how.grace_seconds)
+            self.running.append(child)
+        except UserError as error:
+            self.failures[run.run_id] = f"{run.label}: {error}"
+
+    def _collect_ended(self) -> None:
+        for child in list(self.running):
+            code = child.poll()
+            if code is None:
+                continue
+            self.running.remove(child)
+            if code != 0:
+                child.kill()  # what a dead launcher has left
+            failure = self._record(child) if code == 0 else child.complaint()
+            if failure is None:
+                self.progress.end(child, message=_end_message(child), finished=True)
+            else:
+                self.failures[child.run.run_id] = f"{child.run.label}: {failure} (log: {child.output})"
+                self.progress.end(child, message=f"{child.run.label} failed: {failure}", finished=False)
+
+    def _record(self, child: Child) -> str | None:
+        """Records a run that ended well; what is wrong with its result, or None."""
+        try:
+            append(self.results, read_result(child.run, typed=self.how.typed))
+        except UserError as error:
+            return str(error)
+        return None
+
+    def _stop(self) -> None:
+        self.progress.say("stopping: the running ones finish their step and write a checkpoint")
+        for child in self.running:
+            child.interrupt()
+        deadline = time.monotonic() + self.how.grace_seconds
+        with suppress(KeyboardInterrupt):  # a second signal ends the wait
+            while any(child.poll() is None for child in self.running) and time.monotonic() < deadline:
+                time.sleep(self.how.poll_seconds)
+        for child in list(self.running):
+            if child.poll() == 0:
+                # It ended well while it was being stopped.
+                self._record(child)
+
+
+def _end_message(child: Child) -> str:
+    metrics = finished_values(child.run)["metrics"]
+    values = {name: (metrics.get(kind) or {}).get("groups", {}) for name, kind in (("mask", "segm"), ("box", "bbox"))}
+    numbers = {name: groups.get("all", {}).get("AP") for name, groups in values.items()}
+    shown = ", ".join(f"{name} AP {value:.1f}" for name, value in numbers.items() if value is not None)
+    message = f"{child.run.label} done in {format_seconds(time.monotonic() - child.started)}"
+    return f"{message}: {shown}" if shown else message
