@@ -155,7 +155,8 @@ def command(
         end(psutil.Process(process.pid).children(recursive=True))
         process.kill()
         process.join()
-    out, err = (Path(f"{folder}.{name}").read_text(errors="replace") for name in ("out", "err"))
+    files = [Path(f"{folder}.{name}") for name in ("out", "err")]  # not there if it was killed before it opened them
+    out, err = (path.read_text(errors="replace") if path.exists() else "" for path in files)
     killed = code is not None and (struck or code == -signal.SIGKILL)
     return Done(code, killed, out, err, seconds, int.from_bytes(events[:], "little"))
 

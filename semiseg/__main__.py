@@ -6,8 +6,9 @@ import io
 import signal
 import sys
 import warnings
-from pathlib import Path
 from types import FrameType
+
+from semiseg.errors import UserNotice
 
 _library_format = warnings.formatwarning
 
@@ -15,8 +16,8 @@ _library_format = warnings.formatwarning
 def _formatted(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
-    """Warnings of this package as sentences; those of libraries keep their place in the code."""
-    own = Path(filename).is_relative_to(Path(__file__).parent)
+    """Notices as sentences; warnings of libraries keep their place in the code."""
+    own = issubclass(category, UserNotice)
     return f"semiseg: {message}\n" if own else _library_format(message, category, filename, lineno, line)
 
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from semiseg.config_files import apply_overrides, file_digest, parse_config, read_toml
+from semiseg.config_files import file_digest, parse_config, read_toml
 from semiseg.errors import UserError
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -392,19 +392,22 @@ def without_unread(identity: dict[str, Any], *, initial: bool) -> dict[str, Any]
 
 def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a run's TOML file and applies `a.b=c` overrides."""
-    return parse_run(apply_overrides(read_toml(path), overrides), where=str(path))
+    return parse_run(read_toml(path), where=str(path), overrides=overrides)
 
 
-def parse_run(values: dict[str, Any], *, where: str, initial_run: bool = False) -> RunConfig:
+def parse_run(
+    values: dict[str, Any], *, where: str, overrides: Sequence[str] = (), initial_run: bool = False
+) -> RunConfig:
     """The configuration of a run that is to be trained; that of a recorded one needs `parse_config` alone.
 
     Args:
+        where, overrides: see `parse_config`.
         initial_run: the run will start from the weights of another one, although it does not say so itself.
 
     Raises:
         UserError: what `parse_config` refuses, and random weights that would never be trained.
     """
-    config = parse_config(RunConfig, values, where=where)
+    config = parse_config(RunConfig, values, where=where, overrides=overrides)
     if not initial_run:
         refuse_frozen_random_weights(config, where=where)
     return config

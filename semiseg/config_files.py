@@ -85,13 +85,30 @@ def _read_text(path: Path) -> str:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def parse_config(kind: type[Config], values: dict[str, Any], *, where: str) -> Config:
-    """Validates `values`; every error becomes one sentence with place, value and the allowed or nearest ones."""
+def parse_config(kind: type[Config], values: dict[str, Any], *, where: str, overrides: Sequence[str] = ()) -> Config:
+    """Validates `values`; every error becomes one sentence with place, value and the allowed or nearest ones.
+
+    Args:
+        where: they are from, for the messages.
+        overrides: `a.b=c` that are laid over them; the message of an error in one of these names it instead.
+    """
+    values = apply_overrides(values, overrides)
     _refuse_unusable(values, where)
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise UserError("; ".join(_explain(kind, item, where) for item in error.errors())) from None
+        sentences = [_explain(kind, item, _source(item["loc"], where, overrides)) for item in error.errors()]
+        raise UserError("; ".join(sentences)) from None
+
+
+def _source(location: tuple[Any, ...], where: str, overrides: Sequence[str]) -> str:
+    """The override that gave the value at a place, or where all other values are from."""
+    path = [str(part) for part in location]
+    for item in reversed(overrides):
+        keys = [key.strip() for key in item.partition("=")[0].split(".")]
+        if path[: len(keys)] == keys:
+            return f"--set {item}"
+    return where
 
 
 def _refuse_unusable(values: dict[str, Any], where: str) -> None:

@@ -27,7 +27,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Literal
 
-from semiseg.errors import UserError
+from semiseg.errors import UserError, UserNotice
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -177,7 +177,7 @@ def _lock_file(path: Path, *, warn: bool = False, wait: bool = False) -> FileLoc
             raise
         if warn:
             message = f"{path.parent}: cannot be locked ({error}); let one process at a time work there"
-            warnings.warn(message, stacklevel=5)
+            warnings.warn(message, UserNotice, stacklevel=5)
         return None
     return file
 

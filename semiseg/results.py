@@ -17,7 +17,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from semiseg.config_files import digest, explain, read_json_lines
-from semiseg.errors import UserError
+from semiseg.errors import UserError, UserNotice
 
 
 def _checked_time(text: str) -> str:
@@ -146,7 +146,7 @@ def read(path: Path) -> list[Result]:
         if not isinstance(values, ValueError):
             results.append(checked(values, where=where))
         elif "EOF" in str(values):  # what every beginning of a line misses
-            warnings.warn(f"{where}: cut off by an interruption; ignored", stacklevel=2)
+            warnings.warn(f"{where}: cut off by an interruption; ignored", UserNotice, stacklevel=2)
         else:
             raise UserError(f"{where}: damaged ({values}); mend or remove this line")
     return results

@@ -294,3 +294,16 @@ def test_what_a_machine_lacks_is_one_sentence(
         cli._speaks(fail)()
     assert ended.value.exit_code == 2
     assert capsys.readouterr().err == told
+
+
+def test_an_error_in_an_override_names_it_and_not_the_file(folder: Path) -> None:
+    (folder / "run.toml").write_text("optim = { steps = 4, learning_rate = 'fast' }\n")
+    typo = call(
+        "train", "run.toml", "--out", "out", "--set", "optim.learning_rat=3", "--set", "optim.learning_rate=0.1", code=2
+    )
+    assert (
+        typo == "semiseg: --set optim.learning_rat=3: unknown key 'optim.learning_rat'. Did you mean 'learning_rate'?\n"
+    )
+    value = call("train", "run.toml", "--out", "out", "--set", "optim.batch_size=4x", code=2)
+    assert "--set optim.batch_size=4x: 'optim.batch_size': " in value
+    assert "run.toml: 'optim.learning_rate': " in value

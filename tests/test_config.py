@@ -82,7 +82,7 @@ def test_toml_and_overrides(tmp_path: Path) -> None:
     config = load_run_config(path, ["optim.steps=20", "data.root=/x y", "data.short_sides=[64, 96]", "data.flip = 0.0"])
     assert (config.seed, config.optim.steps, config.data.root) == (3, 20, "/x y")
     assert (config.data.short_sides, config.data.flip) == ([64, 96], 0.0)
-    with pytest.raises(UserError, match=r"run\.toml: unknown key 'optim\.step'\. Did you mean 'steps'"):
+    with pytest.raises(UserError, match=r"--set optim\.step=20: unknown key 'optim\.step'\. Did you mean 'steps'"):
         load_run_config(path, ["optim.step=20"])
 
 

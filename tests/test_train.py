@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ import semiseg
 from semiseg.config import RunConfig
 from semiseg.config_files import digest
 from semiseg.data.images import open_image
+from semiseg.data.shapes import ensure_shapes
 from semiseg.engine import train as training
 from semiseg.engine.build import build_data, build_step, build_training_loader
 from semiseg.engine.checkpoint import load_tensors, save_checkpoint
@@ -36,8 +38,9 @@ from semiseg.engine.replay import replay_step
 from semiseg.engine.run import evaluate_run, execute_run
 from semiseg.engine.session import accelerate_for_one_run, start_accelerator
 from semiseg.engine.step import TrainStep
-from semiseg.errors import UserError
+from semiseg.errors import UserError, UserNotice
 from semiseg.losses.terms import COUNT_NAMES, LOSS_NAMES
+from semiseg.splits import load_split
 from semiseg.structures.inputs import Batch, Targets
 from tests.tiny import dynamic, tiny_config
 
@@ -465,3 +468,46 @@ def test_another_threshold_in_a_study_is_another_evaluation_and_no_other_trainin
         config, out = planned(name, **sections)
         with pytest.raises(TypeError, match="NoneType"):
             execute_run(config, out=out, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("source", "box", "told"),
+    [
+        ("masks", "projection", r"/train\.json: (\d+) of (\d+) objects have no mask; they learn from their boxes"),
+        ("masks", "none", r"/train\.json: (\d+) of (\d+) objects have no mask; they are left out of the mask losses"),
+        ("split", "projection", r"/train\.json: (\d+) of (\d+) objects of seen classes have no mask; they learn from"),
+        ("as_annotated", "projection", None),
+        ("boxes", "projection", None),
+    ],
+)
+def test_fewer_masks_than_asked_for_are_said(
+    root: Path, tmp_path: Path, source: str, box: str, told: str | None
+) -> None:
+    """By a notice before the training, where masks were asked for and are not there."""
+    folder = ensure_shapes(root, images=4, image_size=64, seed=902)
+    content = json.loads((folder / "annotations.json").read_text())
+    names = {category["id"]: category["name"] for category in content["categories"]}
+    seen = load_split("shapes_few_seen", list(names.values())).seen
+    of_seen = [item for item in content["annotations"] if names[item["category_id"]] in seen]
+    for annotation in of_seen[::2]:
+        del annotation["segmentation"]
+    (tmp_path / "train.json").write_text(json.dumps(content))
+    files = {"train_annotations": "train.json", "val_annotations": str(folder / "annotations.json")}
+    images = {"train_images": str(folder / "images"), "val_images": str(folder / "images")}
+    config = tiny_config(
+        tmp_path, data={"format": "coco", **files, **images}, supervision={"source": source},
+        objective={"box": box}, optim={"steps": 1},
+    )  # fmt: skip
+    objects = content["annotations"] if source == "masks" else of_seen
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        execute_run(config, out=tmp_path / "out", progress=False)
+    sentences = [str(one.message) for one in caught if issubclass(one.category, UserNotice)]
+    if told is None:
+        assert sentences == []
+        return
+    (sentence,) = sentences
+    match = re.search(told, sentence)
+    assert match, sentence
+    assert (int(match[1]), int(match[2])) == (sum("segmentation" not in item for item in objects), len(objects))
+    assert 0 < int(match[1]) < int(match[2])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from semiseg.config import RunConfig, load_run_config, parse_run
-from semiseg.config_files import apply_overrides, read_json
+from semiseg.config_files import read_json
 from semiseg.errors import UserError
 from semiseg.resources import find, require_folder, write_text
 
@@ -128,7 +128,7 @@ def read_config(path: Path, overrides: Sequence[str]) -> RunConfig:
     # A run's own config.json holds the configuration beside its identity.
     if {"config", "identity"} <= set(values) and isinstance(values["config"], dict):
         values = values["config"]
-    return parse_run(apply_overrides(values, list(overrides)), where=str(path))
+    return parse_run(values, where=str(path), overrides=overrides)
 
 
 def _shown(progress: bool | None) -> bool:

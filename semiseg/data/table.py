@@ -10,6 +10,7 @@ import json
 import logging
 import os
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
@@ -85,10 +86,14 @@ class Table:
         """COCO's image id of each row."""
         return [int(number) for number in self.rows.data.column("image_id").to_pylist()]
 
-    def count_objects(self) -> tuple[int, int]:
-        """(objects, those of them without a mask), crowd regions left out."""
+    def count_objects(self, labels: Sequence[int] | None = None) -> tuple[int, int]:
+        """(objects, those of them without a mask), of some or of all labels, crowd regions left out."""
         objects = compute.list_flatten(self.rows.data.column("objects"))
         instances = compute.invert(compute.struct_field(objects, "is_crowd"))
+        if labels is not None:
+            chosen = pyarrow.array(labels, pyarrow.int64())
+            wanted = compute.is_in(compute.struct_field(objects, "label"), value_set=chosen)
+            instances = compute.and_(instances, wanted)
         without = compute.and_(instances, compute.invert(compute.struct_field(objects, "has_mask")))
         return compute.sum(instances).as_py() or 0, compute.sum(without).as_py() or 0
 

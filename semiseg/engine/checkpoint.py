@@ -219,7 +219,8 @@ def _read_description(folder: Path) -> tuple[_Description, ModelInfo]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{folder}: not a model folder: {path.name} is missing") from None
+        missing = f"not a model folder: {path.name} is missing" if folder.is_dir() else "no such folder"
+        raise UserError(f"{folder}: {missing}") from None
     except Exception as error:
         raise UserError(f"{folder}: not a readable model folder, or damaged ({type(error).__name__})") from error
     if isinstance(values, dict) and {"identity", "config"} <= set(values):

@@ -47,7 +47,7 @@ from semiseg.engine.processes import (
 )
 from semiseg.engine.session import accelerate_for_one_run, agree, start_accelerator
 from semiseg.engine.train import save_trained, train, trained_model
-from semiseg.errors import UserError
+from semiseg.errors import UserError, UserNotice
 from semiseg.evaluation.coco_metrics import Metrics
 from semiseg.evaluation.precision import Backend, require_backend
 from semiseg.models.build import mask_stride
@@ -92,6 +92,7 @@ def execute_run(
     _require_objects(data.train)
     if accelerator.is_main_process:
         _warn_of_missing_masks(data.val)
+        _warn_of_objects_without_masks(config, data)
     inputs = run_inputs(config, data)
     for name, found in inputs.items():
         agree(found, where=f"the run's {name!r}", remedy="give each machine the same files")
@@ -112,7 +113,7 @@ def _fitted(config: RunConfig, accelerator: Accelerator) -> RunConfig:
     parts_per_step(fitted, processes)  # a batch that cannot be shared is said before any work
     told = told_change(config, fitted, processes)
     if told and accelerator.is_main_process:
-        warnings.warn(told, stacklevel=3)
+        warnings.warn(told, UserNotice, stacklevel=3)
     return fitted
 
 
@@ -126,7 +127,24 @@ def _warn_of_missing_masks(table: Table) -> None:
     """Says before the work, not by a dash in its result, that masks cannot be measured."""
     objects, without = table.count_objects()
     if without:
-        warnings.warn(f"{table.annotations_file}: {told_without_mask(without, objects)}", stacklevel=3)
+        warnings.warn(f"{table.annotations_file}: {told_without_mask(without, objects)}", UserNotice, stacklevel=3)
+
+
+def _warn_of_objects_without_masks(config: RunConfig, data: RunData) -> None:
+    """Says that fewer objects have a mask to learn from than the supervision asks for."""
+    if config.supervision.source not in ("masks", "split"):
+        return
+    seen = None if data.split is None or config.supervision.source == "masks" else data.split.seen
+    labels = [label for label, name in enumerate(data.train.class_names) if seen is None or name in seen]
+    objects, without = data.train.count_objects(labels)
+    if without:
+        of = "" if seen is None else " of seen classes"
+        learning = "are left out of the mask losses" if config.objective.box == "none" else "learn from their boxes"
+        warnings.warn(
+            f"{data.train.annotations_file}: {without} of {objects} objects{of} have no mask; they {learning}",
+            UserNotice,
+            stacklevel=3,
+        )
 
 
 def _train_and_evaluate(
@@ -466,7 +484,8 @@ def adopt_training(out: Path) -> None:
         for part in (folder / LOG_NAME, saved):  # the checkpoint last: with it the training counts as done
             with whole_file(out / part.relative_to(folder)) as new, part.open("rb") as old:
                 shutil.copyfileobj(old, new)
-        warnings.warn(f"{out}: trained already as {folder}, which differs in evaluation alone", stacklevel=3)
+        told = f"{out}: trained already as {folder}, which differs in evaluation alone"
+        warnings.warn(told, UserNotice, stacklevel=3)
         return
 
 

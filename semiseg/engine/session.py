@@ -22,7 +22,7 @@ from accelerate.utils import (
 )
 
 from semiseg.config import RuntimeConfig
-from semiseg.errors import UserError
+from semiseg.errors import UserError, UserNotice
 from semiseg.resources import available_cores
 
 # How long processes wait for one another. NCCL's ten minutes can pass while the main process converts annotations or
@@ -60,7 +60,7 @@ def start_accelerator(runtime: RuntimeConfig, *, seed: int) -> Accelerator:
         gpus=torch.cuda.device_count(),
     )
     if told and os.environ.get("LOCAL_RANK", "0") == "0":
-        warnings.warn(told, stacklevel=2)
+        warnings.warn(told, UserNotice, stacklevel=2)
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision=runtime.precision,

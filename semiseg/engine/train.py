@@ -51,7 +51,7 @@ from semiseg.engine.replay import write_nonfinite_step
 from semiseg.engine.schedules import pairwise_warmup
 from semiseg.engine.session import agree
 from semiseg.engine.step import StepPlan, TrainStep
-from semiseg.errors import UserError
+from semiseg.errors import UserError, UserNotice
 from semiseg.models.segmenter import Segmenter
 from semiseg.structures.inputs import Batch
 
@@ -121,7 +121,8 @@ def prepare(config: RunConfig, data: RunData, accelerator: Accelerator) -> Train
         step_module = build_step(without_initial_weights(config), num_classes=num_classes)
         afresh = load_initial(step_module.model, initial_weights(Path(config.init_from)), where=config.init_from)
         if afresh and accelerator.is_main_process:
-            warnings.warn(f"{config.init_from} has other classes: {', '.join(afresh)} start afresh", stacklevel=2)
+            told = f"{config.init_from} has other classes: {', '.join(afresh)} start afresh"
+            warnings.warn(told, UserNotice, stacklevel=2)
     if config.runtime.channels_last:
         step_module.to(memory_format=torch.channels_last)
     if config.runtime.compile:

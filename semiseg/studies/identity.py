@@ -19,7 +19,7 @@ from semiseg.config import DataConfig, RunConfig
 from semiseg.config_files import digest, file_digest
 from semiseg.data.sources import ensure_files
 from semiseg.engine.processes import fit_to_processes, normalised_together, told_change
-from semiseg.errors import UserError
+from semiseg.errors import UserError, UserNotice
 from semiseg.resources import weights_file, write_text
 from semiseg.results import Result
 from semiseg.splits import load_split
@@ -131,7 +131,7 @@ def plan(
         run = fitted_run(asked, processes)
         change = told_change(asked.config, run.config, processes)
         if change:
-            warnings.warn(change, stacklevel=2)  # rows with the same change say it once
+            warnings.warn(change, UserNotice, stacklevel=2)  # rows with the same change say it once
         identity = run_identity(run, data=data, split=split, weights=weights, processes=processes)
         run_id = digest(identity)
         init = identity["init"] if run.init is not None else None
