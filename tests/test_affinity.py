@@ -8,6 +8,8 @@ from torch import Tensor
 
 from benchmarks import straightforward as plain
 from semiseg.losses.affinity import (
+    SRGB_TO_XYZ,
+    WHITE_XYZ,
     affinity_edges,
     colour_affinity,
     downsample_images,
@@ -99,3 +101,16 @@ def test_grid_smaller_than_the_step() -> None:
     similar = colour_affinity(images, sizes_hw, torch.zeros(1, dtype=torch.int64), stride=4, size=3, dilation=3)
     assert similar.shape == (1, 8, 2, 1)
     assert not similar.any()
+
+
+def test_lab_of_dark_colours_is_on_the_straight_part_of_its_curve() -> None:
+    """Below (6/29)^3 of white the cube root is replaced by a line: CIE's own fractions, 24389/27 and 216/24389."""
+    dark = torch.tensor([[1, 1, 1], [5, 5, 5], [9, 9, 9], [0, 0, 20], [15, 0, 0]], dtype=torch.uint8)
+    found = rgb_to_lab(dark.T[None, :, :, None])[0, :, :, 0].T
+    linear = dark.double() / 255 / 12.92
+    linear[dark > 10] = ((dark[dark > 10].double() / 255 + 0.055) / 1.055) ** 2.4
+    xyz = linear @ torch.tensor(SRGB_TO_XYZ, dtype=torch.float64).T / torch.tensor(WHITE_XYZ, dtype=torch.float64)
+    assert float(xyz.max()) < 216 / 24389
+    x, y, z = (24389 / 27 * xyz / 116 + 16 / 116).unbind(1)
+    expected = torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], dim=1)
+    torch.testing.assert_close(found.double(), expected, rtol=2e-5, atol=1e-4)  # 7.787 has four digits
