@@ -307,5 +307,5 @@ next(sys.held)
 print("held")
 """
     root = Path(__file__).parent.parent
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=600)
     assert (done.stdout, done.stderr, done.returncode) == ("held\n", "", 0)
