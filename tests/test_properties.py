@@ -181,8 +181,7 @@ def test_cells_are_those_of_the_decoded_mask(
     rows, columns = (
         np.array(data.draw(st.lists(st.integers(0, side - 1), max_size=9)), dtype=np.int64) for side in (height, width)
     )
-    cells = [np.zeros((len(rows), len(columns)), dtype=bool) for _ in drawn]
-    read_cells(rles, (height, width), rows=rows, columns=columns, cells=cells)
+    cells = read_cells(rles, (height, width), rows=rows, columns=columns)
     for mask, found in zip(drawn, cells, strict=True):
         assert np.array_equal(found, mask[rows][:, columns])
 

@@ -234,14 +234,14 @@ def _cells(masks: Sequence[KeptMask], geometry: Geometry, stride: int | None) ->
     cells = torch.zeros(len(masks), *grid_size(geometry.input_hw, stride), dtype=torch.bool)
     inside = cells.numpy()[:, : len(rows), : len(columns)]
     outlined = [number for number, kept in enumerate(masks) if kept.rle_counts is None]
-    encoded = [number for number, kept in enumerate(masks) if kept.rle_counts is not None]
-    if outlined:
-        rles = _rasterised([masks[number].polygons for number in outlined], geometry)
-        read_cells(rles, geometry.input_hw, rows=rows, columns=columns, cells=[inside[n] for n in outlined])
-    if encoded:
-        rles = [masks[number].rle_counts or b"" for number in encoded]
-        rows, columns = geometry.source_rows(rows), geometry.source_columns(columns)
-        read_cells(rles, geometry.original_hw, rows=rows, columns=columns, cells=[inside[n] for n in encoded])
+    rles = _rasterised([masks[number].polygons for number in outlined], geometry)
+    for number, mask in zip(outlined, read_cells(rles, geometry.input_hw, rows=rows, columns=columns), strict=True):
+        inside[number] = mask
+    encoded = {number: kept.rle_counts for number, kept in enumerate(masks) if kept.rle_counts is not None}
+    rows, columns = geometry.source_rows(rows), geometry.source_columns(columns)
+    read = read_cells(list(encoded.values()), geometry.original_hw, rows=rows, columns=columns)
+    for number, mask in zip(encoded, read, strict=True):
+        inside[number] = mask
     return cells
 
 

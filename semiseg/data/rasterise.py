@@ -1,13 +1,12 @@
 """Outlines and RLE -> their cells on the mask grid, read from the run lengths; RLE -> boolean masks.
 
-A cell takes the value of one pixel of a raster, its centre's. The raster is never written: a compressed RLE says where
-a mask changes, column by column, and only the cells between two such places are filled.
+A cell takes the value of one pixel of a raster, its centre's. The raster is never written: a compressed RLE says how
+long a mask stays the same, column by column, and from that follows for how many of the cells that are read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -41,34 +40,33 @@ def cell_centres(size: int, stride: int) -> np.ndarray:
 
 
 def read_cells(
-    rles: Sequence[bytes],
-    size_hw: tuple[int, int],
-    *,
-    rows: np.ndarray,
-    columns: np.ndarray,
-    cells: Sequence[np.ndarray],
-) -> None:
-    """Writes the pixels (rows[i], columns[j]) of each mask into `cells`; as decoding and indexing would, but faster.
+    rles: Sequence[bytes], size_hw: tuple[int, int], *, rows: np.ndarray, columns: np.ndarray
+) -> Iterator[np.ndarray]:
+    """Yields the pixels (rows[i], columns[j]) of each mask, (h, w) bool; as decoding and indexing would, but faster.
 
     Args:
         rles: counts of M compressed RLE whose runs fill the raster exactly.
         size_hw: (height, width) of the raster.
         rows: (h,) int64, in any order, repetitions allowed.
         columns: (w,) int64, likewise.
-        cells: M arrays (h, w) bool, all False before.
     """
-    if not (len(rles) and len(rows) and len(columns)):
+    if not rles:
         return
-    row_reads, column_reads = _Reads.of(rows, size_hw[0]), _Reads.of(columns, size_hw[1])
-    lengths, bounds = run_lengths(rles)
-    changes = _cells_before(np.cumsum(lengths), size_hw, row_reads, column_reads)
-    cells_per_mask = row_reads.count * column_reads.count
-    plain = row_reads.ascending and column_reads.ascending
-    for number, (first, end) in enumerate(pairwise(bounds)):
-        target = cells[number] if plain else np.zeros((row_reads.count, column_reads.count), dtype=bool)
-        _fill(target, changes[first:end] - number * cells_per_mask)
-        if not plain:
-            cells[number][:] = target[row_reads.order][:, column_reads.order]
+    height, width = size_hw
+    row_set, row_order = np.unique(rows, return_inverse=True)
+    column_set, column_order = np.unique(columns, return_inverse=True)
+    # Of the cells that are read: how many lie before each row in one column, and before each column.
+    before_row = np.searchsorted(row_set, np.arange(height))
+    before_column = np.searchsorted(column_set, np.arange(width)) * len(row_set)
+    is_read = np.isin(np.arange(width), column_set)
+    runs, bounds = run_lengths(rles)
+    column, row = np.divmod(np.cumsum(runs), height)
+    mask, column = np.divmod(column, width)  # the end of a raster is the start of the next one
+    ends = mask * len(row_set) * len(column_set) + before_column[column] + is_read[column] * before_row[row]
+    lengths = np.diff(ends, prepend=0)  # of the runs, in cells that are read
+    for first, end in pairwise(bounds):
+        cells = np.repeat(np.arange(end - first) % 2 == 1, lengths[first:end])
+        yield cells.reshape(len(column_set), len(row_set))[column_order][:, row_order].T
 
 
 def run_lengths(rles: Sequence[bytes]) -> tuple[np.ndarray, list[int]]:
@@ -91,55 +89,3 @@ def run_lengths(rles: Sequence[bytes]) -> tuple[np.ndarray, list[int]]:
         for chain in (runs[first + 1 : end : 2], runs[first + 2 : end : 2]):
             np.cumsum(chain, out=chain)
     return runs, bounds
-
-
-@dataclass(frozen=True)
-class _Reads:
-    """Which pixels of one side of a raster are read.
-
-    Attributes:
-        read: (size,) 1 where a pixel is read, else 0.
-        before: (size,) how many different ones before it are.
-        count: how many different ones there are.
-        order: (cells,) which of them each cell takes.
-        ascending: `order` is 0, 1, 2, ...
-    """
-
-    read: np.ndarray
-    before: np.ndarray
-    count: int
-    order: np.ndarray
-    ascending: bool
-
-    @classmethod
-    def of(cls, pixels: np.ndarray, size: int) -> _Reads:
-        read = np.zeros(size, dtype=np.int64)
-        read[pixels] = 1
-        before = np.cumsum(read)
-        count = int(before[-1])
-        before -= read
-        order = before[pixels]
-        return cls(read, before, count, order, count == len(order) and bool((order[1:] > order[:-1]).all()))
-
-
-def _cells_before(pixels: np.ndarray, size_hw: tuple[int, int], rows: _Reads, columns: _Reads) -> np.ndarray:
-    """How many cells that are read lie before each pixel, column by column, in rasters that follow each other."""
-    column, row = np.divmod(pixels, size_hw[0])
-    number, column = np.divmod(column, size_hw[1])
-    whole_columns = number * columns.count + columns.before[column]
-    before: np.ndarray = whole_columns * rows.count + columns.read[column] * rows.before[row]
-    return before
-
-
-def _fill(cells: np.ndarray, changes: np.ndarray) -> None:
-    """Fills one mask (h, w) whose runs end at the cells `changes`, counted column by column."""
-    height = cells.shape[0]
-    inner = changes[: len(changes) // 2 * 2]  # the start and the end of each foreground run
-    if not len(inner):
-        return
-    left, right = int(inner[0]) // height, -(-int(inner[-1]) // height)
-    if left >= right:
-        return
-    edges = np.concatenate([[left * height], inner, [right * height]])
-    filled = np.repeat(np.arange(len(inner) + 1) % 2 == 1, edges[1:] - edges[:-1])
-    cells[:, left:right] = filled.reshape(right - left, height).T
