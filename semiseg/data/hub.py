@@ -14,17 +14,16 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple, NoReturn
 
 import datasets
 import pyarrow
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features, LargeList, List, Value
 from PIL import Image
 from pyarrow import compute
 from tqdm import tqdm
 
 from semiseg.config_files import digest
-from semiseg.data.hub_schema import Schema, read_schema
 from semiseg.data.images import open_image
 from semiseg.errors import UserError
 from semiseg.resources import settle, whole_folder
@@ -49,16 +48,36 @@ SUFFIXES = {
 }
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
 
+REQUIRED = ("image", "objects.bbox", "objects.category")
+_NUMBERS = ("int", "float")
+# column -> (kinds of `_kind`, these in words); columns of other names are ignored
+_COLUMNS: Mapping[str, tuple[Sequence[str], str]] = {
+    "image": (("Image",), "Image"),
+    "image_id": (("int",), "an integer"),
+    "width": (("int",), "an integer"),
+    "height": (("int",), "an integer"),
+    "objects.bbox": (("list of int", "list of float"), "a list of four numbers, x, y, width, height"),
+    "objects.category": (("ClassLabel", "string"), "ClassLabel or string"),
+    # Free JSON can mix both forms; the values are checked when the table is made.
+    "objects.segmentation": (
+        ("list of list of int", "list of list of float", "RLE", "Json"),
+        "a list of polygons (each a list of numbers) or an RLE (a struct of size and counts)",
+    ),
+    "objects.iscrowd": (("int", "bool", "ClassLabel"), "0, 1, or a truth value"),
+    "objects.area": (_NUMBERS, "a number"),
+    "objects.id": (("int",), "an integer"),
+}
+
 
 class _NotReachable(UserError):
     """The data set could not be loaded from the Hub."""
 
 
 class _Split(NamedTuple):
-    """Rows of a split; `place` names it in messages."""
+    """Rows of a split; `place` names it in messages, `class_names` are those of a `ClassLabel`, None without one."""
 
     rows: Dataset
-    schema: Schema
+    class_names: list[str] | None
     place: str
 
 
@@ -116,7 +135,7 @@ def ensure_hub(name: str, *, train_split: str, val_split: str) -> Path:
     splits = {}
     for kind, (key, spec) in wanted.items():
         rows, place = _part(loaded, spec, key, name), f"hf:{name}, split {spec!r}"
-        splits[kind] = _Split(rows, read_schema(rows.features, place), place)
+        splits[kind] = _Split(rows, _check_columns(rows.features, place), place)
     folder = conversions / digest([CONVERTER_VERSION, *(split.rows._fingerprint for split in splits.values())], 16)
     settle(conversions)
     if not folder.is_dir():
@@ -175,24 +194,66 @@ def _part(loaded: Mapping[str, Dataset], spec: str, key: str, name: str) -> Data
     return rows
 
 
+def _check_columns(features: Features, place: str) -> list[str] | None:
+    """The names of the `ClassLabel` of the objects, if that is their type.
+
+    Raises:
+        UserError: a column is missing or of another type; the message names it, its type and what is expected.
+    """
+    columns = dict(features)
+    if "objects" not in columns:
+        raise UserError(f"{place}: no column 'objects'; there are: {', '.join(sorted(columns))}")
+    objects = columns.pop("objects")
+    if isinstance(objects, List | LargeList) and isinstance(objects.feature, dict):
+        fields = objects.feature
+    elif isinstance(objects, dict) and all(isinstance(field, List | LargeList) for field in objects.values()):
+        fields = {name: field.feature for name, field in objects.items()}
+    else:
+        _wrong_type("objects", objects, "a struct of lists or a list of structs", place)
+    columns |= {f"objects.{name}": field for name, field in fields.items()}
+    for name, (kinds, expected) in _COLUMNS.items():
+        if name in columns and _kind(columns[name]) not in kinds:
+            _wrong_type(name, columns[name], expected, place)
+        if name in REQUIRED and name not in columns:
+            raise UserError(f"{place}: no column {name!r}; there are: {', '.join(sorted(columns))}")
+    category = columns["objects.category"]
+    return list(category.names) if isinstance(category, ClassLabel) else None
+
+
+def _kind(feature: Any) -> str:
+    """The type of a column, without its bits."""
+    if isinstance(feature, List | LargeList):
+        return f"list of {_kind(feature.feature)}"
+    if isinstance(feature, Value):
+        return str(feature.dtype).rstrip("0123456789").removeprefix("large_").removeprefix("u")
+    if isinstance(feature, dict):
+        return "RLE" if {"size", "counts"} <= set(feature) else "struct"
+    return type(feature).__name__
+
+
+def _wrong_type(name: str, feature: Any, expected: str, place: str) -> NoReturn:
+    text = str(feature)
+    shown = text if len(text) <= 120 else f"{text[:117]}..."
+    raise UserError(f"{place}: the column {name!r} is {shown}, expected {expected}")
+
+
 def _convert(splits: Mapping[str, _Split], folder: Path) -> None:
     """Writes image files and json of each split; all splits have the same categories, with ids 1, 2, ..."""
     names = _class_names(list(splits.values()))
     for kind, split in splits.items():
         (folder / kind).mkdir()
-        # Written piece by piece: the outlines of a large data set need gigabytes in memory.
-        with (folder / f"{kind}.json").open("w", encoding="utf-8") as file:
-            _convert_split(split, names, folder / kind, file)
+        content = _convert_split(split, names, folder / kind)
+        (folder / f"{kind}.json").write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 
 def _class_names(splits: Sequence[_Split]) -> list[str]:
     """Of `ClassLabel`, in its order; else the strings of all splits, sorted."""
     first = splits[0]
     for split in splits:
-        if split.schema.class_names != first.schema.class_names:
+        if split.class_names != first.class_names:
             raise UserError(f"{split.place}: its categories are not those of {first.place}")
-    if first.schema.class_names is not None:
-        return list(first.schema.class_names)
+    if first.class_names is not None:
+        return first.class_names
     names: set[str] = set()
     for split in splits:
         for batch in split.rows.select_columns("objects").with_format("arrow").iter(ROWS_AT_ONCE):
@@ -210,26 +271,23 @@ def _categories(objects: pyarrow.ChunkedArray) -> list[str | None]:
     return categories
 
 
-def _convert_split(split: _Split, names: Sequence[str], images_folder: Path, file: TextIO) -> None:
-    number_of = {name: number for number, name in enumerate(names, start=1)}
+def _convert_split(split: _Split, names: Sequence[str], folder: Path) -> dict[str, Any]:
+    """Writes the images of a split into a folder; the content of its json."""
     images: dict[int, dict[str, Any]] = {}
-    count = 0
+    annotations: list[dict[str, Any]] = []
     rows = split.rows.cast_column("image", datasets.Image(decode=False))
-    file.write('{"annotations": [')
     for index, row in enumerate(tqdm(rows, desc=split.place, unit=" images", delay=1, disable=None)):
         place = f"{split.place}, row {index}"
-        image = _store_image(row, index + 1, images_folder, place)
+        image = _store_image(row, index + 1, folder, place)
         if image["id"] in images:
             raise UserError(f"{place}: image_id {image['id']} is used twice")
         images[image["id"]] = image
         for item in _objects(row["objects"], place):
-            category = _category_name(item["category"], names, place)
-            annotation = _annotation(item, count + 1, place)
-            annotation |= {"image_id": image["id"], "category_id": number_of[category]}
-            file.write((", " if count else "") + json.dumps(annotation))
-            count += 1
-    categories = [{"id": number, "name": name} for name, number in number_of.items()]
-    file.write(f'], "categories": {json.dumps(categories)}, "images": {json.dumps(list(images.values()))}}}\n')
+            annotation = _annotation(item, len(annotations) + 1, place)
+            category_id = _category_id(item["category"], names, place)
+            annotations.append({**annotation, "image_id": image["id"], "category_id": category_id})
+    categories = [{"id": number, "name": name} for number, name in enumerate(names, start=1)]
+    return {"annotations": annotations, "categories": categories, "images": list(images.values())}
 
 
 def _objects(objects: Any, place: str) -> list[dict[str, Any]]:
@@ -245,13 +303,12 @@ def _objects(objects: Any, place: str) -> list[dict[str, Any]]:
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
-def _category_name(category: Any, names: Sequence[str], place: str) -> str:
+def _category_id(category: Any, names: Sequence[str], place: str) -> int:
     if isinstance(category, str):
-        return normalise(category)
+        return names.index(normalise(category)) + 1
     if category is None or not 0 <= category < len(names):
         raise UserError(f"{place}: 'objects.category' is {category}, allowed: 0 to {len(names) - 1}, or a name")
-    name: str = names[category]
-    return name
+    return int(category) + 1
 
 
 def _annotation(item: Mapping[str, Any], number: int, place: str) -> dict[str, Any]:
