@@ -1,4 +1,4 @@
-"""Rows `evaluation` and `evaluation_hotcoco`: box and mask AP of all classes and of two groups, from a file of ground
+"""Rows `evaluation` and `evaluation_hotcoco`: box and mask AP, from a file of ground
 truth and detections.
 
 Straightforward: one plain pycocotools evaluation of all classes for each of the two IoU types.
@@ -35,13 +35,10 @@ def prepare(backend: Backend, side: Side, sizes: Sizes, place: Place) -> Task:
     """Both rows."""
     names = [f"class {label:04d}" for label in range(sizes["classes"])]
     annotations, results = _inputs(sizes, names, place.folder)
-    seen, image_ids = sizes["classes"] // 4, range(1, sizes["images"] + 1)
-    groups = {"seen": names[:seen], "unseen": names[seen:]}
+    image_ids = range(1, sizes["images"] + 1)
 
     def ours() -> Metrics:
-        return evaluate_detections(
-            annotations, results, class_names=names, groups=groups, image_ids=image_ids, backend=backend
-        )
+        return evaluate_detections(annotations, results, class_names=names, image_ids=image_ids, backend=backend)
 
     if side == "ours":
         return Task(ours, _as_summary)

@@ -13,7 +13,13 @@ import pytest
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
-from semiseg.evaluation.bootstrap import bootstrap, leaves_out_zero, percentile_interval, resampled_images
+from semiseg.evaluation.bootstrap import (
+    class_bootstrap,
+    leaves_out_zero,
+    means_of_groups,
+    percentile_interval,
+    resampled_images,
+)
 from semiseg.evaluation.coco_metrics import load_ground_truth, prepare_masks
 from semiseg.evaluation.matching import IOU_THRESHOLDS, ClassMatches, Matches, average_precision, match
 from semiseg.evaluation.precision import coco_precision
@@ -192,7 +198,8 @@ def test_bootstrap_is_an_evaluation_of_every_resample(tmp_path: Path) -> None:
     loaded = load(tmp_path, truth)
     rows = [match(loaded, found, "segm") for found in (results, fewer)]
     groups = (("cat", "猫", "never"), ("猫",), ("never",), ())
-    numbers = bootstrap(rows, groups, resamples=8, seed=3)
+    of_rows = [means_of_groups(class_bootstrap(row, resamples=8, seed=3), row.classes, groups) for row in rows]
+    numbers = np.stack(of_rows, axis=1)
     assert numbers.shape == (8, 2, 4)
     assert np.isnan(numbers[:, :, 2:]).all()
     for weights, line in zip(resampled_images(IMAGES, resamples=8, seed=3), numbers, strict=True):
@@ -207,16 +214,13 @@ def test_bootstrap_is_an_evaluation_of_every_resample(tmp_path: Path) -> None:
 
 def test_bootstrap_is_paired_and_repeats_itself() -> None:
     matches = made_up(40, 10, 3, 60)
-    one = bootstrap([matches, matches], [matches.classes], resamples=50)
-    assert (one[:, 0] == one[:, 1]).all()
-    np.testing.assert_array_equal(one[:, :1], bootstrap([matches], [matches.classes], resamples=50))
+    one = class_bootstrap(matches, resamples=50)
+    np.testing.assert_array_equal(one, class_bootstrap(matches, resamples=50))
     assert np.ptp(one) > 1
-    assert (bootstrap([matches], [matches.classes], resamples=50, seed=1) != one[:, :1]).any()
-    assert bootstrap([], [matches.classes], resamples=5).shape == (5, 0, 1)
-    with pytest.raises(ValueError, match="cannot be paired"):
-        bootstrap([matches, made_up(40, 10, 3, 60, seed=1)], [matches.classes])
+    assert (class_bootstrap(matches, resamples=50, seed=1) != one).any()
+    assert means_of_groups(one[:0], matches.classes, [matches.classes]).shape == (0, 1)
     with pytest.raises(ValueError, match="'dog' was not matched"):
-        bootstrap([matches], [("dog",)], resamples=2)
+        means_of_groups(one, matches.classes, [("dog",)])
 
 
 def test_interval_is_about_as_wide_as_the_spread_over_images() -> None:
@@ -227,7 +231,7 @@ def test_interval_is_about_as_wide_as_the_spread_over_images() -> None:
     order = np.argsort(~right, kind="stable")  # all true positives first: AP is the recall, 0.5
     found = ClassMatches(np.arange(images)[order], matched[:, order], np.zeros_like(matched))
     matches = Matches(("a",), (found,), np.ones((1, images), np.int64))
-    interval = percentile_interval(bootstrap([matches], [("a",)])[:, 0, 0])
+    interval = percentile_interval(class_bootstrap(matches)[:, 0])
     assert interval is not None
     low, high = interval
     half = 196 * 0.5 / np.sqrt(images)  # of a binomial share, in percent
@@ -247,7 +251,7 @@ def measure_coco_size() -> None:
     """Prints what the bootstrap of one run of COCO's size takes (see `evaluation/bootstrap.py`)."""
     matches = made_up(5000, 100, 80, 36_000)
     start = time.process_time()
-    numbers = bootstrap([matches], [matches.classes])
+    numbers = means_of_groups(class_bootstrap(matches), matches.classes, [matches.classes])
     seconds = time.process_time() - start
     true = sum((found.matched & ~found.ignored)[0].sum() for found in matches.detections)
-    print(f"{seconds:.1f} s; {true} true positives at 0.5; AP {percentile_interval(numbers[:, 0, 0])}")
+    print(f"{seconds:.1f} s; {true} true positives at 0.5; AP {percentile_interval(numbers[:, 0])}")

@@ -360,12 +360,12 @@ def test_a_perfect_prediction_of_val_has_ap_1(voc: Path, tmp_path: Path, crowd: 
     results = perfect(content, crowd=crowd)
     assert len(results) == (5 if crowd else 2)
     image_ids = [image["id"] for image in content["images"]]
-    metrics = evaluate_detections(annotations, results, class_names=VOC_CLASSES, groups={}, image_ids=image_ids)
+    metrics = evaluate_detections(annotations, results, class_names=VOC_CLASSES, image_ids=image_ids)
     assert metrics.segm is not None
     for numbers in (metrics.segm.groups["all"], metrics.bbox.groups["all"]):
         assert [numbers[name] for name in ("AP", "AP50", "AP75")] == [100.0, 100.0, 100.0]
     # Crowd is no ground truth: the classes that have nothing else are not measured.
     assert {name for name, values in metrics.segm.classes.items() if values is not None} == {"person", "sheep"}
-    missed = evaluate_detections(annotations, results[:1], class_names=VOC_CLASSES, groups={}, image_ids=image_ids)
+    missed = evaluate_detections(annotations, results[:1], class_names=VOC_CLASSES, image_ids=image_ids)
     assert missed.segm is not None
     assert missed.segm.groups["all"]["AP"] == 50.0

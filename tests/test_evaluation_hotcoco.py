@@ -165,14 +165,12 @@ def test_metrics_of_both_are_equal(tmp_path: Path) -> None:
     path = write(tmp_path / "val.json", annotations, images=list(range(14)))
     before = json.dumps(results)
     fast, official = (
-        evaluate_detections(
-            path, results, class_names=LABELS, groups={"unseen": ("b", "never")}, image_ids=range(14), backend=backend
-        )
+        evaluate_detections(path, results, class_names=LABELS, image_ids=range(14), backend=backend)
         for backend in ("hotcoco", "pycocotools")
     )
     assert fast == official
     assert fast.segm is not None
-    assert fast.bbox.groups["unseen"]["AP"] is not None
+    assert fast.group("bbox", ("b", "never"))["AP"] is not None
     assert json.dumps(results) == before
 
 
@@ -201,9 +199,9 @@ def test_nothing_found_nothing_there_and_boxes_alone(tmp_path: Path) -> None:
         del annotation["segmentation"], annotation["iscrowd"]
         annotation.pop("area", None)
     boxes = write(tmp_path / "boxes.json", annotations, images=list(range(14)))
-    fast = evaluate_detections(boxes, results, class_names=LABELS, groups={}, image_ids=range(14), backend="hotcoco")
+    fast = evaluate_detections(boxes, results, class_names=LABELS, image_ids=range(14), backend="hotcoco")
     assert fast.segm is None
-    assert fast == evaluate_detections(boxes, results, class_names=LABELS, groups={}, image_ids=range(14))
+    assert fast == evaluate_detections(boxes, results, class_names=LABELS, image_ids=range(14))
 
 
 def test_a_difference_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,8 @@ from pycocotools.coco import COCO
 
 from examples.analysis.gap_parts import class_ap, gap_parts, main, with_masks_of, with_true_masks
 from semiseg.errors import UserError
-from semiseg.evaluation.box_matching import box_matches
 from semiseg.evaluation.coco_metrics import evaluate_detections, load_ground_truth, prepare_masks
+from semiseg.evaluation.instances import box_matches
 
 SIZE = 48
 CLASSES = ("cat", "dog", "nowhere")  # the last without objects
@@ -157,7 +157,7 @@ def test_what_lies_on_crowd_or_has_no_object_finds_nothing(truth: COCO) -> None:
 
 def test_ap_is_that_of_the_evaluation(truth: COCO, truth_file: Path) -> None:
     results = noisy(3)
-    metrics = evaluate_detections(truth_file, results, class_names=CLASSES, groups={}, image_ids=range(4))
+    metrics = evaluate_detections(truth_file, results, class_names=CLASSES, image_ids=range(4))
     assert metrics.segm is not None
     expected = {name: numbers and numbers["AP"] for name, numbers in metrics.segm.classes.items()}
     found = class_ap(truth, results)
@@ -189,7 +189,7 @@ def other_order(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def mean_ap(truth_file: Path, results: list[dict[str, Any]], names: list[str]) -> float:
-    metrics = evaluate_detections(truth_file, results, class_names=CLASSES, groups={}, image_ids=range(4))
+    metrics = evaluate_detections(truth_file, results, class_names=CLASSES, image_ids=range(4))
     value = metrics.group("segm", names)["AP"]
     assert value is not None
     return value

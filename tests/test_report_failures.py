@@ -100,7 +100,7 @@ def make_run(folder: Path, annotations: Path, row: str, seed: int, *, found: boo
     out = folder / f"{row}-{seed}"
     out.mkdir(parents=True)
     (out / "detections.json").write_text(json.dumps(results))
-    metrics = evaluate_detections(annotations, results, class_names=CLASSES, groups={}, image_ids=range(12))
+    metrics = evaluate_detections(annotations, results, class_names=CLASSES, image_ids=range(12))
     return recorded_run(row, seed, study="s", metrics=metrics.to_dict())
 
 

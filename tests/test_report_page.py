@@ -100,7 +100,7 @@ def make_run(folder: Path, annotations: Path, row: str, split: str | None, seed:
     losses = {"classification": 0.5, "pairwise": 0.1 if "pairwise" in row else 0.0}
     lines = [json.dumps({"step": step, "losses": losses}) for step in (1, 2, 3)]
     (out / "log.jsonl").write_text("\n".join([*lines, '{"step": 4, "lo']))
-    metrics = evaluate_detections(annotations, detections, class_names=CLASSES, groups={}, image_ids=range(5))
+    metrics = evaluate_detections(annotations, detections, class_names=CLASSES, image_ids=range(5))
     return recorded_run(
         row,
         seed,

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from semiseg.evaluation.bootstrap import RESAMPLES, bootstrap
+from semiseg.evaluation.bootstrap import RESAMPLES, class_bootstrap, means_of_groups
 from semiseg.evaluation.coco_metrics import Metrics, evaluate_detections, load_ground_truth
 from semiseg.evaluation.matching import Matches, match
 from semiseg.report import stored
@@ -88,7 +88,7 @@ def make_report(folder: Path, seeds: int) -> ReportInput:
     for row in SHIFT:
         for seed in range(seeds):
             found = detections(truth, row, seed)
-            metrics = evaluate_detections(path, found, class_names=CLASSES, groups={}, image_ids=range(IMAGES))
+            metrics = evaluate_detections(path, found, class_names=CLASSES, image_ids=range(IMAGES))
             run = recorded_run(row, seed, metrics=metrics.to_dict())
             results[TABLE.name, row, seed] = run
             folders[run.run_id] = folder / run.run_id
@@ -122,7 +122,7 @@ def resampled(report: ReportInput, row: str, seed: int) -> np.ndarray:
     found = json.loads((report.run_folders[run.run_id] / "detections.json").read_text())
     assert report.val_annotations is not None
     matches = match(load_ground_truth(report.val_annotations), found, "segm")
-    return bootstrap([matches], list(GROUPS.values()))[:, 0]
+    return means_of_groups(class_bootstrap(matches), matches.classes, list(GROUPS.values()))
 
 
 def percentiles(samples: np.ndarray) -> object:
@@ -294,7 +294,7 @@ def test_other_annotations_are_not_measured_and_objects_without_masks_have_boxes
     del truth["annotations"][0]["segmentation"]
     path.write_text(json.dumps(truth))
     found = json.loads((one_seed.run_folders[run.run_id] / "detections.json").read_text())
-    metrics = evaluate_detections(path, found, class_names=CLASSES, groups={}, image_ids=range(IMAGES))
+    metrics = evaluate_detections(path, found, class_names=CLASSES, image_ids=range(IMAGES))
     assert isinstance(metrics, Metrics)
     page = context(replace(one_seed, val_annotations=path), tmp_path)
     boxes = replace(run, metrics=metrics.to_dict())

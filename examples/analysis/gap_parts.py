@@ -22,8 +22,8 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
 from examples.analysis import read_detections, read_truth
-from semiseg.evaluation.box_matching import FOUND_IOU, box_matches
 from semiseg.evaluation.coco_metrics import names_of_classes
+from semiseg.evaluation.instances import FOUND_IOU, box_matches
 from semiseg.evaluation.matching import average_precision, match
 
 Results = Sequence[Mapping[str, Any]]

@@ -112,7 +112,6 @@ def score_table(
         table.annotations_file,
         results,
         class_names=table.class_names,
-        groups={},
         image_ids=image_ids,
         backend=backend,
         fingerprint=table.fingerprint,

@@ -62,32 +62,6 @@ def means_of_groups(by_class: Numbers, classes: Sequence[str], groups: Sequence[
     return means
 
 
-def bootstrap(
-    matches_of_rows: Sequence[Matches],
-    groups: Sequence[Collection[str]],
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> Numbers:
-    """AP of rows on groups of classes in resamples of the images that all rows share.
-
-    Args:
-        matches_of_rows: of the same ground truth and IoU type.
-        groups: class names.
-
-    Returns:
-        (resamples, rows, groups) in percent; NaN where a group has no object.
-    """
-    for matches in matches_of_rows[1:]:
-        first = matches_of_rows[0]
-        if matches.classes != first.classes or not np.array_equal(matches.positives, first.positives):
-            raise ValueError("rows that were matched with different objects cannot be paired")
-    by_row = [
-        means_of_groups(class_bootstrap(matches, resamples=resamples, seed=seed), matches.classes, groups)
-        for matches in matches_of_rows
-    ]
-    return np.stack(by_row, axis=1) if by_row else np.empty((resamples, 0, len(groups)))
-
-
 def percentile_interval(samples: Numbers) -> Interval | None:
     """The 95 % percentile interval of one number over resamples; None if no resample has it."""
     known = samples[np.isfinite(samples)]

@@ -1,8 +1,8 @@
-"""The official COCO evaluation of boxes and masks, on all classes and on groups of them.
+"""The official COCO evaluation of boxes and masks, on all classes and on each of them.
 
-Each IoU type is evaluated once; class groups are slices of `COCOeval.eval["precision"]`, which is identical to an
-evaluation of its own with `params.catIds`, because classes never influence each other there. All numbers are in
-**percent**; None = not measured. COCO's ids and xywh boxes exist only here and in `data/coco.py`.
+Each IoU type is evaluated once; a group's numbers are the means of its classes', as in an evaluation of its own with
+`params.catIds`, because classes never influence each other there. All numbers are in **percent**; None = not measured.
+COCO's ids and xywh boxes exist only here and in `data/coco.py`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class TypeMetrics:
     """The numbers of one IoU type (boxes or masks), in percent.
 
     Attributes:
-        groups: group -> metric (`METRIC_NAMES`) -> percent; None where no class of the group has ground truth.
+        groups: "all" -> metric (`METRIC_NAMES`) -> percent; None without ground truth. Old records have others.
         classes: class -> the same, or None for a class without ground truth (crowd does not count).
     """
 
@@ -100,7 +100,6 @@ def evaluate_detections(
     results: Sequence[Mapping[str, Any]],
     *,
     class_names: Sequence[str],
-    groups: Mapping[str, Collection[str]],
     image_ids: Collection[int],
     backend: Backend = "pycocotools",
     fingerprint: str | None = None,
@@ -112,7 +111,6 @@ def evaluate_detections(
         results: COCO results, one dict per detection: image_id, category_id, bbox (x, y, w, h in pixels of the
             original image), score in [0, 1], segmentation (RLE of the original image's size). Left unchanged.
         class_names: names of the labels 0..C-1, that is of the categories in the order of their ids.
-        groups: group -> class names; the group "all" is added. May be empty groups (their numbers are None).
         image_ids: the images that were looked at, each once; must be exactly the file's.
         backend: "hotcoco" is faster and gives the same numbers (`precision.py`).
         fingerprint: of the file when it was read before (`Table.fingerprint`); None takes it as it is.
@@ -125,18 +123,20 @@ def evaluate_detections(
             backend is not installed.
     """
     truth = load_ground_truth(annotations_file, fingerprint=fingerprint)
-    _check_classes(truth, class_names, groups, where=annotations_file)
+    if (names := names_of_classes(truth)) != list(class_names):
+        told = f"its classes ({', '.join(names)}) are not the evaluated ones ({', '.join(class_names)})"
+        raise UserError(f"{annotations_file}: {told}")
     _check_images(truth, image_ids, where=annotations_file)
     check_results(truth, results)
-    members = {ALL_CLASSES: tuple(class_names), **groups}
     if not truth.dataset["annotations"]:  # a test set; pycocotools would take minutes to find nothing
-        return _unmeasured(class_names, members, images=len(truth.imgs))
+        nothing = TypeMetrics({ALL_CLASSES: _UNMEASURED}, dict.fromkeys(class_names))
+        return Metrics(bbox=nothing, segm=nothing, instances=dict.fromkeys(class_names, 0), images=len(truth.imgs))
     has_masks = prepare_masks(truth)
     category_names = dict(zip(sorted(truth.cats), class_names, strict=True))
     counts = Counter(a["category_id"] for a in truth.dataset["annotations"] if not a["iscrowd"])
 
     def measured(iou_type: str) -> TypeMetrics:
-        return _type_metrics(coco_precision(truth, results, iou_type, backend=backend), class_names, members)
+        return _type_metrics(coco_precision(truth, results, iou_type, backend=backend), class_names)
 
     return Metrics(
         bbox=measured("bbox"),
@@ -144,12 +144,6 @@ def evaluate_detections(
         instances={name: counts[category] for category, name in category_names.items()},
         images=len(truth.imgs),
     )
-
-
-def _unmeasured(class_names: Sequence[str], groups: Collection[str], *, images: int) -> Metrics:
-    """The metrics without any ground truth."""
-    nothing = TypeMetrics(dict.fromkeys(groups, _UNMEASURED), dict.fromkeys(class_names))
-    return Metrics(bbox=nothing, segm=nothing, instances=dict.fromkeys(class_names, 0), images=images)
 
 
 def group_means(per_class: Mapping[str, Numbers | None], classes: Collection[str]) -> Numbers:
@@ -236,18 +230,10 @@ def prepare_masks(truth: COCO) -> bool:
     return True
 
 
-def _type_metrics(
-    precision: np.ndarray, class_names: Sequence[str], groups: Mapping[str, Collection[str]]
-) -> TypeMetrics:
-    index = {name: number for number, name in enumerate(class_names)}
-    classes = {name: _read_numbers(precision[:, :, [index[name]]]) for name in class_names}
-    return TypeMetrics(
-        groups={
-            group: _read_numbers(precision[:, :, sorted(index[name] for name in members)])
-            for group, members in groups.items()
-        },
-        classes={name: None if numbers["AP"] is None else numbers for name, numbers in classes.items()},
-    )
+def _type_metrics(precision: np.ndarray, class_names: Sequence[str]) -> TypeMetrics:
+    of_class = [_read_numbers(precision[:, :, [number]]) for number in range(len(class_names))]
+    measured = (None if numbers["AP"] is None else numbers for numbers in of_class)
+    return TypeMetrics({ALL_CLASSES: _read_numbers(precision)}, dict(zip(class_names, measured, strict=True)))
 
 
 def _read_numbers(precision: np.ndarray) -> Numbers:
@@ -262,20 +248,6 @@ def _read_numbers(precision: np.ndarray) -> Numbers:
         # Rounding hides the machine epsilon that pycocotools adds to its denominator: perfect is exactly 100.
         numbers[metric] = round(100 * float(np.mean(values)), 10) if values.size else None
     return numbers
-
-
-def _check_classes(
-    truth: COCO, class_names: Sequence[str], groups: Mapping[str, Collection[str]], *, where: Path
-) -> None:
-    found = names_of_classes(truth)
-    if found != list(class_names):
-        raise UserError(
-            f"{where}: its classes ({', '.join(found)}) are not the evaluated ones ({', '.join(class_names)})"
-        )
-    for group, members in groups.items():
-        unknown = sorted(set(members) - set(class_names))
-        if unknown:
-            raise UserError(f"{where}: class {unknown[0]!r} of group {group!r} is not one of {', '.join(class_names)}")
 
 
 def _check_images(truth: COCO, image_ids: Collection[int], *, where: Path) -> None:
