@@ -27,7 +27,7 @@ from semiseg.engine.run import check_folder, claimed
 from semiseg.engine.session import start_accelerator
 from semiseg.errors import UserError
 from semiseg.models.segmenter import Segmenter
-from semiseg.resources import settle, temporary_folder, whole_folder, write_bytes
+from semiseg.resources import settle, temporary_folder, whole_file, whole_folder, write_bytes
 from tests.coco_files import make_coco
 from tests.model_folders import make_model
 from tests.test_cli import call
@@ -280,7 +280,8 @@ def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(tmp_path: Path) -
     before = content(tmp_path)
 
     def predict() -> None:
-        with ResultFiles(tmp_path / "out", info) as written:
+        with whole_file(tmp_path / "out" / "results.json") as file:
+            written = ResultFiles(file, tmp_path / "out", info)
             written.add(1, Path("a.png"), (9, 9), [{"text": "x" * 9000}])
             written.finish()
 

@@ -13,10 +13,8 @@ import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 import torch
@@ -30,7 +28,7 @@ from semiseg.engine.checkpoint import ModelInfo, write_json
 from semiseg.engine.predict import LoadedModel, coco_results, find_instances
 from semiseg.errors import UserError
 from semiseg.overlays import Drawn, can_write, draw_detections, prepare_drawing
-from semiseg.resources import put_in_place, temporary_folder, told_writing, write_bytes
+from semiseg.resources import whole_file, write_bytes
 
 RESULTS_NAME, IMAGES_NAME, OVERLAYS_NAME = "results.json", "images.json", "overlays"
 JPEG_QUALITY = 92
@@ -104,26 +102,29 @@ def predict_files(
     overlays = [out / OVERLAYS_NAME / name for name in overlay_names(files)]
     if options.drawn_score is not None:
         _keep_inputs(files, overlays)
-    job = _Job(model, options, overlays, ResultFiles(out, model.info))
     bar = tqdm(total=len(files), desc="predicting", unit="image", disable=not progress, file=sys.stderr)
-    with bar, job.written, ThreadPoolExecutor(options.workers) as pool:
+    stopped = False
+    with bar, whole_file(out / RESULTS_NAME) as file, ThreadPoolExecutor(options.workers) as pool:
+        job = _Job(model, options, overlays, ResultFiles(file, out, model.info))
         try:
-            for batch in _read_ahead(files, options, pool):
-                readable = [item for item in batch if item.message is None]
-                for item in batch:
-                    if item.message is not None:
-                        job.outcome.unreadable.append(item.path)
-                        with tqdm.external_write_mode(file=sys.stderr):
-                            report(item.message)
-                job.predict(readable, pool)
-                bar.update(len(batch))
+            try:
+                for batch in _read_ahead(files, options, pool):
+                    for item in batch:
+                        if item.message is not None:
+                            job.outcome.unreadable.append(item.path)
+                            with tqdm.external_write_mode(file=sys.stderr):
+                                report(item.message)
+                    job.predict([item for item in batch if item.message is None], pool)
+                    bar.update(len(batch))
+                job.wait_for_drawings()
+            except KeyboardInterrupt:
+                stopped = True
             job.finish()
-        except KeyboardInterrupt:
-            job.finish()
-            done = f"stopped after {job.outcome.images} of {len(files)} images, whose results are in {out}"
-            raise KeyboardInterrupt(done) from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+    if stopped:
+        done = f"stopped after {job.outcome.images} of {len(files)} images, whose results are in {out}"
+        raise KeyboardInterrupt(done)
     return job.outcome
 
 
@@ -152,7 +153,7 @@ class _Job:
             ):
                 image_id, category_ids = batch[found.number].image_id, self.model.info.category_ids
                 results[found.number] = coco_results(found, image_id=image_id, category_ids=category_ids)
-        self._wait_for_drawings()
+        self.wait_for_drawings()
         for number, item in enumerate(batch):
             self.written.add(item.image_id, item.path, item.original_hw, results[number])
             self.outcome.images += 1
@@ -163,11 +164,12 @@ class _Job:
                 self._drawings.append(pool.submit(self._draw, item, drawn))
 
     def finish(self) -> None:
-        """Waits for the drawings and gives the two files their names."""
-        self._wait_for_drawings()
+        """Waits for the drawings and ends the two files."""
+        self.wait_for_drawings()
         self.written.finish()
 
-    def _wait_for_drawings(self) -> None:
+    def wait_for_drawings(self) -> None:
+        """Until all that are on their way lie in their files."""
         while self._drawings:
             self._drawings[0].result()
             self._drawings.pop(0)
@@ -192,56 +194,35 @@ def written_names(info: ModelInfo) -> list[str]:
 
 
 class ResultFiles:
-    """`results.json` (COCO results) and `images.json` (COCO images and categories), renamed into place at the end.
+    """`results.json` (COCO results) and `images.json` (COCO images and categories).
 
-    Results go to disk as they come, one a line. Without `finish` nothing is left of either.
+    Results go to disk as they come, one a line; the caller gives the file its name after `finish`.
     """
 
-    def __init__(self, out: Path, info: ModelInfo) -> None:
+    def __init__(self, file: IO[bytes], out: Path, info: ModelInfo) -> None:
         self.out = out
         self.categories = [
             {"id": number, "name": name} for number, name in zip(info.category_ids, info.class_names, strict=True)
         ]
         self.images: list[dict[str, Any]] = []
-        self._open = ExitStack()
-        self._file: IO[str] | None = None
-        self._begun = False
-
-    def __enter__(self) -> ResultFiles:
-        with ExitStack() as stack:
-            stack.enter_context(told_writing(self.out / RESULTS_NAME))
-            self._temporary = stack.enter_context(temporary_folder(self.out)) / RESULTS_NAME
-            self._file = stack.enter_context(self._temporary.open("w", encoding="utf-8"))
-            self._file.write("[")
-            self._open = stack.pop_all()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._open.__exit__(kind, error, trace)
+        self._file = file
+        self._before = "[\n"  # of the next result
 
     def add(self, image_id: int, path: Path, original_hw: tuple[int, int], results: Sequence[dict[str, Any]]) -> None:
         """One image and its detections."""
-        assert self._file is not None
         height, width = original_hw
         # Names that are not UTF-8 stay readable in the JSON, if not openable.
         name = os.fsencode(path.as_posix()).decode("utf-8", errors="backslashreplace")
         self.images.append({"id": image_id, "file_name": name, "width": width, "height": height})
-        lines = ",\n".join(json.dumps(result) for result in results)
-        if lines:
-            self._file.write((",\n" if self._begun else "\n") + lines)
-            self._begun = True
+        for result in results:
+            self._file.write((self._before + json.dumps(result)).encode())
+            self._before = ",\n"
 
     def finish(self) -> None:
-        """Both files get their names, the one that describes the other first."""
-        assert self._file is not None
-        if not self._file.closed:  # else an interruption came during the first call
-            self._file.write("\n]\n")
-            self._file.close()
+        """Ends the results and writes `images.json`, which describes them."""
+        self._file.write(b"\n]\n" if self._before == ",\n" else b"[]\n")
+        self._file.flush()
         write_json(self.out / IMAGES_NAME, {"images": self.images, "annotations": [], "categories": self.categories})
-        if self._temporary.exists():
-            put_in_place(self._temporary, self.out / RESULTS_NAME)
 
 
 def overlay_names(files: Sequence[Path]) -> list[str]:
