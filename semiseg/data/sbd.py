@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from semiseg.data.voc_objects import VOC_CLASSES, VOID, ImageRecord, ObjectRecord, image_size, make_object
+from semiseg.data.voc_objects import VOC_CLASSES, VOID, ImageRecord, image_size, make_object, read_names
 from semiseg.errors import UserError
 
 ARCHIVE = "benchmark.tgz"
@@ -36,14 +36,7 @@ def find_sbd(root: Path) -> Path:
 
 def sbd_list(sbd: Path) -> list[str]:
     """Names of the images of SBD's own train and val lists."""
-    names = []
-    for path in (sbd / "train.txt", sbd / "val.txt"):
-        try:
-            names += [name.decode("utf-8") for name in path.read_bytes().split()]
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"{path}: the list of images cannot be read: {reason}; it is part of {ARCHIVE}") from None
-    return names
+    return [name for part in ("train", "val") for name in read_names(sbd / f"{part}.txt", ARCHIVE)]
 
 
 def sbd_record(sbd: Path, name: str, *, image: Path) -> ImageRecord:
@@ -69,17 +62,12 @@ def sbd_record(sbd: Path, name: str, *, image: Path) -> ImageRecord:
     wrong = [value for value in categories if not 1 <= value <= len(VOC_CLASSES)]
     if wrong:
         raise UserError(f"{path}: 'Categories' holds {wrong[0]}, allowed: 1 to {len(VOC_CLASSES)}")
-    objects = [_object(number, category, indices == number) for number, category in enumerate(categories, start=1)]
-    return ImageRecord(name, size_hw, [item for item in objects if item is not None])
-
-
-def _object(number: int, category: int, mask: np.ndarray) -> ObjectRecord | None:
-    if not mask.any():
-        return None
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    left, top = int(columns[0]), int(rows[0])
-    box_xywh = (left, top, int(columns[-1]) - left + 1, int(rows[-1]) - top + 1)
-    return make_object(number, category, box_xywh, mask=mask)
+    objects = [
+        make_object(number, category, None, mask=mask)
+        for number, category in enumerate(categories, start=1)
+        if (mask := indices == number).any()
+    ]
+    return ImageRecord(name, size_hw, objects)
 
 
 def _read_mat(path: Path) -> tuple[np.ndarray, list[int]]:

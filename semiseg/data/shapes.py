@@ -157,12 +157,10 @@ def _on_every_core(draw: Callable[[int], Drawn], images: int) -> Generator[Drawn
 def _annotation(item: SceneObject) -> dict[str, Any]:
     """A COCO annotation without its ids; beyond COCO, `visible` is the visible share of the whole object."""
     rle = coco_mask.encode(np.asfortranarray(item.visible, dtype=np.uint8))
-    rows, columns = np.flatnonzero(item.visible.any(axis=1)), np.flatnonzero(item.visible.any(axis=0))
-    left, top = int(columns[0]), int(rows[0])
     return {
         "category_id": item.label + 1,
-        "bbox": [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top],
-        "area": int(np.count_nonzero(item.visible)),
+        "bbox": [int(value) for value in coco_mask.toBbox(rle)],
+        "area": int(coco_mask.area(rle)),
         "iscrowd": 0,
         "segmentation": {"size": list(item.visible.shape), "counts": rle["counts"].decode("ascii")},
         "visible": round(item.visible_share, 4),

@@ -59,8 +59,7 @@ def ensure_files(config: DataConfig, sets: Sequence[SetName] = BOTH) -> dict[str
             ensure_shapes(root, **_shapes_parameters(config, name))
         files = expected_files(config)
     elif config.format == "voc":
-        image_sets = _voc_sets(config)
-        files = {name: AnnotatedImages(*ensure_voc(root, image_sets[name])) for name in sets}
+        files = {name: AnnotatedImages(*ensure_voc(root, getattr(config.voc, f"{name}_set"))) for name in sets}
     else:
         _require_coco(config, sets)
         files = expected_files(config)
@@ -76,15 +75,13 @@ def expected_files(config: DataConfig) -> dict[str, AnnotatedImages]:
     if _is_on_hub(config):
         from semiseg.data.hub import converted_folder
 
-        hub = config.hub
-        return _hub_files(
-            converted_folder(_hub_name(config.root), train_split=hub.train_split, val_split=hub.val_split)
-        )
+        name, splits = config.root.removeprefix(HUB_PREFIX), config.hub
+        return _hub_files(converted_folder(name, train_split=splits.train_split, val_split=splits.val_split))
     if config.format == "shapes":
         folders = {name: shapes_folder(root, **_shapes_parameters(config, name)) for name in BOTH}
         return {name: AnnotatedImages(path / "annotations.json", path / "images") for name, path in folders.items()}
     if config.format == "voc":
-        return {name: AnnotatedImages(*voc_files(root, image_set)) for name, image_set in _voc_sets(config).items()}
+        return {name: AnnotatedImages(*voc_files(root, getattr(config.voc, f"{name}_set"))) for name in BOTH}
     return {
         "train": AnnotatedImages(root / config.train_annotations, root / config.train_images),
         "val": AnnotatedImages(root / config.val_annotations, root / config.val_images),
@@ -96,7 +93,7 @@ def cache_folder(config: DataConfig) -> Path:
     if _is_on_hub(config):
         from semiseg.data.hub import hub_folder
 
-        return hub_folder(_hub_name(config.root)) / "arrow"
+        return hub_folder(config.root.removeprefix(HUB_PREFIX)) / "arrow"
     return Path(config.root) / "arrow"
 
 
@@ -108,15 +105,11 @@ def _is_on_hub(config: DataConfig) -> bool:
     return True
 
 
-def _hub_name(root: str) -> str:
-    return root.removeprefix(HUB_PREFIX)
-
-
 @lru_cache(maxsize=4)  # a study asks for every one of its runs; a process looks at a data set once
 def _ensure_hub(root: str, train_split: str, val_split: str) -> Path:
     from semiseg.data.hub import ensure_hub
 
-    return ensure_hub(_hub_name(root), train_split=train_split, val_split=val_split)
+    return ensure_hub(root.removeprefix(HUB_PREFIX), train_split=train_split, val_split=val_split)
 
 
 def _hub_files(folder: Path) -> dict[str, AnnotatedImages]:
@@ -124,16 +117,8 @@ def _hub_files(folder: Path) -> dict[str, AnnotatedImages]:
 
 
 def _shapes_parameters(config: DataConfig, name: SetName) -> dict[str, int]:
-    shapes = config.shapes
-    images, seed = {
-        "train": (shapes.train_images, shapes.train_seed),
-        "val": (shapes.val_images, shapes.val_seed),
-    }[name]
-    return {"images": images, "image_size": shapes.image_size, "seed": seed}
-
-
-def _voc_sets(config: DataConfig) -> dict[str, str]:
-    return {"train": config.voc.train_set, "val": config.voc.val_set}
+    images, seed = (getattr(config.shapes, f"{name}_{key}") for key in ("images", "seed"))
+    return {"images": images, "image_size": config.shapes.image_size, "seed": seed}
 
 
 def _require_coco(config: DataConfig, sets: Sequence[SetName]) -> None:

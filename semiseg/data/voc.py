@@ -12,38 +12,24 @@ import json
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from tqdm import tqdm
 
 from semiseg.data.sbd import find_sbd, sbd_list, sbd_record
-from semiseg.data.voc_objects import VOC_CLASSES, ImageRecord, voc_record
+from semiseg.data.voc_objects import ARCHIVE, VOC_CLASSES, ImageRecord, read_names, voc_record
 from semiseg.errors import UserError
 from semiseg.resources import require_folder, settle, write_text
 
 logger = logging.getLogger(__name__)
 
 CONVERTER_VERSION = 1  # raise it when the json changes: older files are then left alone and made anew
-ARCHIVE = "VOCtrainval_11-May-2012.tar"
 SITE = "http://host.robots.ox.ac.uk/pascal/VOC/voc2012"
 EVALUATION_SET = "val"
 DERIVED_SETS = ("train_aug", "main_train", "main_trainval")
 LARGEST_MISFIT = 0.01  # share of the masks of a set that may contradict their object before it is an error
 IDS_PER_IMAGE = 1000
-
-
-@dataclass(frozen=True)
-class _Listed:
-    """An image of a set and where its objects come from.
-
-    Attributes:
-        source: `masks` (SegmentationObject must have it), `boxes` (masks if SegmentationObject has it), `sbd`.
-    """
-
-    name: str
-    source: str
 
 
 def voc_files(root: Path, image_set: str) -> tuple[Path, Path]:
@@ -75,10 +61,18 @@ def ensure_voc(root: Path, image_set: str) -> tuple[Path, Path]:
     if annotations.is_file():
         return annotations, images
     voc, sbd = _require_parts(root, image_set)
-    listed = _image_set(voc, sbd, image_set)
+    sources = _image_set(voc, sbd, image_set)
     require_folder(annotations.parent)
-    bar = tqdm(listed, desc=f"VOC 2012 {image_set}", unit=" images", delay=1, disable=None)
-    records = [_record(item, voc, sbd, evaluated=image_set == EVALUATION_SET) for item in bar]
+    # Mask AP needs a mask of every instance: in the evaluation's set an object of which no mask is known is ignored by
+    # its box; elsewhere it is an instance with a box.
+    without_mask: Literal["box", "ignored"] = "ignored" if image_set == EVALUATION_SET else "box"
+    records = []
+    for name in tqdm(sorted(sources), desc=f"VOC 2012 {image_set}", unit=" images", delay=1, disable=None):
+        if sources[name] == "sbd" and sbd is not None:
+            records.append(sbd_record(sbd, name, image=images / f"{name}.jpg"))
+        else:
+            masks_required = sources[name] == "masks"
+            records.append(voc_record(voc, name, masks_required=masks_required, without_mask=without_mask))
     _check_misfits(records, image_set)
     write_text(annotations, json.dumps(_coco(records, image_set), separators=(",", ":")) + "\n")
     return annotations, images
@@ -119,49 +113,29 @@ def _require_voc(root: Path) -> Path:
     return voc
 
 
-def _image_set(voc: Path, sbd: Path | None, image_set: str) -> list[_Listed]:
-    """The images of a set, sorted by name, each once."""
+def _image_set(voc: Path, sbd: Path | None, image_set: str) -> dict[str, str]:
+    """The images of a set -> `masks` (SegmentationObject must have it), `boxes` (it may have it) or `sbd`."""
     lists = voc / "ImageSets" / "Segmentation"
     there = sorted(path.stem for path in lists.glob("*.txt"))
     if image_set in DERIVED_SETS:
         if sbd is not None:
-            source = dict.fromkeys(sbd_list(sbd), "sbd") | dict.fromkeys(_names(lists / "train.txt"), "masks")
+            source = dict.fromkeys(sbd_list(sbd), "sbd") | dict.fromkeys(
+                read_names(lists / "train.txt", ARCHIVE), "masks"
+            )
         else:
             main = voc / "ImageSets" / "Main" / f"{image_set.removeprefix('main_')}.txt"
-            source = dict.fromkeys(_names(main), "boxes")
-        for name in _names(lists / f"{EVALUATION_SET}.txt"):
+            source = dict.fromkeys(read_names(main, ARCHIVE), "boxes")
+        for name in read_names(lists / f"{EVALUATION_SET}.txt", ARCHIVE):
             source.pop(name, None)
     elif image_set in there:
-        source = dict.fromkeys(_names(lists / f"{image_set}.txt"), "masks")
+        source = dict.fromkeys(read_names(lists / f"{image_set}.txt", ARCHIVE), "masks")
     else:
         raise UserError(
             f"VOC image set {image_set!r}: there is none in {lists}; known: {', '.join([*there, *DERIVED_SETS])}"
         )
     if not source:
         raise UserError(f"VOC image set {image_set!r}: lists no image")
-    return [_Listed(name, source[name]) for name in sorted(source)]
-
-
-def _names(path: Path) -> list[str]:
-    """The first word of each line."""
-    try:
-        # Words of bytes: in a text, signs such as U+2028 or a no-break space would end a word, too.
-        return [line.split()[0].decode("utf-8") for line in path.read_bytes().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: the list of images cannot be read: {reason}; it is part of {ARCHIVE}") from None
-
-
-def _record(item: _Listed, voc: Path, sbd: Path | None, *, evaluated: bool) -> ImageRecord:
-    """The objects of an image.
-
-    Mask AP needs a mask of every instance: in the evaluation's set an object of which no mask is known is ignored by
-    its box; elsewhere it is an instance with a box.
-    """
-    if item.source == "sbd" and sbd is not None:
-        return sbd_record(sbd, item.name, image=voc / "JPEGImages" / f"{item.name}.jpg")
-    without_mask: Literal["box", "ignored"] = "ignored" if evaluated else "box"
-    return voc_record(voc, item.name, masks_required=item.source == "masks", without_mask=without_mask)
+    return source
 
 
 def _check_misfits(records: Sequence[ImageRecord], image_set: str) -> None:

@@ -24,6 +24,7 @@ VOC_CLASSES: tuple[str, ...] = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
     *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
 )
+ARCHIVE = "VOCtrainval_11-May-2012.tar"
 VOID = 255
 SMALLEST_SHARE_IN_BOX = 0.5  # of a mask's pixels in the box of its object; less, and it is another object's
 
@@ -99,16 +100,19 @@ def voc_record(
 def make_object(
     number: int,
     category_id: int,
-    box_xywh: tuple[float, float, float, float],
+    box_xywh: tuple[float, float, float, float] | None,
     *,
     mask: np.ndarray | None,
     is_crowd: bool = False,
 ) -> ObjectRecord:
-    """An object with its mask (H, W) bool encoded; None if there is none."""
+    """An object with its mask (H, W) bool encoded, None if there is none; without a box it gets the mask's."""
     if mask is None:
+        assert box_xywh is not None
         return ObjectRecord(number, category_id, box_xywh, box_xywh[2] * box_xywh[3], None, is_crowd)
-    counts = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))["counts"].decode("ascii")
-    return ObjectRecord(number, category_id, box_xywh, int(np.count_nonzero(mask)), counts, is_crowd)
+    rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+    left, top, width, height = (int(value) for value in coco_mask.toBbox(rle))
+    counts, area = rle["counts"].decode("ascii"), int(coco_mask.area(rle))
+    return ObjectRecord(number, category_id, box_xywh or (left, top, width, height), area, counts, is_crowd)
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -117,7 +121,7 @@ def image_size(path: Path) -> tuple[int, int]:
         with open_image(path) as image:
             return image.height, image.width
     except FileNotFoundError:
-        raise UserError(f"{path}: no such image; it is part of VOCtrainval_11-May-2012.tar") from None
+        raise UserError(f"{path}: no such image; it is part of {ARCHIVE}") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         raise UserError(f"{path}: the image cannot be read: not an image or damaged") from None
 
@@ -136,7 +140,7 @@ def read_indices(path: Path, size_hw: tuple[int, int]) -> np.ndarray:
                 )
             indices = np.array(image, dtype=np.uint8)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; it is part of VOCtrainval_11-May-2012.tar") from None
+        raise UserError(f"{path}: no such file; it is part of {ARCHIVE}") from None
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: the image cannot be decoded: {error}") from None
     if indices.shape != size_hw:
@@ -145,6 +149,16 @@ def read_indices(path: Path, size_hw: tuple[int, int]) -> np.ndarray:
             f"photograph, {size_hw[1]} x {size_hw[0]}"
         )
     return indices
+
+
+def read_names(path: Path, archive: str) -> list[str]:
+    """The first word of each line of a list of images, which is part of that archive."""
+    try:
+        # Words of bytes: in a text, signs such as U+2028 or a no-break space would end a word, too.
+        return [line.split()[0].decode("utf-8") for line in path.read_bytes().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: the list of images cannot be read: {reason}; it is part of {archive}") from None
 
 
 def _masks(
@@ -183,7 +197,7 @@ def _read_xml(path: Path) -> list[_XmlObject]:
     try:
         root = ElementTree.parse(path).getroot()
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; it is part of VOCtrainval_11-May-2012.tar") from None
+        raise UserError(f"{path}: no such file; it is part of {ARCHIVE}") from None
     except (ElementTree.ParseError, OSError, ValueError) as error:
         raise UserError(f"{path}: not readable as XML: {error}") from None
     return [
