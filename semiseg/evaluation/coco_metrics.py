@@ -14,7 +14,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +74,8 @@ class Metrics:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable; `from_dict` restores it exactly."""
-        types = {"bbox": self.bbox, "segm": self.segm}
-        return {
-            "unit": "percent",
-            "images": self.images,
-            "instances": dict(self.instances),
-            **{name: None if value is None else _type_to_dict(value) for name, value in types.items()},
-        }
+        values = asdict(self)
+        return {"unit": "percent", **{key: values[key] for key in ("images", "instances", "bbox", "segm")}}
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Metrics:
@@ -279,10 +274,3 @@ def check_results(truth: COCO, results: Sequence[Mapping[str, Any]]) -> None:
         if size != [image["height"], image["width"]]:  # pycocotools would silently match nothing
             expected = [image["height"], image["width"]]
             raise UserError(f"{where}: mask size {size} is not that of image {result['image_id']}, {expected}")
-
-
-def _type_to_dict(metrics: TypeMetrics) -> dict[str, Any]:
-    return {
-        "groups": {name: dict(numbers) for name, numbers in metrics.groups.items()},
-        "classes": {name: None if numbers is None else dict(numbers) for name, numbers in metrics.classes.items()},
-    }

@@ -63,29 +63,19 @@ def coco_precision(truth: COCO, results: Results, iou_type: str, *, backend: Bac
     return _hotcoco_precision(truth, results, iou_type)
 
 
-def pycocotools_evaluation(truth: COCO, results: Results, iou_type: str) -> COCOeval:
-    """pycocotools' evaluation with its inputs set and nothing evaluated; to be used with its prints redirected.
-
-    Args:
-        truth, results, iou_type: as in `coco_precision`.
-    """
+def _pycocotools_precision(truth: COCO, results: Results, iou_type: str) -> Precision:
     # With boxes beside the masks loadRes would take the boxes' areas.
     hidden = "bbox" if iou_type == "segm" else "segmentation"
     detections = [{key: value for key, value in result.items() if key != hidden} for result in results]
-    if detections:
-        predicted = truth.loadRes(detections)
-    else:  # loadRes looks at the first result
-        predicted = COCO()
-        predicted.dataset = {**truth.dataset, "annotations": []}
-        predicted.createIndex()
-    evaluation = COCOeval(truth, predicted, iou_type)
-    evaluation.params.maxDets = [DETECTIONS_PER_IMAGE]  # those with 1 and 10 are for recalls, which nobody reads
-    return evaluation
-
-
-def _pycocotools_precision(truth: COCO, results: Results, iou_type: str) -> Precision:
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = pycocotools_evaluation(truth, results, iou_type)
+        if detections:
+            predicted = truth.loadRes(detections)
+        else:  # loadRes looks at the first result
+            predicted = COCO()
+            predicted.dataset = {**truth.dataset, "annotations": []}
+            predicted.createIndex()
+        evaluation = COCOeval(truth, predicted, iou_type)
+        evaluation.params.maxDets = [DETECTIONS_PER_IMAGE]  # those with 1 and 10 are for recalls, which nobody reads
         evaluation.evaluate()
         evaluation.accumulate()
     precision: Precision = evaluation.eval["precision"]
