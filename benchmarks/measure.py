@@ -27,7 +27,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from semiseg.data.freed_memory import return_freed_memory
+from semiseg.data.workers import return_freed_memory
 from semiseg.errors import UserError
 
 Side = Literal["ours", "straightforward"]

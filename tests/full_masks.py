@@ -20,6 +20,12 @@ def polygons_to_mask(polygons: Sequence[Sequence[float]], size_hw: tuple[int, in
     return mask.astype(bool)
 
 
+def rle_to_mask(counts: bytes, size_hw: tuple[int, int]) -> np.ndarray:
+    """(H, W) bool of a compressed RLE of that size."""
+    mask: np.ndarray = coco_mask.decode({"size": list(size_hw), "counts": counts})
+    return mask.view(bool)
+
+
 def resized_mask(mask: np.ndarray, geometry: Geometry) -> np.ndarray:
     """(H, W) bool original -> (H', W') bool input: the nearest original pixel."""
     image = torch.from_numpy(np.ascontiguousarray(mask).astype(np.uint8))[None]

@@ -109,7 +109,6 @@ def measure(
 ) -> Measurement:
     """Fetches batches in this process and its workers, at most one per `step_seconds`."""
     # As a training does: the whole engine is imported before the workers start.
-    from semiseg.data.collate import Collate
     from semiseg.data.loader import StepBatches, build_train_loader
     from semiseg.engine.build import build_data, train_dataset
 
@@ -130,7 +129,7 @@ def measure(
     loader = build_train_loader(
         train_dataset(config, data),
         batches=order,
-        collate=Collate(config.model.size_divisor),
+        size_divisor=config.model.size_divisor,
         workers=workers,
         pin_memory=False,
         **options,

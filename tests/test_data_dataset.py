@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from semiseg.data import dataset as dataset_module
-from semiseg.data.collate import Collate
+from semiseg.data.collate import load_batch
 from semiseg.data.dataset import InstanceDataset, Source, build_rule
 from semiseg.data.rasterise import outlines_to_rle, read_cells
 from semiseg.data.table import load_table
@@ -130,7 +130,7 @@ def test_an_image_without_boxes_and_one_with_only_crowd(tmp_path: Path) -> None:
     assert len(only_crowd.crowd_boxes_xyxy) == 1
     assert len(empty.crowd_boxes_xyxy) == 0
     assert empty.masks.shape == (0, *grid_size((empty.image.shape[1], empty.image.shape[2]), 2))
-    batch = Collate(32)([empty, only_crowd, empty])
+    batch = load_batch(data, [(1, 0), (0, 0), (1, 0)], size_divisor=32)
     targets = batch.targets
     assert targets is not None
     assert targets.num_instances == 0
@@ -215,8 +215,7 @@ def test_withheld_masks_do_not_reach_a_batch(
     first, second = (make_dataset(files, source, split) for files in (clean, poisoned))
     pairs = [(first[key], second[key]) for key in KEYS]
     assert all(same(a, b) for a, b in pairs)
-    collate = Collate(32)
-    assert same(collate([a for a, _ in pairs]), collate([b for _, b in pairs]))
+    assert same(load_batch(first, KEYS, size_divisor=32), load_batch(second, KEYS, size_divisor=32))
 
 
 def test_the_poison_would_be_seen(tmp_path: Path) -> None:
@@ -256,8 +255,8 @@ def test_withheld_masks_are_not_even_decoded(tmp_path: Path, monkeypatch: pytest
 
 def test_collate_pads_and_shifts_indices(tmp_path: Path) -> None:
     data = make_dataset(make_coco(tmp_path), transform=EvalTransform(40, 100), stride=4)
-    samples = [data[row, 0] for row in (2, 0, 3)]  # 40 x 80, 40 x 50, 50 x 40
-    batch = Collate(32)(samples)
+    keys = [(2, 0), (0, 0), (3, 0)]  # 40 x 80, 40 x 50, 50 x 40
+    samples, batch = [data[key] for key in keys], load_batch(data, keys, size_divisor=32)
     assert batch.images.shape == (3, 3, 64, 96)
     assert batch.image_sizes_hw.tolist() == [[40, 80], [40, 50], [50, 40]]
     assert batch.image_ids == (3, 1, 4)
@@ -294,14 +293,13 @@ def test_a_batch_written_in_place_is_that_of_its_samples(
     table = load_table(files.annotations, files.images, cache=tmp_path / "cache")
     data = InstanceDataset(table, rule=build_rule("masks", None), transform=transform, mask_stride=4)
     keys = [(row, seed) for seed in range(3) for row in range(len(data))]
-    assert same(Collate(32).load(data, keys), Collate(32)([data[key] for key in keys]))
-
-
-def test_collate_refuses_two_mask_strides(tmp_path: Path) -> None:
-    files = make_coco(tmp_path)
-    samples = [make_dataset(files, stride=stride)[0, 0] for stride in (2, 4)]
-    with pytest.raises(ValueError, match="one mask stride"):
-        Collate(32)(samples)
+    batch = load_batch(data, keys, size_divisor=32)
+    for slot, size, sample in zip(batch.images, batch.image_sizes_hw, [data[key] for key in keys], strict=True):
+        height, width = sample.image.shape[1:]
+        assert size.tolist() == [height, width]
+        assert torch.equal(slot[:, :height, :width], sample.image)
+        assert not slot[:, height:].any()
+        assert not slot[:, :, width:].any()
 
 
 @pytest.mark.parametrize("shared", [False, True])

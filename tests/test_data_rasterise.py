@@ -11,15 +11,15 @@ import torch
 from pycocotools import mask as coco_mask
 from torchvision.transforms.v2 import functional
 
-from semiseg.data.collate import Collate
+from semiseg.data.collate import load_batch
 from semiseg.data.dataset import InstanceDataset, build_rule
 from semiseg.data.images import read_image
-from semiseg.data.rasterise import cell_centres, outlines_to_rle, read_cells, rle_to_mask, run_lengths
+from semiseg.data.rasterise import cell_centres, outlines_to_rle, read_cells, run_lengths
 from semiseg.data.segmentations import decompress_runs
 from semiseg.data.table import load_table
 from semiseg.data.transforms import Geometry
 from tests.coco_files import CocoFiles, encode, make_coco
-from tests.full_masks import polygons_to_mask, resized_mask, sample_cells
+from tests.full_masks import polygons_to_mask, resized_mask, rle_to_mask, sample_cells
 
 
 def counts_of(mask: np.ndarray) -> bytes:
@@ -160,7 +160,7 @@ def test_batches_are_those_of_the_plain_way(tmp_path: Path, stride: int, flipped
         transform = OneGeometry(input_hw, flipped)
         data = InstanceDataset(table, rule=build_rule("masks", None), transform=transform, mask_stride=stride)
         samples = [data[row, 0] for row in range(len(SIZES))]
-        batch = Collate(16).load(data, [(row, 0) for row in range(len(SIZES))])
+        batch = load_batch(data, [(row, 0) for row in range(len(SIZES))], size_divisor=16)
         assert batch.targets is not None
         assert batch.images.is_contiguous(memory_format=torch.channels_last)
         arrived = batch.to("cpu")

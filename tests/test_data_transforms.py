@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from semiseg.data.rasterise import outlines_to_rle, rle_to_mask
+from semiseg.data.rasterise import outlines_to_rle
 from semiseg.data.transforms import EvalTransform, Geometry, TrainTransform, resized_size
 from tests.coco_files import ellipse, encode, picture
-from tests.full_masks import sample_cells
+from tests.full_masks import rle_to_mask, sample_cells
 
 
 def mapped_mask(geometry: Geometry, mask: np.ndarray) -> np.ndarray:

@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 
 from semiseg.config import RunConfig
 from semiseg.config_files import parse_config
-from semiseg.data.collate import Collate
 from semiseg.data.dataset import InstanceDataset, Key, build_rule
 from semiseg.data.loader import (
     BatchLoader,
@@ -192,7 +191,7 @@ def train_loader(
     return build_train_loader(
         dataset,
         batches=step_batches(len(dataset), steps=5, start_step=start_step),
-        collate=Collate(32),
+        size_divisor=32,
         workers=workers,
         pin_memory=False,
         start_method=start_method if workers else None,
@@ -226,9 +225,7 @@ def test_evaluation_shards_are_disjoint_and_complete(tmp_path: Path, processes: 
     dataset = make_dataset(files)
     shards = []
     for rank in range(processes):
-        loader = build_eval_loader(
-            dataset, batch_size=2, processes=processes, rank=rank, workers=0, collate=Collate(32)
-        )
+        loader = build_eval_loader(dataset, batch_size=2, processes=processes, rank=rank, workers=0, size_divisor=32)
         batches = list(loader)
         assert len(batches) == len(loader)
         shards.append([image_id for batch in batches for image_id in batch.image_ids])
@@ -238,7 +235,7 @@ def test_evaluation_shards_are_disjoint_and_complete(tmp_path: Path, processes: 
 
 def test_more_processes_than_images(tmp_path: Path) -> None:
     dataset = make_dataset(make_coco(tmp_path, sizes_hw=[(32, 32)], annotations=[]))
-    loader = build_eval_loader(dataset, batch_size=2, processes=2, rank=1, workers=0, collate=Collate(32))
+    loader = build_eval_loader(dataset, batch_size=2, processes=2, rank=1, workers=0, size_divisor=32)
     assert list(loader) == []
 
 
@@ -246,7 +243,7 @@ def test_more_processes_than_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("workers", "batch_size", "ahead"), [(8, 16, 1), (8, 8, 2), (8, 2, 2), (2, 16, 2), (40, 2, 1)])
 def test_large_batches_wait_once_per_worker(tmp_path: Path, workers: int, batch_size: int, ahead: int) -> None:
     dataset = make_dataset(make_coco(tmp_path, sizes_hw=[(32, 32)], annotations=[]))
-    common: dict[str, Any] = {"collate": Collate(32), "workers": workers, "pin_memory": False}
+    common: dict[str, Any] = {"size_divisor": 32, "workers": workers, "pin_memory": False}
     batches = step_batches(1, batch_size=2 * batch_size, accumulation=2)
     assert build_train_loader(dataset, batches=batches, **common).prefetch_factor == ahead
     evaluation = build_eval_loader(dataset, batch_size=batch_size, processes=1, rank=0, **common)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from semiseg.config import RunConfig
-from semiseg.data.collate import Collate
+from semiseg.data.collate import load_batch
 from semiseg.data.dataset import withhold
 from semiseg.data.transforms import TrainTransform
 from semiseg.engine.build import RunData, build_data, build_objective, train_dataset
@@ -57,7 +57,8 @@ def from_split_file_to_batch(config: RunConfig, data: RunData) -> Batch:
     assert samples[0].image.shape == (3, *geometry.input_hw)
     assert torch.equal(samples[0].boxes_xyxy, geometry.boxes(instances.boxes_xyxy))
     # 4 collate -> Batch
-    batch = Collate(config.model.size_divisor)(samples).to("cpu")  # contiguous images, as a step gets them
+    keys = [(index, 7) for index in range(4)]
+    batch = load_batch(dataset, keys, size_divisor=config.model.size_divisor).to("cpu")  # contiguous, as in a step
     assert batch.targets is not None
     assert batch.targets.num_instances == sum(len(sample.labels) for sample in samples)
     assert 0 < len(batch.targets.masks) < batch.targets.num_instances

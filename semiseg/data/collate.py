@@ -1,9 +1,8 @@
-"""Samples -> Batch: images padded to one size, instances flat over the batch."""
+"""Keys -> Batch: images padded to one size, instances flat over the batch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,63 +15,40 @@ from semiseg.structures.inputs import Batch, Sample, Targets, empty_batch, grid_
 from semiseg.structures.masks import joined
 
 
-@dataclass(frozen=True)
-class Collate:
-    """Builds a batch; an object rather than a closure, so that spawned workers can receive it.
+def load_batch(dataset: InstanceDataset, keys: Sequence[Key], *, size_divisor: int) -> Batch:
+    """The batch of the samples `dataset[key]`, without a copy of each image on the way.
 
-    Attributes:
+    All annotations come first, then image after image is written to its place while it is in cache.
+
+    Args:
         size_divisor: height and width of the padded batch divide by it.
+
+    Raises:
+        UserError: as reading a sample does.
     """
-
-    size_divisor: int
-
-    def __call__(self, samples: Sequence[Sample]) -> Batch:
-        images, places = self._space([(sample.image.shape[-2], sample.image.shape[-1]) for sample in samples])
-        for place, sample in zip(places, samples, strict=True):
-            place.copy_(sample.image)
-        return _batch(images, samples)
-
-    def load(self, dataset: InstanceDataset, keys: Sequence[Key]) -> Batch:
-        """The batch of the samples `dataset[key]`, without a copy of each image on the way.
-
-        All annotations come first, then image after image is written to its place while it is in cache.
-
-        Raises:
-            UserError: as reading a sample does.
-        """
-        chosen = [dataset.choose(key) for key in keys]
-        images, places = self._space([one.geometry.input_hw for one in chosen])
-        samples = [dataset.sample(one, place) for one, place in zip(chosen, places, strict=True)]
-        batch = _batch(images, samples)
-        for one, place in zip(chosen, places, strict=True):
-            dataset.read(one, out=place)
-        return batch
-
-    def _space(self, sizes_hw: Sequence[tuple[int, int]]) -> tuple[Tensor, list[Tensor]]:
-        """The padded images, still to be written, and the place of each."""
-        if get_worker_info() is None:
-            return empty_batch(sizes_hw, self.size_divisor, channels_last=True)
-        try:
-            return empty_batch(sizes_hw, self.size_divisor, channels_last=True, shared=True)
-        except RuntimeError as error:
-            raise UserError(told_lack(error)) from None
-
-
-def _batch(images: Tensor, samples: Sequence[Sample]) -> Batch:
-    return Batch(
+    chosen = [dataset.choose(key) for key in keys]
+    sizes_hw = [geometry.input_hw for _, _, geometry in chosen]
+    shared = get_worker_info() is not None
+    try:
+        images, places = empty_batch(sizes_hw, size_divisor, channels_last=True, shared=shared)
+    except RuntimeError as error:
+        if not shared:
+            raise
+        raise UserError(told_lack(error)) from None
+    samples = [dataset.sample(*one, place) for one, place in zip(chosen, places, strict=True)]
+    batch = Batch(
         images=images,
-        image_sizes_hw=torch.tensor([sample.image.shape[-2:] for sample in samples], dtype=torch.int64),
+        image_sizes_hw=torch.tensor(sizes_hw, dtype=torch.int64),
         image_ids=tuple(sample.image_id for sample in samples),
         bottom_rows_without_affinity=torch.tensor([s.bottom_rows_without_affinity for s in samples]),
-        targets=_targets(samples, (images.shape[-2], images.shape[-1])),
+        targets=_targets(samples, dataset.mask_stride, (images.shape[-2], images.shape[-1])),
     )
+    for (row, _, geometry), place in zip(chosen, places, strict=True):
+        dataset.read_image(row, geometry, out=place)
+    return batch
 
 
-def _targets(samples: Sequence[Sample], padded_hw: tuple[int, int]) -> Targets:
-    strides = {sample.mask_stride for sample in samples}
-    if len(strides) != 1:
-        raise ValueError(f"the samples of a batch have one mask stride, not {sorted(map(str, strides))}")
-    stride = strides.pop()
+def _targets(samples: Sequence[Sample], stride: int | None, padded_hw: tuple[int, int]) -> Targets:
     counts = torch.tensor([len(sample.labels) for sample in samples])
     first_instance = (counts.cumsum(0) - counts).tolist()
     crowd_counts = torch.tensor([len(sample.crowd_boxes_xyxy) for sample in samples])

@@ -6,10 +6,9 @@ passes on only what is kept; crowd regions pass on their box alone, for every cl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -34,51 +33,32 @@ class Split(Protocol):
     def keeps_mask(self, class_name: str, annotation_id: int) -> bool: ...
 
 
-class SupervisionRule(Protocol):
-    """Decides what a training may know of an instance beyond class and box."""
-
-    def supervision(self, class_name: str, annotation_id: int, has_mask: bool) -> Supervision: ...
+# (class name, annotation id) -> whether a training may see the mask of that instance, if it has one.
+MaskRule = Callable[[str, int], bool]
 
 
-@dataclass(frozen=True)
-class BoxesOnly:
+def keep_all_masks(class_name: str, annotation_id: int) -> bool:
+    """Every instance keeps the mask it has; one without a `segmentation` has only its box."""
+    return True
+
+
+def keep_no_masks(class_name: str, annotation_id: int) -> bool:
     """No instance keeps its mask."""
-
-    def supervision(self, class_name: str, annotation_id: int, has_mask: bool) -> Supervision:
-        return Supervision.BOX
+    return False
 
 
-@dataclass(frozen=True)
-class AsAnnotated:
-    """An instance keeps the mask it has; one without a `segmentation` has only its box."""
-
-    def supervision(self, class_name: str, annotation_id: int, has_mask: bool) -> Supervision:
-        return Supervision.MASK if has_mask else Supervision.BOX
-
-
-@dataclass(frozen=True)
-class BySplit:
-    """An instance keeps the mask it has if the split says so."""
-
-    split: Split
-
-    def supervision(self, class_name: str, annotation_id: int, has_mask: bool) -> Supervision:
-        keeps = has_mask and self.split.keeps_mask(class_name, annotation_id)
-        return Supervision.MASK if keeps else Supervision.BOX
-
-
-def build_rule(source: Source, split: Split | None) -> SupervisionRule:
+def build_rule(source: Source, split: Split | None) -> MaskRule:
     """The rule of a supervision source; `split` is used by the source `split` alone.
 
     `masks` and `as_annotated` are one rule: an annotation without a mask has nothing but its box under any of them.
     """
     if source == "boxes":
-        return BoxesOnly()
+        return keep_no_masks
     if source in ("masks", "as_annotated"):
-        return AsAnnotated()
+        return keep_all_masks
     if split is None:
         raise UserError("supervision.source = 'split' needs supervision.split, the name or path of a class split")
-    return BySplit(split)
+    return split.keeps_mask
 
 
 @dataclass(frozen=True)
@@ -104,7 +84,7 @@ class Instances:
     crowd_boxes_xyxy: np.ndarray
 
 
-def withhold(objects: Sequence[dict[str, Any]], *, class_names: Sequence[str], rule: SupervisionRule) -> Instances:
+def withhold(objects: Sequence[dict[str, Any]], *, class_names: Sequence[str], rule: MaskRule) -> Instances:
     """The leak barrier: annotations of one image -> what the rule lets a training know.
 
     Args:
@@ -114,35 +94,16 @@ def withhold(objects: Sequence[dict[str, Any]], *, class_names: Sequence[str], r
     """
     crowd = [item["box_xyxy"] for item in objects if item["is_crowd"]]
     instances = [item for item in objects if not item["is_crowd"]]
-    supervision = [
-        rule.supervision(class_names[item["label"]], item["annotation_id"], item["has_mask"]) for item in instances
-    ]
-    with_mask = [index for index, kind in enumerate(supervision) if kind != Supervision.BOX]
+    keeps = [item["has_mask"] and rule(class_names[item["label"]], item["annotation_id"]) for item in instances]
+    with_mask = [index for index, kept in enumerate(keeps) if kept]
     return Instances(
         boxes_xyxy=np.array([item["box_xyxy"] for item in instances], dtype=np.float64).reshape(-1, 4),
         labels=[item["label"] for item in instances],
-        supervision=[int(kind) for kind in supervision],
+        supervision=[int(Supervision.MASK if kept else Supervision.BOX) for kept in keeps],
         masks=[KeptMask(instances[index]["polygons"], instances[index]["rle_counts"]) for index in with_mask],
         mask_instance=with_mask,
         crowd_boxes_xyxy=np.array(crowd, dtype=np.float64).reshape(-1, 4),
     )
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """What is known of a sample before its image is read, behind the barrier.
-
-    Attributes:
-        image: its file.
-        image_id: COCO's image id.
-        instances: in original pixels.
-        geometry: resize and flip; it knows the size of the sample.
-    """
-
-    image: Path
-    image_id: int
-    instances: Instances
-    geometry: Geometry
 
 
 class InstanceDataset(torch.utils.data.Dataset[Sample]):
@@ -155,7 +116,7 @@ class InstanceDataset(torch.utils.data.Dataset[Sample]):
         self,
         table: Table,
         *,
-        rule: SupervisionRule,
+        rule: MaskRule,
         transform: Transform,
         mask_stride: int | None,
         bottom_rows_without_affinity: int = 0,
@@ -180,35 +141,27 @@ class InstanceDataset(torch.utils.data.Dataset[Sample]):
 
     def __getitem__(self, key: Key) -> Sample:
         """Raises `UserError` if the image is missing, damaged or not of the size that the annotations state."""
-        chosen = self.choose(key)
-        return self.sample(chosen, self.read(chosen))
+        row, instances, geometry = self.choose(key)
+        return self.sample(row, instances, geometry, self.read_image(row, geometry))
 
-    def choose(self, key: Key) -> Chosen:
-        """Reads a row, drops what the rule withholds, and chooses the geometry."""
+    def choose(self, key: Key) -> tuple[dict[str, Any], Instances, Geometry]:
+        """The row of the image without its objects, what the rule leaves of these, and the resize and flip."""
         index, seed = key
         row = self.table.rows[index]
-        return Chosen(
-            image=self.table.images_folder / row["file_name"],
-            image_id=row["image_id"],
-            instances=withhold(row["objects"], class_names=self.table.class_names, rule=self.rule),
-            geometry=self.transform((row["height"], row["width"]), seed),
-        )
+        instances = withhold(row.pop("objects"), class_names=self.table.class_names, rule=self.rule)
+        return row, instances, self.transform((row["height"], row["width"]), seed)
 
-    def read(self, chosen: Chosen, out: Tensor | None = None) -> Tensor:
-        """The image as (3, H, W) uint8 after resize and flip, written to `out` where that is given.
+    def read_image(self, row: dict[str, Any], geometry: Geometry, out: Tensor | None = None) -> Tensor:
+        """The image as (3, H, W) uint8 after resize and flip, written to `out` where that is given."""
+        image = read_image(self.table.images_folder / row["file_name"], size_hw=geometry.original_hw)
+        return geometry.image(image, out)
 
-        Raises:
-            UserError: it is missing, damaged or not of the size that the annotations state.
-        """
-        return chosen.geometry.image(read_image(chosen.image, size_hw=chosen.geometry.original_hw), out)
-
-    def sample(self, chosen: Chosen, image: Tensor) -> Sample:
+    def sample(self, row: dict[str, Any], instances: Instances, geometry: Geometry, image: Tensor) -> Sample:
         """The sample with that image, whose pixels may still be missing."""
-        instances, geometry = chosen.instances, chosen.geometry
         bottom = self.bottom_rows_without_affinity * geometry.input_hw[0] // geometry.original_hw[0]
         return Sample(
             image=image,
-            image_id=chosen.image_id,
+            image_id=row["image_id"],
             boxes_xyxy=geometry.boxes(instances.boxes_xyxy),
             labels=torch.tensor(instances.labels, dtype=torch.int64),
             supervision=torch.tensor(instances.supervision, dtype=torch.int64),

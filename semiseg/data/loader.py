@@ -23,10 +23,15 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from semiseg.data.collate import Collate
+from semiseg.data.collate import load_batch
 from semiseg.data.dataset import InstanceDataset, Key
-from semiseg.data.freed_memory import return_freed_memory
-from semiseg.data.workers import START_METHOD, StartMethod, leave_signals_to_the_main_process, told_lack
+from semiseg.data.workers import (
+    START_METHOD,
+    StartMethod,
+    leave_signals_to_the_main_process,
+    return_freed_memory,
+    told_lack,
+)
 from semiseg.errors import UserError
 from semiseg.structures.inputs import Batch
 
@@ -124,9 +129,9 @@ class _Failure:
 class _Batches(Dataset[Batch | _Failure]):
     """The data set by whole batches, with every `UserError` turned into a `_Failure`."""
 
-    def __init__(self, dataset: InstanceDataset, collate: Collate) -> None:
+    def __init__(self, dataset: InstanceDataset, size_divisor: int) -> None:
         self.dataset = dataset
-        self.collate = collate
+        self.size_divisor = size_divisor
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -134,7 +139,7 @@ class _Batches(Dataset[Batch | _Failure]):
     def __getitems__(self, keys: list[Key]) -> Batch | _Failure:
         """What DataLoader calls for the keys of a batch."""
         try:
-            return self.collate.load(self.dataset, keys)
+            return load_batch(self.dataset, keys, size_divisor=self.size_divisor)
         except UserError as error:
             return _Failure(str(error))
 
@@ -249,7 +254,7 @@ def build_train_loader(
     dataset: InstanceDataset,
     *,
     batches: StepBatches,
-    collate: Collate,
+    size_divisor: int,
     workers: int,
     pin_memory: bool,
     start_method: StartMethod | None = START_METHOD,
@@ -257,11 +262,12 @@ def build_train_loader(
     """Fetches the batches of `batches`, bit for bit the same for any number of workers.
 
     Args:
+        size_divisor: height and width of a padded batch divide by it.
         workers: processes that read ahead; 0 = in this process.
         pin_memory: page-locked batches, for a GPU.
         start_method: of the workers: `fork` on Linux, by default; None = the platform's own.
     """
-    return _loader(dataset, batches, batches.images_per_batch, collate, workers, pin_memory, start_method)
+    return _loader(dataset, batches, batches.images_per_batch, size_divisor, workers, pin_memory, start_method)
 
 
 def build_eval_loader(
@@ -271,14 +277,14 @@ def build_eval_loader(
     processes: int,
     rank: int,
     workers: int,
-    collate: Collate,
+    size_divisor: int,
     pin_memory: bool = False,
     start_method: StartMethod | None = START_METHOD,
 ) -> BatchLoader:
     """Every image once over all processes: rank r takes rows r, r + processes, ...; nothing is padded or repeated."""
     rows = range(rank, len(dataset), processes)
     batches = [[(row, 0) for row in rows[first : first + batch_size]] for first in range(0, len(rows), batch_size)]
-    return _loader(dataset, batches, batch_size, collate, workers, pin_memory, start_method)
+    return _loader(dataset, batches, batch_size, size_divisor, workers, pin_memory, start_method)
 
 
 @atexit.register
@@ -295,7 +301,7 @@ def _loader(
     dataset: InstanceDataset,
     batches: StepBatches | list[list[Key]],
     images_per_batch: int,
-    collate: Collate,
+    size_divisor: int,
     workers: int,
     pin_memory: bool,
     start_method: StartMethod | None,
@@ -310,7 +316,7 @@ def _loader(
             "worker_init_fn": leave_signals_to_the_main_process,
         }
     return BatchLoader(
-        _Batches(dataset, collate),
+        _Batches(dataset, size_divisor),
         batch_sampler=batches,
         collate_fn=_Loaded(),  # type: ignore[arg-type]  # `_Batches` gives whole batches, not lists of samples
         num_workers=workers,

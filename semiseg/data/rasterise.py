@@ -1,4 +1,4 @@
-"""Outlines and RLE -> their cells on the mask grid, read from the run lengths; RLE -> boolean masks.
+"""Outlines and RLE -> their cells on the mask grid, read from the run lengths.
 
 A cell takes the value of one pixel of a raster, its centre's. The raster is never written: a compressed RLE says how
 long a mask stays the same, column by column, and from that follows for how many of the cells that are read.
@@ -26,12 +26,6 @@ def outlines_to_rle(polygons: Sequence[np.ndarray], size_hw: tuple[int, int]) ->
     rles = coco_mask.frPyObjects(list(polygons), *size_hw)
     counts: bytes = (rles[0] if len(rles) == 1 else coco_mask.merge(rles))["counts"]
     return counts
-
-
-def rle_to_mask(counts: bytes, size_hw: tuple[int, int]) -> np.ndarray:
-    """(H, W) bool of a compressed RLE of that size."""
-    mask: np.ndarray = coco_mask.decode({"size": list(size_hw), "counts": counts})
-    return mask.view(bool)
 
 
 def cell_centres(size: int, stride: int) -> np.ndarray:

@@ -1,7 +1,10 @@
-"""Processes of one's own that load or draw: how they start, what signals mean to all of them, what they may lack."""
+"""Processes of one's own that load or draw: how they start, what signals mean to all of them, what they may lack,
+and how they give freed memory back.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import math
 import multiprocessing
 import os
@@ -99,3 +102,13 @@ def told_lack(error: Exception) -> str:
     else:
         remedy = "give them more shared memory (a container's --shm-size or --ipc=host) or more memory"
     return f"the loader's workers failed ({reason}): {remedy}, or set runtime.workers = 0; see docs/MACHINES.md"
+
+
+def return_freed_memory() -> None:
+    """Gives the C library's free memory back to the system, where that is glibc; elsewhere does nothing.
+
+    Not for free: what is given back is taken again a page fault at a time.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)

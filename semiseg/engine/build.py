@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from semiseg.config import ObjectiveConfig, RunConfig, learns_masks
 from semiseg.config_files import digest
-from semiseg.data.collate import Collate
 from semiseg.data.dataset import InstanceDataset, build_rule
 from semiseg.data.loader import BatchLoader, StepBatches, build_eval_loader, build_train_loader
 from semiseg.data.sources import cache_folder, ensure_files
@@ -131,7 +130,7 @@ def build_training_loader(
     return build_train_loader(
         train_dataset(config, data),
         batches=batches,
-        collate=Collate(config.model.size_divisor),
+        size_divisor=config.model.size_divisor,
         workers=config.runtime.workers,
         pin_memory=pin_memory,
     )
@@ -162,5 +161,5 @@ def build_evaluation_loader(
         processes=processes,
         rank=rank,
         workers=workers,
-        collate=Collate(size_divisor),
+        size_divisor=size_divisor,
     )
