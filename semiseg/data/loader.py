@@ -126,24 +126,6 @@ class _Failure:
     message: str
 
 
-class _Batches(Dataset[Batch | _Failure]):
-    """The data set by whole batches, with every `UserError` turned into a `_Failure`."""
-
-    def __init__(self, dataset: InstanceDataset, size_divisor: int) -> None:
-        self.dataset = dataset
-        self.size_divisor = size_divisor
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitems__(self, keys: list[Key]) -> Batch | _Failure:
-        """What DataLoader calls for the keys of a batch."""
-        try:
-            return load_batch(self.dataset, keys, size_divisor=self.size_divisor)
-        except UserError as error:
-            return _Failure(str(error))
-
-
 @dataclass(frozen=True)
 class _Packed:
     """A batch as it leaves its worker: its tensors in shared memory, the rest and the handles of that as bytes.
@@ -187,28 +169,43 @@ def _require_files(number: int) -> None:
             opened.enter_context(open(os.devnull, "rb", buffering=0))
 
 
-class _Loaded:
-    """Receives each batch in the process that loaded it; a worker packs it, and gives freed memory back now and then.
+class _Batches(Dataset[Batch | _Packed | _Failure]):
+    """The data set by whole batches, with every `UserError` turned into a `_Failure`.
 
-    Else it keeps what it needed for its largest batch while it waits. After every batch of two images that would cost
-    a fifth of their time.
+    A worker packs its batches, and gives freed memory back now and then: else it keeps what it needed for its largest
+    batch while it waits. After every batch of two images that would cost a fifth of their time.
     """
 
-    def __init__(self) -> None:
-        self.images = 0  # since the last time
+    def __init__(self, dataset: InstanceDataset, size_divisor: int) -> None:
+        self.dataset = dataset
+        self.size_divisor = size_divisor
+        self._images = 0  # since memory was given back
 
-    def __call__(self, batch: Batch | _Failure) -> Batch | _Packed | _Failure:
-        if isinstance(batch, _Failure) or get_worker_info() is None:
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, keys: list[Key]) -> Batch | _Packed | _Failure:
+        """What DataLoader calls for the keys of a batch."""
+        try:
+            batch = load_batch(self.dataset, keys, size_divisor=self.size_divisor)
+        except UserError as error:
+            return _Failure(str(error))
+        if get_worker_info() is None:
             return batch
         packed = _Packed.of(batch)
-        self.images += len(batch.image_ids)
-        if self.images >= IMAGES_PER_RETURN:
-            self.images = 0
+        self._images += len(keys)
+        if self._images >= IMAGES_PER_RETURN:
+            self._images = 0
             return_freed_memory()
         return packed
 
 
-class BatchLoader(DataLoader[Batch | _Failure]):
+def _as_loaded(batch: Any) -> Any:
+    """In place of DataLoader's own collation."""
+    return batch
+
+
+class BatchLoader(DataLoader[Batch | _Packed | _Failure]):
     """A DataLoader that raises a worker's bad input, or its end, as the one sentence it is, in this process."""
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # a generator closes the workers as well
@@ -318,7 +315,7 @@ def _loader(
     return BatchLoader(
         _Batches(dataset, size_divisor),
         batch_sampler=batches,
-        collate_fn=_Loaded(),  # type: ignore[arg-type]  # `_Batches` gives whole batches, not lists of samples
+        collate_fn=_as_loaded,  # `_Batches` gives whole batches, not lists of samples
         num_workers=workers,
         pin_memory=pin_memory,
         **settings,
