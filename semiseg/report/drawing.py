@@ -1,14 +1,11 @@
-"""Figures as bytes: PNG with few colours, and SVG with letters as letters; the colours and labels that charts share."""
+"""Figures as PNG with few colours; the colours and labels that charts share."""
 
 from __future__ import annotations
 
-import contextlib
 import io
 import re
 import unicodedata
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -27,14 +24,6 @@ STYLE = Path(__file__).with_name("charts.mplstyle")
 _FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Hiragino Sans", "Yu Gothic")
 
 
-@dataclass(frozen=True)
-class Drawing:
-    """A drawn figure: the bytes of its PNG and, unless it is a picture of pixels, of its SVG."""
-
-    png: bytes
-    svg: bytes | None = None
-
-
 def new_figure(width: float, height: float) -> Figure:
     """A figure of inches, drawn off screen, with letters of other scripts where a font for them is installed.
 
@@ -47,17 +36,13 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def chart(figure: Figure) -> Drawing:
-    """A figure of lines and letters: PNG and SVG, the same bytes for the same numbers."""
-    canvas, svg = FigureCanvasAgg(figure), io.BytesIO()
-    with _quiet_about_fonts():
+def chart(figure: Figure) -> bytes:
+    """A figure of lines and letters as PNG, the same bytes for the same numbers."""
+    canvas = FigureCanvasAgg(figure)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # no font of a script here: boxes instead
         canvas.draw()
-        figure.set_layout_engine("none")  # it has laid out; that takes longer than drawing
-        figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
-    content = re.sub(rb"(\.\d\d)\d+", rb"\1", svg.getvalue())  # hundredths of a point are enough
-    # Where none of the fonts is installed, letters without serifs.
-    content = re.sub(rb"(<text style=\"[^\"]*font(?:-family)?: [^;\"]*')", rb"\1, sans-serif", content)
-    return Drawing(png(Image.fromarray(np.asarray(canvas.buffer_rgba()))), content)
+    return png(Image.fromarray(np.asarray(canvas.buffer_rgba())))
 
 
 def png(image: Image.Image, *, colours: int = 128) -> bytes:
@@ -66,14 +51,6 @@ def png(image: Image.Image, *, colours: int = 128) -> bytes:
     reduced = image.convert("RGB").quantize(colours, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     reduced.save(small, format="png", optimize=True)
     return small.getvalue()
-
-
-@contextlib.contextmanager
-def _quiet_about_fonts() -> Iterator[None]:
-    """No font of a script here: boxes instead, without a warning for each letter."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")
-        yield
 
 
 def plain(text: str) -> str:

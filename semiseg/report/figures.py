@@ -28,7 +28,6 @@ from semiseg.report.drawing import (
     ROW_COLOURS,
     STYLE,
     VERMILLION,
-    Drawing,
     chart,
     new_figure,
     plain,
@@ -100,7 +99,7 @@ def _fill(colour: str, *, pale: bool) -> dict[str, Any]:
 
 
 @rc_context(fname=STYLE)
-def ap_figure(tables: Sequence[ReportTable], measured: Mapping[str, pd.DataFrame]) -> Drawing:
+def ap_figure(tables: Sequence[ReportTable], measured: Mapping[str, pd.DataFrame]) -> bytes:
     """Bars of mask AP per row, one panel per table: unseen classes solid, all classes pale beside them.
 
     Error bars are standard deviations over seeds, dots single seeds. Without unseen classes the bars are solid.
@@ -143,7 +142,7 @@ def _bar(panel: Axes, place: float, values: np.ndarray, fill: Mapping[str, Any])
 
 
 @rc_context(fname=STYLE)
-def gap_figure(tables: Sequence[ReportTable], gaps: Mapping[str, Sequence[GapClosed]]) -> Drawing | None:
+def gap_figure(tables: Sequence[ReportTable], gaps: Mapping[str, Sequence[GapClosed]]) -> bytes | None:
     """How much of the gap between neither and full-masks on unseen classes each row closes; None without a gap."""
     ends = (NEITHER, UPPER_BOUND)  # 0 and 100 % by definition
     drawn = {
@@ -207,7 +206,7 @@ def sorted_classes(numbers: TableNumbers) -> list[str]:
 
 
 @rc_context(fname=STYLE)
-def class_figure(numbers: TableNumbers, styles: Styles) -> Drawing | None:
+def class_figure(numbers: TableNumbers, styles: Styles) -> bytes | None:
     """Mask AP per class in the order of `sorted_classes`: bar = the shown row, marks = the first row and full-masks.
 
     None where nothing was measured.
@@ -254,7 +253,7 @@ def _class_bars(panel: Axes, table: ReportTable, classes: pd.DataFrame, main: st
 @rc_context(fname=STYLE)
 def size_figure(
     table: ReportTable, measured: Mapping[str, pd.DataFrame], names: Mapping[str, str], styles: Styles
-) -> Drawing | None:
+) -> bytes | None:
     """Bars of mask AP by object size, one per row, one panel per class group; error bars are std over seeds.
 
     Args:
@@ -284,7 +283,7 @@ def size_figure(
 
 
 @rc_context(fname=STYLE)
-def threshold_figure(table: ReportTable, measured: Mapping[str, pd.DataFrame], styles: Styles) -> Drawing | None:
+def threshold_figure(table: ReportTable, measured: Mapping[str, pd.DataFrame], styles: Styles) -> bytes | None:
     """Mask AP over the IoU that a match takes: a line per row, the mean over seeds, in a band of +- std.
 
     Args:
@@ -329,9 +328,7 @@ class TrainingCurves:
 
 
 @rc_context(fname=STYLE)
-def training_figure(
-    table: ReportTable, curves: Mapping[str, Sequence[TrainingCurves]], styles: Styles
-) -> Drawing | None:
+def training_figure(table: ReportTable, curves: Mapping[str, Sequence[TrainingCurves]], styles: Styles) -> bytes | None:
     """Unweighted loss terms and, where measured on the way, validation mask AP over steps; one line per run.
 
     Args:

@@ -40,8 +40,7 @@ def beside_printed(
     headings, lines = list(shown.headings), table_cells(numbers.summary, table, shown)
     places = _places(printed[printed["table"] == table.published], [row.name for row in table.rows])
     whose = "printed, difference" if report.paper_data else f"{data_name(printed, table)}, printed"
-    columns = [column for _, group in shown.groups for column in group]
-    for place, column in enumerate(columns, start=shown.texts + 1):
+    for place, column in enumerate(shown.columns, start=shown.texts + 1):
         group, _, metric = column.partition("_")
         texts = [_printed_value(printed, table.published, row.name, group, metric) for row in table.rows]
         headings[place] += f" ({whose})" * any(texts)
