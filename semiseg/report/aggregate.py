@@ -285,7 +285,7 @@ class TableNumbers:
         return float(found.iloc[0]) if len(found) else None
 
     def main_row(self, among: Collection[str]) -> str:
-        """The row that the page is about, for pictures, bars of classes and sentences alike.
+        """The row that the page is about, for pictures and the order of classes alike.
 
         The method; else the best of the rows that lack masks, the first row aside, with which the others are compared;
         else the first row if it lacks masks; else the best one, the first row aside. Best by mean AP on unseen classes,

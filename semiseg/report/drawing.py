@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import re
+import textwrap
 import unicodedata
 import warnings
 from pathlib import Path
@@ -18,7 +18,7 @@ from PIL import Image
 # Okabe and Ito 2008: distinguishable with any colour vision.
 BLUE, ORANGE, GREEN, SKY = "#0072B2", "#E69F00", "#009E73", "#56B4E9"
 VERMILLION, PURPLE, GREY, BLACK = "#D55E00", "#CC79A7", "#8C8C8C", "#000000"
-ROW_COLOURS = (GREY, SKY, BLUE, ORANGE, GREEN, VERMILLION, PURPLE, BLACK)
+ROW_COLOURS = (GREY, SKY, BLUE, ORANGE, GREEN, BLACK, VERMILLION, PURPLE)
 
 STYLE = Path(__file__).with_name("charts.mplstyle")
 _FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Hiragino Sans", "Yu Gothic")
@@ -59,13 +59,8 @@ def plain(text: str) -> str:
 
 
 def wrapped(text: str, width: int = 12) -> str:
-    """Breaks long labels after "+", "-" or at spaces so that they do not run into each other."""
-    lines = [""]
-    for part in re.findall(r"[^+\- ]*[+\- ]|[^+\- ]+", plain(text)):
-        if len(lines[-1]) + len(part.rstrip()) > width and lines[-1]:
-            lines.append("")
-        lines[-1] += part
-    return "\n".join(line.rstrip() for line in lines)
+    """Breaks long labels at spaces and hyphens so that they do not run into each other."""
+    return textwrap.fill(plain(text), width, break_long_words=False)
 
 
 def shortened(text: str, width: int = 32) -> str:

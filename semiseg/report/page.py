@@ -15,7 +15,7 @@ from pathlib import Path
 from semiseg.report.aggregate import ReportInput, TableNumbers, table_numbers
 from semiseg.report.context import FigureFiles, PageContext
 from semiseg.report.failures import failure_section
-from semiseg.report.figures import ap_figure, gap_figure
+from semiseg.report.figures import ap_figure
 from semiseg.report.html import PAGE_NAME, render_page
 from semiseg.report.measured import MEASURED_NAME, Measured
 from semiseg.report.pictures import picture_section
@@ -138,20 +138,14 @@ def _write_tables(numbers: TableNumbers, folder: Path) -> None:
 
 
 def _with_overview(page: PageContext, blocks: Sequence[str]) -> list[str]:
-    """The figures of all tables stand below the first table's numbers: people come for these."""
+    """The figure of all tables stands below the first table's numbers: people come for these."""
     place = next((number for number, block in enumerate(blocks) if block.startswith("### ")), len(blocks))
     return [*blocks[:place], *_overview(page), *blocks[place:]]
 
 
 def _overview(page: PageContext) -> list[str]:
-    tables = page.report.tables
-    measured = {numbers.table.name: numbers.measured for numbers in page.tables}
-    gaps = {numbers.table.name: numbers.gaps for numbers in page.tables}
+    tables, measured = page.report.tables, {numbers.table.name: numbers.measured for numbers in page.tables}
     bars = ap_figure(tables, measured) if any(len(frame) for frame in measured.values()) else None
     groups = "on unseen and on all classes" if any(table.unseen for table in tables) else "on all classes"
-    spread = "error bars: standard deviation over seeds, dots: single seeds."
-    share = "Share of the gap between neither and full-masks on unseen classes; dots: single seeds."
-    return [
-        *page.figures.show("ap", bars, alt=f"mask AP of every row {groups}", caption=f"Mask AP in percent; {spread}"),
-        *page.figures.show("gap", gap_figure(tables, gaps), alt="gap closed by every row", caption=share),
-    ]
+    caption = "Mask AP in percent; error bars: standard deviation over seeds, dots: single seeds."
+    return page.figures.show("ap", bars, alt=f"mask AP of every row {groups}", caption=caption)

@@ -41,7 +41,7 @@ def settings(config: Mapping[str, Any]) -> dict[str, str]:
         values = parse_config(RunConfig, dict(config), where="recorded configuration").model_dump(mode="json")
     except UserError:  # of a version with other keys
         values = dict(config)
-    flat = _flat(values)
+    flat = flat_settings(values)
     kind = flat.get("data.format")
     unused = [f"data.{name}." for name in ("shapes", "voc") if name != kind]
     if not flat.get("data.root", "").startswith("hf:"):
@@ -52,11 +52,12 @@ def settings(config: Mapping[str, Any]) -> dict[str, str]:
     return {key: value for key, value in flat.items() if key == "runtime.precision" or not key.startswith(left_out)}
 
 
-def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, str]:
+def flat_settings(values: Mapping[str, Any], above: str = "") -> dict[str, str]:
+    """Dotted path -> value in words of nested settings."""
     flat: dict[str, str] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{above}{name}.")
+            flat |= flat_settings(value, f"{above}{name}.")
         else:
             flat[above + name] = "—" if value is None else value if isinstance(value, str) else json.dumps(value)
     return flat
@@ -70,7 +71,7 @@ def recorded_values(run: Result) -> dict[str, Any]:
 
 def _result_settings(run: Result) -> dict[str, str]:
     """The settings of a run, and over how many images its batch norms normalise where that is not the whole batch."""
-    cut = _flat({name: run.identity[name] for name in ("normalised_together",) if name in run.identity})
+    cut = flat_settings({name: run.identity[name] for name in ("normalised_together",) if name in run.identity})
     return settings(recorded_values(run)) | cut
 
 
@@ -143,16 +144,14 @@ def warnings(report: ReportInput) -> list[str]:
 
 
 def _incomplete(report: ReportInput, table: ReportTable) -> list[str]:
-    by_row: dict[str, list[int]] = {}
+    by_row: dict[str, list[str]] = {}
     for row, seed in report.missing(table):
-        by_row.setdefault(row, []).append(seed)
-    if not by_row:
-        return []
-    cells = "; ".join(f"{code(row)} seed {', '.join(map(str, seeds))}" for row, seeds in by_row.items())
+        by_row.setdefault(row, []).append(str(seed))
+    cells = "; ".join(f"{code(row)} seed {', '.join(seeds)}" for row, seeds in by_row.items())
     text = f"**Incomplete.** {escape_markdown(table.name)} lacks {cells}."
     if report.run_command:
         text += f" {code(report.run_command)} fills them, then {code(report.report_command)}."
-    return [text]
+    return [text] if cells else []
 
 
 def _data_warning(runs: Sequence[Result]) -> list[str]:

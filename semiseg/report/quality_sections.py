@@ -12,25 +12,23 @@ from semiseg.report.aggregate import ReportTable, TableNumbers
 from semiseg.report.context import PageContext
 from semiseg.report.figures import (
     TrainingCurves,
-    class_figure,
     class_gaps,
     read_curves,
     row_styles,
     shown_row,
-    size_figure,
     sorted_classes,
     threshold_figure,
     training_figure,
 )
-from semiseg.report.tables import markdown_table, number
+from semiseg.report.tables import escape_markdown, markdown_table, number
 from semiseg.report.uncertainty import thresholds_of
 
 _PRINTED_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 _SIZES = {"APs": "small", "APm": "medium", "APl": "large"}
 
 
-def class_section(page: PageContext, numbers: TableNumbers) -> list[str]:
-    """Mask AP per class: table and bars, both in the same order."""
+def class_section(_: PageContext, numbers: TableNumbers) -> list[str]:
+    """Mask AP per class."""
     table, gaps, main = numbers.table, class_gaps(numbers), shown_row(numbers)
     labels = {row.name: row.label for row in table.rows}
     classes = numbers.classes.loc[sorted_classes(numbers)]
@@ -40,20 +38,11 @@ def class_section(page: PageContext, numbers: TableNumbers) -> list[str]:
         group = ["unseen" if name in table.unseen else "seen"] if table.unseen else []
         gap = [] if gaps is None else [number(gaps[name], sign=True)]
         lines.append([str(name), *group, *map(number, values), *gap])
-    caption = ""
+    text = []
     if main is not None:
         by = f"AP of {labels[main]}" if gaps is None else f"full-masks minus {labels[main]} (gap)"
-        caption = f"Mask AP in percent, mean over seeds; sorted by {by}. Bars: {labels[main]}."
-    return [
-        "### Per class",
-        markdown_table(headings, lines, texts=2 if table.unseen else 1),
-        *page.figures.show(
-            f"{table.name}_classes",
-            class_figure(numbers, row_styles(page.report.tables)),
-            alt=f"mask AP per class, {table.name}",
-            caption=caption,
-        ),
-    ]
+        text = [escape_markdown(f"Mask AP in percent, mean over seeds; sorted by {by}.")]
+    return ["### Per class", *text, markdown_table(headings, lines, texts=2 if table.unseen else 1)]
 
 
 def threshold_section(page: PageContext, numbers: TableNumbers) -> list[str]:
@@ -106,17 +95,11 @@ def size_section(page: PageContext, numbers: TableNumbers) -> list[str]:
         for row in table.rows
     ]
     headings = [f"{group.removesuffix(' classes')}: {words}" for group in frames for words in names.values()]
-    shown = page.figures.show(
-        f"{table.name}_sizes",
-        size_figure(table, frames, names, row_styles(page.report.tables)),
-        alt=f"mask AP by object size, {table.name}",
-        caption="Mask AP by the size of the objects; error bars: standard deviation over seeds.",
-    )
     text = (
         "Mask AP in percent by the area of the objects' masks in pixels of the original image, in COCO's ranges: small "
         "below 32² = 1,024, medium below 96² = 9,216, large from there on."
     )
-    return ["### AP by object size", text, markdown_table(["row", *headings], lines), *shown]
+    return ["### AP by object size", text, markdown_table(["row", *headings], lines)]
 
 
 def _groups(table: ReportTable) -> dict[str, tuple[str, ...]]:
