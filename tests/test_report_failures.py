@@ -240,7 +240,7 @@ def test_the_folder_of_another_training_of_the_same_run_is_not_measured(study: R
     assert "| projection+pairwise | 1 | " in unpadded(failures[2])
     assert failures[3].startswith("Without projection+pairwise seed 0: ")
     assert failures[4].startswith("*No figure (failed masks by cause, t6): ")
-    assert draw_pictures(page.report, page.tables[0], page.stored).drawing is None
+    assert draw_pictures(page.report, page.tables[0], page.stored).png is None
     page.measured.save()
     assert "projection+pairwise-0." not in (tmp_path / "measured.json").read_text()
 
@@ -260,13 +260,12 @@ def test_nothing_found_has_no_failures_and_pictures_without_gains(tmp_path: Path
     assert "| neither | 2 | 0 (0 %) | 0 | 0 | 0 | 0 | 0 | 0 |" in text
     assert "No mask of projection+pairwise, seed 0, has failed" in text
     pictures = draw_pictures(study, page.tables[0], page.stored)
-    assert pictures.drawing is not None
-    assert draw_pictures(study, page.tables[0], page.stored).drawing == pictures.drawing
+    assert pictures.png is not None
+    assert draw_pictures(study, page.tables[0], page.stored).png == pictures.png
 
 
 def test_what_is_missing_for_pictures_is_said_in_one_sentence(study: ReportInput, tmp_path: Path) -> None:
     numbers = table_numbers(study, TABLE)
-    nothing = Measured(tmp_path / "measured.json")
     one_gone = {key: path for key, path in study.run_folders.items() if key != "full-masks-0"}
     cases = {
         "the run folders with the detections are not on this machine": replace(study, run_folders=one_gone),
@@ -274,12 +273,12 @@ def test_what_is_missing_for_pictures_is_said_in_one_sentence(study: ReportInput
         "cannot be read": replace(study, val_images=tmp_path),
     }
     for sentence, incomplete in cases.items():
-        pictures = draw_pictures(incomplete, numbers, StoredDetections(incomplete, nothing))
-        assert pictures.drawing is None
+        pictures = draw_pictures(incomplete, numbers, StoredDetections(incomplete))
+        assert pictures.png is None
         assert sentence in pictures.note
         assert str(tmp_path) not in pictures.note
     unrecorded = replace(study, results={})
-    pictures = draw_pictures(unrecorded, table_numbers(unrecorded, TABLE), StoredDetections(unrecorded, nothing))
+    pictures = draw_pictures(unrecorded, table_numbers(unrecorded, TABLE), StoredDetections(unrecorded))
     assert pictures.note == "none of its runs is recorded"
 
 

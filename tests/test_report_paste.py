@@ -96,20 +96,19 @@ def check_tabular(text: str) -> list[str]:
     begin = re.fullmatch(r"\\begin\{tabular\}\{([lcr]+)\}", lines[0])
     assert begin is not None
     columns = len(begin.group(1))
-    body = [line for line in lines[1:-1] if not re.match(r"\\(top|mid|bottom|cmid)rule", line)]
+    body = [line for line in lines[1:-1] if not re.match(r"\\(top|mid|bottom)rule", line)]
     for line in body:
         assert line.endswith(" \\\\")
         plain = re.sub(
             r"\\(textbackslash|textasciitilde|textasciicircum|textless|textgreater|textbar)\{\}", "", line[:-3]
         )
-        spans = [int(number) for number in re.findall(r"\\multicolumn\{(\d+)\}", plain)]
         plain = re.sub(r"\\[&%$#_{}]", "", plain)
-        assert plain.count("&") + 1 - len(spans) + sum(spans) == columns
+        assert plain.count("&") + 1 == columns
         assert plain.count("{") == plain.count("}")
         assert plain.count("$") % 2 == 0
         assert not re.search(r"[%#~^<>|]", plain)
         assert not line.startswith(("[", "*"))
-        assert not re.search(r"(?<!AP\$)_(?!\{)", plain)
+        assert "_" not in plain
     return body
 
 
@@ -122,7 +121,7 @@ def test_latex_holds_together_whatever_the_names_are(unseen: tuple[str, ...]) ->
     cells = table_cells(summary, table, shown)
     text = latex_table(table, shown, cells, bold=best_cells(summary, table, shown))
     body = check_tabular(text)
-    assert len(body) == len(EVIL) + 2
+    assert len(body) == len(EVIL) + 1
     assert "\\textbf{9.0} $\\pm$ 0.5 &" in body[-1]
     assert text.count("\\textbf") == 1
     comments = [line for line in text.splitlines() if line.startswith("%")]

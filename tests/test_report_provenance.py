@@ -1,4 +1,4 @@
-"""Provenance and warnings of a report: configurations, hours, classes, and what is said above a table."""
+"""Provenance and warnings of a report: configurations, classes, and what is said above a table."""
 
 from __future__ import annotations
 
@@ -133,14 +133,10 @@ def test_provenance_has_its_parts_and_the_commands_last() -> None:
     text = unpadded("\n\n".join(blocks))
     headings = re.findall(r"^##+ (.*)$", text, re.MULTILINE)
     assert headings == [
-        "Provenance", "Configuration of the rows", "Classes", "Hours", "Runs", "Commands of the runs",
+        "Provenance", "Configuration of the rows", "Classes", "Runs", "Commands of the runs",
     ]  # fmt: skip
     assert "4 runs and 1 of pretraining, 2.5 hours of training and evaluation in all." in text
     assert "- `few` (digest `d6`): 2 seen: 猫, dog\\|s; 1 unseen: café." in text
-    assert "| row | split | runs | hours per run | hours | process hours |" in text
-    assert "| pretrain | — | 1 | 0.5 | 0.5 | 1 |" in text
-    assert "| b\\_&lt;b&gt; | few | 2 | 0.5 | 1 | 1 |" in text
-    assert "| all | | 5 | 0.5 | 2.5 | 3 |" in text
     assert "- Seeds: `0`; `1`." in text
     assert blocks[-1].startswith("```text\npretrain-0  semiseg run s\na-0  ")
     alone = "\n\n".join(provenance(report_of(*ALIKE)))

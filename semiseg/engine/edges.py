@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -45,12 +45,14 @@ class EdgeShare:
     """The edges of one neighbourhood whose similarity reaches one threshold.
 
     Attributes:
+        size, dilation: of the neighbourhood.
         edges: all edges of the neighbourhood, whatever their similarity.
         share: the part of them that counts, 0..1; NaN without edges.
         positive: the part of the counting ones that is truly positive, 0..1; NaN without any.
     """
 
-    neighbourhood: Neighbourhood
+    size: int
+    dilation: int
     threshold: float
     edges: int
     share: float
@@ -72,18 +74,10 @@ class EdgeMeasurement:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; a share that is not measured is None."""
-        shares = [
-            {
-                "size": share.neighbourhood.size,
-                "dilation": share.neighbourhood.dilation,
-                "threshold": share.threshold,
-                "edges": share.edges,
-                "share": None if math.isnan(share.share) else share.share,
-                "positive": None if math.isnan(share.positive) else share.positive,
-            }
-            for share in self.shares
-        ]
-        return {"images": self.images, "instances": self.instances, "shares": shares}
+        values = asdict(self)
+        for share in values["shares"]:
+            share |= {name: None for name in ("share", "positive") if math.isnan(share[name])}
+        return values
 
     def render(self) -> str:
         """A text table, one line per neighbourhood and threshold."""
@@ -91,10 +85,9 @@ class EdgeMeasurement:
         lines = [f"{images}, {self.instances} instances with a mask", ""]
         lines.append(f"{'neighbourhood':<22}{'similarity':>12}{'of all edges':>16}{'truly positive':>16}")
         for share in self.shares:
-            size, dilation = share.neighbourhood.size, share.neighbourhood.dilation
-            place = f"{size} x {size}, dilation {dilation}"
+            neighbourhood = f"{share.size} x {share.size}, dilation {share.dilation}"
             numbers = f"{_percent(share.share):>16}{_percent(share.positive):>16}"
-            lines.append(f"{place:<22}{f'>= {share.threshold:g}':>12}{numbers}")
+            lines.append(f"{neighbourhood:<22}{f'>= {share.threshold:g}':>12}{numbers}")
         return "\n".join(lines)
 
 
@@ -230,7 +223,8 @@ class _Counts:
         first = sorted(self.thresholds).index(threshold) + 1  # an edge that reaches so many thresholds reaches this one
         edges, counting = int(self.reaching.sum()), int(self.reaching[first:].sum())
         positive = _ratio(int(self.positive[first:].sum()), counting)
-        return EdgeShare(self.neighbourhood, threshold, edges, _ratio(counting, edges), positive)
+        size, dilation = self.neighbourhood.size, self.neighbourhood.dilation
+        return EdgeShare(size, dilation, threshold, edges, _ratio(counting, edges), positive)
 
 
 def _ratio(part: int, whole: int) -> float:

@@ -6,9 +6,8 @@ and the full-masks runs do not depend on the split). Nothing here knows how a st
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -82,6 +81,11 @@ class ReportTable:
     alike: bool = True
     varied: tuple[str, ...] = ()
 
+    @property
+    def main_group(self) -> str:
+        """The class group that the table is about: "unseen", "all" where no class is."""
+        return "unseen" if self.unseen else "all"
+
 
 @dataclass(frozen=True)
 class ReportInput:
@@ -99,8 +103,6 @@ class ReportInput:
         run_command, report_command: what fills missing cells ("" if nothing does) and what rebuilds the report.
         records: the files that the results were read from, as the page names them.
         notes: what else a reader must know before the numbers, a sentence or two each, in Markdown.
-        recorded: every training of the record, the newest of each run, also those that no cell shows; empty if that is
-            not known. What was measured on others is dropped.
         run_folders: run id -> folder with log.jsonl and detections.json; folders may be gone.
         val_annotations, val_images: for the pictures; may be None or gone.
         picture_seed: draws the images that the pictures show.
@@ -122,7 +124,6 @@ class ReportInput:
     paper_data: bool = False
     records: tuple[str, ...] = ("`results.jsonl` beside this file",)
     notes: tuple[str, ...] = ()
-    recorded: tuple[Result, ...] = ()
     run_folders: Mapping[str, Path] = field(default_factory=dict)
     val_annotations: Path | None = None
     val_images: Path | None = None
@@ -138,20 +139,19 @@ class ReportInput:
             if len(set(rows)) != len(rows):
                 raise UserError(f"{self.study}: table {table.name!r} has two rows of one name")
 
+    def cells(self, table: ReportTable) -> list[tuple[str, int, Result]]:
+        """(row name, seed, run) of every recorded cell of a table, in the order of rows and seeds."""
+        keys = [(table.name, row.name, seed) for row in table.rows for seed in self.seeds]
+        return [(*key[1:], self.results[key]) for key in keys if key in self.results]
+
     def missing(self, table: ReportTable) -> list[tuple[str, int]]:
         """(row name, seed) of the cells without a recorded run."""
-        cells = ((row.name, seed) for row in table.rows for seed in self.seeds)
-        return [(row, seed) for row, seed in cells if (table.name, row, seed) not in self.results]
+        recorded = [(row, seed) for row, seed, _ in self.cells(table)]
+        return [cell for row in table.rows for seed in self.seeds if (cell := (row.name, seed)) not in recorded]
 
     def runs(self) -> list[Result]:
         """The runs behind the cells, each once, in the order of tables, rows and seeds."""
-        found: dict[str, Result] = {}
-        for table in self.tables:
-            for row in table.rows:
-                for seed in self.seeds:
-                    if result := self.results.get((table.name, row.name, seed)):
-                        found.setdefault(result.run_id, result)
-        return list(found.values())
+        return list({run.run_id: run for table in self.tables for *_, run in self.cells(table)}.values())
 
 
 def _metrics(result: Result) -> Metrics:
@@ -164,17 +164,13 @@ def _metrics(result: Result) -> Metrics:
 def measurements(report: ReportInput, table: ReportTable, *, iou_type: str = "segm") -> pd.DataFrame:
     """One line per measured cell of a table: row, seed, METRIC_COLUMNS and SIZE_COLUMNS (NaN = not measured)."""
     groups = {"all": table.seen + table.unseen, "unseen": table.unseen, "seen": table.seen}
-    lines: list[dict[str, object]] = []
-    for row in table.rows:
-        for seed in report.seeds:
-            if (result := report.results.get((table.name, row.name, seed))) is None:
-                continue
-            metrics = _metrics(result)
-            line: dict[str, object] = {"row": row.name, "seed": seed}
-            for group, classes in groups.items():
-                numbers = metrics.group(iou_type, classes)
-                line |= {f"{group}_{metric}": value for metric, value in numbers.items()}
-            lines.append(line)
+    lines = []
+    for row, seed, result in report.cells(table):
+        line: dict[str, object] = {"row": row, "seed": seed}
+        for group, classes in groups.items():
+            numbers = _metrics(result).group(iou_type, classes)
+            line |= {f"{group}_{metric}": value for metric, value in numbers.items()}
+        lines.append(line)
     columns = [*METRIC_COLUMNS, *SIZE_COLUMNS]
     frame = pd.DataFrame(lines, columns=["row", "seed", *columns])
     return frame.astype(dict.fromkeys(columns, float))
@@ -182,15 +178,14 @@ def measurements(report: ReportInput, table: ReportTable, *, iou_type: str = "se
 
 def class_measurements(report: ReportInput, table: ReportTable) -> pd.DataFrame:
     """Mean mask AP over seeds: one line per class of the table (index), one column per row; NaN = not measured."""
-    columns = {}
-    for row in table.rows:
-        results = (report.results.get((table.name, row.name, seed)) for seed in report.seeds)
-        per_seed = [_metrics(result).segm for result in results if result is not None]
-        columns[row.name] = [
-            _mean(numbers["AP"] for segm in per_seed if segm and (numbers := segm.classes.get(name)))
-            for name in (*table.unseen, *table.seen)
-        ]
-    return pd.DataFrame(columns, index=[*table.unseen, *table.seen], dtype=float)
+    classes = [*table.unseen, *table.seen]
+    lines = []
+    for row, _, result in report.cells(table):
+        segm = _metrics(result).segm
+        measured = {name: numbers["AP"] for name, numbers in segm.classes.items() if numbers} if segm else {}
+        lines.append({"row": row, **measured})
+    frame = pd.DataFrame(lines, columns=["row", *classes]).astype(dict.fromkeys(classes, float))
+    return frame.groupby("row")[classes].mean().reindex([row.name for row in table.rows]).T
 
 
 def summarise(measured: pd.DataFrame, table: ReportTable) -> pd.DataFrame:
@@ -198,21 +193,18 @@ def summarise(measured: pd.DataFrame, table: ReportTable) -> pd.DataFrame:
 
     `_std` is the sample standard deviation over seeds (n - 1), NaN for one seed.
     """
-    grouped = measured.groupby("row", sort=False)[[*METRIC_COLUMNS, *SIZE_COLUMNS]]
+    columns = [*METRIC_COLUMNS, *SIZE_COLUMNS]
+    grouped = measured.groupby("row")
     names = [row.name for row in table.rows]
-    means = grouped.mean().reindex(names)
-    deviations = grouped.std(ddof=1).reindex(names).add_suffix("_std")
-    counts = measured.groupby("row")["seed"].nunique().reindex(names, fill_value=0)
     terms = pd.DataFrame(
-        {
-            "projection": [row.projection for row in table.rows],
-            "pairwise": [row.pairwise for row in table.rows],
-            "seeds": counts.to_numpy(),
-        },
+        {"projection": [row.projection for row in table.rows], "pairwise": [row.pairwise for row in table.rows]},
         index=pd.Index(names, name="row"),
     )
+    counts = grouped["seed"].nunique().reindex(names, fill_value=0).rename("seeds")
+    means, deviations = grouped[columns].mean(), grouped[columns].std(ddof=1).add_suffix("_std")
     sizes = (*SIZE_COLUMNS, *(f"{column}_std" for column in SIZE_COLUMNS))
-    return pd.concat([terms, means, deviations], axis=1).reset_index()[[*CSV_COLUMNS, *sizes]]
+    joined = terms.join([counts, means, deviations]).reset_index()
+    return joined[[*CSV_COLUMNS, *sizes]]
 
 
 def compared_pairs(table: ReportTable) -> list[tuple[str, str]]:
@@ -293,7 +285,7 @@ class TableNumbers:
         return float(found.iloc[0]) if len(found) else None
 
     def main_row(self, among: Collection[str]) -> str:
-        """The row that the page is about, for pictures, bars of classes and sentences alike.
+        """The row that the page is about, for pictures and the order of classes alike.
 
         The method; else the best of the rows that lack masks, the first row aside, with which the others are compared;
         else the first row if it lacks masks; else the best one, the first row aside. Best by mean AP on unseen classes,
@@ -312,13 +304,9 @@ class TableNumbers:
             rows,
         )
         candidates = next(found for found in choices if found)
-        column = "unseen_AP" if self.table.unseen else "all_AP"
+        column = f"{self.table.main_group}_AP"
         means = {row.name: mean for row in candidates if (mean := self.mean(row.name, column)) is not None}
         return max(means, key=lambda name: means[name]) if means else candidates[0].name
-
-    def difference(self, first: str, second: str, group: str = "unseen") -> Difference | None:
-        """One of `differences`; None for a pair that is not among them."""
-        return next((d for d in self.differences if (d.first, d.second, d.group) == (first, second, group)), None)
 
     def between(self, first: str, second: str, group: str) -> Difference:
         """Of any two rows."""
@@ -347,8 +335,3 @@ def table_numbers(report: ReportInput, table: ReportTable) -> TableNumbers:
             for first, second in compared_pairs(table)
         ),
     )
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    found = [value for value in values if value is not None]
-    return math.fsum(found) / len(found) if found else None

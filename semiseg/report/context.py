@@ -9,7 +9,6 @@ from pathlib import Path
 import pandas as pd
 
 from semiseg.report.aggregate import ReportInput, TableNumbers
-from semiseg.report.drawing import Drawing
 from semiseg.report.measured import Measured
 from semiseg.report.stored import StoredDetections
 from semiseg.report.tables import escape_markdown
@@ -27,26 +26,24 @@ class FigureFiles:
     folder: Path
     earlier: Sequence[str] = ()
 
-    def show(self, name: str, drawn: Drawing | None, *, alt: str, caption: str = "", absent: str = "") -> list[str]:
-        """Blocks that show a figure; its files are `name`.png and, for what is drawn of lines, `name`.svg.
+    def show(self, name: str, png: bytes | None, *, alt: str, caption: str = "", absent: str = "") -> list[str]:
+        """Blocks that show a figure, written as `name`.png.
 
-        `drawn` None: the figure of an earlier report is kept and shown, if there is one; `absent` says why.
+        `png` None: the figure of an earlier report is kept and shown, if there is one; `absent` says why.
         """
         path, shown = self.folder / f"{name}.png", f"![{escape_markdown(alt)}](figures/{name}.png)"
-        if drawn is not None:
-            write_bytes(path, drawn.png)
-            if drawn.svg is not None:
-                write_bytes(path.with_suffix(".svg"), drawn.svg)
+        if png is not None:
+            write_bytes(path, png)
+        elif not absent:
+            return []
         elif not path.is_file():
-            return [f"*No figure ({alt}): {absent}.*"] if absent else []
-        elif absent and shown in self.earlier:
+            return [f"*No figure ({alt}): {absent}.*"]
+        elif shown in self.earlier:
             # It shows the runs of this page: nothing has changed but that their folders are gone.
             below = self.earlier[self.earlier.index(shown) + 1 :][:1]
             return [shown, *(block for block in below if block.startswith("*"))]
-        elif absent:
-            caption = f"{alt[:1].upper()}{alt[1:]}: kept from an earlier report, because {absent}."
         else:
-            return []
+            caption = f"{alt[:1].upper()}{alt[1:]}: kept from an earlier report, because {absent}."
         return [shown, *([f"*{escape_markdown(caption)}*"] if caption else [])]
 
 
@@ -70,5 +67,4 @@ class PageContext:
     stored: StoredDetections = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Nothing is read before it is asked for."""
-        self.stored = StoredDetections(self.report, self.measured)
+        self.stored = StoredDetections(self.report)

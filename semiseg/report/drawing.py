@@ -1,14 +1,11 @@
-"""Figures as bytes: PNG with few colours, and SVG with letters as letters; the colours and labels that charts share."""
+"""Figures as PNG with few colours; the colours and labels that charts share."""
 
 from __future__ import annotations
 
-import contextlib
 import io
-import re
+import textwrap
 import unicodedata
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -21,18 +18,10 @@ from PIL import Image
 # Okabe and Ito 2008: distinguishable with any colour vision.
 BLUE, ORANGE, GREEN, SKY = "#0072B2", "#E69F00", "#009E73", "#56B4E9"
 VERMILLION, PURPLE, GREY, BLACK = "#D55E00", "#CC79A7", "#8C8C8C", "#000000"
-ROW_COLOURS = (GREY, SKY, BLUE, ORANGE, GREEN, VERMILLION, PURPLE, BLACK)
+ROW_COLOURS = (GREY, SKY, BLUE, ORANGE, GREEN, BLACK, VERMILLION, PURPLE)
 
 STYLE = Path(__file__).with_name("charts.mplstyle")
 _FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Hiragino Sans", "Yu Gothic")
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """A drawn figure: the bytes of its PNG and, unless it is a picture of pixels, of its SVG."""
-
-    png: bytes
-    svg: bytes | None = None
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -47,17 +36,13 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def chart(figure: Figure) -> Drawing:
-    """A figure of lines and letters: PNG and SVG, the same bytes for the same numbers."""
-    canvas, svg = FigureCanvasAgg(figure), io.BytesIO()
-    with _quiet_about_fonts():
+def chart(figure: Figure) -> bytes:
+    """A figure of lines and letters as PNG, the same bytes for the same numbers."""
+    canvas = FigureCanvasAgg(figure)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # no font of a script here: boxes instead
         canvas.draw()
-        figure.set_layout_engine("none")  # it has laid out; that takes longer than drawing
-        figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
-    content = re.sub(rb"(\.\d\d)\d+", rb"\1", svg.getvalue())  # hundredths of a point are enough
-    # Where none of the fonts is installed, letters without serifs.
-    content = re.sub(rb"(<text style=\"[^\"]*font(?:-family)?: [^;\"]*')", rb"\1, sans-serif", content)
-    return Drawing(png(Image.fromarray(np.asarray(canvas.buffer_rgba()))), content)
+    return png(Image.fromarray(np.asarray(canvas.buffer_rgba())))
 
 
 def png(image: Image.Image, *, colours: int = 128) -> bytes:
@@ -68,27 +53,14 @@ def png(image: Image.Image, *, colours: int = 128) -> bytes:
     return small.getvalue()
 
 
-@contextlib.contextmanager
-def _quiet_about_fonts() -> Iterator[None]:
-    """No font of a script here: boxes instead, without a warning for each letter."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")
-        yield
-
-
 def plain(text: str) -> str:
     """A name as it is: `$` does not start mathematics."""
     return " ".join(text.split()).replace("$", r"\$")
 
 
 def wrapped(text: str, width: int = 12) -> str:
-    """Breaks long labels after "+", "-" or at spaces so that they do not run into each other."""
-    lines = [""]
-    for part in re.findall(r"[^+\- ]*[+\- ]|[^+\- ]+", plain(text)):
-        if len(lines[-1]) + len(part.rstrip()) > width and lines[-1]:
-            lines.append("")
-        lines[-1] += part
-    return "\n".join(line.rstrip() for line in lines)
+    """Breaks long labels at spaces and hyphens so that they do not run into each other."""
+    return textwrap.fill(plain(text), width, break_long_words=False)
 
 
 def shortened(text: str, width: int = 32) -> str:

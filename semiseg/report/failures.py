@@ -13,21 +13,20 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
 from semiseg.errors import UserError
-from semiseg.overlays import COLOURS, can_write, paint_mask
+from semiseg.overlays import COLOURS, paint_mask
 from semiseg.report.aggregate import ReportTable, TableNumbers
 from semiseg.report.context import PageContext
-from semiseg.report.drawing import Drawing
 from semiseg.report.pictures import (
     Pictures,
     class_name,
     contact_sheet,
+    drawn_name,
     judged,
     read_image,
     runs_of_one_seed,
     there,
     truth_of,
 )
-from semiseg.report.stored import missing_note
 from semiseg.report.tables import escape_markdown, markdown_table
 from semiseg.results import Result
 
@@ -77,17 +76,21 @@ def failure_counts(truth: COCO, matches: pd.DataFrame) -> dict[str, list[int]]:
 def failure_section(page: PageContext, numbers: TableNumbers) -> list[str]:
     """How many found objects have a failed mask and why, for every row; the worst of the main row as pictures."""
     report, table = page.report, numbers.table
-    lines, missing = [], []
-    for row in table.rows:
-        runs = [(seed, run) for seed in report.seeds if (run := report.results.get((table.name, row.name, seed)))]
-        counted = [(seed, _kept_counts(page, run)) for seed, run in runs]
-        missing += [f"{row.label} seed {seed}" for seed, counts in counted if counts is None]
-        lines.append([row.label, *_cells([_sums(table, counts) for _, counts in counted if counts is not None])])
+    labels = {row.name: row.label for row in table.rows}
+    counted: dict[str, list[np.ndarray]] = {row.name: [] for row in table.rows}
+    missing = []
+    for row, seed, run in report.cells(table):
+        if (counts := _kept_counts(page, run)) is None:
+            missing.append(f"{escape_markdown(labels[row])} seed {seed}")
+        else:
+            counted[row].append(_sums(table, counts))
+    lines = [[row.label, *_cells(counted[row.name])] for row in table.rows]
+    gone = f"Without {', '.join(missing)}: the detections of these runs are not on this machine."
     return [
         "### Failures",
         _rules(table),
         markdown_table(("row", "runs", "found", "failed", *CAUSES), lines),
-        *missing_note(missing),
+        *([gone] if missing else []),
         *_pictured(page, numbers),
     ]
 
@@ -95,7 +98,7 @@ def failure_section(page: PageContext, numbers: TableNumbers) -> list[str]:
 def _pictured(page: PageContext, numbers: TableNumbers) -> list[str]:
     """The worst failures of the main row; whether there are any follows from the counts, which outlive run folders."""
     report, table = page.report, numbers.table
-    if not any((table.name, row.name, seed) in report.results for row in table.rows for seed in report.seeds):
+    if not report.cells(table):
         return []
     seed, runs = runs_of_one_seed(report, table)
     row = numbers.main_row(runs)
@@ -106,7 +109,7 @@ def _pictured(page: PageContext, numbers: TableNumbers) -> list[str]:
     picture = failure_picture(page, table, row, seed)
     return page.figures.show(
         f"{table.name}_failures",
-        picture.drawing,
+        picture.png,
         alt=f"failed masks by cause, {table.name}",
         caption=picture.note,
         absent=picture.note,
@@ -147,10 +150,9 @@ def _rules(table: ReportTable) -> str:
     whose = "Objects of unseen classes" if table.unseen else "Objects"
     rules = "; ".join(f"**{cause}**: {rule}" for cause, rule in CAUSES.items())
     return (
-        f"{whose} whose box was found (a detection of the class with box IoU of at least 0.5, matched one to one by "
-        "score) but whose mask has an IoU below 0.5: COCO's easiest threshold already misses it. Each failure has one "
-        f"cause, the first of these rules that applies: {rules}. Counts are means over the runs; in brackets the share "
-        "of all objects, of the found ones, and of the failed ones."
+        f"{whose} whose box was found (box IoU of at least 0.5, matched one to one by score) but whose mask has an IoU "
+        f"below 0.5. The cause is the first of these rules that applies: {rules}. Means over the runs; in brackets the "
+        "share of all objects, of the found ones, and of the failed ones."
     )
 
 
@@ -180,7 +182,7 @@ def failure_picture(page: PageContext, table: ReportTable, row: str, seed: int) 
         "them its share of all failures. White line: the object's mask; orange: the predicted mask. Each tile is "
         f"{_CROP} times as wide as the object's box."
     )
-    return Pictures(Drawing(contact_sheet(strips)), note)
+    return Pictures(contact_sheet(strips), note)
 
 
 def worst_failures(failed: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -191,8 +193,7 @@ def worst_failures(failed: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def _title(truth: COCO, annotation: Mapping[str, Any], mask_iou: float) -> str:
-    name = class_name(truth, annotation["category_id"])
-    name = name if can_write(name) else f"class {annotation['category_id']}"
+    name = drawn_name(truth, annotation["category_id"])
     shown = math.floor(100 * mask_iou) / 100  # a failure is never shown as 0.50
     return f"{name}, IoU {shown:.2f}\nimage {annotation['image_id']}"
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,27 +19,20 @@ from matplotlib.typing import LineStyleType
 
 from semiseg.config_files import read_json_lines
 from semiseg.errors import UserError
-from semiseg.report.aggregate import NEITHER, UPPER_BOUND, GapClosed, ReportTable, TableNumbers
+from semiseg.report.aggregate import UPPER_BOUND, ReportTable, TableNumbers
 from semiseg.report.drawing import (
     BLACK,
-    GREEN,
     GREY,
-    PURPLE,
     ROW_COLOURS,
     STYLE,
-    VERMILLION,
-    Drawing,
     chart,
     new_figure,
     plain,
     shortened,
     wrapped,
 )
-from semiseg.report.tables import whole_percent
 
-GROUP_COLOURS = {"unseen": VERMILLION, "seen": PURPLE}  # never a row's on a page with unseen classes
 CURVE_POINTS = 60  # longer curves are averaged in bins
-_SHARES = (-150.0, 250.0)  # % shown of the gap; shares beyond (of a gap near 0) are drawn at the rim
 _PALE = 0.35  # opacity of bars that are not of the unseen classes
 _DASHES: tuple[LineStyleType, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -60,14 +53,13 @@ Styles = Mapping[str, RowStyle]
 
 def row_styles(tables: Sequence[ReportTable]) -> dict[str, RowStyle]:
     """Row name -> its style, in the order in which the tables of a page name the rows first."""
-    grouped = any(table.unseen for table in tables)
-    colours = [colour for colour in ROW_COLOURS if not grouped or colour not in GROUP_COLOURS.values()]
+    count = len(ROW_COLOURS)
     names = dict.fromkeys(row.name for table in tables for row in table.rows)
     return {
         name: RowStyle(
-            colours[index % len(colours)],
+            ROW_COLOURS[index % count],
             # Where the colours begin anew, the dashes do not begin at the same place.
-            _DASHES[(index + index // len(colours)) % len(_DASHES)],
+            _DASHES[(index + index // count) % len(_DASHES)],
             _MARKERS[index % len(_MARKERS)],
         )
         for index, name in enumerate(names)
@@ -85,14 +77,11 @@ def _panels(count: int, *, across: int, size: tuple[float, float], sharey: bool 
     return figure, panels[:count]
 
 
-def _legend(figure: Figure, panels: Iterable[Axes], *, columns: int = 3, above: bool = False) -> None:
+def _legend(figure: Figure, panels: Iterable[Axes]) -> None:
     """One legend for all panels, outside of them, each label once."""
     found = [panel.get_legend_handles_labels() for panel in panels]
     handles = {label: handle for pair in found for handle, label in zip(*pair, strict=True)}
-    place: Literal["outside upper center", "outside lower center"] = "outside lower center"
-    if above:
-        place = "outside upper center"
-    figure.legend(list(handles.values()), list(handles), loc=place, ncols=columns)
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=3)
 
 
 def _fill(colour: str, *, pale: bool) -> dict[str, Any]:
@@ -100,7 +89,7 @@ def _fill(colour: str, *, pale: bool) -> dict[str, Any]:
 
 
 @rc_context(fname=STYLE)
-def ap_figure(tables: Sequence[ReportTable], measured: Mapping[str, pd.DataFrame]) -> Drawing:
+def ap_figure(tables: Sequence[ReportTable], measured: Mapping[str, pd.DataFrame]) -> bytes:
     """Bars of mask AP per row, one panel per table: unseen classes solid, all classes pale beside them.
 
     Error bars are standard deviations over seeds, dots single seeds. Without unseen classes the bars are solid.
@@ -142,46 +131,6 @@ def _bar(panel: Axes, place: float, values: np.ndarray, fill: Mapping[str, Any])
     panel.annotate(f"{mean:.1f}", (place, top), (0, 3), textcoords="offset points", ha="center", fontsize=8)
 
 
-@rc_context(fname=STYLE)
-def gap_figure(tables: Sequence[ReportTable], gaps: Mapping[str, Sequence[GapClosed]]) -> Drawing | None:
-    """How much of the gap between neither and full-masks on unseen classes each row closes; None without a gap."""
-    ends = (NEITHER, UPPER_BOUND)  # 0 and 100 % by definition
-    drawn = {
-        table.name: [gap for gap in gaps[table.name] if gap.percent is not None and gap.row not in ends]
-        for table in tables
-    }
-    shown = [table for table in tables if drawn[table.name]]
-    if not shown:
-        return None
-    height = 1.4 + 0.45 * max(map(len, drawn.values()))
-    figure, panels = _panels(len(shown), across=2, size=(5.2, height))
-    for panel, table in zip(panels, shown, strict=True):
-        _gap_bars(panel, table, drawn[table.name], row_styles(tables))
-    return chart(figure)
-
-
-def _gap_bars(panel: Axes, table: ReportTable, gaps: Sequence[GapClosed], styles: Styles) -> None:
-    labels = {row.name: row.label for row in table.rows}
-    limits = np.clip([0, 100, *(share for gap in gaps for share in (gap.percent, *gap.per_seed))], *_SHARES)
-    low, high = float(limits.min()), float(limits.max())
-    for place, gap in enumerate(gaps):
-        shares, percent = np.clip(gap.per_seed, *_SHARES), gap.percent or 0.0
-        panel.barh(place, np.clip(percent, *_SHARES), 0.6, color=styles[gap.row].colour)
-        if len(shares) > 1:
-            panel.plot(shares, [place] * len(shares), markersize=4, **_SEEDS)
-        text = f"{whole_percent(percent)}  ({gap.start:.1f} → {gap.reached:.1f} AP)"
-        panel.text(high + 0.06 * (high - low), place, text, va="center", fontsize=8)
-    panel.set_yticks(range(len(gaps)), [shortened(labels[gap.row]) for gap in gaps])
-    panel.invert_yaxis()
-    panel.axvline(0, color=BLACK, linewidth=0.8)
-    panel.axvline(100, color=BLACK, linewidth=1, linestyle="--")
-    panel.set_xlim(low - 0.04 * (high - low), high + 0.7 * (high - low))  # room for the text
-    panel.set_xticks([tick for tick in range(-300, 301, 50) if low <= tick <= high])
-    ends = f"neither ({gaps[0].start:.1f} AP) to full-masks ({gaps[0].goal:.1f} AP)"
-    panel.set_xlabel(f"% of the gap on unseen classes,\n{ends}")
-    panel.set_title(wrapped(table.title, 58))
-
-
 def shown_row(numbers: TableNumbers) -> str | None:
     """The row whose classes are drawn: the main one of those that were measured; None where nothing was."""
     measured = [str(name) for name in numbers.classes.columns if numbers.classes[name].notna().any()]
@@ -207,84 +156,7 @@ def sorted_classes(numbers: TableNumbers) -> list[str]:
 
 
 @rc_context(fname=STYLE)
-def class_figure(numbers: TableNumbers, styles: Styles) -> Drawing | None:
-    """Mask AP per class in the order of `sorted_classes`: bar = the shown row, marks = the first row and full-masks.
-
-    None where nothing was measured.
-    """
-    table, classes, main = numbers.table, numbers.classes, shown_row(numbers)
-    if main is None:
-        return None
-    ordered = classes.loc[sorted_classes(numbers)]
-    groups = {word: names for word, names in (("unseen", table.unseen), ("seen", table.seen)) if names}
-    many = len(classes) > 30
-    figure = new_figure(7.2, 1.7 + (0.19 if many else 0.27) * len(classes))
-    heights = [len(names) + 0.6 for names in groups.values()]
-    panels = figure.subplots(len(groups), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
-    for panel, (group, names) in zip(panels, groups.items(), strict=True):
-        own = ordered.loc[[name for name in ordered.index if name in names]]
-        _class_bars(panel, table, own, main, group if table.unseen else "", styles)
-        panel.tick_params(axis="y", labelsize=7 if many else 8)
-    panels[-1].set_xlim(left=0)  # at the end: it fixes the right limit, which is that of all panels
-    panels[-1].set_xlabel("mask AP (%)")
-    figure.align_ylabels(panels)
-    _legend(figure, panels, columns=2, above=True)
-    return chart(figure)
-
-
-def _class_bars(panel: Axes, table: ReportTable, classes: pd.DataFrame, main: str, group: str, styles: Styles) -> None:
-    labels = {row.name: shortened(row.label, 40) for row in table.rows}
-    places = list(range(len(classes)))
-    label = f"{labels[main]}, {group} classes" if group else labels[main]
-    colour = GROUP_COLOURS[group] if group else styles[main].colour
-    panel.barh(places, classes[main].fillna(0), 0.66, color=colour, label=label)
-    if UPPER_BOUND in classes and main != UPPER_BOUND:
-        panel.hlines(places, classes[main], classes[UPPER_BOUND], color=BLACK, linewidth=0.8)
-    goal = GREEN if group or UPPER_BOUND not in styles else styles[UPPER_BOUND].colour
-    for name, sign, edge in ((table.rows[0].name, "o", BLACK), (UPPER_BOUND, "D", goal)):
-        if name in classes and name != main and classes[name].notna().any():
-            edges: dict[str, Any] = {"color": "white", "markeredgecolor": edge, "markeredgewidth": 1.2}
-            panel.plot(classes[name], places, sign, label=labels[name], **edges)
-    panel.set_yticks(places, [shortened(str(name)) for name in classes.index])
-    panel.set_ylim(len(classes) - 0.4, -0.6)
-    panel.set_ylabel(f"{group} classes" if group and len(classes) > 3 else group)
-    panel.grid(axis="x")
-
-
-@rc_context(fname=STYLE)
-def size_figure(
-    table: ReportTable, measured: Mapping[str, pd.DataFrame], names: Mapping[str, str], styles: Styles
-) -> Drawing | None:
-    """Bars of mask AP by object size, one per row, one panel per class group; error bars are std over seeds.
-
-    Args:
-        measured: words of the class group -> one line per run: column "row", and one per metric of `names`.
-        names: metric, e.g. "APs" -> words under its bars. None is returned if there are none.
-    """
-    if not names:
-        return None
-    figure, panels = _panels(len(measured), across=2, size=(5.2, 3.3), sharey=True)
-    width = 0.82 / len(table.rows)
-    for panel, (group, frame) in zip(panels, measured.items(), strict=True):
-        for index, row in enumerate(table.rows):
-            values = frame.loc[frame["row"] == row.name, list(names)]
-            places = np.arange(len(names)) + width * (index - (len(table.rows) - 1) / 2)
-            fill = _fill(styles[row.name].colour, pale=False)
-            panel.bar(places, values.mean().fillna(0), 0.92 * width, label=shortened(row.label, 40), **fill)
-            if len(values) > 1:
-                spread = values.std(ddof=1)
-                panel.errorbar(places, values.mean(), yerr=spread, fmt="none", color=BLACK, capsize=2, linewidth=1)
-        panel.set_xticks(range(len(names)), list(names.values()))
-        panel.set_title(group)
-        panel.grid(axis="y")
-    panels[0].set_ylabel("mask AP (%)")
-    panels[0].set_ylim(bottom=0)
-    _legend(figure, panels)
-    return chart(figure)
-
-
-@rc_context(fname=STYLE)
-def threshold_figure(table: ReportTable, measured: Mapping[str, pd.DataFrame], styles: Styles) -> Drawing | None:
+def threshold_figure(table: ReportTable, measured: Mapping[str, pd.DataFrame], styles: Styles) -> bytes | None:
     """Mask AP over the IoU that a match takes: a line per row, the mean over seeds, in a band of +- std.
 
     Args:
@@ -329,9 +201,7 @@ class TrainingCurves:
 
 
 @rc_context(fname=STYLE)
-def training_figure(
-    table: ReportTable, curves: Mapping[str, Sequence[TrainingCurves]], styles: Styles
-) -> Drawing | None:
+def training_figure(table: ReportTable, curves: Mapping[str, Sequence[TrainingCurves]], styles: Styles) -> bytes | None:
     """Unweighted loss terms and, where measured on the way, validation mask AP over steps; one line per run.
 
     Args:

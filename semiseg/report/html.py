@@ -27,8 +27,7 @@ def render_page(text: str, folder: Path) -> str:
     """The page of a report.
 
     The words are those of the Markdown: CommonMark with GitHub's tables; raw HTML is shown as the letters it is, and
-    no line ends between a number and its percent sign. Images are embedded, of a figure with an SVG beside its PNG the
-    SVG.
+    no line ends between a number and its percent sign. Images are embedded.
 
     Args:
         text: report.md.
@@ -82,9 +81,7 @@ def _image(renderer: RendererHTML, tokens: Sequence[Token], index: int, options:
     """An image as an element that holds it; words where the file is not there."""
     alt = escape(renderer.renderInlineAsText(tokens[index].children, options, environment))
     path = environment["folder"] / unquote(str(tokens[index].attrs["src"]))
-    if path.with_suffix(".svg").is_file():
-        path = path.with_suffix(".svg")
-    elif not path.is_file():
+    if not path.is_file():
         return f"<em>No figure here: {alt}.</em>"
     content = base64.b64encode(path.read_bytes()).decode()
     return f'<img alt="{alt}" src="data:{mimetypes.guess_type(path)[0]};base64,{content}">'

@@ -1,6 +1,6 @@
 """Writes a report from recorded results and stored detections: its page, its text, its tables and its figures.
 
-`index.html` is the page that people open, `report.md` the same text; `tables/*.csv|md|tex`, `figures/*.png|svg`.
+`index.html` is the page that people open, `report.md` the same text; `tables/*.csv|md|tex`, `figures/*.png`.
 
 The same results give the same bytes. Results, run folders and data are only read. What is measured on detections is
 kept in measured.json; pictures and training curves need the run folders: where these are gone, the files of an earlier
@@ -12,12 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from semiseg.report.aggregate import ReportInput, TableNumbers, table_numbers
 from semiseg.report.context import FigureFiles, PageContext
 from semiseg.report.failures import failure_section
-from semiseg.report.figures import ap_figure, gap_figure
+from semiseg.report.figures import ap_figure
 from semiseg.report.html import PAGE_NAME, render_page
 from semiseg.report.measured import MEASURED_NAME, Measured
 from semiseg.report.pictures import picture_section
@@ -77,12 +75,12 @@ def build_report(report: ReportInput, *, out: Path, published: Path) -> Path:
         f"**Question.** {escape_markdown(report.question)}",
         f"**Answer.** {answer(page.tables)}",
         *(f"> {warning}" for warning in warnings(report)),
-        *_with_overview(page, [block for numbers in page.tables for block in _table_blocks(page, numbers)]),
+        *_with_overview(
+            page, [block for numbers in page.tables for section in SECTIONS for block in section(page, numbers)]
+        ),
         *protocol(report),
         *provenance(report),
     ]
-    if report.recorded:
-        page.measured.keep_only(report.recorded)
     page.measured.save()
     text = "\n\n".join(block.rstrip("\n") for block in blocks) + "\n"
     write_text(out / "report.md", text)
@@ -105,21 +103,21 @@ def beside_recorded(report: ReportInput, recorded: ReportInput) -> str:
 
     What lies further than two deviations from the mean is marked. "" where no row has both.
     """
-    others = {table.name: table_numbers(recorded, table).summary.set_index("row") for table in recorded.tables}
+    others = {table.name: table_numbers(recorded, table).summary for table in recorded.tables}
     texts = []
     for table in report.tables:
-        lines = []
-        group = "unseen" if table.unseen else "all"
-        own, other = table_numbers(report, table).summary.set_index("row"), others.get(table.name)
-        if other is None:
+        if table.name not in others:
             continue
-        for row in table.rows:
-            value = own[f"{group}_AP"].get(row.name, np.nan)
-            mean, std = other[f"{group}_AP"].get(row.name, np.nan), other[f"{group}_AP_std"].get(row.name, np.nan)
-            if not np.isnan([value, mean, std]).any():
-                lines.append([row.label, number(value), number(mean, std), "!" * bool(abs(value - mean) > 2 * std)])
+        value, spread = f"{table.main_group}_AP", f"{table.main_group}_AP_std"
+        own = table_numbers(report, table).summary[["row", value]]
+        both = own.merge(others[table.name][["row", value, spread]], on="row", suffixes=("", "_recorded")).dropna()
+        labels = {row.name: row.label for row in table.rows}
+        lines = [
+            [labels[row], number(ap), number(mean, std), "!" if abs(ap - mean) > 2 * std else ""]
+            for row, ap, mean, std in both.itertuples(index=False)
+        ]
         if lines:
-            texts.append(f"{table.title}\n{text_table(('row', f'{group} AP', 'recorded', ''), lines)}")
+            texts.append(f"{table.title}\n{text_table(('row', f'{table.main_group} AP', 'recorded', ''), lines)}")
     return "\n".join(texts)
 
 
@@ -139,29 +137,15 @@ def _write_tables(numbers: TableNumbers, folder: Path) -> None:
     write_text(folder / f"{table.name}.tex", latex_table(table, shown, cells, bold=best))
 
 
-def _table_blocks(page: PageContext, numbers: TableNumbers) -> list[str]:
-    return [block for section in SECTIONS for block in section(page, numbers)]
-
-
 def _with_overview(page: PageContext, blocks: Sequence[str]) -> list[str]:
-    """The figures of all tables stand below the first table's numbers: people come for these."""
+    """The figure of all tables stands below the first table's numbers: people come for these."""
     place = next((number for number, block in enumerate(blocks) if block.startswith("### ")), len(blocks))
     return [*blocks[:place], *_overview(page), *blocks[place:]]
 
 
 def _overview(page: PageContext) -> list[str]:
-    report, tables = page.report, page.tables
-    if not tables:
-        return []
-    measured = {numbers.table.name: numbers.measured for numbers in tables}
-    gaps = {numbers.table.name: numbers.gaps for numbers in tables}
-    bars = ap_figure(report.tables, measured) if any(len(frame) for frame in measured.values()) else None
-    several = any(numbers.summary["seeds"].max() > 1 for numbers in tables)
-    caption = "Mask AP in percent." + " Error bars: standard deviation over seeds, dots: single seeds." * several
-    gap_caption = "Share of the gap between neither and full-masks on unseen classes" + "; dots: single seeds" * several
-    gap_caption += "."
-    groups = "on unseen and on all classes" if any(table.unseen for table in report.tables) else "on all classes"
-    return [
-        *page.figures.show("ap", bars, alt=f"mask AP of every row {groups}", caption=caption),
-        *page.figures.show("gap", gap_figure(report.tables, gaps), alt="gap closed by every row", caption=gap_caption),
-    ]
+    tables, measured = page.report.tables, {numbers.table.name: numbers.measured for numbers in page.tables}
+    bars = ap_figure(tables, measured) if any(len(frame) for frame in measured.values()) else None
+    groups = "on unseen and on all classes" if any(table.unseen for table in tables) else "on all classes"
+    caption = "Mask AP in percent; error bars: standard deviation over seeds, dots: single seeds."
+    return page.figures.show("ap", bars, alt=f"mask AP of every row {groups}", caption=caption)

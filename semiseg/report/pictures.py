@@ -22,7 +22,7 @@ from semiseg.errors import UserError
 from semiseg.overlays import COLOURS, Drawn, can_write, draw_detections, fitted, load_font
 from semiseg.report.aggregate import ReportInput, ReportTable, TableNumbers
 from semiseg.report.context import PageContext
-from semiseg.report.drawing import Drawing, png
+from semiseg.report.drawing import png
 from semiseg.report.stored import StoredDetections
 from semiseg.report.tables import signed
 from semiseg.results import Result
@@ -41,11 +41,11 @@ class Pictures:
     """A drawn picture, or the reason why there is none.
 
     Attributes:
-        drawing: the picture, or None.
+        png: the picture, or None.
         note: the caption: by which rule, of which runs; or in one sentence why there is none.
     """
 
-    drawing: Drawing | None
+    png: bytes | None
     note: str
 
 
@@ -74,7 +74,7 @@ def picture_section(page: PageContext, numbers: TableNumbers) -> list[str]:
     name, pictures = numbers.table.name, draw_pictures(page.report, numbers, page.stored)
     shown = page.figures.show(
         f"{name}_pictures",
-        pictures.drawing,
+        pictures.png,
         alt=f"ground truth and detections, {name}",
         caption=pictures.note,
         absent=pictures.note,
@@ -115,7 +115,7 @@ def draw_pictures(report: ReportInput, numbers: TableNumbers, stored: StoredDete
                 columns[row.label] = found_objects(table, truth, annotations, own)
         tiles = [(label, _tile(images[image.image_id], objects)) for label, objects in columns.items()]
         strips.append((image.label, tiles))
-    return Pictures(Drawing(contact_sheet(strips)), _note(report, table, chosen, seed, (main, other)))
+    return Pictures(contact_sheet(strips), _note(report, table, chosen, seed, (main, other)))
 
 
 def there(found: _Read | None) -> _Read:
@@ -140,38 +140,33 @@ def _note(
     compared: tuple[str, str | None],
 ) -> str:
     """The rule by which the images were chosen, and how to read the picture."""
-    count = sum(image.group == RANDOM for image in chosen)
     main, other = (next((row.label for row in table.rows if row.name == name), "") for name in compared)
-    rule = f"{count} validation {'image' if count == 1 else 'images'} drawn at random with seed {report.picture_seed}"
+    rule = f"Drawn at random with seed {report.picture_seed}: {sum(image.group == RANDOM for image in chosen)} images"
     if other:
-        objects = "the image's objects of unseen classes" if table.unseen else "the image's objects"
+        objects = "objects of unseen classes" if table.unseen else "objects"
         rule += (
-            f"; of the other images those {EXTREME_IMAGES} with the largest gain and those {EXTREME_IMAGES} with the "
-            f"largest loss of {main} against {other}: the difference of the mean mask IoU over {objects} (in points, "
-            "an object that is not found counts 0; ties by id)"
+            f"; then those with the largest gain and loss of {main} against {other} in the mean mask IoU of their "
+            f"{objects} (in points; not found counts 0)"
         )
     solid = " Solid boxes: unseen classes, dashed: seen classes." if table.unseen else ""
     return (
-        f"{rule}. Runs of seed {seed}; detections with a score above {SCORE_THRESHOLD}. A detection has the colour of "
-        f"the object that its box covers best (IoU at least 0.5), grey if none.{solid}"
+        f"{rule}. Runs of seed {seed}; detections with a score above {SCORE_THRESHOLD}, in the colour of the object "
+        f"that the box covers best (IoU at least 0.5), grey if none.{solid}"
     )
 
 
 def truth_objects(table: ReportTable, truth: COCO, annotations: Sequence[Mapping[str, Any]]) -> list[Drawn]:
     """The objects of an image, each with its class."""
-    drawn = []
-    for index, annotation in enumerate(annotations):
-        name = class_name(truth, annotation["category_id"])
-        drawn.append(
-            Drawn(
-                _corners(annotation["bbox"]),
-                truth.annToRLE(annotation) if annotation.get("segmentation") else None,
-                name if can_write(name) else f"class {annotation['category_id']}",
-                COLOURS[index % len(COLOURS)],
-                dashed=_is_dashed(table, truth, annotation),
-            )
+    return [
+        Drawn(
+            _corners(annotation["bbox"]),
+            truth.annToRLE(annotation) if annotation.get("segmentation") else None,
+            drawn_name(truth, annotation["category_id"]),
+            COLOURS[index % len(COLOURS)],
+            dashed=_is_dashed(table, truth, annotation),
         )
-    return drawn
+        for index, annotation in enumerate(annotations)
+    ]
 
 
 def found_objects(
@@ -236,20 +231,25 @@ def class_name(truth: COCO, category_id: Any) -> str:
     return normalise(str(truth.cats[category_id]["name"]))
 
 
+def drawn_name(truth: COCO, category_id: Any) -> str:
+    """The same in letters that the font of pictures has, else by its number."""
+    name = class_name(truth, category_id)
+    return name if can_write(name) else f"class {category_id}"
+
+
 def runs_of_one_seed(report: ReportInput, table: ReportTable) -> tuple[int, dict[str, Result]]:
     """The seed with the most recorded rows, the first of equals, and the run of each of these rows.
 
     Raises:
         UserError: none of the table's runs is recorded.
     """
-    recorded = {
-        seed: {r.name: run for r in table.rows if (run := report.results.get((table.name, r.name, seed)))}
-        for seed in report.seeds
-    }
-    seed = max(report.seeds, key=lambda seed: len(recorded[seed]), default=None)
-    if seed is None or not recorded[seed]:
+    recorded: dict[int, dict[str, Result]] = {seed: {} for seed in report.seeds}
+    for row, seed, run in report.cells(table):
+        recorded[seed][row] = run
+    seed, runs = max(recorded.items(), key=lambda item: len(item[1]), default=(0, {}))
+    if not runs:
         raise UserError("none of its runs is recorded")
-    return seed, recorded[seed]
+    return seed, runs
 
 
 def other_row(table: ReportTable, main: str, among: Collection[str]) -> str | None:

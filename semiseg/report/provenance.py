@@ -41,7 +41,7 @@ def settings(config: Mapping[str, Any]) -> dict[str, str]:
         values = parse_config(RunConfig, dict(config), where="recorded configuration").model_dump(mode="json")
     except UserError:  # of a version with other keys
         values = dict(config)
-    flat = _flat(values)
+    flat = flat_settings(values)
     kind = flat.get("data.format")
     unused = [f"data.{name}." for name in ("shapes", "voc") if name != kind]
     if not flat.get("data.root", "").startswith("hf:"):
@@ -52,11 +52,12 @@ def settings(config: Mapping[str, Any]) -> dict[str, str]:
     return {key: value for key, value in flat.items() if key == "runtime.precision" or not key.startswith(left_out)}
 
 
-def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, str]:
+def flat_settings(values: Mapping[str, Any], above: str = "") -> dict[str, str]:
+    """Dotted path -> value in words of nested settings."""
     flat: dict[str, str] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{above}{name}.")
+            flat |= flat_settings(value, f"{above}{name}.")
         else:
             flat[above + name] = "—" if value is None else value if isinstance(value, str) else json.dumps(value)
     return flat
@@ -70,7 +71,7 @@ def recorded_values(run: Result) -> dict[str, Any]:
 
 def _result_settings(run: Result) -> dict[str, str]:
     """The settings of a run, and over how many images its batch norms normalise where that is not the whole batch."""
-    cut = _flat({name: run.identity[name] for name in ("normalised_together",) if name in run.identity})
+    cut = flat_settings({name: run.identity[name] for name in ("normalised_together",) if name in run.identity})
     return settings(recorded_values(run)) | cut
 
 
@@ -119,10 +120,8 @@ def _shortened(text: str) -> str:
 def row_settings(report: ReportInput, table: ReportTable) -> dict[str, list[tuple[Result, Settings]]]:
     """Row name -> its runs with their settings, in the order of seeds; rows without a run are left out."""
     rows: dict[str, list[tuple[Result, Settings]]] = {}
-    for row in table.rows:
-        for seed in report.seeds:
-            if (run := report.results.get((table.name, row.name, seed))) is not None:
-                rows.setdefault(row.name, []).append((run, run_settings(run, report.pretraining_results)))
+    for row, _, run in report.cells(table):
+        rows.setdefault(row, []).append((run, run_settings(run, report.pretraining_results)))
     return rows
 
 
@@ -145,16 +144,14 @@ def warnings(report: ReportInput) -> list[str]:
 
 
 def _incomplete(report: ReportInput, table: ReportTable) -> list[str]:
-    by_row: dict[str, list[int]] = {}
+    by_row: dict[str, list[str]] = {}
     for row, seed in report.missing(table):
-        by_row.setdefault(row, []).append(seed)
-    if not by_row:
-        return []
-    cells = "; ".join(f"{code(row)} seed {', '.join(map(str, seeds))}" for row, seeds in by_row.items())
+        by_row.setdefault(row, []).append(str(seed))
+    cells = "; ".join(f"{code(row)} seed {', '.join(seeds)}" for row, seeds in by_row.items())
     text = f"**Incomplete.** {escape_markdown(table.name)} lacks {cells}."
     if report.run_command:
         text += f" {code(report.run_command)} fills them, then {code(report.report_command)}."
-    return [text]
+    return [text] if cells else []
 
 
 def _data_warning(runs: Sequence[Result]) -> list[str]:
@@ -201,23 +198,23 @@ def _by_value(key: str, columns: Sequence[tuple[str, Settings]]) -> str:
 
 
 def _split_warnings(report: ReportInput, table: ReportTable) -> list[str]:
-    runs = [report.results.get((table.name, row.name, seed)) for row in table.rows for seed in report.seeds]
-    other = [run for run in runs if run is not None and run.split_digest not in (None, table.split_digest)]
-    if not table.split:
+    other = [run for *_, run in report.cells(table) if run.split_digest not in (None, table.split_digest)]
+    if not table.split or not other:
         return []
+    name, split = escape_markdown(table.name), code(table.split)
     here = [run for run in other if PurePath(run.split or "").stem == PurePath(table.split).stem]
     elsewhere = [run for run in other if run not in here]
     texts = []
     if here:
         digests = ", ".join(sorted({str(run.split_digest) for run in here}))
         texts.append(
-            f"**Changed split.** Runs of {escape_markdown(table.name)} were trained with another content of the split "
-            f"{code(table.split)} ({digests}) than today's ({table.split_digest}): {_cells(here)}."
+            f"**Changed split.** Runs of {name} were trained with another content of the split {split} ({digests}) "
+            f"than today's ({table.split_digest}): {_cells(here)}."
         )
     if elsewhere:
         texts.append(
-            f"**Other split.** {escape_markdown(table.name)} shows the class groups of {code(table.split)}, but these "
-            f"runs were trained with masks of other classes: {_places(elsewhere, lambda run: str(run.split))}."
+            f"**Other split.** {name} shows the class groups of {split}, but these runs were trained with masks of "
+            f"other classes: {_places(elsewhere, lambda run: str(run.split))}."
         )
     return texts
 
@@ -277,7 +274,7 @@ def provenance(report: ReportInput) -> list[str]:
     trained = f"Trained by {code(report.run_command)}, this page by" if report.run_command else "This page by"
     facts = [
         f"- Recorded results: {', '.join(report.records)}; {_runs(len(runs))} and {len(pretraining)} of pretraining, "
-        f"{_hours(hours)} hours of training and evaluation in all.",
+        f"{hours:.3g} hours of training and evaluation in all.",
         f"- {trained} {code(report.report_command)}.",
         _fact("Data fingerprint (training and validation)", [run.data_fingerprint for run in every]),
         _fact("Validation data", [run.val_fingerprint for run in every if run.val_fingerprint]),
@@ -290,7 +287,6 @@ def provenance(report: ReportInput) -> list[str]:
     blocks += differences_section(report) + _class_lists(report)
     if every:
         headings = ("run", "row", "split", "seed", "steps", "seconds", "git", "finished", "started from")
-        blocks += ["### Hours", _hours_by_row(every)]
         blocks += ["### Runs", markdown_table(headings, [_run_cells(run) for run in every], texts=3)]
         commands = "\n".join(f"{run.run_id}  {_command(run)}" for run in every)
         blocks += ["### Commands of the runs", f"```text\n{commands}\n```"]
@@ -299,26 +295,21 @@ def provenance(report: ReportInput) -> list[str]:
 
 def differences_section(report: ReportInput) -> list[str]:
     """For each table the settings in which its rows differ, one column per row."""
-    blocks = ["### Configuration of the rows"]
+    blocks = []
     for table in report.tables:
-        rows = row_settings(report, table)
-        labels = {row.name: row.label for row in table.rows}
+        rows, name = row_settings(report, table), escape_markdown(table.name)
         keys = differing([column for runs in rows.values() for _, column in runs])
-        name = escape_markdown(table.name)
-        if rows and not keys:
-            blocks.append(f"The rows of {name} have the same configuration but for the seed.")
-        elif rows:
-            lines = [
-                [
-                    key,
-                    *(_shortened("; ".join(dict.fromkeys(_value(c, key) for _, c in runs))) for runs in rows.values()),
-                ]
-                for key in keys
-            ]
+        headings = ("setting", *(row.label for row in table.rows if row.name in rows))
+        lines = []
+        for key in keys:
+            values = ("; ".join(dict.fromkeys(_value(column, key) for _, column in runs)) for runs in rows.values())
+            lines.append([key, *map(_shortened, values)])
+        if keys:
             blocks.append(f"Where the rows of {name} differ, beyond the seed:")
-            headings = ("setting", *(labels[row] for row in rows))
             blocks.append(markdown_table(headings, lines, texts=len(headings)))
-    return blocks if len(blocks) > 1 else []
+        elif rows:
+            blocks.append(f"The rows of {name} have the same configuration but for the seed.")
+    return ["### Configuration of the rows", *blocks] if blocks else []
 
 
 def _class_lists(report: ReportInput) -> list[str]:
@@ -332,31 +323,6 @@ def _class_lists(report: ReportInput) -> list[str]:
         elif not any(other.split for other in report.tables):
             lines[f"- {len(table.seen)} classes: {seen}."] = None
     return ["### Classes", "\n".join(lines)] if lines else []
-
-
-def _hours_by_row(runs: Sequence[Result]) -> str:
-    """Hours of training and evaluation per row; times the processes where some runs had several."""
-    by_row: dict[tuple[str, str], list[Result]] = {}
-    for run in runs:
-        by_row.setdefault((run.row, run.split or "—"), []).append(run)
-    by_row["all", ""] = list(runs)
-    headings = ["row", "split", "runs", "hours per run", "hours"]
-    several = any(run.processes > 1 for run in runs)
-    if several:
-        headings.append("process hours")
-    lines = []
-    for key, members in by_row.items():
-        hours = sum(run.seconds / 3600 for run in members)
-        line = [*key, str(len(members)), _hours(hours / len(members)), _hours(hours)]
-        if several:
-            line.append(_hours(sum(run.seconds * run.processes / 3600 for run in members)))
-        lines.append(line)
-    return markdown_table(headings, lines, texts=2)
-
-
-def _hours(hours: float) -> str:
-    """Three digits that count, or whole hours."""
-    return f"{hours:.0f}" if hours >= 100 else f"{hours:.3g}"
 
 
 def _run_cells(run: Result) -> list[str]:

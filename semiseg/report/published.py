@@ -40,8 +40,7 @@ def beside_printed(
     headings, lines = list(shown.headings), table_cells(numbers.summary, table, shown)
     places = _places(printed[printed["table"] == table.published], [row.name for row in table.rows])
     whose = "printed, difference" if report.paper_data else f"{data_name(printed, table)}, printed"
-    columns = [column for _, group in shown.groups for column in group]
-    for place, column in enumerate(columns, start=shown.texts + 1):
+    for place, column in enumerate(shown.columns, start=shown.texts + 1):
         group, _, metric = column.partition("_")
         texts = [_printed_value(printed, table.published, row.name, group, metric) for row in table.rows]
         headings[place] += f" ({whose})" * any(texts)
@@ -124,21 +123,14 @@ def _notes(printed: pd.DataFrame, table: ReportTable) -> list[str]:
         for _, line in rows[~rows["row"].isin(names)].iterrows()
         if {"method", "backbone", "schedule"} <= set(rows)
     ]
-    dice = _printed(printed, "2", "dice", "all")
-    if UPPER_BOUND in names and not (rows["row"] == UPPER_BOUND).any() and dice != "—":
+    dice = [_printed_value(printed, "2", "dice", "all", metric) for metric in TABLE_METRICS]
+    if UPPER_BOUND in names and not (rows["row"] == UPPER_BOUND).any() and all(dice):
         where = f"Table {table.published}" if table.published not in _NAMES else "table"
         notes.append(
-            f"full-masks: not in the paper's {where}; for all classes its Table 2 prints {dice} with Dice on all masks"
+            f"full-masks: not in the paper's {where}; for all classes its Table 2 prints {' / '.join(dice)} with Dice "
+            "on all masks"
         )
     return notes + [f"not trained here: {text}" for text in others]
-
-
-def _printed(printed: pd.DataFrame, table: str, row: str, group: str) -> str:
-    """The printed "AP / AP50 / AP75" of a row, "—" if it is not in the paper."""
-    found = printed[(printed["table"] == table) & (printed["row"] == row) & (printed["classes"] == group)]
-    if found.empty:
-        return "—"
-    return " / ".join(value or "—" for value in found.iloc[0][list(TABLE_METRICS)])
 
 
 def _printed_value(printed: pd.DataFrame, table: str | None, row: str, group: str, metric: str) -> str:

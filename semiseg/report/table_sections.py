@@ -1,4 +1,4 @@
-"""The sections of one table: its numbers, the printed ones, gaps, differences, boxes and classes."""
+"""The sections of one table: its numbers, the printed ones, gaps, differences and boxes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pandas as pd
 from semiseg.report.aggregate import NEITHER, UPPER_BOUND, ReportInput, TableNumbers
 from semiseg.report.context import PageContext
 from semiseg.report.published import beside_printed, data_name, printed_difference, published_section
-from semiseg.report.statements import box_statement, gap_caution, reading, row_order
+from semiseg.report.statements import gap_caution, reading
 from semiseg.report.tables import (
     MINUS,
     best_cells,
@@ -35,7 +35,6 @@ def table_section(page: PageContext, numbers: TableNumbers) -> list[str]:
         f"## {escape_markdown(table.title)}",
         f"{classes}; mask AP in percent; — = not measured.{bold} Files: {files}.",
         markdown_table(headings, cells, texts=shown.texts, bold=best),
-        row_order(numbers),
         *published_section(report, numbers, page.printed),
         *_gap_section(numbers),
         *uncertainty_section(numbers),
@@ -51,15 +50,10 @@ def _gap_section(numbers: TableNumbers) -> list[str]:
     heading = "### How much of the gap on unseen classes each row closes"
     if not numbers.gaps:
         return [heading, "Not measured: it needs `neither` and `full-masks` with a common seed."]
-    goal = numbers.gaps[0]
-    text = (
-        f"The gap is full-masks ({goal.goal:.1f}) minus neither ({goal.start:.1f}) on unseen classes, "
-        f"{signed(goal.goal - goal.start)} AP before rounding, over the seeds that both and the row have."
-    )
+    text = "The gap is full-masks minus neither on unseen classes, over the seeds that both and the row have."
     if caution := gap_caution(numbers):
         text += f" **Note:** {caution}; shares of it say little."
-    if shares := numbers.images.shares if numbers.images is not None else {}:
-        text += f" The last column is {_image_words(numbers)}."
+    shares = numbers.images.shares if numbers.images is not None else {}
     lines = []
     for gap in numbers.gaps:
         share = "no gap" if gap.percent is None else whole_percent(gap.percent)
@@ -72,15 +66,6 @@ def _gap_section(numbers: TableNumbers) -> list[str]:
     return [heading, text, markdown_table(headings, lines)]
 
 
-def _image_words(numbers: TableNumbers) -> str:
-    """What an interval over images is."""
-    assert numbers.images is not None
-    return (
-        f"the 95 % interval over validation images: from {numbers.images.resamples} resamples of the "
-        f"{numbers.images.images} images with replacement, the percentiles 2.5 and 97.5"
-    )
-
-
 def _range(interval: tuple[float, float] | None, *, sign: bool = True, digits: int = 1) -> str:
     if interval is None:
         return "—"
@@ -89,28 +74,31 @@ def _range(interval: tuple[float, float] | None, *, sign: bool = True, digits: i
 
 def uncertainty_section(numbers: TableNumbers) -> list[str]:
     """The AP of every row with its interval over images; nothing where it was not measured."""
-    if numbers.images is None:
+    images = numbers.images
+    if images is None:
         return []
-    table, cells = numbers.table, numbers.images.cells
-    groups = ("all", "unseen", "seen") if table.unseen else ("all",)
-    lines = [
-        [
-            row.label,
-            *(
-                f"{number(numbers.mean(row.name, f'{group}_AP'))} [{found[0]:.1f}, {found[1]:.1f}]"
-                if (found := cells.get((row.name, group))) is not None
-                else "—"
-                for group in groups
-            ),
+    groups = _groups(numbers)
+    lines = []
+    for row in numbers.table.rows:
+        intervals = {group: images.cells.get((row.name, group)) for group in groups}
+        means = [
+            f"{number(numbers.mean(row.name, f'{group}_AP'))} [{found[0]:.1f}, {found[1]:.1f}]" if found else "—"
+            for group, found in intervals.items()
         ]
-        for row in table.rows
-    ]
+        lines.append([row.label, *means])
     text = (
-        f"In brackets {_image_words(numbers)}: for these trained networks, seeds averaged within a resample. Rows are "
-        "compared below on the same resamples: their differences are surer than the brackets of two rows suggest."
+        f"In brackets the 95 % interval over validation images: the percentiles 2.5 and 97.5 of {images.resamples} "
+        f"resamples of the {images.images} images with replacement, seeds averaged within a resample. It is that of "
+        "these trained networks; rows are compared below on the same resamples."
     )
-    headings = ("row", *(f"{group} AP" if table.unseen else "AP" for group in groups))
-    return ["### Uncertainty over validation images", text, markdown_table(headings, lines)]
+    return ["### Uncertainty over validation images", text, markdown_table(("row", *groups.values()), lines)]
+
+
+def _groups(numbers: TableNumbers) -> dict[str, str]:
+    """Class group -> heading."""
+    if not numbers.table.unseen:
+        return {"all": "AP"}
+    return {group: f"{group} AP" for group in ("all", "unseen", "seen")}
 
 
 def difference_section(report: ReportInput, numbers: TableNumbers, printed: pd.DataFrame) -> list[str]:
@@ -119,57 +107,45 @@ def difference_section(report: ReportInput, numbers: TableNumbers, printed: pd.D
     if not numbers.differences:
         return []
     labels = {row.name: row.label for row in table.rows}
-    over_seeds = any(item.interval is not None for item in numbers.differences)
-    over_images = any(item.image_interval is not None for item in numbers.differences)
-    lines = [
-        [
-            f"{labels[item.second]} − {labels[item.first]}",  # noqa: RUF001
-            *([item.group] if table.unseen else []),
-            number(item.mean, item.std, sign=True),
-            *([_range(item.interval)] if over_seeds or not over_images else []),
-            *([_range(item.image_interval)] if over_images else []),
-            reading(item),
-            *(
-                [printed_difference(printed, table.published, item.first, item.second, item.group)]
-                if table.published
-                else []
-            ),
+    columns = {
+        "difference": [f"{labels[item.second]} − {labels[item.first]}" for item in numbers.differences],  # noqa: RUF001
+        "classes": [item.group for item in numbers.differences],
+        "AP": [number(item.mean, item.std, sign=True) for item in numbers.differences],
+        "95 % over seeds": [_range(item.interval) for item in numbers.differences],
+        "95 % over images": [_range(item.image_interval) for item in numbers.differences],
+        "reading": [reading(item) for item in numbers.differences],
+    }
+    if not table.unseen:
+        del columns["classes"]
+    columns = {name: cells for name, cells in columns.items() if set(cells) != {"—"}}  # intervals that nothing has
+    if table.published:
+        whose = "printed" if report.paper_data else f"{data_name(printed, table)}, printed"
+        columns[whose] = [
+            printed_difference(printed, table.published, item.first, item.second, item.group)
+            for item in numbers.differences
         ]
-        for item in numbers.differences
-    ]
-    classes = ["classes"] if table.unseen else []
-    intervals = ["95 % over seeds"] * (over_seeds or not over_images) + ["95 % over images"] * over_images
-    whose = "printed" if report.paper_data else f"{data_name(printed, table)}, printed"
-    headings = ("difference", *classes, "AP", *intervals, "reading", *([whose] if table.published else []))
-    text = _judgement(over_seeds=over_seeds, over_images=over_images)
-    return ["### Which differences are resolved", text, markdown_table(headings, lines, texts=1 + len(classes))]
-
-
-def _judgement(*, over_seeds: bool, over_images: bool) -> str:
-    """When a difference is called resolved."""
-    seeds = "its 95 % interval over seeds (Student's t, at least three seeds) leaves out 0"
-    images = "its 95 % interval over validation images (both rows on the same resamples) leaves out 0"
-    rule = {
-        (True, True): "two 95 % intervals of its mean leave out 0: that over seeds (Student's t, at least three seeds) "
-        "and that over validation images (both rows on the same resamples, seeds averaged)",
-        (False, True): f"{images}; so it is for these trained networks: another seed may give another one",
-    }.get((over_seeds, over_images), seeds)
-    return (
+    text = (
         "Differences of AP, paired by seed: mean ± standard deviation over seeds. A difference is called resolved if "
-        f"{rule}. The pairs are judged one by one, without correction for their number."
+        "every 95 % interval that there is leaves out 0: that over seeds (Student's t, at least three seeds) and that "
+        "over validation images (both rows on the same resamples). One over images alone is about these trained "
+        "networks. The pairs are judged one by one, without correction for their number."
     )
+    lines = list(map(list, zip(*columns.values(), strict=True)))
+    return [
+        "### Which differences are resolved",
+        text,
+        markdown_table(list(columns), lines, texts=1 + bool(table.unseen)),
+    ]
 
 
 def _box_section(numbers: TableNumbers) -> list[str]:
-    table = numbers.table
-    groups = ("all", "unseen", "seen") if table.unseen else ("all",)
+    groups = _groups(numbers)
     lines = [
         [row.label, *(number(line[f"{group}_AP"], line[f"{group}_AP_std"]) for group in groups)]
-        for row, (_, line) in zip(table.rows, numbers.box_summary.iterrows(), strict=True)
+        for row, (_, line) in zip(numbers.table.rows, numbers.box_summary.iterrows(), strict=True)
     ]
-    headings = ("row", *(f"{group} box AP" for group in groups)) if table.unseen else ("row", "box AP")
-    return [
-        f"### Box AP{': is the detection equally good?' if table.alike else ''}",
-        box_statement(numbers),
-        markdown_table(headings, lines),
-    ]
+    text = "Boxes and classes are supervised alike in every row: where box AP is alike, mask AP compares masks."
+    if not numbers.table.alike:
+        text = "Rows differ in network, data or schedule: differences in mask AP are due to boxes and masks."
+    headings = ("row", *(heading.replace("AP", "box AP") for heading in groups.values()))
+    return ["### Box AP", text, markdown_table(headings, lines)]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from semiseg.report.aggregate import CSV_COLUMNS, GROUPS, SIZE_COLUMNS, TABLE_METRICS, ReportTable
+from semiseg.report.aggregate import CSV_COLUMNS, METRIC_COLUMNS, SIZE_COLUMNS, TABLE_METRICS, ReportTable
 
 MINUS = "\N{MINUS SIGN}"
 _LATEX = {
@@ -40,11 +40,13 @@ class Layout:
 
     Attributes:
         terms: whether the columns of the two terms are shown.
-        groups: heading of a group of numbers, and its columns of the summary.
+        columns: of the summary.
+        grouped: whether there are several class groups, which the headings then name.
     """
 
     terms: bool
-    groups: tuple[tuple[str, tuple[str, ...]], ...]
+    columns: tuple[str, ...]
+    grouped: bool
 
     @property
     def texts(self) -> int:
@@ -55,20 +57,18 @@ class Layout:
     def headings(self) -> tuple[str, ...]:
         """One heading per column; the first of a group's names the group."""
         terms = ("projection", "pairwise") if self.terms else ()
-        numbers: list[str] = []
-        for group, columns in self.groups:
-            names = [column.partition("_")[2] for column in columns]
-            numbers += [f"{group} {names[0]}".strip(), *names[1:]]
+        names = [column.split("_") for column in self.columns]
+        numbers = [f"{group} AP" if self.grouped and metric == "AP" else metric for group, metric in names]
         return ("row", *terms, "seeds", *numbers)
 
 
 def layout(table: ReportTable, summary: pd.DataFrame) -> Layout:
     """With unseen classes the three class groups; without, all classes and sizes, and no column that says nothing."""
     if table.unseen:
-        return Layout(True, tuple((group, tuple(f"{group}_{name}" for name in TABLE_METRICS)) for group in GROUPS))
+        return Layout(True, METRIC_COLUMNS, grouped=True)
     sizes = tuple(column for column in SIZE_COLUMNS if summary[column].notna().any())
     terms = len({(row.projection, row.pairwise) for row in table.rows}) > 1
-    return Layout(terms, (("", (*(f"all_{name}" for name in TABLE_METRICS), *sizes)),))
+    return Layout(terms, (*(f"all_{name}" for name in TABLE_METRICS), *sizes), grouped=False)
 
 
 def csv_table(summary: pd.DataFrame) -> str:
@@ -85,7 +85,7 @@ def table_cells(summary: pd.DataFrame, table: ReportTable, shown: Layout) -> lis
             row.label,
             *((row.projection or "—", row.pairwise or "—") if shown.terms else ()),
             str(line["seeds"]),
-            *(number(line[column], line[f"{column}_std"]) for _, columns in shown.groups for column in columns),
+            *(number(line[column], line[f"{column}_std"]) for column in shown.columns),
         ]
         for row, (_, line) in zip(table.rows, summary.iterrows(), strict=True)
     ]
@@ -99,9 +99,8 @@ def best_cells(summary: pd.DataFrame, table: ReportTable, shown: Layout) -> froz
     """
     bounds = left_out(table)
     rows = [number for number, row in enumerate(table.rows) if row.name not in bounds]
-    columns = [column for _, group in shown.groups for column in group]
     found: set[tuple[int, int]] = set()
-    for place, column in enumerate(columns, start=shown.texts + 1):
+    for place, column in enumerate(shown.columns, start=shown.texts + 1):
         values = {row: float(f"{value:.1f}") for row in rows if not math.isnan(value := summary[column].iloc[row])}
         if len(values) > 1:
             found |= {(row, place) for row, value in values.items() if value == max(values.values())}
@@ -169,7 +168,7 @@ def text_table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def latex_table(table: ReportTable, shown: Layout, lines: Iterable[Sequence[str]], *, bold: Cells = frozenset()) -> str:
-    """A booktabs tabular with class groups as column groups, to be set in a table environment of one's own.
+    """A booktabs tabular, to be set in a table environment of one's own.
 
     Args:
         bold: as in `markdown_table`.
@@ -181,14 +180,9 @@ def latex_table(table: ReportTable, shown: Layout, lines: Iterable[Sequence[str]
     for line in escaped:
         if line[0].startswith(("[", "*")):  # behind the end of a line they would be taken as its options
             line[0] = f"{{}}{line[0]}"
-    terms = ("projection", "pairwise") if shown.terms else ()
-    columns = [("", name) for name in ("row", *terms, "seeds")]
-    for group, names in shown.groups:
-        metrics = (name.partition("_")[2].removeprefix("AP") for name in names)
-        columns += [(f"{group or GROUPS[0]} classes", f"AP$_{{{end}}}$" if end else "AP") for end in metrics]
-    frame = pd.DataFrame(escaped, columns=pd.MultiIndex.from_tuples(columns))
-    sides = f"l{'c' * len(terms)}{'r' * (len(columns) - 1 - len(terms))}"
-    tabular = frame.style.hide(axis="index").to_latex(hrules=True, column_format=sides, multicol_align="c")
+    frame = pd.DataFrame(escaped, columns=list(shown.headings))
+    sides = "l" * shown.texts + "r" * (len(shown.headings) - shown.texts)
+    tabular = frame.style.hide(axis="index").to_latex(hrules=True, column_format=sides)
     beyond = any(sign > _LAST_LATIN and sign != "—" for line in escaped for cell in line for sign in cell)
     engine = " and XeLaTeX or LuaLaTeX with a font that has these names" if beyond else ""
     title, best = (" ".join(text.split()) for text in (table.title, best_sentence(table)))

@@ -12,7 +12,7 @@ from semiseg.report.aggregate import ReportInput, ReportRow, ReportTable
 from semiseg.report.page import beside_recorded, build_report, report_text
 from semiseg.report.provenance import differing, settings
 from semiseg.resources import find
-from semiseg.results import Result, latest, read
+from semiseg.results import Result, read
 from semiseg.splits import load_split
 from semiseg.studies.file import PRETRAIN_ROW, CellKey, Study, StudyRun, StudyTable, load_study, study_cells, study_runs
 from semiseg.studies.identity import (
@@ -110,7 +110,6 @@ def report_input(study: Study, folder: Path, *, command: Sequence[str]) -> Repor
         run_command=shlex.join(command),
         report_command=shlex.join([*command[:1], "report", *command[2:]]),
         pretraining_results=tuple(matching[run.key] for run in pretrainings if run.key in matching),
-        recorded=tuple(latest(recorded).values()),
         run_folders={run_id: path for run_id in run_ids for path in RUNS_FOLDER.glob(f"*/*-{run_id}")},
         val_annotations=files.annotations if here else None,
         val_images=files.images if here else None,

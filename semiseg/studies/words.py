@@ -7,7 +7,7 @@ from typing import Any
 
 from semiseg.config import DataConfig, RunConfig
 from semiseg.report.aggregate import UPPER_BOUND
-from semiseg.report.provenance import settings, unmeant
+from semiseg.report.provenance import flat_settings, settings, unmeant
 from semiseg.studies.file import StudyRow
 from semiseg.studies.identity import planned_steps
 
@@ -35,20 +35,12 @@ def row_meaning(row: StudyRow, config: RunConfig, *, in_every_table: bool) -> st
         "masks": f"masks of every class, {mask}",
         "as_annotated": f"masks where they are annotated, {mask}; {box} for the other objects",
     }[config.supervision.source]
-    others = [f"{path} = {value}" for path, value in _flat(row.set) if path not in _IN_WORDS]
+    others = [f"{path} = {value}" for path, value in flat_settings(row.set).items() if path not in _IN_WORDS]
     if others:
         text += f"; with {', '.join(others)}"
     if row.name == UPPER_BOUND:
         text += ": the upper bound, which the paper leaves out"
     return text + (" (the same run in every table)" if in_every_table else "")
-
-
-def _flat(values: dict[str, Any], above: str = "") -> list[tuple[str, Any]]:
-    pairs: list[tuple[str, Any]] = []
-    for name, value in values.items():
-        path = f"{above}{name}"
-        pairs += _flat(value, f"{path}.") if isinstance(value, dict) else [(path, value)]
-    return pairs
 
 
 def is_alike(configs: Sequence[RunConfig]) -> bool:
