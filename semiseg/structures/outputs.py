@@ -154,19 +154,26 @@ class Candidates:
     """The chosen detections of one image, best first, before their masks.
 
     Attributes:
-        boxes_xyxy: (N, 4) float32, input pixels, unclipped; each has some area inside the unpadded image.
         scores: (N,) float32 in [0, 1], descending.
-        labels: (N,) int64 in 0..C-1.
-        queries: where their masks come from; `instance_index` is 0..N-1.
+        queries: their boxes and labels, and where their masks come from; `instance_index` is 0..N-1. The boxes are
+            unclipped, and each has some area inside the unpadded image.
     """
 
-    boxes_xyxy: Tensor
     scores: Tensor
-    labels: Tensor
     queries: MaskQueries
 
     def __len__(self) -> int:
-        return self.boxes_xyxy.shape[0]
+        return self.scores.shape[0]
+
+    @property
+    def boxes_xyxy(self) -> Tensor:
+        """(N, 4) float32, input pixels."""
+        return self.queries.boxes_xyxy
+
+    @property
+    def labels(self) -> Tensor:
+        """(N,) int64 in 0..C-1."""
+        return self.queries.labels
 
 
 @dataclass(frozen=True)

@@ -58,9 +58,7 @@ def select_detections(
         kept = kept[_overlaps_image(boxes[kept], image_sizes_hw[image])]
         results.append(
             Candidates(
-                boxes_xyxy=boxes[kept],
                 scores=score[kept].sqrt(),
-                labels=label[kept],
                 queries=MaskQueries(
                     image_index=torch.full_like(kept, image),
                     location_index=location[kept],
