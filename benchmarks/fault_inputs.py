@@ -18,7 +18,7 @@ import numpy as np
 import tomlkit
 from PIL import Image
 
-from semiseg.config_files import merge
+from semiseg.config.read import merge
 from tests.coco_files import make_coco
 from tests.model_folders import make_model
 from tests.tiny import TINY
@@ -55,8 +55,11 @@ def build_project(folder: Path) -> None:
     make_model(folder / "model")
     names = {"images": "images", "annotations": "instances.json"}
     data: dict[str, Any] = {f"{kind}_{name}": value for kind in ("train", "val") for name, value in names.items()}
-    data |= {"root": "coco", "short_sides": [64], "long_side": 96, "val_short_side": 64, "val_long_side": 96}
-    base = {name: TINY[name] for name in ("model", "optim", "runtime")} | {"init_from": "model", "data": data}
+    data |= {"root": "coco", "short_sides": [64], "long_side": 96}
+    base = {name: TINY[name] for name in ("model", "inference", "optim", "runtime")} | {
+        "init_from": "model",
+        "data": data,
+    }
     base = merge(base, {"optim": {"steps": 8, "batch_size": 2}, "runtime": {"checkpoint_every": 2}})
     # Boxes alone are validated: their AP rises from one validation to the next, and `best/` is replaced each time.
     own = {"data": {"val_annotations": "boxes.json"}, "supervision": {"source": "as_annotated"}}
@@ -359,10 +362,11 @@ MODELS = [
     Broken("header of 2^60 bytes", damage(WEIGHTS, lambda data: (2**60).to_bytes(8, "little") + data[8:])),
     *fields(
         *(INFO, lambda info: info),
-        *({"format": 99}, {"category_ids": [1]}, {"category_ids": [1, 1, 3, 5]}, {"short_side": -1}),
+        *({"format": 99}, {"category_ids": [1]}, {"category_ids": [1, 1, 3, 5]}, {"inference": {"short_side": -1}}),
         *({"class_names": ["\ud800", "b", "c", "d"]}, {"class_names": ["cat"], "category_ids": [1]}),
     ),
-    *fields(INFO, lambda info: info["model"], {"neck_channels": 10**7}, {"neck_channels": 32}, {"strides": [0]}),
+    *fields(INFO, lambda info: info["model"]["neck"], {"channels": 10**7}, {"channels": 32}, {"kind": "none"}),
+    *fields(INFO, lambda info: info["model"]["detector"], {"strides": [0]}, {"neck_channels": 32}),
 ]
 OWN = ("model/net.py", "best/notes.txt", ".model.tmp/notes.txt", "detections.json", "log.jsonl", "model", "checkpoints")
 FOLDERS = [

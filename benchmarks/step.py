@@ -119,7 +119,7 @@ def prepare_gpu_step(side: Side, sizes: Sizes, place: Place) -> Task:
 def our_step(sizes: Sizes) -> TrainStep:
     """The step of the default configuration with random weights, the same at every call."""
     torch.manual_seed(0)
-    config = ModelConfig(weights="random")
+    config = ModelConfig().with_backbone_weights("random")
     model = build_model(config, num_classes=sizes["classes"])
     for name, values in model.backbone.named_buffers():
         if name.endswith("bn3.weight"):
@@ -131,7 +131,9 @@ def our_step(sizes: Sizes) -> TrainStep:
         affinity_size=SIZE,
         affinity_dilation=DILATION,
     )
-    return TrainStep(model, objective=objective, centre_radius=config.centre_radius, max_mask_positives=MAX_POSITIVES)
+    return TrainStep(
+        model, objective=objective, centre_radius=config.detector.centre_radius, max_mask_positives=MAX_POSITIVES
+    )
 
 
 def step_run(step: TrainStep, sizes: Sizes, device: torch.device, *, bfloat16: bool) -> Callable[[], Tensor]:

@@ -16,7 +16,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from semiseg.config_files import digest, explain, read_json_lines
+from semiseg.config.former import with_present_keys
+from semiseg.config.read import digest, explain, read_json_lines
 from semiseg.errors import UserError, UserNotice
 
 
@@ -36,7 +37,7 @@ class Result:
         split: name of the class split, or None if the run does not depend on one.
         split_digest: `ClassSplit.digest`, or None.
         seed: of initialisation, order of the data and augmentation.
-        config: the resolved `RunConfig` as plain values, without paths of initial weights.
+        config: the resolved `RunConfig` as plain values, without paths of initial weights; under today's keys.
         identity: what can change the numbers: {"config", "split", "data", "init"}.
         data_fingerprint: digest of the data's content, as the run itself found it.
         metrics: `evaluation.coco_metrics.Metrics.to_dict()`: percent, per class and group, "bbox" and "segm".
@@ -92,6 +93,8 @@ def checked(values: Any, *, where: str) -> Result:
     """
     if not isinstance(values, dict):
         raise UserError(f"{where}: not a result of this version (no table)")
+    if isinstance(values.get("config"), dict):
+        values = {**values, "config": with_present_keys(values["config"])}
     try:
         # Strict, and yet an array is a sequence: only text is validated so.
         return _RESULT.validate_json(_json(values))

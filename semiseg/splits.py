@@ -26,7 +26,7 @@ import tomlkit
 from pydantic import Field
 
 from semiseg.config import Section
-from semiseg.config_files import digest, parse_config, read_toml
+from semiseg.config.read import digest, parse_config, read_toml
 from semiseg.errors import UserError
 from semiseg.resources import find, write_text
 

@@ -83,7 +83,7 @@ def taken_away(batch: Batch, *, step: int, first: int) -> Batch:
 
 def several_steps(root: Path, out: Path, *, norm: str, images_per_process: int) -> dict[str, Any]:
     """Losses of every step, the weights after the last, and how many instances and masks each process had."""
-    config = small_run(root, model={"mask_branch_norm": norm}, runtime={"images_per_process": images_per_process})
+    config = small_run(root, model={"mask_head.branch_norm": norm}, runtime={"images_per_process": images_per_process})
     accelerator = start_accelerator(config.runtime, seed=config.seed)
     processes, rank = accelerator.num_processes, accelerator.process_index
     data = build_data(config)
@@ -104,7 +104,7 @@ def several_steps(root: Path, out: Path, *, norm: str, images_per_process: int) 
         targets = [part.targets for part in parts if part.targets is not None]
         held.append(gather_object([(sum(t.num_instances for t in targets), sum(len(t.masks) for t in targets))]))
     weights = torch.cat([value.detach().flatten() for value in state.step_module.parameters()])
-    return {"parts": state.parts, "losses": torch.stack(losses), "weights": weights, "held": held}
+    return {"parts": state.parts, "losses": torch.stack(losses), "backbone.weights": weights, "held": held}
 
 
 def first_gradient(root: Path) -> torch.Tensor:
@@ -158,7 +158,7 @@ def stop_on_signal(state: training.TrainState, parts: list[Batch], out: Path) ->
 
 def detections_and_stop(root: Path, out: Path) -> dict[str, Any]:
     """Detections of the validation images, then a step whose loss is not finite on the last process."""
-    config = small_run(root, model={"score_threshold": 0.001})
+    config = small_run(root, inference={"score_threshold": 0.001})
     accelerator = start_accelerator(config.runtime, seed=config.seed)
     processes, rank = accelerator.num_processes, accelerator.process_index
     data = build_data(config)
@@ -168,7 +168,7 @@ def detections_and_stop(root: Path, out: Path) -> dict[str, Any]:
         processes=processes, rank=rank,
     )  # fmt: skip
     found, image_ids = predict_table(
-        state.step_module.model, evaluation, data.val, accelerator, config=config.model, progress=False
+        state.step_module.model, evaluation, data.val, accelerator, limits=config.inference, progress=False
     )
     training_loader = build_training_loader(
         config, data, steps=1, start_step=0, processes=processes, rank=rank, pin_memory=False

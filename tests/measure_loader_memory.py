@@ -98,7 +98,7 @@ def family(process: int) -> list[int]:
 
 def data_config(data: Path, *, batch_size: int, settings: Sequence[str] = ()) -> RunConfig:
     """The default training of COCO with `data` as its root."""
-    from semiseg.config_files import apply_overrides, parse_config
+    from semiseg.config.read import apply_overrides, parse_config
 
     fixed = [f"data.root={json.dumps(str(data))}", f"optim.batch_size={batch_size}", "optim.steps=1000000"]
     return parse_config(RunConfig, apply_overrides({}, [*fixed, *settings]), where="measure")

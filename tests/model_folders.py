@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from semiseg.config import ModelConfig
+from semiseg.config import InferenceConfig
 from semiseg.engine.checkpoint import ModelInfo, save_model
 from semiseg.models.build import build_model
 from tests.coco_files import CLASS_NAMES
@@ -26,8 +26,9 @@ def make_model(
 
     Scores vary over the image, boxes are some cells wide, masks are parts of the image.
     """
-    config = ModelConfig.model_validate(
-        {**tiny_config(folder).model.model_dump(), "score_threshold": score_threshold, "max_detections": 20}
+    config = tiny_config(folder).model
+    inference = InferenceConfig(
+        short_side=short_side, long_side=long_side, score_threshold=score_threshold, max_detections=20
     )
     torch.manual_seed(0)
     network = build_model(config, num_classes=len(class_names))
@@ -42,6 +43,6 @@ def make_model(
         controller.weight.mul_(10)
         controller.bias.normal_(std=0.7)
     ids = category_ids or tuple(2 * label + 1 for label in range(len(class_names)))
-    info = ModelInfo(config, class_names, ids, short_side, long_side)
+    info = ModelInfo(config, inference, class_names, ids)
     save_model(folder, network.state_dict(), info)
     return info

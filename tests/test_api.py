@@ -47,7 +47,7 @@ def images() -> list[Tensor]:
 def slowly(model: semiseg.LoadedModel, image: Tensor, output_hw: tuple[int, int], threshold: float) -> Detections:
     """One image through the network and the whole post-processing."""
     batch, sizes = pad_images([image], 32)
-    config = model.info.config
+    limits = model.info.inference
     with torch.no_grad():
         outputs = model.network(batch, sizes)
         (found,) = postprocess(
@@ -56,9 +56,9 @@ def slowly(model: semiseg.LoadedModel, image: Tensor, output_hw: tuple[int, int]
             sizes,
             torch.tensor([output_hw]),
             score_threshold=threshold,
-            candidates_per_level=config.candidates_per_level,
-            nms_threshold=config.nms_threshold,
-            max_detections=config.max_detections,
+            candidates_per_level=limits.candidates_per_level,
+            nms_threshold=limits.nms_threshold,
+            max_detections=limits.max_detections,
         )
     return found
 
@@ -267,8 +267,8 @@ def test_train_takes_configurations_in_every_form(workplace: Path, monkeypatch: 
 def test_wrong_keys_and_values_of_a_configuration(tmp_path: Path) -> None:
     with pytest.raises(semiseg.UserError, match=r"unknown key 'optim\.stepz'\. Did you mean 'steps'\?"):
         semiseg.train({"optim": {"stepz": 3}}, out=tmp_path / "run")
-    with pytest.raises(semiseg.UserError, match=r"set model\.frozen_stages = 0"):
-        semiseg.train({"model": {"weights": "random"}}, out=tmp_path / "run")
+    with pytest.raises(semiseg.UserError, match=r"model\.backbone\.frozen_stages > 0 .*: set it to 0"):
+        semiseg.train({"model": {"backbone": {"weights": "random"}}}, out=tmp_path / "run")
     with pytest.raises(ValueError, match="stepz"):  # as docs/API.md says
         semiseg.RunConfig(optim={"stepz": 3})  # type: ignore[arg-type]  # pydantic reads what it is given
     assert not (tmp_path / "run").exists()

@@ -37,9 +37,9 @@ ALLOWED: dict[str, set[str]] = {
 
 
 def room_of(name: str) -> str:
-    """The room of a file or module name below `semiseg`: its folder, or its own name; `config_files` is config's."""
+    """The room of a file or module name below `semiseg`: its folder, or its own name."""
     first = name.split(".")[0]
-    return "config" if first == "config_files" else first
+    return first
 
 
 def imported_rooms(path: Path) -> set[str]:

@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 
 from semiseg import __main__ as entry
 from semiseg.cli import app
-from semiseg.config_files import merge
+from semiseg.config.read import merge
 from semiseg.data import table as table_module
 from semiseg.data.coco import CocoFile, read_coco
 from semiseg.data.table import load_table
@@ -64,7 +64,7 @@ def train_file(files: CocoFiles, **sections: dict[str, Any]) -> Path:
     data = {"format": "coco", "root": str(files.annotations.parent)}
     for kind in ("train", "val"):
         data |= {f"{kind}_images": files.images.name, f"{kind}_annotations": files.annotations.name}
-    own = {"short_sides": [64], "long_side": 96, "val_short_side": 64, "val_long_side": 96}
+    own = {"short_sides": [64], "long_side": 96}
     values = {**TINY, "data": {**data, **own}, "supervision": {"source": "as_annotated"}}
     path = files.annotations.parent / "run.toml"
     path.write_text(tomlkit.dumps(merge(merge(values, {"optim": {"steps": 1}}), sections)))
@@ -78,9 +78,17 @@ def train_file(files: CocoFiles, **sections: dict[str, Any]) -> Path:
         ("date.toml", b"seed = 2020-01-01", "date.toml: 'seed': Input should be a valid integer"),
         ("digits.toml", b"seed = " + b"1" * 5000, "digits.toml: not valid TOML: Exceeds the limit"),
         ("hex.toml", b"seed = 0x" + b"f" * 5000, "hex.toml: 'seed': allowed: integers of at most 64 bits"),
-        ("wide.toml", b"model.small_widths = [9223372036854775808]", "wide.toml: 'model.small_widths.0': allowed: int"),
+        (
+            "wide.toml",
+            b"[model.backbone]\nkind = 'small'\nwidths = [9223372036854775808]",
+            "wide.toml: 'model.backbone.widths.0': allowed: int",
+        ),
         ("section.toml", b"data = 0x" + b"f" * 5000, "section.toml: 'data': allowed: integers of at most 64 bits"),
-        ("null.toml", rb'model.weights = "a\u0000b"', r"null.toml: 'model.weights': a text with a null character"),
+        (
+            "null.toml",
+            rb'model.backbone.weights = "a\u0000b"',
+            r"null.toml: 'model.backbone.weights': a text with a null character",
+        ),
         ("null2.toml", rb'data.val_images = "\u0000"', r"null2.toml: 'data.val_images': a text with a null character"),
         ("null.json", rb'{"init_from": "\u0000"}', r"null.json: 'init_from': a text with a null character"),
         ("half.json", rb'{"init_from": "\ud800"}', "half.json: not valid JSON: "),
@@ -114,7 +122,7 @@ def test_a_byte_order_mark_is_no_error(tmp_path: Path) -> None:
         ("optim.learning_rate=inf", "'optim.learning_rate': Input should be a finite number"),
         ("model.pixel_mean=[nan, 1.0, 1.0]", "'model.pixel_mean.0': Input should be a finite number"),
         ("data.short_sides=[]", "'data.short_sides': List should have at least 1 item"),
-        ("data.val_long_side=1", "'data.val_long_side': Input should be greater than or equal to 32"),
+        ("inference.long_side=1", "'inference.long_side': Input should be greater than or equal to 32"),
         ("objective.affinity_dilation=1000", "'objective.affinity_dilation': Input should be less than or equal to 64"),
         ("data=5", "'data': Input should be a valid dictionary"),
         ("seed=" + "1" * 5000, "'seed': Input should be a valid integer (value: '1111"),
@@ -155,7 +163,10 @@ def study_text(**changes: Any) -> str:
         ({"pretrain": {"objective": "none"}}, "study 's', [pretrain]: 'objective': expected a table of values"),
         ({"seeds": [-1]}, "'seeds.0': Input should be greater than or equal to 0"),
         ({"name": ".."}, "'name': String should match pattern"),
-        ({"base": {"model": {"weights": "a\0b"}}}, "'base.model.weights': a text with a null character"),
+        (
+            {"base": {"model": {"backbone": {"weights": "a\0b"}}}},
+            "'base.model.backbone.weights': a text with a null",
+        ),
         ({"splits": {"few": "a\0b"}}, "'splits.few': a text with a null character"),
     ],
 )
@@ -272,15 +283,24 @@ def test_a_run_folder_that_was_damaged(files: CocoFiles) -> None:
     description = json.loads((out / "model" / "config.json").read_text())
     for change, told in (
         ({"class_names": None}, "config.json: 'class_names': Input should be a valid list"),
-        ({"format": 2}, "config.json: format 2 is not known"),
-        ({"model": {**description["model"], "neck_channels": 32}}, "the weights are not those of the model"),
-        ({"model": {**description["model"], "neck_channels": 2**40}}, "the weights are not those of the model"),
-        ({"model": {**description["model"], "tower_convs": 2**40}}, "'tower_convs': Input should be less than or"),
+        ({"format": 3}, "config.json: format 3 is not known"),
+        ({"model": merge(description["model"], {"neck": {"channels": 32}})}, "the weights are not those of the model"),
+        (
+            {"model": merge(description["model"], {"neck": {"channels": 2**40}})},
+            "the weights are not those of the model",
+        ),
+        (
+            {"model": merge(description["model"], {"detector": {"tower_convs": 2**40}})},
+            "'model.detector.tower_convs': Input should be less than or",
+        ),
         ({"category_ids": [1, 3, 5]}, "config.json: 4 class_names and 3 category_ids: needs one of each"),
         ({"category_ids": [1, 3, 5, 3]}, "config.json: 'category_ids' has 3 2 times; classes must differ"),
         ({"class_names": ["cat", "cat", "bird", "fish"]}, "config.json: 'class_names' has 'cat' 2 times"),
         ({"class_names": ["\ud800", "dog", "bird", "fish"]}, r"'class_names' has '\ud800', allowed: texts of"),
-        ({"long_side": 2**40}, "config.json: 'long_side': Input should be less than or equal to 65536"),
+        (
+            {"inference": {"long_side": 2**40}},
+            "config.json: 'inference.long_side': Input should be less than or",
+        ),
     ):
         (out / "model" / "config.json").write_text(json.dumps({**description, **change}))
         assert told in complaint("evaluate", out)
@@ -392,7 +412,7 @@ def test_a_run_that_fails_before_it_makes_anything_leaves_no_folder(
         raise urllib.error.URLError("no route to host")
 
     monkeypatch.setattr(WeightsEnum, "get_state_dict", fail)
-    model = {"backbone": "resnet18", "weights": "imagenet"}
+    model = {"backbone": {"kind": "resnet", "depth": 18, "weights": "imagenet"}}
     config, out = train_file(files, model=model), files.images.parent / "runs" / "out"
     assert "cannot download" in complaint("train", config, "--out", out)
     assert not out.exists()

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from semiseg.cli import app
 from semiseg.config import RunConfig
-from semiseg.config_files import digest, merge
+from semiseg.config.read import digest, merge
 from semiseg.errors import UserError
 from semiseg.evaluation.coco_metrics import METRIC_NAMES
 from semiseg.report.aggregate import ReportInput
@@ -25,7 +25,10 @@ from semiseg.studies.recorded import RecordedRun, find_runs, known_runs, run_of_
 from tests.page_reader import unpadded
 
 CLASSES = ("a_ring", "b|<b>", "猫 café")
-SHAPES = {"data": {"format": "shapes"}, "model": {"backbone": "small", "weights": "random", "frozen_stages": 0}}
+SHAPES = {
+    "data": {"format": "shapes"},
+    "model": {"backbone": {"kind": "small"}},
+}
 
 
 def run_config(changes: dict[str, Any], seed: int) -> RunConfig:

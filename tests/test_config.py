@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tomlkit import string as toml_string
 
-from semiseg.config import ModelConfig, RunConfig, load_run_config, parse_run
-from semiseg.config_files import apply_overrides, digest, merge, parse_config, read_toml
+from semiseg.config import RunConfig, load_run_config, parse_run
+from semiseg.config.model import FPNNeck
+from semiseg.config.read import apply_overrides, digest, merge, parse_config, read_toml
 from semiseg.errors import UserError
 
 
@@ -35,17 +36,25 @@ def parse(values: dict[str, Any]) -> RunConfig:
         ({"seed": "1"}, r"'seed': .*integer.* \(value: '1'\)"),
         ({"data": {"flip": 1.5}}, r"'data\.flip': .*less than or equal to 1.* \(value: 1\.5\)"),
         ({"data": {"short_sides": [0]}}, r"'data\.short_sides\.0': .*greater than or equal to 32"),
-        ({"model": {"backbone": "vgg"}}, r"'model\.backbone': .*'resnet18'.*\(value: 'vgg'\)"),
+        ({"model": {"backbone": {"kind": "vgg"}}}, r"'model\.backbone\.kind': .*'resnet', 'small' \(value: 'vgg'\)"),
+        ({"model": {"backbone": {"kind": ["vgg"]}}}, r"'model\.backbone\.kind': .*'resnet', 'small'"),
+        ({"model": {"neck": 3}}, r"'model\.neck' is a table of its own now"),
+        ({"model": {"backbone": {"depth": 20}}}, r"'model\.backbone\.depth': .*18, 34, 50 or 101.* \(value: 20\)"),
+        ({"model": {"neck": {"repeats": 2}}}, r"unknown key 'model\.neck\.repeats'\. Kind 'bifpn' reads it, not 'fpn'"),
+        ({"model": {"neck": {"chanels": 2}}}, r"unknown key 'model\.neck\.chanels'\. Did you mean 'channels'"),
         ({"optim": {}}, r"give exactly one of 'steps' and 'epochs'"),
         ({"optim": {"steps": 5, "epochs": 1.0}}, r"give exactly one of 'steps' and 'epochs'"),
         ({"optim": {"steps": 5, "batch_size": 4, "accumulation": 3}}, r"batch_size 4 must divide by accumulation 3"),
         ({"supervision": {"source": "split"}}, r"source = 'split' needs 'split'"),
-        ({"model": {"strides": [8, 16, 32]}}, r"level_ranges needs 2 values for 3 strides"),
-        ({"model": {"strides": [8, 16, 48], "level_ranges": [64, 128]}}, r"twice the one before"),
-        ({"model": {"level_ranges": [64, 32, 256, 512]}}, r"level_ranges must ascend"),
-        ({"model": {"mask_feature_stride": 8, "mask_stride": 3}}, r"multiple of mask_stride"),
-        ({"model": {"neck_channels": 48}}, r"neck_channels must divide by tower_groups"),
-        ({"model": {"backbone": "small"}}, r"'small' has no ImageNet weights: set weights to 'random' or a path"),
+        ({"model": {"detector": {"strides": [8, 16, 32]}}}, r"level_ranges needs 2 values for 3 strides"),
+        ({"model": {"detector": {"strides": [8, 16, 48], "level_ranges": [64, 128]}}}, r"twice the one before"),
+        ({"model": {"detector": {"level_ranges": [64, 32, 256, 512]}}}, r"level_ranges must ascend"),
+        ({"model": {"mask_head": {"feature_stride": 8, "stride": 3}}}, r"multiple of stride"),
+        ({"model": {"neck": {"channels": 48}}}, r"neck.channels must divide by detector.tower_groups"),
+        (
+            {"model": {"backbone": {"kind": "small", "weights": "imagenet"}}},
+            r"'small' has no ImageNet weights: set",
+        ),
         ({"model": {"pixel_std": [1.0, 1.0, 0.0]}}, r"'model\.pixel_std\.2': .*greater than 0"),
     ],
 )
@@ -55,11 +64,11 @@ def test_errors_are_sentences_with_place_value_and_the_nearest_key(values: dict[
 
 
 def test_random_weights_are_not_frozen_unless_another_run_gives_the_first_ones() -> None:
-    values = {"model": {"weights": "random", "frozen_stages": 1}}
-    with pytest.raises(UserError, match=r"^run\.toml: model\.frozen_stages > 0 would freeze random weights"):
+    values = {"model": {"backbone": {"weights": "random", "frozen_stages": 1}}}
+    with pytest.raises(UserError, match=r"^run\.toml: model\.backbone\.frozen_stages > 0 would freeze random weights"):
         parse_run(values, where="run.toml")
     assert parse_run(values, where="run.toml", initial_run=True).init_from is None
-    assert parse_run({**values, "init_from": "runs/a/model"}, where="run.toml").model.frozen_stages == 1
+    assert parse_run({**values, "init_from": "runs/a/model"}, where="run.toml").model.backbone.frozen_stages == 1
 
 
 def test_several_errors_are_told_at_once() -> None:
@@ -72,7 +81,7 @@ def test_several_errors_are_told_at_once() -> None:
 def test_the_shortest_run_is_the_papers() -> None:
     config = parse({})
     assert (config.optim.steps, config.optim.batch_size, config.optim.learning_rate) == (90_000, 16, 0.01)
-    assert config.model.strides == [8, 16, 32, 64, 128]
+    assert config.model.detector.strides == [8, 16, 32, 64, 128]
     assert config.model.size_divisor == 32
 
 
@@ -101,9 +110,9 @@ def test_malformed_overrides(item: str, told: str) -> None:
 
 def test_overrides_leave_the_original_alone() -> None:
     values = {"optim": {"steps": 1}}
-    assert apply_overrides(values, ["optim.steps=2", "model.weights=imagenet"]) == {
+    assert apply_overrides(values, ["optim.steps=2", "runtime.precision=bf16"]) == {
         "optim": {"steps": 2},
-        "model": {"weights": "imagenet"},
+        "runtime": {"precision": "bf16"},
     }
     assert values == {"optim": {"steps": 1}}
 
@@ -183,7 +192,7 @@ def test_the_identity_covers_what_changes_the_numbers() -> None:
         "seed=1",
         "optim.steps=5",
         "objective.affinity_threshold=0.1",
-        "model.nms_threshold=0.5",
+        "inference.nms_threshold=0.5",
         "data.flip=0.0",
         "runtime.precision=bf16",
         "supervision.source=boxes",
@@ -207,4 +216,4 @@ def test_digest_does_not_depend_on_the_order_of_keys() -> None:
 
 def test_values_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
-        ModelConfig().neck_channels = 3
+        FPNNeck().channels = 3

@@ -14,7 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 from semiseg.cli import app
-from semiseg.config import DataConfig
+from semiseg.config import DataConfig, InferenceConfig
 from semiseg.data.sources import AnnotatedImages, SetName, cache_folder, ensure_files, expected_files
 from semiseg.data.table import load_table
 from semiseg.engine.build import build_data, build_evaluation_loader, build_training_loader
@@ -126,10 +126,11 @@ def test_voc_is_a_source(tmp_path: Path) -> None:
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     """A model folder with random weights and the classes of `make_coco`."""
-    config = tiny_config(tmp_path, model={"score_threshold": 0.0}).model
+    config = tiny_config(tmp_path).model
     torch.manual_seed(0)
     network = build_model(config, num_classes=len(CLASS_NAMES))
-    info = ModelInfo(config=config, class_names=CLASS_NAMES, category_ids=(1, 3, 5, 7), short_side=64, long_side=96)
+    inference = InferenceConfig(short_side=64, long_side=96, score_threshold=0.0)
+    info = ModelInfo(config, inference, CLASS_NAMES, (1, 3, 5, 7))
     save_model(tmp_path / "model", network.state_dict(), info)
     return tmp_path / "model"
 

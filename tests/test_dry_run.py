@@ -84,7 +84,7 @@ def test_times_are_those_of_the_newest_finished_run_of_the_same_kind(project: Pa
     finish(longer, "one")
     finish(boxes, "two", train_seconds=30.0, finished="2024-01-01T00:00:00+00:00")
     finish(boxes, "three", processes=2, train_seconds=1.0, finished="2026-01-01T00:00:00+00:00")
-    finish(plan(load_study("study", ["model.neck_channels=64"]))[0], "four", finished="2026-01-01T00:00:00+00:00")
+    finish(plan(load_study("study", ["model.neck.channels=64"]))[0], "four", finished="2026-01-01T00:00:00+00:00")
     finish(boxes, "five", steps=0)
     finish(boxes, "six")
     Path("runs/other/six/result.json").write_text("{")

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from benchmarks import straightforward as plain
 from semiseg.cli import app
 from semiseg.config import RunConfig
-from semiseg.config_files import parse_config
+from semiseg.config.read import parse_config
 from semiseg.data.collate import load_batch
 from semiseg.data.images import read_image
 from semiseg.data.table import load_table

@@ -13,7 +13,8 @@ from PIL import Image
 
 from semiseg.commands.known_classes import COCO_CLASSES
 from semiseg.config import RunConfig, learns_masks
-from semiseg.config_files import digest, merge, parse_config, read_toml
+from semiseg.config.model import ResNetBackbone
+from semiseg.config.read import digest, merge, parse_config, read_toml
 from semiseg.engine.build import RunData, build_data, build_training_loader
 from semiseg.engine.optim import learning_rate
 from semiseg.engine.session import start_accelerator
@@ -25,7 +26,7 @@ from semiseg.structures.inputs import Supervision
 from semiseg.studies.file import Study, StudyRun, load_study, study_runs
 from semiseg.studies.identity import run_identity
 from tests.coco_files import make_coco, polygon_annotation
-from tests.tiny import TINY, dynamic
+from tests.tiny import TINY, dynamic, nested
 
 ROOT = Path(__file__).parent.parent
 STUDIES = sorted(path.stem for path in (ROOT / "experiments").glob("*.toml"))
@@ -124,25 +125,36 @@ def test_table_4_is_the_papers_recipe() -> None:
             before, after = (learning_rate(optim, step=step, steps=steps) for step in (drop - 1, drop))
             assert (before, after) == pytest.approx((0.01 * 0.1**number, 0.001 * 0.1**number)), row
         assert (optim.batch_size, config.data.long_side) == (16, 1333)
-        assert config.model.backbone == ("resnet50" if "r50" in row else "resnet101"), row
-        assert config.model.mask_channels == (8 if row.startswith("condinst") else 16), row
+        assert isinstance(config.model.backbone, ResNetBackbone)
+        assert isinstance(config.model.backbone, ResNetBackbone)
+        assert config.model.backbone.depth == (50 if "r50" in row else 101), row
+        assert config.model.mask_head.feature_channels == (8 if row.startswith("condinst") else 16), row
         assert config.supervision.source == ("masks" if row.startswith("condinst") else "boxes"), row
-        assert (config.model.neck, config.model.neck_channels) == (("bifpn", 160) if "bifpn" in row else ("fpn", 256))
-        assert config.model.deformable_interval == (1 if "dcn" in row else 0), row
+        assert (config.model.neck.kind, config.model.neck.channels) == (
+            ("bifpn", 160) if "bifpn" in row else ("fpn", 256)
+        )
+        assert deformable_interval(config) == (1 if "dcn" in row else 0), row
         sides = [800] if row.endswith("noaug") else [640, 672, 704, 736, 768, 800]
         assert config.data.short_sides == sides, row
+
+
+def deformable_interval(config: RunConfig) -> int:
+    backbone = config.model.backbone
+    return backbone.deformable_interval if isinstance(backbone, ResNetBackbone) else 0
 
 
 def tiny(config: RunConfig, root: Path) -> RunConfig:
     """The run at the smallest size that keeps what defines it: supervision, objective, neck, kind of backbone."""
     values = config.model_dump(mode="json", exclude={"data", "optim", "runtime", "init_from"})
-    bottlenecks = config.model.deformable_interval > 0
-    keep: dict[str, Any] = {
-        "backbone": "resnet50" if bottlenecks else "small",
-        "mask_channels": config.model.mask_channels,
+    bottlenecks = deformable_interval(config) > 0
+    small = {
+        "mask_head.feature_channels": config.model.mask_head.feature_channels,
+        **{"detector.strides": [8, 16, 32, 64, 128], "detector.level_ranges": [16, 32, 64, 128]},
+        **({"neck.kind": "bifpn", "neck.repeats": 1} if config.model.neck.kind == "bifpn" else {}),
     }
-    keep |= {"strides": [8, 16, 32, 64, 128], "level_ranges": [16, 32, 64, 128], "neck_repeats": 1}
-    changes: dict[str, Any] = {**TINY, "model": {**TINY["model"], **keep}}
+    changes: dict[str, Any] = {**TINY, "model": merge(TINY["model"], nested(small))}
+    if bottlenecks:
+        changes["model"]["backbone"] = {"depth": 50, "weights": "random"}
     del changes["supervision"]
     changes["optim"] = {**changes["optim"], "steps": 9, "batch_size": 2}
     changes["data"] = {**changes["data"], "root": str(root)}
@@ -212,8 +224,8 @@ def test_the_first_step_of_every_run(roots: dict[str, Path], tmp_path: Path) -> 
         state = prepare(config, tables[source], accelerator)
         model = state.step_module.model
         kinds = [type(module).__name__ for module in model.modules()]
-        assert ("BiFPN" in kinds) == (run.config.model.neck == "bifpn"), where
-        assert kinds.count("DeformableConv") == (13 if run.config.model.deformable_interval else 0), where
+        assert ("BiFPN" in kinds) == (run.config.model.neck.kind == "bifpn"), where
+        assert kinds.count("DeformableConv") == (13 if deformable_interval(run.config) else 0), where
         before = {
             part: part.weight.detach().clone() for part in (dynamic(model).controller, model.detector.class_logits)
         }

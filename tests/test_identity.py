@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from semiseg import config as configuration
 from semiseg.config import RunConfig
-from semiseg.config_files import merge
+from semiseg.config import run as configuration
+from semiseg.config.read import merge
 from semiseg.engine.build import RunData, build_data, build_step, build_training_loader
 from semiseg.engine.processes import normalised_together
 from semiseg.engine.run import check_folder, execute_run
@@ -82,38 +82,42 @@ def test_images_that_batch_norm_sees_together_make_the_run_whatever_holds_them(p
 
 @pytest.mark.parametrize("norm", ["gn", "frozen_bn"])
 def test_other_norms_do_not_see_the_cut(project: Path, norm: str) -> None:
-    chosen = f"model.mask_branch_norm={norm}"
+    chosen = f"model.mask_head.branch_norm={norm}"
     cuts = [run_id(chosen, processes=processes) for processes in (1, 2, 8, 16)]
     cuts += [run_id(chosen, PAIRS), run_id(chosen, "optim.accumulation=4")]
     assert set(cuts) == {run_id(chosen)}
 
 
 def test_sync_bn_sees_a_part_of_all_processes(project: Path) -> None:
-    sync = "model.mask_branch_norm=sync_bn"
+    sync = "model.mask_head.branch_norm=sync_bn"
     assert run_id(sync, processes=8) == run_id(sync, processes=2) == run_id(sync)
     assert run_id(sync, PAIRS, processes=8) == run_id(sync)
     assert run_id(sync, PAIRS, processes=4) != run_id(sync)
     assert run_id(sync, PAIRS, processes=4) == run_id(sync, "runtime.images_per_process=4", processes=2)
 
 
-BIFPN = {"neck": "bifpn", "strides": [8, 16, 32, 64, 128], "level_ranges": [16, 32, 64, 128], "neck_repeats": 1}
+BIFPN = {
+    "neck.kind": "bifpn",
+    "detector.strides": [8, 16, 32, 64, 128],
+    "detector.level_ranges": [16, 32, 64, 128],
+    "neck.repeats": 1,
+}
 NO_MASKS = {"supervision": {"source": "boxes", "split": None}, "objective": {"box": "none"}}
 
 
 @pytest.mark.parametrize(
     ("model", "sections", "images"),
     [
-        ({"backbone_norm": "bn", "mask_branch_norm": "gn"}, {}, {"bn": 2}),
-        ({"backbone_norm": "bn", "frozen_stages": 3, "mask_branch_norm": "gn"}, {}, {"bn": 2}),
-        ({"backbone_norm": "bn", "frozen_stages": 4, "mask_branch_norm": "gn"}, {}, {}),
-        ({"mask_branch_norm": "bn"}, {}, {"bn": 2}),
-        ({"mask_branch_norm": "bn", "mask_branch_convs": 0}, {}, {"bn": 2}),  # its refinements have norms, too
-        ({"mask_branch_norm": "bn"}, NO_MASKS, {}),
-        ({"mask_branch_norm": "bn"}, {"supervision": NO_MASKS["supervision"]}, {"bn": 2}),
-        ({"neck_norm": "bn"}, {}, {}),  # of a neck without norms
-        ({**BIFPN, "neck_norm": "bn"}, NO_MASKS, {"bn": 2}),
-        ({**BIFPN, "neck_norm": "sync_bn", "mask_branch_norm": "bn"}, {}, {"bn": 2, "sync_bn": 4}),
-        ({**BIFPN, "neck_norm": "gn", "mask_branch_norm": "frozen_bn"}, {}, {}),
+        ({"backbone.norm": "bn", "mask_head.branch_norm": "gn"}, {}, {"bn": 2}),
+        ({"backbone.norm": "bn", "backbone.frozen_stages": 3, "mask_head.branch_norm": "gn"}, {}, {"bn": 2}),
+        ({"backbone.norm": "bn", "backbone.frozen_stages": 4, "mask_head.branch_norm": "gn"}, {}, {}),
+        ({"mask_head.branch_norm": "bn"}, {}, {"bn": 2}),
+        ({"mask_head": {"branch_norm": "bn", "branch_convs": 0}}, {}, {"bn": 2}),  # its refinements have norms, too
+        ({"mask_head.branch_norm": "bn"}, NO_MASKS, {}),
+        ({"mask_head.branch_norm": "bn"}, {"supervision": NO_MASKS["supervision"]}, {"bn": 2}),
+        ({**BIFPN, "neck.norm": "bn"}, NO_MASKS, {"bn": 2}),
+        ({**BIFPN, "neck.norm": "sync_bn", "mask_head.branch_norm": "bn"}, {}, {"bn": 2, "sync_bn": 4}),
+        ({**BIFPN, "neck.norm": "gn", "mask_head.branch_norm": "frozen_bn"}, {}, {}),
     ],
 )
 def test_the_norms_that_count_are_those_that_the_network_trains(
@@ -131,7 +135,7 @@ def test_the_norms_that_count_are_those_that_the_network_trains(
 
 
 def test_a_run_is_not_continued_under_a_cut_that_makes_it_another(tmp_path: Path) -> None:
-    sections: dict[str, Any] = {"model": {"mask_branch_norm": "bn"}, "optim": {"steps": 1}}
+    sections: dict[str, Any] = {"model": {"mask_head.branch_norm": "bn"}, "optim": {"steps": 1}}
     first = execute_run(tiny_config(tmp_path, **sections), out=tmp_path / "run", progress=False)
     pairs = tiny_config(tmp_path, **sections, runtime={"images_per_process": 2})
     told = (
@@ -146,7 +150,7 @@ def test_a_run_is_not_continued_under_a_cut_that_makes_it_another(tmp_path: Path
 
 @pytest.mark.parametrize("norm", ["bn", "gn"])
 def test_the_same_cut_on_other_processes_continues_a_run(tmp_path: Path, norm: str) -> None:
-    sections: dict[str, Any] = {"model": {"mask_branch_norm": norm}, "optim": {"batch_size": 4}}
+    sections: dict[str, Any] = {"model": {"mask_head.branch_norm": norm}, "optim": {"batch_size": 4}}
     config = tiny_config(tmp_path, **sections, runtime={"images_per_process": 2})
     identity = {**config.identity(), **normalised_together(config, 1)}
     (tmp_path / "config.json").write_text(json.dumps({"identity": identity, "inputs": {"init_from": None}}))
@@ -208,7 +212,7 @@ def test_the_papers_studies_are_the_same_runs_on_one_gpu_and_on_eight() -> None:
             assert [parts_per_step(run.config, gpus) for gpus in (8, 4, 2, 1)] == [1, 2, 4, 8], name
             cuts = [normalised_together(run.config, gpus)["normalised_together"] for gpus in (8, 4, 2, 1)]
             assert [cut["bn"] for cut in cuts] == [2, 2, 2, 2], name
-            if run.config.model.neck_norm == "sync_bn":
+            if getattr(run.config.model.neck, "norm", None) == "sync_bn":
                 # Over all processes, so that on fewer of them fewer images are in a part.
                 assert [cut.get("sync_bn", 16) for cut in cuts] == [16, 8, 4, 2]
             else:
@@ -230,7 +234,6 @@ UNREAD: list[tuple[dict[str, Any], dict[str, Any]]] = [
                 "pairwise_warmup_steps": 7,
             },
             "data": {"bottom_rows_without_affinity": 3},
-            "model": {"neck_repeats": 2, "neck_norm": "gn"},
         },
     ),
     (
@@ -246,7 +249,7 @@ UNREAD: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ),
     (
         {"supervision": BOXES, "objective": {"box": "none"}},
-        {"objective": {"mask": "labelled", "affinity_size": 7}, "model": {"max_mask_positives": 9}},
+        {"objective": {"mask": "labelled", "affinity_size": 7}, "model": {"mask_head.max_positives": 9}},
     ),
 ]
 
@@ -287,8 +290,8 @@ def test_keys_that_nothing_reads_change_neither_training_nor_identity(
         ({"objective": {"box": "projection", "mask": "labelled"}}, {"objective": {"affinity_size": 5}}),
         ({"objective": {"box": "projection+pairwise"}}, {"objective": {"affinity_threshold": 0.9}}),
         ({"objective": {"box": "none"}}, {"objective": {"mask": "labelled"}}),
-        ({"model": BIFPN}, {"model": {"neck_norm": "gn"}}),
-        ({}, {"model": {"small_widths": [8, 8, 16, 24]}}),
+        ({"model": BIFPN}, {"model": {"neck.norm": "gn", "neck.kind": "bifpn"}}),
+        ({}, {"model": {"backbone.widths": [8, 8, 16, 24]}}),
     ],
 )
 def test_keys_that_something_reads_are_part_of_the_identity(chosen: dict[str, Any], read: dict[str, Any]) -> None:
@@ -308,15 +311,15 @@ def test_a_folder_of_a_version_that_kept_unread_keys_is_continued(tmp_path: Path
     (tmp_path / "config.json").write_text(json.dumps({"identity": old, "inputs": {"init_from": "digest"}}))
     (tmp_path / "result.json").write_text("{}")
     check_folder(config, tmp_path, resume=True)
-    other = tiny_config(tmp_path, **chosen, model={"neck_channels": 32})
-    with pytest.raises(UserError, match=r"its model\.neck_channels is 16, wanted 32"):
+    other = tiny_config(tmp_path, **chosen, model={"neck.channels": 32})
+    with pytest.raises(UserError, match=r"its model\.neck\.channels is 16, wanted 32"):
         check_folder(other, tmp_path, resume=True)
 
 
 def test_weights_of_the_backbone_are_not_read_where_a_run_starts_from_another(project: Path) -> None:
     Path("experiments/study.toml").write_text(STUDY + "[pretrain]\noptim.steps = 4\n")
     first = [run.run_id for run in plan(load_study("study"))]
-    other = [run.run_id for run in plan(load_study("study", ["rows.model.weights=/nowhere/backbone.pt"]))]
+    other = [run.run_id for run in plan(load_study("study", ["rows.model.backbone.weights=/nowhere/backbone.pt"]))]
     assert first == other
 
 

@@ -9,6 +9,7 @@ import gzip
 import json
 import pickle
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +22,27 @@ from typer.testing import CliRunner
 
 from semiseg.cli import app
 from semiseg.commands.known_classes import COCO_CATEGORY_IDS, COCO_CLASSES
-from semiseg.config import ModelConfig, RunConfig
-from semiseg.config_files import parse_config
+from semiseg.config import InferenceConfig, ModelConfig, RunConfig
+from semiseg.config.former import leaves
+from semiseg.config.read import parse_config
 from semiseg.engine.checkpoint import check_initial, initial_weights, load_initial, load_model_folder
 from semiseg.errors import UserError
 from semiseg.interop.adelaidet import convert_state, read_state
 from semiseg.models.build import build_model
 from semiseg.models.segmenter import Segmenter
 from tests.coco_files import make_coco, polygon_annotation
+from tests.tiny import model_config
 
 GOLDEN = Path(__file__).parent / "golden"
-RELEASED = {"weights": "random", "stride_in_1x1": True, "pixel_std": [1.0, 1.0, 1.0]}
-BIFPN = {"neck": "bifpn", "neck_channels": 160, "neck_repeats": 6}
+RELEASED = {"backbone.weights": "random", "backbone.stride_in_1x1": True, "pixel_std": [1.0, 1.0, 1.0]}
+BIFPN = {"neck.kind": "bifpn", "neck.channels": 160, "neck.repeats": 6}
 MEMBERS: dict[str, dict[str, Any]] = {
     "boxinst_r50": {},
-    "condinst_r50": {"mask_channels": 8},
+    "condinst_r50": {"mask_head.feature_channels": 8},
     "boxinst_r50_bifpn": BIFPN,
-    "boxinst_r101_bifpn_dcn": {"backbone": "resnet101", "deformable_interval": 1, **BIFPN},
+    "boxinst_r101_bifpn_dcn": {"backbone.depth": 101, "backbone.deformable_interval": 1, **BIFPN},
 }
-NARROW = {"neck_channels": 64, "tower_convs": 1, "mask_branch_channels": 8, "mask_branch_convs": 1}
+NARROW = {"neck.channels": 64, "detector.tower_convs": 1, "mask_head.branch_channels": 8, "mask_head.branch_convs": 1}
 AUXILIARY = {
     "mask_branch.seg_head.0.weight": (128, 256, 3, 3),
     "mask_branch.seg_head.1.num_batches_tracked": (),
@@ -47,8 +50,8 @@ AUXILIARY = {
 }
 
 
-def model_config(**changes: Any) -> ModelConfig:
-    return parse_config(ModelConfig, {**RELEASED, **changes}, where="test")
+def released_config(changes: Mapping[str, Any] | None = None) -> ModelConfig:
+    return model_config(RELEASED, changes or {})
 
 
 def released_name(key: str, *, bifpn: bool) -> str:
@@ -90,7 +93,7 @@ def released_name(key: str, *, bifpn: bool) -> str:
 
 def released(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """The state dict as a released file holds it, but for the order of the stem's channels."""
-    names = {released_name(key, bifpn=config.neck == "bifpn"): value for key, value in state.items()}
+    names = {released_name(key, bifpn=config.neck.kind == "bifpn"): value for key, value in state.items()}
     assert len(names) == len(state)
     constants = {
         "mask_head.sizes_of_interest": torch.tensor([64, 128, 256, 512, 1024]),
@@ -124,7 +127,7 @@ def run(*arguments: str | Path, code: int = 0) -> str:
 @pytest.fixture(scope="module")
 def plain() -> dict[str, Tensor]:
     """BoxInst ResNet-50 in released names, without values."""
-    config = model_config()
+    config = released_config()
     return released(empty_state(config), config)
 
 
@@ -136,13 +139,13 @@ def test_the_key_lists_are_small() -> None:
 
 @pytest.mark.parametrize("member", MEMBERS)
 def test_every_member_of_the_family_has_the_released_names_and_is_recognised(member: str) -> None:
-    config = model_config(**MEMBERS[member])
+    config = released_config(MEMBERS[member])
     expected = empty_state(config)
     state = released(expected, config)
     listed = json.loads(gzip.decompress((GOLDEN / f"keys_{member}.json.gz").read_bytes()))
     assert {key: list(value.shape) for key, value in state.items()} == listed
     # every key of the file gets a value of its own, so that a swapped pair would show
-    values = {released_name(key, bifpn=config.neck == "bifpn"): number for number, key in enumerate(expected)}
+    values = {released_name(key, bifpn=config.neck.kind == "bifpn"): number for number, key in enumerate(expected)}
     filled = {key: value if key not in values else torch.tensor(values[key]) for key, value in state.items()}
     filled = {key: value.expand(state[key].shape) for key, value in filled.items()}
     found = convert_state(filled, where="file")
@@ -158,13 +161,19 @@ def test_every_member_of_the_family_has_the_released_names_and_is_recognised(mem
 @pytest.mark.parametrize(
     "changes",
     [
-        {**NARROW, "deformable_interval": 3, "neck": "bifpn", "neck_repeats": 2},
-        {**NARROW, "tower_convs": 2, "mask_branch_convs": 3, "mask_channels": 5, "neck_channels": 96},
-        {"backbone": "resnet101", "deformable_interval": 2},
+        {**NARROW, "backbone.deformable_interval": 3, "neck.kind": "bifpn", "neck.repeats": 2},
+        {
+            **NARROW,
+            "detector.tower_convs": 2,
+            "mask_head.branch_convs": 3,
+            "mask_head.feature_channels": 5,
+            "neck.channels": 96,
+        },
+        {"backbone.depth": 101, "backbone.deformable_interval": 2},
     ],
 )
 def test_other_widths_and_depths_are_recognised(changes: dict[str, Any]) -> None:
-    config = model_config(**changes)
+    config = released_config(changes)
     found = convert_state(released(empty_state(config, num_classes=7), config), where="file")
     assert (found.config, found.num_classes) == (config, 7)
 
@@ -192,7 +201,15 @@ def assert_alike(ours: Tensor, theirs: Tensor) -> None:
 
 
 def test_a_converted_folder_computes_what_the_original_does_and_can_be_evaluated(tmp_path: Path) -> None:
-    config = model_config(**NARROW, deformable_interval=3, neck="bifpn", neck_repeats=1, mask_channels=8)
+    config = released_config(
+        {
+            **NARROW,
+            "backbone.deformable_interval": 3,
+            "neck.kind": "bifpn",
+            "neck.repeats": 1,
+            "mask_head.feature_channels": 8,
+        }
+    )
     # the original takes BGR images
     bgr = config.model_copy(update={"pixel_mean": config.pixel_mean[::-1]})
     original = random_model(bgr, num_classes=80)
@@ -208,7 +225,7 @@ def test_a_converted_folder_computes_what_the_original_does_and_can_be_evaluated
     assert sorted(file.name for file in out.iterdir()) == ["config.json", "model.safetensors"]
 
     weights, info = load_model_folder(out)
-    assert (info.config, info.short_side, info.long_side) == (config, 64, 96)
+    assert (info.config, info.inference) == (config, InferenceConfig(short_side=64, long_side=96))
     assert (info.class_names, info.category_ids) == (COCO_CLASSES, COCO_CATEGORY_IDS)
     for key, value in original.state_dict().items():
         expected = value[:, [2, 1, 0]] if key == "backbone.conv1.weight" else value
@@ -259,7 +276,7 @@ def test_coco_ids_are_those_of_the_annotation_files() -> None:
 
 
 def test_other_classes_are_named_by_an_annotation_file_and_can_change_in_training(tmp_path: Path) -> None:
-    config = model_config(**NARROW)
+    config = released_config(NARROW)
     state = released(empty_state(config, num_classes=3), config)
     path = small_file(tmp_path / "three.pth", state)
     out = tmp_path / "out"
@@ -274,10 +291,10 @@ def test_other_classes_are_named_by_an_annotation_file_and_can_change_in_trainin
 
     # what is printed is enough of a configuration to start from the folder, with five classes
     block = tomllib.loads(told[told.index("init_from = ") :])
-    assert block["model"] == {"stride_in_1x1": True, "pixel_std": [1.0, 1.0, 1.0], **NARROW}
+    assert leaves(block["model"]) == {"backbone.stride_in_1x1": True, "pixel_std": [1.0, 1.0, 1.0], **NARROW}
     training = parse_config(RunConfig, {**block, "data": {"format": "shapes"}}, where="printed")
     assert training.init_from == str(out)
-    assert training.model.model_copy(update={"weights": "random"}) == config
+    assert training.model.with_backbone_weights("random") == config
     check_initial(Path(training.init_from), training.model)
     model = build_model(config, num_classes=5)
     afresh = load_initial(model, initial_weights(Path(training.init_from)), where="converted")
@@ -337,7 +354,7 @@ def test_unmatched_keys_are_all_listed(plain: dict[str, Tensor]) -> None:
     [
         (
             {"backbone.bottom_up.res4.1.conv2_offset.weight": torch.zeros(27, 256, 3, 3)},
-            "deformable blocks res2: none; res3: none; res4: 1; res5: none; model.deformable_interval can only say",
+            "deformable blocks res2: none; res3: none; res4: 1; res5: none; model.backbone.deformable_interval can",
         ),
         (
             {"backbone.bottom_up.res2.0.conv2_offset.weight": torch.zeros(27, 64, 3, 3)},
@@ -422,10 +439,10 @@ def test_only_a_model_folder_is_replaced(tmp_path: Path) -> None:
     (kept / "config.json").write_text('{"model_type": "bert"}')  # others' models have files of the same names
     assert "holds no readable model of semiseg, but what would be lost" in run(tmp_path / "any.pth", kept, code=2)
     assert (kept / "model.safetensors").read_text() == "x"
-    state = released(empty_state(model_config(**NARROW)), model_config(**NARROW))
+    state = released(empty_state(released_config(NARROW)), released_config(NARROW))
     path = small_file(tmp_path / "small.pth", state, iteration=1)
     (tmp_path / "out").mkdir()
     for _ in range(2):  # an empty folder, then a model folder
         run(path, tmp_path / "out")
-    assert load_model_folder(tmp_path / "out")[1].config == model_config(**NARROW)
+    assert load_model_folder(tmp_path / "out")[1].config == released_config(NARROW)
     assert sorted(item.name for item in tmp_path.iterdir()) == ["kept", "out", "small.pth"]

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semiseg.config import RunConfig
-from semiseg.config_files import parse_config
+from semiseg.config.read import parse_config
 from semiseg.data.dataset import InstanceDataset, Key, build_rule
 from semiseg.data.loader import (
     BatchLoader,

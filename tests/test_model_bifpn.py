@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -9,14 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from semiseg.config import ModelConfig, OptimConfig
-from semiseg.config_files import parse_config
+from semiseg.config import OptimConfig
 from semiseg.engine.optim import build_optimizer
 from semiseg.errors import UserError
 from semiseg.models.bifpn import BiFPN, weighted_mean
 from semiseg.models.build import build_model
 from semiseg.models.segmenter import Segmenter
-from tests.tiny import TINY, dynamic, make_queries
+from tests.tiny import TINY, dynamic, make_queries, model_config
 
 WIDTHS = (3, 5, 6, 7)  # of C2..C5
 CHANNELS = 4
@@ -189,19 +189,19 @@ def test_each_lateral_runs_once_a_step() -> None:
 
 
 SMALL: dict[str, Any] = {
-    **TINY["model"],
-    "backbone_norm": "gn",
-    "neck": "bifpn",
-    "neck_repeats": 2,
-    "neck_norm": "gn",
-    "strides": [8, 16, 32, 64, 128],
-    "level_ranges": [64, 128, 256, 512],
+    "backbone.norm": "gn",
+    "neck.kind": "bifpn",
+    "neck.channels": 16,
+    "neck.repeats": 2,
+    "neck.norm": "gn",
+    "detector.strides": [8, 16, 32, 64, 128],
+    "detector.level_ranges": [64, 128, 256, 512],
 }
 
 
-def small_model(**changes: Any) -> Segmenter:
+def small_model(changes: Mapping[str, Any] | None = None) -> Segmenter:
     torch.manual_seed(0)
-    return build_model(parse_config(ModelConfig, {**SMALL, **changes}, where="test"), num_classes=3)
+    return build_model(model_config(TINY["model"], SMALL, changes or {}), num_classes=3)
 
 
 def test_the_network_with_it_has_a_prediction_at_every_location() -> None:
@@ -237,7 +237,7 @@ def test_precision_memory_format_and_compilation() -> None:
 
 
 def test_weight_decay_is_for_all_but_the_norms() -> None:
-    model = small_model(neck_norm="bn")
+    model = small_model({"neck.norm": "bn"})
     decayed, free = build_optimizer(model, OptimConfig(steps=1, optimizer="sgd")).param_groups
     block: Any = model.neck.get_submodule("blocks.0")
     assert any(parameter is block.weights_f3_3_4 for parameter in decayed["params"])
@@ -249,12 +249,12 @@ def test_weight_decay_is_for_all_but_the_norms() -> None:
     ("changes", "message"),
     [
         (
-            {"strides": [8, 16, 32], "level_ranges": [64, 128]},
-            r"needs strides \[8, 16, 32, 64, 128\], not \[8, 16, 32\]",
+            {"detector.strides": [8, 16, 32], "detector.level_ranges": [64, 128]},
+            r"needs detector\.strides \[8, 16, 32, 64, 128\], not \[8, 16, 32\]",
         ),
-        ({"mask_feature_stride": 4}, "has no mask_feature_stride 4: take 8 or 16"),
+        ({"mask_head.feature_stride": 4}, "has no mask_head.feature_stride 4: take 8 or 16"),
     ],
 )
 def test_levels_that_it_does_not_have(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        small_model(**changes)
+        small_model(changes)

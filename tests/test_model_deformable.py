@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import Bottleneck
 
-from semiseg.config import ModelConfig, OptimConfig
+from semiseg.config import OptimConfig
 from semiseg.engine.optim import build_optimizer
 from semiseg.errors import UserError
 from semiseg.models.build import build_model
 from semiseg.models.deformable import DeformableConv
 from semiseg.models.norms import freeze, norm_layer
 from semiseg.models.resnet import ResNetFeatures, freeze_stages, load_backbone_state
+from tests.tiny import model_config
 
 
 def random_conv(inputs: int, outputs: int, *, stride: int) -> DeformableConv:
@@ -111,16 +112,16 @@ def deformable_blocks(backbone: nn.Module) -> list[str]:
     return [name.removesuffix(".conv2") for name in found]
 
 
-def build_backbone(**changes: Any) -> nn.Module:
+def build_backbone(**backbone: Any) -> nn.Module:
     with torch.device("meta"):  # names, shapes and strides without values
-        return build_model(ModelConfig(weights="random", **changes), num_classes=2).backbone
+        return build_model(model_config({"backbone": {"weights": "random", **backbone}}), num_classes=2).backbone
 
 
 def test_the_interval_counts_blocks_within_a_stage() -> None:
     assert deformable_blocks(build_backbone()) == []
-    every = deformable_blocks(build_backbone(backbone="resnet101", deformable_interval=1))
+    every = deformable_blocks(build_backbone(depth=101, deformable_interval=1))
     assert every == [f"layer{stage}.{block}" for stage, n in ((2, 4), (3, 23), (4, 3)) for block in range(n)]
-    third = deformable_blocks(build_backbone(backbone="resnet101", deformable_interval=3))
+    third = deformable_blocks(build_backbone(depth=101, deformable_interval=3))
     in_layer3 = [f"layer3.{block}" for block in (0, 3, 6, 9, 12, 15, 18, 21)]
     assert third == ["layer2.0", "layer2.3", *in_layer3, "layer4.0"]
 
@@ -138,7 +139,7 @@ def test_the_stride_stays_where_it_was(stride_in_1x1: bool) -> None:
 
 
 def test_names_and_shapes_are_those_of_the_released_checkpoint() -> None:
-    state = build_backbone(backbone="resnet101", deformable_interval=1, stride_in_1x1=True).state_dict()
+    state = build_backbone(depth=101, deformable_interval=1, stride_in_1x1=True).state_dict()
     shapes = {name: tuple(value.shape) for name, value in state.items()}
     expected = {
         "layer1.0.conv2.weight": (64, 64, 3, 3),

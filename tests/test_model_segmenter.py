@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -21,19 +22,18 @@ from semiseg.models.segmenter import FORMER_NAMES, Segmenter
 from semiseg.structures.grids import WholeMap
 from semiseg.structures.inputs import Targets
 from semiseg.structures.outputs import DenseOutputs
-from tests.tiny import TINY, box_targets, dynamic, make_queries
+from tests.tiny import TINY, box_targets, dynamic, make_queries, model_config
 
 SMALL: dict[str, Any] = {
-    **TINY["model"],
-    "backbone_norm": "gn",
-    "strides": [8, 16, 32, 64],
-    "level_ranges": [24, 48, 96],
+    "backbone.norm": "gn",
+    "detector.strides": [8, 16, 32, 64],
+    "detector.level_ranges": [24, 48, 96],
 }
 
 
-def small_model(**changes: Any) -> Segmenter:
+def small_model(changes: Mapping[str, Any] | None = None) -> Segmenter:
     torch.manual_seed(0)
-    return build_model(ModelConfig(**{**SMALL, **changes}), num_classes=5)
+    return build_model(model_config(TINY["model"], SMALL, changes or {}), num_classes=5)
 
 
 def random_images(*size: int) -> Tensor:
@@ -55,7 +55,7 @@ def tensors_of(outputs: DenseOutputs) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def resnet50() -> Segmenter:
-    return build_model(ModelConfig(weights="random"), num_classes=80)
+    return build_model(model_config({"backbone.weights": "random"}), num_classes=80)
 
 
 def test_resnet50_has_the_parameters_of_the_reference(resnet50: Segmenter) -> None:
@@ -92,12 +92,12 @@ def test_every_class_starts_at_one_percent(resnet50: Segmenter) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "channels", "stride_in_1x1"),
-    [("resnet18", 512, False), ("resnet34", 512, False), ("resnet50", 2048, True), ("resnet101", 2048, False)],
+    ("depth", "channels", "stride_in_1x1"), [(18, 512, False), (34, 512, False), (50, 2048, True), (101, 2048, False)]
 )
-def test_backbones(name: str, channels: int, stride_in_1x1: bool) -> None:
+def test_backbones(depth: int, channels: int, stride_in_1x1: bool) -> None:
+    narrow = {"mask_head.feature_channels": 8}
     model = build_model(
-        ModelConfig(backbone=name, weights="random", mask_channels=8, stride_in_1x1=stride_in_1x1),  # type: ignore[arg-type]
+        model_config({"backbone": {"depth": depth, "weights": "random", "stride_in_1x1": stride_in_1x1}}, narrow),
         num_classes=3,
     )
     with torch.no_grad():
@@ -130,24 +130,34 @@ def test_structure_is_the_same_in_training_and_evaluation() -> None:
 @pytest.mark.parametrize(
     ("changes", "features", "masks", "levels"),
     [
-        ({"mask_feature_stride": 8, "mask_stride": 4}, 8, 4, [8, 16, 32, 64]),
-        ({"mask_feature_stride": 4, "mask_stride": 2}, 4, 2, [8, 16, 32, 64]),
+        ({"mask_head.feature_stride": 8, "mask_head.stride": 4}, 8, 4, [8, 16, 32, 64]),
+        ({"mask_head.feature_stride": 4, "mask_head.stride": 2}, 4, 2, [8, 16, 32, 64]),
         (
-            {"mask_feature_stride": 4, "mask_stride": 4, "strides": [4, 8, 16], "level_ranges": [24, 48]},
+            {
+                "mask_head.feature_stride": 4,
+                "mask_head.stride": 4,
+                "detector.strides": [4, 8, 16],
+                "detector.level_ranges": [24, 48],
+            },
             4,
             4,
             [4, 8, 16],
         ),
-        ({"mask_feature_stride": 16, "mask_stride": 2}, 16, 2, [8, 16, 32, 64]),
-        ({"dynamic_layers": 1, "dynamic_channels": 4}, 8, 4, [8, 16, 32, 64]),
-        ({"strides": [8, 16, 32, 64, 128], "level_ranges": [24, 48, 96, 192]}, 8, 4, [8, 16, 32, 64, 128]),
+        ({"mask_head.feature_stride": 16, "mask_head.stride": 2}, 16, 2, [8, 16, 32, 64]),
+        ({"mask_head.layers": 1, "mask_head.channels": 4}, 8, 4, [8, 16, 32, 64]),
+        (
+            {"detector.strides": [8, 16, 32, 64, 128], "detector.level_ranges": [24, 48, 96, 192]},
+            8,
+            4,
+            [8, 16, 32, 64, 128],
+        ),
     ],
 )
 def test_every_size_follows_from_the_configuration(
     changes: dict[str, Any], features: int, masks: int, levels: list[int]
 ) -> None:
     images = random_images(2, 3, 64, 128)
-    model = small_model(**changes)
+    model = small_model(changes)
     outputs = model(images, full_sizes(images))
     assert outputs.mask_inputs.mask_features.shape[2:] == (64 // features, 128 // features)
     assert outputs.locations.stride.unique().tolist() == levels
@@ -164,7 +174,10 @@ def test_every_size_follows_from_the_configuration(
 
 @pytest.mark.parametrize("side_hw", [(96, 64), (32, 160)])
 def test_filters_are_the_controllers_convolution(side_hw: tuple[int, int]) -> None:
-    model, images = small_model(strides=[8, 16, 32, 64], dynamic_layers=2), random_images(2, 3, *side_hw)
+    model, images = (
+        small_model({"detector.strides": [8, 16, 32, 64], "mask_head.layers": 2}),
+        random_images(2, 3, *side_hw),
+    )
     outputs = model(images, full_sizes(images))
     sizes = model.level_sizes(side_hw)
     levels = outputs.mask_inputs.filter_features.split([height * width for height, width in sizes], dim=1)
@@ -183,7 +196,8 @@ def test_filters_are_the_controllers_convolution(side_hw: tuple[int, int]) -> No
 
 
 def test_coarse_levels_come_from_p5() -> None:
-    neck: Any = small_model(strides=[8, 16, 32, 64, 128], level_ranges=[24, 48, 96, 192]).neck
+    levels = {"detector.strides": [8, 16, 32, 64, 128], "detector.level_ranges": [24, 48, 96, 192]}
+    neck: Any = small_model(levels).neck
     maps = [
         torch.randn(1, channels, side, side) for channels, side in zip((8, 8, 16, 16), (48, 24, 12, 6), strict=True)
     ]
@@ -287,7 +301,7 @@ def test_masks_do_not_depend_on_the_other_queries() -> None:
 
 @pytest.mark.parametrize("norm", ["bn", "gn", "frozen_bn"])
 def test_frozen_stages_do_not_change_in_training(norm: str) -> None:
-    model, images = small_model(backbone_norm=norm, frozen_stages=2), random_images(2, 3, 64, 64)
+    model, images = small_model({"backbone.norm": norm, "backbone.frozen_stages": 2}), random_images(2, 3, 64, 64)
     before = {name: value.clone() for name, value in model.backbone.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     outputs = model.train()(images, full_sizes(images))

@@ -6,6 +6,7 @@ They are loaded in full, or a sentence says what is wrong.
 from __future__ import annotations
 
 import urllib.error
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from safetensors.torch import save_file
 from torchvision.models import resnet18
 from torchvision.models._api import WeightsEnum
 
-from semiseg.config import ModelConfig, RunConfig
-from semiseg.config_files import parse_config
+from semiseg.config import InferenceConfig, ModelConfig, RunConfig
+from semiseg.config.former import leaves
+from semiseg.config.read import parse_config
 from semiseg.engine.checkpoint import (
     FREE_SETTINGS,
     ModelInfo,
@@ -32,12 +34,12 @@ from semiseg.models.build import build_model
 from semiseg.models.segmenter import Segmenter
 from semiseg.resources import available
 from semiseg.studies.file import load_study, study_runs
-from tests.tiny import TINY
+from tests.tiny import TINY, model_config
 
 
-def build(**changes: Any) -> Segmenter:
-    values: dict[str, Any] = {"backbone": "resnet18", "neck_channels": 32, "mask_branch_channels": 8, **changes}
-    return build_model(parse_config(ModelConfig, values, where="test"), num_classes=2)
+def build(weights: str, **backbone: Any) -> Segmenter:
+    sizes = {"backbone.depth": 18, "neck.channels": 32, "mask_head.branch_channels": 8}
+    return build_model(model_config(sizes, {"backbone": {"weights": weights, **backbone}}), num_classes=2)
 
 
 @pytest.mark.parametrize("norm", ["frozen_bn", "bn"])
@@ -49,7 +51,7 @@ def test_a_torchvision_state_dict_is_loaded(tmp_path: Path, norm: str, suffix: s
     path = tmp_path / f"weights{suffix}"
     save = save_file if suffix == ".safetensors" else torch.save
     save(network.state_dict(), path)
-    model = build(weights=str(path), backbone_norm=norm)
+    model = build(str(path), norm=norm)
     network.eval()
     model.eval()
     images = torch.randn(1, 3, 64, 64)
@@ -85,7 +87,7 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"weights.pth: these weights do not fit the backbone: .*layer3.0.conv1"):
         build(weights=str(path))
     with pytest.raises(UserError, match="do not fit the backbone"):
-        build(weights=str(path), backbone="small")
+        build_model(model_config(TINY["model"], {"backbone.weights": str(path)}), num_classes=2)
 
 
 def test_files_that_are_no_weights(tmp_path: Path) -> None:
@@ -105,28 +107,27 @@ def test_files_that_are_no_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"backbone": "small", "weights": "random", "small_widths": [8, 8, 8]},
-            "model.small_widths: 4 widths needed, one per stage, not 3",
-        ),
-        ({"weights": "random", "stride_in_1x1": True}, "stride_in_1x1 needs a backbone with bottlenecks"),
+        ({"kind": "small", "widths": [8, 8, 8]}, r"'backbone\.widths': List should have at least 4 items"),
+        ({"kind": "small", "depth": 18}, r"unknown key 'backbone\.depth'\. Kind 'resnet' reads it, not 'small'\."),
+        ({"depth": 34, "stride_in_1x1": True}, "stride_in_1x1 needs a backbone with bottlenecks"),
+        ({"depth": 18, "deformable_interval": 2}, "deformable_interval needs a backbone with bottlenecks"),
     ],
 )
 def test_impossible_backbones(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        build(**changes)
+        model_config({"backbone": {"weights": "random", **changes}})
 
 
-BIFPN: dict[str, Any] = {"neck": "bifpn", "neck_channels": 160, "neck_repeats": 6, "neck_norm": "bn"}
+BIFPN: dict[str, Any] = {"neck.kind": "bifpn", "neck.channels": 160, "neck.repeats": 6, "neck.norm": "bn"}
 
 
 @pytest.mark.parametrize(
     ("changes", "entries", "numbers", "parameters"),
     [
         ({}, 370, 34_367_770, 34_259_731),
-        ({"mask_channels": 8}, 370, 34_219_218, 34_111_179),
+        ({"mask_head.feature_channels": 8}, 370, 34_219_218, 34_111_179),
         (BIFPN, 717, 39_009_120, 38_884_389),
-        ({**BIFPN, "backbone": "resnet101", "deformable_interval": 1}, 1032, 59_982_730, 59_753_551),
+        ({**BIFPN, "backbone.depth": 101, "backbone.deformable_interval": 1}, 1032, 59_982_730, 59_753_551),
     ],
     ids=["BoxInst R50", "Segmenter R50", "BoxInst R50 BiFPN", "BoxInst R101 BiFPN DCN"],
 )
@@ -138,23 +139,21 @@ def test_networks_are_as_large_as_the_released_ones(
     The parameters are those numbers without the statistics of norms and without all of a frozen norm.
     """
     with torch.device("meta"):
-        model = build_model(ModelConfig(weights="random", **changes), num_classes=80)
+        model = build_model(model_config({"backbone.weights": "random"}, changes), num_classes=80)
     state = model.state_dict()
     assert (len(state), sum(value.numel() for value in state.values())) == (entries, numbers)
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
 
 
-SMALL: dict[str, Any] = {**TINY["model"], "level_ranges": [28, 56], "mask_branch_norm": "bn"}
-
-
-def config_of(**changes: Any) -> ModelConfig:
-    return parse_config(ModelConfig, {**SMALL, **changes}, where="test")
+def config_of(changes: Mapping[str, Any] | None = None) -> ModelConfig:
+    own = {"detector.level_ranges": [28, 56], "mask_head.branch_norm": "bn"}
+    return model_config(TINY["model"], own, changes or {})
 
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("start") / "model"
-    info = ModelInfo(config_of(), ("a", "b"), (1, 2), short_side=64, long_side=64)
+    info = ModelInfo(config_of(), InferenceConfig(), ("a", "b"), (1, 2))
     save_model(folder, build_model(config_of(), num_classes=2).state_dict(), info)
     return folder
 
@@ -163,14 +162,18 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "changes",
     [
         {},
-        {"backbone_norm": "bn", "mask_branch_norm": "frozen_bn", "neck_norm": "gn", "neck_repeats": 2},
-        {"mask_stride": 8, "max_mask_positives": 5, "centre_radius": 2.0, "frozen_stages": 2},
-        {"score_threshold": 0.2, "candidates_per_level": 9, "nms_threshold": 0.5, "max_detections": 7},
+        {"backbone.norm": "bn", "mask_head.branch_norm": "frozen_bn"},
+        {
+            "mask_head.stride": 8,
+            "mask_head.max_positives": 5,
+            "detector.centre_radius": 2.0,
+            "backbone.frozen_stages": 2,
+        },
     ],
 )
 def test_settings_that_may_differ_from_the_initial_weights(model_folder: Path, changes: dict[str, Any]) -> None:
-    check_initial(model_folder, config_of(**changes))
-    model = build_model(config_of(**changes), num_classes=2)
+    check_initial(model_folder, config_of(changes))
+    model = build_model(config_of(changes), num_classes=2)
     weights = initial_weights(model_folder)
     assert load_initial(model, weights, where="here") == []
     found = model.state_dict()
@@ -188,19 +191,19 @@ def test_settings_that_may_differ_from_the_initial_weights(model_folder: Path, c
     ("changes", "named"),
     [
         ({"pixel_std": [1.0, 1.0, 1.0]}, "pixel_std = [58.395, 57.12, 57.375]  # now [1.0, 1.0, 1.0]"),
-        ({"strides": [4, 8, 16]}, "strides = [8, 16, 32]  # now [4, 8, 16]"),
-        ({"tower_groups": 2}, "tower_groups = 4  # now 2"),
-        ({"mask_branch_norm": "gn"}, 'mask_branch_norm = "bn"  # now "gn"'),
+        ({"detector.strides": [4, 8, 16]}, "detector.strides = [8, 16, 32]  # now [4, 8, 16]"),
+        ({"detector.tower_groups": 2}, "detector.tower_groups = 4  # now 2"),
+        ({"mask_head.branch_norm": "gn"}, 'mask_head.branch_norm = "bn"  # now "gn"'),
         (
-            {"level_ranges": [32, 64], "pixel_mean": [0.0, 0.0, 0.0]},
-            "level_ranges = [28, 56]                 # now [32, 64]\n"
+            {"detector.level_ranges": [32, 64], "pixel_mean": [0.0, 0.0, 0.0]},
+            "detector.level_ranges = [28, 56]        # now [32, 64]\n"
             "pixel_mean = [123.675, 116.28, 103.53]  # now [0.0, 0.0, 0.0]",
         ),
     ],
 )
 def test_initial_weights_of_another_network(model_folder: Path, changes: dict[str, Any], named: str) -> None:
     with pytest.raises(UserError) as caught:
-        check_initial(model_folder, config_of(**changes))
+        check_initial(model_folder, config_of(changes))
     assert str(caught.value) == (
         f"{model_folder}: its weights are of another network; to start from them set\n\n[model]\n{named}"
     )
@@ -211,21 +214,22 @@ def test_the_lines_can_be_pasted(model_folder: Path) -> None:
     with pytest.raises(UserError) as caught:
         check_initial(model_folder, ModelConfig())
     pasted = tomlkit.parse(str(caught.value).split("\n\n", 1)[1]).unwrap()
-    assert len(pasted["model"]) > 8
+    assert len(leaves(pasted["model"])) > 8
     config = parse_config(RunConfig, {**pasted, "init_from": str(model_folder)}, where="pasted")
     check_initial(model_folder, config.model)
 
 
 def test_which_settings_are_compared() -> None:
     """All but the free ones, so that a new setting is compared until somebody says otherwise."""
-    assert set(ModelConfig.model_fields) >= FREE_SETTINGS
-    reference = ModelConfig(weights="random", stride_in_1x1=True, **BIFPN)
-    plain = ModelConfig(weights="imagenet")
-    assert differing_settings(reference, plain) == ["stride_in_1x1", "neck", "neck_channels"]
-    assert differing_settings(plain, reference) == ["stride_in_1x1", "neck", "neck_channels"]
-    fewer = reference.model_copy(update={"neck_repeats": 3, "neck_norm": "gn"})
-    assert differing_settings(reference, fewer) == ["neck_repeats", "neck_norm"]
-    assert differing_settings(reference, reference.model_copy(update={"neck_norm": "sync_bn"})) == []
+    assert leaves(ModelConfig().model_dump()).keys() >= FREE_SETTINGS
+    released = {**BIFPN, "backbone.weights": "random", "backbone.stride_in_1x1": True}
+    reference, plain = model_config(released), ModelConfig()
+    both = ["backbone.stride_in_1x1", "neck.kind", "neck.channels"]
+    assert differing_settings(reference, plain) == [*both, "neck.repeats", "neck.norm"]
+    assert differing_settings(plain, reference) == both
+    fewer = model_config(released, {"neck.repeats": 3, "neck.norm": "gn"})
+    assert differing_settings(reference, fewer) == ["neck.repeats", "neck.norm"]
+    assert differing_settings(reference, model_config(released, {"neck.norm": "sync_bn"})) == []
 
 
 def test_a_checkpoint_file_says_nothing_of_its_network(tmp_path: Path) -> None:
@@ -248,7 +252,7 @@ def test_rows_of_the_shipped_studies_fit_their_pretraining() -> None:
 
 def test_only_the_counter_of_batches_may_be_missing(model_folder: Path) -> None:
     weights = initial_weights(model_folder)
-    model = build_model(config_of(backbone_norm="bn"), num_classes=2)
+    model = build_model(config_of({"backbone.norm": "bn"}), num_classes=2)
     del weights["backbone.bn1.running_var"]
     with pytest.raises(UserError, match=r"here: 1 weights do not fit the model, first: backbone.bn1.running_var"):
         load_initial(model, weights, where="here")

@@ -11,7 +11,7 @@ import pytest
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 
 from semiseg.config import RunConfig, RuntimeConfig
-from semiseg.config_files import parse_config
+from semiseg.config.read import parse_config
 from semiseg.engine.processes import fit_to_processes, images_in_evaluation, parts_per_step, told_change
 from semiseg.engine.run import execute_run
 from semiseg.engine.session import crowding, start_accelerator

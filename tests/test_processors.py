@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from semiseg.config import ModelConfig
-from semiseg.config_files import parse_config
+from semiseg.config.read import parse_config
 from semiseg.engine.build import build_data
 from semiseg.engine.logs import read_log
 from semiseg.engine.run import execute_run
@@ -54,15 +54,15 @@ class Convolutions(TorchDispatchMode):
     "model",
     [
         TINY["model"],
-        {"backbone": "resnet18"},
-        {"backbone": "resnet50", "frozen_stages": 0},
-        {"backbone": "resnet50", "stride_in_1x1": True, "neck": "bifpn", "neck_repeats": 1},
-        {"backbone": "resnet50", "deformable_interval": 2},
+        {"backbone": {"depth": 18, "weights": "random"}},
+        {"backbone": {"depth": 50, "weights": "random", "frozen_stages": 0}},
+        {"backbone": {"weights": "random", "stride_in_1x1": True}, "neck": {"kind": "bifpn", "repeats": 1}},
+        {"backbone": {"weights": "random", "deformable_interval": 2}},
     ],
     ids=["small", "resnet18", "resnet50", "stride_in_1x1", "deformable"],
 )
 def test_no_strided_1x1_convolution_reaches_torch(model: dict[str, Any]) -> None:
-    config = parse_config(ModelConfig, {"weights": "random", **model}, where="test")
+    config = parse_config(ModelConfig, model, where="test")
     network = build_model(config, num_classes=3).to(memory_format=torch.channels_last).train()
     with Convolutions() as convolutions:
         maps = network.backbone(torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last))
@@ -109,7 +109,7 @@ def _train_the_smallest_networks(root: Path, name: str | None) -> None:
         os.environ["ONEDNN_MAX_CPU_ISA"] = name
     runs = []
     for number, widths in enumerate(WIDTHS):
-        config = tiny_config(root, model={"small_widths": widths, "backbone_norm": "bn"})
+        config = tiny_config(root, model={"backbone.widths": widths, "backbone.norm": "bn"})
         execute_run(config, out=root / f"{name}-{number}", progress=False)
         log = read_log(root / f"{name}-{number}" / "log.jsonl")
         runs.append([list(line["losses"].values()) for line in log if "losses" in line])

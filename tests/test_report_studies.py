@@ -12,7 +12,7 @@ import pytest
 
 from semiseg.commands.known_classes import COCO_CLASSES
 from semiseg.config import DataConfig, RunConfig
-from semiseg.config_files import digest
+from semiseg.config.read import digest
 from semiseg.data.shapes import SHAPES_CLASSES
 from semiseg.evaluation.coco_metrics import METRIC_NAMES
 from semiseg.report.aggregate import compared_pairs, table_numbers
@@ -149,7 +149,9 @@ def test_table_4_on_coco_itself(tmp_path: Path) -> None:
     assert "Rows differ in network, data or schedule: differences in mask AP are due to boxes and masks." in text
     assert "270000 steps or 90000 steps by row of 16 images" in text
     assert "backbone resnet50 or resnet101 by row" in text
-    words = "with model.backbone = resnet101, model.neck = bifpn, model.neck_channels = 160, model.neck_norm = sync_bn"
+    words = (
+        "with model.backbone.depth = 101, model.neck.kind = bifpn, model.neck.channels = 160"
+    )
     assert words.replace("_", r"\_") in text
 
 

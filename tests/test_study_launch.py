@@ -18,7 +18,7 @@ import tomlkit
 import torch
 from safetensors.torch import load_file
 
-from semiseg.config_files import merge
+from semiseg.config.read import merge
 from semiseg.engine.logs import read_log
 from semiseg.errors import UserError
 from semiseg.results import latest, read
@@ -97,7 +97,7 @@ def train(item: PlannedRun) -> None:
 
 
 def test_under_keep_the_processes_do_not_matter_without_batch_norm(project: Path) -> None:
-    norm = "model.mask_branch_norm=gn"
+    norm = "model.mask_head.branch_norm=gn"
     study = load_study("study", [norm])
     with warnings.catch_warnings():
         warnings.simplefilter("error")

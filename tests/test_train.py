@@ -26,7 +26,7 @@ from torch import Tensor
 
 import semiseg
 from semiseg.config import RunConfig
-from semiseg.config_files import digest
+from semiseg.config.read import digest
 from semiseg.data.images import open_image
 from semiseg.data.shapes import ensure_shapes
 from semiseg.engine import train as training
@@ -99,7 +99,10 @@ def without_instances(batch: Batch, images: list[int]) -> Batch:
 
 
 def test_four_steps_equal_two_and_resume_and_two(root: Path, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"runtime": {"workers": 2, "checkpoint_every": 2}, "model": {"mask_branch_norm": "bn"}}
+    options: dict[str, Any] = {
+        "runtime": {"workers": 2, "checkpoint_every": 2},
+        "model": {"mask_head.branch_norm": "bn"},
+    }
     config = tiny_config(root, **options, optim={"ema_decay": 0.9, "optimizer": "adamw", "schedule": "one_cycle"})
     execute_run(config, out=tmp_path / "whole", progress=False)
     whole = load_tensors(tmp_path / "whole" / "checkpoints" / "step_00000002.pt")
@@ -268,7 +271,7 @@ def test_a_training_without_masks_leaves_out_what_only_masks_need(root: Path, ma
         root,
         supervision={"source": "boxes", "split": None},
         objective={"box": "none"},
-        model={"mask_feature_stride": mask_feature_stride},
+        model={"mask_head.feature_stride": mask_feature_stride},
     )
     batch = first_batches(config, 1)[0]
     module = fresh_step(config)
@@ -426,9 +429,9 @@ def test_init_from_takes_weights_only(root: Path, tmp_path: Path) -> None:
     ten = replace(data, train=replace(data.train, class_names=data.train.class_names[:10]))
     with pytest.warns(UserWarning, match=r"has other classes: .*class_logits\.weight.* start"):
         training.prepare(config, ten, accelerator)
-    wider = tiny_config(root, init_from=config.init_from, model={"neck_channels": 32})
+    wider = tiny_config(root, init_from=config.init_from, model={"neck.channels": 32})
     with pytest.raises(
-        UserError, match=r"of another network; to start from them set\n\n\[model\]\nneck_channels = 16  # now 32$"
+        UserError, match=r"of another network; to start from them set\n\n\[model\]\nneck\.channels = 16  # now 32$"
     ):
         training.prepare(wider, data, accelerator)
 
@@ -444,10 +447,10 @@ def test_another_threshold_in_a_study_is_another_evaluation_and_no_other_trainin
         (out / "identity.json").write_text(json.dumps({"identity": {"config": digest(config.identity())}}))
         return config, out
 
-    first, trained = planned("one/a", model={"score_threshold": 0.0})
+    first, trained = planned("one/a", inference={"score_threshold": 0.0})
     execute_run(first, out=trained, progress=False)
     monkeypatch.setattr(training, "optimizer_step", None)  # a training fails
-    keys = {"data": {"val_short_side": 96, "val_long_side": 96}, "model": {"score_threshold": 0.2, "max_detections": 3}}
+    keys = {"inference": {"short_side": 96, "long_side": 96, "score_threshold": 0.2, "max_detections": 3}}
     config, out = planned("two/b", **keys)
     assert config.identity() != first.identity()
     with pytest.warns(UserWarning, match=f"{out}: trained already as {trained}"):
@@ -456,7 +459,7 @@ def test_another_threshold_in_a_study_is_another_evaluation_and_no_other_trainin
     assert read_log(out / "log.jsonl") == read_log(trained / "log.jsonl")
     weights = [load_file(folder / "model" / "model.safetensors") for folder in (trained, out)]
     assert all(torch.equal(weights[0][name], value) for name, value in weights[1].items())
-    assert load_model(out).info.config.score_threshold == 0.2
+    assert load_model(out).info.inference.score_threshold == 0.2
     detections = [json.loads((folder / "detections.json").read_text()) for folder in (trained, out)]
     assert len(detections[1]) < len(detections[0])
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from semiseg.config import RunConfig
-from semiseg.config_files import merge, parse_config
+from semiseg.config.model import ResNetBackbone
+from semiseg.config.read import merge, parse_config
 from semiseg.data.voc import voc_files
 from semiseg.data.voc_objects import VOC_CLASSES
 from semiseg.engine.build import build_data, train_dataset
@@ -34,10 +35,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def tiny(config: RunConfig, root: Path) -> RunConfig:
     """The run with a network of a few channels and two steps; data, supervision and objective stay."""
-    sizes = {name: TINY["data"][name] for name in ("short_sides", "long_side", "val_short_side", "val_long_side")}
+    sizes = {name: TINY["data"][name] for name in ("short_sides", "long_side")}
     changes = {
         "data": {"root": str(root), **sizes},
-        "model": TINY["model"],
+        **{name: TINY[name] for name in ("model", "inference")},
         "optim": {"steps": 2, "batch_size": 4, "warmup_steps": 0},
         "runtime": TINY["runtime"] | {"checkpoint_every": 100},
     }
@@ -49,9 +50,10 @@ def test_the_study_is_table_5s() -> None:
     assert [(table.number, table.split, table.rows) for table in study.tables] == [
         (5, None, ["boxinst-r50", "boxinst-r101"])
     ]
-    for run, depth in zip(study_runs(study), ("resnet50", "resnet101"), strict=True):
+    for run, depth in zip(study_runs(study), (50, 101), strict=True):
         config = run.config
-        assert (config.model.backbone, config.model.weights) == (depth, "imagenet")
+        assert isinstance(config.model.backbone, ResNetBackbone)
+        assert (config.model.backbone.depth, config.model.backbone.weights) == (depth, "imagenet")
         assert (config.data.format, config.data.voc.train_set, config.data.voc.val_set) == ("voc", "train_aug", "val")
         assert (config.supervision.source, config.objective.box) == ("boxes", "projection+pairwise")
         assert (config.objective.affinity_threshold, config.data.bottom_rows_without_affinity) == (0.1, 0)

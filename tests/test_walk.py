@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -29,7 +28,7 @@ from tests.tiny import tiny_config
 
 
 def test_sixteen_steps(tmp_path: Path) -> None:
-    config = tiny_config(tmp_path, model={"score_threshold": 0.001})
+    config = tiny_config(tmp_path, inference={"score_threshold": 0.001})
     data = build_data(config)
     torch.manual_seed(0)
     model = build_model(config.model, num_classes=len(data.train.class_names))
@@ -77,7 +76,7 @@ def from_batch_to_loss(config: RunConfig, model: Segmenter, batch: Batch) -> Non
         strides=model.strides,
         num_images=4,
         level_ranges=model.level_ranges,
-        centre_radius=config.model.centre_radius,
+        centre_radius=config.model.detector.centre_radius,
     )
     xy, boxes = outputs.locations.xy[assignment.location_index], targets.boxes_xyxy[assignment.instance_index]
     assert ((xy > boxes[:, :2]) & (xy < boxes[:, 2:])).all()
@@ -87,7 +86,7 @@ def from_batch_to_loss(config: RunConfig, model: Segmenter, batch: Batch) -> Non
         num_instances=targets.num_instances,
         num_images=4,
         image_index=targets.image_index,
-        max_positives=config.model.max_mask_positives,
+        max_positives=config.model.mask_head.max_positives,
     )
     queries = sample_positives(outputs, assignment, targets, quotas)
     assert torch.equal(torch.bincount(queries.instance_index, minlength=targets.num_instances), quotas)
@@ -115,20 +114,13 @@ def from_model_to_printed_number(
     # 11 postprocess -> Detections
     with torch.no_grad():
         outputs = model(batch.images, batch.image_sizes_hw)
-    settings: dict[str, Any] = {
-        "score_threshold": config.model.score_threshold,
-        "nms_threshold": config.model.nms_threshold,
-    }
-    settings |= {
-        "candidates_per_level": config.model.candidates_per_level,
-        "max_detections": config.model.max_detections,
-    }
+    settings = config.inference.model_dump(exclude={"short_side", "long_side"})
     detections = postprocess(model, outputs, batch.image_sizes_hw, batch.image_sizes_hw, **settings)
     assert detections[0].masks.shape[1:] == (64, 64)
     # 12 evaluate -> COCO results of the same detections
     sizes = data.train.original_sizes_hw()
     with torch.no_grad():
-        results = predict_batch(model, batch, sizes, data.train.category_ids, config=config.model)
+        results = predict_batch(model, batch, sizes, data.train.category_ids, limits=config.inference)
     assert [r["score"] for r in results if r["image_id"] == batch.image_ids[0]] == detections[0].scores.tolist()
     # 13 coco_metrics: here of the ground truth itself, so that the number at the end is known
     perfect = [

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from semiseg.config import RunConfig
-from semiseg.config_files import merge, parse_config
+from semiseg.config import ModelConfig, RunConfig
+from semiseg.config.read import merge, parse_config
 from semiseg.models.masks.dynamic import DynamicMasks
 from semiseg.models.segmenter import Segmenter
 from semiseg.structures.inputs import Targets
@@ -22,37 +23,43 @@ TINY: dict[str, Any] = {
         "shapes": {"image_size": 64, "train_images": 12, "val_images": 4, "train_seed": 901, "val_seed": 902},
         "short_sides": [64],
         "long_side": 64,
-        "val_short_side": 64,
-        "val_long_side": 64,
         "bottom_rows_without_affinity": 0,
     },
     "supervision": {"source": "split", "split": "shapes_few_seen"},
     "model": {
-        "backbone": "small",
-        "weights": "random",
-        "small_widths": [8, 8, 16, 16],
-        "backbone_norm": "frozen_bn",
-        "frozen_stages": 0,
-        "neck_channels": 16,
-        "strides": [8, 16, 32],
-        "level_ranges": [24, 48],
-        "tower_convs": 1,
-        "tower_groups": 4,
-        "mask_branch_channels": 8,
-        "mask_branch_convs": 1,
-        "mask_branch_norm": "gn",
-        "mask_channels": 4,
-        "mask_stride": 4,
+        "backbone": {"kind": "small", "widths": [8, 8, 16, 16], "norm": "frozen_bn"},
+        "neck": {"channels": 16},
+        "detector": {"strides": [8, 16, 32], "level_ranges": [24, 48], "tower_convs": 1, "tower_groups": 4},
+        "mask_head": {"branch_channels": 8, "branch_convs": 1, "branch_norm": "gn", "feature_channels": 4},
     },
+    "inference": {"short_side": 64, "long_side": 64},
     "optim": {"optimizer": "sgd", "learning_rate": 0.01, "schedule": "constant", "steps": 4, "batch_size": 4},
     "runtime": {"workers": 0, "threads": 1, "tensorboard": False, "log_every": 1},
 }
 
 
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Tables of values given by dotted keys: {"neck.channels": 8} -> {"neck": {"channels": 8}}."""
+    result: dict[str, Any] = {}
+    for path, value in values.items():
+        *tables, key = path.split(".")
+        table = result
+        for name in tables:
+            table = table.setdefault(name, {})
+        table[key] = value
+    return result
+
+
+def model_config(*tables: Mapping[str, Any]) -> ModelConfig:
+    """A network from values with dotted keys or nested ones, each table laid over those before it."""
+    return parse_config(ModelConfig, functools.reduce(merge, map(nested, tables), {}), where="test")
+
+
 def tiny_config(root: Path, **sections: dict[str, Any] | int | str | None) -> RunConfig:
-    """The tiny run with its data under `root` and the given sections laid over it."""
+    """The tiny run with its data under `root` and the given sections laid over it, their keys dotted or not."""
     values = merge(TINY, {"data": {"root": str(root)}})
-    return parse_config(RunConfig, merge(values, sections), where="tiny")
+    tables = {name: nested(value) if isinstance(value, dict) else value for name, value in sections.items()}
+    return parse_config(RunConfig, merge(values, tables), where="tiny")
 
 
 def make_queries(image_index: Sequence[int] | Tensor, location_index: Sequence[int] | Tensor) -> MaskQueries:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from semiseg.config_files import digest
+from semiseg.config.read import digest
 from semiseg.errors import UserError
 from semiseg.resources import find, require_folder
 

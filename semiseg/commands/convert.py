@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from semiseg.commands.known_classes import COCO_CATEGORY_IDS, COCO_CLASSES
-from semiseg.config import ModelConfig
+from semiseg.config import InferenceConfig, ModelConfig
+from semiseg.config.former import leaves
+from semiseg.config.model import ResNetBackbone
 from semiseg.errors import UserError
 from semiseg.resources import WEIGHTS_NAME, require_folder
 
@@ -44,8 +46,7 @@ def adelaidet(
         config=converted.config,
         class_names=class_names,
         category_ids=category_ids,
-        short_side=short_side,
-        long_side=long_side,
+        inference=InferenceConfig(short_side=short_side, long_side=long_side),
     )
     save_model(out.resolve(), converted.weights, info)
     typer.echo(_summary(converted, checkpoint, out))
@@ -95,14 +96,16 @@ def _classes(count: int, annotations: Path | None, checkpoint: Path) -> tuple[tu
 
 def _summary(converted: Converted, checkpoint: Path, out: Path) -> str:
     config = converted.config
-    interval = config.deformable_interval
+    backbone, neck = config.backbone, config.neck
+    assert isinstance(backbone, ResNetBackbone)
+    interval = backbone.deformable_interval
     blocks = "every block" if interval == 1 else f"blocks 0, {interval}, {2 * interval}, ..."
-    repeats = f"repeats {config.neck_repeats}, " if config.neck == "bifpn" else ""
+    repeats = f"repeats {neck.repeats}, " if neck.kind == "bifpn" else ""
     recognised = [
-        config.backbone,
+        f"resnet{backbone.depth}",
         *([f"deformable {blocks} of res3 to res5"] if interval else []),
-        f"{'BiFPN' if config.neck == 'bifpn' else 'FPN'} ({repeats}channels {config.neck_channels})",
-        f"{config.mask_channels} mask channels",
+        f"{'BiFPN' if neck.kind == 'bifpn' else 'FPN'} ({repeats}channels {neck.channels})",
+        f"{config.mask_head.feature_channels} mask channels",
         f"{converted.num_classes} classes",
     ]
     lines = [
@@ -128,6 +131,6 @@ def _dropped(keys: tuple[str, ...]) -> str:
 
 def model_lines(config: ModelConfig) -> list[str]:
     """TOML lines of what differs from the defaults, without the backbone's initial weights."""
-    usual = ModelConfig().model_dump(mode="json")
-    values = config.model_dump(mode="json", exclude={"weights"})
-    return [f"{name} = {json.dumps(value)}" for name, value in values.items() if value != usual[name]]
+    usual = leaves(ModelConfig().model_dump(mode="json"))
+    values = leaves(config.model_dump(mode="json", exclude={"backbone": {"weights"}}))
+    return [f"{name} = {json.dumps(value)}" for name, value in values.items() if value != usual.get(name)]

@@ -65,11 +65,12 @@ def predict(
     from semiseg.engine.predict_files import PredictOptions, predict_files
 
     loaded = load_model(model, device=device)
-    shorter = short_side or loaded.info.short_side
+    trained = loaded.info.inference
+    shorter = short_side or trained.short_side
     options = PredictOptions(
         short_side=shorter,
-        long_side=long_side or round(loaded.info.long_side * shorter / loaded.info.short_side),
-        score_threshold=loaded.info.config.score_threshold if score is None else score**2,
+        long_side=long_side or round(trained.long_side * shorter / trained.short_side),
+        score_threshold=trained.score_threshold if score is None else score**2,
         drawn_score=drawn_score if overlays else None,
         batch_size=batch,
         workers=min(os.cpu_count() or 1, 4),

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from semiseg.commands.known_classes import classes_of
-from semiseg.config_files import read_toml
+from semiseg.config.read import read_toml
 from semiseg.errors import UserError
 from semiseg.resources import available, find, require_folder, settle
 from semiseg.splits import ClassSplit, draw_seen, load_split, make_split, normalise, unknown_class, write_split

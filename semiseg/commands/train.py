@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from semiseg.config import RunConfig, load_run_config, parse_run
-from semiseg.config_files import read_json
+from semiseg.config.former import with_present_keys
+from semiseg.config.read import read_json
 from semiseg.errors import UserError
 from semiseg.resources import find, require_folder, write_text
 
@@ -127,7 +128,7 @@ def read_config(path: Path, overrides: Sequence[str]) -> RunConfig:
     values = read_json(path)
     # A run's own config.json holds the configuration beside its identity.
     if {"config", "identity"} <= set(values) and isinstance(values["config"], dict):
-        values = values["config"]
+        values = with_present_keys(values["config"])
     return parse_run(values, where=str(path), overrides=overrides)
 
 

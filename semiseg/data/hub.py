@@ -23,7 +23,7 @@ from PIL import Image
 from pyarrow import compute
 from tqdm import tqdm
 
-from semiseg.config_files import digest
+from semiseg.config.read import digest
 from semiseg.data.images import open_image
 from semiseg.errors import UserError
 from semiseg.resources import settle, whole_folder

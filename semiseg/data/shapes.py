@@ -21,7 +21,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from semiseg.config_files import digest
+from semiseg.config.read import digest
 from semiseg.data.shapes_scene import LABELS, SceneObject, compose
 from semiseg.data.workers import START_METHOD, live_as_long_as_the_main_process
 from semiseg.errors import UserError

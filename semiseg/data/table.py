@@ -24,7 +24,7 @@ from datasets.arrow_writer import ArrowWriter
 from pyarrow import compute
 from tqdm import tqdm
 
-from semiseg.config_files import digest, file_digest
+from semiseg.config.read import digest, file_digest
 from semiseg.data.coco import NO_ANNOTATIONS, image_records, read_coco
 from semiseg.data.image_files import require_sizes
 from semiseg.data.problems import Problem, stop_at_errors

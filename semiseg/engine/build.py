@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from semiseg.config import ObjectiveConfig, RunConfig, learns_masks
-from semiseg.config_files import digest
+from semiseg.config.read import digest
 from semiseg.data.dataset import InstanceDataset, build_rule
 from semiseg.data.loader import BatchLoader, StepBatches, build_eval_loader, build_train_loader
 from semiseg.data.sources import cache_folder, ensure_files
@@ -71,7 +71,7 @@ def build_objective(config: ObjectiveConfig) -> Objective:
 
 def without_initial_weights(config: RunConfig) -> RunConfig:
     """The same run for a model whose weights will all be loaded: its backbone need not find any of its own."""
-    return config.model_copy(update={"model": config.model.model_copy(update={"weights": "random"})})
+    return config.model_copy(update={"model": config.model.with_backbone_weights("random")})
 
 
 def build_step(config: RunConfig, *, num_classes: int) -> TrainStep:
@@ -82,8 +82,8 @@ def build_step(config: RunConfig, *, num_classes: int) -> TrainStep:
     return TrainStep(
         model,
         objective=build_objective(config.objective),
-        centre_radius=config.model.centre_radius,
-        max_mask_positives=config.model.max_mask_positives,
+        centre_radius=config.model.detector.centre_radius,
+        max_mask_positives=config.model.mask_head.max_positives,
     )
 
 

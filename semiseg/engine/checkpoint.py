@@ -22,21 +22,22 @@ from pydantic import model_validator
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from semiseg.config import EVALUATION_KEYS, ModelConfig, Section, Side
-from semiseg.config_files import file_digest, parse_config
+from semiseg.config import InferenceConfig, ModelConfig, Section
+from semiseg.config.former import leaves, with_present_keys
+from semiseg.config.read import file_digest, parse_config
 from semiseg.engine.logs import LOG_NAME, read_log
 from semiseg.errors import UserError
 from semiseg.models.segmenter import with_present_names
 from semiseg.resources import WEIGHTS_NAME, settle, weights_file, whole_file, whole_folder, write_text
 
 CHECKPOINT_NAME = re.compile(r"step_(\d{8,})\.pt")
-MODEL_FORMAT = 1
+MODEL_FORMAT = 2  # 1: keys of before the parts had tables, sizes of validation beside them
 DESCRIPTION_NAME, SCORE_NAME = "config.json", "best.json"  # in a model folder; the latter only in a run's best/
-# Settings that change neither the names and shapes of the weights nor what is computed from them: of training, of
-# post-processing, and `mask_stride`, which only says how far the mask logits are upsampled.
+# Settings that change neither the names and shapes of the weights nor what is computed from them: of training, and the
+# stride of the mask logits, which only says how far they are upsampled.
 FREE_SETTINGS = {
-    *("weights", "frozen_stages", "centre_radius", "mask_stride", "max_mask_positives"),
-    *EVALUATION_KEYS["model"],
+    *("backbone.weights", "backbone.frozen_stages"),
+    *("detector.centre_radius", "mask_head.stride", "mask_head.max_positives"),
 }
 BATCH_NORMS = ("bn", "sync_bn", "frozen_bn")  # one function in evaluation, with the same weights
 BATCHES_SEEN = ".num_batches_tracked"  # counter of `bn` and `sync_bn`; nothing is computed from it
@@ -47,28 +48,26 @@ class ModelInfo:
     """What a model folder says of its model beside the weights.
 
     Attributes:
-        config: sizes, normalisation and thresholds of the network.
+        config: the parts of the network and its normalisation.
+        inference: image size and limits of its validation.
         class_names: name of each label.
         category_ids: id of each label in the annotation file that it was trained on.
-        short_side, long_side: the resize rule of its validation, in pixels.
     """
 
     config: ModelConfig
+    inference: InferenceConfig
     class_names: tuple[str, ...]
     category_ids: tuple[int, ...]
-    short_side: int
-    long_side: int
 
 
 class _Description(Section):
     """`config.json` of a model folder; those from before `weights_sha256` was kept have none."""
 
     format: int
-    model: dict[str, Any]
+    model: ModelConfig
+    inference: InferenceConfig
     class_names: list[str]
     category_ids: list[int]
-    short_side: Side
-    long_side: Side
     weights_sha256: str | None = None
 
     @model_validator(mode="after")
@@ -158,10 +157,9 @@ def save_model(
         description = {
             "format": MODEL_FORMAT,
             "model": info.config.model_dump(mode="json"),
+            "inference": info.inference.model_dump(mode="json"),
             "class_names": list(info.class_names),
             "category_ids": list(info.category_ids),
-            "short_side": info.short_side,
-            "long_side": info.long_side,
             "weights_sha256": hashlib.sha256(weights).hexdigest(),
         }
         (new / WEIGHTS_NAME).write_bytes(weights)
@@ -225,17 +223,26 @@ def _read_description(folder: Path) -> tuple[_Description, ModelInfo]:
         raise UserError(f"{folder}: not a readable model folder, or damaged ({type(error).__name__})") from error
     if isinstance(values, dict) and {"identity", "config"} <= set(values):
         raise UserError(f"{folder}: {_unfinished(folder)}; 'semiseg train {path} --out {folder} --resume' continues it")
-    if not isinstance(values, dict) or values.get("format") != MODEL_FORMAT:
-        found = values.get("format") if isinstance(values, dict) else None
-        raise UserError(f"{path}: format {found!r} is not known, expected {MODEL_FORMAT}")
+    format_ = values.get("format") if isinstance(values, dict) else None
+    if format_ == 1:
+        values = _of_first_format(values)
+    elif format_ != MODEL_FORMAT:
+        raise UserError(f"{path}: format {format_!r} is not known, expected {MODEL_FORMAT}")
     said = parse_config(_Description, values, where=str(path))
     return said, ModelInfo(
-        config=parse_config(ModelConfig, {**said.model, "weights": "random"}, where=str(path)),
+        config=said.model.with_backbone_weights("random"),
+        inference=said.inference,
         class_names=tuple(said.class_names),
         category_ids=tuple(said.category_ids),
-        short_side=said.short_side,
-        long_side=said.long_side,
     )
+
+
+def _of_first_format(values: dict[str, Any]) -> dict[str, Any]:
+    """A description of the first format in the present one; what is wrong with it is left for the reader to say."""
+    sizes = {f"val_{name}": values[name] for name in ("short_side", "long_side") if name in values}
+    present = with_present_keys({"model": values.get("model"), "data": sizes})
+    rest = {name: value for name, value in values.items() if name not in ("short_side", "long_side")}
+    return {**rest, "format": MODEL_FORMAT, "model": present["model"], "inference": present.get("inference")}
 
 
 def _unfinished(run: Path) -> str:
@@ -258,16 +265,13 @@ def check_initial(source: Path, config: ModelConfig) -> None:
     if path.name != WEIGHTS_NAME:
         return
     theirs = read_model_info(path.parent).config
-    values = {name: getattr(theirs, name) for name in differing_settings(theirs, config)}
-    if not values:
+    wanted, now = (leaves(item.model_dump(mode="json")) for item in (theirs, config))
+    names = differing_settings(theirs, config)
+    if not names:
         return
-    if theirs.backbone == "small" and config.weights == "imagenet":  # else the lines would not be accepted
-        values["weights"] = "random"
-    lines = [f"{name} = {json.dumps(value)}" for name, value in values.items()]
+    lines = [f"{name} = {json.dumps(wanted[name])}" for name in names]
     width = max(map(len, lines))
-    told = [
-        f"{line:<{width}}  # now {json.dumps(getattr(config, name))}" for name, line in zip(values, lines, strict=True)
-    ]
+    told = [f"{line:<{width}}  # now {json.dumps(now.get(name))}" for name, line in zip(names, lines, strict=True)]
     raise UserError(
         "\n".join([f"{source}: its weights are of another network; to start from them set", "", "[model]", *told])
     )
@@ -275,16 +279,13 @@ def check_initial(source: Path, config: ModelConfig) -> None:
 
 def differing_settings(theirs: ModelConfig, ours: ModelConfig) -> list[str]:
     """Names of the settings by which two networks compute different things from weights of the first."""
-    free = set(FREE_SETTINGS)
-    if theirs.neck != "bifpn":
-        free |= {"neck_repeats", "neck_norm"}
-    if theirs.backbone != "small":
-        free.add("small_widths")
-    values = [(name, getattr(theirs, name), getattr(ours, name)) for name in ModelConfig.model_fields]
+    wanted, now = (leaves(item.model_dump(mode="json")) for item in (theirs, ours))
     return [
         name
-        for name, one, other in values
-        if name not in free and one != other and not (name.endswith("_norm") and {one, other} <= set(BATCH_NORMS))
+        for name, value in wanted.items()
+        if name not in FREE_SETTINGS
+        and now.get(name) != value
+        and not (name.endswith("norm") and {value, now.get(name)} <= set(BATCH_NORMS))
     ]
 
 

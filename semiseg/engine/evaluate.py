@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from tqdm import tqdm
 
-from semiseg.config import ModelConfig
+from semiseg.config import InferenceConfig
 from semiseg.data.loader import BatchLoader
 from semiseg.data.table import Table
 from semiseg.engine.checkpoint import write_json
@@ -42,7 +42,7 @@ def predict_table(
     table: Table,
     accelerator: Accelerator,
     *,
-    config: ModelConfig,
+    limits: InferenceConfig,
     progress: bool,
 ) -> Predictions:
     """Detections of the images of `loader`, this process's share of the table.
@@ -63,7 +63,7 @@ def predict_table(
     )
     with torch.inference_mode(), accelerator.autocast():
         for batch in bar:
-            results += predict_batch(model, batch.to(accelerator.device), sizes, table.category_ids, config=config)
+            results += predict_batch(model, batch.to(accelerator.device), sizes, table.category_ids, limits=limits)
             image_ids += batch.image_ids
     model.train(was_training)
     results, image_ids = gather_to_main(results), gather_to_main(image_ids)
@@ -76,7 +76,7 @@ def predict_batch(
     output_sizes: dict[int, tuple[int, int]],
     category_ids: Sequence[int],
     *,
-    config: ModelConfig,
+    limits: InferenceConfig,
 ) -> list[dict[str, Any]]:
     """COCO results of one batch: boxes xywh and RLE masks in pixels of the original images.
 
@@ -87,8 +87,7 @@ def predict_batch(
         model,
         [image[:, :height, :width] for image, (height, width) in zip(batch.images, sizes, strict=True)],
         output_sizes=[output_sizes[image_id] for image_id in batch.image_ids],
-        config=config,
-        score_threshold=config.score_threshold,
+        limits=limits,
     )
     by_image = {
         item.number: coco_results(item, image_id=batch.image_ids[item.number], category_ids=category_ids)

@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from semiseg.config_files import read_json_lines
+from semiseg.config.read import read_json_lines
 from semiseg.resources import told_writing, write_text
 
 LOG_NAME = "log.jsonl"

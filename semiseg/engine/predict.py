@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pycocotools import mask as rle_codec
 from torch import Tensor
 
-from semiseg.config import ModelConfig
+from semiseg.config import InferenceConfig
 from semiseg.engine.checkpoint import ModelInfo, load_model_folder
 from semiseg.errors import UserError
 from semiseg.models.build import build_model
@@ -140,8 +140,7 @@ def find_instances(
     images: Sequence[Tensor],
     *,
     output_sizes: Sequence[tuple[int, int]],
-    config: ModelConfig,
-    score_threshold: float,
+    limits: InferenceConfig,
     forward_pixels: int = FORWARD_PIXELS,
 ) -> Iterator[Found]:
     """Yields the detections of every image once, group by group (see `forward_groups`), not in the images' order.
@@ -152,8 +151,7 @@ def find_instances(
         network: in evaluation mode; the images are moved to its device.
         images: (3, H, W) uint8 RGB each, of any sizes; the network sees them as they are.
         output_sizes: (height, width) of boxes and masks, for each image.
-        config: thresholds beside the score's.
-        score_threshold: for class probability x centreness; the score is the square root of that.
+        limits: which candidates are kept; its sizes are not read.
         forward_pixels: see `forward_groups`.
     """
     sizes = [(image.shape[1], image.shape[2]) for image in images]
@@ -165,10 +163,10 @@ def find_instances(
         chosen = select_detections(
             outputs,
             sizes_hw,
-            score_threshold=score_threshold,
-            candidates_per_level=config.candidates_per_level,
-            nms_threshold=config.nms_threshold,
-            max_detections=config.max_detections,
+            score_threshold=limits.score_threshold,
+            candidates_per_level=limits.candidates_per_level,
+            nms_threshold=limits.nms_threshold,
+            max_detections=limits.max_detections,
         )
         for number, candidates in zip(numbers, chosen, strict=True):
             input_hw, output_hw = sizes[number], output_sizes[number]
@@ -195,8 +193,7 @@ def detect_images(
             model.network,
             images,
             output_sizes=output_sizes,
-            config=model.info.config,
-            score_threshold=score_threshold,
+            limits=model.info.inference.model_copy(update={"score_threshold": score_threshold}),
         ):
             results[found.number] = _collected(found)
     return [results[number] for number in range(len(images))]

@@ -143,13 +143,13 @@ class _Job:
     def predict(self, batch: Sequence[_ImageFile], pool: ThreadPoolExecutor) -> None:
         """One batch through the network; its drawings are done while the next one is predicted."""
         results: dict[int, list[dict[str, Any]]] = {}
+        limits = self.model.info.inference.model_copy(update={"score_threshold": self.options.score_threshold})
         with torch.inference_mode():
             for found in find_instances(
                 self.model.network,
                 [item.input for item in batch if item.input is not None],
                 output_sizes=[item.original_hw for item in batch],
-                config=self.model.info.config,
-                score_threshold=self.options.score_threshold,
+                limits=limits,
             ):
                 image_id, category_ids = batch[found.number].image_id, self.model.info.category_ids
                 results[found.number] = coco_results(found, image_id=image_id, category_ids=category_ids)

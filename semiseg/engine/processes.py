@@ -121,12 +121,12 @@ def _trained_norms(config: RunConfig) -> set[str]:
     """The kinds of norm in what a training computes and does not freeze; the head's are group norm."""
     model = config.model
     norms: set[str] = set()
-    if model.frozen_stages < 4:
-        norms.add(model.backbone_norm)
-    if model.neck == "bifpn":
-        norms.add(model.neck_norm)
+    if model.backbone.frozen_stages < 4:
+        norms.add(model.backbone.norm)
+    if model.neck.kind == "bifpn":
+        norms.add(model.neck.norm)
     if learns_masks(config):  # else the mask branch is neither trained nor computed
-        norms.add(model.mask_branch_norm)
+        norms.add(model.mask_head.branch_norm)
     return norms
 
 

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from semiseg.config import RunConfig
-from semiseg.config_files import parse_config
-from semiseg.engine.build import build_step
+from semiseg.config import parse_recorded
+from semiseg.engine.build import build_step, without_initial_weights
 from semiseg.engine.checkpoint import load_tensors, save_tensors
 from semiseg.engine.schedules import pairwise_warmup
 from semiseg.errors import UserError
@@ -57,9 +56,7 @@ def replay_step(path: Path) -> str:
     saved = load_tensors(path)
     if not {"config", "num_classes", "model", "step", "steps", "processes", "counts", "parts"} <= set(saved):
         raise UserError(f"{path}: not a replay file; its keys are {', '.join(sorted(map(str, saved))[:8])}")
-    config = parse_config(RunConfig, json.loads(saved["config"]), where=str(path))
-    # The file holds all weights: those that the backbone began with need not be here.
-    config = config.model_copy(update={"model": config.model.model_copy(update={"weights": "random"})})
+    config = without_initial_weights(parse_recorded(json.loads(saved["config"]), where=str(path)))
     step_module = build_step(config, num_classes=saved["num_classes"])
     step_module.model.load_state_dict(saved["model"])
     step_module.train()

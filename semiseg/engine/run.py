@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from semiseg.config import EVALUATION_KEYS, ModelConfig, RunConfig, RuntimeConfig, without_unread
-from semiseg.config_files import digest, file_digest, parse_config, read_json
+from semiseg.config import InferenceConfig, ModelConfig, RunConfig, RuntimeConfig, parse_recorded
+from semiseg.config.former import FORMER_KEYS, INFERENCE_KEYS, without_unread
+from semiseg.config.read import digest, file_digest, read_json
 from semiseg.data.problems import told_without_mask
 from semiseg.data.sources import AnnotatedImages, cache_folder, ensure_files
 from semiseg.data.table import Table, load_table, sampled_digest
@@ -158,8 +159,7 @@ def _train_and_evaluate(
             data.val,
             accelerator,
             model_config=config.model,
-            short_side=config.data.val_short_side,
-            long_side=config.data.val_long_side,
+            inference=config.inference,
             batch_size=images_in_evaluation(config.runtime),
             workers=config.runtime.workers,
             detections=detections,
@@ -225,8 +225,7 @@ def evaluate_model(
     accelerator: Accelerator,
     *,
     model_config: ModelConfig,
-    short_side: int,
-    long_side: int,
+    inference: InferenceConfig,
     batch_size: int,
     workers: int,
     detections: Path | None,
@@ -236,8 +235,8 @@ def evaluate_model(
     """Predicts and scores a table; the metrics on the main process, None elsewhere."""
     loader = build_evaluation_loader(
         table,
-        short_side=short_side,
-        long_side=long_side,
+        short_side=inference.short_side,
+        long_side=inference.long_side,
         mask_stride=mask_stride(model_config),
         size_divisor=model_config.size_divisor,
         batch_size=batch_size,
@@ -245,7 +244,7 @@ def evaluate_model(
         processes=accelerator.num_processes,
         rank=accelerator.process_index,
     )
-    results, image_ids = predict_table(model, loader, table, accelerator, config=model_config, progress=progress)
+    results, image_ids = predict_table(model, loader, table, accelerator, limits=inference, progress=progress)
     if not accelerator.is_main_process:
         return None
     if detections is not None:
@@ -281,7 +280,7 @@ def evaluate_run(
         files, cache = AnnotatedImages(annotations, images), annotations.parent / "arrow"
     elif annotations is None and images is None and (folder / "model").is_dir():
         values = read_json(folder / "config.json")
-        config = parse_config(RunConfig, values.get("config", {}), where=str(folder / "config.json"))
+        config = parse_recorded(values.get("config", {}), where=str(folder / "config.json"))
         runtime, seed = config.runtime, config.seed
         files, cache = ensure_files(config.data, sets=("val",))["val"], cache_folder(config.data)
     else:
@@ -306,8 +305,7 @@ def evaluate_run(
         table,
         accelerator,
         model_config=info.config,
-        short_side=info.short_side,
-        long_side=info.long_side,
+        inference=info.inference,
         batch_size=images_in_evaluation(runtime),
         workers=runtime.workers,
         detections=detections,
@@ -508,8 +506,8 @@ def _trained(identity: dict[str, Any]) -> dict[str, Any]:
     return {
         **identity,
         **{
-            name: {key: value for key, value in identity[name].items() if key not in keys}
-            for name, keys in EVALUATION_KEYS.items()
+            name: {key: value for key, value in identity[name].items() if f"{name}.{key}" not in INFERENCE_KEYS}
+            for name in ("data", "model")
         },
     }
 
@@ -524,7 +522,8 @@ def _first_difference(held: Any, wanted: Any, path: str = "") -> str:
         for key in sorted(set(held) | set(wanted)):
             if held.get(key) != wanted.get(key):
                 return _first_difference(held.get(key), wanted.get(key), f"{path}.{key}".lstrip("."))
-    return f"its {path.removeprefix('identity.')} is {held!r}, wanted {wanted!r}"
+    path = path.removeprefix("identity.")
+    return f"its {FORMER_KEYS.get(path, path)} is {held!r}, wanted {wanted!r}"
 
 
 def device_name(device: torch.device) -> str:

@@ -457,6 +457,5 @@ def model_info(config: RunConfig, data: RunData) -> ModelInfo:
         config=config.model,
         class_names=data.train.class_names,
         category_ids=data.train.category_ids,
-        short_side=config.data.val_short_side,
-        long_side=config.data.val_long_side,
+        inference=config.inference,
     )

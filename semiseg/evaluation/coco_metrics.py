@@ -23,7 +23,7 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pydantic import TypeAdapter, ValidationError
 
-from semiseg.config_files import explain
+from semiseg.config.read import explain
 from semiseg.errors import UserError
 from semiseg.evaluation.precision import Backend, coco_precision
 from semiseg.splits import normalise

@@ -31,7 +31,7 @@ class Converted:
 
     Attributes:
         weights: the state dict of `build_model(config, num_classes=num_classes)`, float32.
-        config: of the network; `weights` is "random", since nothing else is to be loaded.
+        config: of the network; its backbone's `weights` is "random", since nothing else is to be loaded.
         num_classes: C.
         dropped: keys of the file that only training needs.
     """
@@ -91,7 +91,7 @@ def convert_state(state: Mapping[str, Tensor], *, where: str) -> Converted:
     config, num_classes = recognise(state, where=where)
     with torch.device("meta"):  # names and shapes only
         expected = build_model(config, num_classes=num_classes).state_dict()
-    names = {key: file_name(key, neck=config.neck) for key in expected}
+    names = {key: file_name(key, neck=config.neck.kind) for key in expected}
     left = sorted(set(state) - set(names.values()))
     dropped = tuple(key for key in left if TRAINING_ONLY.fullmatch(key))
     _refuse_unmatched(

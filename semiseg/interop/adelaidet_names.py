@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from semiseg.config import ModelConfig
-from semiseg.config_files import parse_config
+from semiseg.config.read import parse_config
 from semiseg.errors import UserError
 from semiseg.models.masks.dynamic import filter_shapes, num_filter_numbers
 
@@ -18,7 +18,7 @@ HEAD = "proposal_generator.fcos_head."
 STAGES = (2, 3, 4, 5)  # res2..res5 are layer1..layer4
 DEFORMABLE_STAGES = (3, 4, 5)
 FIRST_LEVEL = 3  # P3
-BLOCKS = {(3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101"}
+BLOCKS = {(3, 4, 6, 3): 50, (3, 4, 23, 3): 101}  # of the stages -> depth
 # What only training needs: counters, constants of the mask head, the auxiliary semantic loss.
 TRAINING_ONLY = re.compile(
     r"mask_head\._iter|mask_head\.sizes_of_interest|mask_branch\.(seg_head|logits)\..+|pixel_mean|pixel_std"
@@ -98,20 +98,26 @@ def recognise(state: Mapping[str, Tensor], *, where: str) -> tuple[ModelConfig, 
     width_key = "repeated_bifpn.0.outputs_f0_0_7" if neck == "bifpn" else "fpn_output3"
     mask_convs = _count(state, r"mask_branch\.tower\.(\d+)\.0\.\w+")
     values: dict[str, Any] = {
-        "backbone": _depth(state, _backbone_prefix(neck), where),
-        "weights": "random",
-        "stride_in_1x1": True,
-        "deformable_interval": _deformable_interval(state, _backbone_prefix(neck), where),
-        "neck": neck,
-        "neck_channels": _width(state, f"backbone.{width_key}.weight", 160 if neck == "bifpn" else 256),
-        "tower_convs": _count(state, re.escape(HEAD) + r"(?:cls|bbox)_tower\.(\d+)\.weight", step=3),
-        "mask_branch_channels": _width(state, "mask_branch.refine.0.0.weight", 128),
-        "mask_branch_convs": mask_convs,
-        "mask_channels": _width(state, f"mask_branch.tower.{mask_convs}.weight", 16),
+        "backbone": {
+            "depth": _depth(state, _backbone_prefix(neck), where),
+            "weights": "random",
+            "stride_in_1x1": True,
+            "deformable_interval": _deformable_interval(state, _backbone_prefix(neck), where),
+        },
+        "neck": {
+            "kind": neck,
+            "channels": _width(state, f"backbone.{width_key}.weight", 160 if neck == "bifpn" else 256),
+        },
+        "detector": {"tower_convs": _count(state, re.escape(HEAD) + r"(?:cls|bbox)_tower\.(\d+)\.weight", step=3)},
+        "mask_head": {
+            "branch_channels": _width(state, "mask_branch.refine.0.0.weight", 128),
+            "branch_convs": mask_convs,
+            "feature_channels": _width(state, f"mask_branch.tower.{mask_convs}.weight", 16),
+        },
         "pixel_std": [1.0, 1.0, 1.0],
     }
     if neck == "bifpn":
-        values["neck_repeats"] = _count(state, r"backbone\.repeated_bifpn\.(\d+)\..+")
+        values["neck"]["repeats"] = _count(state, r"backbone\.repeated_bifpn\.(\d+)\..+")
     config = parse_config(ModelConfig, values, where=f"{where}: the model recognised")
     _check_constants(state, config, where)
     return config, _width(state, f"{HEAD}cls_logits.weight", 80)
@@ -143,11 +149,11 @@ def _width(state: Mapping[str, Tensor], key: str, usual: int) -> int:
     return state[key].shape[0] if key in state and state[key].ndim > 0 else usual
 
 
-def _depth(state: Mapping[str, Tensor], bottom: str, where: str) -> str:
+def _depth(state: Mapping[str, Tensor], bottom: str, where: str) -> int:
     prefix = re.escape(bottom)
     blocks = tuple(_count(state, rf"{prefix}res{n}\.(\d+)\..+") for n in STAGES)
     if blocks not in BLOCKS:
-        known = " and ".join(f"{'-'.join(map(str, count))} ({name})" for count, name in BLOCKS.items())
+        known = " and ".join(f"{'-'.join(map(str, count))} (resnet{depth})" for count, depth in BLOCKS.items())
         raise UserError(
             f"{where}: the stages {bottom}res2 to res5 have {'-'.join(map(str, blocks))} blocks; known are {known}"
         )
@@ -166,8 +172,8 @@ def _deformable_interval(state: Mapping[str, Tensor], bottom: str, where: str) -
             return interval
     told = "; ".join(f"res{n}: {_listed(numbers)}" for n, numbers in found.items())
     raise UserError(
-        f"{where}: deformable blocks {told}; model.deformable_interval can only say the blocks 0, n, 2n, ... of each "
-        "of res3, res4 and res5"
+        f"{where}: deformable blocks {told}; model.backbone.deformable_interval can only say the blocks 0, n, 2n, ... "
+        "of each of res3, res4 and res5"
     )
 
 
@@ -177,7 +183,8 @@ def _listed(numbers: Sequence[int]) -> str:
 
 def _check_constants(state: Mapping[str, Tensor], config: ModelConfig, where: str) -> None:
     """Refuses constants that a file may carry, and a mask head's size, that differ from those of this method."""
-    ranges: list[float] = [*config.level_ranges, 2 * config.level_ranges[-1]]
+    head, boundaries = config.mask_head, config.detector.level_ranges
+    ranges: list[float] = [*boundaries, 2 * boundaries[-1]]
     # the released files are of BGR models
     expected: dict[str, list[float]] = {
         "mask_head.sizes_of_interest": ranges,
@@ -188,11 +195,11 @@ def _check_constants(state: Mapping[str, Tensor], config: ModelConfig, where: st
         found = state[key].flatten().tolist() if key in state else values
         if len(found) != len(values) or any(abs(a - b) > 1e-3 for a, b in zip(found, values, strict=True)):
             raise UserError(f"{where}: {key} is {found}, expected {values}")
-    shapes = filter_shapes(config.mask_channels, config.dynamic_channels, config.dynamic_layers)
+    shapes = filter_shapes(head.feature_channels, head.channels, head.layers)
     numbers = _width(state, "controller.weight", num_filter_numbers(shapes))
     if numbers != num_filter_numbers(shapes):
         raise UserError(
             f"{where}: the controller writes {numbers} numbers per instance, but a mask head of "
-            f"{config.dynamic_layers} layers of {config.dynamic_channels} channels on {config.mask_channels} mask "
+            f"{head.layers} layers of {head.channels} channels on {head.feature_channels} mask "
             f"channels and two coordinates has {num_filter_numbers(shapes)}"
         )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import Conv2dNormActivation
 
-from semiseg.config import BIFPN_STRIDES, Norm
+from semiseg.config.model import BIFPN_STRIDES, Norm
 from semiseg.models.norms import norm_layer
 from semiseg.models.resnet import BACKBONE_STRIDES
 

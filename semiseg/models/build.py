@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from semiseg.config import ModelConfig
+from semiseg.config.model import FPNNeck, ModelConfig, ResNetBackbone
 from semiseg.models.bifpn import BiFPN
 from semiseg.models.detectors.fcos import FCOSHead
 from semiseg.models.fpn import FeaturePyramid
@@ -21,21 +21,20 @@ def build_model(config: ModelConfig, *, num_classes: int) -> Segmenter:
         UserError: weights that cannot be had or do not fit, widths that do not fit.
     """
     backbone = _build_backbone(config)
-    neck = _build_neck(config, backbone.channels)
     detector = FCOSHead(
-        config.neck_channels,
+        config.neck.channels,
         num_classes=num_classes,
-        num_levels=len(config.strides),
-        tower_convs=config.tower_convs,
-        groups=config.tower_groups,
+        num_levels=len(config.detector.strides),
+        tower_convs=config.detector.tower_convs,
+        groups=config.detector.tower_groups,
     )
     return Segmenter(
         backbone=backbone,
-        neck=neck,
+        neck=_build_neck(config, backbone.channels),
         detector=detector,
         mask_head=build_mask_head(config),
-        strides=config.strides,
-        level_ranges=config.level_ranges,
+        strides=config.detector.strides,
+        level_ranges=config.detector.level_ranges,
         pixel_mean=config.pixel_mean,
         pixel_std=config.pixel_std,
     )
@@ -43,56 +42,56 @@ def build_model(config: ModelConfig, *, num_classes: int) -> Segmenter:
 
 def mask_stride(config: ModelConfig) -> int | None:
     """Stride in input pixels of the one grid of all masks; None where the mask head has a grid for each of them."""
-    return config.mask_stride
+    return config.mask_head.stride
 
 
 def build_mask_head(config: ModelConfig) -> MaskHead:
     """The mask head alone."""
-    level_strides = [stride for stride in BACKBONE_STRIDES if stride >= config.mask_feature_stride]
+    head, ranges = config.mask_head, config.detector.level_ranges
+    level_strides = [stride for stride in BACKBONE_STRIDES if stride >= head.feature_stride]
     branch = MaskBranch(
-        config.neck_channels,
+        config.neck.channels,
         num_levels=len(level_strides),
-        channels=config.mask_branch_channels,
-        convs=config.mask_branch_convs,
-        out_channels=config.mask_channels,
-        norm=config.mask_branch_norm,
+        channels=head.branch_channels,
+        convs=head.branch_convs,
+        out_channels=head.feature_channels,
+        norm=head.branch_norm,
     )
     return DynamicMasks(
         branch=branch,
-        channels=config.neck_channels,
+        channels=config.neck.channels,
         level_strides=level_strides,
-        stride=config.mask_stride,
-        coordinate_ranges=[*map(float, config.level_ranges), 2.0 * config.level_ranges[-1]],
-        dynamic_channels=config.dynamic_channels,
-        dynamic_layers=config.dynamic_layers,
+        stride=head.stride,
+        coordinate_ranges=[*map(float, ranges), 2.0 * ranges[-1]],
+        dynamic_channels=head.channels,
+        dynamic_layers=head.layers,
     )
 
 
 def _build_backbone(config: ModelConfig) -> ResNetFeatures | SmallResNet:
-    weights = None if config.weights == "random" else config.weights
-    if config.backbone == "small":
-        return build_small_resnet(
-            config.small_widths,
-            norm=config.backbone_norm,
+    backbone = config.backbone
+    weights = None if backbone.weights == "random" else backbone.weights
+    if isinstance(backbone, ResNetBackbone):
+        return build_resnet(
+            backbone.depth,
+            norm=backbone.norm,
             weights=weights,
-            frozen_stages=config.frozen_stages,
+            frozen_stages=backbone.frozen_stages,
+            stride_in_1x1=backbone.stride_in_1x1,
+            deformable_interval=backbone.deformable_interval,
         )
-    return build_resnet(
-        config.backbone,
-        norm=config.backbone_norm,
-        weights=weights,
-        frozen_stages=config.frozen_stages,
-        stride_in_1x1=config.stride_in_1x1,
-        deformable_interval=config.deformable_interval,
+    return build_small_resnet(
+        backbone.widths, norm=backbone.norm, weights=weights, frozen_stages=backbone.frozen_stages
     )
 
 
 def _build_neck(config: ModelConfig, backbone_channels: Sequence[int]) -> FeaturePyramid | BiFPN:
-    if config.neck == "bifpn":
-        return BiFPN(backbone_channels, config.neck_channels, repeats=config.neck_repeats, norm=config.neck_norm)
-    return FeaturePyramid(
-        backbone_channels,
-        config.neck_channels,
-        first_stride=min(config.strides[0], config.mask_feature_stride),
-        last_stride=config.strides[-1],
-    )
+    neck, strides = config.neck, config.detector.strides
+    if isinstance(neck, FPNNeck):
+        return FeaturePyramid(
+            backbone_channels,
+            neck.channels,
+            first_stride=min(strides[0], config.mask_head.feature_stride),
+            last_stride=strides[-1],
+        )
+    return BiFPN(backbone_channels, neck.channels, repeats=neck.repeats, norm=neck.norm)

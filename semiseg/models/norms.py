@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from semiseg.config import Norm
+from semiseg.config.model import Norm
 
 MAX_GROUPS = 32
 

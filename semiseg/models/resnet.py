@@ -18,14 +18,14 @@ from torchvision.models import (
 )
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from semiseg.config import Norm
+from semiseg.config.model import Norm
 from semiseg.errors import UserError
 from semiseg.models.deformable import DeformableConv
 from semiseg.models.norms import freeze, norm_layer
 
 BACKBONE_STRIDES = (4, 8, 16, 32)
 STAGE_MODULES = (("conv1", "bn1", "layer1"), ("layer2",), ("layer3",), ("layer4",))
-ResNetName = Literal["resnet18", "resnet34", "resnet50", "resnet101"]
+Depth = Literal[18, 34, 50, 101]
 NormLayer = Callable[..., nn.Module]
 
 
@@ -135,7 +135,7 @@ def _slice_strided_1x1(module: nn.Module) -> None:
 
 
 def build_resnet(
-    name: ResNetName,
+    depth: Depth,
     *,
     norm: Norm,
     weights: str | None,
@@ -146,7 +146,7 @@ def build_resnet(
     """A ResNet, its weights loaded and its first stages frozen.
 
     Args:
-        name: which one of the family.
+        depth: which one of the family.
         norm: kind of every norm.
         weights: None (Kaiming), "imagenet" (torchvision's IMAGENET1K_V1) or a path to a state dict.
         frozen_stages: how many of (stem + first stage), second, third, fourth are not trained.
@@ -155,34 +155,25 @@ def build_resnet(
         deformable_interval: every so many bottlenecks of C3..C5 have a deformable 3x3; 0 = none.
 
     Raises:
-        UserError: weights that cannot be had or do not fit; `stride_in_1x1` or `deformable_interval` for a network
-            without bottlenecks.
+        UserError: weights that cannot be had or do not fit.
     """
-    blocks = {"resnet18": [2, 2, 2, 2], "resnet34": [3, 4, 6, 3], "resnet50": [3, 4, 6, 3], "resnet101": [3, 4, 23, 3]}
-    block = BasicBlock if name in ("resnet18", "resnet34") else Bottleneck
-    for key, value in (("stride_in_1x1", stride_in_1x1), ("deformable_interval", deformable_interval)):
-        if value and block is BasicBlock:
-            raise UserError(f"model.{key} needs a backbone with bottlenecks (resnet50, resnet101), not {name!r}")
+    blocks = {18: [2, 2, 2, 2], 34: [3, 4, 6, 3], 50: [3, 4, 6, 3], 101: [3, 4, 23, 3]}
     backbone = ResNetFeatures(
-        block,
-        blocks[name],
+        BasicBlock if depth < 50 else Bottleneck,
+        blocks[depth],
         norm=norm_layer(norm),
         stride_in_1x1=stride_in_1x1,
         deformable_interval=deformable_interval,
     )
     if weights is not None:
-        state = _imagenet_state(name) if weights == "imagenet" else read_state_dict(Path(weights))
+        state = _imagenet_state(depth) if weights == "imagenet" else read_state_dict(Path(weights))
         load_backbone_state(backbone, state, origin=weights)
     freeze_stages(backbone, frozen_stages)
     return backbone
 
 
 def build_small_resnet(widths: Sequence[int], *, norm: Norm, weights: str | None, frozen_stages: int) -> SmallResNet:
-    """The small backbone; arguments as in `build_resnet`, `widths` are the channels of the four stages."""
-    if len(widths) != len(BACKBONE_STRIDES):
-        raise UserError(f"model.small_widths: {len(BACKBONE_STRIDES)} widths needed, one per stage, not {len(widths)}")
-    if weights == "imagenet":
-        raise UserError("model.weights: there are no ImageNet weights of backbone 'small'; give a path or leave it out")
+    """The small backbone, `widths` the channels of its four stages; `weights` are None or a path, the rest as above."""
     backbone = SmallResNet(widths, norm=norm_layer(norm))
     if weights is not None:
         load_backbone_state(backbone, read_state_dict(Path(weights)), origin=weights)
@@ -230,20 +221,20 @@ def read_state_dict(path: Path) -> Mapping[str, Tensor]:
     return state
 
 
-def _imagenet_state(name: ResNetName) -> Mapping[str, Tensor]:
-    known: dict[str, WeightsEnum] = {
-        "resnet18": ResNet18_Weights.IMAGENET1K_V1,
-        "resnet34": ResNet34_Weights.IMAGENET1K_V1,
-        "resnet50": ResNet50_Weights.IMAGENET1K_V1,
-        "resnet101": ResNet101_Weights.IMAGENET1K_V1,
+def _imagenet_state(depth: Depth) -> Mapping[str, Tensor]:
+    known: dict[int, WeightsEnum] = {
+        18: ResNet18_Weights.IMAGENET1K_V1,
+        34: ResNet34_Weights.IMAGENET1K_V1,
+        50: ResNet50_Weights.IMAGENET1K_V1,
+        101: ResNet101_Weights.IMAGENET1K_V1,
     }
-    chosen = known[name]
+    chosen = known[depth]
     try:
         weights: Mapping[str, Tensor] = chosen.get_state_dict(progress=False, check_hash=True)
         return weights
     except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong hash is a RuntimeError
         place = Path(torch.hub.get_dir()) / "checkpoints" / Path(chosen.url).name
         raise UserError(
-            f"model.weights = 'imagenet': cannot download {chosen.url} ({error}); put that file at {place}, "
-            "or give its path as model.weights"
+            f"model.backbone.weights = 'imagenet': cannot download {chosen.url} ({error}); put that file at {place}, "
+            "or give its path as model.backbone.weights"
         ) from None

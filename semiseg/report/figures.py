@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.typing import LineStyleType
 
-from semiseg.config_files import read_json_lines
+from semiseg.config.read import read_json_lines
 from semiseg.errors import UserError
 from semiseg.report.aggregate import UPPER_BOUND, ReportTable, TableNumbers
 from semiseg.report.drawing import (

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from semiseg.config_files import read_json
+from semiseg.config.read import read_json
 from semiseg.errors import UserError
 from semiseg.resources import write_text
 

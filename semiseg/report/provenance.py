@@ -10,7 +10,8 @@ from pathlib import PurePath
 from typing import Any
 
 from semiseg.config import RunConfig
-from semiseg.config_files import parse_config
+from semiseg.config.former import leaves
+from semiseg.config.read import parse_config
 from semiseg.errors import UserError
 from semiseg.report.aggregate import ReportInput, ReportTable
 from semiseg.report.tables import code, escape_markdown, markdown_table
@@ -52,15 +53,12 @@ def settings(config: Mapping[str, Any]) -> dict[str, str]:
     return {key: value for key, value in flat.items() if key == "runtime.precision" or not key.startswith(left_out)}
 
 
-def flat_settings(values: Mapping[str, Any], above: str = "") -> dict[str, str]:
+def flat_settings(values: Mapping[str, Any]) -> dict[str, str]:
     """Dotted path -> value in words of nested settings."""
-    flat: dict[str, str] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= flat_settings(value, f"{above}{name}.")
-        else:
-            flat[above + name] = "—" if value is None else value if isinstance(value, str) else json.dumps(value)
-    return flat
+    return {
+        path: "—" if value is None else value if isinstance(value, str) else json.dumps(value)
+        for path, value in leaves(values).items()
+    }
 
 
 def recorded_values(run: Result) -> dict[str, Any]:

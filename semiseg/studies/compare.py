@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from semiseg.config import RunConfig
-from semiseg.config_files import digest, parse_config
+from semiseg.config.read import digest, parse_config
 from semiseg.data.sources import expected_files
 from semiseg.errors import UserError
 from semiseg.report.aggregate import ReportInput, ReportRow, ReportTable

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from semiseg.config import RunConfig, Section, Seed, parse_run
-from semiseg.config_files import apply_overrides, merge, parse_config, read_toml
+from semiseg.config.read import apply_overrides, merge, parse_config, read_toml
 from semiseg.errors import UserError
 from semiseg.resources import find
 

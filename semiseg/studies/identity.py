@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from semiseg.config import DataConfig, RunConfig
-from semiseg.config_files import digest, file_digest
+from semiseg.config.read import digest, file_digest
 from semiseg.data.sources import ensure_files
 from semiseg.engine.processes import fit_to_processes, normalised_together, told_change
 from semiseg.errors import UserError, UserNotice

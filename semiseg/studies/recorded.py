@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path, PurePath
 from typing import Any
 
-from semiseg.config_files import digest, read_json
+from semiseg.config.read import digest, read_json
 from semiseg.errors import UserError
 from semiseg.results import Result, checked, read
 from semiseg.studies.file import PRETRAIN_ROW, near_hint

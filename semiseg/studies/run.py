@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
-from semiseg.config_files import digest
+from semiseg.config.read import digest
 from semiseg.data.sources import ensure_files
 from semiseg.data.workers import StopOnSignal
 from semiseg.engine.logs import format_seconds

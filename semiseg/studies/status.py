@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from semiseg.config import RunConfig
-from semiseg.config_files import digest, parse_config, read_json
+from semiseg.config.read import digest, parse_config, read_json
 from semiseg.engine.logs import format_seconds
 from semiseg.engine.processes import parts_per_step
 from semiseg.errors import UserError

@@ -81,11 +81,16 @@ def schedule_sentence(configs: Sequence[RunConfig]) -> str:
         f"({_each(config.optim.schedule for config in configs)})",
     ]
     model = [
-        f"backbone {_each(config.model.backbone for config in configs)}",
-        f"masks at stride {_each(config.model.mask_stride for config in configs)}",
+        f"backbone {_each(_backbone(config) for config in configs)}",
+        f"masks at stride {_each(config.model.mask_head.stride for config in configs)}",
         f"τ = {_each(f'{config.objective.affinity_threshold:g}' for config in configs)}",
     ]
     return f"{', '.join(parts)}; {', '.join(model)}."
+
+
+def _backbone(config: RunConfig) -> str:
+    backbone = config.model.backbone
+    return f"resnet{backbone.depth}" if backbone.kind == "resnet" else backbone.kind
 
 
 def _each(values: Iterable[Any]) -> str:
@@ -109,7 +114,7 @@ def initial_weights_in_words(configs: Sequence[RunConfig]) -> str:
     names = {"imagenet": "ImageNet weights of its backbone", "random": "random weights"}
     weights = [
         "the weights of a given model" if config.init_from is not None
-        else names.get(config.model.weights, "given weights of its backbone")
+        else names.get(config.model.backbone.weights, "given weights of its backbone")
         for config in configs
     ]  # fmt: skip
     return " or ".join(dict.fromkeys(weights))

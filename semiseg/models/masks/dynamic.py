@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import Conv2dNormActivation
 
-from semiseg.config import Norm
+from semiseg.config.model import Norm
 from semiseg.models.detectors.fcos import HEAD_STD, flatten_levels, neighbourhoods
 from semiseg.models.masks.head import MaskHead
 from semiseg.models.norms import norm_layer

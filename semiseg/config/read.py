@@ -9,11 +9,13 @@ import json
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 
+from semiseg.config.former import told_present
+from semiseg.config.section import kind_of, tables_of
 from semiseg.errors import UserError
 
 Config = TypeVar("Config", bound=BaseModel)
@@ -97,16 +99,16 @@ def parse_config(kind: type[Config], values: dict[str, Any], *, where: str, over
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        sentences = [_explain(kind, item, _source(item["loc"], where, overrides)) for item in error.errors()]
+        sentences = [_explain(kind, item, where, overrides) for item in error.errors()]
         raise UserError("; ".join(sentences)) from None
 
 
-def _source(location: tuple[Any, ...], where: str, overrides: Sequence[str]) -> str:
-    """The override that gave the value at a place, or where all other values are from."""
-    path = [str(part) for part in location]
+def _source(path: str, where: str, overrides: Sequence[str]) -> str:
+    """The override that gave the value at a path, or where all other values are from."""
+    names = path.split(".")
     for item in reversed(overrides):
         keys = [key.strip() for key in item.partition("=")[0].split(".")]
-        if path[: len(keys)] == keys:
+        if names[: len(keys)] == keys:
             return f"--set {item}"
     return where
 
@@ -127,9 +129,12 @@ def _refuse_unusable(values: dict[str, Any], where: str) -> None:
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of `values` with each `a.b=c` set; c is read as a TOML value, or as text if it is none."""
+    """A copy of `values` with each `a.b=c` set; c is read as a TOML value, or as text if it is none.
+
+    Another `kind` begins its table anew, since it has other keys, wherever it stands among the overrides.
+    """
     result = copy.deepcopy(values)
-    for item in overrides:
+    for item in sorted(overrides, key=lambda item: item.partition("=")[0].strip().rpartition(".")[2] != "kind"):
         key, sign, text = item.partition("=")
         if not sign or not all(key.strip().split(".")):
             raise UserError(f"--set {item!r}: expected the form a.b=value")
@@ -139,23 +144,31 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
             table = table.setdefault(parent, {})
             if not isinstance(table, dict):
                 raise UserError(f"--set {item!r}: {parent!r} is a value, not a table")
-        table[last] = _toml_value(text.strip())
+        value = _toml_value(text.strip())
+        if last == "kind" and table.get("kind", value) != value:
+            table.clear()
+        table[last] = value
     return result
 
 
-def merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+def merge(base: dict[str, Any], change: dict[str, Any], above: str = "") -> dict[str, Any]:
     """`base` with the tables of `change` laid over it, key by key; lists and values are replaced whole.
+
+    A table of another `kind` is replaced whole, too: it has other keys.
 
     Raises:
         UserError: a key is a table in one of them and a value in the other.
     """
-    result = dict(base)
+    other_kind = "kind" in change and base.get("kind", change["kind"]) != change["kind"]
+    result = {} if other_kind else dict(base)
     for key, value in change.items():
         tables = [isinstance(item, dict) for item in (result.get(key, value), value)]
         if any(tables) and not all(tables):
-            wrong = value if tables[0] else result[key]
-            raise UserError(f"{key!r}: expected a table of values, not {_shown(wrong)}")
-        result[key] = merge(result[key], value) if all(tables) and key in result else value
+            path, wrong = above + key, value if tables[0] else result[key]
+            former = told_present(path, wrong)
+            hint = "" if former is None else f". {former}"
+            raise UserError(f"{path!r}: expected a table of values, not {_shown(wrong)}{hint}")
+        result[key] = merge(result[key], value, f"{above}{key}.") if all(tables) and key in result else value
     return result
 
 
@@ -167,19 +180,33 @@ def _toml_value(text: str) -> Any:
     return values["value"] if len(values) == 1 else text  # more than one line
 
 
-def _explain(kind: type[BaseModel], item: Any, where: str) -> str:
-    path = ".".join(str(part) for part in item["loc"])
+def _explain(kind: type[BaseModel], item: Any, where: str, overrides: Sequence[str]) -> str:
+    path, tables = _place(kind, item["loc"])
+    if item["type"] == "union_tag_invalid":
+        item = {**item, "msg": f"allowed: {item['ctx']['expected_tags']}", "input": item["input"].get("kind")}
+        path += ".kind"
+    elif item["type"] == "union_tag_not_found":
+        item = {**item, "msg": "expected a table of values"}
+    source, former = _source(path, where, overrides), told_present(path, item["input"])
     if item["type"] == "extra_forbidden":
-        allowed = _keys_at(kind, item["loc"][:-1])
-        near = difflib.get_close_matches(str(item["loc"][-1]), allowed, n=1, cutoff=0.5)
-        hint = f" Did you mean {near[0]!r}?" if near else f" Allowed here: {', '.join(allowed)}."
-        return f"{where}: unknown key {path!r}.{hint}"
-    return f"{where}: {explain(item)}"
+        key, allowed = path.rpartition(".")[2], list(tables[0].model_fields) if tables else []
+        near = difflib.get_close_matches(key, allowed, n=1, cutoff=0.5)
+        readers = [kind_of(table) for table in tables[1:] if key in table.model_fields]
+        if former is not None:
+            hint = f" {former}"
+        elif readers:
+            hint = f" Kind {' or '.join(map(repr, readers))} reads it, not {kind_of(tables[0])!r}."
+        else:
+            hint = f" Did you mean {near[0]!r}?" if near else f" Allowed here: {', '.join(allowed)}."
+        return f"{source}: unknown key {path!r}.{hint}"
+    if former is not None and not isinstance(item["input"], dict):
+        return f"{source}: {path!r} is a table of its own now. {former}"
+    return f"{source}: {explain(item, path)}"
 
 
-def explain(item: Any) -> str:
+def explain(item: Any, path: str | None = None) -> str:
     """One of the errors of a `ValidationError`: place, what is allowed, and the value."""
-    path = ".".join(str(part) for part in item["loc"])
+    path = ".".join(str(part) for part in item["loc"]) if path is None else path
     message: str = item["msg"].removeprefix("Value error, ")
     if not path:
         return message
@@ -196,14 +223,21 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 
-def _keys_at(kind: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
-    current: Any = kind
+def _place(kind: type[BaseModel], location: tuple[Any, ...]) -> tuple[str, list[type[BaseModel]]]:
+    """The dotted path of an error, and the kinds of the table that holds its last key, the chosen one first.
+
+    Between the name of a table that has several kinds and its keys pydantic's location names the kind.
+    """
+    names: list[str] = []
+    within, below = [kind], [kind]  # kinds of the table of the last name, and of the table that it names, if any
     for part in location:
-        if isinstance(part, int):
+        chosen = [table for table in below if len(below) > 1 and kind_of(table) == part]
+        if chosen:
+            below = chosen + [table for table in below if table is not chosen[0]]
             continue
-        annotation = current.model_fields[part].annotation
-        candidates = [annotation, *get_args(annotation)]
-        current = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
-        if current is None:
-            return []
-    return list(current.model_fields)
+        names.append(str(part))
+        if not isinstance(part, int):
+            within = below
+            field = within[0].model_fields.get(part) if within else None
+            below = tables_of(field.annotation) if field is not None else []
+    return ".".join(names), within

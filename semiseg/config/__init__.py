@@ -1,0 +1,32 @@
+"""The configuration of a run: its tables, their identity, and reading them."""
+
+from semiseg.config.data import DataConfig
+from semiseg.config.model import InferenceConfig, ModelConfig
+from semiseg.config.run import (
+    RunConfig,
+    learns_masks,
+    load_run_config,
+    parse_recorded,
+    parse_run,
+    refuse_frozen_random_weights,
+)
+from semiseg.config.section import Section, Seed, Side
+from semiseg.config.training import ObjectiveConfig, OptimConfig, RuntimeConfig
+
+__all__ = [
+    "DataConfig",
+    "InferenceConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "OptimConfig",
+    "RunConfig",
+    "RuntimeConfig",
+    "Section",
+    "Seed",
+    "Side",
+    "learns_masks",
+    "load_run_config",
+    "parse_recorded",
+    "parse_run",
+    "refuse_frozen_random_weights",
+]

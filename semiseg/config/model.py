@@ -1,0 +1,195 @@
+"""The network by its parts, each a table tagged by its `kind`, and the limits under which it is used.
+
+A key that nothing reads under the chosen kind is an error. Where no kind is named it is the first of its part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from semiseg.config.section import Layers, PositiveInt, Probability, Section, Side
+
+Norm = Literal["bn", "sync_bn", "gn", "frozen_bn"]
+BIFPN_STRIDES = (8, 16, 32, 64, 128)
+
+
+def _kind(default: str) -> Callable[[Any], Any]:
+    """Reads the tag of a part, which may be given as a table or as a finished section."""
+
+    def kind(value: Any) -> Any:
+        return value.get("kind", default) if isinstance(value, dict) else getattr(value, "kind", None)
+
+    return kind
+
+
+class ResNetBackbone(Section):
+    """torchvision's ResNet; the defaults are the paper's.
+
+    weights: `imagenet` (torchvision's), `random`, or a path to a state dict.
+    frozen_stages: how many of (stem + first stage, second, ...) are not trained; 1 is the paper's.
+    stride_in_1x1: bottlenecks stride in their first 1x1 (the reference's weights), not in the 3x3 (torchvision's).
+    deformable_interval: the 3x3 of every so many bottlenecks of C3..C5 is deformable; 0 = none.
+    """
+
+    kind: Literal["resnet"] = "resnet"
+    depth: Literal[18, 34, 50, 101] = 50
+    weights: str = "imagenet"
+    norm: Norm = "frozen_bn"
+    frozen_stages: Annotated[int, Field(ge=0, le=4)] = 1
+    stride_in_1x1: bool = False
+    deformable_interval: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _bottlenecks_are_there(self) -> ResNetBackbone:
+        for name in ("deformable_interval", "stride_in_1x1"):
+            if getattr(self, name) and self.depth < 50:
+                raise ValueError(f"{name} needs a backbone with bottlenecks (depth 50, 101), not of depth {self.depth}")
+        return self
+
+
+class SmallBackbone(Section):
+    """Two blocks per stage, of these `widths`, for Shapes: learns from random weights in minutes on a CPU.
+
+    weights: `random`, or a path to a state dict.
+    """
+
+    kind: Literal["small"] = "small"
+    widths: Annotated[list[PositiveInt], Field(min_length=4, max_length=4)] = [24, 48, 96, 160]
+    weights: str = "random"
+    norm: Norm = "bn"
+    frozen_stages: Annotated[int, Field(ge=0, le=4)] = 0
+
+    @model_validator(mode="after")
+    def _weights_exist(self) -> SmallBackbone:
+        if self.weights == "imagenet":
+            raise ValueError("kind 'small' has no ImageNet weights: set weights to 'random' or a path")
+        return self
+
+
+class FPNNeck(Section):
+    """Feature pyramid of so many channels."""
+
+    kind: Literal["fpn"] = "fpn"
+    channels: PositiveInt = 256
+
+
+class BiFPNNeck(Section):
+    """`repeats` rounds of weighted fusion, top down and bottom up, with `norm` behind every convolution."""
+
+    kind: Literal["bifpn"] = "bifpn"
+    channels: PositiveInt = 256
+    repeats: Annotated[Layers, Field(ge=1)] = 6
+    norm: Norm = "bn"
+
+
+class FCOSDetector(Section):
+    """FCOS: one box for each location of each level.
+
+    strides: of the levels that predict.
+    level_ranges: boundaries of max(l, t, r, b) in pixels between consecutive levels, one fewer than levels.
+    centre_radius: locations within so many strides of an object's centre learn it.
+    """
+
+    kind: Literal["fcos"] = "fcos"
+    strides: list[PositiveInt] = [8, 16, 32, 64, 128]
+    level_ranges: list[PositiveInt] = [64, 128, 256, 512]
+    tower_convs: Layers = 4
+    tower_groups: PositiveInt = 32
+    centre_radius: Annotated[float, Field(gt=0)] = 1.5
+
+    @model_validator(mode="after")
+    def _levels_fit(self) -> FCOSDetector:
+        if len(self.level_ranges) != len(self.strides) - 1:
+            raise ValueError(f"level_ranges needs {len(self.strides) - 1} values for {len(self.strides)} strides")
+        if sorted(self.level_ranges) != self.level_ranges:
+            raise ValueError("level_ranges must ascend")
+        if any(b != 2 * a for a, b in pairwise(self.strides)):
+            raise ValueError("each of strides must be twice the one before")
+        if self.strides[0] not in (4, 8) or len(self.strides) < 3:
+            raise ValueError("strides must start at 4 or 8 and have at least 3 levels")
+        return self
+
+
+class DynamicMaskHead(Section):
+    """CondInst's: a branch of mask features, shared by an image, on which each object has filters of its own.
+
+    branch_*: the convolutions that make the features. feature_channels, feature_stride: of the features.
+    stride: of the mask logits. channels, layers: of the filters.
+    max_positives: positives of an image whose mask is predicted in a step, shared out over its objects.
+    """
+
+    kind: Literal["dynamic"] = "dynamic"
+    branch_channels: PositiveInt = 128
+    branch_convs: Layers = 4
+    branch_norm: Norm = "bn"
+    feature_channels: PositiveInt = 16
+    feature_stride: PositiveInt = 8
+    stride: PositiveInt = 4
+    channels: PositiveInt = 8
+    layers: Annotated[Layers, Field(ge=1)] = 3
+    max_positives: PositiveInt = 64
+
+    @model_validator(mode="after")
+    def _strides_fit(self) -> DynamicMaskHead:
+        if self.feature_stride not in (4, 8, 16) or self.feature_stride % self.stride:
+            raise ValueError("feature_stride must be 4, 8 or 16 and a multiple of stride")
+        return self
+
+
+Backbone = Annotated[
+    Annotated[ResNetBackbone, Tag("resnet")] | Annotated[SmallBackbone, Tag("small")], Discriminator(_kind("resnet"))
+]
+Neck = Annotated[Annotated[FPNNeck, Tag("fpn")] | Annotated[BiFPNNeck, Tag("bifpn")], Discriminator(_kind("fpn"))]
+
+
+class ModelConfig(Section):
+    """FCOS + CondInst; the defaults are the paper's ResNet-50-FPN. pixel_mean, pixel_std: in RGB order."""
+
+    backbone: Backbone = ResNetBackbone()
+    neck: Neck = FPNNeck()
+    detector: FCOSDetector = FCOSDetector()
+    mask_head: DynamicMaskHead = DynamicMaskHead()
+    pixel_mean: Annotated[list[float], Field(min_length=3, max_length=3)] = [123.675, 116.28, 103.53]
+    pixel_std: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, max_length=3)] = [
+        58.395,
+        57.12,
+        57.375,
+    ]
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> ModelConfig:
+        strides, feature_stride = self.detector.strides, self.mask_head.feature_stride
+        if self.neck.kind == "bifpn" and tuple(strides) != BIFPN_STRIDES:
+            raise ValueError(f"neck 'bifpn' needs detector.strides {list(BIFPN_STRIDES)}, not {strides}")
+        if self.neck.kind == "bifpn" and feature_stride < BIFPN_STRIDES[0]:
+            raise ValueError(f"neck 'bifpn' has no mask_head.feature_stride {feature_stride}: take 8 or 16")
+        if self.neck.channels % self.detector.tower_groups:
+            raise ValueError("neck.channels must divide by detector.tower_groups")
+        return self
+
+    @property
+    def size_divisor(self) -> int:
+        """Padded images divide by it: the coarsest stride of the backbone, 32."""
+        return 32
+
+    def with_backbone_weights(self, weights: str) -> ModelConfig:
+        """The same network, its backbone beginning with other weights."""
+        return self.model_copy(update={"backbone": self.backbone.model_copy(update={"weights": weights})})
+
+
+class InferenceConfig(Section):
+    """How images become detections: their size, and which candidates are kept. No training reads it.
+
+    short_side, long_side: of the resized image in pixels; the longer side never exceeds long_side.
+    """
+
+    short_side: Side = 800
+    long_side: Side = 1333
+    score_threshold: Probability = 0.05
+    candidates_per_level: PositiveInt = 1000
+    nms_threshold: Probability = 0.6
+    max_detections: PositiveInt = 100
