@@ -104,7 +104,7 @@ def several_steps(root: Path, out: Path, *, norm: str, images_per_process: int) 
         targets = [part.targets for part in parts if part.targets is not None]
         held.append(gather_object([(sum(t.num_instances for t in targets), sum(len(t.masks) for t in targets))]))
     weights = torch.cat([value.detach().flatten() for value in state.step_module.parameters()])
-    return {"parts": state.parts, "losses": torch.stack(losses), "backbone.weights": weights, "held": held}
+    return {"parts": state.parts, "losses": torch.stack(losses), "weights": weights, "held": held}
 
 
 def first_gradient(root: Path) -> torch.Tensor:

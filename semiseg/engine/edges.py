@@ -123,18 +123,22 @@ def measure_edges(
     coco = read_coco(annotations)
     chosen = sorted(coco.images, key=lambda image: image["id"])[:max_images]
     samples = _samples(replace(coco, images=chosen), images, transform, stride=stride, bottom_rows=bottom_rows)
-    counts = [_Counts(neighbourhood, thresholds, stride) for neighbourhood in neighbourhoods]
-    instances = 0
+    at_least, instances = torch.tensor(thresholds, dtype=torch.float32), 0
+    counts = torch.zeros(len(neighbourhoods), 3, len(thresholds), dtype=torch.int64)
     for sample in tqdm(
         samples, total=len(chosen), desc="measuring edges", unit="img", disable=None if progress else True
     ):
         instances += len(sample.masks)
         if len(sample.masks):
-            for count in counts:
-                count.add(sample)
+            counts += torch.stack([_counted(sample, item, at_least, stride=stride) for item in neighbourhoods])
     if not instances:
         raise UserError(f"{annotations}: no instance with a mask in the {len(chosen)} images looked at")
-    return EdgeMeasurement(len(chosen), instances, tuple(share for count in counts for share in count.shares()))
+    shares = [
+        EdgeShare(item.size, item.dilation, threshold, edges, _ratio(reached, edges), _ratio(positive, reached))
+        for item, numbers in zip(neighbourhoods, counts.transpose(1, 2).tolist(), strict=True)
+        for threshold, (edges, reached, positive) in zip(thresholds, numbers, strict=True)
+    ]
+    return EdgeMeasurement(len(chosen), instances, tuple(shares))
 
 
 @dataclass(frozen=True)
@@ -168,63 +172,26 @@ def _samples(coco: CocoFile, images: Path, transform: Transform, *, stride: int,
             yield dataset[index, 0]
 
 
-class _Counts:
-    """Running counts of one neighbourhood by how many of the thresholds an edge reaches: (T + 1,) int64.
-
-    `reaching` of all edges, `positive` of the truly positive ones.
-    """
-
-    def __init__(self, neighbourhood: Neighbourhood, thresholds: Sequence[float], stride: int) -> None:
-        self.neighbourhood = neighbourhood
-        self.thresholds = tuple(thresholds)
-        self.stride = stride
-        self.rising = torch.tensor(sorted(self.thresholds), dtype=torch.float32)
-        self.reaching = torch.zeros(len(self.thresholds) + 1, dtype=torch.int64)
-        self.positive = torch.zeros_like(self.reaching)
-
-    def add(self, sample: Sample) -> None:
-        """One image with at least one mask."""
-        size, dilation = self.neighbourhood.size, self.neighbourhood.dilation
-        sizes_hw = torch.tensor([sample.image.shape[-2:]])
-        bottom = torch.tensor([sample.bottom_rows_without_affinity])
-        grid_hw = (sample.masks.shape[1], sample.masks.shape[2])
-        similar = colour_affinity(
-            sample.image[None], sizes_hw, bottom, stride=self.stride, size=size, dilation=dilation
-        )[0]
-        inside = neighbour_inside(sizes_hw, bottom, stride=self.stride, grid_hw=grid_hw, size=size, dilation=dilation)[
-            0
-        ]
-        all_cells = box_cells(sample.boxes_xyxy[sample.mask_instance], stride=self.stride, grid_hw=grid_hw)
-        for cells, mask in zip(all_cells, sample.masks, strict=True):
-            row0, row1, column0, column1 = cells.tolist()
-            window = (slice(None), slice(row0, row1), slice(column0, column1))
-            reached = torch.bucketize(similar[window][inside[window]], self.rising, right=True)
-            same = self._same(mask, cells.tolist())[inside[window]]
-            self.reaching += torch.bincount(reached, minlength=len(self.reaching))
-            self.positive += torch.bincount(reached[same], minlength=len(self.reaching))
-
-    def _same(self, mask: Tensor, cells: list[int]) -> Tensor:
-        """(K, rows, columns) bool: whether each cell of the box has the label of its k-th neighbour."""
-        row0, row1, column0, column1 = cells
-        reach = self.neighbourhood.size // 2 * self.neighbourhood.dilation
+def _counted(sample: Sample, neighbourhood: Neighbourhood, thresholds: Tensor, *, stride: int) -> Tensor:
+    """(3, T) int64 of one image with masks: edges, those that reach each threshold, those of them truly positive."""
+    size, dilation = neighbourhood.size, neighbourhood.dilation
+    sizes_hw, bottom = torch.tensor([sample.image.shape[-2:]]), torch.tensor([sample.bottom_rows_without_affinity])
+    grid_hw = (sample.masks.shape[1], sample.masks.shape[2])
+    given = {"stride": stride, "size": size, "dilation": dilation}
+    (similar,) = colour_affinity(sample.image[None], sizes_hw, bottom, **given)
+    (inside,) = neighbour_inside(sizes_hw, bottom, grid_hw=grid_hw, **given)
+    reach = size // 2 * dilation
+    shifts = [(reach + dy, reach + dx) for dy, dx in neighbour_offsets(size, dilation)]
+    boxes = box_cells(sample.boxes_xyxy[sample.mask_instance], stride=stride, grid_hw=grid_hw)
+    counts = torch.zeros(3, len(thresholds), dtype=torch.int64)
+    for (row0, row1, column0, column1), mask in zip(boxes.tolist(), sample.masks, strict=True):
+        window = (slice(None), slice(row0, row1), slice(column0, column1))
         padded = torch.nn.functional.pad(mask, (reach, reach, reach, reach))
-        centre = mask[row0:row1, column0:column1]
-        return torch.stack(
-            [
-                padded[reach + dy + row0 : reach + dy + row1, reach + dx + column0 : reach + dx + column1] == centre
-                for dy, dx in neighbour_offsets(self.neighbourhood.size, self.neighbourhood.dilation)
-            ]
-        )
-
-    def shares(self) -> list[EdgeShare]:
-        return [self._share(threshold) for threshold in self.thresholds]
-
-    def _share(self, threshold: float) -> EdgeShare:
-        first = sorted(self.thresholds).index(threshold) + 1  # an edge that reaches so many thresholds reaches this one
-        edges, counting = int(self.reaching.sum()), int(self.reaching[first:].sum())
-        positive = _ratio(int(self.positive[first:].sum()), counting)
-        size, dilation = self.neighbourhood.size, self.neighbourhood.dilation
-        return EdgeShare(size, dilation, threshold, edges, _ratio(counting, edges), positive)
+        neighbours = torch.stack([padded[y + row0 : y + row1, x + column0 : x + column1] for y, x in shifts])
+        same = (neighbours == mask[window[1:]])[inside[window]]
+        reached = similar[window][inside[window]][:, None] >= thresholds  # (edges, T)
+        counts += torch.stack([torch.full_like(counts[0], len(reached)), reached.sum(0), reached[same].sum(0)])
+    return counts
 
 
 def _ratio(part: int, whole: int) -> float:

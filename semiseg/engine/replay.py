@@ -13,7 +13,7 @@ from torch import Tensor
 from semiseg.config import parse_recorded
 from semiseg.engine.build import build_step, without_initial_weights
 from semiseg.engine.checkpoint import load_tensors, save_tensors
-from semiseg.engine.schedules import pairwise_warmup
+from semiseg.engine.optim import pairwise_warmup
 from semiseg.errors import UserError
 from semiseg.structures.inputs import Batch, Targets
 from semiseg.structures.masks import EncodedMasks

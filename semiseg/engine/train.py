@@ -45,10 +45,9 @@ from semiseg.engine.checkpoint import (
     save_model,
 )
 from semiseg.engine.logs import LOG_NAME, TrainingLog, read_log
-from semiseg.engine.optim import build_optimizer, learning_rate
+from semiseg.engine.optim import build_optimizer, learning_rate, pairwise_warmup
 from semiseg.engine.processes import parts_per_step
 from semiseg.engine.replay import write_nonfinite_step
-from semiseg.engine.schedules import pairwise_warmup
 from semiseg.engine.session import agree
 from semiseg.engine.step import StepPlan, TrainStep
 from semiseg.errors import UserError, UserNotice
