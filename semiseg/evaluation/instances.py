@@ -14,7 +14,7 @@ import pandas as pd
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
-from semiseg.evaluation.cells import match_cells
+from semiseg.evaluation.matching import match_cells
 
 FOUND_IOU = 0.5  # of the boxes, from which a detection counts as the object's
 SHARES = ("box_iou", "mask_iou", "outside", "recall", "on_others", "mask_box_iou")
@@ -36,10 +36,10 @@ def box_matches(truth: COCO, results: Sequence[Mapping[str, Any]]) -> list[int |
         all after the first 100 of an image and class.
     """
     matches: list[int | None] = [None] * len(results)
-    for cell in match_cells(truth, results, "bbox", [FOUND_IOU]).values():
-        for number, annotation in zip(cell.numbers, cell.found[0].tolist(), strict=True):
-            if annotation and not truth.anns[annotation]["iscrowd"]:
-                matches[number] = annotation
+    for cell in match_cells(truth, results, "bbox", [FOUND_IOU]):
+        for key, annotation in zip(cell["dtIds"], cell["dtMatches"][0].tolist(), strict=True):
+            if annotation and not truth.anns[int(annotation)]["iscrowd"]:
+                matches[key - 1] = int(annotation)
     return matches
 
 
@@ -61,7 +61,7 @@ def match_instances(truth: COCO, results: Sequence[Mapping[str, Any]]) -> pd.Dat
         not on its own; mask_box_iou: IoU of the predicted mask with the detection's own box. NaN where not found;
         the shares of an empty mask are 0.
     """
-    finders = {key: number for number, key in enumerate(box_matches(truth, results)) if key is not None}
+    finders = {key: index for index, key in enumerate(box_matches(truth, results)) if key is not None}
     lines: list[dict[str, Any]] = []
     for image_id in truth.imgs:
         annotations = [a for a in truth.imgToAnns[image_id] if not a["iscrowd"] and a.get("segmentation")]
