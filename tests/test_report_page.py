@@ -289,7 +289,8 @@ def test_mixed_code_data_and_splits_are_warned_of(study: ReportInput, tmp_path: 
     text = unpadded(build_report(mixed, out=tmp_path, published=PUBLISHED).read_text(encoding="utf-8"))
     assert "**Mixed code (git revisions).** `abc123`: 23 runs; `def456`: neither (few) seed 1." in text
     assert "**Mixed data.** `data1`: 23 runs; `data2`: neither (few) seed 1." in text
-    assert "(old) than today's (d6)" in text
+    assert "the class groups of `few` (d6), but" in text
+    assert "`few (old)`: neither (few) seed 1." in text
     assert "Mixed devices" not in text
 
 

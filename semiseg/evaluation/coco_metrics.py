@@ -120,7 +120,8 @@ def evaluate_detections(
     truth = load_ground_truth(annotations_file, fingerprint=fingerprint)
     if (names := names_of_classes(truth)) != list(class_names):
         raise UserError(
-            f"{annotations_file}: its classes ({', '.join(names)}) are not the evaluated ones ({', '.join(class_names)})"
+            f"{annotations_file}: its classes ({', '.join(names)}) are not the evaluated "
+            f"ones ({', '.join(class_names)})"
         )
     _check_images(truth, image_ids, where=annotations_file)
     check_results(truth, results)

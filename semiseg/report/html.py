@@ -19,7 +19,6 @@ from mdit_py_plugins.anchors import anchors_plugin
 
 PAGE_NAME = "index.html"
 _STYLE = Path(__file__).with_name("page.css")
-_LONGEST_LISTING = 5  # lines; longer ones are folded
 _PERCENT = re.compile(r"(?<=\d) %")
 
 
@@ -35,7 +34,7 @@ def render_page(text: str, folder: Path) -> str:
     """
     markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
     markdown.use(anchors_plugin, max_level=3, slug_func=_slug)
-    for name, rule in (("image", _image), ("fence", _fence), ("text", _text)):
+    for name, rule in (("image", _image), ("text", _text)):
         markdown.add_render_rule(name, rule)
     markdown.add_render_rule("table_open", lambda *_: '<div class="wide" tabindex="0">\n<table>\n')
     markdown.add_render_rule("table_close", lambda *_: "</table>\n</div>\n")
@@ -66,15 +65,6 @@ def _slug(words: str) -> str:
 
 def _text(_: RendererHTML, tokens: Sequence[Token], index: int, *rest: Any) -> str:
     return escapeHtml(_PERCENT.sub("\N{NO-BREAK SPACE}%", tokens[index].content))
-
-
-def _fence(_: RendererHTML, tokens: Sequence[Token], index: int, *rest: Any) -> str:
-    content = tokens[index].content
-    listing = f"<pre><code>{escape(content)}</code></pre>\n"
-    lines = content.count("\n")
-    if lines <= _LONGEST_LISTING:
-        return listing
-    return f"<details>\n<summary>{lines} lines</summary>\n{listing}</details>\n"
 
 
 def _image(renderer: RendererHTML, tokens: Sequence[Token], index: int, options: Any, environment: Any) -> str:
