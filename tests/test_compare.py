@@ -154,7 +154,7 @@ def test_another_start_is_another_row_and_is_named() -> None:
     assert "`start.optim.steps` (`10`: " in told
     without = compared(runs[0], made_run("scratch", 0, **BOXES), known=(short,))
     [told] = [text for text in warnings(without) if "Different configurations" in text]
-    assert "`start` (pretraining (10 steps): r; —: scratch)" in told
+    assert "`start` (`pretraining (10 steps)`: r; `—`: scratch)" in told
     assert "start.optim" not in told
 
 

@@ -169,7 +169,7 @@ def test_splits_that_have_changed_or_are_others() -> None:
     changed = report_of(run("a", split_digest="old"), run("b_<b>", split="splits/few.toml"))
     [told] = warnings(changed)
     assert told.startswith(
-        "**Other split.** table6 shows the class groups of `few` (d6), but these runs were trained with masks by another"
+        "**Other split.** table6 shows the class groups of `few` (d6), but these runs were trained with masks by "
     )
     assert told.endswith(": `few (old)`: a (few) seed 0.")
     other = report_of(run("a", split="many", split_digest="d7"), run("b_<b>", split=None, split_digest=None))
