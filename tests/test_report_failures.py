@@ -19,14 +19,13 @@ from semiseg.evaluation.coco_metrics import evaluate_detections, load_ground_tru
 from semiseg.evaluation.instances import SHARES, match_instances
 from semiseg.overlays import COLOURS
 from semiseg.report.aggregate import ReportInput, ReportRow, ReportTable, table_numbers
-from semiseg.report.context import FigureFiles, PageContext
+from semiseg.report.context import FigureFiles, Measured, PageContext
 from semiseg.report.failures import (
     CAUSES,
     causes_of_failure,
     failure_counts,
     failure_section,
 )
-from semiseg.report.measured import Measured
 from semiseg.report.pictures import (
     FAILURE,
     GAIN,

@@ -13,8 +13,8 @@ from PIL import Image
 
 from semiseg.report import html
 from semiseg.report.context import FigureFiles
-from semiseg.report.drawing import STYLE as STYLE_OF_CHARTS
-from semiseg.report.drawing import chart, new_figure, plain
+from semiseg.report.figures import STYLE as STYLE_OF_CHARTS
+from semiseg.report.figures import chart, new_figure, plain
 from semiseg.report.html import render_page
 from semiseg.report.tables import code, escape_latex, escape_markdown, markdown_table
 from tests.page_reader import Element, assert_whole, read_page

@@ -146,7 +146,7 @@ def test_table_4_on_coco_itself(tmp_path: Path) -> None:
     differences = section(text, "### Which differences are resolved")
     assert "| CondInst, R-50, 3x − BoxInst, R-50, 3x | +5.0 |" in differences  # noqa: RUF001
     assert differences.count("no claim") == 2
-    assert "Rows differ in network, data or schedule: differences in mask AP are due to boxes and masks." in text
+    assert "Rows differ in network, data or schedule: so may their boxes." in text
     assert "270000 steps or 90000 steps by row of 16 images" in text
     assert "backbone resnet50 or resnet101 by row" in text
     words = "with model.backbone.depth = 101, model.neck.kind = bifpn, model.neck.channels = 160"

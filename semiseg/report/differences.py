@@ -14,6 +14,8 @@ from scipy.special import stdtrit  # scipy.stats.t.ppf, without the second that 
 
 from semiseg.evaluation.bootstrap import Interval, leaves_out_zero
 
+_RESOLVES_NOTHING = {1: "one seed cannot resolve small differences", 2: "two seeds have no interval"}
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -65,6 +67,21 @@ class Difference:
         if self.interval is None and self.image_interval is None:
             return None
         return not self.unresolved_over
+
+    @property
+    def reading(self) -> str:
+        """What one may conclude from it."""
+        count = len(self.values)
+        if count == 0:
+            return "not measured"
+        if self.resolved is None:
+            return f"{_RESOLVES_NOTHING[count]}: no claim"
+        if not self.resolved:
+            return f"not resolved over {' and '.join(self.unresolved_over)}"
+        direction = "higher" if (self.mean or 0) > 0 else "lower"
+        if self.interval is None:
+            return f"resolved over images only: {direction}"
+        return f"resolved: {direction}"
 
 
 def difference(measured: pd.DataFrame, first: str, second: str, *, group: str) -> Difference:

@@ -22,8 +22,8 @@ from semiseg.errors import UserError
 from semiseg.overlays import COLOURS, Drawn, can_write, draw_detections, fitted, load_font
 from semiseg.report.aggregate import ReportInput, ReportTable, TableNumbers
 from semiseg.report.context import PageContext
-from semiseg.report.drawing import png
 from semiseg.report.failures import CAUSES, causes_of_failure, class_name
+from semiseg.report.figures import png
 from semiseg.report.stored import StoredDetections
 from semiseg.report.tables import signed
 from semiseg.results import Result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -48,31 +49,30 @@ def class_section(_: PageContext, numbers: TableNumbers) -> list[str]:
 def threshold_section(page: PageContext, numbers: TableNumbers) -> list[str]:
     """Mask AP against the IoU that a match takes: curves, and a table of some thresholds."""
     table = numbers.table
-    measured = [(row, thresholds_of(page, result)) for row, _, result in page.report.cells(table)]
-    known = [(row, found["segm"]) for row, found in measured if found is not None and "segm" in found]
+    cells = [(row, thresholds_of(page, result)) for row, _, result in page.report.cells(table)]
+    measured = [(row, values["segm"]) for row, values in cells if values is not None and "segm" in values]
     frames = {
         words: pd.DataFrame(
-            [{"row": row, **_threshold_means(by_class, classes)} for row, by_class in known],
+            [{"row": row, **_threshold_means(by_class, classes)} for row, by_class in measured],
             columns=["row", *IOU_THRESHOLDS],
         )
         for words, classes in _groups(table).items()
     }
     # A figure that lacks runs would replace a better one of an earlier report.
-    complete = bool(known) and len(known) == len(measured)
+    complete = bool(measured) and len(measured) == len(cells)
     shown = page.figures.show(
         f"{table.name}_thresholds",
         threshold_figure(table, frames, row_styles(page.report.tables)) if complete else None,
         alt=f"mask AP against IoU threshold, {table.name}",
-        caption="Mask AP by the IoU that a match takes: means over seeds, bands of ± one standard deviation.",
+        caption="Means over seeds, bands of ± one standard deviation.",
         absent="the run folders with the detections are not on this machine",
     )
-    if not known:
+    if not measured:
         return ["### AP against IoU threshold", *shown]
     first, frame = next(iter(frames.items()))
-    headings = ("row", *(f"IoU {threshold:.1f}" for threshold in _PRINTED_THRESHOLDS))
-    lines = [[row.label, *_over_seeds(frame, row.name, _PRINTED_THRESHOLDS)] for row in table.rows]
-    text = f"Mask AP in percent on {first} by the IoU from which a detection counts as found."
-    return ["### AP against IoU threshold", text, markdown_table(headings, lines), *shown]
+    columns = {threshold: f"IoU {threshold:.1f}" for threshold in _PRINTED_THRESHOLDS}
+    text = f"Mask AP in percent on {first} by the IoU that a match takes."
+    return ["### AP against IoU threshold", text, _over_seeds(table, {"": frame}, columns), *shown]
 
 
 def size_section(page: PageContext, numbers: TableNumbers) -> list[str]:
@@ -80,26 +80,18 @@ def size_section(page: PageContext, numbers: TableNumbers) -> list[str]:
     table = numbers.table
     cells = [(row, Metrics.from_dict(result.metrics)) for row, _, result in page.report.cells(table)]
     frames = {
-        words: pd.DataFrame(
+        f"{words.removesuffix(' classes')}: ": pd.DataFrame(
             [{"row": row, **metrics.group("segm", classes)} for row, metrics in cells], columns=["row", *_SIZES]
         ).astype(dict.fromkeys(_SIZES, float))
         for words, classes in _groups(table).items()
     }
-    names = {
+    sizes = {
         size: words for size, words in _SIZES.items() if any(frame[size].notna().any() for frame in frames.values())
     }
-    if not names:
+    if not sizes:
         return []
-    lines = [
-        [row.label, *(cell for frame in frames.values() for cell in _over_seeds(frame, row.name, list(names)))]
-        for row in table.rows
-    ]
-    headings = [f"{group.removesuffix(' classes')}: {words}" for group in frames for words in names.values()]
-    text = (
-        "Mask AP in percent by the area of the objects' masks in pixels of the original image, in COCO's ranges: small "
-        "below 32² = 1,024, medium below 96² = 9,216, large from there on."
-    )
-    return ["### AP by object size", text, markdown_table(["row", *headings], lines)]
+    text = "Mask AP in percent by mask area: small below 32² pixels of the original image, medium below 96², large."
+    return ["### AP by object size", text, _over_seeds(table, frames, sizes)]
 
 
 def _groups(table: ReportTable) -> dict[str, tuple[str, ...]]:
@@ -108,21 +100,21 @@ def _groups(table: ReportTable) -> dict[str, tuple[str, ...]]:
     return {**unseen, "all classes": table.seen + table.unseen}
 
 
-def _threshold_means(
-    by_class: Mapping[str, Sequence[float | None]], classes: Sequence[str]
-) -> dict[float, float | None]:
-    """IoU threshold -> mean over those classes that have objects."""
-    lines = [by_class[name] for name in classes if name in by_class]
-    means: dict[float, float | None] = {}
-    for column, threshold in enumerate(IOU_THRESHOLDS):
-        values = [value for line in lines if (value := line[column]) is not None]
-        means[threshold] = sum(values) / len(values) if values else None
-    return means
+def _threshold_means(by_class: Mapping[str, Sequence[float | None]], classes: Sequence[str]) -> dict[float, float]:
+    """IoU threshold -> mean over those classes that have objects; NaN where none has."""
+    lines = {name: by_class[name] for name in classes if name in by_class}
+    means = pd.DataFrame(lines, index=IOU_THRESHOLDS, dtype=float).mean(axis=1)
+    return dict(zip(IOU_THRESHOLDS, means.tolist(), strict=True))
 
 
-def _over_seeds(frame: pd.DataFrame, row: str, columns: Sequence[str | float]) -> list[str]:
-    values = frame.loc[frame["row"] == row, list(columns)].astype(float)
-    return [number(mean, std) for mean, std in zip(values.mean(), values.std(ddof=1), strict=True)]
+def _over_seeds(table: ReportTable, frames: Mapping[str, pd.DataFrame], columns: Mapping[Any, str]) -> str:
+    """A table of means and deviations over seeds: a line per row, and per frame (by its words) the columns."""
+    lines = [[row.label] for row in table.rows]
+    for frame in frames.values():
+        for row, line in zip(table.rows, lines, strict=True):
+            values = frame.loc[frame["row"] == row.name, list(columns)].astype(float)
+            line += map(number, values.mean(), values.std(ddof=1))
+    return markdown_table(["row", *(f"{words}{name}" for words in frames for name in columns.values())], lines)
 
 
 def training_section(page: PageContext, numbers: TableNumbers) -> list[str]:
@@ -133,15 +125,16 @@ def training_section(page: PageContext, numbers: TableNumbers) -> list[str]:
     for row, _, run in report.cells(table):
         masks = Metrics.from_dict(run.metrics).group("segm", table.seen + table.unseen)["AP"]
         folder = report.run_folders.get(run.run_id)
-        found = None if folder is None else read_curves(folder / "log.jsonl", final=(run.steps, masks))
-        complete = complete and found is not None
-        curves[row] += [found] if found is not None else []
+        curve = None if folder is None else read_curves(folder / "log.jsonl", final=(run.steps, masks))
+        if curve is None:
+            complete = False
+        else:
+            curves[row].append(curve)
     shown = page.figures.show(
         f"{table.name}_losses",
         training_figure(table, curves, row_styles(report.tables)) if complete else None,
         alt=f"training losses, {table.name}",
-        caption="Loss terms before weighting over the steps of the rows' own training, averaged over some steps, and "
-        "mask AP of all validation classes where it was measured on the way; one line per run.",
+        caption="Loss terms before weighting, averaged over some steps, and mask AP where it was measured on the way.",
         absent="the run folders with the logs are not on this machine",
     )
     return ["### Training", *shown]

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from semiseg.report.aggregate import BEST, NEITHER, UPPER_BOUND, GapClosed, ReportRow, ReportTable, TableNumbers
-from semiseg.report.differences import Difference
 from semiseg.report.tables import MINUS, escape_markdown, number, whole_percent
 
 SMALL_GAP = 5.0  # AP; shares of a smaller gap that is not resolved over seeds say little
-_RESOLVES_NOTHING = {1: "one seed cannot resolve small differences", 2: "two seeds have no interval"}
 
 
 def answer(tables: Sequence[TableNumbers]) -> str:
@@ -49,7 +47,7 @@ def _gap_clause(numbers: TableNumbers) -> str:
     for words, pair in steps.items():
         step = numbers.between(*pair, "unseen")
         if step.resolved is False:
-            text += f", {words} is {reading(step)}"
+            text += f", {words} is {step.reading}"
     caution = gap_caution(numbers)
     return text if caution is None else f"{text}, but {caution}"
 
@@ -67,7 +65,7 @@ def gap_caution(numbers: TableNumbers) -> str | None:
     if whole.mean is None or whole.mean <= 0:
         return None
     if whole.resolved is False:
-        return f"the gap itself ({whole.mean:.1f} AP) is {reading(whole)}"
+        return f"the gap itself ({whole.mean:.1f} AP) is {whole.reading}"
     if whole.interval is None and whole.mean < SMALL_GAP:
         return f"the gap itself is only {whole.mean:.1f} AP: too few seeds to resolve it"
     return None
@@ -84,7 +82,7 @@ def _best_clause(numbers: TableNumbers) -> str:
     text = f"highest mean mask AP: {_with_ap(best, means[best])}"
     if len(others) > 1:
         step = numbers.between(best.name, others[1].name, "all")
-        text += f", then {_with_ap(others[1], means[others[1]])} ({number(step.mean, sign=True)}, {reading(step)})"
+        text += f", then {_with_ap(others[1], means[others[1]])} ({number(step.mean, sign=True)}, {step.reading})"
     bounds = [row for row in ordered if row not in others]
     if bounds:
         text += f"; with every mask: {', '.join(_with_ap(row, means[row]) for row in bounds)}"
@@ -93,18 +91,3 @@ def _best_clause(numbers: TableNumbers) -> str:
 
 def _with_ap(row: ReportRow, mean: float) -> str:
     return f"{escape_markdown(row.label)} {number(mean)}"
-
-
-def reading(difference: Difference) -> str:
-    """What one may conclude from a paired difference over seeds and over images."""
-    count = len(difference.values)
-    if count == 0:
-        return "not measured"
-    if difference.resolved is None:
-        return f"{_RESOLVES_NOTHING[count]}: no claim"
-    if not difference.resolved:
-        return f"not resolved over {' and '.join(difference.unresolved_over)}"
-    direction = "higher" if (difference.mean or 0) > 0 else "lower"
-    if difference.interval is None:
-        return f"resolved over images only: {direction}"
-    return f"resolved: {direction}"

@@ -7,7 +7,7 @@ import pandas as pd
 from semiseg.report.aggregate import NEITHER, UPPER_BOUND, ReportInput, TableNumbers
 from semiseg.report.context import PageContext
 from semiseg.report.published import beside_printed, data_name, printed_difference, published_section
-from semiseg.report.statements import gap_caution, reading
+from semiseg.report.statements import gap_caution
 from semiseg.report.tables import (
     MINUS,
     best_cells,
@@ -87,9 +87,8 @@ def uncertainty_section(numbers: TableNumbers) -> list[str]:
         ]
         lines.append([row.label, *means])
     text = (
-        f"In brackets the 95 % interval over validation images: the percentiles 2.5 and 97.5 of {images.resamples} "
-        f"resamples of the {images.images} images with replacement, seeds averaged within a resample. It is that of "
-        "these trained networks; rows are compared below on the same resamples."
+        f"In brackets the 95 % interval over {images.resamples} resamples of the {images.images} images with "
+        "replacement, of the mean over seeds."
     )
     return ["### Uncertainty over validation images", text, markdown_table(("row", *groups.values()), lines)]
 
@@ -113,7 +112,7 @@ def difference_section(report: ReportInput, numbers: TableNumbers, printed: pd.D
         "AP": [number(item.mean, item.std, sign=True) for item in numbers.differences],
         "95 % over seeds": [_range(item.interval) for item in numbers.differences],
         "95 % over images": [_range(item.image_interval) for item in numbers.differences],
-        "reading": [reading(item) for item in numbers.differences],
+        "reading": [item.reading for item in numbers.differences],
     }
     if not table.unseen:
         del columns["classes"]
@@ -125,10 +124,9 @@ def difference_section(report: ReportInput, numbers: TableNumbers, printed: pd.D
             for item in numbers.differences
         ]
     text = (
-        "Differences of AP, paired by seed: mean ± standard deviation over seeds. A difference is called resolved if "
-        "every 95 % interval that there is leaves out 0: that over seeds (Student's t, at least three seeds) and that "
-        "over validation images (both rows on the same resamples). One over images alone is about these trained "
-        "networks. The pairs are judged one by one, without correction for their number."
+        "Differences of AP, paired by seed: mean ± standard deviation. A difference is called resolved if every 95 % "
+        "interval that there is leaves out 0: over seeds (Student's t, at least three) and over validation images (the "
+        "same resamples for both rows; about these networks alone). No correction for the number of pairs."
     )
     lines = list(map(list, zip(*columns.values(), strict=True)))
     return [
@@ -144,8 +142,6 @@ def _box_section(numbers: TableNumbers) -> list[str]:
         [row.label, *(number(line[f"{group}_AP"], line[f"{group}_AP_std"]) for group in groups)]
         for row, (_, line) in zip(numbers.table.rows, numbers.box_summary.iterrows(), strict=True)
     ]
-    text = "Boxes and classes are supervised alike in every row: where box AP is alike, mask AP compares masks."
-    if not numbers.table.alike:
-        text = "Rows differ in network, data or schedule: differences in mask AP are due to boxes and masks."
+    text = [] if numbers.table.alike else ["Rows differ in network, data or schedule: so may their boxes."]
     headings = ("row", *(heading.replace("AP", "box AP") for heading in groups.values()))
-    return ["### Box AP", text, markdown_table(headings, lines)]
+    return ["### Box AP", *text, markdown_table(headings, lines)]
