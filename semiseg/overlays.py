@@ -143,12 +143,12 @@ def _write_labels(
     for text, box, colour in zip(texts, boxes, colours, strict=True):
         shown = fitted(text, font, width - 4)
         left, top, right, bottom = font.getbbox(shown)
-        place = place_label((int(right - left) + 5, int(bottom - top) + 5), box, placed, (width, height))
-        placed.append(place)
-        pen.rectangle((place[0], place[1], place[2] - 1, place[3] - 1), fill=colour)
+        label = place_label((int(right - left) + 5, int(bottom - top) + 5), box, placed, (width, height))
+        placed.append(label)
+        pen.rectangle((label[0], label[1], label[2] - 1, label[3] - 1), fill=colour)
         brightness = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
         ink = (0, 0, 0) if brightness > 110 else (255, 255, 255)
-        pen.text((place[0] + 2 - left, place[1] + 2 - top), shown, fill=ink, font=font)
+        pen.text((label[0] + 2 - left, label[1] + 2 - top), shown, fill=ink, font=font)
 
 
 def place_label(size_wh: tuple[int, int], box: Box, placed: Sequence[Box], picture_wh: tuple[int, int]) -> Box:
@@ -164,7 +164,7 @@ def place_label(size_wh: tuple[int, int], box: Box, placed: Sequence[Box], pictu
     for x, y in corners:
         x, y = max(min(x, picture_wh[0] - width), 0), max(min(y, picture_wh[1] - height), 0)
         places.append((x, y, x + width, y + height))
-    free = (place for place in places if not any(_cover(place, other) for other in placed))
+    free = (label for label in places if not any(_cover(label, other) for other in placed))
     return next(free, places[0])
 
 

@@ -13,7 +13,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from semiseg.report import figures, quality_sections
+from semiseg.report import figures, sections
 from semiseg.report.aggregate import ReportRow, ReportTable, TableNumbers
 from semiseg.report.figures import (
     CURVE_POINTS,
@@ -221,8 +221,8 @@ def test_drawings_are_the_same_bytes() -> None:
 
 def test_means_over_classes_leave_out_those_without_objects() -> None:
     by_class: dict[str, list[float | None]] = {"ring": [10.0] * 10, "star": [30.0] * 9 + [None], "cross": [None] * 10}
-    means = quality_sections._threshold_means(by_class, ("ring", "star", "cross"))
+    means = sections._threshold_means(by_class, ("ring", "star", "cross"))
     assert next(iter(means)) == 0.5
     assert means[0.5] == 20
     assert means[0.95] == 10
-    assert np.isnan(list(quality_sections._threshold_means(by_class, ("cross",)).values())).all()
+    assert np.isnan(list(sections._threshold_means(by_class, ("cross",)).values())).all()

@@ -83,20 +83,6 @@ def test_names_come_out_letter_by_letter(name: str, tmp_path: Path) -> None:
     assert page.one("nav").one("li").text == name
 
 
-def test_a_number_and_its_percent_sign_stay_on_one_line(tmp_path: Path) -> None:
-    drawn = figures(tmp_path).show("one", picture(), alt="a", caption="Of 4 % each.")
-    cells = [["12 (3 %)", "4.5 % ± 0.1 %"], ["1", "-2 %"]]
-    text = 'The 95 % interval *of 50 %* **holds 7.5 %**; 10 %, 20 %. A % of n; `5 %`; <b>6 %</b> & "more".'
-    page = page_of(tmp_path, "# T 1 %", "## H 8 %", text, *drawn, markdown_table(("a 2 %", "b"), cells))
-    whole = page.one("main").text
-    assert re.findall(r"\S+ %", whole) == ["A %", "5 %"], "code is shown letter by letter"
-    assert whole.count("\xa0%") == 14
-    assert page.one("main").all("p")[0].text.replace("\xa0", " ") == re.sub(r"\*+|`", "", text)
-    assert page.all("h2")[0].attributes["id"] == "h-8-"
-    assert page.one("main").all("em")[-1].text == "Of 4\xa0% each."
-    assert page.one("table").all("td")[1].text == "4.5\xa0% ± 0.1\xa0%"
-
-
 @pytest.mark.parametrize(
     ("name", "latex"),
     [

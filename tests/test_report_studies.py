@@ -17,7 +17,7 @@ from semiseg.data.shapes import SHAPES_CLASSES
 from semiseg.evaluation.coco_metrics import METRIC_NAMES
 from semiseg.report.aggregate import compared_pairs, table_numbers
 from semiseg.report.published import read_published
-from semiseg.report.statements import answer
+from semiseg.report.sections import answer
 from semiseg.report.tables import layout
 from semiseg.results import Result, append
 from semiseg.studies.file import Study, StudyRun, load_study, study_runs

@@ -28,7 +28,7 @@ from semiseg.report.aggregate import (
 from semiseg.report.differences import difference
 from semiseg.report.page import beside_recorded
 from semiseg.report.published import read_published
-from semiseg.report.statements import answer, gap_caution
+from semiseg.report.sections import answer, gap_caution
 from semiseg.report.tables import (
     csv_table,
     escape_latex,

@@ -28,8 +28,7 @@ from semiseg.report.aggregate import (
 )
 from semiseg.report.context import FigureFiles, Measured, PageContext
 from semiseg.report.differences import Difference, ImageIntervals
-from semiseg.report.statements import answer, gap_caution
-from semiseg.report.table_sections import difference_section, uncertainty_section
+from semiseg.report.sections import answer, difference_section, gap_caution, uncertainty_section
 from semiseg.report.uncertainty import thresholds_of, with_image_intervals
 from semiseg.results import Result
 from tests.page_reader import unpadded

@@ -78,7 +78,6 @@ def _image_lines(
     matches: Mapping[int, int],
 ) -> list[dict[str, Any]]:
     masks = {a["id"]: truth.annToRLE(a) for a in annotations} if matches else {}
-    boxes = {key: rle.toBbox(mask) for key, mask in masks.items()}
     lines = []
     for annotation in annotations:
         key, detection = annotation["id"], matches.get(annotation["id"], -1)
@@ -86,8 +85,7 @@ def _image_lines(
         line["detection"] = detection
         if detection >= 0:
             result = results[detection]
-            extent = rle.toBbox(result["segmentation"])
-            others = [masks[other] for other, box in boxes.items() if other != key and _touch(extent, box)]
+            others = [mask for other, mask in masks.items() if other != key]
             line |= {"score": result["score"], "box_iou": _box_iou(result["bbox"], annotation["bbox"])}
             line |= _mask_shares(result["segmentation"], masks[key], others, result["bbox"])
         lines.append(line)
@@ -99,11 +97,6 @@ def _box_iou(first: Sequence[float], second: Sequence[float]) -> float:
     return float(rle.iou(*boxes, [0])[0, 0])
 
 
-def _touch(first: np.ndarray, second: np.ndarray) -> bool:
-    """Whether two boxes (x, y, w, h) share a pixel."""
-    return bool(np.all((first[:2] < second[:2] + second[2:]) & (second[:2] < first[:2] + first[2:])))
-
-
 def _mask_shares(
     predicted: _Encoding, own: _Encoding, others: Sequence[_Encoding], box: Sequence[float]
 ) -> dict[str, float]:
@@ -111,8 +104,8 @@ def _mask_shares(
     size, own_size, inside = (float(rle.area(mask)) for mask in (predicted, own, common))
     on_others = 0.0
     if others:
-        there = rle.merge([predicted, rle.merge(list(others))], intersect=True)
-        on_others = float(rle.area(there)) - float(rle.area(rle.merge([there, own], intersect=True)))
+        shared = rle.merge([predicted, rle.merge(list(others))], intersect=True)
+        on_others = float(rle.area(shared)) - float(rle.area(rle.merge([shared, own], intersect=True)))
     height, width = predicted["size"]
     box_mask = rle.frPyObjects(np.array([box], dtype=np.float64), height, width)[0]
     in_box = float(rle.area(rle.merge([predicted, box_mask], intersect=True)))

@@ -55,7 +55,7 @@ class Difference:
     def unresolved_over(self) -> tuple[str, ...]:
         """What the intervals that contain 0 are over: "seeds", "images", both or nothing."""
         intervals = {"seeds": self.interval, "images": self.image_interval}
-        return tuple(name for name, found in intervals.items() if found is not None and not leaves_out_zero(found))
+        return tuple(name for name, ends in intervals.items() if ends is not None and not leaves_out_zero(ends))
 
     @property
     def resolved(self) -> bool | None:
@@ -99,7 +99,8 @@ class ImageIntervals:
     Attributes:
         images, resamples: how many.
         cells: (row, group) -> of the mean AP over seeds.
-        differences: (first, second, group) -> of the mean of second minus first over the seeds that both have.
+        differences: (first, second, group) -> of the mean of second minus first over the seeds that both have, for
+            every two rows in both orders.
         shares: row -> of the percentage of the gap that it closes, where the gap itself is resolved over images.
     """
 
@@ -110,9 +111,5 @@ class ImageIntervals:
     shares: Mapping[str, Interval]
 
     def beside(self, item: Difference) -> Difference:
-        """The same difference with its interval over images, if there is one for the pair in either direction."""
-        found = self.differences.get((item.first, item.second, item.group))
-        turned = self.differences.get((item.second, item.first, item.group))
-        if found is None and turned is not None:
-            found = (-turned[1], -turned[0])
-        return replace(item, image_interval=found)
+        """The same difference with its interval over images, if there is one."""
+        return replace(item, image_interval=self.differences.get((item.first, item.second, item.group)))

@@ -55,8 +55,8 @@ def failure_counts(truth: COCO, matches: pd.DataFrame) -> dict[str, list[int]]:
     counts = {}
     for category, lines in matches.groupby("category"):
         own = causes.loc[lines.index]
-        found = int((lines["detection"] >= 0).sum())
-        counts[class_name(truth, category)] = [len(lines), found, *(int((own == cause).sum()) for cause in CAUSES)]
+        detected = int((lines["detection"] >= 0).sum())
+        counts[class_name(truth, category)] = [len(lines), detected, *(int((own == cause).sum()) for cause in CAUSES)]
     return counts
 
 
@@ -100,9 +100,9 @@ def _cells(runs: Sequence[np.ndarray]) -> list[str]:
     """Number of runs; then means over them, each with its share of the column that it is part of."""
     if not runs:
         return ["0", *["—"] * (2 + len(CAUSES))]
-    instances, found, *causes = np.mean(runs, axis=0)
+    instances, detected, *causes = np.mean(runs, axis=0)
     failed = sum(causes)
-    cells = [_with_share(found, instances), _with_share(failed, found)]
+    cells = [_with_share(detected, instances), _with_share(failed, detected)]
     return [str(len(runs)), *cells, *(_with_share(count, failed) for count in causes)]
 
 
@@ -115,7 +115,6 @@ def _rules(table: ReportTable) -> str:
     whose = "Objects of unseen classes" if table.unseen else "Objects"
     rules = "; ".join(f"**{cause}**: {rule}" for cause, rule in CAUSES.items())
     return (
-        f"{whose} whose box was found (box IoU of at least 0.5, matched one to one by score) but whose mask has an IoU "
-        f"below 0.5. The cause is the first of these rules that applies: {rules}. Means over the runs; in brackets the "
-        "share of all objects, of the found ones, and of the failed ones."
+        f"{whose} whose box was found (IoU of at least 0.5) but whose mask has an IoU below 0.5, by the first of these "
+        f"rules that applies: {rules}. Means over the runs; in brackets the share of all, found and failed objects."
     )

@@ -20,9 +20,14 @@ from semiseg.report.html import PAGE_NAME, render_page
 from semiseg.report.pictures import picture_section
 from semiseg.report.provenance import protocol, provenance, warnings
 from semiseg.report.published import read_published
-from semiseg.report.quality_sections import class_section, size_section, threshold_section, training_section
-from semiseg.report.statements import answer
-from semiseg.report.table_sections import table_section
+from semiseg.report.sections import (
+    answer,
+    class_section,
+    size_section,
+    table_section,
+    threshold_section,
+    training_section,
+)
 from semiseg.report.tables import (
     best_cells,
     csv_table,

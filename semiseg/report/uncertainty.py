@@ -75,6 +75,9 @@ class _Resamples:
             for first, second in combinations(self._runs, 2)
             for group, interval in self._kept((second, first)).items()
         }
+        differences |= {
+            (second, first, group): (-high, -low) for (first, second, group), (low, high) in differences.items()
+        }
         shares = {}
         if "unseen" in self._groups and {NEITHER, UPPER_BOUND} <= set(self._runs):
             for row in self._runs.keys() - {NEITHER, UPPER_BOUND}:
