@@ -17,13 +17,13 @@ from semiseg.report import figures, sections
 from semiseg.report.aggregate import ReportRow, ReportTable, TableNumbers
 from semiseg.report.figures import (
     CURVE_POINTS,
+    TrainingCurves,
     class_gaps,
     read_curves,
     row_styles,
     shortened,
     shown_row,
     sorted_classes,
-    threshold_figure,
     training_figure,
     wrapped,
 )
@@ -197,26 +197,12 @@ def test_training_figure_has_a_panel_per_term_and_one_of_validation_where_measur
     assert [panel.get_title() for panel in figure.axes] == ["dice"]
 
 
-@pytest.mark.usefixtures("as_figures")
-def test_threshold_curves_are_means_over_seeds_in_a_band() -> None:
-    lines = [{"row": "neither", 0.5: 40.0, 0.55: 20.0}, {"row": "neither", 0.5: 60.0, 0.55: 20.0}]
-    frame = pd.DataFrame([*lines, {"row": "full-masks", 0.5: 80.0, 0.55: 70.0}])
-    figure = drawn(threshold_figure(TABLE, {"unseen classes": frame, "all classes": frame}, STYLES))
-    everything_is_inside(figure)
-    for panel in figure.axes:
-        assert [np.asarray(line.get_ydata()).tolist() for line in panel.lines] == [[50, 20], [80, 70]]
-        assert len(panel.collections) == 1  # one seed has no band
-        heights = np.asarray(panel.collections[0].get_paths()[0].vertices)[:, 1]
-        assert heights.max() == pytest.approx(50 + 200**0.5)
-    assert threshold_figure(TABLE, {"all classes": frame.iloc[:0]}, STYLES) is None
-
-
 def test_drawings_are_the_same_bytes() -> None:
-    frame = pd.DataFrame({"row": ["neither", "full-masks"], 0.5: [40.0, 60.0], 0.55: [20.0, 50.0]})
-    first, second = (threshold_figure(TABLE, {"all classes": frame}, STYLES) for _ in range(2))
+    curves = TrainingCurves(pd.DataFrame({"dice": [2.0, 1.0]}, index=[1, 2]), pd.Series(dtype=float))
+    first, second = (training_figure(TABLE, {"neither": [curves]}, STYLES) for _ in range(2))
     assert first is not None
     assert first == second
-    assert Image.open(io.BytesIO(first)).size[0] > 400
+    assert Image.open(io.BytesIO(first)).size[0] > 350
 
 
 def test_means_over_classes_leave_out_those_without_objects() -> None:

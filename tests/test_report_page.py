@@ -165,7 +165,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_all_files_are_there_and_every_reference_is_right(report: Path) -> None:
     files = set(contents(report.parent))
     tables = {f"tables/{name}.{kind}" for name in ("table6", "table7") for kind in ("csv", "md", "tex")}
-    kinds = ("thresholds", "losses", "pictures")
+    kinds = ("losses", "pictures")
     figures = {f"figures/{name}_{kind}.png" for name in ("table6", "table7") for kind in kinds}
     figures.add("figures/ap.png")
     assert files == {"index.html", "measured.json", "report.md", *tables, *figures}

@@ -193,37 +193,6 @@ def sorted_classes(numbers: TableNumbers) -> list[str]:
     return [str(name) for group in groups for name in group.index]
 
 
-@rc_context(fname=STYLE)
-def threshold_figure(table: ReportTable, measured: Mapping[str, pd.DataFrame], styles: Styles) -> bytes | None:
-    """Mask AP over the IoU that a match takes: a line per row, the mean over seeds, in a band of +- std.
-
-    Args:
-        measured: words of a class group, one panel each -> one line per run: column "row", and one per IoU threshold.
-            None is returned if no run was measured.
-    """
-    if all(frame.empty for frame in measured.values()):
-        return None
-    figure, panels = _panels(len(measured), across=2, size=(5.0, 3.7), sharey=True)
-    for panel, (group, frame) in zip(panels, measured.items(), strict=True):
-        for row in table.rows:
-            values, style = frame.loc[frame["row"] == row.name].drop(columns="row"), styles[row.name]
-            thresholds, mean = values.columns.to_numpy(dtype=float), values.mean().to_numpy()
-            if len(values) > 1:
-                std = values.std(ddof=1).to_numpy()
-                panel.fill_between(thresholds, mean - std, mean + std, color=style["color"], alpha=0.15, linewidth=0)
-            if len(values):
-                # Marks at 0 are whole.
-                panel.plot(thresholds, mean, clip_on=False, label=shortened(row.label), **style)
-        panel.set_title(group)
-        panel.set_xlabel("mask IoU of a match at least")
-        panel.set_xticks([0.5, 0.6, 0.7, 0.8, 0.9])
-        panel.grid()
-    panels[0].set_ylabel("mask AP (%)")
-    panels[0].set_ylim(bottom=0)
-    _legend(figure, panels)
-    return chart(figure)
-
-
 @dataclass(frozen=True)
 class TrainingCurves:
     """What a run's log holds.

@@ -27,7 +27,6 @@ from semiseg.report.figures import (
     row_styles,
     shown_row,
     sorted_classes,
-    threshold_figure,
     training_figure,
 )
 from semiseg.report.published import beside_printed, data_name, printed_difference, published_section
@@ -277,32 +276,19 @@ def class_section(_: PageContext, numbers: TableNumbers) -> list[str]:
 
 
 def threshold_section(page: PageContext, numbers: TableNumbers) -> list[str]:
-    """Mask AP against the IoU that a match takes: curves, and a table of some thresholds."""
+    """Mask AP at some of the IoU thresholds that a match takes."""
     table = numbers.table
     cells = [(row, thresholds_of(page, result)) for row, _, result in page.report.cells(table)]
     measured = [(row, values["segm"]) for row, values in cells if values is not None and "segm" in values]
-    frames = {
-        words: pd.DataFrame(
-            [{"row": row, **_threshold_means(by_class, classes)} for row, by_class in measured],
-            columns=["row", *IOU_THRESHOLDS],
-        )
-        for words, classes in _classes_of(table).items()
-    }
-    # A figure that lacks runs would replace a better one of an earlier report.
-    complete = bool(measured) and len(measured) == len(cells)
-    shown = page.figures.show(
-        f"{table.name}_thresholds",
-        threshold_figure(table, frames, row_styles(page.report.tables)) if complete else None,
-        alt=f"mask AP against IoU threshold, {table.name}",
-        caption="Means over seeds, bands of ± one standard deviation.",
-        absent="the run folders with the detections are not on this machine",
-    )
     if not measured:
-        return ["### AP against IoU threshold", *shown]
-    first, frame = next(iter(frames.items()))
+        return []
+    frames = {
+        group: pd.DataFrame([{"row": row, **_threshold_means(by_class, classes)} for row, by_class in measured])
+        for group, classes in _classes_of(table).items()
+    }
     columns = {threshold: f"IoU {threshold:.1f}" for threshold in _PRINTED_THRESHOLDS}
-    text = f"Mask AP in percent on {first} by the IoU that a match takes."
-    return ["### AP against IoU threshold", text, _over_seeds(table, {"": frame}, columns), *shown]
+    text = "Mask AP in percent by the IoU that a match takes."
+    return ["### AP against IoU threshold", text, _over_seeds(table, frames, columns)]
 
 
 def size_section(page: PageContext, numbers: TableNumbers) -> list[str]:
@@ -310,10 +296,10 @@ def size_section(page: PageContext, numbers: TableNumbers) -> list[str]:
     table = numbers.table
     cells = [(row, Metrics.from_dict(result.metrics)) for row, _, result in page.report.cells(table)]
     frames = {
-        f"{words.removesuffix(' classes')}: ": pd.DataFrame(
+        group: pd.DataFrame(
             [{"row": row, **metrics.group("segm", classes)} for row, metrics in cells], columns=["row", *_SIZES]
-        ).astype(dict.fromkeys(_SIZES, float))
-        for words, classes in _classes_of(table).items()
+        )
+        for group, classes in _classes_of(table).items()
     }
     sizes = {
         size: words for size, words in _SIZES.items() if any(frame[size].notna().any() for frame in frames.values())
@@ -325,9 +311,9 @@ def size_section(page: PageContext, numbers: TableNumbers) -> list[str]:
 
 
 def _classes_of(table: ReportTable) -> dict[str, tuple[str, ...]]:
-    """Words -> classes: unseen ones first, if there are any, then all."""
-    unseen = {"unseen classes": table.unseen} if table.unseen else {}
-    return {**unseen, "all classes": table.seen + table.unseen}
+    """Group -> classes: unseen ones first, if there are any, then all."""
+    unseen = {"unseen": table.unseen} if table.unseen else {}
+    return {**unseen, "all": table.seen + table.unseen}
 
 
 def _threshold_means(by_class: Mapping[str, Sequence[float | None]], classes: Sequence[str]) -> dict[float, float]:
@@ -338,13 +324,13 @@ def _threshold_means(by_class: Mapping[str, Sequence[float | None]], classes: Se
 
 
 def _over_seeds(table: ReportTable, frames: Mapping[str, pd.DataFrame], columns: Mapping[Any, str]) -> str:
-    """A table of means and deviations over seeds: a line per row, and per frame (by its words) the columns."""
+    """A table of means and deviations over seeds: a line per row, and per group the columns."""
     lines = [[row.label] for row in table.rows]
     for frame in frames.values():
         for row, line in zip(table.rows, lines, strict=True):
             values = frame.loc[frame["row"] == row.name, list(columns)].astype(float)
             line += map(number, values.mean(), values.std(ddof=1))
-    return markdown_table(["row", *(f"{words}{name}" for words in frames for name in columns.values())], lines)
+    return markdown_table(["row", *(f"{group}: {name}" for group in frames for name in columns.values())], lines)
 
 
 def training_section(page: PageContext, numbers: TableNumbers) -> list[str]:
