@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -90,15 +91,15 @@ class PageContext:
         tables: the numbers of its tables.
         printed: the paper's numbers.
         figures, measured: the report's folder, by kind of file.
-        stored: the detections of the runs and their matchings, as far as they are on this machine.
     """
 
     report: ReportInput
     tables: Sequence[TableNumbers]
     printed: pd.DataFrame
     figures: FigureFiles
-    measured: Measured = field(repr=False)
-    stored: StoredDetections = field(init=False, repr=False)
+    measured: Measured
 
-    def __post_init__(self) -> None:
-        self.stored = StoredDetections(self.report)
+    @functools.cached_property
+    def stored(self) -> StoredDetections:
+        """The detections of the runs and their matchings, as far as they are on this machine."""
+        return StoredDetections(self.report)

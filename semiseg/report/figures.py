@@ -39,7 +39,6 @@ _FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen 
 CURVE_POINTS = 60  # longer curves are averaged in bins
 _PALE = 0.35  # opacity of bars that are not of the unseen classes
 _DASHES: tuple[LineStyleType, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 Styles = Mapping[str, Mapping[str, Any]]  # row name -> matplotlib's keywords of its lines
 _SEEDS: dict[str, Any] = {"marker": "o", "linestyle": "none", "color": "white", "markeredgecolor": BLACK}
 
@@ -98,7 +97,6 @@ def row_styles(tables: Sequence[ReportTable]) -> Styles:
             "color": ROW_COLOURS[index % count],
             # Where the colours begin anew, the dashes do not begin at the same place.
             "linestyle": _DASHES[(index + index // count) % len(_DASHES)],
-            "marker": _MARKERS[index % len(_MARKERS)],
         }
         for index, name in enumerate(names)
     }
@@ -227,8 +225,10 @@ def training_figure(table: ReportTable, curves: Mapping[str, Sequence[TrainingCu
     figure, panels = _panels(len(lines), across=3, size=(3.5, 2.5))
     for panel, (heading, drawn) in zip(panels, lines.items(), strict=True):
         for label, name, line in drawn:
-            marks: dict[str, Any] = {"markersize": 3.5 if drawn is validated else 0, "linewidth": 1.1}
-            panel.plot(line.index.to_numpy(), line.to_numpy(), label=shortened(label), **styles[name], **marks)
+            marks: dict[str, Any] = {"marker": "o", "markersize": 3.5} if drawn is validated else {}
+            panel.plot(
+                line.index.to_numpy(), line.to_numpy(), label=shortened(label), linewidth=1.1, **styles[name], **marks
+            )
         panel.set_title(heading)
         panel.margins(x=0.03)
         panel.set_xlabel("step")

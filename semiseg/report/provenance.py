@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from semiseg.config import RunConfig
@@ -26,6 +27,11 @@ _COMMON: tuple[tuple[str, Callable[[Result], str]], ...] = (
 )
 # Settings that say which data and which split; what these hold is in fingerprints and digests.
 _NAMES = ("data.train_", "data.val_images", "data.val_annotations", "data.voc.", "data.hub.", "supervision.split")
+_DATA = {  # format -> the settings that only it reads
+    "coco": ("data.train_", "data.val_images", "data.val_annotations", "data.hub."),
+    "shapes": ("data.shapes.",),
+    "voc": ("data.voc.",),
+}
 _MEANT = ("supervision.", "objective.")  # what rows of one table are there to compare
 _START = "start"
 _LONGEST = 40  # characters of a value
@@ -43,13 +49,8 @@ def settings(config: Mapping[str, Any]) -> dict[str, str]:
     except UserError:  # of a version with other keys
         values = dict(config)
     flat = flat_settings(values)
-    kind = flat.get("data.format")
-    unused = [f"data.{name}." for name in ("shapes", "voc") if name != kind]
-    if not flat.get("data.root", "").startswith("hf:"):
-        unused.append("data.hub.")
-    if kind != "coco":
-        unused += ["data.train_", "data.val_images", "data.val_annotations"]
-    left_out = ("seed", "init_from", "data.root", "runtime.", *unused)
+    unread = (keys for kind, keys in _DATA.items() if kind != flat.get("data.format"))
+    left_out = ("seed", "init_from", "data.root", "runtime.", *chain.from_iterable(unread))
     return {key: value for key, value in flat.items() if key == "runtime.precision" or not key.startswith(left_out)}
 
 

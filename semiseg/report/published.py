@@ -10,9 +10,6 @@ from semiseg.errors import UserError
 from semiseg.report.aggregate import TABLE_METRICS, UPPER_BOUND, ReportInput, ReportTable, TableNumbers
 from semiseg.report.tables import Layout, escape_markdown, number, table_cells
 
-# What the tables without a number in the paper are called; the others are "Table 6".
-_NAMES = {"tau": "colour threshold", "neighbourhood": "neighbourhood of the pairwise loss"}
-
 
 def read_published(path: Path) -> pd.DataFrame:
     """The printed numbers (`reports/published/README.md`), every cell as text."""
@@ -65,7 +62,7 @@ def published_section(report: ReportInput, numbers: TableNumbers, printed: pd.Da
     rows = printed[printed["table"] == table.published]
     notes = [f"- {escape_markdown(note)}" for note in _notes(printed, table)]
     return [
-        f"### The printed numbers (BoxInst, {_NAMES.get(table.published, f'Table {table.published}')})",
+        "### The printed numbers of BoxInst",
         _context(report, rows, data_name(printed, table)),
         *(["Notes to the printed numbers:\n\n" + "\n".join(notes)] if notes else []),
     ]
@@ -125,9 +122,8 @@ def _notes(printed: pd.DataFrame, table: ReportTable) -> list[str]:
     ]
     dice = [_printed_value(printed, "2", "dice", "all", metric) for metric in TABLE_METRICS]
     if UPPER_BOUND in names and not (rows["row"] == UPPER_BOUND).any() and all(dice):
-        where = f"Table {table.published}" if table.published not in _NAMES else "table"
         notes.append(
-            f"full-masks: not in the paper's {where}; for all classes its Table 2 prints {' / '.join(dice)} with Dice "
+            f"full-masks: not in the paper's table; for all classes its Table 2 prints {' / '.join(dice)} with Dice "
             "on all masks"
         )
     return notes + [f"not trained here: {text}" for text in others]
