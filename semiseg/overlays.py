@@ -7,7 +7,6 @@ so that text can be read on small images and large ones stay small.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from pycocotools import mask as rle_codec
 
 # Okabe and Ito 2008, distinguishable with any colour vision; black, which photographs are full of, is left out.
@@ -26,7 +25,6 @@ COLOURS: tuple[Colour, ...] = (
 SMALLEST_SIDE = 480  # of the drawing's shorter side: smaller images are enlarged by a whole factor
 LARGEST_SIDE = 2048  # of the drawing's longer side: larger images are reduced
 MASK_OPACITY = 0.45
-_DASH = 4  # pixels
 
 Colour = tuple[int, int, int]
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in drawing pixels, half open
@@ -41,14 +39,12 @@ class Drawn:
         rle: COCO's compressed RLE, of the original's size; None = no mask.
         text: beside the box.
         colour: None = one that differs from those of boxes it touches.
-        dashed: whether its box has a dashed line.
     """
 
     box_xyxy: tuple[float, float, float, float]
     rle: Mapping[str, Any] | None
     text: str
     colour: Colour | None = None
-    dashed: bool = False
 
 
 def drawing_size(original_hw: tuple[int, int]) -> tuple[int, int]:
@@ -89,10 +85,10 @@ def draw_detections(
     drawing = picture.copy()
     for item, colour in reversed(list(zip(detections, colours, strict=True))):
         if item.rle is not None:
-            paint_mask(drawing, item.rle, colour, line=line + 1)
+            _paint_mask(drawing, item.rle, colour, line=line + 1)
     pen = ImageDraw.Draw(drawing)
-    for item, box, colour in reversed(list(zip(detections, boxes, colours, strict=True))):
-        _draw_box(pen, box, colour, width=line, dashed=item.dashed)
+    for box, colour in reversed(list(zip(boxes, colours, strict=True))):
+        pen.rectangle((box[0], box[1], box[2] - 1, box[3] - 1), outline=colour, width=line)
     _write_labels(pen, [item.text for item in detections], boxes, colours, smallest_text)
     return drawing
 
@@ -119,48 +115,19 @@ def _scaled(box: Sequence[float], scale_x: float, scale_y: float, size_wh: tuple
     return x0, y0, max(x1, x0 + 1), max(y1, y0 + 1)
 
 
-def _draw_box(pen: ImageDraw.ImageDraw, box: Box, colour: Colour, *, width: int, dashed: bool) -> None:
-    x0, y0, x1, y1 = box[0], box[1], box[2] - 1, box[3] - 1
-    if not dashed:
-        pen.rectangle((x0, y0, x1, y1), outline=colour, width=width)
-        return
-    for x in range(x0, x1 + 1, 2 * _DASH):
-        for y in (y0, y1):
-            pen.line((x, y, min(x + _DASH - 1, x1), y), fill=colour, width=width)
-    for y in range(y0, y1 + 1, 2 * _DASH):
-        for x in (x0, x1):
-            pen.line((x, y, x, min(y + _DASH - 1, y1)), fill=colour, width=width)
-
-
-def paint_mask(
-    drawing: Image.Image, rle: Mapping[str, Any], colour: Colour, *, line: int, opacity: float = MASK_OPACITY
-) -> None:
+def _paint_mask(drawing: Image.Image, rle: Mapping[str, Any], colour: Colour, *, line: int) -> None:
     """Tints a mask of the original's size in the drawing, with an outline `line` pixels wide inside it."""
-    x, y, width, height = rle_codec.toBbox(rle).tolist()
+    x, y, width, height = map(int, rle_codec.toBbox(rle))
     if width == 0 or height == 0:
         return
-    original_height, original_width = rle["size"]
-    scale_x, scale_y = original_width / drawing.width, original_height / drawing.height
-    # Only the part of the drawing that the mask covers, and of the mask what that part is made of.
-    left, right = math.floor(x / scale_x), min(math.ceil((x + width) / scale_x), drawing.width)
-    top, bottom = math.floor(y / scale_y), min(math.ceil((y + height) / scale_y), drawing.height)
-    margin = 2 * math.ceil(max(scale_x, scale_y))
-    x0, y0 = max(int(x) - margin, 0), max(int(y) - margin, 0)
-    part = np.ascontiguousarray(
-        rle_codec.decode(rle)[y0 : int(y + height) + margin, x0 : int(x + width) + margin], dtype=np.uint8
-    )
-    source = (left * scale_x - x0, top * scale_y - y0, right * scale_x - x0, bottom * scale_y - y0)
-    scaled = Image.fromarray(part * np.uint8(255)).resize(
-        (right - left, bottom - top),
-        Image.Resampling.BILINEAR,
-        box=(source[0], source[1], min(source[2], part.shape[1]), min(source[3], part.shape[0])),
-    )
-    inside = np.pad(np.asarray(scaled) >= 128, line)
-    core = inside  # all pixels from which `line` rows and columns away everything is in the mask
-    for axis in (0, 1):
-        core = np.logical_and.reduce([np.roll(core, step, axis) for step in range(-line, line + 1)])
-    opacities = np.where(inside & ~core, 255, inside * round(255 * opacity)).astype(np.uint8)
-    drawing.paste(colour, (left, top), Image.fromarray(opacities[line:-line, line:-line]))
+    scale_x, scale_y = drawing.width / rle["size"][1], drawing.height / rle["size"][0]
+    box = _scaled((x, y, x + width, y + height), scale_x, scale_y, drawing.size)
+    part = np.ascontiguousarray(rle_codec.decode(rle)[y : y + height, x : x + width]) * np.uint8(255)
+    scaled = Image.fromarray(part).resize((box[2] - box[0], box[3] - box[1]), Image.Resampling.BILINEAR)
+    inside = ImageOps.expand(scaled.point(lambda value: 255 * (value >= 128)), line)
+    core = inside.filter(ImageFilter.MinFilter(2 * line + 1))
+    opacity = np.where(np.asarray(core) > 0, round(255 * MASK_OPACITY), np.asarray(inside)).astype(np.uint8)
+    drawing.paste(colour, box[:2], ImageOps.crop(Image.fromarray(opacity), line))
 
 
 def _write_labels(
@@ -176,12 +143,12 @@ def _write_labels(
     for text, box, colour in zip(texts, boxes, colours, strict=True):
         shown = fitted(text, font, width - 4)
         left, top, right, bottom = font.getbbox(shown)
-        place = place_label((int(right - left) + 5, int(bottom - top) + 5), box, placed, (width, height))
-        placed.append(place)
-        pen.rectangle((place[0], place[1], place[2] - 1, place[3] - 1), fill=colour)
+        label = place_label((int(right - left) + 5, int(bottom - top) + 5), box, placed, (width, height))
+        placed.append(label)
+        pen.rectangle((label[0], label[1], label[2] - 1, label[3] - 1), fill=colour)
         brightness = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
         ink = (0, 0, 0) if brightness > 110 else (255, 255, 255)
-        pen.text((place[0] + 2 - left, place[1] + 2 - top), shown, fill=ink, font=font)
+        pen.text((label[0] + 2 - left, label[1] + 2 - top), shown, fill=ink, font=font)
 
 
 def place_label(size_wh: tuple[int, int], box: Box, placed: Sequence[Box], picture_wh: tuple[int, int]) -> Box:
@@ -197,7 +164,7 @@ def place_label(size_wh: tuple[int, int], box: Box, placed: Sequence[Box], pictu
     for x, y in corners:
         x, y = max(min(x, picture_wh[0] - width), 0), max(min(y, picture_wh[1] - height), 0)
         places.append((x, y, x + width, y + height))
-    free = (place for place in places if not any(_cover(place, other) for other in placed))
+    free = (label for label in places if not any(_cover(label, other) for other in placed))
     return next(free, places[0])
 
 

@@ -151,10 +151,10 @@ def test_another_start_is_another_row_and_is_named() -> None:
     assert not report.tables[0].alike
     assert report.pretraining is None
     [told] = [text for text in warnings(report) if "Different configurations" in text]
-    assert "`start.optim.steps` (10: " in told
+    assert "`start.optim.steps` (`10`: " in told
     without = compared(runs[0], made_run("scratch", 0, **BOXES), known=(short,))
     [told] = [text for text in warnings(without) if "Different configurations" in text]
-    assert "`start` (pretraining (10 steps): r; —: scratch)" in told
+    assert "`start` (`pretraining (10 steps)`: r; `—`: scratch)" in told
     assert "start.optim" not in told
 
 
@@ -186,7 +186,7 @@ def test_other_training_data_may_stand_beside_it_and_are_named() -> None:
     assert not report.tables[0].alike
     told = " ".join(warnings(report))
     assert "**Mixed training data.**" in told
-    assert "`data.shapes.train_seed` (1: mine; 9: other)" in told
+    assert "`data.shapes.train_seed` (`1`: mine; `9`: other)" in told
 
 
 def test_the_fingerprint_of_the_validation_data_decides_where_it_is_recorded() -> None:

@@ -210,9 +210,10 @@ def test_a_difference_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     seen: list[set[int]] = []
     official = precision._pycocotools_precision
 
-    def slightly_off(truth: Any, detections: Any, iou_type: str) -> np.ndarray:
-        seen.append(set(truth.imgs))
-        return np.nextafter(official(truth, detections, iou_type), 2)
+    def slightly_off(truth: Any, detections: Any, iou_type: str, image_ids: Any) -> np.ndarray:
+        seen.append(set(image_ids))
+        assert {detection["image_id"] for detection in detections} <= set(image_ids)
+        return np.nextafter(official(truth, detections, iou_type, image_ids), 2)
 
     monkeypatch.setattr(precision, "_pycocotools_precision", slightly_off)
     with pytest.raises(UserError, match=r"hotcoco \d.* give different segm numbers for 2 of the images"):
@@ -233,9 +234,9 @@ def test_evaluate_fast_writes_the_same_numbers(tmp_path: Path, monkeypatch: pyte
     used: list[str] = []
     hotcoco_precision = precision._hotcoco_precision
 
-    def counted(truth: Any, results: Any, iou_type: str) -> np.ndarray:
+    def counted(truth: Any, results: Any, iou_type: str, image_ids: Any) -> np.ndarray:
         used.append(iou_type)
-        return hotcoco_precision(truth, results, iou_type)
+        return hotcoco_precision(truth, results, iou_type, image_ids)
 
     monkeypatch.setattr(precision, "_hotcoco_precision", counted)
     written: list[str] = []

@@ -70,8 +70,8 @@ def test_seeds_that_differ_in_more_than_the_seed_are_named() -> None:
     report = report_of(*ALIKE[:3], run("b_<b>", 1, held={"optim": {"batch_size": 32, "learning_rate": 0.5}}))
     [told] = warnings(report)
     assert told == (
-        "**Mixed configurations.** table6: the seeds of `b_<b>` differ in `optim.learning_rate` (0.01: seed 0; 0.5: "
-        "seed 1); `optim.batch_size` (16: seed 0; 32: seed 1). Their mean is not that of one configuration."
+        "**Mixed configurations.** table6: the seeds of `b_<b>` differ in `optim.learning_rate` (`0.01`: seed 0; "
+        "`0.5`: seed 1); `optim.batch_size` (`16`: seed 0; `32`: seed 1). Their mean is not that of one configuration."
     )
 
 
@@ -82,14 +82,14 @@ def test_rows_may_differ_in_supervision_losses_and_what_the_study_varies_only() 
     [told] = warnings(report_of(run("a"), run("b_<b>", held={**masks, **faster})))
     assert told == (
         "**Different configurations.** table6: beyond supervision and mask losses its rows differ in `optim.steps` "
-        "(90000: a; 9: b\\_&lt;b&gt;). What differs in AP may be due to that."
+        "(`90000`: a; `9`: b\\_&lt;b&gt;). What differs in AP may be due to that."
     )
     varied = replace(TABLE, varied=("optim.steps",))
     assert warnings(report_of(run("a"), run("b_<b>", held=faster), table=varied)) == []
     # How a run is executed is nobody's business, but for the precision.
     assert warnings(report_of(run("a"), run("b_<b>", held={"runtime": {"workers": 9}}))) == []
     [told] = warnings(report_of(run("a"), run("b_<b>", held={"runtime": {"precision": "bf16"}})))
-    assert "`runtime.precision` (no: a; bf16: b" in told
+    assert "`runtime.precision` (`no`: a; `bf16`: b" in told
 
 
 def test_keys_that_an_older_version_did_not_record_have_their_defaults() -> None:
@@ -126,18 +126,24 @@ def test_what_runs_start_from_is_part_of_it() -> None:
     assert unpadded(table).splitlines()[2:] == ["| start | pretraining (5 steps) | — |"]
 
 
-def test_provenance_has_its_parts_and_the_commands_last() -> None:
+def test_provenance_has_its_parts_and_the_runs_with_their_commands_last() -> None:
     starts = (run("pretrain", split=None, split_digest=None, processes=2),)
     blocks = provenance(report_of(*ALIKE, starts=starts))
     text = unpadded("\n\n".join(blocks))
     headings = re.findall(r"^##+ (.*)$", text, re.MULTILINE)
     assert headings == [
-        "Provenance", "Configuration of the rows", "Classes", "Runs", "Commands of the runs",
+        "Provenance", "Configuration of the rows", "Classes", "Runs",
     ]  # fmt: skip
     assert "4 runs and 1 of pretraining, 2.5 hours of training and evaluation in all." in text
     assert "- `few` (digest `d6`): 2 seen: 猫, dog\\|s; 1 unseen: café." in text
-    assert "- Seeds: `0`; `1`." in text
-    assert blocks[-1].startswith("```text\npretrain-0  semiseg run s\na-0  ")
+    lines = unpadded(blocks[-1]).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == [
+        "| pretrain-0",
+        "| a-0",
+        "| a-1",
+        *["| b\\_&lt;b&gt;-0", "| b\\_&lt;b&gt;-1"],
+    ]
+    assert all(line.endswith(" | semiseg run s |") for line in lines[2:])
     alone = "\n\n".join(provenance(report_of(*ALIKE)))
     assert "process hours" not in alone
     unsplit = replace(TABLE, split="", split_digest="", seen=("猫",), unseen=())
@@ -150,7 +156,9 @@ def test_what_lacks_and_what_is_mixed_is_told() -> None:
     told = warnings(report_of(*mixed[:2], mixed[3]))
     assert told[0].startswith("**Incomplete.** table6 lacks `b_<b>` seed 0. `semiseg run s` fills them, then")
     assert any(
-        text.startswith("**Mixed training data.** `data1`: 2 runs; `data2`: b\\_&lt;b&gt; (few) seed 1")
+        text.startswith(
+            "**Mixed training data.** `data1`: a (few) seed 0, a (few) seed 1; `data2`: b\\_&lt;b&gt; (few) seed 1"
+        )
         for text in told
     )
     for what in ("code (git revisions)", "devices"):
@@ -161,13 +169,13 @@ def test_splits_that_have_changed_or_are_others() -> None:
     changed = report_of(run("a", split_digest="old"), run("b_<b>", split="splits/few.toml"))
     [told] = warnings(changed)
     assert told.startswith(
-        "**Changed split.** Runs of table6 were trained with another content of the split `few` (old)"
+        "**Other split.** table6 shows the class groups of `few` (d6), but these runs were trained with masks by "
     )
-    assert told.endswith("(d6): a (few) seed 0.")
+    assert told.endswith(": `few (old)`: a (few) seed 0.")
     other = report_of(run("a", split="many", split_digest="d7"), run("b_<b>", split=None, split_digest=None))
     [told] = warnings(other)
     assert told.startswith("**Other split.** table6 shows the class groups of `few`")
-    assert "`many`: 1 run." in told
+    assert "`many (d7)`: a (many) seed 0." in told
 
 
 SHAPES_VAL = {"data": {"shapes": {"val_images": 3}}}

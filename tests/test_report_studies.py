@@ -17,7 +17,7 @@ from semiseg.data.shapes import SHAPES_CLASSES
 from semiseg.evaluation.coco_metrics import METRIC_NAMES
 from semiseg.report.aggregate import compared_pairs, table_numbers
 from semiseg.report.published import read_published
-from semiseg.report.statements import answer
+from semiseg.report.sections import answer
 from semiseg.report.tables import layout
 from semiseg.results import Result, append
 from semiseg.studies.file import Study, StudyRun, load_study, study_runs
@@ -78,7 +78,7 @@ def test_the_threshold_study_on_shapes(tmp_path: Path) -> None:
     text = page("shapes_tau", TAU, tmp_path)
     told = "Highest mean mask AP: tau = 0.1 33.1, then tau = 0.2 32.1 (−1.0, resolved: lower); with every mask: "  # noqa: RUF001
     assert f"**Answer.** {told}labelled edges (masks) 41.1." in text
-    assert "### The printed numbers (BoxInst, colour threshold)" in text
+    assert "### The printed numbers of BoxInst" in text
     assert "**The COCO numbers are from another data set** (ResNet-50-FPN, 1x, coco val2017)" in text
     assert "| row | seeds | AP (COCO, printed) | " in text, "no column of terms: all alike"
     assert "| APm (COCO, printed) |\n" in text, "no APl"
@@ -97,7 +97,7 @@ def test_the_neighbourhood_study(tmp_path: Path) -> None:
     text = page("shapes_neighbourhood", rows, tmp_path, seeds=[0])
     assert "Highest mean mask AP: 5 x 5, dilation 1 30.5, then 3 x 3, dilation 1 30.0 (−0.5, one seed cannot" in text  # noqa: RUF001
     assert "(one seed: differences over seeds are not resolved)." in text
-    notes = section(text, "### The printed numbers (BoxInst, neighbourhood of the pairwise loss)")
+    notes = section(text, "### The printed numbers of BoxInst")
     assert "- size3-dilation1, size3-dilation2, size5-dilation1, size5-dilation2: tau=0.1" in notes
 
 
@@ -124,7 +124,7 @@ def test_tables_2_and_3_are_told_row_by_row(tmp_path: Path) -> None:
         "**Answer.** Highest mean mask AP: projection + pairwise 33.1, then projection 14.1 (−19.0, resolved: lower); "  # noqa: RUF001
         "with every mask: full-masks 43.1." in text
     )
-    assert "- full-masks: not in the paper's Table 3; for all classes its Table 2 prints 35.6 / 56.3 / 37.8" in text
+    assert "- full-masks: not in the paper's table; for all classes its Table 2 prints 35.6 / 56.3 / 37.8" in text
     assert "  - `projection`: no mask of any class, BoxInst's projection term for all objects\n" in text
     assert "`full-masks`: masks of every class, Dice: the upper bound, which the paper leaves out" in text
 
@@ -135,7 +135,7 @@ def test_table_4_on_coco_itself(tmp_path: Path) -> None:
     assert "Highest mean mask AP: BoxInst, R-101, 3x 33.5, then BoxInst, R-50, 3x 32.0 (−1.5, " in text  # noqa: RUF001
     assert "with every mask: CondInst, R-50, 3x 37.0 (one seed" in text
     assert "Every row starts from ImageNet weights of its backbone." in text
-    printed = section(text, "### The printed numbers (BoxInst, Table 4)")
+    printed = section(text, "### The printed numbers of BoxInst")
     assert "another data set" not in printed
     table = section(text, "## " + load_study("coco_table4").tables[0].title)
     assert "| APm (printed, difference) | printed for |" in table
@@ -146,7 +146,7 @@ def test_table_4_on_coco_itself(tmp_path: Path) -> None:
     differences = section(text, "### Which differences are resolved")
     assert "| CondInst, R-50, 3x − BoxInst, R-50, 3x | +5.0 |" in differences  # noqa: RUF001
     assert differences.count("no claim") == 2
-    assert "Rows differ in network, data or schedule: differences in mask AP are due to boxes and masks." in text
+    assert "Rows differ in network, data or schedule: so may their boxes." in text
     assert "270000 steps or 90000 steps by row of 16 images" in text
     assert "backbone resnet50 or resnet101 by row" in text
     words = "with model.backbone.depth = 101, model.neck.kind = bifpn, model.neck.channels = 160"

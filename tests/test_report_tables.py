@@ -28,7 +28,7 @@ from semiseg.report.aggregate import (
 from semiseg.report.differences import difference
 from semiseg.report.page import beside_recorded
 from semiseg.report.published import read_published
-from semiseg.report.statements import answer, gap_caution, reading
+from semiseg.report.sections import answer, gap_caution
 from semiseg.report.tables import (
     csv_table,
     escape_latex,
@@ -153,7 +153,7 @@ def test_differences_are_paired_and_judged_by_the_t_interval() -> None:
     half = 4.30265273 / math.sqrt(3)  # Student's t, 2 degrees of freedom
     assert found.interval == pytest.approx((2 - half, 2 + half))
     assert found.resolved is False
-    assert reading(found) == "not resolved over seeds"
+    assert found.reading == "not resolved over seeds"
     tight = difference(
         measurements(report_of({"neither": [1, 2, 3], "projection": [3, 4, 5.1]}), TABLE),
         "neither",
@@ -161,19 +161,19 @@ def test_differences_are_paired_and_judged_by_the_t_interval() -> None:
         group="unseen",
     )
     assert tight.resolved is True
-    assert reading(tight) == "resolved: higher"
+    assert tight.reading == "resolved: higher"
     down = difference(
         measurements(report_of({"neither": [3, 4, 5.1], "projection": [1, 2, 3]}), TABLE),
         "neither",
         "projection",
         group="unseen",
     )
-    assert reading(down) == "resolved: lower"
+    assert down.reading == "resolved: lower"
     two = difference(measured, "neither", "full-masks", group="all")
     assert len(two.values) == 2
     assert two.resolved is None
-    assert "no claim" in reading(two)
-    assert reading(difference(measured, "neither", "box-supervised", group="all")) == "not measured"
+    assert "no claim" in two.reading
+    assert difference(measured, "neither", "box-supervised", group="all").reading == "not measured"
 
 
 @pytest.mark.parametrize(("count", "quantile"), [(3, 4.30265273), (5, 2.77644511), (31, 2.04227246), (60, 2.00099538)])

@@ -26,11 +26,9 @@ from semiseg.report.aggregate import (
     TableNumbers,
     table_numbers,
 )
-from semiseg.report.context import FigureFiles, PageContext
+from semiseg.report.context import FigureFiles, Measured, PageContext
 from semiseg.report.differences import Difference, ImageIntervals
-from semiseg.report.measured import Measured
-from semiseg.report.statements import answer, gap_caution, reading
-from semiseg.report.table_sections import difference_section, uncertainty_section
+from semiseg.report.sections import answer, difference_section, gap_caution, uncertainty_section
 from semiseg.report.uncertainty import thresholds_of, with_image_intervals
 from semiseg.results import Result
 from tests.page_reader import unpadded
@@ -314,7 +312,7 @@ def test_a_difference_is_resolved_only_if_every_interval_leaves_out_zero(
 ) -> None:
     found = Difference("a", "b", "all", values, image_interval)
     assert found.resolved is resolved
-    assert reading(found) == words
+    assert found.reading == words
 
 
 def intervals_with(numbers: TableNumbers, changed: dict[tuple[str, str, str], tuple[float, float]]) -> ImageIntervals:

@@ -36,8 +36,8 @@ def class_bootstrap(matches: Matches, *, resamples: int = RESAMPLES, seed: int =
     """(resamples, C): mean AP of every class over IoU thresholds, percent; NaN where a resample has no object."""
     weights = resampled_images(matches.images, resamples=resamples, seed=seed)
     numbers = np.empty((resamples, len(matches.classes)))
-    for column, (found, positives) in enumerate(zip(matches.detections, matches.positives, strict=True)):
-        numbers[:, column] = class_average_precision(found, positives, weights).mean(axis=1)
+    for column, (detections, positives) in enumerate(zip(matches.detections, matches.positives, strict=True)):
+        numbers[:, column] = class_average_precision(detections, positives, weights).mean(axis=1)
     return numbers
 
 
@@ -55,19 +55,18 @@ def means_of_groups(by_class: Numbers, classes: Sequence[str], groups: Sequence[
     if unknown:
         raise ValueError(f"class {unknown[0]!r} was not matched; matched: {', '.join(classes)}")
     member = np.array([[name in group for name in classes] for group in groups], bool).reshape(len(groups), -1)
-    known = ~np.isnan(by_class)
-    counts = known.astype(float) @ member.T
-    totals = np.where(known, by_class, 0.0) @ member.T
+    counts = (~np.isnan(by_class)).astype(float) @ member.T
+    totals = np.nan_to_num(by_class) @ member.T
     means: Numbers = np.divide(totals, counts, out=np.full_like(totals, np.nan), where=counts > 0)
     return means
 
 
 def percentile_interval(samples: Numbers) -> Interval | None:
     """The 95 % percentile interval of one number over resamples; None if no resample has it."""
-    known = samples[np.isfinite(samples)]
-    if not known.size:
+    finite = samples[np.isfinite(samples)]
+    if not finite.size:
         return None
-    low, high = np.percentile(known, PERCENTILES)
+    low, high = np.percentile(finite, PERCENTILES)
     return float(low), float(high)
 
 

@@ -83,8 +83,8 @@ class Metrics:
         try:
             return _METRICS.validate_python(dict(values))
         except ValidationError as error:
-            told = explain(error.errors()[0])
-            raise UserError(f"recorded metrics: {told}; recorded by another version?") from None
+            problem = explain(error.errors()[0])
+            raise UserError(f"recorded metrics: {problem}; recorded by another version?") from None
 
 
 _METRICS = TypeAdapter(Metrics)
@@ -119,8 +119,10 @@ def evaluate_detections(
     """
     truth = load_ground_truth(annotations_file, fingerprint=fingerprint)
     if (names := names_of_classes(truth)) != list(class_names):
-        told = f"its classes ({', '.join(names)}) are not the evaluated ones ({', '.join(class_names)})"
-        raise UserError(f"{annotations_file}: {told}")
+        raise UserError(
+            f"{annotations_file}: its classes ({', '.join(names)}) are not the evaluated "
+            f"ones ({', '.join(class_names)})"
+        )
     _check_images(truth, image_ids, where=annotations_file)
     check_results(truth, results)
     if not truth.dataset["annotations"]:  # a test set; pycocotools would take minutes to find nothing
@@ -151,10 +153,11 @@ def group_means(per_class: Mapping[str, Numbers | None], classes: Collection[str
     unknown = sorted(set(classes) - set(per_class))
     if unknown:
         raise UserError(f"class {unknown[0]!r} was not evaluated; evaluated: {', '.join(per_class)}")
-    found = [numbers for name in per_class if name in set(classes) and (numbers := per_class[name]) is not None]
+    group = set(classes)
     means: dict[str, float | None] = {}
     for metric in METRIC_NAMES:
-        values = [value for numbers in found if (value := numbers[metric]) is not None]
+        of_classes = (numbers[metric] for name, numbers in per_class.items() if name in group and numbers is not None)
+        values = [value for value in of_classes if value is not None]
         means[metric] = round(math.fsum(values) / len(values), 10) if values else None
     return means
 
@@ -179,7 +182,7 @@ def load_ground_truth(annotations_file: Path, *, fingerprint: str | None = None)
         truth = COCO()
         truth.dataset = {key: content[key] for key in ("images", "categories")}
         truth.dataset["annotations"] = [
-            {**annotation, "id": number} for number, annotation in enumerate(content.get("annotations", []), start=1)
+            {**annotation, "id": key} for key, annotation in enumerate(content.get("annotations", []), start=1)
         ]
         with contextlib.redirect_stdout(io.StringIO()):
             truth.createIndex()
@@ -195,14 +198,9 @@ def load_ground_truth(annotations_file: Path, *, fingerprint: str | None = None)
         if isinstance(outlines, list):  # [[]], an outline without a point, is no mask
             annotation["segmentation"] = [outline for outline in outlines if outline]
         if "area" not in annotation:
-            annotation["area"] = _area(truth, annotation)
+            has_mask, (_, _, width, height) = bool(annotation.get("segmentation")), annotation["bbox"]
+            annotation["area"] = float(rle.area(truth.annToRLE(annotation)) if has_mask else width * height)
     return truth
-
-
-def _area(truth: COCO, annotation: Mapping[str, Any]) -> float:
-    if annotation.get("segmentation"):
-        return float(rle.area(truth.annToRLE(annotation)))
-    return float(annotation["bbox"][2] * annotation["bbox"][3])
 
 
 def names_of_classes(truth: COCO) -> list[str]:
@@ -226,7 +224,7 @@ def prepare_masks(truth: COCO) -> bool:
 
 
 def _type_metrics(precision: np.ndarray, class_names: Sequence[str]) -> TypeMetrics:
-    of_class = [_read_numbers(precision[:, :, [number]]) for number in range(len(class_names))]
+    of_class = [_read_numbers(precision[:, :, [index]]) for index in range(len(class_names))]
     measured = (None if numbers["AP"] is None else numbers for numbers in of_class)
     return TypeMetrics({ALL_CLASSES: _read_numbers(precision)}, dict(zip(class_names, measured, strict=True)))
 
@@ -246,21 +244,23 @@ def _read_numbers(precision: np.ndarray) -> Numbers:
 
 
 def _check_images(truth: COCO, image_ids: Collection[int], *, where: Path) -> None:
-    known, seen = set(truth.imgs), Counter(image_ids)
-    problems = {
-        "missing": sorted(known - set(seen), key=str),
-        "unknown": sorted(set(seen) - known, key=str),
-        "evaluated more than once": sorted((key for key, count in seen.items() if count > 1), key=str),
+    listed, evaluated = set(truth.imgs), Counter(image_ids)
+    kinds = {
+        "missing": listed - set(evaluated),
+        "unknown": set(evaluated) - listed,
+        "evaluated more than once": {key for key, count in evaluated.items() if count > 1},
     }
-    told = [f"{len(ids)} {what} (such as {', '.join(map(str, ids[:3]))})" for what, ids in problems.items() if ids]
-    if told:
-        raise UserError(f"{where}: the evaluated images are not the file's {len(known)}: {'; '.join(told)}")
+    problems = [
+        f"{len(ids)} {kind} (such as {', '.join(sorted(map(str, ids))[:3])})" for kind, ids in kinds.items() if ids
+    ]
+    if problems:
+        raise UserError(f"{where}: the evaluated images are not the file's {len(listed)}: {'; '.join(problems)}")
 
 
 def check_results(truth: COCO, results: Sequence[Mapping[str, Any]]) -> None:
     """A `UserError` for the first detection that does not fit the ground truth or is no COCO result."""
-    for number, result in enumerate(results):
-        where = f"detection {number} of {len(results)}"
+    for index, result in enumerate(results):
+        where = f"detection {index} of {len(results)}"
         missing = [key for key in ("image_id", "category_id", "bbox", "score", "segmentation") if key not in result]
         if missing:
             raise UserError(f"{where}: {missing[0]!r} is missing")
@@ -271,6 +271,6 @@ def check_results(truth: COCO, results: Sequence[Mapping[str, Any]]) -> None:
         if not math.isfinite(result["score"]):
             raise UserError(f"{where}: score {result['score']} is not a number")
         image, size = truth.imgs[result["image_id"]], list(result["segmentation"]["size"])
-        if size != [image["height"], image["width"]]:  # pycocotools would silently match nothing
-            expected = [image["height"], image["width"]]
+        expected = [image["height"], image["width"]]
+        if size != expected:  # pycocotools would silently match nothing
             raise UserError(f"{where}: mask size {size} is not that of image {result['image_id']}, {expected}")

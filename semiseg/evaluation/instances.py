@@ -14,7 +14,7 @@ import pandas as pd
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
-from semiseg.evaluation.cells import match_cells
+from semiseg.evaluation.matching import match_cells
 
 FOUND_IOU = 0.5  # of the boxes, from which a detection counts as the object's
 SHARES = ("box_iou", "mask_iou", "outside", "recall", "on_others", "mask_box_iou")
@@ -36,10 +36,10 @@ def box_matches(truth: COCO, results: Sequence[Mapping[str, Any]]) -> list[int |
         all after the first 100 of an image and class.
     """
     matches: list[int | None] = [None] * len(results)
-    for cell in match_cells(truth, results, "bbox", [FOUND_IOU]).values():
-        for number, annotation in zip(cell.numbers, cell.found[0].tolist(), strict=True):
-            if annotation and not truth.anns[annotation]["iscrowd"]:
-                matches[number] = annotation
+    for cell in match_cells(truth, results, "bbox", [FOUND_IOU]):
+        for key, annotation in zip(cell["dtIds"], cell["dtMatches"][0].tolist(), strict=True):
+            if annotation and not truth.anns[int(annotation)]["iscrowd"]:
+                matches[key - 1] = int(annotation)
     return matches
 
 
@@ -61,7 +61,7 @@ def match_instances(truth: COCO, results: Sequence[Mapping[str, Any]]) -> pd.Dat
         not on its own; mask_box_iou: IoU of the predicted mask with the detection's own box. NaN where not found;
         the shares of an empty mask are 0.
     """
-    finders = {key: number for number, key in enumerate(box_matches(truth, results)) if key is not None}
+    finders = {key: index for index, key in enumerate(box_matches(truth, results)) if key is not None}
     lines: list[dict[str, Any]] = []
     for image_id in truth.imgs:
         annotations = [a for a in truth.imgToAnns[image_id] if not a["iscrowd"] and a.get("segmentation")]
@@ -78,7 +78,6 @@ def _image_lines(
     matches: Mapping[int, int],
 ) -> list[dict[str, Any]]:
     masks = {a["id"]: truth.annToRLE(a) for a in annotations} if matches else {}
-    boxes = {key: rle.toBbox(mask) for key, mask in masks.items()}
     lines = []
     for annotation in annotations:
         key, detection = annotation["id"], matches.get(annotation["id"], -1)
@@ -86,8 +85,7 @@ def _image_lines(
         line["detection"] = detection
         if detection >= 0:
             result = results[detection]
-            extent = rle.toBbox(result["segmentation"])
-            others = [masks[other] for other, box in boxes.items() if other != key and _touch(extent, box)]
+            others = [mask for other, mask in masks.items() if other != key]
             line |= {"score": result["score"], "box_iou": _box_iou(result["bbox"], annotation["bbox"])}
             line |= _mask_shares(result["segmentation"], masks[key], others, result["bbox"])
         lines.append(line)
@@ -99,11 +97,6 @@ def _box_iou(first: Sequence[float], second: Sequence[float]) -> float:
     return float(rle.iou(*boxes, [0])[0, 0])
 
 
-def _touch(first: np.ndarray, second: np.ndarray) -> bool:
-    """Whether two boxes (x, y, w, h) share a pixel."""
-    return bool(np.all((first[:2] < second[:2] + second[2:]) & (second[:2] < first[:2] + first[2:])))
-
-
 def _mask_shares(
     predicted: _Encoding, own: _Encoding, others: Sequence[_Encoding], box: Sequence[float]
 ) -> dict[str, float]:
@@ -111,8 +104,8 @@ def _mask_shares(
     size, own_size, inside = (float(rle.area(mask)) for mask in (predicted, own, common))
     on_others = 0.0
     if others:
-        there = rle.merge([predicted, rle.merge(list(others))], intersect=True)
-        on_others = float(rle.area(there)) - float(rle.area(rle.merge([there, own], intersect=True)))
+        shared = rle.merge([predicted, rle.merge(list(others))], intersect=True)
+        on_others = float(rle.area(shared)) - float(rle.area(rle.merge([shared, own], intersect=True)))
     height, width = predicted["size"]
     box_mask = rle.frPyObjects(np.array([box], dtype=np.float64), height, width)[0]
     in_box = float(rle.area(rle.merge([predicted, box_mask], intersect=True)))

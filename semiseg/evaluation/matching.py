@@ -7,7 +7,9 @@ occur several times or not at all (`evaluation/bootstrap.py`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import io
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +17,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pycocotools.coco import COCO
 
-from semiseg.evaluation.cells import Cell, counts, match_cells
 from semiseg.evaluation.coco_metrics import names_of_classes
+from semiseg.evaluation.precision import Results, coco_evaluation
 
-IOU_THRESHOLDS = tuple(round(0.5 + 0.05 * number, 2) for number in range(10))
+IOU_THRESHOLDS = tuple(round(0.5 + 0.05 * step, 2) for step in range(10))
 _THRESHOLDS = np.linspace(0.5, 0.95, 10)  # to the bit as pycocotools has them
 _RECALLS = np.linspace(0.0, 1.0, 101)
 _BLOCK_ELEMENTS = 400_000  # of the largest array, resamples x detections: it stays in the cache
@@ -70,11 +72,12 @@ class Matches:
             )
         if self.positives.ndim != 2 or (self.positives < 0).any():
             raise ValueError("positives are counts by class and image")
-        for name, found, objects in zip(self.classes, self.detections, self.positives, strict=True):
-            if found.image.size and not 0 <= found.image.min() <= found.image.max() < self.images:
+        for name, detections, objects in zip(self.classes, self.detections, self.positives, strict=True):
+            image = detections.image
+            if image.size and not 0 <= image.min() <= image.max() < self.images:
                 raise ValueError(f"class {name!r} has detections of images beyond 0..{self.images - 1}")
-            for true in found.matched & ~found.ignored:
-                if (np.bincount(found.image[true], minlength=self.images) > objects).any():
+            for true in detections.matched & ~detections.ignored:
+                if (np.bincount(image[true], minlength=self.images) > objects).any():
                     raise ValueError(f"class {name!r} has more true positives than objects in an image")
 
     @property
@@ -83,39 +86,52 @@ class Matches:
         return int(self.positives.shape[1])
 
 
-def match(truth: COCO, results: Sequence[Mapping[str, Any]], iou_type: str) -> Matches:
-    """Matches detections and objects as COCO's evaluation does.
+def match_cells(truth: COCO, results: Results, iou_type: str, thresholds: Collection[float]) -> list[Mapping[str, Any]]:
+    """COCOeval's `evalImgs` for objects of all sizes, of each class and image that has objects or detections.
+
+    Detections are the best 100 in falling order of their scores; those with `dtIds` 1, 2, ... are the results.
 
     Args:
         truth: from `coco_metrics.load_ground_truth`; for "segm" after `prepare_masks`. Its outlines become RLE masks.
-        results: COCO results that passed `check_results`; left unchanged.
+        results: COCO results whose images and categories are the file's; left unchanged.
         iou_type: "bbox" or "segm".
+        thresholds: T IoU thresholds.
     """
+    evaluation = coco_evaluation(truth, results, iou_type)
+    evaluation.params.iouThrs = np.array(thresholds, dtype=np.float64)
+    evaluation.params.areaRng, evaluation.params.areaRngLbl = evaluation.params.areaRng[:1], ["all"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation.evaluate()
+    return [cell for cell in evaluation.evalImgs if cell is not None]
+
+
+def match(truth: COCO, results: Results, iou_type: str) -> Matches:
+    """Matches detections and objects as COCO's evaluation does; arguments as of `match_cells`."""
     images, categories = sorted(truth.imgs), sorted(truth.cats)
     if not images or not categories:
         raise ValueError("a ground truth without images or classes has no matching")
-    cells = match_cells(truth, results, iou_type, _THRESHOLDS)
+    columns = {image: index for index, image in enumerate(images)}
     positives = np.zeros((len(categories), len(images)), np.int64)
-    rows, columns = ({key: number for number, key in enumerate(keys)} for keys in (categories, images))
-    for annotation in truth.dataset["annotations"]:
-        if annotation["image_id"] in columns and annotation["category_id"] in rows and counts(annotation):
-            positives[rows[annotation["category_id"]], columns[annotation["image_id"]]] += 1
-    found = []
-    for category in categories:
-        own = [(number, cells[image, category]) for number, image in enumerate(images) if (image, category) in cells]
-        found.append(_class_matches(own, results))
-    return Matches(tuple(names_of_classes(truth)), tuple(found), positives)
+    cells: dict[Any, list[Mapping[str, Any]]] = {category: [] for category in categories}
+    for cell in match_cells(truth, results, iou_type, _THRESHOLDS):
+        cells[cell["category_id"]].append(cell)
+    detections = []
+    for own, counts in zip(cells.values(), positives, strict=True):
+        for cell in own:
+            counts[columns[cell["image_id"]]] = np.count_nonzero(cell["gtIgnore"] == 0)
+        detections.append(_class_matches(own, columns))
+    return Matches(tuple(names_of_classes(truth)), tuple(detections), positives)
 
 
-def _class_matches(cells: Sequence[tuple[int, Cell]], results: Sequence[Mapping[str, Any]]) -> ClassMatches:
-    """Puts together the cells of a class, with their images' numbers, in the order of pycocotools."""
+def _class_matches(cells: Sequence[Mapping[str, Any]], columns: Mapping[Any, int]) -> ClassMatches:
+    """Puts together the cells of a class in the order of pycocotools."""
     nothing = np.zeros((len(IOU_THRESHOLDS), 0), bool)
-    scores = np.array([results[number]["score"] for _, cell in cells for number in cell.numbers], dtype=np.float64)
+    scores = np.array([score for cell in cells for score in cell["dtScores"]], dtype=np.float64)
     order = np.argsort(-scores, kind="mergesort")
-    image = np.repeat([image for image, _ in cells], [len(cell.numbers) for _, cell in cells])
-    matched = np.concatenate([nothing, *(cell.found > 0 for _, cell in cells)], axis=1)
-    ignored = np.concatenate([nothing, *(cell.ignored for _, cell in cells)], axis=1)
-    return ClassMatches(image.astype(np.int64)[order], matched[:, order], ignored[:, order])
+    image = np.array([columns[cell["image_id"]] for cell in cells for _ in cell["dtIds"]], dtype=np.int64)
+    matched = np.concatenate([nothing, *(cell["dtMatches"] > 0 for cell in cells)], axis=1)
+    ignored = np.concatenate([nothing, *(cell["dtIgnore"].astype(bool) for cell in cells)], axis=1)
+    return ClassMatches(image[order], matched[:, order], ignored[:, order])
 
 
 def average_precision(matches: Matches, weights: ArrayLike | None = None) -> NDArray[np.float64]:
@@ -136,18 +152,18 @@ def average_precision(matches: Matches, weights: ArrayLike | None = None) -> NDA
         raise ValueError(f"weights are whole numbers, (N,) or (B, N) with N = {matches.images}, not {counts.shape}")
     rows = np.atleast_2d(counts).astype(np.int64)
     by_class = [
-        class_average_precision(found, positives, rows)
-        for found, positives in zip(matches.detections, matches.positives, strict=True)
+        class_average_precision(detections, positives, rows)
+        for detections, positives in zip(matches.detections, matches.positives, strict=True)
     ]
     numbers = np.stack(by_class, axis=1)
     return numbers if counts.ndim == 2 else numbers[0]
 
 
-def class_average_precision(found: ClassMatches, positives: Counts, weights: Counts) -> NDArray[np.float64]:
+def class_average_precision(detections: ClassMatches, positives: Counts, weights: Counts) -> NDArray[np.float64]:
     """AP of one class in percent.
 
     Args:
-        found: D detections.
+        detections: D of them.
         positives: (N,) objects of the class.
         weights: (B, N) how often each image occurs.
 
@@ -156,11 +172,11 @@ def class_average_precision(found: ClassMatches, positives: Counts, weights: Cou
         (true positives so far) / (detections so far that are not ignored), then from each on the highest to come, once
         for every recall threshold 0, 0.01, ... 1 that this true positive is the first to reach.
     """
-    true = [np.flatnonzero(row) for row in found.matched & ~found.ignored]
-    ignored = [np.flatnonzero(row) for row in found.ignored]
-    step = max(1, _BLOCK_ELEMENTS // max(1, len(found.image)))
+    true = [np.flatnonzero(row) for row in detections.matched & ~detections.ignored]
+    ignored = [np.flatnonzero(row) for row in detections.ignored]
+    step = max(1, _BLOCK_ELEMENTS // max(1, len(detections.image)))
     blocks = [
-        _block_precision(found.image, true, ignored, weights[start : start + step], positives)
+        _block_precision(detections.image, true, ignored, weights[start : start + step], positives)
         for start in range(0, len(weights), step)
     ]
     return np.concatenate(blocks) if blocks else np.empty((0, len(IOU_THRESHOLDS)))
@@ -176,15 +192,15 @@ def _block_precision(
     for threshold, (hits, skipped) in enumerate(zip(true, ignored, strict=True)):
         if not hits.size:
             continue
-        found = np.cumsum(weights[:, image[hits]], axis=1)
+        so_far_true = np.cumsum(weights[:, image[hits]], axis=1)
         counted = so_far[:, hits]
         if skipped.size:
             out = np.cumsum(weights[:, image[skipped]], axis=1)
             before = np.searchsorted(skipped, hits)
             counted -= np.where(before > 0, out[:, before - 1], 0)
-        precision = found / (counted + np.spacing(1))
+        precision = so_far_true / (counted + np.spacing(1))
         highest = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-        recalls = np.take_along_axis(reached, found, axis=1)
+        recalls = np.take_along_axis(reached, so_far_true, axis=1)
         first = np.diff(recalls, axis=1, prepend=0)
         numbers[:, threshold] = 100 * np.einsum("bp,bp->b", highest, first) / len(_RECALLS)
     numbers[objects == 0] = np.nan

@@ -56,14 +56,16 @@ def coco_precision(truth: COCO, results: Results, iou_type: str, *, backend: Bac
         (T IoU thresholds, R recalls, C classes by id, A areas, 1) in 0..1; -1 where a class has no ground truth of
         the area.
     """
+    images = sorted(truth.imgs)
     if backend == "pycocotools":
-        return _pycocotools_precision(truth, results, iou_type)
+        return _pycocotools_precision(truth, results, iou_type, images)
     require_backend(backend)
     _check_equal(truth, results, iou_type)
-    return _hotcoco_precision(truth, results, iou_type)
+    return _hotcoco_precision(truth, results, iou_type, images)
 
 
-def _pycocotools_precision(truth: COCO, results: Results, iou_type: str) -> Precision:
+def coco_evaluation(truth: COCO, results: Results, iou_type: str) -> COCOeval:
+    """pycocotools' evaluation, not started yet, of 100 detections per image and class; ids of results are 1, 2, ..."""
     # With boxes beside the masks loadRes would take the boxes' areas.
     hidden = "bbox" if iou_type == "segm" else "segmentation"
     detections = [{key: value for key, value in result.items() if key != hidden} for result in results]
@@ -75,30 +77,37 @@ def _pycocotools_precision(truth: COCO, results: Results, iou_type: str) -> Prec
             predicted.dataset = {**truth.dataset, "annotations": []}
             predicted.createIndex()
         evaluation = COCOeval(truth, predicted, iou_type)
-        evaluation.params.maxDets = [DETECTIONS_PER_IMAGE]  # those with 1 and 10 are for recalls, which nobody reads
+    evaluation.params.maxDets = [DETECTIONS_PER_IMAGE]  # those with 1 and 10 are for recalls, which nobody reads
+    return evaluation
+
+
+def _pycocotools_precision(truth: COCO, results: Results, iou_type: str, image_ids: Sequence[Any]) -> Precision:
+    evaluation = coco_evaluation(truth, results, iou_type)
+    evaluation.params.imgIds = image_ids
+    with contextlib.redirect_stdout(io.StringIO()):
         evaluation.evaluate()
         evaluation.accumulate()
     precision: Precision = evaluation.eval["precision"]
     return precision
 
 
-def _hotcoco_precision(truth: COCO, results: Results, iou_type: str) -> Precision:
+def _hotcoco_precision(truth: COCO, results: Results, iou_type: str, image_ids: Sequence[Any]) -> Precision:
     import hotcoco
 
-    images = {image: number for number, image in enumerate(sorted(truth.imgs), start=1)}
-    classes = {category: number for number, category in enumerate(sorted(truth.cats), start=1)}
-    known = _truth_columns(truth, images, classes, masks=iou_type == "segm")
+    images = {image: index for index, image in enumerate(image_ids, start=1)}
+    classes = {category: index for index, category in enumerate(sorted(truth.cats), start=1)}
+    objects = _truth_columns(truth, images, classes, masks=iou_type == "segm")
     table = np.array(
         [(images[r["image_id"]], *r["bbox"], r["score"], classes[r["category_id"]]) for r in results], dtype=np.float64
     ).reshape(-1, 7)  # the columns of loadRes
     if iou_type == "segm":
         masks = [r["segmentation"] for r in results]
-        predicted = known.load_res(table, segmentation=masks)
+        predicted = objects.load_res(table, segmentation=masks)
         areas = np.asarray(hotcoco.mask.area(masks), dtype=np.float64).reshape(-1)
         predicted.update_anns(ids=np.arange(1, len(masks) + 1), area=areas)  # it had the boxes' areas
     else:
-        predicted = known.load_res(table)
-    evaluation: Any = hotcoco.COCOeval(known, predicted, iou_type)
+        predicted = objects.load_res(table)
+    evaluation: Any = hotcoco.COCOeval(objects, predicted, iou_type)
     evaluation.params.maxDets = [DETECTIONS_PER_IMAGE]
     evaluation.evaluate()
     evaluation.accumulate()
@@ -107,40 +116,32 @@ def _hotcoco_precision(truth: COCO, results: Results, iou_type: str) -> Precisio
 
 
 def _truth_columns(truth: COCO, images: Mapping[Any, int], classes: Mapping[Any, int], *, masks: bool) -> Any:
-    """The ground truth as hotcoco's data set, without annotations of images or classes that the file does not list."""
+    """The ground truth as hotcoco's data set: annotations of these images and of the classes that the file lists."""
     import hotcoco
 
-    found = [a for a in truth.dataset["annotations"] if a["image_id"] in images and a["category_id"] in classes]
+    annotations = [a for a in truth.dataset["annotations"] if a["image_id"] in images and a["category_id"] in classes]
     sizes = {number: truth.imgs[image] for image, number in images.items()}
     return hotcoco.COCO.from_arrays(
         [{"id": number, "height": image["height"], "width": image["width"]} for number, image in sizes.items()],
         [{"id": number, "name": str(number)} for number in classes.values()],
-        np.array([images[a["image_id"]] for a in found], dtype=np.int64),
-        np.array([classes[a["category_id"]] for a in found], dtype=np.int64),
-        np.array([a["bbox"] for a in found], dtype=np.float64).reshape(-1, 4),
-        ids=np.arange(1, len(found) + 1),
-        area=np.array([a["area"] for a in found], dtype=np.float64),
-        iscrowd=np.array([int(a["iscrowd"]) for a in found], dtype=np.int64),
-        segmentation=[truth.annToRLE(a) for a in found] if masks else None,
+        np.array([images[a["image_id"]] for a in annotations], dtype=np.int64),
+        np.array([classes[a["category_id"]] for a in annotations], dtype=np.int64),
+        np.array([a["bbox"] for a in annotations], dtype=np.float64).reshape(-1, 4),
+        ids=np.arange(1, len(annotations) + 1),
+        area=np.array([a["area"] for a in annotations], dtype=np.float64),
+        iscrowd=np.array([int(a["iscrowd"]) for a in annotations], dtype=np.int64),
+        segmentation=[truth.annToRLE(a) for a in annotations] if masks else None,
     )
 
 
 def _check_equal(truth: COCO, results: Results, iou_type: str) -> None:
     """Compares both on some images, evenly spread over the file."""
-    every = sorted(truth.imgs)
-    chosen = set(every[:: max(20, -(-len(every) // CHECKED_IMAGES))])
-    some = COCO()
-    some.dataset = {
-        "images": [image for image in truth.dataset["images"] if image["id"] in chosen],
-        "categories": truth.dataset["categories"],
-        "annotations": [a for a in truth.dataset["annotations"] if a["image_id"] in chosen],
-    }
-    with contextlib.redirect_stdout(io.StringIO()):
-        some.createIndex()
-    detections = [result for result in results if result["image_id"] in chosen]
-    fast, official = (f(some, detections, iou_type) for f in (_hotcoco_precision, _pycocotools_precision))
+    images = sorted(truth.imgs)
+    checked = images[:: max(20, -(-len(images) // CHECKED_IMAGES))]
+    detections = [result for result in results if result["image_id"] in checked]
+    fast, official = (f(truth, detections, iou_type, checked) for f in (_hotcoco_precision, _pycocotools_precision))
     if not np.array_equal(fast, official):
         raise UserError(
             f"hotcoco {version('hotcoco')} and pycocotools {version('pycocotools')} give different {iou_type} numbers "
-            f"for {len(chosen)} of the images; evaluate without it (no --fast, runtime.fast_evaluation = false)"
+            f"for {len(checked)} of the images; evaluate without it (no --fast, runtime.fast_evaluation = false)"
         )

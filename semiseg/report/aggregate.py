@@ -142,12 +142,14 @@ class ReportInput:
     def cells(self, table: ReportTable) -> list[tuple[str, int, Result]]:
         """(row name, seed, run) of every recorded cell of a table, in the order of rows and seeds."""
         keys = [(table.name, row.name, seed) for row in table.rows for seed in self.seeds]
-        return [(*key[1:], self.results[key]) for key in keys if key in self.results]
+        return [
+            (row, seed, self.results[name, row, seed]) for name, row, seed in keys if (name, row, seed) in self.results
+        ]
 
     def missing(self, table: ReportTable) -> list[tuple[str, int]]:
         """(row name, seed) of the cells without a recorded run."""
-        recorded = [(row, seed) for row, seed, _ in self.cells(table)]
-        return [cell for row in table.rows for seed in self.seeds if (cell := (row.name, seed)) not in recorded]
+        cells = [(row.name, seed) for row in table.rows for seed in self.seeds]
+        return [cell for cell in cells if (table.name, *cell) not in self.results]
 
     def runs(self) -> list[Result]:
         """The runs behind the cells, each once, in the order of tables, rows and seeds."""
@@ -195,16 +197,11 @@ def summarise(measured: pd.DataFrame, table: ReportTable) -> pd.DataFrame:
     """
     columns = [*METRIC_COLUMNS, *SIZE_COLUMNS]
     grouped = measured.groupby("row")
-    names = [row.name for row in table.rows]
-    terms = pd.DataFrame(
-        {"projection": [row.projection for row in table.rows], "pairwise": [row.pairwise for row in table.rows]},
-        index=pd.Index(names, name="row"),
-    )
-    counts = grouped["seed"].nunique().reindex(names, fill_value=0).rename("seeds")
+    rows = pd.DataFrame([(row.name, row.projection, row.pairwise) for row in table.rows], columns=CSV_COLUMNS[:3])
+    counts = grouped["seed"].nunique().reindex(rows["row"], fill_value=0).rename("seeds")
     means, deviations = grouped[columns].mean(), grouped[columns].std(ddof=1).add_suffix("_std")
-    sizes = (*SIZE_COLUMNS, *(f"{column}_std" for column in SIZE_COLUMNS))
-    joined = terms.join([counts, means, deviations]).reset_index()
-    return joined[[*CSV_COLUMNS, *sizes]]
+    joined = rows.set_index("row").join([counts, means, deviations]).reset_index()
+    return joined[[*CSV_COLUMNS, *SIZE_COLUMNS, *(f"{column}_std" for column in SIZE_COLUMNS)]]
 
 
 def compared_pairs(table: ReportTable) -> list[tuple[str, str]]:
@@ -281,37 +278,29 @@ class TableNumbers:
 
     def mean(self, row: str, column: str) -> float | None:
         """A number of the summary, e.g. column "unseen_AP"; None if it was not measured."""
-        found = self.summary.loc[self.summary["row"] == row, column].dropna()
-        return float(found.iloc[0]) if len(found) else None
+        values = self.summary.loc[self.summary["row"] == row, column].dropna()
+        return float(values.iloc[0]) if len(values) else None
 
     def main_row(self, among: Collection[str]) -> str:
-        """The row that the page is about, for pictures and the order of classes alike.
+        """The row that the page is about: the method, else the best one by the table's main AP.
 
-        The method; else the best of the rows that lack masks, the first row aside, with which the others are compared;
-        else the first row if it lacks masks; else the best one, the first row aside. Best by mean AP on unseen classes,
-        on all where there are none.
+        Rows that have every mask, and the first row, with which others are compared, count only if there is no other.
 
         Args:
             among: names of rows to choose from, at least one.
         """
         rows = [row for row in self.table.rows if row.name in among]
-        first = self.table.rows[0]
-        choices = (
-            [row for row in rows if row.name == BEST],
-            [row for row in rows if row != first and not row.every_mask],
-            [row for row in rows if not row.every_mask],
-            [row for row in rows if row != first],
-            rows,
-        )
-        candidates = next(found for found in choices if found)
+        lacking = [row for row in rows if not row.every_mask] or rows
+        others = [row for row in lacking if row != self.table.rows[0]] or lacking
+        candidates = [row for row in rows if row.name == BEST] or others
         column = f"{self.table.main_group}_AP"
         means = {row.name: mean for row in candidates if (mean := self.mean(row.name, column)) is not None}
         return max(means, key=lambda name: means[name]) if means else candidates[0].name
 
     def between(self, first: str, second: str, group: str) -> Difference:
         """Of any two rows."""
-        found = difference(self.measured, first, second, group=group)
-        return found if self.images is None else self.images.beside(found)
+        step = difference(self.measured, first, second, group=group)
+        return step if self.images is None else self.images.beside(step)
 
     def with_images(self, images: ImageIntervals) -> TableNumbers:
         """The same with the intervals over images, in the differences too."""

@@ -1,18 +1,25 @@
-"""What every section of a report page gets: the study, its numbers, and where figures and measurements are kept."""
+"""What every section of a report page gets: the study, its numbers, and the figures and measurements kept beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import functools
+import json
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
+from semiseg.config.read import read_json
+from semiseg.errors import UserError
 from semiseg.report.aggregate import ReportInput, TableNumbers
-from semiseg.report.measured import Measured
 from semiseg.report.stored import StoredDetections
 from semiseg.report.tables import escape_markdown
-from semiseg.resources import write_bytes
+from semiseg.resources import write_bytes, write_text
+
+MEASURED_NAME = "measured.json"
 
 
 @dataclass
@@ -47,6 +54,34 @@ class FigureFiles:
         return [shown, *([f"*{escape_markdown(caption)}*"] if caption else [])]
 
 
+class Measured:
+    """What was measured on the detections of the runs of a report, kept so that it outlives the run folders.
+
+    `measured.json` maps part -> key -> JSON value. A key names what the value follows from (`Result.trained_as`, and
+    any setting of the measurement), so that a value never has to be measured twice; delete the file to measure anew.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._parts: dict[str, dict[str, Any]] = {}
+        if path.is_file():
+            with suppress(UserError):  # damaged: measured anew
+                self._parts = {name: kept for name, kept in read_json(path).items() if isinstance(kept, dict)}
+
+    def get(self, part: str, key: str, measure: Callable[[], Any | None]) -> Any | None:
+        """The kept value, else that of `measure`, which gives plain JSON values or None where it cannot measure."""
+        kept = self._parts.setdefault(part, {})
+        if key not in kept and (value := measure()) is not None:
+            kept[key] = json.loads(json.dumps(value, allow_nan=False))
+        return kept.get(key)
+
+    def save(self) -> None:
+        """Writes the file if there is something to keep."""
+        parts = {name: dict(sorted(kept.items())) for name, kept in sorted(self._parts.items()) if kept}
+        if parts:
+            write_text(self._path, json.dumps(parts, separators=(",", ":"), ensure_ascii=False) + "\n")
+
+
 @dataclass
 class PageContext:
     """One report being written.
@@ -56,15 +91,15 @@ class PageContext:
         tables: the numbers of its tables.
         printed: the paper's numbers.
         figures, measured: the report's folder, by kind of file.
-        stored: the detections of the runs and their matchings, as far as they are on this machine.
     """
 
     report: ReportInput
     tables: Sequence[TableNumbers]
     printed: pd.DataFrame
     figures: FigureFiles
-    measured: Measured = field(repr=False)
-    stored: StoredDetections = field(init=False, repr=False)
+    measured: Measured
 
-    def __post_init__(self) -> None:
-        self.stored = StoredDetections(self.report)
+    @functools.cached_property
+    def stored(self) -> StoredDetections:
+        """The detections of the runs and their matchings, as far as they are on this machine."""
+        return StoredDetections(self.report)

@@ -14,6 +14,8 @@ from scipy.special import stdtrit  # scipy.stats.t.ppf, without the second that 
 
 from semiseg.evaluation.bootstrap import Interval, leaves_out_zero
 
+_RESOLVES_NOTHING = {1: "one seed cannot resolve small differences", 2: "two seeds have no interval"}
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -53,7 +55,7 @@ class Difference:
     def unresolved_over(self) -> tuple[str, ...]:
         """What the intervals that contain 0 are over: "seeds", "images", both or nothing."""
         intervals = {"seeds": self.interval, "images": self.image_interval}
-        return tuple(name for name, found in intervals.items() if found is not None and not leaves_out_zero(found))
+        return tuple(name for name, ends in intervals.items() if ends is not None and not leaves_out_zero(ends))
 
     @property
     def resolved(self) -> bool | None:
@@ -65,6 +67,21 @@ class Difference:
         if self.interval is None and self.image_interval is None:
             return None
         return not self.unresolved_over
+
+    @property
+    def reading(self) -> str:
+        """What one may conclude from it."""
+        count = len(self.values)
+        if count == 0:
+            return "not measured"
+        if self.resolved is None:
+            return f"{_RESOLVES_NOTHING[count]}: no claim"
+        if not self.resolved:
+            return f"not resolved over {' and '.join(self.unresolved_over)}"
+        direction = "higher" if (self.mean or 0) > 0 else "lower"
+        if self.interval is None:
+            return f"resolved over images only: {direction}"
+        return f"resolved: {direction}"
 
 
 def difference(measured: pd.DataFrame, first: str, second: str, *, group: str) -> Difference:
@@ -82,7 +99,8 @@ class ImageIntervals:
     Attributes:
         images, resamples: how many.
         cells: (row, group) -> of the mean AP over seeds.
-        differences: (first, second, group) -> of the mean of second minus first over the seeds that both have.
+        differences: (first, second, group) -> of the mean of second minus first over the seeds that both have, for
+            every two rows in both orders.
         shares: row -> of the percentage of the gap that it closes, where the gap itself is resolved over images.
     """
 
@@ -93,9 +111,5 @@ class ImageIntervals:
     shares: Mapping[str, Interval]
 
     def beside(self, item: Difference) -> Difference:
-        """The same difference with its interval over images, if there is one for the pair in either direction."""
-        found = self.differences.get((item.first, item.second, item.group))
-        turned = self.differences.get((item.second, item.first, item.group))
-        if found is None and turned is not None:
-            found = (-turned[1], -turned[0])
-        return replace(item, image_interval=found)
+        """The same difference with its interval over images, if there is one."""
+        return replace(item, image_interval=self.differences.get((item.first, item.second, item.group)))

@@ -1,67 +1,103 @@
-"""The charts of a report, made from aggregated numbers and from the logs of runs."""
+"""The charts of a report, made from aggregated numbers and from the logs of runs, as PNG with few colours."""
 
 from __future__ import annotations
 
+import io
 import math
+import textwrap
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+import matplotlib.font_manager
 import numpy as np
 import pandas as pd
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.typing import LineStyleType
+from PIL import Image
 
 from semiseg.config.read import read_json_lines
 from semiseg.errors import UserError
 from semiseg.report.aggregate import UPPER_BOUND, ReportTable, TableNumbers
-from semiseg.report.drawing import (
-    BLACK,
-    GREY,
-    ROW_COLOURS,
-    STYLE,
-    chart,
-    new_figure,
-    plain,
-    shortened,
-    wrapped,
-)
+
+# Okabe and Ito 2008: distinguishable with any colour vision.
+BLUE, ORANGE, GREEN, SKY = "#0072B2", "#E69F00", "#009E73", "#56B4E9"
+VERMILLION, PURPLE, GREY, BLACK = "#D55E00", "#CC79A7", "#8C8C8C", "#000000"
+ROW_COLOURS = (GREY, SKY, BLUE, ORANGE, GREEN, BLACK, VERMILLION, PURPLE)
+
+STYLE = Path(__file__).with_name("charts.mplstyle")
+_FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Hiragino Sans", "Yu Gothic")
 
 CURVE_POINTS = 60  # longer curves are averaged in bins
 _PALE = 0.35  # opacity of bars that are not of the unseen classes
 _DASHES: tuple[LineStyleType, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+Styles = Mapping[str, Mapping[str, Any]]  # row name -> matplotlib's keywords of its lines
 _SEEDS: dict[str, Any] = {"marker": "o", "linestyle": "none", "color": "white", "markeredgecolor": BLACK}
 
 
-@dataclass(frozen=True)
-class RowStyle:
-    """How a row is drawn in every chart of a page; lines that cross differ by more than their colour."""
+def new_figure(width: float, height: float) -> Figure:
+    """A figure of inches, drawn off screen, with letters of other scripts where a font for them is installed.
 
-    colour: str
-    dashes: LineStyleType
-    marker: str
+    For functions under `matplotlib.rc_context(fname=STYLE)`.
+    """
+    installed = {font.name for font in matplotlib.font_manager.fontManager.ttflist}
+    matplotlib.rcParams["font.family"] = [name for name in _FONTS if name in installed] or ["sans-serif"]
+    figure = Figure(figsize=(width, height))
+    FigureCanvasAgg(figure)
+    return figure
 
 
-Styles = Mapping[str, RowStyle]
+def chart(figure: Figure) -> bytes:
+    """A figure of lines and letters as PNG, the same bytes for the same numbers."""
+    canvas = FigureCanvasAgg(figure)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # no font of a script here: boxes instead
+        canvas.draw()
+    return png(Image.fromarray(np.asarray(canvas.buffer_rgba())))
 
 
-def row_styles(tables: Sequence[ReportTable]) -> dict[str, RowStyle]:
-    """Row name -> its style, in the order in which the tables of a page name the rows first."""
+def png(image: Image.Image, *, colours: int = 128) -> bytes:
+    """An image with a palette: a third of the bytes, and no time stamp or version inside."""
+    small = io.BytesIO()
+    reduced = image.convert("RGB").quantize(colours, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    reduced.save(small, format="png", optimize=True)
+    return small.getvalue()
+
+
+def plain(text: str) -> str:
+    """A name as it is: `$` does not start mathematics."""
+    return " ".join(text.split()).replace("$", r"\$")
+
+
+def wrapped(text: str, width: int = 12) -> str:
+    """Breaks long labels at spaces and hyphens so that they do not run into each other."""
+    return textwrap.fill(plain(text), width, break_long_words=False)
+
+
+def shortened(text: str, width: int = 40) -> str:
+    """A label of at most `width` letters, the last of them "…" where it was longer."""
+    text = " ".join(text.split())
+    return plain(text if len(text) <= width else f"{text[: width - 1].rstrip()}…")
+
+
+def row_styles(tables: Sequence[ReportTable]) -> Styles:
+    """How each row is drawn in every chart of a page; lines that cross differ by more than their colour."""
     count = len(ROW_COLOURS)
     names = dict.fromkeys(row.name for table in tables for row in table.rows)
     return {
-        name: RowStyle(
-            ROW_COLOURS[index % count],
+        name: {
+            "color": ROW_COLOURS[index % count],
             # Where the colours begin anew, the dashes do not begin at the same place.
-            _DASHES[(index + index // count) % len(_DASHES)],
-            _MARKERS[index % len(_MARKERS)],
-        )
+            "linestyle": _DASHES[(index + index // count) % len(_DASHES)],
+        }
         for index, name in enumerate(names)
     }
 
@@ -79,8 +115,8 @@ def _panels(count: int, *, across: int, size: tuple[float, float], sharey: bool 
 
 def _legend(figure: Figure, panels: Iterable[Axes]) -> None:
     """One legend for all panels, outside of them, each label once."""
-    found = [panel.get_legend_handles_labels() for panel in panels]
-    handles = {label: handle for pair in found for handle, label in zip(*pair, strict=True)}
+    entries = [panel.get_legend_handles_labels() for panel in panels]
+    handles = {label: handle for pair in entries for handle, label in zip(*pair, strict=True)}
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=3)
 
 
@@ -99,10 +135,10 @@ def ap_figure(tables: Sequence[ReportTable], measured: Mapping[str, pd.DataFrame
     for panel, table in zip(panels, tables, strict=True):
         groups = ((-0.2, "unseen", False), (0.2, "all", True)) if table.unseen else ((0.0, "all", False),)
         for offset, group, pale in groups:
-            for place, row in enumerate(table.rows):
+            for index, row in enumerate(table.rows):
                 frame = measured[table.name]
                 values = frame.loc[frame["row"] == row.name, f"{group}_AP"].dropna().to_numpy()
-                _bar(panel, place + offset, values, _fill(styles[row.name].colour, pale=pale))
+                _bar(panel, index + offset, values, _fill(styles[row.name]["color"], pale=pale))
         panel.set_xticks(range(len(table.rows)), [wrapped(row.label) for row in table.rows])
         panel.set_xlim(-0.6, len(table.rows) - 0.4)
         panel.tick_params(labelleft=True)
@@ -117,18 +153,18 @@ def ap_figure(tables: Sequence[ReportTable], measured: Mapping[str, pd.DataFrame
     return chart(figure)
 
 
-def _bar(panel: Axes, place: float, values: np.ndarray, fill: Mapping[str, Any]) -> None:
+def _bar(panel: Axes, x: float, values: np.ndarray, fill: Mapping[str, Any]) -> None:
     if not len(values):
-        panel.text(place, 0.4, "not\nmeasured", ha="center", va="bottom", fontsize=7, rotation=90)
+        panel.text(x, 0.4, "not\nmeasured", ha="center", va="bottom", fontsize=7, rotation=90)
         return
     mean, top = float(values.mean()), float(values.max())
-    panel.bar(place, mean, 0.36, **fill)
+    panel.bar(x, mean, 0.36, **fill)
     if len(values) > 1:
         std = float(values.std(ddof=1))
-        panel.errorbar(place, mean, yerr=std, color=BLACK, capsize=3, linewidth=1)
-        panel.plot(place + np.linspace(-0.1, 0.1, len(values)), values, markersize=3.5, **_SEEDS)
+        panel.errorbar(x, mean, yerr=std, color=BLACK, capsize=3, linewidth=1)
+        panel.plot(x + np.linspace(-0.1, 0.1, len(values)), values, markersize=3.5, **_SEEDS)
         top = max(top, mean + std)
-    panel.annotate(f"{mean:.1f}", (place, top), (0, 3), textcoords="offset points", ha="center", fontsize=8)
+    panel.annotate(f"{mean:.1f}", (x, top), (0, 3), textcoords="offset points", ha="center", fontsize=8)
 
 
 def shown_row(numbers: TableNumbers) -> str | None:
@@ -153,38 +189,6 @@ def sorted_classes(numbers: TableNumbers) -> list[str]:
     by = numbers.classes[main] if gaps is None else gaps
     groups = (by.loc[list(names)].sort_values(ascending=False, kind="stable") for names in (table.unseen, table.seen))
     return [str(name) for group in groups for name in group.index]
-
-
-@rc_context(fname=STYLE)
-def threshold_figure(table: ReportTable, measured: Mapping[str, pd.DataFrame], styles: Styles) -> bytes | None:
-    """Mask AP over the IoU that a match takes: a line per row, the mean over seeds, in a band of +- std.
-
-    Args:
-        measured: words of a class group, one panel each -> one line per run: column "row", and one per IoU threshold.
-            None is returned if no run was measured.
-    """
-    if all(frame.empty for frame in measured.values()):
-        return None
-    figure, panels = _panels(len(measured), across=2, size=(5.0, 3.7), sharey=True)
-    for panel, (group, frame) in zip(panels, measured.items(), strict=True):
-        for row in table.rows:
-            values, style = frame.loc[frame["row"] == row.name].drop(columns="row"), styles[row.name]
-            thresholds, mean = values.columns.to_numpy(dtype=float), values.mean().to_numpy()
-            if len(values) > 1:
-                std = values.std(ddof=1).to_numpy()
-                panel.fill_between(thresholds, mean - std, mean + std, color=style.colour, alpha=0.15, linewidth=0)
-            if len(values):
-                look: dict[str, Any] = {"color": style.colour, "linestyle": style.dashes, "marker": style.marker}
-                # Marks at 0 are whole.
-                panel.plot(thresholds, mean, clip_on=False, label=shortened(row.label, 40), **look)
-        panel.set_title(group)
-        panel.set_xlabel("mask IoU of a match at least")
-        panel.set_xticks([0.5, 0.6, 0.7, 0.8, 0.9])
-        panel.grid()
-    panels[0].set_ylabel("mask AP (%)")
-    panels[0].set_ylim(bottom=0)
-    _legend(figure, panels)
-    return chart(figure)
 
 
 @dataclass(frozen=True)
@@ -221,10 +225,10 @@ def training_figure(table: ReportTable, curves: Mapping[str, Sequence[TrainingCu
     figure, panels = _panels(len(lines), across=3, size=(3.5, 2.5))
     for panel, (heading, drawn) in zip(panels, lines.items(), strict=True):
         for label, name, line in drawn:
-            style = styles[name]
-            marks = {"marker": style.marker, "markersize": 3.5} if drawn is validated else {}
-            look: dict[str, Any] = {"color": style.colour, "linestyle": style.dashes, "linewidth": 1.1, **marks}
-            panel.plot(line.index.to_numpy(), line.to_numpy(), label=shortened(label, 40), **look)
+            marks: dict[str, Any] = {"marker": "o", "markersize": 3.5} if drawn is validated else {}
+            panel.plot(
+                line.index.to_numpy(), line.to_numpy(), label=shortened(label), linewidth=1.1, **styles[name], **marks
+            )
         panel.set_title(heading)
         panel.margins(x=0.03)
         panel.set_xlabel("step")

@@ -12,22 +12,19 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from markdown_it import MarkdownIt
-from markdown_it.common.utils import escapeHtml
 from markdown_it.renderer import RendererHTML
 from markdown_it.token import Token
 from mdit_py_plugins.anchors import anchors_plugin
 
 PAGE_NAME = "index.html"
 _STYLE = Path(__file__).with_name("page.css")
-_LONGEST_LISTING = 5  # lines; longer ones are folded
-_PERCENT = re.compile(r"(?<=\d) %")
 
 
 def render_page(text: str, folder: Path) -> str:
     """The page of a report.
 
-    The words are those of the Markdown: CommonMark with GitHub's tables; raw HTML is shown as the letters it is, and
-    no line ends between a number and its percent sign. Images are embedded.
+    The words are those of the Markdown: CommonMark with GitHub's tables; raw HTML is shown as the letters it is.
+    Images are embedded.
 
     Args:
         text: report.md.
@@ -35,8 +32,7 @@ def render_page(text: str, folder: Path) -> str:
     """
     markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
     markdown.use(anchors_plugin, max_level=3, slug_func=_slug)
-    for name, rule in (("image", _image), ("fence", _fence), ("text", _text)):
-        markdown.add_render_rule(name, rule)
+    markdown.add_render_rule("image", _image)
     markdown.add_render_rule("table_open", lambda *_: '<div class="wide" tabindex="0">\n<table>\n')
     markdown.add_render_rule("table_close", lambda *_: "</table>\n</div>\n")
     environment = {"folder": folder}
@@ -62,19 +58,6 @@ def render_page(text: str, folder: Path) -> str:
 def _slug(words: str) -> str:
     """GitHub's anchor of a heading, so that links to it are right in report.md and here."""
     return re.sub(r"[^\w\- ]", "", words.lower()).replace(" ", "-") or "section"
-
-
-def _text(_: RendererHTML, tokens: Sequence[Token], index: int, *rest: Any) -> str:
-    return escapeHtml(_PERCENT.sub("\N{NO-BREAK SPACE}%", tokens[index].content))
-
-
-def _fence(_: RendererHTML, tokens: Sequence[Token], index: int, *rest: Any) -> str:
-    content = tokens[index].content
-    listing = f"<pre><code>{escape(content)}</code></pre>\n"
-    lines = content.count("\n")
-    if lines <= _LONGEST_LISTING:
-        return listing
-    return f"<details>\n<summary>{lines} lines</summary>\n{listing}</details>\n"
 
 
 def _image(renderer: RendererHTML, tokens: Sequence[Token], index: int, options: Any, environment: Any) -> str:

@@ -9,21 +9,25 @@ report stay, with their captions if it is a report of the same runs, else the pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from semiseg.report.aggregate import ReportInput, TableNumbers, table_numbers
-from semiseg.report.context import FigureFiles, PageContext
+from semiseg.report.context import MEASURED_NAME, FigureFiles, Measured, PageContext
 from semiseg.report.failures import failure_section
 from semiseg.report.figures import ap_figure
 from semiseg.report.html import PAGE_NAME, render_page
-from semiseg.report.measured import MEASURED_NAME, Measured
 from semiseg.report.pictures import picture_section
 from semiseg.report.provenance import protocol, provenance, warnings
 from semiseg.report.published import read_published
-from semiseg.report.quality_sections import class_section, size_section, threshold_section, training_section
-from semiseg.report.statements import answer
-from semiseg.report.table_sections import table_section
+from semiseg.report.sections import (
+    answer,
+    class_section,
+    size_section,
+    table_section,
+    threshold_section,
+    training_section,
+)
 from semiseg.report.tables import (
     best_cells,
     csv_table,
@@ -75,9 +79,8 @@ def build_report(report: ReportInput, *, out: Path, published: Path) -> Path:
         f"**Question.** {escape_markdown(report.question)}",
         f"**Answer.** {answer(page.tables)}",
         *(f"> {warning}" for warning in warnings(report)),
-        *_with_overview(
-            page, [block for numbers in page.tables for section in SECTIONS for block in section(page, numbers)]
-        ),
+        *_overview(page),
+        *(block for numbers in page.tables for section in SECTIONS for block in section(page, numbers)),
         *protocol(report),
         *provenance(report),
     ]
@@ -137,13 +140,8 @@ def _write_tables(numbers: TableNumbers, folder: Path) -> None:
     write_text(folder / f"{table.name}.tex", latex_table(table, shown, cells, bold=best))
 
 
-def _with_overview(page: PageContext, blocks: Sequence[str]) -> list[str]:
-    """The figure of all tables stands below the first table's numbers: people come for these."""
-    place = next((number for number, block in enumerate(blocks) if block.startswith("### ")), len(blocks))
-    return [*blocks[:place], *_overview(page), *blocks[place:]]
-
-
 def _overview(page: PageContext) -> list[str]:
+    """The figure of all tables."""
     tables, measured = page.report.tables, {numbers.table.name: numbers.measured for numbers in page.tables}
     bars = ap_figure(tables, measured) if any(len(frame) for frame in measured.values()) else None
     groups = "on unseen and on all classes" if any(table.unseen for table in tables) else "on all classes"

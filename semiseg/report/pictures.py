@@ -22,28 +22,23 @@ from semiseg.errors import UserError
 from semiseg.overlays import COLOURS, Drawn, can_write, draw_detections, fitted, load_font
 from semiseg.report.aggregate import ReportInput, ReportTable, TableNumbers
 from semiseg.report.context import PageContext
-from semiseg.report.drawing import png
+from semiseg.report.failures import CAUSES, causes_of_failure, class_name
+from semiseg.report.figures import png
 from semiseg.report.stored import StoredDetections
 from semiseg.report.tables import signed
 from semiseg.results import Result
-from semiseg.splits import normalise
 
-RANDOM, GAIN, LOSS = "random", "largest gain", "largest loss"
+RANDOM, GAIN, LOSS, FAILURE = "random", "largest gain", "largest loss", "worst failure"
 RANDOM_IMAGES, EXTREME_IMAGES = 4, 3
 SCORE_THRESHOLD = 0.4
 UNMATCHED = (187, 187, 187)
 _TILE, _GAP, _LINE = 200, 8, 16  # pixels: width of a picture, room around it, height of a line of words
-_Read = TypeVar("_Read")
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """A drawn picture, or the reason why there is none.
-
-    Attributes:
-        png: the picture, or None.
-        note: the caption: by which rule, of which runs; or in one sentence why there is none.
-    """
+    """A drawn picture and its caption; or None and, in one sentence, why there is none."""
 
     png: bytes | None
     note: str
@@ -54,31 +49,25 @@ class ChosenImage:
     """One validation image to show.
 
     Attributes:
-        group: RANDOM, GAIN or LOSS.
-        gain: mean mask IoU of the main row minus that of the other row on the image's instances; None without them.
+        group: RANDOM, GAIN, LOSS or FAILURE.
+        detail: its gain in points of IoU, or the cause of the failure.
     """
 
     image_id: Any
     group: str
-    gain: float | None
+    detail: str = ""
 
     @property
     def label(self) -> str:
-        """Its group, gain in points of IoU, and id."""
-        gain = "" if self.gain is None else f" ({signed(100 * self.gain, 0)})"
-        return f"{self.group}{gain}, image {self.image_id}"
+        """What stands above it."""
+        return f"{self.group}{f' ({self.detail})' if self.detail else ''}, image {self.image_id}"
 
 
 def picture_section(page: PageContext, numbers: TableNumbers) -> list[str]:
     """Ground truth and all rows side by side."""
     name, pictures = numbers.table.name, draw_pictures(page.report, numbers, page.stored)
-    shown = page.figures.show(
-        f"{name}_pictures",
-        pictures.png,
-        alt=f"ground truth and detections, {name}",
-        caption=pictures.note,
-        absent=pictures.note,
-    )
+    alt = f"ground truth and detections, {name}"
+    shown = page.figures.show(f"{name}_pictures", pictures.png, alt=alt, caption=pictures.note, absent=pictures.note)
     return ["### Pictures", *shown]
 
 
@@ -89,109 +78,85 @@ def draw_pictures(report: ReportInput, numbers: TableNumbers, stored: StoredDete
         seed, runs = runs_of_one_seed(report, table)
         main = numbers.main_row(runs)
         other = other_row(table, main, runs)
-        truth = truth_of(stored)
+        truth = _required(stored.truth(), "the validation set with its masks is")
         if not pick_images(truth, seed=report.picture_seed):
             raise UserError("the validation set has no objects")
-        matches = [judged(table, truth, there(stored.instances(runs[row]))) for row in (main, other) if row]
-        chosen = choose_images(truth, image_gains(*matches) if other else {}, seed=report.picture_seed)
-        images = {image.image_id: read_image(report.val_images, truth, image.image_id) for image in chosen}
+        # A picture without a row would replace a better one of an earlier report: all of them are needed.
         detections = {
-            row: [
-                result
-                for result in there(stored.of(run))
-                if result["image_id"] in images and result["score"] > SCORE_THRESHOLD
-            ]
-            for row, run in runs.items()
+            row: _required(stored.of(run), "the run folders with the detections are") for row, run in runs.items()
         }
+        own, others = (
+            None if row is None else judged(table, truth, _required(stored.instances(runs[row]), "detections are"))
+            for row in (main, other)
+        )
+        gains = {} if own is None or others is None else image_gains(own, others)
+        failures = {} if own is None else worst_failures(own)
+        chosen = choose_images(truth, gains, failures, seed=report.picture_seed)
+        strips = []
+        for image in chosen:
+            pixels = read_image(report.val_images, truth, image.image_id)
+            annotations = [a for a in truth.imgToAnns[image.image_id] if not a["iscrowd"]]
+            columns = {"ground truth": truth_objects(truth, annotations)}
+            for row in table.rows:
+                if row.name in detections:
+                    on_image = [result for result in detections[row.name] if result["image_id"] == image.image_id]
+                    columns[row.label] = detected_objects(annotations, on_image)
+            strips.append((image.label, [(label, _tile(pixels, objects)) for label, objects in columns.items()]))
     except UserError as error:
         return Pictures(None, str(error))
-    strips = []
-    for image in chosen:
-        annotations = [a for a in truth.imgToAnns[image.image_id] if not a["iscrowd"]]
-        columns = {"ground truth": truth_objects(table, truth, annotations)}
-        for row in table.rows:
-            if row.name in detections:
-                own = [result for result in detections[row.name] if result["image_id"] == image.image_id]
-                columns[row.label] = found_objects(table, truth, annotations, own)
-        tiles = [(label, _tile(images[image.image_id], objects)) for label, objects in columns.items()]
-        strips.append((image.label, tiles))
-    return Pictures(contact_sheet(strips), _note(report, table, chosen, seed, (main, other)))
+    labels = {row.name: row.label for row in table.rows}
+    return Pictures(contact_sheet(strips), _note(report, table, seed, labels[main], labels.get(other or "", "")))
 
 
-def there(found: _Read | None) -> _Read:
-    """A picture without a row would replace a better one of an earlier report: all of them are needed."""
-    if found is None:
-        raise UserError("the run folders with the detections are not on this machine")
-    return found
+def _required(value: _Value | None, what: str) -> _Value:
+    if value is None:
+        raise UserError(f"{what} not on this machine")
+    return value
 
 
-def truth_of(stored: StoredDetections) -> COCO:
-    """The validation objects with masks, which pictures are drawn from."""
-    if (truth := stored.truth()) is None:
-        raise UserError("the validation set with its masks is not on this machine")
-    return truth
-
-
-def _note(
-    report: ReportInput,
-    table: ReportTable,
-    chosen: Sequence[ChosenImage],
-    seed: int,
-    compared: tuple[str, str | None],
-) -> str:
+def _note(report: ReportInput, table: ReportTable, seed: int, main: str, other: str) -> str:
     """The rule by which the images were chosen, and how to read the picture."""
-    main, other = (next((row.label for row in table.rows if row.name == name), "") for name in compared)
-    rule = f"Drawn at random with seed {report.picture_seed}: {sum(image.group == RANDOM for image in chosen)} images"
+    rule = f"Drawn at random with seed {report.picture_seed}"
     if other:
         objects = "objects of unseen classes" if table.unseen else "objects"
         rule += (
             f"; then those with the largest gain and loss of {main} against {other} in the mean mask IoU of their "
             f"{objects} (in points; not found counts 0)"
         )
-    solid = " Solid boxes: unseen classes, dashed: seen classes." if table.unseen else ""
     return (
-        f"{rule}. Runs of seed {seed}; detections with a score above {SCORE_THRESHOLD}, in the colour of the object "
-        f"that the box covers best (IoU at least 0.5), grey if none.{solid}"
+        f"{rule}; then the worst failure of {main} by each cause. Runs of seed {seed}; detections with a score above "
+        f"{SCORE_THRESHOLD}, in the colour of the object that the box covers best (IoU at least 0.5), grey if none."
     )
 
 
-def truth_objects(table: ReportTable, truth: COCO, annotations: Sequence[Mapping[str, Any]]) -> list[Drawn]:
-    """The objects of an image, each with its class."""
-    return [
-        Drawn(
-            _corners(annotation["bbox"]),
-            truth.annToRLE(annotation) if annotation.get("segmentation") else None,
-            drawn_name(truth, annotation["category_id"]),
-            COLOURS[index % len(COLOURS)],
-            dashed=_is_dashed(table, truth, annotation),
-        )
-        for index, annotation in enumerate(annotations)
-    ]
+def truth_objects(truth: COCO, annotations: Sequence[Mapping[str, Any]]) -> list[Drawn]:
+    """The objects of an image, each with its class, by its number where the font of pictures lacks its letters."""
+    drawn = []
+    for index, annotation in enumerate(annotations):
+        name = class_name(truth, annotation["category_id"])
+        text = name if can_write(name) else f"class {annotation['category_id']}"
+        mask = truth.annToRLE(annotation) if annotation.get("segmentation") else None
+        drawn.append(Drawn(_corners(annotation["bbox"]), mask, text, COLOURS[index % len(COLOURS)]))
+    return drawn
 
 
-def found_objects(
-    table: ReportTable, truth: COCO, annotations: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str, Any]]
-) -> list[Drawn]:
-    """The detections of an image, best first, in the colours of its objects."""
+def detected_objects(annotations: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str, Any]]) -> list[Drawn]:
+    """The detections of an image above SCORE_THRESHOLD, best first, in the colours of its objects."""
     boxes = np.array([a["bbox"] for a in annotations], dtype=np.float64).reshape(-1, 4)
     drawn = []
     for result in sorted(results, key=lambda result: -result["score"]):
+        if result["score"] <= SCORE_THRESHOLD:
+            break
         overlaps = rle.iou(np.array([result["bbox"]], dtype=np.float64), boxes, [0] * len(boxes))
         best = int(np.argmax(overlaps)) if len(boxes) else -1
         colour = COLOURS[best % len(COLOURS)] if best >= 0 and overlaps[0, best] >= 0.5 else UNMATCHED
-        box, text = _corners(result["bbox"]), f"{result['score']:.2f}"
-        dashed = _is_dashed(table, truth, result)
-        drawn.append(Drawn(box, result["segmentation"], text, colour, dashed))
+        drawn.append(Drawn(_corners(result["bbox"]), result["segmentation"], f"{result['score']:.2f}", colour))
     return drawn
 
 
 def _corners(box: Sequence[float]) -> tuple[float, float, float, float]:
     x, y, width, height = box
     return x, y, x + width, y + height
-
-
-def _is_dashed(table: ReportTable, truth: COCO, item: Mapping[str, Any]) -> bool:
-    return bool(table.unseen) and class_name(truth, item["category_id"]) not in table.unseen
 
 
 def _tile(image: np.ndarray, objects: Sequence[Drawn]) -> Image.Image:
@@ -203,38 +168,25 @@ def _tile(image: np.ndarray, objects: Sequence[Drawn]) -> Image.Image:
 
 
 def contact_sheet(strips: Sequence[tuple[str, Sequence[tuple[str, Image.Image]]]]) -> bytes:
-    """A PNG of pictures in lines, each line with words above it and each picture with a title, which may have lines.
+    """A PNG of pictures in lines, each line with words above it and each picture with a title.
 
     Args:
         strips: words and titled pictures of every line.
     """
-    heads = [_LINE * (1 + max(title.count("\n") + 1 for title, _ in tiles)) for _, tiles in strips]
     heights = [max(picture.height for _, picture in tiles) for _, tiles in strips]
     width = max(sum(picture.width + _GAP for _, picture in tiles) for _, tiles in strips) + _GAP
-    sheet = Image.new("RGB", (width, sum(heads) + sum(heights) + _GAP * (len(strips) + 1)), "white")
+    sheet = Image.new("RGB", (width, sum(heights) + (2 * _LINE + _GAP) * len(strips) + _GAP), "white")
     pen, bold, font = ImageDraw.Draw(sheet), load_font(13), load_font(11)
     top = _GAP
-    for (words, tiles), head, height in zip(strips, heads, heights, strict=True):
+    for (words, tiles), height in zip(strips, heights, strict=True):
         pen.text((_GAP, top), fitted(words, bold, width - 2 * _GAP), fill="black", font=bold)
         left = _GAP
         for title, picture in tiles:
-            for number, line in enumerate(title.split("\n"), start=1):
-                pen.text((left, top + _LINE * number), fitted(line, font, picture.width), fill="black", font=font)
-            sheet.paste(picture, (left, top + head))
+            pen.text((left, top + _LINE), fitted(title, font, picture.width), fill="black", font=font)
+            sheet.paste(picture, (left, top + 2 * _LINE))
             left += picture.width + _GAP
-        top += head + height + _GAP
+        top += 2 * _LINE + height + _GAP
     return png(sheet, colours=160)
-
-
-def class_name(truth: COCO, category_id: Any) -> str:
-    """The name of a category as splits write it."""
-    return normalise(str(truth.cats[category_id]["name"]))
-
-
-def drawn_name(truth: COCO, category_id: Any) -> str:
-    """The same in letters that the font of pictures has, else by its number."""
-    name = class_name(truth, category_id)
-    return name if can_write(name) else f"class {category_id}"
 
 
 def runs_of_one_seed(report: ReportInput, table: ReportTable) -> tuple[int, dict[str, Result]]:
@@ -276,20 +228,34 @@ def image_gains(main: pd.DataFrame, other: pd.DataFrame) -> dict[Any, float]:
     return {image: round(float(np.mean(values)), 9) for image, values in difference.groupby(main["image"])}
 
 
-def choose_images(truth: COCO, gains: Mapping[Any, float], *, seed: int) -> list[ChosenImage]:
-    """Images with objects drawn at random, then those with the largest gain and with the largest loss.
+def worst_failures(matches: pd.DataFrame) -> dict[str, Any]:
+    """Cause -> image of the failed mask with the lowest IoU, ties by annotation id; without causes that have none.
+
+    Args:
+        matches: lines of `match_instances`, judged.
+    """
+    failed = matches.assign(cause=causes_of_failure(matches)).sort_index().sort_values("mask_iou", kind="stable")
+    worst = failed[failed["cause"] != ""].groupby("cause")["image"].first()
+    return {cause: worst[cause] for cause in CAUSES if cause in worst}
+
+
+def choose_images(
+    truth: COCO, gains: Mapping[Any, float], failures: Mapping[str, Any], *, seed: int
+) -> list[ChosenImage]:
+    """Images with objects drawn at random, then those of the largest gain, the largest loss and the worst failures.
 
     No image is chosen twice: the groups are filled in this order. Ties go to the smaller id. Only a positive gain is
     a gain, only a negative one a loss.
     """
-    drawn = pick_images(truth, seed=seed)
-    chosen = [ChosenImage(image_id, RANDOM, gains.get(image_id)) for image_id in drawn]
+    points = {image: signed(100 * gain, 0) for image, gain in gains.items()}
+    chosen = {image: ChosenImage(image, RANDOM, points.get(image, "")) for image in pick_images(truth, seed=seed)}
     for group, sign in ((GAIN, 1), (LOSS, -1)):
-        taken = {image.image_id for image in chosen}
-        left = [image_id for image_id in sorted(gains) if image_id not in taken and sign * gains[image_id] > 0]
-        largest = sorted(left, key=lambda image_id: -sign * gains[image_id])[:EXTREME_IMAGES]
-        chosen += [ChosenImage(image_id, group, gains[image_id]) for image_id in largest]
-    return chosen
+        left = [image for image in sorted(gains) if image not in chosen and sign * gains[image] > 0]
+        for image in sorted(left, key=lambda image: -sign * gains[image])[:EXTREME_IMAGES]:
+            chosen[image] = ChosenImage(image, group, points[image])
+    for cause, image in failures.items():
+        chosen.setdefault(image, ChosenImage(image, FAILURE, cause))
+    return list(chosen.values())
 
 
 def pick_images(truth: COCO, *, seed: int, count: int = RANDOM_IMAGES) -> list[Any]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import PurePath
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from semiseg.config import RunConfig
@@ -27,9 +27,15 @@ _COMMON: tuple[tuple[str, Callable[[Result], str]], ...] = (
 )
 # Settings that say which data and which split; what these hold is in fingerprints and digests.
 _NAMES = ("data.train_", "data.val_images", "data.val_annotations", "data.voc.", "data.hub.", "supervision.split")
+_DATA = {  # format -> the settings that only it reads
+    "coco": ("data.train_", "data.val_images", "data.val_annotations", "data.hub."),
+    "shapes": ("data.shapes.",),
+    "voc": ("data.voc.",),
+}
 _MEANT = ("supervision.", "objective.")  # what rows of one table are there to compare
 _START = "start"
-_LONGEST = 40  # signs of a value
+_LONGEST = 40  # characters of a value
+_MOST_NAMED = 6  # runs; more are only counted
 
 
 def settings(config: Mapping[str, Any]) -> dict[str, str]:
@@ -43,13 +49,8 @@ def settings(config: Mapping[str, Any]) -> dict[str, str]:
     except UserError:  # of a version with other keys
         values = dict(config)
     flat = flat_settings(values)
-    kind = flat.get("data.format")
-    unused = [f"data.{name}." for name in ("shapes", "voc") if name != kind]
-    if not flat.get("data.root", "").startswith("hf:"):
-        unused.append("data.hub.")
-    if kind != "coco":
-        unused += ["data.train_", "data.val_images", "data.val_annotations"]
-    left_out = ("seed", "init_from", "data.root", "runtime.", *unused)
+    unread = (keys for kind, keys in _DATA.items() if kind != flat.get("data.format"))
+    left_out = ("seed", "init_from", "data.root", "runtime.", *chain.from_iterable(unread))
     return {key: value for key, value in flat.items() if key == "runtime.precision" or not key.startswith(left_out)}
 
 
@@ -63,8 +64,11 @@ def flat_settings(values: Mapping[str, Any]) -> dict[str, str]:
 
 def recorded_values(run: Result) -> dict[str, Any]:
     """The configuration of a run; a record names no path of initial weights, only that there were some."""
-    started = run.init_run is not None or run.identity.get("init") is not None
-    return {**run.config, **({"init_from": "recorded weights"} if started else {})}
+    return {**run.config, **({"init_from": "recorded weights"} if _has_start(run) else {})}
+
+
+def _has_start(run: Result) -> bool:
+    return run.init_run is not None or run.identity.get("init") is not None
 
 
 def _result_settings(run: Result) -> dict[str, str]:
@@ -84,7 +88,7 @@ def run_settings(run: Result, pretraining: Sequence[Result]) -> Settings:
     init = next((item for item in pretraining if item.run_id == run.init_run), None)
     if init is not None:
         values |= {f"{_START}.{key}": value for key, value in _result_settings(init).items()}
-    elif run.init_run is not None or run.identity.get("init") is not None:
+    elif _has_start(run):
         values[_START] = "given weights"
     return values
 
@@ -127,7 +131,7 @@ def warnings(report: ReportInput) -> list[str]:
     """What a reader must know before the numbers: missing cells, and runs that do not belong together."""
     runs = [*report.runs(), *report.pretraining_results]
     mixed = [
-        f"**Mixed {what}.** {_places(runs, key)}. Numbers of different {what} are not strictly comparable."
+        f"**Mixed {what}.** {_runs_by(key, runs)}. Numbers of different {what} are not strictly comparable."
         for what, key in _COMMON
         if len({key(run) for run in runs}) > 1
     ]
@@ -137,7 +141,7 @@ def warnings(report: ReportInput) -> list[str]:
         *_data_warning(runs),
         *(text for table in report.tables for text in _configuration_warnings(report, table)),
         *mixed,
-        *(text for table in report.tables for text in _split_warnings(report, table)),
+        *(text for table in report.tables for text in _split_warning(report, table)),
     ]
 
 
@@ -145,106 +149,85 @@ def _incomplete(report: ReportInput, table: ReportTable) -> list[str]:
     by_row: dict[str, list[str]] = {}
     for row, seed in report.missing(table):
         by_row.setdefault(row, []).append(str(seed))
+    if not by_row:
+        return []
     cells = "; ".join(f"{code(row)} seed {', '.join(seeds)}" for row, seeds in by_row.items())
     text = f"**Incomplete.** {escape_markdown(table.name)} lacks {cells}."
     if report.run_command:
         text += f" {code(report.run_command)} fills them, then {code(report.report_command)}."
-    return [text] if cells else []
+    return [text]
 
 
 def _data_warning(runs: Sequence[Result]) -> list[str]:
     if len({run.data_fingerprint for run in runs}) <= 1:
         return []
-    places = _places(runs, lambda run: run.data_fingerprint)
-    if all(same_validation_data(runs[0], run) for run in runs):
-        told = "The validation data are the same, the training data are not: differences in AP may be due to that."
-        return [f"**Mixed training data.** {places}. {told}"]
-    return [f"**Mixed data.** {places}. Numbers of different data are not strictly comparable."]
+    what = "training data" if all(same_validation_data(runs[0], run) for run in runs) else "data"
+    values = _runs_by(lambda run: run.data_fingerprint, runs)
+    return [f"**Mixed {what}.** {values}. Numbers of different {what} are not strictly comparable."]
 
 
 def _configuration_warnings(report: ReportInput, table: ReportTable) -> list[str]:
     """Names seeds of one row that differ in more than the seed, and rows that differ in more than they are meant to."""
-    rows = row_settings(report, table)
-    texts, told = [], set()
-    for name, runs in rows.items():
+    rows, name = row_settings(report, table), escape_markdown(table.name)
+    texts, mixed = [], set(table.varied)
+    for row, runs in rows.items():
         keys = [key for key in differing([column for _, column in runs]) if not key.startswith(_NAMES)]
-        told |= set(keys)
+        mixed |= set(keys)
         if keys:
-            values = "; ".join(_by_value(key, [(f"seed {run.seed}", column) for run, column in runs]) for key in keys)
+            values = _settings_by(keys, [(f"seed {run.seed}", column) for run, column in runs])
             texts.append(
-                f"**Mixed configurations.** {escape_markdown(table.name)}: the seeds of {code(name)} differ in "
-                f"{values}. Their mean is not that of one configuration."
+                f"**Mixed configurations.** {name}: the seeds of {code(row)} differ in {values}. Their mean is not "
+                "that of one configuration."
             )
-    first = [(name, runs[0][1]) for name, runs in rows.items()]
-    keys = [key for key in unmeant([column for _, column in first]) if key not in (*table.varied, *told)]
-    if keys:
-        values = "; ".join(_by_value(key, first) for key in keys)
+    first = [(row, runs[0][1]) for row, runs in rows.items()]
+    if keys := [key for key in unmeant([column for _, column in first]) if key not in mixed]:
         texts.append(
-            f"**Different configurations.** {escape_markdown(table.name)}: beyond supervision and mask losses its rows "
-            f"differ in {values}. What differs in AP may be due to that."
+            f"**Different configurations.** {name}: beyond supervision and mask losses its rows differ in "
+            f"{_settings_by(keys, first)}. What differs in AP may be due to that."
         )
     return texts
 
 
-def _by_value(key: str, columns: Sequence[tuple[str, Settings]]) -> str:
-    """ "`optim.batch_size` (16: neither, projection; 8: full-masks)"."""
-    places: dict[str, list[str]] = {}
-    for place, column in columns:
-        places.setdefault(_value(column, key), []).append(escape_markdown(place))
-    values = (f"{escape_markdown(_shortened(value))}: {', '.join(names)}" for value, names in places.items())
-    return f"{code(key)} ({'; '.join(values)})"
-
-
-def _split_warnings(report: ReportInput, table: ReportTable) -> list[str]:
-    other = [run for *_, run in report.cells(table) if run.split_digest not in (None, table.split_digest)]
-    if not table.split or not other:
+def _split_warning(report: ReportInput, table: ReportTable) -> list[str]:
+    others = [run for *_, run in report.cells(table) if run.split_digest not in (None, table.split_digest)]
+    if not table.split or not others:
         return []
-    name, split = escape_markdown(table.name), code(table.split)
-    here = [run for run in other if PurePath(run.split or "").stem == PurePath(table.split).stem]
-    elsewhere = [run for run in other if run not in here]
-    texts = []
-    if here:
-        digests = ", ".join(sorted({str(run.split_digest) for run in here}))
-        texts.append(
-            f"**Changed split.** Runs of {name} were trained with another content of the split {split} ({digests}) "
-            f"than today's ({table.split_digest}): {_cells(here)}."
-        )
-    if elsewhere:
-        texts.append(
-            f"**Other split.** {name} shows the class groups of {split}, but these runs were trained with masks of "
-            f"other classes: {_places(elsewhere, lambda run: str(run.split))}."
-        )
-    return texts
+    values = _runs_by(lambda run: f"{run.split} ({run.split_digest})", others)
+    return [
+        f"**Other split.** {escape_markdown(table.name)} shows the class groups of {code(table.split)} "
+        f"({table.split_digest}), but these runs were trained with masks by another split or content: {values}."
+    ]
 
 
-def _places(runs: Sequence[Result], key: Callable[[Result], str]) -> str:
-    """Which runs have which value: the most frequent value only by its count."""
-    by_value: dict[str, list[Result]] = {}
-    for run in runs:
-        by_value.setdefault(key(run), []).append(run)
-    (value, most), *others = sorted(by_value.items(), key=lambda item: -len(item[1]))
+def _settings_by(keys: Iterable[str], columns: Sequence[tuple[str, Settings]]) -> str:
+    """ "`optim.batch_size` (`16`: neither, projection; `8`: full-masks)"."""
     return "; ".join(
-        [f"{code(value)}: {_runs(len(most))}", *(f"{code(value)}: {_cells(members)}" for value, members in others)]
+        f"{code(key)} ({_by_value((_shortened(_value(column, key)), name) for name, column in columns)})"
+        for key in keys
     )
 
 
-def _cells(runs: Sequence[Result]) -> str:
-    """Row, split and seed of the first six."""
-    names = ", ".join(
-        f"{escape_markdown(run.row)}{f' ({escape_markdown(run.split)})' if run.split else ''} seed {run.seed}"
-        for run in runs[:6]
+def _runs_by(key: Callable[[Result], str], runs: Sequence[Result]) -> str:
+    """ "`abc`: 23 runs; `def`: neither (few) seed 1"."""
+    return _by_value((key(run), f"{run.row}{f' ({run.split})' if run.split else ''} seed {run.seed}") for run in runs)
+
+
+def _by_value(pairs: Iterable[tuple[str, str]]) -> str:
+    """Value and name of each -> the names of every value, in the order given."""
+    names: dict[str, list[str]] = {}
+    for value, name in pairs:
+        names.setdefault(value, []).append(escape_markdown(name))
+    return "; ".join(
+        f"{code(value)}: {', '.join(own) if len(own) <= _MOST_NAMED else _runs(len(own))}"
+        for value, own in names.items()
     )
-    return f"{names} and {len(runs) - 6} more" if len(runs) > 6 else names
 
 
 def protocol(report: ReportInput) -> list[str]:
     """The section that says what was trained on what: data, start, schedule, seeds, rows, measure."""
-    start = (
-        f"Every row starts from {escape_markdown(report.initial)}."
-        if report.pretraining is None
-        else f"{escape_markdown(report.pretraining)} This pretraining is part of the protocol: it stands in for the "
-        "ImageNet weights that the paper starts from."
-    )
+    start = f"Every row starts from {escape_markdown(report.initial)}."
+    if report.pretraining is not None:
+        start = f"{escape_markdown(report.pretraining)} It stands in for the ImageNet weights of the paper."
     differ = "its mask loss" if all(table.alike for table in report.tables) else "its masks, mask loss and network"
     meanings = {row.name: row.meaning for table in report.tables for row in table.rows if row.meaning}
     words = "".join(f"\n  - {code(name)}: {escape_markdown(meaning)}" for name, meaning in meanings.items())
@@ -252,42 +235,38 @@ def protocol(report: ReportInput) -> list[str]:
         f"- **Data.** {escape_markdown(report.data)}",
         f"- **Start.** {start}",
         f"- **Schedule.** {escape_markdown(report.schedule)}",
-        f"- **Seeds.** {', '.join(map(str, report.seeds))}. A seed draws the initial weights, the order of the images "
-        "and the augmentation; rows of one seed are compared in pairs. Deviations are sample standard deviations over "
-        "seeds (n − 1).",  # noqa: RUF001
-        f"- **Rows.** All rows get the boxes and classes of every object and differ in {differ}.{words}",
+        f"- **Seeds.** {', '.join(map(str, report.seeds))}. Deviations are sample standard deviations over them.",
+        f"- **Rows.** Every row has the boxes and classes of all objects and differs in {differ}.{words}",
         "- **Measure.** COCO AP of masks in percent (pycocotools), on the validation images.",
     ]
     return ["## Protocol", "\n".join(lines)]
 
 
 def provenance(report: ReportInput) -> list[str]:
-    """The section that says by what, when and from which data every number was made.
-
-    Long lists are blocks of their own below a heading; the last block has the id and the command of every run.
-    """
+    """The section that says by what, when and from which data every number was made; its last block lists the runs."""
     runs, pretraining = report.runs(), list(report.pretraining_results)
     every = [*pretraining, *runs]
     hours = sum(run.seconds for run in every) / 3600
     trained = f"Trained by {code(report.run_command)}, this page by" if report.run_command else "This page by"
-    facts = [
+    facts: dict[str, Callable[[Result], str | None]] = {
+        "Data fingerprint (training and validation)": lambda run: run.data_fingerprint,
+        "Validation data": lambda run: run.val_fingerprint,
+        "Git revision": lambda run: run.git_revision or "outside git",
+        "Device": lambda run: run.device,
+        "Versions": _versions,
+    }
+    lines = [
         f"- Recorded results: {', '.join(report.records)}; {_runs(len(runs))} and {len(pretraining)} of pretraining, "
         f"{hours:.3g} hours of training and evaluation in all.",
         f"- {trained} {code(report.report_command)}.",
-        _fact("Data fingerprint (training and validation)", [run.data_fingerprint for run in every]),
-        _fact("Validation data", [run.val_fingerprint for run in every if run.val_fingerprint]),
-        _fact("Seeds", [str(seed) for seed in report.seeds]),
-        _fact("Git revision", [run.git_revision or "outside git" for run in every]),
-        _fact("Device", [run.device for run in every]),
-        _fact("Versions", [_versions(run) for run in every]),
     ]
-    blocks = ["## Provenance", "\n".join(fact for fact in facts if fact)]
-    blocks += differences_section(report) + _class_lists(report)
+    for name, fact in facts.items():
+        if values := dict.fromkeys(value for run in every if (value := fact(run))):
+            lines.append(f"- {name}: {'; '.join(map(code, values))}.")
+    blocks = ["## Provenance", "\n".join(lines), *differences_section(report), *_class_lists(report)]
     if every:
-        headings = ("run", "row", "split", "seed", "steps", "seconds", "git", "finished", "started from")
-        blocks += ["### Runs", markdown_table(headings, [_run_cells(run) for run in every], texts=3)]
-        commands = "\n".join(f"{run.run_id}  {_command(run)}" for run in every)
-        blocks += ["### Commands of the runs", f"```text\n{commands}\n```"]
+        headings = ("run", "row", "split", "seed", "steps", "seconds", "git", "finished", "started from", "command")
+        blocks += ["### Runs", markdown_table(headings, map(_run_cells, every), texts=len(headings))]
     return blocks
 
 
@@ -334,21 +313,12 @@ def _run_cells(run: Result) -> list[str]:
         (run.git_revision or "—")[:16],
         run.finished,
         run.init_run or "—",
+        run.command if isinstance(run.command, str) else shlex.join(run.command),
     ]
-
-
-def _command(run: Result) -> str:
-    text = run.command if isinstance(run.command, str) else shlex.join(run.command)
-    return " ".join(text.split()).replace("```", "'''")
 
 
 def _versions(run: Result) -> str:
     return ", ".join(f"{name} {value}" for name, value in sorted(run.versions.items()))
-
-
-def _fact(name: str, values: Sequence[str]) -> str:
-    different = list(dict.fromkeys(values))
-    return f"- {name}: {'; '.join(map(code, different))}." if different else ""
 
 
 def _runs(count: int) -> str:

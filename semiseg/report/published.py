@@ -10,9 +10,6 @@ from semiseg.errors import UserError
 from semiseg.report.aggregate import TABLE_METRICS, UPPER_BOUND, ReportInput, ReportTable, TableNumbers
 from semiseg.report.tables import Layout, escape_markdown, number, table_cells
 
-# What the tables without a number in the paper are called; the others are "Table 6".
-_NAMES = {"tau": "colour threshold", "neighbourhood": "neighbourhood of the pairwise loss"}
-
 
 def read_published(path: Path) -> pd.DataFrame:
     """The printed numbers (`reports/published/README.md`), every cell as text."""
@@ -38,19 +35,22 @@ def beside_printed(
     """
     table = numbers.table
     headings, lines = list(shown.headings), table_cells(numbers.summary, table, shown)
-    places = _places(printed[printed["table"] == table.published], [row.name for row in table.rows])
+    sets = _evaluation_sets(printed[printed["table"] == table.published], [row.name for row in table.rows])
     whose = "printed, difference" if report.paper_data else f"{data_name(printed, table)}, printed"
-    for place, column in enumerate(shown.columns, start=shown.texts + 1):
+    for index, column in enumerate(shown.columns, start=shown.texts + 1):
         group, _, metric = column.partition("_")
         texts = [_printed_value(printed, table.published, row.name, group, metric) for row in table.rows]
-        headings[place] += f" ({whose})" * any(texts)
+        if any(texts):
+            headings[index] += f" ({whose})"
         for row, line, text in zip(table.rows, lines, texts, strict=True):
             mean = numbers.mean(row.name, column)
-            gap = f", {number(mean - float(text), sign=True)}" if text and mean is not None else ""
-            line[place] += f" ({text}{gap * report.paper_data})" * bool(text)
-    if places:
+            if text and report.paper_data and mean is not None:
+                text += f", {number(mean - float(text), sign=True)}"
+            if text:
+                line[index] += f" ({text})"
+    if sets:
         headings.append("printed for")
-        lines = [[*line, places.get(row.name, "—")] for row, line in zip(table.rows, lines, strict=True)]
+        lines = [[*line, sets.get(row.name, "—")] for row, line in zip(table.rows, lines, strict=True)]
     return headings, lines
 
 
@@ -62,7 +62,7 @@ def published_section(report: ReportInput, numbers: TableNumbers, printed: pd.Da
     rows = printed[printed["table"] == table.published]
     notes = [f"- {escape_markdown(note)}" for note in _notes(printed, table)]
     return [
-        f"### The printed numbers (BoxInst, {_NAMES.get(table.published, f'Table {table.published}')})",
+        "### The printed numbers of BoxInst",
         _context(report, rows, data_name(printed, table)),
         *(["Notes to the printed numbers:\n\n" + "\n".join(notes)] if notes else []),
     ]
@@ -78,8 +78,8 @@ def data_name(printed: pd.DataFrame, table: ReportTable) -> str:
     """The data set of a table's printed numbers: "COCO" or "VOC"; "COCO" for a table of our own."""
     if "evaluation_set" not in printed:
         return "COCO"
-    found = printed.loc[printed["table"] == table.published, "evaluation_set"]
-    names = {str(text).split()[0].upper() for text in found if text}
+    sets = printed.loc[printed["table"] == table.published, "evaluation_set"]
+    names = {str(text).split()[0].upper() for text in sets if text}
     return names.pop() if len(names) == 1 else "COCO"
 
 
@@ -90,18 +90,14 @@ def _context(report: ReportInput, rows: pd.DataFrame, data: str) -> str:
         if name in rows and any(rows[name])
     )
     if report.paper_data:
-        return (
-            f"In parentheses: the printed number, for {escape_markdown(where)}, and ours minus it. A cell without "
-            "parentheses is not printed."
-        )
+        return f"In parentheses: the printed number, for {escape_markdown(where)}, and ours minus it."
     return (
         f"In parentheses: the printed number. **The {data} numbers are from another data set** "
-        f"({escape_markdown(where)}), another network and another schedule: they are context for the order and the "
-        "size of the steps, not numbers to be reached. A cell without parentheses is not printed."
+        f"({escape_markdown(where)}), network and schedule: context for the order and size of the steps, no goal."
     )
 
 
-def _places(rows: pd.DataFrame, names: list[str]) -> dict[str, str]:
+def _evaluation_sets(rows: pd.DataFrame, names: list[str]) -> dict[str, str]:
     """Row -> what its printed numbers are for, where rows of a table differ in the images that they are measured on."""
     ours = rows[rows["row"].isin(names)]
     if "evaluation_set" not in ours or ours["evaluation_set"].nunique() < 2:
@@ -115,8 +111,9 @@ def _notes(printed: pd.DataFrame, table: ReportTable) -> list[str]:
     about: dict[str, list[str]] = {}
     for _, line in rows[rows["row"].isin(names)].iterrows():
         if line["note"]:
-            about.setdefault(line["note"], []).append(line["row"] + f" ({line['classes']})" * bool(table.unseen))
-    notes = [f"{', '.join(found)}: {note}" for note, found in about.items()]
+            classes = f" ({line['classes']})" if table.unseen else ""
+            about.setdefault(line["note"], []).append(f"{line['row']}{classes}")
+    notes = [f"{', '.join(names)}: {note}" for note, names in about.items()]
     others = [
         f"{line['method']} ({', '.join(line[name] for name in ('backbone', 'schedule', 'note') if line[name])}): "
         + " / ".join(line[name] or "—" for name in TABLE_METRICS)
@@ -125,9 +122,8 @@ def _notes(printed: pd.DataFrame, table: ReportTable) -> list[str]:
     ]
     dice = [_printed_value(printed, "2", "dice", "all", metric) for metric in TABLE_METRICS]
     if UPPER_BOUND in names and not (rows["row"] == UPPER_BOUND).any() and all(dice):
-        where = f"Table {table.published}" if table.published not in _NAMES else "table"
         notes.append(
-            f"full-masks: not in the paper's {where}; for all classes its Table 2 prints {' / '.join(dice)} with Dice "
+            f"full-masks: not in the paper's table; for all classes its Table 2 prints {' / '.join(dice)} with Dice "
             "on all masks"
         )
     return notes + [f"not trained here: {text}" for text in others]
@@ -135,5 +131,5 @@ def _notes(printed: pd.DataFrame, table: ReportTable) -> list[str]:
 
 def _printed_value(printed: pd.DataFrame, table: str | None, row: str, group: str, metric: str) -> str:
     """A printed number of a row, "" if it is not in the paper."""
-    found = printed[(printed["table"] == table) & (printed["row"] == row) & (printed["classes"] == group)]
-    return "" if found.empty or metric not in found else str(found.iloc[0][metric])
+    line = printed[(printed["table"] == table) & (printed["row"] == row) & (printed["classes"] == group)]
+    return "" if line.empty or metric not in line else str(line.iloc[0][metric])

@@ -5,6 +5,7 @@ They are those of the recorded training: a folder may hold another training of t
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Mapping
@@ -36,24 +37,22 @@ class StoredDetections:
 
     def __init__(self, report: ReportInput) -> None:
         self._report = report
-        self._truth: COCO | None = None
-        self._has_masks = False
         self._last: tuple[str, list[dict[str, Any]]] = ("", [])  # those of all runs would not fit into memory
         self._matches: dict[str, RunMatches | None] = {}
         self._instances: dict[str, pd.DataFrame] = {}
 
-    def _objects(self) -> COCO | None:
-        """The validation objects, whether they have masks or not."""
+    @functools.cached_property
+    def _objects(self) -> tuple[COCO, bool] | None:
+        """The validation objects, and whether all have masks."""
         path = self._report.val_annotations
-        if self._truth is None and path is not None and path.is_file():
-            self._truth = load_ground_truth(path)
-            self._has_masks = prepare_masks(self._truth)
-        return self._truth
+        if path is None or not path.is_file():
+            return None
+        truth = load_ground_truth(path)
+        return truth, prepare_masks(truth)
 
     def truth(self) -> COCO | None:
         """The validation objects, ready for an evaluation of masks; None also if some masks are not there."""
-        truth = self._objects()
-        return truth if self._has_masks else None
+        return self._objects[0] if self._objects is not None and self._objects[1] else None
 
     def of(self, run: Result) -> list[dict[str, Any]] | None:
         """The COCO results of a run."""
@@ -63,9 +62,7 @@ class StoredDetections:
         """The matching of a run."""
         key = run.trained_as
         if key not in self._matches:
-            found = self._match(run)
-            is_recorded = found is not None and all(_as_recorded(run, *item) for item in found.items())
-            self._matches[key] = found if is_recorded else None
+            self._matches[key] = self._match(run)
         return self._matches[key]
 
     def instances(self, run: Result) -> pd.DataFrame | None:
@@ -79,41 +76,39 @@ class StoredDetections:
         return self._instances[key]
 
     def _read(self, run: Result) -> list[dict[str, Any]] | None:
-        truth, folder = self._objects(), self._report.run_folders.get(run.run_id)
-        if truth is None or folder is None:
+        folder = self._report.run_folders.get(run.run_id)
+        if self._objects is None or folder is None:
             return None
         if self._last[0] != run.trained_as:
             try:
                 results: list[dict[str, Any]] = json.loads((folder / "detections.json").read_bytes())
-                check_results(truth, results)
+                check_results(self._objects[0], results)
             except (OSError, ValueError, TypeError, KeyError, RecursionError, UserError):  # cut off, or of other data
                 return None
             self._last = (run.trained_as, results)
         return self._last[1]
 
     def _match(self, run: Result) -> RunMatches | None:
-        truth, results = self._objects(), self._read(run)
-        if truth is None or results is None or not truth.dataset["annotations"] or not truth.imgs:
+        results = self._read(run)
+        if self._objects is None or results is None:
             return None
-        types = ("bbox", "segm") if self._has_masks else ("bbox",)
+        truth, has_masks = self._objects
+        if not truth.dataset["annotations"] or not truth.imgs:
+            return None
         try:
-            return {iou_type: match(truth, results, iou_type) for iou_type in types}
-        except (UserError, ValueError, KeyError, TypeError):  # boxes or masks that are none
+            matches = {kind: match(truth, results, kind) for kind in (("bbox", "segm") if has_masks else ("bbox",))}
+            recorded = Metrics.from_dict(run.metrics)
+        except (UserError, ValueError, KeyError, TypeError):  # boxes or masks that are none; an unreadable record
             return None
+        return matches if all(_as_recorded(recorded, kind, matches[kind]) for kind in matches) else None
 
 
-def _as_recorded(run: Result, iou_type: str, matches: Matches) -> bool:
+def _as_recorded(recorded: Metrics, iou_type: str, matches: Matches) -> bool:
     """Whether a matching gives the class APs of a record."""
-    try:
-        metrics = Metrics.from_dict(run.metrics)
-    except UserError:
+    metrics = recorded.bbox if iou_type == "bbox" else recorded.segm
+    if metrics is None or set(metrics.classes) != set(matches.classes):
         return False
-    recorded = metrics.bbox if iou_type == "bbox" else metrics.segm
-    if recorded is None or set(recorded.classes) != set(matches.classes):
-        return False
-    for name, mean in zip(matches.classes, average_precision(matches).mean(axis=1).tolist(), strict=True):
-        numbers = recorded.classes[name]
-        known = math.nan if numbers is None or numbers["AP"] is None else numbers["AP"]
-        if not np.isclose(mean, known, rtol=0, atol=_SAME, equal_nan=True):
-            return False
-    return True
+    expected = [(metrics.classes[name] or {}).get("AP") for name in matches.classes]
+    values = [math.nan if value is None else value for value in expected]
+    measured = average_precision(matches).mean(axis=1)
+    return bool(np.allclose(measured, values, rtol=0, atol=_SAME, equal_nan=True))

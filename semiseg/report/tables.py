@@ -29,7 +29,6 @@ _LATEX = {
     "≤": r"$\leq$",
     "≥": r"$\geq$",
 }
-_LAST_LATIN = "\u024f"  # pdfLaTeX with its usual fonts knows letters up to here
 
 Cells = Collection[tuple[int, int]]  # line and column of a table
 
@@ -98,13 +97,13 @@ def best_cells(summary: pd.DataFrame, table: ReportTable, shown: Layout) -> froz
     no best one.
     """
     bounds = left_out(table)
-    rows = [number for number, row in enumerate(table.rows) if row.name not in bounds]
-    found: set[tuple[int, int]] = set()
-    for place, column in enumerate(shown.columns, start=shown.texts + 1):
+    rows = [index for index, row in enumerate(table.rows) if row.name not in bounds]
+    best: set[tuple[int, int]] = set()
+    for index, column in enumerate(shown.columns, start=shown.texts + 1):
         values = {row: float(f"{value:.1f}") for row in rows if not math.isnan(value := summary[column].iloc[row])}
         if len(values) > 1:
-            found |= {(row, place) for row, value in values.items() if value == max(values.values())}
-    return frozenset(found)
+            best |= {(row, index) for row, value in values.items() if value == max(values.values())}
+    return frozenset(best)
 
 
 def left_out(table: ReportTable) -> tuple[str, ...]:
@@ -183,12 +182,10 @@ def latex_table(table: ReportTable, shown: Layout, lines: Iterable[Sequence[str]
     frame = pd.DataFrame(escaped, columns=list(shown.headings))
     sides = "l" * shown.texts + "r" * (len(shown.headings) - shown.texts)
     tabular = frame.style.hide(axis="index").to_latex(hrules=True, column_format=sides)
-    beyond = any(sign > _LAST_LATIN and sign != "—" for line in escaped for cell in line for sign in cell)
-    engine = " and XeLaTeX or LuaLaTeX with a font that has these names" if beyond else ""
     title, best = (" ".join(text.split()) for text in (table.title, best_sentence(table)))
     return (
         f"% {title}: mask AP in percent (mean $\\pm$ standard deviation over seeds). {best}.\n"
-        f"% Needs \\usepackage{{booktabs}}{engine}.\n{tabular}"
+        f"% Needs \\usepackage{{booktabs}}; letters beyond Latin need XeLaTeX or LuaLaTeX.\n{tabular}"
     )
 
 

@@ -32,15 +32,15 @@ def thresholds_of(page: PageContext, result: Result) -> dict[str, dict[str, list
     """
 
     def measure() -> dict[str, dict[str, list[float | None]]] | None:
-        found = page.stored.matches(result)
-        if found is None:
+        by_type = page.stored.matches(result)
+        if by_type is None:
             return None
         return {
             iou_type: {
                 name: [None if math.isnan(value) else round(value, 3) for value in line]
                 for name, line in zip(matches.classes, average_precision(matches).tolist(), strict=True)
             }
-            for iou_type, matches in found.items()
+            for iou_type, matches in by_type.items()
         }
 
     return page.measured.get("thresholds", result.trained_as, measure)
@@ -69,18 +69,20 @@ class _Resamples:
         self._settings = f"v{_VERSION}, {RESAMPLES} resamples, classes {digest}"
 
     def added_to(self, numbers: TableNumbers) -> TableNumbers:
-        cells, differences, shares = {}, {}, {}
-        for row in self._runs:
-            for group, found in self._kept((row,)).items():
-                cells[row, group] = found
-        for first, second in combinations(self._runs, 2):
-            for group, found in self._kept((second, first)).items():
-                differences[first, second, group] = found
+        cells = {(row, group): interval for row in self._runs for group, interval in self._kept((row,)).items()}
+        differences = {
+            (first, second, group): interval
+            for first, second in combinations(self._runs, 2)
+            for group, interval in self._kept((second, first)).items()
+        }
+        differences |= {
+            (second, first, group): (-high, -low) for (first, second, group), (low, high) in differences.items()
+        }
+        shares = {}
         if "unseen" in self._groups and {NEITHER, UPPER_BOUND} <= set(self._runs):
-            for row in self._runs:
-                bound = row in (NEITHER, UPPER_BOUND)
-                if not bound and "unseen" in (closed := self._kept((row, NEITHER, UPPER_BOUND))):
-                    shares[row] = closed["unseen"]
+            for row in self._runs.keys() - {NEITHER, UPPER_BOUND}:
+                if (interval := self._kept((row, NEITHER, UPPER_BOUND)).get("unseen")) is not None:
+                    shares[row] = interval
         if not cells:
             return numbers
         images = next(run.metrics["images"] for runs in self._runs.values() for run in runs.values())
@@ -100,27 +102,27 @@ class _Resamples:
         samples = []
         for row in rows:
             by_seed = [self._samples(self._runs[row][seed]) for seed in seeds]
-            known = [found for found in by_seed if found is not None]
-            if len(known) < len(by_seed):
+            measured = [numbers for numbers in by_seed if numbers is not None]
+            if len(measured) < len(by_seed):
                 return None
-            samples.append(np.mean(known, axis=0))
+            samples.append(np.mean(measured, axis=0))
         numbers = samples[0]
         if len(rows) == 2:
             numbers = samples[0] - samples[1]
         elif len(rows) == 3:
             numbers = _share(*samples)
         intervals = {group: percentile_interval(numbers[:, column]) for column, group in enumerate(self._groups)}
-        return {group: [round(end, 3) for end in found] for group, found in intervals.items() if found is not None}
+        return {group: [round(end, 3) for end in ends] for group, ends in intervals.items() if ends is not None}
 
     def _samples(self, result: Result) -> Numbers | None:
         """(resamples, groups) of one run."""
-        found = (self._page.stored.matches(result) or {}).get("segm")
-        if found is None or not set(self._groups["all"]) <= set(found.classes):
+        matches = (self._page.stored.matches(result) or {}).get("segm")
+        if matches is None or not set(self._groups["all"]) <= set(matches.classes):
             return None
         key = result.trained_as
         if key not in self._resampled:
-            self._resampled[key] = class_bootstrap(found)
-        return means_of_groups(self._resampled[key], found.classes, list(self._groups.values()))
+            self._resampled[key] = class_bootstrap(matches)
+        return means_of_groups(self._resampled[key], matches.classes, list(self._groups.values()))
 
 
 def _share(row: Numbers, start: Numbers, goal: Numbers) -> Numbers:
@@ -130,5 +132,5 @@ def _share(row: Numbers, start: Numbers, goal: Numbers) -> Numbers:
     """
     gap = goal - start
     lowest = [percentile_interval(gap[:, column]) for column in range(gap.shape[1])]
-    resolved = np.array([found is not None and found[0] > 0 for found in lowest])
+    resolved = np.array([ends is not None and ends[0] > 0 for ends in lowest])
     return np.divide(100 * (row - start), gap, out=np.full_like(gap, np.nan), where=resolved & (gap != 0))
