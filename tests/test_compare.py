@@ -137,7 +137,7 @@ def test_another_configuration_is_another_row(changes: dict[str, Any]) -> None:
     same = made_run("r", 0, **BOXES)
     other = made_run("r", 1, study="second", **{**BOXES, **changes})
     report = compared(same, other)
-    assert row_names(report) == ["first: r", "second: r"]
+    assert row_names(report) == ["first:r", "second:r"]
     # Workers and logging are not part of a configuration's identity.
     again = made_run("r", 1, **{**BOXES, "runtime": {"workers": 7}})
     assert row_names(compared(same, again)) == ["r"]
@@ -165,13 +165,13 @@ def test_the_same_seed_of_a_configuration_twice_is_two_rows() -> None:
         run_id="f" * 16,
     )
     names = row_names(compared(first, again))
-    assert names == [f"r {first.run_id[:6]}", "r ffffff"]
+    assert names == [f"first:r {first.run_id[:6]}", "first:r ffffff"]
 
 
 def test_numbers_on_different_validation_data_are_refused() -> None:
     mine = made_run("mine", **BOXES)
     other = made_run("other", **{**BOXES, "data": {"shapes": {"val_seed": 9}}})
-    told = r"'mine' seed 0 \(\w+\) and 'other' seed 0 .* not measured on the same validation data.*seed 2.*seed 9"
+    told = r"first:mine:0 \(\w+\) and first:other:0 .* not measured on the same validation data.*seed 2.*seed 9"
     with pytest.raises(UserError, match=told):
         compared(mine, other)
     more = made_run("more", **{**BOXES, "data": {"shapes": {"val_images": 9}}})
@@ -220,7 +220,7 @@ def test_class_groups_are_those_of_the_runs_or_of_the_split_that_is_named() -> N
     boxes = made_run("boxes", **BOXES)
     assert compared(few, boxes).tables[0].unseen == CLASSES[1:]
     report = compared(few, many)
-    assert row_names(report) == ["r (few)", "r (many)"]
+    assert row_names(report) == ["first:r:few", "first:r:many"]
     assert report.tables[0].unseen == ()
     assert "different class splits (`few`, `many`)" in report.notes[0]
     chosen = compared(few, many, split="many")
@@ -317,7 +317,7 @@ def test_a_row_of_several_splits_or_configurations_is_as_many_rows() -> None:
     chosen = find_runs("first:r", known_runs())
     assert {run.result.run_id for run in chosen} == {run.run_id for run in (*runs, changed)}
     names = row_names(comparison(chosen, chosen, split="none", command=["c"]))
-    assert names == [f"r (few) {runs[0].run_id[:6]}", "r (many)", f"r (few) {changed.run_id[:6]}"]
+    assert names == [f"first:r:few {runs[0].run_id[:6]}", "first:r:many", f"first:r:few {changed.run_id[:6]}"]
 
 
 def test_the_beginning_of_several_ids_names_them() -> None:

@@ -22,8 +22,7 @@ from semiseg.report.tables import layout
 from semiseg.results import Result, append
 from semiseg.studies.file import Study, StudyRun, load_study, study_runs
 from semiseg.studies.identity import run_identity
-from semiseg.studies.report import build, report_input
-from semiseg.studies.words import is_alike, is_paper_data, row_meaning, schedule_sentence
+from semiseg.studies.report import build, is_alike, is_paper_data, report_input, row_meaning, schedule_sentence
 from tests.page_reader import unpadded
 from tests.recorded_runs import recorded_run
 
@@ -149,9 +148,7 @@ def test_table_4_on_coco_itself(tmp_path: Path) -> None:
     assert "Rows differ in network, data or schedule: differences in mask AP are due to boxes and masks." in text
     assert "270000 steps or 90000 steps by row of 16 images" in text
     assert "backbone resnet50 or resnet101 by row" in text
-    words = (
-        "with model.backbone.depth = 101, model.neck.kind = bifpn, model.neck.channels = 160"
-    )
+    words = "with model.backbone.depth = 101, model.neck.kind = bifpn, model.neck.channels = 160"
     assert words.replace("_", r"\_") in text
 
 

@@ -47,10 +47,17 @@ class RecordedRun:
         return PurePath(self.result.split or "").stem
 
     @property
+    def row_name(self) -> str:
+        """STUDY:ROW[:SPLIT], as people type it."""
+        return ":".join(part for part in (self.result.study, self.result.row, self.split) if part)
+
+    @property
     def name(self) -> str:
         """STUDY:ROW[:SPLIT]:SEED."""
-        parts = (self.result.study, self.result.row, self.split, str(self.result.seed))
-        return ":".join(part for part in parts if part)
+        return f"{self.row_name}:{self.result.seed}"
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.result.run_id})"
 
 
 def read_result(run: PlannedRun, *, typed: Sequence[str]) -> Result:
