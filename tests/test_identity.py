@@ -350,13 +350,6 @@ def test_a_pretraining_on_other_annotations(project: Path) -> None:
     assert matched(load_study("study"), [start, row]) == ["pretrain"]
 
 
-def test_runs_on_different_data_are_listed_apart_without_looking_at_them(project: Path) -> None:
-    other = '[[rows]]\nname = "other"\nset = { supervision.source = "boxes", data.train_annotations = "other.json" }\n'
-    text = STUDY.replace("[[tables]]", other + "[[tables]]").replace('["boxes"]', '["boxes", "other"]')
-    Path("experiments/study.toml").write_text(text)
-    assert [run.row for run in plan(load_study("study"), by_name=True)] == ["boxes", "other"]
-
-
 RECORDS = sorted((ROOT / "reports").glob("*/results.jsonl"))
 
 

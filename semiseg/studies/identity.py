@@ -113,26 +113,18 @@ def plan(
     only: Sequence[str] = (),
     processes: int = 1,
     runs_folder: Path = RUNS_FOLDER,
-    by_name: bool = False,
 ) -> list[PlannedRun]:
     """The study's runs with their identities, each run once, initial runs before those that start from them.
 
     Reads the annotation files, made on first use where the source is none of COCO's layout, and the class splits.
-
-    Args:
-        by_name: look at no file: data, splits and weights count as the same where their names are. The identities are
-            then good for telling the runs of this plan apart and for nothing else.
     """
-    data: Callable[[DataConfig], str] = _named_data if by_name else data_digest
-    split: Callable[[StudyRun], str | None] = (lambda run: run.split) if by_name else _split_digest
-    weights: Callable[[str], str] = str if by_name else weights_digest
     planned: dict[str, PlannedRun] = {}
     for asked in study_runs(study, only=only):
         run = fitted_run(asked, processes)
         change = told_change(asked.config, run.config, processes)
         if change:
             warnings.warn(change, UserNotice, stacklevel=2)  # rows with the same change say it once
-        identity = run_identity(run, data=data, split=split, weights=weights, processes=processes)
+        identity = run_identity(run, data=data_digest, split=_split_digest, weights=weights_digest, processes=processes)
         run_id = digest(identity)
         init = identity["init"] if run.init is not None else None
         config = run.config

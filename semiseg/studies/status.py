@@ -1,4 +1,4 @@
-"""Where a study's runs stand: done, started or missing; as the tables of `semiseg status` and `run --dry-run`."""
+"""Where a study's runs stand: done, started or missing; as the table of `semiseg status` and `run --dry-run`."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from semiseg.errors import UserError
 from semiseg.report.tables import text_table
 from semiseg.results import Result, latest, read
 from semiseg.studies.child import last_step
-from semiseg.studies.file import PRETRAIN_ROW, Study
+from semiseg.studies.file import PRETRAIN_ROW, Study, StudyRun, study_runs
 from semiseg.studies.identity import (
     RESULT_NAME,
     RESULTS_NAME,
     RUNS_FOLDER,
     PlannedRun,
+    fitted_run,
     missing_data,
     plan,
     planned_steps,
 )
-from semiseg.studies.machines import this_machine
 
 TRAINING_ALONE = "training alone, one run after the other, as the newest finished runs of the same kind took on"
+WITHOUT_DATA = "which of them are done cannot be told without the data"
 
 
 @dataclass(frozen=True)
@@ -37,24 +38,25 @@ class RunStatus:
     """Where a run stands.
 
     Attributes:
+        run: a `StudyRun` if its state is unknown: without the data it has no identity.
         step, steps: of a started run whose log has begun, else None.
         when: ISO time of the end of a finished run.
         recorded_only: finished and recorded, but its folder is not here.
     """
 
-    run: PlannedRun
-    state: Literal["done", "started", "missing"]
+    run: PlannedRun | StudyRun
+    state: Literal["done", "started", "missing", "unknown"]
     step: int | None = None
     steps: int | None = None
     when: str | None = None
     recorded_only: bool = False
 
-    @property
-    def shown(self) -> str:
+    def __str__(self) -> str:
         """The state in a table."""
-        if self.state == "started" and self.steps is not None:
-            return f"step {self.step} of {self.steps}"
-        return "done (recorded)" if self.recorded_only else self.state
+        if self.when is not None:
+            finished = datetime.fromisoformat(self.when).astimezone()
+            return f"{'recorded' if self.recorded_only else 'done'} {finished:%Y-%m-%d %H:%M}"
+        return self.state if self.steps is None else f"step {self.step} of {self.steps}"
 
 
 def run_status(run: PlannedRun, recorded: Mapping[str, Result]) -> RunStatus:
@@ -111,30 +113,15 @@ def status_text(study: Study, folder: Path, *, processes: int) -> str:
         folder: of the study's record.
     """
     missing = missing_data(study)
-    planned = plan(study, processes=processes, by_name=missing is not None)
-    columns = ("row", "split", "seed", "state", "finished", "run")
     if missing is not None:
-        table = text_table(columns, [[*_name(run), "unknown", "", ""] for run in planned])
-        return f"{table}{study.name}: {len(planned)} runs; {_unknown(missing)}"
-    recorded = latest(read(folder / RESULTS_NAME))
-    statuses = [run_status(run, recorded) for run in planned]
-    rows = [[*_name(item.run), item.shown, _time(item.when), item.run.run_id] for item in statuses]
-    counts = Counter(item.state for item in statuses)
-    totals = ", ".join(f"{counts[state]} {state}" for state in ("done", "started", "missing"))
-    return f"{text_table(columns, rows)}{study.name}: {totals}"
-
-
-def _name(run: PlannedRun) -> list[str]:
-    return [run.row, run.split or "", str(run.seed)]
-
-
-def _time(when: str | None) -> str:
-    """An ISO time as a short local one; "" for None."""
-    return "" if when is None else datetime.fromisoformat(when).astimezone().strftime("%Y-%m-%d %H:%M")
-
-
-def _unknown(missing: str) -> str:
-    return f"which of them are done cannot be told without the data: {missing}"
+        statuses = _unknown(study, processes=processes)
+        total = f"{len(statuses)} runs; {WITHOUT_DATA}: {missing}"
+    else:
+        recorded = latest(read(folder / RESULTS_NAME))
+        statuses = [run_status(run, recorded) for run in plan(study, processes=processes)]
+        counts = Counter(status.state for status in statuses)
+        total = ", ".join(f"{counts[state]} {state}" for state in ("done", "started", "missing"))
+    return f"{_table(statuses, processes)[0]}{study.name}: {total}"
 
 
 def dry_run_text(study: Study, folder: Path, *, only: Sequence[str], processes: int, reproduce: bool) -> str:
@@ -144,43 +131,46 @@ def dry_run_text(study: Study, folder: Path, *, only: Sequence[str], processes: 
         folder: of the study's record.
     """
     missing = missing_data(study, only=only)
-    planned = plan(study, only=only, processes=processes, by_name=missing is not None)
-    recorded = latest(read(folder / RESULTS_NAME))
-    todo = planned if missing else runs_to_do(planned, recorded, reproduce=reproduce)
-    known = seconds_per_step(RUNS_FOLDER, processes)
-    gpus = str(processes) if this_machine().gpus else "none"
-    rows: list[list[str]] = []
-    times: list[tuple[float, str]] = []  # seconds that are left of a run, and the device they are known from
-    for run in todo:
-        status, steps = run_status(run, recorded), planned_steps(run.config)
-        time = "—"
-        if steps is not None and (kind := _kind(run.config, processes)) in known:
-            seconds, device = known[kind]
-            times.append(((steps - (status.step or 0)) * seconds, device))
-            time = format_seconds(times[-1][0])
-        state, run_id = ("unknown", "") if missing else (status.shown, run.run_id)
-        length = f"{run.config.optim.epochs:g} epochs" if steps is None else str(steps)
-        rows.append([*_name(run), state, length, _batch(run.config, processes), gpus, time, run_id])
-    columns = ("row", "split", "seed", "state", "steps", "batch", "GPUs", "time", "run")
-    lines = [f"{len(todo)} of {len(planned)} runs to train{', if none is done' if missing else ''}"]
-    if missing:
-        lines.append(_unknown(missing))
-    if times:
-        total, devices = format_seconds(sum(left for left, _ in times)), sorted({device for _, device in times})
-        lines.append(f"about {total} for {len(times)} of them: {TRAINING_ALONE} {', '.join(devices)}")
-    elif todo:
-        lines.append(f"no times: no run of the same kind is finished in {RUNS_FOLDER}/")
+    if missing is not None:
+        statuses = _unknown(study, processes=processes, only=only)
+        lines = [f"{len(statuses)} of {len(statuses)} runs to train, if none is done", f"{WITHOUT_DATA}: {missing}"]
+    else:
+        recorded, planned = latest(read(folder / RESULTS_NAME)), plan(study, only=only, processes=processes)
+        statuses = [run_status(run, recorded) for run in runs_to_do(planned, recorded, reproduce=reproduce)]
+        lines = [f"{len(statuses)} of {len(planned)} runs to train"]
+    table, times = _table(statuses, processes)
+    if statuses:
+        lines.append(times)
     elif not reproduce:
         lines.append("all are done or recorded; '--reproduce' lists those that were recorded elsewhere")
-    return (text_table(columns, rows) if rows else "") + "\n".join(lines)
+    return table + "\n".join(lines)
 
 
-def _batch(config: RunConfig, processes: int) -> str:
-    """Images per step: in all, and as processes x accumulation parts x images where that is not one."""
-    parts, batch = parts_per_step(config, processes), config.optim.batch_size
-    factors = [str(processes)] if processes > 1 else []
-    factors += [f"{parts} parts"] if parts > 1 else []
-    return f"{batch} = {' x '.join([*factors, str(batch // processes // parts)])}" if factors else str(batch)
+def _unknown(study: Study, *, processes: int, only: Sequence[str] = ()) -> list[RunStatus]:
+    return [RunStatus(fitted_run(run, processes), "unknown") for run in study_runs(study, only=only)]
+
+
+def _table(statuses: Sequence[RunStatus], processes: int) -> tuple[str, str]:
+    """The table of runs, "" for none, and a sentence on the time that is left of those that are not done here."""
+    known = seconds_per_step(RUNS_FOLDER, processes)
+    lines, left = [], []  # left: seconds of a run, and the device that they are known from
+    for status in statuses:
+        run, kind, time = status.run, _kind(status.run.config, processes), "—"
+        steps = planned_steps(run.config)
+        if steps is not None and kind in known and (status.state != "done" or status.recorded_only):
+            seconds, device = known[kind]
+            left.append(((steps - (status.step or 0)) * seconds, device))
+            time = format_seconds(left[-1][0])
+        length = f"{run.config.optim.epochs:g} epochs" if steps is None else str(steps)
+        run_id = run.run_id if isinstance(run, PlannedRun) else ""
+        batch = str(run.config.optim.batch_size)
+        lines.append([run.row, run.split or "", str(run.seed), str(status), length, batch, time, run_id])
+    columns = ("row", "split", "seed", "state", "steps", "batch", "time", "run")
+    sentence = f"no times: no run of the same kind is finished in {RUNS_FOLDER}/"
+    if left:
+        total, devices = format_seconds(sum(seconds for seconds, _ in left)), sorted({device for _, device in left})
+        sentence = f"about {total} for {len(left)} of them: {TRAINING_ALONE} {', '.join(devices)}"
+    return text_table(columns, lines) if lines else "", sentence
 
 
 def seconds_per_step(runs_folder: Path, processes: int) -> dict[str, tuple[float, str]]:
