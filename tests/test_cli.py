@@ -151,7 +151,7 @@ def test_split_make_draws_names_and_fractions(folder: Path) -> None:
     told = call("split", "make", "tenth", "--dataset", "coco", "--fraction", "0.1")
     assert "share of masks kept (seed 0): all 0.1\n" in told
     told = call("split", "make", "few_cats", "--dataset", "coco", "--fraction", "cat=0.2", "--fraction", "dog=0.5")
-    assert "share of masks kept (seed 0): cat 0.2, dog 0.5\n" in told
+    assert "share of masks kept (seed 0): all 1, except cat 0.2, dog 0.5\n" in told
     assert "share of masks kept" not in call("split", "show", "named")
     for arguments, told in (
         (("--seen", "Hot_Dog"), "unknown class 'Hot_Dog'. Did you mean 'hot dog'?"),

@@ -12,7 +12,7 @@ from semiseg.commands.known_classes import classes_of
 from semiseg.config.read import read_toml
 from semiseg.errors import UserError
 from semiseg.resources import available, find, require_folder, settle
-from semiseg.splits import ClassSplit, draw_seen, load_split, make_split, normalise, unknown_class, write_split
+from semiseg.splits import ClassSplit, draw_seen, load_split, make_split, normalise, write_split
 
 SplitName = Annotated[str, typer.Argument(metavar="SPLIT", help="Name or path of a class split.")]
 
@@ -162,14 +162,11 @@ def _describe(split: ClassSplit) -> str:
     lines.append(f"seen (masks): {', '.join(split.seen)}")
     if split.unseen:
         lines.append(f"unseen (boxes only): {', '.join(split.unseen)}")
-    shares = [split.fractions[name] for name in split.seen]
-    if min(shares) < 1.0:
-        usual = max(set(shares), key=shares.count)
-        others = ", ".join(
-            f"{name} {share:g}" for name, share in zip(split.seen, shares, strict=True) if share != usual
-        )
-        told = others if usual == 1.0 else f"all {usual:g}{', except ' * bool(others)}{others}"
-        lines.append(f"share of masks kept (seed {split.seed}): {told}")
+    usual, others = split.usual_fraction()
+    if usual < 1.0 or others:
+        exceptions = ", ".join(f"{name} {share:g}" for name, share in others.items())
+        share = f"all {usual:g}, except {exceptions}" if others else f"all {usual:g}"
+        lines.append(f"share of masks kept (seed {split.seed}): {share}")
     return "\n".join(lines)
 
 
@@ -194,9 +191,6 @@ def _names(values: Sequence[str] | None, classes: Sequence[str]) -> list[str] | 
     names = []
     for value in values:
         names += [value] if normalise(value) in classes else [part for part in value.split(",") if part.strip()]
-    for name in map(normalise, names):
-        if name not in classes:
-            raise unknown_class(name, classes, "split make")
     return names
 
 
