@@ -11,7 +11,7 @@ import typer
 from semiseg import __version__
 from semiseg.commands import compare, convert, data, predict, split, study, train
 from semiseg.errors import UserError
-from semiseg.resources import FULL
+from semiseg.files import FULL
 
 NO_MEMORY = ("out of memory", "can't allocate memory", "could not create a primitive")
 

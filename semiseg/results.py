@@ -160,6 +160,13 @@ def latest(results: Iterable[Result]) -> dict[str, Result]:
     return {result.run_id: result for result in results}
 
 
+def ap_in_words(metrics: Mapping[str, Any]) -> str:
+    """Mask and box AP of all classes, as far as they were measured: "mask AP 31.3, box AP 40.2"."""
+    groups = {what: (metrics.get(kind) or {}).get("groups", {}) for what, kind in (("mask", "segm"), ("box", "bbox"))}
+    numbers = {what: (of_kind.get("all") or {}).get("AP") for what, of_kind in groups.items()}
+    return ", ".join(f"{what} AP {value:.1f}" for what, value in numbers.items() if value is not None)
+
+
 def same_validation_data(first: Result, second: Result) -> bool:
     """Whether two results were measured on the same images and objects, so that their numbers may stand side by side.
 

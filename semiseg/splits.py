@@ -28,7 +28,8 @@ from pydantic import ConfigDict, Field
 from semiseg.config import Section
 from semiseg.config.read import digest, parse_config, read_toml
 from semiseg.errors import UserError
-from semiseg.resources import find, write_text
+from semiseg.files import write_text
+from semiseg.project import find
 
 _HASH_RANGE = 2**64
 
@@ -106,7 +107,7 @@ def load_split(name_or_path: str, class_names: Sequence[str]) -> ClassSplit:
     """Reads a split file and checks it against the classes of a data set.
 
     Args:
-        name_or_path: see `resources.find`.
+        name_or_path: see `project.find`.
         class_names: the data set's classes.
 
     Raises:

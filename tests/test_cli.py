@@ -18,7 +18,7 @@ from semiseg.commands import study as study_commands
 from semiseg.commands.known_classes import COCO_CLASSES
 from semiseg.data.shapes import SHAPES_CLASSES
 from semiseg.errors import UserError
-from semiseg.resources import find
+from semiseg.project import find
 from semiseg.studies.file import load_study
 
 REPOSITORY = Path(__file__).parent.parent

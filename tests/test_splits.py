@@ -11,7 +11,8 @@ import pytest
 from semiseg.commands.known_classes import COCO_CLASSES
 from semiseg.data.shapes import SHAPES_CLASSES
 from semiseg.errors import UserError
-from semiseg.resources import available, find, packaged_root, write_text
+from semiseg.files import write_text
+from semiseg.project import available, find, packaged_root
 from semiseg.splits import ClassSplit, draw_seen, load_split, make_split, write_split
 
 CLASSES = ("cat", "dog", "potted plant", "café")

@@ -487,7 +487,7 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(project: Path) -> No
     run_missing(plan(study), name="study", results=Path("r.jsonl"), how=execution(jobs=2), stream=stream)
     lines = stream.getvalue().splitlines()
     assert all(line.startswith("semiseg: ") for line in lines)
-    assert any("left" in line and "of 5 runs done; " in line and " of 30" in line for line in lines)
+    assert any("of 5 runs done, about " in line and " left; " in line and " of 30" in line for line in lines)
     assert sum(" done in " in line and "mask AP 10.0, box AP 10.0" in line for line in lines) == 5
 
 

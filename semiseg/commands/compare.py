@@ -9,7 +9,8 @@ import typer
 
 from semiseg.config.read import digest
 from semiseg.errors import UserError
-from semiseg.resources import find, require_folder
+from semiseg.files import require_folder
+from semiseg.project import find
 
 
 def compare(

@@ -13,7 +13,8 @@ from semiseg.config import InferenceConfig, ModelConfig
 from semiseg.config.former import leaves
 from semiseg.config.model import ResNetBackbone
 from semiseg.errors import UserError
-from semiseg.resources import WEIGHTS_NAME, require_folder
+from semiseg.files import require_folder
+from semiseg.project import WEIGHTS_NAME
 
 if TYPE_CHECKING:
     from semiseg.interop.adelaidet import Converted

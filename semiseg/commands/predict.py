@@ -14,7 +14,7 @@ import typer
 
 from semiseg.commands.train import Progress
 from semiseg.errors import UserError
-from semiseg.resources import require_folder
+from semiseg.files import require_folder
 
 # Endings by which a folder's images are known; a file that is named itself may have any.
 IMAGE_SUFFIXES = (

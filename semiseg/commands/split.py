@@ -11,7 +11,8 @@ import typer
 from semiseg.commands.known_classes import classes_of
 from semiseg.config.read import read_toml
 from semiseg.errors import UserError
-from semiseg.resources import available, find, require_folder, settle
+from semiseg.files import require_folder, settle
+from semiseg.project import available, find
 from semiseg.splits import ClassSplit, draw_seen, load_split, make_split, normalise, write_split
 
 SplitName = Annotated[str, typer.Argument(metavar="SPLIT", help="Name or path of a class split.")]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from semiseg.errors import UserError
-from semiseg.resources import require_folder
+from semiseg.files import require_folder
 
 if TYPE_CHECKING:
     from semiseg.studies.file import Study

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pandas as pd
 
+from semiseg.files import write_bytes
 from semiseg.report.aggregate import ReportInput, TableNumbers
 from semiseg.report.measured import Measured
 from semiseg.report.stored import StoredDetections
 from semiseg.report.tables import escape_markdown
-from semiseg.resources import write_bytes
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import Any
 
 from semiseg.config.read import read_json
 from semiseg.errors import UserError
-from semiseg.resources import write_text
+from semiseg.files import write_text
 
 MEASURED_NAME = "measured.json"
 

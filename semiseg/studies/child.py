@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from semiseg.resources import lock_folder
+from semiseg.files import lock_folder
 from semiseg.studies.identity import PlannedRun, write_run_files
 from semiseg.studies.machines import Share, child_environment, launch_command
 
@@ -26,6 +26,10 @@ _MARK = "SEMISEG_RUN"  # in the environment of all processes of a run, whoever s
 # What torch's launcher says of a process that failed.
 _EXIT_CODE = re.compile(r"^ *exitcode *: (-?\d+) \(pid: ", re.MULTILINE)
 _RANK = re.compile(r"^\[rank\d+\]: ", re.MULTILINE)
+# The last line of a traceback, without what the launcher itself says.
+_EXCEPTION = re.compile(
+    r"^Traceback \(most recent call last\).*\n(?:\s.*\n)*(?!torch\.distributed\.elastic\.)(\S.*)", re.MULTILINE
+)
 
 
 class Child:
@@ -52,8 +56,7 @@ class Child:
         self._mark = uuid.uuid4().hex
         run.folder.mkdir(parents=True, exist_ok=True)
         with lock_folder(run.folder):  # a look: the child locks it again as soon as it trains
-            write_run_files(run)
-        arguments = ["train", str(run.folder / "train.json"), "--out", str(run.folder), "--resume"]
+            arguments = write_run_files(run)
         environment = {
             **child_environment(share, threads=run.config.runtime.threads),
             _MARK: self._mark,
@@ -77,10 +80,6 @@ class Child:
         """The exit code, or None while it runs."""
         return self._process.poll()
 
-    def step(self) -> tuple[int, int] | None:
-        """(step, steps) of the last log line, None before there is one."""
-        return last_step(self.run.folder / "log.jsonl")
-
     def interrupt(self) -> None:
         """Asks the run to finish its step, write a checkpoint and end; a launcher passes this on to its processes."""
         # Not SIGINT, which a shell that starts this in the background makes all processes ignore.
@@ -103,11 +102,7 @@ class Child:
 
     def complaint(self) -> str:
         """Why the run failed, in a sentence."""
-        with self.output.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(self._offset, size - _TAIL_BYTES))
-            output = file.read().decode("utf-8", "replace")
-        return reason(self.poll() or 0, output)
+        return reason(self.poll() or 0, _end_of(self.output, self._offset).decode("utf-8", "replace"))
 
 
 def reason(code: int, output: str) -> str:
@@ -126,7 +121,7 @@ def reason(code: int, output: str) -> str:
         return _killed_by(-code)
     # Not splitlines: a path in a sentence may hold U+2028.
     lines = [line.rstrip() for line in re.split("[\r\n]", _RANK.sub("", output)) if line.strip()]
-    errors = _exceptions(lines)
+    errors = _EXCEPTION.findall("\n".join(lines))
     if errors and code not in (2, 130):
         return f"it ended with {errors[0 if codes else -1]}"
     sentences = [line.removeprefix("semiseg: ") for line in lines if line.startswith("semiseg: ")]
@@ -146,26 +141,9 @@ def _killed_by(number: int) -> str:
     return f"killed by {name} ({meaning}){likely}"
 
 
-def _exceptions(lines: Sequence[str]) -> list[str]:
-    """The exceptions of the tracebacks, the launcher's own left out."""
-    exceptions, inside = [], False
-    for line in lines:
-        if line.startswith("Traceback (most recent call last)"):
-            inside = True
-        elif inside and not line[0].isspace():
-            exceptions.append(line)
-            inside = False
-    return [line for line in exceptions if not line.startswith("torch.distributed.elastic.")]
-
-
 def last_step(log: Path) -> tuple[int, int] | None:
     """(step, steps) of the last whole line of a training log that has both."""
-    try:
-        with log.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
-            lines = file.read().split(b"\n")[:-1]
-    except FileNotFoundError:
-        return None
+    lines = _end_of(log).split(b"\n")[:-1] if log.exists() else []
     for line in reversed(lines):
         try:
             values = json.loads(line)
@@ -173,3 +151,10 @@ def last_step(log: Path) -> tuple[int, int] | None:
         except (ValueError, KeyError, TypeError, RecursionError):
             continue
     return None
+
+
+def _end_of(path: Path, start: int = 0) -> bytes:
+    """The last bytes of a file, of those from `start` on."""
+    with path.open("rb") as file:
+        file.seek(max(start, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+        return file.read()

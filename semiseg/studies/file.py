@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 from semiseg.config import RunConfig, Section, Seed, parse_run
 from semiseg.config.read import apply_overrides, merge, parse_config, read_toml
 from semiseg.errors import UserError
-from semiseg.resources import find
+from semiseg.project import find
 
 PRETRAIN_ROW = "pretrain"
 
@@ -125,7 +125,7 @@ class StudyRun:
 
     Attributes:
         row: name of the row, or `PRETRAIN_ROW`.
-        split: name of the class split (as `resources.find` takes it), None if the run does not depend on one.
+        split: name of the class split (as `project.find` takes it), None if the run does not depend on one.
         init: the run whose weights it starts from.
     """
 

@@ -20,7 +20,8 @@ from semiseg.config.read import digest, file_digest
 from semiseg.data.sources import ensure_files
 from semiseg.engine.processes import fit_to_processes, normalised_together, told_change
 from semiseg.errors import UserError, UserNotice
-from semiseg.resources import weights_file, write_text
+from semiseg.files import write_text
+from semiseg.project import weights_file
 from semiseg.results import Result
 from semiseg.splits import load_split
 from semiseg.studies.file import RunKey, Study, StudyRun, study_runs
@@ -140,12 +141,13 @@ def _split_digest(run: StudyRun) -> str:
     return load_split(str(run.split), class_names(run.config.data)).digest()
 
 
-def write_run_files(run: PlannedRun) -> None:
-    """Writes what a run is, into its folder: `identity.json`, and `train.json`, which `semiseg train` takes."""
+def write_run_files(run: PlannedRun) -> list[str]:
+    """Writes what a run is, into its folder: `identity.json` and `train.json`; the arguments that train it."""
     names = ("run_id", "identity", "study", "row", "split", "seed", "init")
     about = {name: getattr(run, name) for name in names}
     write_text(run.folder / "identity.json", json.dumps(about, indent=1, ensure_ascii=False) + "\n")
     write_text(run.folder / "train.json", run.config.model_dump_json(indent=1) + "\n")
+    return ["train", str(run.folder / "train.json"), "--out", str(run.folder), "--resume"]
 
 
 def missing_data(study: Study, *, only: Sequence[str] = ()) -> str | None:

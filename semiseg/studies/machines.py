@@ -13,19 +13,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from semiseg.data.workers import available_cores
 from semiseg.errors import UserError
-from semiseg.resources import available_cores, find
+from semiseg.project import find
 from semiseg.studies.identity import PlannedRun, write_run_files
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What the runs share.
-
-    Attributes:
-        cores: processor cores that this process may use.
-        gpus: ids for CUDA_VISIBLE_DEVICES; empty = the processor only.
-    """
+    """What the runs share: cores that this process may use, and ids for CUDA_VISIBLE_DEVICES (none: the CPU only)."""
 
     cores: int
     gpus: tuple[str, ...]
@@ -50,16 +46,15 @@ class Share:
 
 def this_machine() -> Machine:
     """Cores by this process's affinity, GPUs by CUDA_VISIBLE_DEVICES or all of them."""
-    cores = available_cores()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     # Importing torch takes seconds: only where there can be a GPU at all.
     if visible == "" or not (shutil.which("nvidia-smi") or Path("/dev/nvidiactl").exists()):
-        return Machine(cores, ())
+        return Machine(available_cores(), ())
     import torch
 
     count = torch.cuda.device_count()
-    named = tuple(visible.split(",")) if visible else tuple(str(number) for number in range(count))
-    return Machine(cores, named[:count])
+    ids = visible.split(",") if visible else map(str, range(count))
+    return Machine(available_cores(), tuple(ids)[:count])
 
 
 def share_of(machine: Machine, *, slot: int, side_by_side: int, processes: int, launch: Path | None = None) -> Share:
@@ -89,13 +84,13 @@ def launch_command(command: Sequence[str], arguments: Sequence[str], *, share: S
     if share.processes == 1:
         return [*command, *arguments]
     if share.launch is not None:
-        launcher = ["-m", "accelerate.commands.launch", "--config_file", str(share.launch)]
-        return [command[0], *launcher, *command[1:], *arguments]
-    # `--cpu` would start a single process without a word, so gloo is asked for as in `child_environment`. Port 0 is a
-    # free one, which lets several such runs go side by side.
-    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(share.processes)]
-    settings = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    return [command[0], *launcher, *settings, *command[1:], *arguments]
+        settings = ["--config_file", str(share.launch)]
+    else:
+        # `--cpu` would start a single process without a word, so gloo is asked for as in `child_environment`. Port 0
+        # is a free one, which lets several such runs go side by side.
+        settings = ["--multi_gpu", "--num_processes", str(share.processes), "--num_machines", "1"]
+        settings += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    return [command[0], "-m", "accelerate.commands.launch", *settings, *command[1:], *arguments]
 
 
 def child_environment(share: Share, *, threads: int) -> dict[str, str]:
@@ -130,10 +125,7 @@ class LaunchFile:
 
 
 def read_launch_file(name_or_path: str) -> LaunchFile:
-    """Reads a launch file, by accelerate's own reader.
-
-    Args:
-        name_or_path: a path, or the name of a file in `experiments/launch/`.
+    """Reads a launch file, by accelerate's own reader: a path, or the name of a file in `experiments/launch/`.
 
     Raises:
         UserError: no such file, or one that accelerate does not take, or for something else than plain processes.
@@ -157,20 +149,18 @@ def read_launch_file(name_or_path: str) -> LaunchFile:
             f"{path}: num_processes {processes} must be a positive multiple of num_machines {machines}, as it counts "
             "the processes of all machines"
         )
-    if kind != "MULTI_GPU" and processes > 1:
+    if processes == 1:
+        chosen = {} if gpus == "all" else {"CUDA_VISIBLE_DEVICES": gpus}
+        return LaunchFile(path, processes, machines, {"ACCELERATE_MIXED_PRECISION": precision, **chosen})
+    if kind != "MULTI_GPU":
         raise UserError(f"{path}: num_processes {processes} needs distributed_type MULTI_GPU, else one is started")
-    if processes > 1:
-        return LaunchFile(path, processes, machines)
-    chosen = {} if gpus == "all" else {"CUDA_VISIBLE_DEVICES": gpus}
-    return LaunchFile(path, processes, machines, {"ACCELERATE_MIXED_PRECISION": precision, **chosen})
+    return LaunchFile(path, processes, machines)
 
 
 def lines_for_machines(runs: Sequence[PlannedRun], launch: LaunchFile) -> list[str]:
     """What to type on every machine to train these runs, in this order; writes the files that they need."""
     lines = []
     for run in runs:
-        write_run_files(run)
         launcher = ["accelerate", "launch", "--config_file", str(launch.path), "--machine_rank", "RANK"]
-        command = ["-m", "semiseg", "train", str(run.folder / "train.json"), "--out", str(run.folder), "--resume"]
-        lines.append(shlex.join([*launcher, *command]))
+        lines.append(shlex.join([*launcher, "-m", "semiseg", *write_run_files(run)]))
     return lines

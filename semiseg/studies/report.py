@@ -10,10 +10,10 @@ from typing import Any
 from semiseg.config import DataConfig, RunConfig
 from semiseg.data.sources import expected_files
 from semiseg.errors import UserError
+from semiseg.project import find
 from semiseg.report.aggregate import UPPER_BOUND, ReportInput, ReportRow, ReportTable
 from semiseg.report.page import beside_recorded, build_report, report_text
 from semiseg.report.provenance import differing, flat_settings, settings, unmeant
-from semiseg.resources import find
 from semiseg.results import Result, read
 from semiseg.splits import ClassSplit, load_split
 from semiseg.studies.file import CellKey, Study, StudyRow, StudyRun, StudyTable, load_study, study_cells

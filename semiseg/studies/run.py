@@ -18,7 +18,7 @@ from semiseg.data.sources import ensure_files
 from semiseg.data.workers import StopOnSignal
 from semiseg.engine.logs import format_seconds
 from semiseg.errors import UserError
-from semiseg.results import append, latest, read
+from semiseg.results import ap_in_words, append, latest, read
 from semiseg.studies.child import Child
 from semiseg.studies.file import PRETRAIN_ROW
 from semiseg.studies.identity import RESULT_NAME, PlannedRun
@@ -64,27 +64,21 @@ def run_missing(
         UserError: runs failed (the others have been finished first), or a run is being trained elsewhere.
         KeyboardInterrupt: SIGINT or SIGTERM; the running ones were given time to write a checkpoint.
     """
-    record_ended(planned, results=results, typed=how.typed)
-    todo = runs_to_do(planned, latest(read(results)), reproduce=how.reproduce)
+    todo = _todo(planned, results, how)
     if todo:
         for config in {digest(run.config.data.model_dump()): run.config.data for run in todo}.values():
             ensure_files(config)  # here, where people see how far it is
         progress = StudyProgress(todo, name=name, line_seconds=how.line_seconds, stream=stream or sys.stderr)
-        _Study(planned, todo, progress, results, how).run()
+        # Counted over the whole plan, not over what is left of it: a continued study gives each run the same number
+        # of threads, which the last bits of its numbers depend on.
+        pretrainings = sum(run.row == PRETRAIN_ROW for run in planned)
+        _Study(how, results, progress, list(todo), pretrainings, rows=len(planned) - pretrainings).run()
     return todo
-
-
-def record_ended(planned: Sequence[PlannedRun], *, results: Path, typed: Sequence[str]) -> None:
-    """Records what has ended without being recorded: an earlier call was killed, or it was trained on its own."""
-    for run in planned:
-        if (run.folder / RESULT_NAME).is_file():
-            append(results, read_result(run, typed=typed))
 
 
 def lines_to_type(planned: Sequence[PlannedRun], file: LaunchFile, *, results: Path, how: Execution) -> list[str]:
     """What to type on several machines, whose runs nobody can start from one of them; nothing if all are done."""
-    record_ended(planned, results=results, typed=how.typed)
-    lines = lines_for_machines(runs_to_do(planned, latest(read(results)), reproduce=how.reproduce), file)
+    lines = lines_for_machines(_todo(planned, results, how), file)
     if not lines:
         return []
     return [
@@ -95,28 +89,33 @@ def lines_to_type(planned: Sequence[PlannedRun], file: LaunchFile, *, results: P
     ]
 
 
-class _Study:
-    """The state of one call of `run_missing`."""
+def _todo(planned: Sequence[PlannedRun], results: Path, how: Execution) -> list[PlannedRun]:
+    """What is missing; first records what has ended without being: an earlier call was killed, or it ran on its own."""
+    for run in planned:
+        if (run.folder / RESULT_NAME).is_file():
+            append(results, read_result(run, typed=how.typed))
+    return runs_to_do(planned, latest(read(results)), reproduce=how.reproduce)
 
-    def __init__(
-        self,
-        planned: Sequence[PlannedRun],
-        todo: Sequence[PlannedRun],
-        progress: StudyProgress,
-        results: Path,
-        how: Execution,
-    ) -> None:
-        self.how = how
-        self.results = results
-        self.waiting = list(todo)
-        self.running: list[Child] = []
-        self.failures: dict[str, str] = {}
-        self.skipped: list[PlannedRun] = []
-        self.progress = progress
-        # Counted over the whole plan, not over what is left of it: a continued study gives each run the same number
-        # of threads, which the last bits of its numbers depend on.
-        self.pretrainings = sum(run.row == PRETRAIN_ROW for run in planned)
-        self.rows = len(planned) - self.pretrainings
+
+@dataclass
+class _Study:
+    """The state of one call of `run_missing`.
+
+    Attributes:
+        failures: run_id -> why it failed.
+        skipped: how many runs were not begun, since what they start from failed.
+        pretrainings, rows: how many runs the whole plan has of each.
+    """
+
+    how: Execution
+    results: Path
+    progress: StudyProgress
+    waiting: list[PlannedRun]
+    pretrainings: int
+    rows: int
+    running: list[Child] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)
+    skipped: int = 0
 
     def run(self) -> None:
         with StopOnSignal() as stop:
@@ -134,7 +133,7 @@ class _Study:
                     child.kill()
                 self.progress.close()
         if self.failures:
-            skipped = f"; {len(self.skipped)} runs that start from them were not begun" if self.skipped else ""
+            skipped = f"; {self.skipped} runs that start from them were not begun" if self.skipped else ""
             reasons = "; ".join(self.failures.values())
             raise UserError(f"{len(self.failures)} of the study's runs failed{skipped}: {reasons}")
 
@@ -143,16 +142,16 @@ class _Study:
         for run in list(self.waiting):
             if run.init in self.failures:
                 self.waiting.remove(run)
-                self.skipped.append(run)
+                self.skipped += 1
             elif run.init not in unfinished and len(self.running) < self.how.jobs:
                 self.waiting.remove(run)
                 self._start(run)
 
     def _start(self, run: PlannedRun) -> None:
         slot = min(set(range(self.how.jobs)) - {child.slot for child in self.running})
-        how, alike = self.how, self.pretrainings if run.row == PRETRAIN_ROW else self.rows
-        side_by_side = min(how.jobs, alike)
-        share = share_of(how.machine, slot=slot, side_by_side=side_by_side, processes=how.processes, launch=how.launch)
+        how = self.how
+        together = min(how.jobs, self.pretrainings if run.row == PRETRAIN_ROW else self.rows)
+        share = share_of(how.machine, slot=slot, side_by_side=together, processes=how.processes, launch=how.launch)
         try:
             child = Child(run, command=how.command, share=share, slot=slot, grace_seconds=how.grace_seconds)
             self.running.append(child)
@@ -197,9 +196,6 @@ class _Study:
 
 
 def _end_message(child: Child) -> str:
-    metrics = finished_values(child.run)["metrics"]
-    values = {name: (metrics.get(kind) or {}).get("groups", {}) for name, kind in (("mask", "segm"), ("box", "bbox"))}
-    numbers = {name: groups.get("all", {}).get("AP") for name, groups in values.items()}
-    shown = ", ".join(f"{name} AP {value:.1f}" for name, value in numbers.items() if value is not None)
+    measured = ap_in_words(finished_values(child.run)["metrics"])
     message = f"{child.run.label} done in {format_seconds(time.monotonic() - child.started)}"
-    return f"{message}: {shown}" if shown else message
+    return f"{message}: {measured}" if measured else message

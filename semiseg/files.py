@@ -1,6 +1,4 @@
-"""Where named files are found (splits, studies, printed numbers), and how files are written: whole or not at all.
-
-The rules of writing, for files and folders alike:
+"""How files are written, whole or not at all, and how processes keep out of each other's way.
 
 * What is written lies in a hidden folder `.semiseg-` and 32 digits beside its place until it is whole and on the disk;
   then it is renamed. A kill, a full disk or a power cut leaves what was there before, or all of the new.
@@ -13,7 +11,6 @@ The rules of writing, for files and folders alike:
 
 from __future__ import annotations
 
-import difflib
 import errno
 import logging
 import os
@@ -23,9 +20,9 @@ import uuid
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Literal
+from typing import IO, TYPE_CHECKING
 
 from semiseg.errors import UserError, UserNotice
 
@@ -34,68 +31,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS_NAME = "model.safetensors"  # in a model folder
 LOCK_NAME = ".train.lock"  # in a run's folder, held by the process that trains it
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, no quota, a limit on the size of files
 _HIDDEN, _LOCK, _ASIDE = ".semiseg-", "lock", "aside"
 _HIDDEN_NAME = re.compile(re.escape(_HIDDEN) + "[0-9a-f]{32}")
 _SETTLED: set[Path] = set()  # folders whose leftovers this process has removed: a listing per file would be quadratic
-Kind = Literal["splits", "experiments", "bases", "launch", "published"]
-
-# kind -> (folder below the working project or the packaged copy, suffix, the word for one of them)
-_PLACES: dict[Kind, tuple[str, str, str]] = {
-    "splits": ("splits", ".toml", "class split"),
-    "experiments": ("experiments", ".toml", "study"),
-    "bases": ("experiments/bases", ".toml", "base of settings"),
-    "launch": ("experiments/launch", ".yaml", "launch file"),
-    "published": ("reports/published", ".csv", "table of printed numbers"),
-}
-
-
-def available_cores() -> int:
-    """Processor cores that this process may use: of its affinity where the system has one, else all."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def find(kind: Kind, name: str) -> Path:
-    """The file that `name` means: a path, else a file of the working project, else of the packaged copy.
-
-    The suffix may be left out. The working project is the current folder with its `splits/`, `experiments/` and
-    `reports/published/`.
-
-    Raises:
-        UserError: no such file; the message lists the available names.
-    """
-    folder, suffix, noun = _PLACES[kind]
-    file_name = name if name.endswith(suffix) else name + suffix
-    for candidate in (Path(file_name), Path(folder) / file_name, packaged_root() / folder / file_name):
-        if candidate.is_file():
-            return candidate
-    known = available(kind)
-    stem = Path(file_name).name.removesuffix(suffix)
-    near = difflib.get_close_matches(stem, known, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise UserError(
-        f"{name}: no such {noun}: neither the file {file_name} nor a name in {folder}/."
-        f"{hint} Available: {', '.join(known) or 'none'}"
-    )
-
-
-def available(kind: Kind) -> list[str]:
-    """Names that `find` knows beside paths: of the working project and of the packaged copy, sorted, without suffix."""
-    folder, suffix, _ = _PLACES[kind]
-    roots = (Path(folder), packaged_root() / folder)
-    return sorted({path.stem for root in roots for path in root.glob(f"*{suffix}") if path.is_file()})
-
-
-def packaged_root() -> Path:
-    """The folder that holds the shipped `splits/`, `experiments/` and `reports/published/`.
-
-    In a wheel they lie inside the package, in a source tree (editable installation) beside it.
-    """
-    package = Path(__file__).parent
-    shipped = package / "_shipped"
-    return shipped if shipped.is_dir() else package.parent
 
 
 def require_folder(path: Path) -> None:
@@ -104,13 +44,13 @@ def require_folder(path: Path) -> None:
     Raises:
         UserError: it or a folder above it is a file, or writing is not permitted.
     """
-    there = next(part for part in (path, *path.absolute().parents) if part.exists())
-    if not there.is_dir():
+    existing = next(part for part in (path, *path.absolute().parents) if part.exists())
+    if not existing.is_dir():
         raise UserError(
-            f"{path}: no folder can be made: {there} is a file" if there != path else f"{path}: is no folder"
+            f"{path}: is no folder" if existing == path else f"{path}: no folder can be made: {existing} is a file"
         )
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"{there}: no permission to write there")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{existing}: no permission to write there")
 
 
 @contextmanager
@@ -120,48 +60,45 @@ def lock_folder(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another process holds it.
     """
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(lock(folder / LOCK_NAME))
-        except TimeoutError:
-            raise UserError(f"{folder}: another process is training this run; wait for it or end it first") from None
+    try:
+        file = _acquire(folder / LOCK_NAME, warn=True)
+    except TimeoutError:
+        raise UserError(f"{folder}: another process is training this run; wait for it or end it first") from None
+    try:
         yield
+    finally:
+        _release(folder / LOCK_NAME, file)
 
 
 @contextmanager
-def lock(path: Path, *, waiting: str | None = None) -> Iterator[None]:
+def lock(path: Path, *, waiting: str) -> Iterator[None]:
     """Locks a file, which is there only so long, until the end of the block or of this process, however it ends.
 
     On a file system without locks it goes on without one, with a warning.
 
     Args:
-        waiting: said while another process holds it; None = do not wait.
-
-    Raises:
-        TimeoutError: another process holds it and `waiting` is None.
+        waiting: said while another process holds it.
     """
     try:
-        locked = _lock_file(path, warn=True)
+        file = _acquire(path, warn=True)
     except TimeoutError:
-        if waiting is None:
-            raise
         logger.warning(waiting)
-        locked = _lock_file(path, warn=True, wait=True)
+        file = _acquire(path, warn=True, wait=True)
     try:
         yield
     finally:
-        _unlock(path, locked)
+        _release(path, file)
 
 
 def remove_stale_lock(path: Path) -> None:
     """Removes the file of a lock that a killed process has left; one that is held stays."""
     if path.exists():
-        with suppress(OSError), lock(path):
-            pass
+        with suppress(OSError):  # also of a lock that is held
+            _release(path, _acquire(path))
 
 
-def _lock_file(path: Path, *, warn: bool = False, wait: bool = False) -> FileLock | None:
-    """Makes and locks a file until `_unlock` or the end of the process; None where the file system has no locks.
+def _acquire(path: Path, *, warn: bool = False, wait: bool = False) -> FileLock | None:
+    """Makes and locks a file until `_release` or the end of the process; None where the file system has no locks.
 
     Raises:
         TimeoutError: another process holds it, without `wait`.
@@ -177,47 +114,46 @@ def _lock_file(path: Path, *, warn: bool = False, wait: bool = False) -> FileLoc
             raise
         if warn:
             message = f"{path.parent}: cannot be locked ({error}); let one process at a time work there"
-            warnings.warn(message, UserNotice, stacklevel=5)
+            warnings.warn(message, UserNotice, stacklevel=4)
         return None
     return file
 
 
-def _unlock(path: Path, locked: FileLock | None) -> None:
+def _release(path: Path, file: FileLock | None) -> None:
     """Removes the file and ends its lock, in this order: who has opened it meanwhile finds it gone and makes another.
 
     Windows removes no file that is open; there filelock does it afterwards.
     """
     with suppress(OSError):
         path.unlink()
-    if locked is not None:
-        locked.release()
+    if file is not None:
+        file.release()
 
 
 @contextmanager
 def temporary_folder(parent: Path) -> Iterator[Path]:
     """A hidden folder of this process in `parent`, which is made if need be; removed with its content at the end.
 
-    Its file `lock` is locked as long as the process lives. The first time a process writes into `parent`, it removes
-    what dead processes left there (see `settle`).
+    The first time a process writes into `parent`, it removes what dead processes left there (see `settle`).
     """
     parent.mkdir(parents=True, exist_ok=True)
-    if (settled := parent.resolve()) not in _SETTLED:
-        _SETTLED.add(settled)
+    if (resolved := parent.resolve()) not in _SETTLED:
+        _SETTLED.add(resolved)
         settle(parent)
-    folder, locked = _make_hidden(parent)
+    folder, file = _make_hidden(parent)
     try:
         yield folder
     finally:
         with suppress(OSError):
-            _dissolve(folder, locked)
+            _dissolve(folder, file)
 
 
 def settle(parent: Path) -> None:
     """Ends what killed processes left of their writing in `parent`: a replaced folder is put back, the rest removed.
 
-    Only hidden folders of this module whose lock is free are touched. Where the file system has no locks, or another
-    user's folder may not be changed, they are left alone. Whoever finds that there is nothing to write asks for it too:
-    a process killed at its last moment leaves the whole file and, beside it, its hidden folder.
+    Where the file system has no locks, or another user's folder may not be changed, hidden folders are left alone.
+    Whoever finds that there is nothing to write asks for it too: a process killed at its last moment leaves the whole
+    file and, beside it, its hidden folder.
     """
     for folder in parent.glob(f"{_HIDDEN}*"):
         if not _HIDDEN_NAME.fullmatch(folder.name) or folder.is_symlink():
@@ -225,8 +161,8 @@ def settle(parent: Path) -> None:
         with suppress(OSError):  # also of a lock that is held
             if not (folder / _LOCK).exists():
                 folder.rmdir()  # its process was killed before it had locked it, or when all else was removed
-            elif locked := _lock_file(folder / _LOCK):
-                _dissolve(folder, locked)
+            elif file := _acquire(folder / _LOCK):
+                _dissolve(folder, file)
 
 
 def _make_hidden(parent: Path) -> tuple[Path, FileLock | None]:
@@ -234,13 +170,13 @@ def _make_hidden(parent: Path) -> tuple[Path, FileLock | None]:
         folder = parent / f"{_HIDDEN}{uuid.uuid4().hex}"
         folder.mkdir()
         with suppress(FileNotFoundError, TimeoutError):  # another process settled it before it was locked
-            locked = _lock_file(folder / _LOCK)
-            if locked is None:
+            file = _acquire(folder / _LOCK)
+            if file is None:
                 (folder / _LOCK).touch()
-            return folder, locked
+            return folder, file
 
 
-def _dissolve(folder: Path, locked: FileLock | None) -> None:
+def _dissolve(folder: Path, file: FileLock | None) -> None:
     """Puts back the folder that was moved aside, if its place is free, and removes everything else, the lock last."""
     aside = folder / _ASIDE
     for old in aside.iterdir() if aside.is_dir() else ():
@@ -249,12 +185,12 @@ def _dissolve(folder: Path, locked: FileLock | None) -> None:
     for path in folder.iterdir():
         if path.name != _LOCK:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    _unlock(folder / _LOCK, locked)
+    _release(folder / _LOCK, file)
     folder.rmdir()
 
 
 @contextmanager
-def told_writing(path: Path) -> Iterator[None]:
+def writing_errors(path: Path) -> Iterator[None]:
     """Turns what can go wrong in writing `path` into a `UserError` that names it: a full disk, a limit, no permission.
 
     Errors that say nothing of writing, such as a missing file that is read meanwhile, pass.
@@ -281,34 +217,29 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write into; at the end of the block it is flushed to the disk and gets its name. Makes missing folders.
+    """A file to write into, which gets its name at the end of the block. Makes missing folders.
 
     Whenever this is interrupted, `path` is what it was or whole, also after a power cut.
     """
-    with told_writing(path), temporary_folder(path.parent) as hidden:
+    with writing_errors(path), temporary_folder(path.parent) as hidden:
         with (hidden / "new").open("wb") as file:
             yield file
-        put_in_place(hidden / "new", path)
-
-
-def put_in_place(new: Path, path: Path) -> None:
-    """Gives a file that is written and closed its name, flushed to the disk before and after."""
-    _flush(new)
-    os.replace(new, path)
-    _flush(path.parent)
+        _flush(hidden / "new")
+        os.replace(hidden / "new", path)
+        _flush(path.parent)
 
 
 @contextmanager
 def whole_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A temporary folder to write into; at the end of the block it is flushed to the disk and gets the name `folder`.
+    """A temporary folder to write into, which gets the name `folder` at the end of the block; else nothing is left.
 
-    After an error or an interruption nothing is left, and `folder` is what it was or whole, also after a power cut.
-    With `replace`, a process killed between the two renames leaves the old folder aside: `settle` puts it back.
+    Whenever this is interrupted, `folder` is what it was or whole, also after a power cut. With `replace`, a process
+    killed between the two renames leaves the old folder aside: `settle` puts it back.
 
     Args:
         replace: take the place of a folder that is there; else, if another process has made it meanwhile, its is kept.
     """
-    with told_writing(folder), temporary_folder(folder.parent) as hidden:
+    with writing_errors(folder), temporary_folder(folder.parent) as hidden:
         new = hidden / "new"
         new.mkdir()
         yield new
@@ -336,11 +267,3 @@ def _flush(path: Path) -> None:
             raise
     finally:
         os.close(opened)
-
-
-def weights_file(source: Path) -> Path:
-    """The file that `init_from` means: a checkpoint, or the weights of a model folder or of a run's folder."""
-    if not source.is_dir():
-        return source
-    folders = [folder for folder in (source, source / "model") if (folder / WEIGHTS_NAME).exists()]
-    return (folders[0] if folders else source) / WEIGHTS_NAME
