@@ -88,7 +88,7 @@ def test_times_are_those_of_the_newest_finished_run_of_the_same_kind(project: Pa
     finish(boxes, "five", steps=0)
     finish(boxes, "six")
     Path("runs/other/six/result.json").write_text("{")
-    assert set(seconds_per_step(Path("runs"), 1).values()) == {(0.5, CPU)}
+    assert set(seconds_per_step(1).values()) == {(0.5, CPU)}
     text = dry_run()
     assert cells(text, "boxes")[2:] == ["missing", "7200", "16", "1", "h", "00", "min", boxes.run_id]
     assert cells(text, "full")[2:] == ["missing", "7200", "16", "—", full.run_id]

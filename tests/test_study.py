@@ -109,12 +109,12 @@ def test_each_run_is_planned_once_for_all_tables(project: Path) -> None:
     by_label = {item.label: item for item in planned}
     few, boxes, start = by_label["neither-few-s1"], by_label["boxes-s1"], by_label["pretrain-s1"]
     assert few.config.init_from == str(start.folder / "model") == f"runs/study/pretrain-s1-{start.run_id}/model"
-    assert (few.init, few.config.supervision.split, few.config.seed, few.config.optim.steps) == (
+    assert (few.init_run, few.config.supervision.split, few.config.seed, few.config.optim.steps) == (
         start.run_id, "few", 1, 3,
     )  # fmt: skip
-    assert (boxes.split_digest, boxes.config.supervision.split) == (None, None)
+    assert (boxes.identity["split"], boxes.config.supervision.split) == (None, None)
     assert (start.config.supervision.source, start.config.objective.box) == ("boxes", "none")
-    assert (start.config.optim.steps, start.init) == (4, None)
+    assert (start.config.optim.steps, start.init_run) == (4, None)
 
 
 def test_only_named_rows_and_the_pretraining_they_start_from(project: Path) -> None:
@@ -182,7 +182,7 @@ def test_overrides_that_a_study_cannot_take(project: Path) -> None:
     Path("experiments/study.toml").write_text(STUDY.replace("[pretrain]\noptim.steps = 4", ""))
     with pytest.raises(UserError, match=r"has no \[pretrain\]"):
         load_study("study", ["pretrain.optim.steps=3"])
-    assert all(item.init is None for item in plan(load_study("study")))
+    assert all(item.init_run is None for item in plan(load_study("study")))
 
 
 def test_a_base_is_a_table_of_settings_in_a_file_of_its_own(project: Path) -> None:
@@ -223,10 +223,10 @@ def test_a_study_is_run_once_in_order_and_recorded(project: Path) -> None:
         calls = [json.loads(line) for line in (item.folder / "calls.jsonl").read_text().splitlines()]
         assert len(calls) == 2, f"{item.label} was begun more than once"
         found = recorded[item.run_id]
-        assert (found.row, found.split, found.seed, found.init_run) == (item.row, item.split, item.seed, item.init)
+        assert (found.row, found.split, found.seed, found.init_run) == (item.row, item.split, item.seed, item.init_run)
         assert "init_from" not in found.config
-        if item.init is not None:
-            start = next(other for other in by_label.values() if other.run_id == item.init)
+        if item.init_run is not None:
+            start = next(other for other in by_label.values() if other.run_id == item.init_run)
             assert calls[0]["time"] >= json.loads((start.folder / "calls.jsonl").read_text().splitlines()[1])["time"]
             assert calls[0]["threads"] == "2"  # 8 cores // 3 side by side
         else:

@@ -13,6 +13,7 @@ import functools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -138,6 +139,11 @@ class StudyRun:
     @property
     def key(self) -> RunKey:
         return self.row, self.split, self.seed
+
+    @property
+    def label(self) -> str:
+        """Short name for people: row, split, seed."""
+        return "-".join([self.row, *([Path(self.split).stem] if self.split else []), f"s{self.seed}"])
 
 
 def load_study(name_or_path: str, overrides: Sequence[str] = (), *, seeds: Sequence[int] | None = None) -> Study:

@@ -32,38 +32,21 @@ RESULTS_NAME = "results.jsonl"  # the record of a study
 RESULT_NAME = "result.json"  # the engine writes it last: a folder with it is finished
 
 
-@dataclass(frozen=True)
-class PlannedRun:
-    """A run with its identity.
+@dataclass(frozen=True, kw_only=True)
+class PlannedRun(StudyRun):
+    """A run as so many processes execute it: its `init_from` is the initial run's model folder.
 
     Attributes:
-        run_id: digest of `identity`; equal ids are the same run.
-        identity: of `run_identity`.
-        config: as executed: `init_from` points to the initial run's model folder.
-        init: run_id of the initial run, or None.
+        run_id: digest of `identity`, which is that of `run_identity`; equal ids are the same run.
+        init_run: run_id of the initial run, or None.
         folder: where it is trained; another study's folder if the same run lies there.
     """
 
     run_id: str
-    study: str
-    row: str
-    split: str | None
-    seed: int
-    config: RunConfig
     identity: dict[str, Any]
-    init: str | None
+    study: str
+    init_run: str | None
     folder: Path
-
-    @property
-    def split_digest(self) -> str | None:
-        """Digest of the class split, None if the run does not depend on one."""
-        digest_of_split: str | None = self.identity["split"]
-        return digest_of_split
-
-    @property
-    def label(self) -> str:
-        """Short name for people: row, split, seed."""
-        return "-".join([self.row, *([Path(self.split).stem] if self.split else []), f"s{self.seed}"])
 
 
 def run_identity(
@@ -78,9 +61,8 @@ def run_identity(
 
     Args:
         run: as so many processes execute it, see `fitted_run`.
-        data: gives the digest of data, also of those of the run that this one starts from.
-        split: gives the digest of the run's class split.
-        weights: gives the digest of the file that `init_from` names.
+        data, split, weights: give the digests of data, of a run's class split, and of the file that `init_from` names;
+            also for the run that this one starts from.
 
     Returns:
         {"config", "split", "data", "init"} as digests, and "normalised_together" where the cut of a step matters.
@@ -90,16 +72,12 @@ def run_identity(
     else:
         init = None if run.config.init_from is None else weights(run.config.init_from)
     return {
-        "config": digest(_config_identity(run)),
+        "config": digest(run.config.identity(initial=init is not None)),
         "split": None if run.split is None else split(run),
         "data": data(run.config.data),
         "init": init,
         **normalised_together(run.config, processes),
     }
-
-
-def _config_identity(run: StudyRun) -> dict[str, Any]:
-    return run.config.identity(initial=run.init is not None or run.config.init_from is not None)
 
 
 def fitted_run(run: StudyRun, processes: int) -> StudyRun:
@@ -108,13 +86,7 @@ def fitted_run(run: StudyRun, processes: int) -> StudyRun:
     return replace(run, config=fit_to_processes(run.config, processes), init=init)
 
 
-def plan(
-    study: Study,
-    *,
-    only: Sequence[str] = (),
-    processes: int = 1,
-    runs_folder: Path = RUNS_FOLDER,
-) -> list[PlannedRun]:
+def plan(study: Study, *, only: Sequence[str] = (), processes: int = 1) -> list[PlannedRun]:
     """The study's runs with their identities, each run once, initial runs before those that start from them.
 
     Reads the annotation files, made on first use where the source is none of COCO's layout, and the class splits.
@@ -126,25 +98,33 @@ def plan(
         if change:
             warnings.warn(change, UserNotice, stacklevel=2)  # rows with the same change say it once
         identity = run_identity(run, data=data_digest, split=_split_digest, weights=weights_digest, processes=processes)
-        run_id = digest(identity)
-        init = identity["init"] if run.init is not None else None
-        config = run.config
-        if init is not None:
-            config = config.model_copy(update={"init_from": str(planned[init].folder / "model")})
-        folder = _folder(study.name, run, run_id, runs_folder)
-        item = PlannedRun(run_id, study.name, run.row, run.split, run.seed, config, identity, init, folder)
+        run_id, init_run, config = digest(identity), None, run.config
+        if run.init is not None:
+            init_run = str(identity["init"])
+            config = config.model_copy(update={"init_from": str(planned[init_run].folder / "model")})
+        # The same run in another study's folder is not trained a second time.
+        folder = RUNS_FOLDER / study.name / f"{run.label}-{run_id}"
+        elsewhere = [] if folder.exists() else sorted(RUNS_FOLDER.glob(f"*/*-{run_id}"))
+        item = PlannedRun(
+            row=run.row,
+            split=run.split,
+            seed=run.seed,
+            config=config,
+            init=run.init,
+            run_id=run_id,
+            identity=identity,
+            study=study.name,
+            init_run=init_run,
+            folder=elsewhere[0] if elsewhere else folder,
+        )
         planned.setdefault(run_id, item)
     return list(planned.values())
 
 
-def _split_digest(run: StudyRun) -> str:
-    return load_split(str(run.split), class_names(run.config.data)).digest()
-
-
 def write_run_files(run: PlannedRun) -> list[str]:
     """Writes what a run is, into its folder: `identity.json` and `train.json`; the arguments that train it."""
-    names = ("run_id", "identity", "study", "row", "split", "seed", "init")
-    about = {name: getattr(run, name) for name in names}
+    about = {name: getattr(run, name) for name in ("run_id", "identity", "study", "row", "split", "seed")}
+    about["init"] = run.init_run
     write_text(run.folder / "identity.json", json.dumps(about, indent=1, ensure_ascii=False) + "\n")
     write_text(run.folder / "train.json", run.config.model_dump_json(indent=1) + "\n")
     return ["train", str(run.folder / "train.json"), "--out", str(run.folder), "--resume"]
@@ -162,14 +142,6 @@ def missing_data(study: Study, *, only: Sequence[str] = ()) -> str | None:
         except UserError as error:
             return str(error)
     return None
-
-
-def _folder(study: str, run: StudyRun, run_id: str, runs_folder: Path) -> Path:
-    """The run's folder; the same run in another study's folder is not trained a second time."""
-    split = [Path(run.split).stem] if run.split else []
-    own = runs_folder / study / "-".join([run.row, *split, f"s{run.seed}", run_id])
-    elsewhere = sorted(runs_folder.glob(f"*/*-{run_id}"))
-    return own if own.exists() or not elsewhere else elsewhere[0]
 
 
 def class_names(config: DataConfig) -> tuple[str, ...]:
@@ -198,6 +170,10 @@ def data_digest(config: DataConfig) -> str:
     files = ensure_files(config)
     paths = [files[name].annotations for name in ("train", "val")]
     return digest([_file_digest(path, _stamp(path)) for path in paths])
+
+
+def _split_digest(run: StudyRun) -> str:
+    return load_split(str(run.split), class_names(run.config.data)).digest()
 
 
 def weights_digest(init_from: str) -> str:
@@ -248,18 +224,15 @@ def _is_result_of(result: Result, run: StudyRun, recorded_data: Mapping[str, Any
     Args:
         recorded_data: run_id -> digest of its data, of all results: of the one that this run starts from.
     """
+    own, classes = _named_data(run.config.data), list(result.metrics.get("instances", ()))
+
+    def data(config: DataConfig) -> str:
+        is_own = _named_data(config) == own
+        return str(result.identity.get("data") if is_own else recorded_data.get(str(result.identity.get("init"))))
+
     try:
-        run = fitted_run(run, result.processes)
-        if result.identity.get("config") != digest(_config_identity(run)):
-            return False
-        own, classes = _named_data(run.config.data), list(result.metrics.get("instances", ()))
-
-        def data(config: DataConfig) -> str:
-            same = _named_data(config) == own
-            return str(result.identity.get("data") if same else recorded_data.get(str(result.identity.get("init"))))
-
         identity = run_identity(
-            run,
+            fitted_run(run, result.processes),
             data=data,
             split=lambda run: load_split(str(run.split), classes).digest(),
             weights=str,

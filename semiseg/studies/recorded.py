@@ -67,12 +67,12 @@ def read_result(run: PlannedRun, *, typed: Sequence[str]) -> Result:
         UserError: the result is missing or not whole, or the split was changed while it trained.
     """
     path, values = run.folder / RESULT_NAME, finished_values(run)
-    if run.split is not None and values.get("split_digest") != run.split_digest:
+    if run.split is not None and values.get("split_digest") != run.identity["split"]:
         raise UserError(f"{path}: the class split {run.split!r} was changed while the run trained; remove {run.folder}")
-    about = {name: getattr(run, name) for name in ("run_id", "study", "row", "split", "split_digest", "seed")}
+    about = {name: getattr(run, name) for name in ("run_id", "identity", "study", "row", "split", "seed", "init_run")}
     # Paths of initial weights belong to one machine; what they are is in the identity.
     about["config"] = run.config.model_dump(mode="json", exclude={"init_from"})
-    return _result(values, path, **about, identity=run.identity, init_run=run.init, command=list(typed))
+    return _result(values, path, **about, split_digest=run.identity["split"], command=list(typed))
 
 
 def run_of_folder(folder: Path) -> RecordedRun:

@@ -140,10 +140,10 @@ class _Study:
     def _start_ready(self) -> None:
         unfinished = {run.run_id for run in self.waiting} | {child.run.run_id for child in self.running}
         for run in list(self.waiting):
-            if run.init in self.failures:
+            if run.init_run in self.failures:
                 self.waiting.remove(run)
                 self.skipped += 1
-            elif run.init not in unfinished and len(self.running) < self.how.jobs:
+            elif run.init_run not in unfinished and len(self.running) < self.how.jobs:
                 self.waiting.remove(run)
                 self._start(run)
 

@@ -38,13 +38,13 @@ class RunStatus:
     """Where a run stands.
 
     Attributes:
-        run: a `StudyRun` if its state is unknown: without the data it has no identity.
+        run: a `PlannedRun`, unless its state is unknown: without the data it has no identity.
         step, steps: of a started run whose log has begun, else None.
         when: ISO time of the end of a finished run.
         recorded_only: finished and recorded, but its folder is not here.
     """
 
-    run: PlannedRun | StudyRun
+    run: StudyRun
     state: Literal["done", "started", "missing", "unknown"]
     step: int | None = None
     steps: int | None = None
@@ -102,7 +102,7 @@ def runs_to_do(planned: Sequence[PlannedRun], recorded: Mapping[str, Result], *,
         return status.state != "done"
 
     rows = [run for run in planned if run.row != PRETRAIN_ROW and is_missing(run)]
-    needed = {run.init for run in rows}
+    needed = {run.init_run for run in rows}
     return [run for run in planned if run.run_id in needed and is_missing(run)] + rows
 
 
@@ -152,7 +152,7 @@ def _unknown(study: Study, *, processes: int, only: Sequence[str] = ()) -> list[
 
 def _table(statuses: Sequence[RunStatus], processes: int) -> tuple[str, str]:
     """The table of runs, "" for none, and a sentence on the time that is left of those that are not done here."""
-    known = seconds_per_step(RUNS_FOLDER, processes)
+    known = seconds_per_step(processes)
     lines, left = [], []  # left: seconds of a run, and the device that they are known from
     for status in statuses:
         run, kind, time = status.run, _kind(status.run.config, processes), "—"
@@ -173,10 +173,10 @@ def _table(statuses: Sequence[RunStatus], processes: int) -> tuple[str, str]:
     return text_table(columns, lines) if lines else "", sentence
 
 
-def seconds_per_step(runs_folder: Path, processes: int) -> dict[str, tuple[float, str]]:
+def seconds_per_step(processes: int) -> dict[str, tuple[float, str]]:
     """Kind of run -> seconds of a step and device, of the newest finished run of that kind on so many processes."""
     newest: dict[str, tuple[str, float, str]] = {}
-    for path in runs_folder.glob(f"*/*/{RESULT_NAME}"):
+    for path in RUNS_FOLDER.glob(f"*/*/{RESULT_NAME}"):
         try:
             result = read_json(path)
             config = parse_config(RunConfig, read_json(path.parent / "config.json")["config"], where=str(path.parent))
