@@ -302,7 +302,7 @@ def test_runs_are_found_by_id_row_and_folder() -> None:
         "firsts:r": "Did you mean 'first:r'?",
         "first:r:few:7": "no recorded run is called so. Did you mean 'first:r:few:1'?",
         "": "neither the folder of a run, nor the beginning",
-        runs[0].run_id[:-1] + "x": f"Near: {runs[0].run_id} (",
+        runs[0].run_id[:-1] + "x": f"Near: first:r:few:0 ({runs[0].run_id})",
     }.items():
         with pytest.raises(UserError, match=re.escape(told)):
             find_runs(name, known)
@@ -323,7 +323,9 @@ def test_a_row_of_several_splits_or_configurations_is_as_many_rows() -> None:
 def test_the_beginning_of_several_ids_names_them() -> None:
     runs = [replace(made_run("r", seed), run_id=f"ab{seed}" + "0" * 13) for seed in range(2)]
     record(*runs)
-    with pytest.raises(UserError, match=r"ab: 2 runs have an id that begins so: ab0\w+ \(first:r:0\), ab1"):
+    with pytest.raises(
+        UserError, match=r"ab: 2 runs have an id that begins so: first:r:0 \(ab00+\), first:r:1 \(ab10+\)"
+    ):
         find_runs("ab", known_runs())
 
 

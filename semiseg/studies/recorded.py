@@ -19,7 +19,6 @@ from semiseg.studies.file import PRETRAIN_ROW, near_hint
 from semiseg.studies.identity import REPORTS_FOLDER, RESULT_NAME, RESULTS_NAME, RUNS_FOLDER, PlannedRun
 from semiseg.studies.status import finished_values
 
-_SHORT = 6  # signs of an id that people see
 _FROM_RESULT = ("data_fingerprint", "metrics", "steps", "seconds", "device", "versions", "git_revision", "finished")
 
 
@@ -38,8 +37,8 @@ class RecordedRun:
 
     @property
     def short_id(self) -> str:
-        """The beginning of its id."""
-        return self.result.run_id[:_SHORT]
+        """The beginning of its id, as people see it."""
+        return self.result.run_id[:6]
 
     @property
     def split(self) -> str:
@@ -55,6 +54,11 @@ class RecordedRun:
     def name(self) -> str:
         """STUDY:ROW[:SPLIT]:SEED."""
         return f"{self.row_name}:{self.result.seed}"
+
+    @property
+    def finished(self) -> float:
+        """When, in seconds since 1970."""
+        return datetime.fromisoformat(self.result.finished).timestamp()
 
     def __str__(self) -> str:
         return f"{self.name} ({self.result.run_id})"
@@ -72,7 +76,7 @@ def read_result(run: PlannedRun, *, typed: Sequence[str]) -> Result:
     about = {name: getattr(run, name) for name in ("run_id", "identity", "study", "row", "split", "seed", "init_run")}
     # Paths of initial weights belong to one machine; what they are is in the identity.
     about["config"] = run.config.model_dump(mode="json", exclude={"init_from"})
-    return _result(values, path, **about, split_digest=run.identity["split"], command=list(typed))
+    return _result(path, values, about | {"split_digest": run.identity["split"], "command": list(typed)})
 
 
 def run_of_folder(folder: Path) -> RecordedRun:
@@ -87,44 +91,37 @@ def run_of_folder(folder: Path) -> RecordedRun:
     values, run = read_json(path), read_json(folder / "config.json")
     study = read_json(folder / "identity.json") if (folder / "identity.json").is_file() else {}
     try:
-        config, inputs, settings = dict(run["config"]), run["inputs"], dict(run["identity"])
-        config.pop("init_from", None)
+        settings, inputs = dict(run["identity"]), run["inputs"]
+        config = {name: value for name, value in run["config"].items() if name != "init_from"}
         cut = {name: settings.pop(name) for name in ("normalised_together",) if name in settings}
         digests = {"split": inputs["split"], "data": inputs["data"], "init": inputs["init_from"]}
         identity = study.get("identity") or {"config": digest(settings), **digests, **cut}
         about = {
             "run_id": study.get("run_id") or digest(identity),
+            "identity": identity,
             "study": study.get("study", ""),
             "row": study.get("row") or folder.resolve().name,
             "split": (config.get("supervision") or {}).get("split"),
             "split_digest": values.get("split_digest"),
             "seed": config["seed"],
+            "config": config,
+            "init_run": study.get("init"),
             "command": [values["command"]],
         }
+        return RecordedRun(_result(path, values, about), folder, path)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _not_finished(folder, error) from None
-    return RecordedRun(
-        _result(values, path, **about, config=config, identity=identity, init_run=study.get("init")), folder, path
-    )
+        known = f"its {RESULT_NAME} and config.json are not those of a finished run"
+        raise UserError(f"{folder}: {known} ({error})") from None
 
 
-def _result(values: Mapping[str, Any], path: Path, **about: Any) -> Result:
-    """The record of a run.
-
-    Args:
-        values: what `path`, its result.json, holds.
-        about: the other fields of a `Result`.
-    """
-    try:
-        fields = {name: values[name] for name in _FROM_RESULT}
-    except KeyError as error:
-        raise _not_finished(path.parent, error) from None
+def _result(path: Path, values: Mapping[str, Any], about: Mapping[str, Any]) -> Result:
+    """The record of a run, of what `path`, its result.json, holds and what else is known about it."""
+    missing = [name for name in _FROM_RESULT if name not in values]
+    if missing:
+        raise UserError(f"{path}: not the result of a finished run: {missing[0]!r} is missing")
+    fields = {name: values[name] for name in _FROM_RESULT}
     optional = {"processes": values.get("processes", 1), "val_fingerprint": values.get("val_fingerprint")}
     return checked({**about, **fields, **optional}, where=str(path))
-
-
-def _not_finished(folder: Path, error: Exception) -> UserError:
-    return UserError(f"{folder}: its {RESULT_NAME} and config.json are not those of a finished run ({error})")
 
 
 def known_runs() -> list[RecordedRun]:
@@ -135,7 +132,7 @@ def known_runs() -> list[RecordedRun]:
         for result in read(record):
             run = RecordedRun(result, folders.get(result.run_id), record)
             key = (result.study, result.run_id)
-            newest[key] = max(run, newest.get(key, run), key=_finished)
+            newest[key] = max(run, newest.get(key, run), key=lambda run: run.finished)
     return list(newest.values())
 
 
@@ -155,28 +152,25 @@ def find_runs(name: str, known: Sequence[RecordedRun]) -> list[RecordedRun]:
     """
     if name and Path(name).is_dir():
         return [run_of_folder(Path(name))]
-    if ":" in name:
-        return _runs_of_row(name, known)
-    return [_run_of_id(name, known)]
+    return _runs_of_row(name, known) if ":" in name else [_run_of_id(name, known)]
 
 
 def _run_of_id(name: str, known: Sequence[RecordedRun]) -> RecordedRun:
-    recorded = {run.result.run_id: run for run in sorted(known, key=_finished)}
-    unrecorded = {run_id: path for run_id, path in _folders().items() if (path / RESULT_NAME).is_file()}
-    names = {**dict.fromkeys(unrecorded, ""), **{run_id: f" ({run.name})" for run_id, run in recorded.items()}}
-    matching = sorted(run_id for run_id in names if name and run_id.startswith(name.lower()))
-    if len(matching) > 1:
-        first = ", ".join(run_id + names[run_id] for run_id in matching[:4])
-        raise UserError(f"{name}: {len(matching)} runs have an id that begins so: {first}")
+    recorded = {run.result.run_id: run for run in sorted(known, key=lambda run: run.finished)}
+    folders = {run_id: path for run_id, path in _folders().items() if (path / RESULT_NAME).is_file()}
+    matching = sorted(run_id for run_id in {**recorded, **folders} if name and run_id.startswith(name.lower()))
     if not matching:
-        near = difflib.get_close_matches(name.lower(), names, n=2, cutoff=0.4)
-        hint = f" Near: {', '.join(run_id + names[run_id] for run_id in near)}." if near else ""
+        near = difflib.get_close_matches(name.lower(), recorded, n=2, cutoff=0.4)
+        hint = f" Near: {', '.join(str(recorded[run_id]) for run_id in near)}." if near else ""
         studies = ", ".join(sorted({run.result.study for run in known})) or "none"
         raise UserError(
             f"{name}: neither the folder of a run, nor the beginning of a run's id, nor STUDY:ROW.{hint} "
             f"Recorded studies: {studies}"
         )
-    return recorded[matching[0]] if matching[0] in recorded else run_of_folder(unrecorded[matching[0]])
+    if len(matching) > 1:
+        first = ", ".join(str(recorded.get(run_id, run_id)) for run_id in matching[:4])
+        raise UserError(f"{name}: {len(matching)} runs have an id that begins so: {first}")
+    return recorded[matching[0]] if matching[0] in recorded else run_of_folder(folders[matching[0]])
 
 
 def _runs_of_row(name: str, known: Sequence[RecordedRun]) -> list[RecordedRun]:
@@ -188,7 +182,3 @@ def _runs_of_row(name: str, known: Sequence[RecordedRun]) -> list[RecordedRun]:
         hint = near_hint(name, sorted(run.name for run in of_row) or rows)
         raise UserError(f"{name}: no recorded run is called so.{hint}")
     return sorted(matching, key=lambda run: run.result.seed)
-
-
-def _finished(run: RecordedRun) -> float:
-    return datetime.fromisoformat(run.result.finished).timestamp()
