@@ -243,7 +243,7 @@ def test_a_kill_when_all_is_in_place_leaves_nothing_after_the_next_look(
             call("split", "make", "x", "--dataset", "shapes", "--seen", "3", "--out", str(target))
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "_dissolve", die)
+        patch.setattr("semiseg.files._dissolve", die)
         killed(work)
     hidden = [path.name for path in (tmp_path / "new").rglob(".*")]
     assert any(name.startswith(".semiseg-") for name in hidden), hidden
