@@ -291,7 +291,7 @@ def test_what_a_machine_lacks_is_one_sentence(
         raise error
 
     with pytest.raises(typer.Exit) as ended:
-        cli._speaks(fail)()
+        cli.errors_as_sentences(fail)()
     assert ended.value.exit_code == 2
     assert capsys.readouterr().err == told
 

@@ -18,9 +18,9 @@ from semiseg.files import require_folder
 
 # Endings by which a folder's images are known; a file that is named itself may have any.
 IMAGE_SUFFIXES = (
-    *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".j2k"),
-    *(".ppm", ".pgm", ".pbm", ".pnm", ".tga"),
-)
+    ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".j2k", ".ppm", ".pgm",
+    ".pbm", ".pnm", ".tga",
+)  # fmt: skip
 DRAWN_SCORE = 0.4  # as in the pictures of the reports
 
 
@@ -99,22 +99,19 @@ def find_images(arguments: Sequence[str]) -> list[Path]:
         path = Path(argument)
         matched = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(argument, recursive=True))]
         if not matched:
-            what = "no file matches this pattern" if glob.has_magic(argument) else "no such image or folder"
-            raise UserError(f"{argument}: {what}")
-        found = [file for item in matched for file in (_images_in(item) if item.is_dir() else [item])]
-        if not found:
+            reason = "no file matches this pattern" if glob.has_magic(argument) else "no such image or folder"
+            raise UserError(f"{argument}: {reason}")
+        meant = [file for item in matched for file in (_images_in(item) if item.is_dir() else [item])]
+        if not meant:
             raise UserError(f"{argument}: holds no images; known are files that end in {', '.join(IMAGE_SUFFIXES)}")
-        for file in found:
+        for file in meant:
             files.setdefault(os.path.abspath(file), file)
     return list(files.values())
 
 
 def _images_in(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and not path.is_dir()
-    )
+    visible = (path for path in folder.iterdir() if not path.name.startswith(".") and not path.is_dir())
+    return sorted(path for path in visible if path.suffix.lower() in IMAGE_SUFFIXES)
 
 
 def _report(message: str) -> None:

@@ -69,19 +69,22 @@ def run(
         return
     planned = plan(loaded, only=only or (), processes=processes)
     require_folder(folder)
-    results, typed = folder / RESULTS_NAME, ("semiseg", *sys.argv[1:])
-    path = None if file is None else file.path
-    how = Execution(jobs=jobs, processes=processes, launch=path, reproduce=reproduce, typed=typed)
+    how = Execution(
+        jobs=jobs,
+        processes=processes,
+        launch=None if file is None else file.path,
+        reproduce=reproduce,
+        typed=("semiseg", *sys.argv[1:]),
+    )
     if file is not None and file.machines > 1:
-        lines = lines_to_type(planned, file, results=results, how=how)
+        lines = lines_to_type(planned, file, results=folder / RESULTS_NAME, how=how)
         if lines:
             typer.echo("\n".join(lines))
             return
-    trained = run_missing(planned, name=loaded.name, results=results, how=how)
-    if not trained:
+    if not run_missing(planned, name=loaded.name, results=folder / RESULTS_NAME, how=how):
         typer.echo(f"nothing to train: all {len(planned)} runs are done")
-    if not trained and not reproduce and any(run_status(item, {}).state != "done" for item in planned):
-        typer.echo("(some of them were recorded elsewhere; '--reproduce' trains them here)")
+        if not reproduce and any(run_status(item, {}).state != "done" for item in planned):
+            typer.echo("(some of them were recorded elsewhere; '--reproduce' trains them here)")
     _report(loaded, folder, record=folder, command=_command(study, overrides, seeds, out))
     text = "" if overrides else beside_reference(loaded, folder)
     if text:
