@@ -170,20 +170,8 @@ def ap_in_words(metrics: Mapping[str, Any]) -> str:
 def same_validation_data(first: Result, second: Result) -> bool:
     """Whether two results were measured on the same images and objects, so that their numbers may stand side by side.
 
-    Records from before `val_fingerprint` was kept count as the same if all their data are, or if both are Shapes drawn
-    by one version of the generator with the same size, number and seed; else nobody can tell, which counts as no.
+    Records from before `val_fingerprint` was kept count as the same if all their data are.
     """
-    if first.data_fingerprint == second.data_fingerprint:
-        return True
-    if first.val_fingerprint is not None and second.val_fingerprint is not None:
-        return first.val_fingerprint == second.val_fingerprint
-    drawn = [_drawn_validation(result) for result in (first, second)]
-    return drawn[0] is not None and drawn[0] == drawn[1]
-
-
-def _drawn_validation(result: Result) -> tuple[Any, ...] | None:
-    """What the validation images of the embedded data set follow from; None for other data."""
-    data, drawn = result.config.get("data", {}), str(result.identity.get("data", ""))
-    if data.get("format") != "shapes" or not drawn.startswith("shapes-"):
-        return None
-    return drawn, *(data.get("shapes", {}).get(name) for name in ("image_size", "val_images", "val_seed"))
+    if first.val_fingerprint is None or second.val_fingerprint is None:
+        return first.data_fingerprint == second.data_fingerprint
+    return first.val_fingerprint == second.val_fingerprint

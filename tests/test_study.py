@@ -491,7 +491,7 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(project: Path) -> No
     assert sum(" done in " in line and "mask AP 10.0, box AP 10.0" in line for line in lines) == 5
 
 
-def test_progress_on_a_terminal_is_bars(project: Path) -> None:
+def test_progress_on_a_terminal_is_a_bar(project: Path) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
@@ -500,9 +500,9 @@ def test_progress_on_a_terminal_is_bars(project: Path) -> None:
     study = load_study("study", ["optim.steps=30"], seeds=[0])
     run_missing(plan(study), name="study", results=Path("r.jsonl"), how=execution(jobs=2), stream=stream)
     text = stream.getvalue()
-    assert "  pretrain-s0 " in text
-    assert "5 of 5 runs" in text
-    assert "2400/2400" in text
+    assert "━" in text
+    assert "study: 0 of 5 runs done; pretrain-s0 starts" in text
+    assert "study: 4 of 5 runs done, about " in text
 
 
 def test_the_last_whole_log_line_counts(tmp_path: Path) -> None:

@@ -81,18 +81,13 @@ def _require_same_validation_data(runs: Sequence[RecordedRun]) -> None:
     if others:
         raise UserError(
             f"{runs[0]} and {others[0]} were not measured on the same validation data, as far as their records say "
-            f"({_data_in_words(runs[0].result)}; {_data_in_words(others[0].result)}), so that their numbers cannot "
+            f"({_fingerprints(runs[0])}; {_fingerprints(others[0])}), so that their numbers cannot "
             "stand side by side"
         )
 
 
-def _data_in_words(result: Result) -> str:
-    data = result.config.get("data", {})
-    validation = f"validation {result.val_fingerprint or 'unknown'}"
-    if data.get("format") == "shapes":
-        shapes = data.get("shapes", {})
-        validation = f"{shapes.get('val_images')} Shapes of seed {shapes.get('val_seed')}"
-    return f"{validation}, data {result.data_fingerprint}"
+def _fingerprints(run: RecordedRun) -> str:
+    return f"validation {run.result.val_fingerprint or 'unknown'}, data {run.result.data_fingerprint}"
 
 
 def _common_classes(runs: Sequence[RecordedRun]) -> tuple[str, ...]:

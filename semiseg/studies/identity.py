@@ -18,7 +18,7 @@ from typing import Any
 from semiseg.config import DataConfig, RunConfig
 from semiseg.config.read import digest, file_digest
 from semiseg.data.sources import ensure_files
-from semiseg.engine.processes import fit_to_processes, normalised_together, told_change
+from semiseg.engine.processes import fit_to_processes, normalised_together, parts_per_step, told_change
 from semiseg.errors import UserError, UserNotice
 from semiseg.files import write_text
 from semiseg.project import weights_file
@@ -81,9 +81,15 @@ def run_identity(
 
 
 def fitted_run(run: StudyRun, processes: int) -> StudyRun:
-    """The run, and the one that it starts from, as so many processes execute them."""
+    """The run, and the one that it starts from, as so many processes execute them.
+
+    Raises:
+        UserError: a batch has no equal shares for so many processes.
+    """
     init = None if run.init is None else fitted_run(run.init, processes)
-    return replace(run, config=fit_to_processes(run.config, processes), init=init)
+    config = fit_to_processes(run.config, processes)
+    parts_per_step(config, processes)
+    return replace(run, config=config, init=init)
 
 
 def plan(study: Study, *, only: Sequence[str] = (), processes: int = 1) -> list[PlannedRun]:

@@ -1,4 +1,4 @@
-"""What people see while a study runs: bars with the time left on a terminal, a line now and then elsewhere."""
+"""What people see while a study runs: a bar with the time left on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 from semiseg.engine.logs import format_seconds
 from semiseg.studies.child import Child, last_step
@@ -25,8 +25,7 @@ class _Run:
     Attributes:
         images: of a step: runs differ in their batch size, and images cost more alike.
         steps: None until they are known.
-        first: step at the first look, done in an earlier attempt.
-        bar: while it is running.
+        first: step at the first look, done in an earlier attempt; None before it.
     """
 
     label: str
@@ -35,7 +34,6 @@ class _Run:
     step: int = 0
     first: int | None = None
     ended: bool = False
-    bar: TaskID | None = None
 
     def stage(self) -> str:
         if self.first is None:
@@ -54,16 +52,13 @@ class StudyProgress:
         self._line_seconds = line_seconds
         self._started = self._last_line = time.monotonic()
         self._console = Console(file=stream, markup=False, emoji=False, highlight=False, soft_wrap=True)
-        columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
-        self._bars = Progress(
-            *columns,
-            console=self._console,
-            transient=True,
-            auto_refresh=False,
-            disable=not self._console.is_interactive,
+        columns = (BarColumn(), TextColumn("{task.description}", markup=False))
+        self._is_terminal = self._console.is_interactive
+        self._bar = Progress(
+            *columns, console=self._console, transient=True, auto_refresh=False, disable=not self._is_terminal
         )
-        self._overall = self._bars.add_task(name)
-        self._bars.start()
+        self._task = self._bar.add_task(name)
+        self._bar.start()
 
     def update(self, running: Sequence[Child]) -> None:
         """Looks at the logs of the running children and shows what has changed."""
@@ -72,52 +67,42 @@ class StudyProgress:
             if now is not None:
                 run.step, run.steps = now
                 run.first = run.step if run.first is None else run.first
-            if run.bar is None:
-                run.bar = self._bars.add_task("")
-            self._bars.update(run.bar, description=f"  {run.label} {run.stage()}", total=run.steps, completed=run.step)
         done, total = self._images()
-        self._bars.update(self._overall, description=f"{self._name}: {self._summary()}", total=total, completed=done)
-        self._bars.refresh()
-        if self._bars.disable and time.monotonic() - self._last_line >= self._line_seconds:
+        self._bar.update(self._task, description=self._line(running), total=total, completed=done)
+        self._bar.refresh()
+        if not self._is_terminal and time.monotonic() - self._last_line >= self._line_seconds:
             self._last_line = time.monotonic()
             self.say(self._line(running))
 
     def end(self, child: Child, *, message: str, finished: bool) -> None:
-        """A run has ended: its bar goes, and one line says how."""
+        """A run has ended, and one line says how."""
         run = self._runs[child.run.run_id]
-        if run.bar is not None:
-            self._bars.remove_task(run.bar)
         run.ended = True
         # A failed run's missing steps are no longer ahead.
         run.steps = run.step = (run.steps or run.step) if finished else run.step
         self.say(message)
 
     def say(self, message: str) -> None:
-        """One line, above the bars if there are any."""
+        """One line, above the bar if there is one."""
         self._console.print(f"semiseg: {message}")
 
     def close(self) -> None:
-        """Takes the bars away."""
-        self._bars.stop()
+        """Takes the bar away."""
+        self._bar.stop()
 
     def _images(self) -> tuple[int, int]:
         """Images of all steps that are done, and of all steps."""
-        known = [run.steps for run in self._runs.values() if run.steps is not None]
-        guess = max(known, default=_UNKNOWN_STEPS)
-        every = self._runs.values()
-        total = sum(run.images * (guess if run.steps is None else run.steps) for run in every)
-        return sum(run.images * run.step for run in every), total
-
-    def _summary(self) -> str:
-        done, total = self._images()
-        now = done - sum(run.images * (run.first or 0) for run in self._runs.values())
-        summary = f"{sum(run.ended for run in self._runs.values())} of {len(self._runs)} runs done"
-        if now <= 0:  # before the first step there is no rate
-            return summary
-        return f"{summary}, about {format_seconds((total - done) * (time.monotonic() - self._started) / now)} left"
+        runs = self._runs.values()
+        guess = max((run.steps for run in runs if run.steps is not None), default=_UNKNOWN_STEPS)
+        total = sum(run.images * (guess if run.steps is None else run.steps) for run in runs)
+        return sum(run.images * run.step for run in runs), total
 
     def _line(self, running: Sequence[Child]) -> str:
         """All of it in one line."""
-        runs = [self._runs[child.run.run_id] for child in running]
-        stages = [", ".join(f"{run.label} {run.stage()}" for run in runs)] if runs else []
-        return "; ".join([f"{self._name}: {self._summary()}", *stages])
+        runs, (done, total) = self._runs.values(), self._images()
+        line = f"{self._name}: {sum(run.ended for run in runs)} of {len(runs)} runs done"
+        now = done - sum(run.images * (run.first or 0) for run in runs)
+        if now > 0:  # before the first step there is no rate
+            line += f", about {format_seconds((total - done) * (time.monotonic() - self._started) / now)} left"
+        stages = [f"{run.label} {run.stage()}" for run in (self._runs[child.run.run_id] for child in running)]
+        return f"{line}; {', '.join(stages)}" if stages else line

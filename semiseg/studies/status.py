@@ -9,10 +9,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from semiseg.config import RunConfig
-from semiseg.config.read import digest, parse_config, read_json
+from semiseg.config.read import read_json
 from semiseg.engine.logs import format_seconds
-from semiseg.engine.processes import parts_per_step
 from semiseg.errors import UserError
 from semiseg.report.tables import text_table
 from semiseg.results import Result, latest, read
@@ -21,7 +19,6 @@ from semiseg.studies.file import PRETRAIN_ROW, Study, StudyRun, study_runs
 from semiseg.studies.identity import (
     RESULT_NAME,
     RESULTS_NAME,
-    RUNS_FOLDER,
     PlannedRun,
     fitted_run,
     missing_data,
@@ -29,7 +26,7 @@ from semiseg.studies.identity import (
     planned_steps,
 )
 
-TRAINING_ALONE = "training alone, one run after the other, as the newest finished runs of the same kind took on"
+ALONE = "one after the other, by the step as the newest recorded runs of these rows took on"
 WITHOUT_DATA = "which of them are done cannot be told without the data"
 
 
@@ -112,16 +109,13 @@ def status_text(study: Study, folder: Path, *, processes: int) -> str:
     Args:
         folder: of the study's record.
     """
-    missing = missing_data(study)
+    results, missing = read(folder / RESULTS_NAME), missing_data(study)
+    statuses = _statuses(study, results, processes=processes, unknown=missing is not None)
+    counts = Counter(status.state for status in statuses)
+    total = ", ".join(f"{counts[state]} {state}" for state in ("done", "started", "missing"))
     if missing is not None:
-        statuses = _unknown(study, processes=processes)
         total = f"{len(statuses)} runs; {WITHOUT_DATA}: {missing}"
-    else:
-        recorded = latest(read(folder / RESULTS_NAME))
-        statuses = [run_status(run, recorded) for run in plan(study, processes=processes)]
-        counts = Counter(status.state for status in statuses)
-        total = ", ".join(f"{counts[state]} {state}" for state in ("done", "started", "missing"))
-    return f"{_table(statuses, processes)[0]}{study.name}: {total}"
+    return f"{_table(statuses, results, processes)[0]}{study.name}: {total}"
 
 
 def dry_run_text(study: Study, folder: Path, *, only: Sequence[str], processes: int, reproduce: bool) -> str:
@@ -130,15 +124,15 @@ def dry_run_text(study: Study, folder: Path, *, only: Sequence[str], processes: 
     Args:
         folder: of the study's record.
     """
-    missing = missing_data(study, only=only)
+    results, missing = read(folder / RESULTS_NAME), missing_data(study, only=only)
+    every = _statuses(study, results, only=only, processes=processes, unknown=missing is not None)
+    planned = [status.run for status in every if isinstance(status.run, PlannedRun)]
+    to_do = runs_to_do(planned, latest(results), reproduce=reproduce)
+    statuses = [status for status in every if status.run in to_do or status.state == "unknown"]
+    table, times = _table(statuses, results, processes)
+    lines = [f"{len(statuses)} of {len(every)} runs to train"]
     if missing is not None:
-        statuses = _unknown(study, processes=processes, only=only)
-        lines = [f"{len(statuses)} of {len(statuses)} runs to train, if none is done", f"{WITHOUT_DATA}: {missing}"]
-    else:
-        recorded, planned = latest(read(folder / RESULTS_NAME)), plan(study, only=only, processes=processes)
-        statuses = [run_status(run, recorded) for run in runs_to_do(planned, recorded, reproduce=reproduce)]
-        lines = [f"{len(statuses)} of {len(planned)} runs to train"]
-    table, times = _table(statuses, processes)
+        lines = [f"{lines[0]}, if none is done", f"{WITHOUT_DATA}: {missing}"]
     if statuses:
         lines.append(times)
     elif not reproduce:
@@ -146,50 +140,35 @@ def dry_run_text(study: Study, folder: Path, *, only: Sequence[str], processes: 
     return table + "\n".join(lines)
 
 
-def _unknown(study: Study, *, processes: int, only: Sequence[str] = ()) -> list[RunStatus]:
-    return [RunStatus(fitted_run(run, processes), "unknown") for run in study_runs(study, only=only)]
+def _statuses(
+    study: Study, results: Sequence[Result], *, processes: int, unknown: bool, only: Sequence[str] = ()
+) -> list[RunStatus]:
+    if unknown:
+        return [RunStatus(fitted_run(run, processes), "unknown") for run in study_runs(study, only=only)]
+    recorded = latest(results)
+    return [run_status(run, recorded) for run in plan(study, only=only, processes=processes)]
 
 
-def _table(statuses: Sequence[RunStatus], processes: int) -> tuple[str, str]:
-    """The table of runs, "" for none, and a sentence on the time that is left of those that are not done here."""
-    known = seconds_per_step(processes)
-    lines, left = [], []  # left: seconds of a run, and the device that they are known from
+def _table(statuses: Sequence[RunStatus], results: Sequence[Result], processes: int) -> tuple[str, str]:
+    """The table of runs, "" for none, and a sentence on the time that is left of those that are not done here.
+
+    A run takes as long as the newest recorded one of its row on as many processes, by the step.
+    """
+    of_row = {result.row: result for result in results if result.processes == processes and result.steps}
+    lines, left = [], {}
     for status in statuses:
-        run, kind, time = status.run, _kind(status.run.config, processes), "—"
-        steps = planned_steps(run.config)
-        if steps is not None and kind in known and (status.state != "done" or status.recorded_only):
-            seconds, device = known[kind]
-            left.append(((steps - (status.step or 0)) * seconds, device))
-            time = format_seconds(left[-1][0])
+        run, steps, result = status.run, planned_steps(status.run.config), of_row.get(status.run.row)
+        if steps is not None and result is not None and (status.state != "done" or status.recorded_only):
+            left[run.key] = (steps - (status.step or 0)) * result.seconds / result.steps
+        time = format_seconds(left[run.key]) if run.key in left else "—"
         length = f"{run.config.optim.epochs:g} epochs" if steps is None else str(steps)
         run_id = run.run_id if isinstance(run, PlannedRun) else ""
         batch = str(run.config.optim.batch_size)
         lines.append([run.row, run.split or "", str(run.seed), str(status), length, batch, time, run_id])
     columns = ("row", "split", "seed", "state", "steps", "batch", "time", "run")
-    sentence = f"no times: no run of the same kind is finished in {RUNS_FOLDER}/"
+    sentence = "no times: no run of these rows is recorded"
     if left:
-        total, devices = format_seconds(sum(seconds for seconds, _ in left)), sorted({device for _, device in left})
-        sentence = f"about {total} for {len(left)} of them: {TRAINING_ALONE} {', '.join(devices)}"
+        devices = sorted({of_row[row].device for row, *_ in left})
+        total = f"about {format_seconds(sum(left.values()))} for {len(left)} of them"
+        sentence = f"{total}: {ALONE} {', '.join(devices)}"
     return text_table(columns, lines) if lines else "", sentence
-
-
-def seconds_per_step(processes: int) -> dict[str, tuple[float, str]]:
-    """Kind of run -> seconds of a step and device, of the newest finished run of that kind on so many processes."""
-    newest: dict[str, tuple[str, float, str]] = {}
-    for path in RUNS_FOLDER.glob(f"*/*/{RESULT_NAME}"):
-        try:
-            result = read_json(path)
-            config = parse_config(RunConfig, read_json(path.parent / "config.json")["config"], where=str(path.parent))
-            if result.get("processes", 1) == processes:
-                measured = (str(result["finished"]), result["train_seconds"] / result["steps"], str(result["device"]))
-                kind = _kind(config, processes)
-                newest[kind] = max(measured, newest.get(kind, measured))
-        except (UserError, KeyError, TypeError, ZeroDivisionError):
-            continue  # no whole run, or one of another version: it says nothing about this study
-    return {kind: (seconds, device) for kind, (_, seconds, device) in newest.items()}
-
-
-def _kind(config: RunConfig, processes: int) -> str:
-    """Equal for runs whose steps take equally long: they differ in seed, length, rates and the split's classes."""
-    batch = [config.optim.batch_size, config.optim.optimizer, parts_per_step(config, processes)]
-    return digest({**config.identity(initial=True), "seed": 0, "optim": batch})
