@@ -41,17 +41,12 @@ class Child:
     def __init__(
         self, run: PlannedRun, *, command: Sequence[str], share: Share, slot: int, grace_seconds: float
     ) -> None:
-        """Starts the run.
+        """Starts the run; a UserError if another process is training it.
 
         Args:
             grace_seconds: that an interrupted run has for its checkpoint.
-
-        Raises:
-            UserError: another process is training it.
         """
-        self.run = run
-        self.slot = slot
-        self.started = time.monotonic()
+        self.run, self.slot, self.started = run, slot, time.monotonic()
         self.output = run.folder / OUTPUT_NAME
         self._mark = uuid.uuid4().hex
         run.folder.mkdir(parents=True, exist_ok=True)
@@ -110,7 +105,7 @@ def reason(code: int, output: str) -> str:
 
     Args:
         code: its exit code, negative for a signal.
-        output: what it wrote. Of a launcher it tells of the processes that failed, each with its own code.
+        output: what it wrote; that of a launcher has the codes of the processes that failed.
     """
     codes = [int(text) for text in _EXIT_CODE.findall(output)]
     # One that fails takes the others along, which are then ended by SIGTERM or complain of their lost connection.
@@ -132,10 +127,8 @@ def reason(code: int, output: str) -> str:
 
 
 def _killed_by(number: int) -> str:
-    try:
-        name = signal.Signals(number).name
-    except ValueError:
-        name = f"signal {number}"
+    names = {item.value: item.name for item in signal.Signals}
+    name = names.get(number, f"signal {number}")
     meaning = (signal.strsignal(number) or "unknown").lower()
     likely = ": the memory was probably not enough" if name == "SIGKILL" else ""
     return f"killed by {name} ({meaning}){likely}"

@@ -29,12 +29,9 @@ class Machine:
 
 @dataclass(frozen=True)
 class Share:
-    """What one run gets of the machine.
+    """What one run gets of the machine: processes that train it together, threads of each, ids of GPUs.
 
     Attributes:
-        processes: that train it together.
-        threads: of each process.
-        gpus: ids for CUDA_VISIBLE_DEVICES.
         launch: accelerate's configuration file that starts several processes; None = by their number alone.
     """
 
@@ -100,8 +97,8 @@ def child_environment(share: Share, *, threads: int) -> dict[str, str]:
         threads: wanted by the configuration, 0 = the share's.
     """
     own = os.environ.get("OMP_NUM_THREADS", "")
-    limit = threads or (min(share.threads, int(own)) if own.isdigit() and int(own) else share.threads)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(limit), "PYTHONUNBUFFERED": "1"}
+    limit = min(share.threads, int(own)) if own.isdigit() and int(own) else share.threads
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads or limit), "PYTHONUNBUFFERED": "1"}
     if share.gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(share.gpus)
     elif share.processes > 1:

@@ -34,8 +34,7 @@ class Execution:
 
     Attributes:
         jobs: independent runs side by side.
-        processes: per run; more than one go through accelerate.
-        launch: accelerate's configuration file for each run, of as many processes on this machine.
+        processes, launch: of each run, see `machines.Share`.
         reproduce: train also what is recorded but was not trained in this folder.
         typed: the command that the user typed, for the record.
         command: what runs the command line of a child.
@@ -160,26 +159,22 @@ class _Study:
 
     def _collect_ended(self) -> None:
         for child in list(self.running):
-            code = child.poll()
+            code, run = child.poll(), child.run
             if code is None:
                 continue
             self.running.remove(child)
-            if code != 0:
-                child.kill()  # what a dead launcher has left
-            failure = self._record(child) if code == 0 else child.complaint()
-            if failure is None:
-                self.progress.end(child, message=_end_message(child), finished=True)
+            try:
+                if code != 0:
+                    child.kill()  # what a dead launcher has left
+                    raise UserError(child.complaint())
+                append(self.results, read_result(run, typed=self.how.typed))
+            except UserError as error:
+                self.failures[run.run_id] = f"{run.label}: {error} (log: {child.output})"
+                self.progress.end(child, message=f"{run.label} failed: {error}", finished=False)
             else:
-                self.failures[child.run.run_id] = f"{child.run.label}: {failure} (log: {child.output})"
-                self.progress.end(child, message=f"{child.run.label} failed: {failure}", finished=False)
-
-    def _record(self, child: Child) -> str | None:
-        """Records a run that ended well; what is wrong with its result, or None."""
-        try:
-            append(self.results, read_result(child.run, typed=self.how.typed))
-        except UserError as error:
-            return str(error)
-        return None
+                measured = ap_in_words(finished_values(run)["metrics"])
+                message = f"{run.label} done in {format_seconds(time.monotonic() - child.started)}"
+                self.progress.end(child, message=f"{message}: {measured}" if measured else message, finished=True)
 
     def _stop(self) -> None:
         self.progress.say("stopping: the running ones finish their step and write a checkpoint")
@@ -189,13 +184,7 @@ class _Study:
         with suppress(KeyboardInterrupt):  # a second signal ends the wait
             while any(child.poll() is None for child in self.running) and time.monotonic() < deadline:
                 time.sleep(self.how.poll_seconds)
-        for child in list(self.running):
-            if child.poll() == 0:
-                # It ended well while it was being stopped.
-                self._record(child)
-
-
-def _end_message(child: Child) -> str:
-    measured = ap_in_words(finished_values(child.run)["metrics"])
-    message = f"{child.run.label} done in {format_seconds(time.monotonic() - child.started)}"
-    return f"{message}: {measured}" if measured else message
+        for child in self.running:
+            if child.poll() == 0:  # it ended well while it was being stopped
+                with suppress(UserError):
+                    append(self.results, read_result(child.run, typed=self.how.typed))
