@@ -36,11 +36,9 @@ _HASH_RANGE = 2**64
 
 @dataclass(frozen=True)
 class ClassSplit:
-    """Which classes have masks (seen) and which only boxes (unseen); both in the data set's order.
+    """Which classes have masks (seen) and which only boxes (unseen): together the data set's, in its order.
 
     Attributes:
-        name: of the split; not part of its digest.
-        seen, unseen: disjoint; together the classes of the data set.
         fractions: class -> share of its instances that keep their mask, in [0, 1]; 0 for exactly the unseen classes.
         seed: of the draw of instances where a fraction lies between 0 and 1.
         dataset: the data set that the split is written for, as a hint in messages.
@@ -111,8 +109,7 @@ def load_split(name_or_path: str, class_names: Sequence[str]) -> ClassSplit:
         class_names: the data set's classes.
 
     Raises:
-        UserError: unknown, doubled or overlapping class, empty side, split of another data set; names file, class
-            and allowed names.
+        UserError: unknown, doubled or overlapping class, empty side, split of another data set.
     """
     path = find("splits", name_or_path)
     values = parse_config(_SplitFile, read_toml(path), where=str(path))

@@ -224,14 +224,14 @@ def test_class_groups_are_those_of_the_runs_or_of_the_split_that_is_named() -> N
     report = compared(few, many)
     assert row_names(report) == ["first:r:few", "first:r:many"]
     assert report.tables[0].unseen == ()
-    assert "different class splits (`few`, `many`)" in report.notes[0]
+    assert "no class split in common that is here (`few`, `many`)" in report.notes[0]
     chosen = compared(few, many, split="many")
     assert chosen.tables[0].unseen == CLASSES[2:]
     assert "**Other split.** comparison shows the class groups of `many`" in " ".join(warnings(chosen))
     assert compared(few, boxes, split="none").tables[0].unseen == ()
     with pytest.raises(UserError, match="no such class split"):
         compared(few, boxes, split="fewer")
-    assert "The class split `gone` is not here" in compared(gone, boxes).notes[0]
+    assert "no class split in common that is here (`gone`)" in compared(gone, boxes).notes[0]
 
 
 def test_missing_seeds_are_named() -> None:

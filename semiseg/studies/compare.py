@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from semiseg.config import RunConfig
@@ -12,7 +13,7 @@ from semiseg.config.read import digest, parse_config
 from semiseg.errors import UserError
 from semiseg.report.aggregate import ReportInput, ReportRow, ReportTable
 from semiseg.report.provenance import identity_settings, recorded_values, run_settings, unmeant
-from semiseg.results import Result, same_validation_data
+from semiseg.results import Result
 from semiseg.splits import ClassSplit, load_split
 from semiseg.studies.file import StudyRow
 from semiseg.studies.recorded import RecordedRun
@@ -73,21 +74,26 @@ def _config(result: Result) -> RunConfig:
 
 
 def _require_same_validation_data(runs: Sequence[RecordedRun]) -> None:
-    """Raises UserError if not all were measured on the same images and objects."""
-    same, others = [runs[0]], list(runs[1:])
-    while joined := [run for run in others if any(same_validation_data(run.result, item.result) for item in same)]:
-        same += joined
-        others = [run for run in others if run not in joined]
-    if others:
+    """Raises UserError if not all were measured on the same images and objects.
+
+    A record from before validation data had a fingerprint has that of another run with all the same data.
+    """
+    results = [run.result for run in runs]
+    known = {result.data_fingerprint: result.val_fingerprint for result in results if result.val_fingerprint}
+    validation = [
+        result.val_fingerprint or known.get(result.data_fingerprint, result.data_fingerprint) for result in results
+    ]
+    other = next((index for index, fingerprint in enumerate(validation) if fingerprint != validation[0]), None)
+    if other is not None:
         raise UserError(
-            f"{runs[0]} and {others[0]} were not measured on the same validation data, as far as their records say "
-            f"({_fingerprints(runs[0])}; {_fingerprints(others[0])}), so that their numbers cannot "
-            "stand side by side"
+            f"{runs[0]} and {runs[other]} were not measured on the same validation data, as far as their records say "
+            f"({_fingerprints(results[0])}; {_fingerprints(results[other])}), so that their numbers cannot stand side "
+            "by side"
         )
 
 
-def _fingerprints(run: RecordedRun) -> str:
-    return f"validation {run.result.val_fingerprint or 'unknown'}, data {run.result.data_fingerprint}"
+def _fingerprints(result: Result) -> str:
+    return f"validation {result.val_fingerprint or 'unknown'}, data {result.data_fingerprint}"
 
 
 def _common_classes(runs: Sequence[RecordedRun]) -> tuple[str, ...]:
@@ -147,18 +153,17 @@ def _split_of(
     """The split whose classes are shown apart, and what to say if there is none although the runs have splits."""
     if split is not None:
         return (None if split == NO_SPLIT else load_split(split, classes)), ()
-    names = list({run.result.split_digest: str(run.result.split) for run in runs if run.result.split_digest}.values())
+    names = {run.result.split_digest: str(run.result.split) for run in runs if run.result.split_digest}
     if not names:
         return None, ()
     if len(names) == 1:
-        try:
-            return load_split(names[0], classes), ()
-        except UserError:
-            reason = f"The class split `{names[0]}` is not here"
-    else:
-        reason = f"The runs are of different class splits ({', '.join(f'`{name}`' for name in dict.fromkeys(names))})"
-    hint = "`--split NAME` shows the numbers of a split's unseen and seen classes."
-    return None, (f"**No class groups.** {reason}; {hint}",)
+        with suppress(UserError):
+            return load_split(next(iter(names.values())), classes), ()
+    listed = ", ".join(dict.fromkeys(f"`{name}`" for name in names.values()))
+    return None, (
+        f"**No class groups.** The runs have no class split in common that is here ({listed}); `--split NAME` shows "
+        "the numbers of a split's unseen and seen classes.",
+    )
 
 
 def _pretraining(runs: Sequence[RecordedRun], starts: Mapping[str, Result]) -> RunConfig | None:

@@ -85,36 +85,29 @@ class Study(Section):
     tables: list[StudyTable] = Field(min_length=1)
 
     @model_validator(mode="after")
-    def _names_fit(self) -> Study:
-        rows = [row.name for row in self.rows]
-        seeds = [str(seed) for seed in self.seeds]
-        for table in self.tables:
-            if not re.fullmatch(r"[\w-]+", table.name, re.ASCII):
-                raise ValueError(f"table {table.name!r}: a table's name is of letters, digits, '_' and '-'")
-        for what, names in (("row", rows), ("table", [table.name for table in self.tables]), ("seed", seeds)):
+    def _fits_together(self) -> Study:
+        rows, tables = [row.name for row in self.rows], [table.name for table in self.tables]
+        for what, names in (("row", rows), ("table", tables), ("seed", [str(seed) for seed in self.seeds])):
             doubled = [name for name in names if names.count(name) > 1]
             if doubled:
                 raise ValueError(f"{what} {doubled[0]!r} is there twice")
         if PRETRAIN_ROW in rows:
             raise ValueError(f"{PRETRAIN_ROW!r} is no name for a row: it is the shared detector pretraining")
         for table in self.tables:
+            where = f"table {table.name!r}"
+            if not re.fullmatch(r"[\w-]+", table.name, re.ASCII):
+                raise ValueError(f"{where}: a table's name is of letters, digits, '_' and '-'")
             unknown = [name for name in table.rows if name not in rows]
             unknown += [name for pair in table.compare for name in pair if name not in table.rows]
             if unknown:
-                raise ValueError(f"table {table.name!r}: unknown row {unknown[0]!r}.{near_hint(unknown[0], rows)}")
+                raise ValueError(f"{where}: unknown row {unknown[0]!r}.{near_hint(unknown[0], rows)}")
             if table.split is not None and table.split not in self.splits:
-                hint = near_hint(table.split, self.splits)
-                raise ValueError(f"table {table.name!r}: unknown split {table.split!r}.{hint}")
-        unused = [name for name in rows if not any(name in table.rows for table in self.tables)]
-        if unused:
-            raise ValueError(f"row {unused[0]!r} is in no table")
-        return self
-
-    @model_validator(mode="after")
-    def _seeds_are_the_studys(self) -> Study:
-        tables = {"[base]": self.base, "[set]": self.set, "[pretrain]": self.pretrain or {}}
-        tables |= {f"row {row.name!r}": row.set for row in self.rows}
-        for name, values in tables.items():
+                raise ValueError(f"{where}: unknown split {table.split!r}.{near_hint(table.split, self.splits)}")
+        for row in self.rows:
+            if not any(row.name in table.rows for table in self.tables):
+                raise ValueError(f"row {row.name!r} is in no table")
+        settings = {"[base]": self.base, "[set]": self.set, "[pretrain]": self.pretrain or {}}
+        for name, values in (*settings.items(), *((f"row {row.name!r}", row.set) for row in self.rows)):
             if "seed" in values:
                 raise ValueError(f"{name} sets 'seed', but the seeds of a study are its own 'seeds'")
         return self
@@ -126,7 +119,7 @@ class StudyRun:
 
     Attributes:
         row: name of the row, or `PRETRAIN_ROW`.
-        split: name of the class split (as `project.find` takes it), None if the run does not depend on one.
+        split: name of the class split, None if the run does not depend on one.
         init: the run whose weights it starts from.
     """
 
@@ -193,22 +186,18 @@ def study_cells(study: Study, *, only: Sequence[str] = ()) -> dict[CellKey, Stud
     for name in only:
         if name not in rows:
             raise UserError(f"--only {name!r}: study {study.name!r} has no such row.{near_hint(name, rows)}")
-    cells: dict[CellKey, StudyRun] = {}
-    for seed in study.seeds:
-        init = _pretraining(study, seed)
-        for table in study.tables:
-            for name in table.rows:
-                if not only or name in only:
-                    cells[table.name, name, seed] = _row_run(study, rows[name], table, seed, init)
-    return cells
+    starts = {seed: _pretraining(study, seed) for seed in study.seeds}
+    return {
+        (table.name, name, seed): _row_run(study, rows[name], table, seed, start)
+        for seed, start in starts.items()
+        for table in study.tables
+        for name in table.rows
+        if not only or name in only
+    }
 
 
 def study_runs(study: Study, *, only: Sequence[str] = ()) -> list[StudyRun]:
-    """The runs of a study, pretrainings first; each (row, split, seed) once, however many tables show it.
-
-    Args:
-        only: names of rows; the pretraining they start from is included. Empty = all.
-    """
+    """The runs of `study_cells` and before them those that they start from, each (row, split, seed) once."""
     rows = list(study_cells(study, only=only).values())
     starts = [run.init for run in rows if run.init is not None]
     return list({run.key: run for run in [*starts, *rows]}.values())
