@@ -20,8 +20,7 @@ from semiseg.report.aggregate import ReportInput
 from semiseg.report.provenance import warnings
 from semiseg.results import Result, append
 from semiseg.splits import make_split, write_split
-from semiseg.studies.compare import comparison
-from semiseg.studies.recorded import RecordedRun, find_runs, known_runs, run_of_folder
+from semiseg.studies.compare import RecordedRun, comparison, find_runs, known_runs, run_of_folder
 from tests.page_reader import unpadded
 
 CLASSES = ("a_ring", "b|<b>", "猫 café")

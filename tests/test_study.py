@@ -20,12 +20,10 @@ from semiseg.data.workers import TOGETHER_SECONDS, StopOnSignal
 from semiseg.engine.logs import format_seconds
 from semiseg.errors import UserError
 from semiseg.results import Result, latest, read
-from semiseg.studies.child import last_step, reason
 from semiseg.studies.file import Study, load_study, study_runs
 from semiseg.studies.identity import PlannedRun, matching_results, plan
-from semiseg.studies.machines import Machine, Share, child_environment, launch_command, share_of
-from semiseg.studies.progress import StudyProgress
-from semiseg.studies.run import Execution, run_missing
+from semiseg.studies.machines import Machine, Share, child_environment, last_step, launch_command, reason, share_of
+from semiseg.studies.run import Execution, StudyProgress, run_missing
 from semiseg.studies.status import run_status, runs_to_do
 from tests.study_files import write_study
 

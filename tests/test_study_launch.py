@@ -22,19 +22,19 @@ from semiseg.config.read import merge
 from semiseg.engine.logs import read_log
 from semiseg.errors import UserError
 from semiseg.results import latest, read
-from semiseg.studies.child import last_step
 from semiseg.studies.file import Study, load_study
 from semiseg.studies.identity import PlannedRun, matching_results, plan
 from semiseg.studies.machines import (
     LaunchFile,
     Machine,
+    last_step,
     launch_command,
     lines_for_machines,
     read_launch_file,
     share_of,
 )
-from semiseg.studies.recorded import read_result
 from semiseg.studies.run import Execution, lines_to_type, run_missing
+from semiseg.studies.status import read_result
 from tests.distributed_worker import free_port
 from tests.study_files import write_study
 from tests.test_cli import call

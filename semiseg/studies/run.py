@@ -13,19 +13,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
 from semiseg.config.read import digest
 from semiseg.data.sources import ensure_files
 from semiseg.data.workers import StopOnSignal
 from semiseg.engine.logs import format_seconds
 from semiseg.errors import UserError
 from semiseg.results import ap_in_words, append, latest, read
-from semiseg.studies.child import Child
 from semiseg.studies.file import PRETRAIN_ROW
-from semiseg.studies.identity import RESULT_NAME, PlannedRun
-from semiseg.studies.machines import LaunchFile, Machine, lines_for_machines, share_of, this_machine
-from semiseg.studies.progress import StudyProgress
-from semiseg.studies.recorded import read_result
-from semiseg.studies.status import finished_values, runs_to_do
+from semiseg.studies.identity import RESULT_NAME, PlannedRun, planned_steps
+from semiseg.studies.machines import Child, LaunchFile, Machine, last_step, lines_for_machines, share_of, this_machine
+from semiseg.studies.status import finished_values, read_result, runs_to_do
 
 
 @dataclass(frozen=True)
@@ -188,3 +188,80 @@ class _Study:
             if child.poll() == 0:  # it ended well while it was being stopped
                 with suppress(UserError):
                     append(self.results, read_result(child.run, typed=self.how.typed))
+
+
+class StudyProgress:
+    """What people see: a bar with the time left on a terminal, a line now and then elsewhere.
+
+    The time left is that of all images to train on, at the mean rate so far: runs differ in their batch size, and
+    images cost more alike.
+    """
+
+    def __init__(self, runs: Sequence[PlannedRun], *, name: str, line_seconds: float, stream: TextIO) -> None:
+        self._name = name
+        self._images = {run.run_id: run.config.optim.batch_size for run in runs}  # of a step
+        self._steps = {run.run_id: (0, planned_steps(run.config)) for run in runs}  # done, and in all if that is known
+        self._first: dict[str, int] = {}  # step of a run at the first look, done in an earlier attempt
+        self._ended = 0
+        self._line_seconds = line_seconds
+        self._started = self._last_line = time.monotonic()
+        self._console = Console(file=stream, markup=False, emoji=False, highlight=False, soft_wrap=True)
+        columns = (BarColumn(), TextColumn("{task.description}", markup=False))
+        bar = self._console.is_interactive
+        self._bar = Progress(*columns, console=self._console, transient=True, auto_refresh=False, disable=not bar)
+        self._task = self._bar.add_task(name)
+        self._bar.start()
+
+    def update(self, running: Sequence[Child]) -> None:
+        """Looks at the logs of the running children and shows what has changed."""
+        for child in running:
+            now = last_step(child.run.folder / "log.jsonl")
+            if now is not None:
+                self._steps[child.run.run_id] = now
+                self._first.setdefault(child.run.run_id, now[0])
+        done, total = self._images_done()
+        line = self._line(running)
+        self._bar.update(self._task, description=line, total=total, completed=done)
+        self._bar.refresh()
+        if self._bar.disable and time.monotonic() - self._last_line >= self._line_seconds:
+            self._last_line = time.monotonic()
+            self.say(line)
+
+    def end(self, child: Child, *, message: str, finished: bool) -> None:
+        """A run has ended, and one line says how."""
+        step, steps = self._steps[child.run.run_id]
+        last = (steps or step) if finished else step  # a failed run's missing steps are no longer ahead
+        self._steps[child.run.run_id] = last, last
+        self._ended += 1
+        self.say(message)
+
+    def say(self, message: str) -> None:
+        """One line, above the bar if there is one."""
+        self._console.print(f"semiseg: {message}")
+
+    def close(self) -> None:
+        """Takes the bar away."""
+        self._bar.stop()
+
+    def _images_done(self) -> tuple[int, int]:
+        """Images of all steps that are done, and of all steps; a run of unknown length is as long as the longest."""
+        longest = max((steps for _, steps in self._steps.values() if steps is not None), default=1000)
+        done = sum(self._images[run_id] * step for run_id, (step, _) in self._steps.items())
+        total = sum(self._images[run_id] * (steps or longest) for run_id, (_, steps) in self._steps.items())
+        return done, total
+
+    def _stage(self, run: PlannedRun) -> str:
+        if run.run_id not in self._first:
+            return f"{run.label} starts"
+        step, steps = self._steps[run.run_id]
+        return f"{run.label} evaluates" if step == steps else f"{run.label} step {step} of {steps}"
+
+    def _line(self, running: Sequence[Child]) -> str:
+        """All of it in one line."""
+        line = f"{self._name}: {self._ended} of {len(self._steps)} runs done"
+        done, total = self._images_done()
+        now = done - sum(self._images[run_id] * step for run_id, step in self._first.items())
+        if now > 0:  # before the first step there is no rate
+            line += f", about {format_seconds((total - done) * (time.monotonic() - self._started) / now)} left"
+        stages = ", ".join(self._stage(child.run) for child in running)
+        return f"{line}; {stages}" if stages else line

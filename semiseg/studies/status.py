@@ -13,8 +13,7 @@ from semiseg.config.read import read_json
 from semiseg.engine.logs import format_seconds
 from semiseg.errors import UserError
 from semiseg.report.tables import text_table
-from semiseg.results import Result, latest, read
-from semiseg.studies.child import last_step
+from semiseg.results import Result, checked, latest, read
 from semiseg.studies.file import PRETRAIN_ROW, Study, StudyRun, study_runs
 from semiseg.studies.identity import (
     RESULT_NAME,
@@ -25,8 +24,10 @@ from semiseg.studies.identity import (
     plan,
     planned_steps,
 )
+from semiseg.studies.machines import last_step
 
 ALONE = "one after the other, by the step as the newest recorded runs of these rows took on"
+_FROM_RESULT = ("data_fingerprint", "metrics", "steps", "seconds", "device", "versions", "git_revision", "finished")
 WITHOUT_DATA = "which of them are done cannot be told without the data"
 
 
@@ -83,6 +84,31 @@ def finished_values(run: PlannedRun) -> dict[str, Any]:
     except (UserError, KeyError, TypeError, ValueError):
         raise UserError(f"{path}: not a readable result; remove it, and the run is evaluated again") from None
     return values
+
+
+def read_result(run: PlannedRun, *, typed: Sequence[str]) -> Result:
+    """The record of a finished run of a study, from its folder.
+
+    Raises:
+        UserError: the result is missing or not whole, or the split was changed while it trained.
+    """
+    path, values = run.folder / RESULT_NAME, finished_values(run)
+    if run.split is not None and values.get("split_digest") != run.identity["split"]:
+        raise UserError(f"{path}: the class split {run.split!r} was changed while the run trained; remove {run.folder}")
+    about = {name: getattr(run, name) for name in ("run_id", "identity", "study", "row", "split", "seed", "init_run")}
+    # Paths of initial weights belong to one machine; what they are is in the identity.
+    about["config"] = run.config.model_dump(mode="json", exclude={"init_from"})
+    return finished_result(path, values, about | {"split_digest": run.identity["split"], "command": list(typed)})
+
+
+def finished_result(path: Path, values: Mapping[str, Any], about: Mapping[str, Any]) -> Result:
+    """The record of a run, of what `path`, its result.json, holds and what else is known about it."""
+    missing = [name for name in _FROM_RESULT if name not in values]
+    if missing:
+        raise UserError(f"{path}: not the result of a finished run: {missing[0]!r} is missing")
+    fields = {name: values[name] for name in _FROM_RESULT}
+    optional = {"processes": values.get("processes", 1), "val_fingerprint": values.get("val_fingerprint")}
+    return checked({**about, **fields, **optional}, where=str(path))
 
 
 def runs_to_do(planned: Sequence[PlannedRun], recorded: Mapping[str, Result], *, reproduce: bool) -> list[PlannedRun]:
