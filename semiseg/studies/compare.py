@@ -21,7 +21,7 @@ from semiseg.report.aggregate import ReportInput, ReportRow, ReportTable
 from semiseg.report.provenance import identity_settings, recorded_values, run_settings, unmeant
 from semiseg.results import Result, read
 from semiseg.splits import ClassSplit, load_split
-from semiseg.studies.file import PRETRAIN_ROW, StudyRow, near_hint
+from semiseg.studies.file import PRETRAIN_ROW, StudyRow
 from semiseg.studies.identity import REPORTS_FOLDER, RESULT_NAME, RESULTS_NAME, RUNS_FOLDER
 from semiseg.studies.report import class_groups, protocol_fields, row_meaning
 from semiseg.studies.status import finished_result
@@ -109,19 +109,14 @@ def run_of_folder(folder: Path) -> RecordedRun:
 
 def known_runs() -> list[RecordedRun]:
     """Every run of the records in `reports/*/`, each once per study, the newest of it."""
-    folders = _folders()
+    folders = {path.name.rpartition("-")[2]: path for path in sorted(RUNS_FOLDER.glob("*/*-*")) if path.is_dir()}
     newest: dict[tuple[str, str], RecordedRun] = {}
     for record in sorted(REPORTS_FOLDER.glob(f"*/{RESULTS_NAME}")):
         for result in read(record):
             run = RecordedRun(result, folders.get(result.run_id), record)
             key = (result.study, result.run_id)
             newest[key] = max(run, newest.get(key, run), key=lambda run: run.finished)
-    return list(newest.values())
-
-
-def _folders() -> dict[str, Path]:
-    """run_id -> the folder of a study's run."""
-    return {path.name.rpartition("-")[2]: path for path in sorted(RUNS_FOLDER.glob("*/*-*")) if path.is_dir()}
+    return sorted(newest.values(), key=lambda run: run.finished)
 
 
 def find_runs(name: str, known: Sequence[RecordedRun]) -> list[RecordedRun]:
@@ -131,39 +126,29 @@ def find_runs(name: str, known: Sequence[RecordedRun]) -> list[RecordedRun]:
         known: of `known_runs`.
 
     Raises:
-        UserError: no such run, with the nearest ones, or an id that is not whole and begins several.
+        UserError: no such run, with the nearest names, or an id that is not whole and begins several.
     """
     if name and Path(name).is_dir():
         return [run_of_folder(Path(name))]
-    return _runs_of_row(name, known) if ":" in name else [_run_of_id(name, known)]
-
-
-def _run_of_id(name: str, known: Sequence[RecordedRun]) -> RecordedRun:
-    recorded = {run.result.run_id: run for run in sorted(known, key=lambda run: run.finished)}
-    folders = {run_id: path for run_id, path in _folders().items() if (path / RESULT_NAME).is_file()}
-    matching = sorted(run_id for run_id in {**recorded, **folders} if name and run_id.startswith(name.lower()))
+    if ":" in name:
+        study, row, *parts = name.split(":")
+        of_row = [run for run in known if (run.result.study, run.result.row) == (study, row)]
+        matching = [run for run in of_row if all(part in (run.split, str(run.result.seed)) for part in parts)]
+    else:
+        by_id = {run.result.run_id: run for run in known if name and run.result.run_id.startswith(name.lower())}
+        matching = list(by_id.values())
+        if len(matching) > 1:
+            several = ", ".join(map(str, matching[:4]))
+            raise UserError(f"{name}: {len(matching)} runs have an id that begins so: {several}")
     if not matching:
-        near = difflib.get_close_matches(name.lower(), recorded, n=2, cutoff=0.4)
-        hint = f" Near: {', '.join(str(recorded[run_id]) for run_id in near)}." if near else ""
-        studies = ", ".join(sorted({run.result.study for run in known})) or "none"
+        rows = [run for run in known if run.result.row != PRETRAIN_ROW]
+        names = dict.fromkeys(f"{run.result.study}:{run.result.row}" for run in rows)
+        near = difflib.get_close_matches(name, [*names, *(run.name for run in rows)], n=1, cutoff=0.5)
+        hint = f"Did you mean {near[0]!r}?" if near else f"Recorded: {', '.join(names) or 'none'}"
         raise UserError(
-            f"{name}: neither the folder of a run, nor the beginning of a run's id, nor STUDY:ROW.{hint} "
-            f"Recorded studies: {studies}"
+            f"{name}: neither the folder of a run, nor the beginning of a recorded run's id, nor "
+            f"STUDY:ROW[:SPLIT][:SEED]. {hint}"
         )
-    if len(matching) > 1:
-        first = ", ".join(str(recorded.get(run_id, run_id)) for run_id in matching[:4])
-        raise UserError(f"{name}: {len(matching)} runs have an id that begins so: {first}")
-    return recorded[matching[0]] if matching[0] in recorded else run_of_folder(folders[matching[0]])
-
-
-def _runs_of_row(name: str, known: Sequence[RecordedRun]) -> list[RecordedRun]:
-    study, row, *rest = name.split(":")
-    of_row = [run for run in known if (run.result.study, run.result.row) == (study, row)]
-    matching = [run for run in of_row if all(part in (run.split, str(run.result.seed)) for part in rest)]
-    if not matching:
-        rows = sorted({f"{run.result.study}:{run.result.row}" for run in known if run.result.row != PRETRAIN_ROW})
-        hint = near_hint(name, sorted(run.name for run in of_row) or rows)
-        raise UserError(f"{name}: no recorded run is called so.{hint}")
     return sorted(matching, key=lambda run: run.result.seed)
 
 

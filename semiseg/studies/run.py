@@ -78,14 +78,12 @@ def run_missing(
 def lines_to_type(planned: Sequence[PlannedRun], file: LaunchFile, *, results: Path, how: Execution) -> list[str]:
     """What to type on several machines, whose runs nobody can start from one of them; nothing if all are done."""
     lines = lines_for_machines(_todo(planned, results, how), file)
-    if not lines:
-        return []
-    return [
+    about = [
         f"# {len(lines)} runs on {file.machines} machines: in this folder, on each machine, in this order, with RANK 0 "
         "on that of main_process_ip;",
         "# afterwards the same 'semiseg run' records them and reports",
-        *lines,
     ]
+    return [*about, *lines] if lines else []
 
 
 def _todo(planned: Sequence[PlannedRun], results: Path, how: Execution) -> list[PlannedRun]:
@@ -247,7 +245,9 @@ class StudyProgress:
         """Images of all steps that are done, and of all steps; a run of unknown length is as long as the longest."""
         longest = max((steps for _, steps in self._steps.values() if steps is not None), default=1000)
         done = sum(self._images[run_id] * step for run_id, (step, _) in self._steps.items())
-        total = sum(self._images[run_id] * (steps or longest) for run_id, (_, steps) in self._steps.items())
+        total = sum(
+            self._images[run_id] * (longest if steps is None else steps) for run_id, (_, steps) in self._steps.items()
+        )
         return done, total
 
     def _stage(self, run: PlannedRun) -> str:
