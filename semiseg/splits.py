@@ -77,7 +77,7 @@ class _Drawn(Section):
     seen: int
 
 
-class _Fraction(Section):
+class Fraction(Section):
     """Beside these keys each class may have its own share."""
 
     model_config = ConfigDict(extra="allow")
@@ -87,13 +87,15 @@ class _Fraction(Section):
     default: float = 1.0
 
 
-class _SplitFile(Section):
-    name: str | None = None
+class SplitFile(Section):
+    """What a split file says; `name` is the file's name unless it says otherwise."""
+
+    name: str
     dataset: str | None = None
     seen: list[str] | None = None
     unseen: list[str] | None = None
     drawn: _Drawn | None = None
-    fraction: _Fraction | None = None
+    fraction: Fraction | None = None
 
 
 def normalise(name: str) -> str:
@@ -112,63 +114,36 @@ def load_split(name_or_path: str, class_names: Sequence[str]) -> ClassSplit:
         UserError: unknown, doubled or overlapping class, empty side, split of another data set.
     """
     path = find("splits", name_or_path)
-    values = parse_config(_SplitFile, read_toml(path), where=str(path))
-    if values.seen is None and values.unseen is None and values.fraction is None:
+    file = parse_config(SplitFile, {"name": path.stem, **read_toml(path)}, where=str(path))
+    if file.seen is None and file.unseen is None and file.fraction is None:
         raise UserError(f"{path}: lists neither 'seen' nor 'unseen' classes and has no [fraction] table")
-    fraction = values.fraction or _Fraction()
-    return make_split(
-        values.name or path.stem,
-        class_names,
-        seen=values.seen,
-        unseen=values.unseen,
-        fractions=fraction.__pydantic_extra__,
-        default_fraction=fraction.default,
-        seed=fraction.seed,
-        dataset=values.dataset,
-        drawn_seed=values.drawn.seed if values.drawn else None,
-        where=str(path),
-    )
+    return make_split(file, class_names, where=str(path))
 
 
-def make_split(
-    name: str,
-    class_names: Sequence[str],
-    *,
-    seen: Sequence[str] | None = None,
-    unseen: Sequence[str] | None = None,
-    fractions: Mapping[str, float] | None = None,
-    default_fraction: float = 1.0,
-    seed: int = 0,
-    dataset: str | None = None,
-    drawn_seed: int | None = None,
-    where: str | None = None,
-) -> ClassSplit:
-    """Builds a checked split from names (either side or both) and mask fractions of the seen classes.
+def make_split(file: SplitFile, class_names: Sequence[str], *, where: str | None = None) -> ClassSplit:
+    """Builds a checked split of either side or both, and of mask fractions of the seen classes.
 
     With fractions alone every class is seen, unless its fraction is 0.
 
     Args:
-        fractions: class -> share in [0, 1]; other seen classes have `default_fraction`.
         where: place named in errors; the split's name if None.
     """
-    written_for = f" (the split is written for {dataset})" if where and dataset else ""
-    where = where or f"split {name!r}"
+    written_for = f" (the split is written for {file.dataset})" if where and file.dataset else ""
+    where = where or f"split {file.name!r}"
+    fraction = file.fraction or Fraction()
     allowed = [normalise(item) for item in class_names]
-    given = {normalise(item): float(share) for item, share in (fractions or {}).items()}
-    sides = {
-        side: [normalise(item) for item in names]
-        for side, names in (("seen", seen), ("unseen", unseen))
-        if names is not None
-    }
+    given = {normalise(item): share for item, share in fraction.__pydantic_extra__.items()}
+    listed = {"seen": file.seen, "unseen": file.unseen}
+    sides = {side: list(map(normalise, names)) for side, names in listed.items() if names is not None}
     for side, names in sides.items():
         if not names:
             raise UserError(f"{where}: {side!r} is empty: a split needs at least one class on each side")
         _check_names(names, allowed, f"{where}: {side!r}", written_for)
     _check_names(list(given), allowed, f"{where}: 'fraction'", written_for)
-    for item, share in {"default": float(default_fraction), **given}.items():
+    for item, share in {"default": fraction.default, **given}.items():
         if not 0.0 <= share <= 1.0:
             raise UserError(f"{where}: fraction of {item!r} is {share}; allowed are 0 to 1")
-    shares = {item: given.get(item, float(default_fraction)) for item in allowed}
+    shares = {item: given.get(item, fraction.default) for item in allowed}
     if not any(shares.values()):
         raise UserError(f"{where}: every fraction is 0: a split needs at least one class with masks")
     if not sides:
@@ -179,13 +154,13 @@ def make_split(
             sides.setdefault(side, [item for item in allowed if item not in sides.get(other, ())])
         _check_sides(sides, allowed, shares, given, where)
     return ClassSplit(
-        name=name,
+        name=file.name,
         seen=tuple(item for item in allowed if item in sides["seen"]),
         unseen=tuple(item for item in allowed if item in sides["unseen"]),
         fractions={item: shares[item] if item in sides["seen"] else 0.0 for item in allowed},
-        seed=seed,
-        dataset=dataset,
-        drawn_seed=drawn_seed,
+        seed=fraction.seed,
+        dataset=file.dataset,
+        drawn_seed=file.drawn.seed if file.drawn else None,
     )
 
 

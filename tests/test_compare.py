@@ -19,7 +19,7 @@ from semiseg.evaluation.coco_metrics import METRIC_NAMES
 from semiseg.report.aggregate import ReportInput
 from semiseg.report.provenance import warnings
 from semiseg.results import Result, append
-from semiseg.splits import make_split, write_split
+from semiseg.splits import SplitFile, make_split, write_split
 from semiseg.studies.compare import RecordedRun, comparison, find_runs, known_runs, run_of_folder
 from tests.page_reader import unpadded
 
@@ -214,7 +214,7 @@ def test_other_classes_are_refused() -> None:
 
 def test_class_groups_are_those_of_the_runs_or_of_the_split_that_is_named() -> None:
     for name, seen in (("few", CLASSES[:1]), ("many", CLASSES[:2])):
-        write_split(make_split(name, CLASSES, seen=seen), Path("splits") / f"{name}.toml")
+        write_split(make_split(SplitFile(name=name, seen=list(seen)), CLASSES), Path("splits") / f"{name}.toml")
     few, many, gone = (
         made_run("r", supervision={"source": "split", "split": name}) for name in ("few", "many", "gone")
     )

@@ -10,11 +10,11 @@ from typing import Annotated
 import typer
 
 from semiseg.commands.known_classes import classes_of
-from semiseg.config.read import read_toml
+from semiseg.config.read import parse_config, read_toml
 from semiseg.errors import UserError
 from semiseg.files import require_folder, settle
 from semiseg.project import available, find
-from semiseg.splits import ClassSplit, draw_seen, load_split, make_split, normalise, write_split
+from semiseg.splits import ClassSplit, SplitFile, draw_seen, load_split, make_split, normalise, write_split
 
 SplitName = Annotated[str, typer.Argument(metavar="SPLIT", help="Name or path of a class split.")]
 
@@ -118,18 +118,16 @@ def make(
         raise UserError("--seen with a number draws the seen classes; leave out --unseen")
     if not seen and not unseen and not fraction:
         raise UserError("give --seen or --unseen (names, or --seen a number to draw), or --fraction")
-    default, per_class = _fractions(fraction or [])
-    split = make_split(
-        path.stem,
-        classes,
-        seen=_names(seen, classes) if count is None else draw_seen(classes, count=count, seed=seed),
-        unseen=_names(unseen, classes),
-        fractions=per_class,
-        default_fraction=default,
-        seed=seed,
-        dataset=dataset,
-        drawn_seed=seed if count is not None else None,
-    )
+    values = {
+        "name": path.stem,
+        "dataset": dataset,
+        "seen": _names(seen, classes),
+        "unseen": _names(unseen, classes),
+        "fraction": {"seed": seed, **_fractions(fraction or [])},
+    }
+    if count is not None:
+        values |= {"seen": draw_seen(classes, count=count, seed=seed), "drawn": {"seed": seed, "seen": count}}
+    split = make_split(parse_config(SplitFile, values, where=f"split {path.stem!r}"), classes)
     write_split(split, path)
     typer.echo(_describe(split))
     typer.echo(f"written to {path}")
@@ -178,17 +176,13 @@ def _names(values: Sequence[str] | None, classes: Sequence[str]) -> list[str] | 
     return names or None
 
 
-def _fractions(values: Sequence[str]) -> tuple[float, dict[str, float]]:
-    """(share of classes that are not named, class -> share)."""
-    default, per_class = 1.0, {}
+def _fractions(values: Sequence[str]) -> dict[str, float]:
+    """Class -> share of its masks, and "default" -> that of classes that are not named."""
+    shares = {}
     for value in values:
-        name, sign, number = value.rpartition("=")
+        name, sign, share = value.rpartition("=")
         try:
-            share = float(number)
+            shares[name if sign else "default"] = float(share)
         except ValueError:
             raise UserError(f"--fraction {value!r}: expected a number from 0 to 1, or CLASS=number") from None
-        if sign:
-            per_class[name] = share
-        else:
-            default = share
-    return default, per_class
+    return shares
