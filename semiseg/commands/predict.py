@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import os
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,6 +60,7 @@ def predict(
     began = time.perf_counter()
     require_folder(out)
     files = find_images(images)
+    from semiseg.engine.logs import shows_bars
     from semiseg.engine.predict import load_model
     from semiseg.engine.predict_files import PredictOptions, predict_files
 
@@ -75,8 +75,7 @@ def predict(
         batch_size=batch,
         workers=min(os.cpu_count() or 1, 4),
     )
-    shown = sys.stderr.isatty() if progress is None else progress
-    outcome = predict_files(loaded, files, out=out, options=options, progress=shown, report=_report)
+    outcome = predict_files(loaded, files, out=out, options=options, progress=shows_bars(progress), report=_report)
     drawn = f"; of these {outcome.drawn} reach --drawn-score {drawn_score:g} and are drawn" if overlays else ""
     done = f"{_counted(outcome.images, 'image')}, {_counted(outcome.detections, 'detection')}"
     typer.echo(f"{done}, {time.perf_counter() - began:.1f} s; written to {out}{drawn}")

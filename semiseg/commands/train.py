@@ -105,10 +105,12 @@ def evaluate(
             require_folder(path.parent)
             if path.is_dir():
                 raise UserError(f"{path}: is a folder, expected a file to write")
+    from semiseg.engine.logs import shows_bars
     from semiseg.engine.run import evaluate_run
 
+    bars = shows_bars(progress)
     metrics = evaluate_run(
-        folder, annotations=annotations, images=images, detections=detections, fast=fast, progress=_shown(progress)
+        folder, annotations=annotations, images=images, detections=detections, fast=fast, progress=bars
     )
     if metrics is None:
         return
@@ -135,10 +137,6 @@ def read_config(path: Path, overrides: Sequence[str]) -> RunConfig:
     if {"config", "identity"} <= set(values) and isinstance(values["config"], dict):
         values = with_present_keys(values["config"])
     return parse_run(values, where=str(path), overrides=overrides)
-
-
-def _shown(progress: bool | None) -> bool:
-    return sys.stderr.isatty() if progress is None else progress
 
 
 def _metrics_table(metrics: Metrics, groups: dict[str, tuple[str, ...]]) -> str:

@@ -119,14 +119,14 @@ def child_environment(share: Share, *, threads: int) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class LaunchFile:
-    """What a study needs to know of a launch file.
+    """What a study needs to know of a launch file, or of the number of processes where there is none.
 
     Attributes:
         processes: of all machines together.
         environment: what accelerate's launcher would set of it for a single process, which is started without one.
     """
 
-    path: Path
+    path: Path | None
     processes: int
     machines: int
     environment: dict[str, str] = field(default_factory=dict)
