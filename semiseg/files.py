@@ -132,14 +132,11 @@ def _release(path: Path, file: FileLock | None) -> None:
 
 @contextmanager
 def temporary_folder(parent: Path) -> Iterator[Path]:
-    """A hidden folder of this process in `parent`, which is made if need be; removed with its content at the end.
-
-    The first time a process writes into `parent`, it removes what dead processes left there (see `settle`).
-    """
+    """A hidden folder of this process in `parent`, which is made if need be; removed with its content at the end."""
     parent.mkdir(parents=True, exist_ok=True)
-    if (resolved := parent.resolve()) not in _SETTLED:
-        _SETTLED.add(resolved)
+    if parent.resolve() not in _SETTLED:
         settle(parent)
+        _SETTLED.add(parent.resolve())
     folder, file = _make_hidden(parent)
     try:
         yield folder
@@ -151,14 +148,13 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
 def settle(parent: Path) -> None:
     """Ends what killed processes left of their writing in `parent`: a replaced folder is put back, the rest removed.
 
-    Where the file system has no locks, or another user's folder may not be changed, hidden folders are left alone.
     Whoever finds that there is nothing to write asks for it too: a process killed at its last moment leaves the whole
     file and, beside it, its hidden folder.
     """
     for folder in parent.glob(f"{_HIDDEN}*"):
         if not _HIDDEN_NAME.fullmatch(folder.name) or folder.is_symlink():
             continue
-        with suppress(OSError):  # also of a lock that is held
+        with suppress(OSError):  # also of a lock that is held, and of another user's folder
             if not (folder / _LOCK).exists():
                 folder.rmdir()  # its process was killed before it had locked it, or when all else was removed
             elif file := _acquire(folder / _LOCK):

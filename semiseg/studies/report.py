@@ -39,14 +39,10 @@ _IN_WORDS = {"supervision.source", "supervision.split", "objective.mask", "objec
 
 
 def build(study: Study, folder: Path, *, record: Path, command: Sequence[str]) -> tuple[str, Path]:
-    """Builds the report of a study in a folder from `record/results.jsonl`, which is only read.
+    """Builds the report of a study in a folder from `record/results.jsonl`: its tables as text, the path of the page.
 
     Args:
-        record: the folder itself, or that of the study's own record.
         command: what trains the study's runs, for the page.
-
-    Returns:
-        the tables as text, and the path of the page.
     """
     report = report_input(study, record, command=command)
     return report_text(report), build_report(report, out=folder, published=find("published", PUBLISHED))
@@ -80,10 +76,9 @@ def beside_reference(study: Study, folder: Path) -> str:
 
 
 def report_input(study: Study, folder: Path, *, command: Sequence[str]) -> ReportInput:
-    """Everything that the report of a study is made from.
+    """Everything that the report of a study is made from, with the record in a folder.
 
     Args:
-        folder: of the record.
         command: what trains the study's runs; () if that is not to be said.
     """
     matching = matching_results(study, read(folder / RESULTS_NAME))
@@ -115,12 +110,7 @@ def class_groups(split: ClassSplit | None, classes: tuple[str, ...]) -> dict[str
 
 
 def protocol_fields(configs: Sequence[RunConfig], *, pretraining: RunConfig | None, classes: int) -> dict[str, Any]:
-    """The fields of a `ReportInput` that follow from the configurations of its rows: protocol and validation data.
-
-    Args:
-        pretraining: what all rows start from, or None.
-        classes: their number.
-    """
+    """The fields of a `ReportInput` that follow from the configurations of its rows: protocol and validation data."""
     files = expected_files(configs[0].data)["val"]
     here = files.annotations.is_file() and files.images.is_dir()
     return {
@@ -173,11 +163,7 @@ def _class_names(data: DataConfig, results: Sequence[Result]) -> tuple[str, ...]
 
 
 def row_meaning(row: StudyRow, config: RunConfig, *, in_every_table: bool) -> str:
-    """What a row trains with: its masks, the loss that objects without one get, and what else it sets.
-
-    Args:
-        in_every_table: the same run is a row of several tables.
-    """
+    """What a row trains with: its masks, the loss that objects without one get, and what else it sets."""
     mask, box = _MASK_LOSS[config.objective.mask], _BOX_LOSS[config.objective.box]
     text = {
         "split": f"masks of seen classes, {mask}; {box} for objects of unseen classes",

@@ -135,8 +135,8 @@ def status_text(study: Study, folder: Path, *, processes: int) -> str:
     Args:
         folder: of the study's record.
     """
-    results, missing = read(folder / RESULTS_NAME), missing_data(study)
-    statuses = _statuses(study, results, processes=processes, unknown=missing is not None)
+    results = read(folder / RESULTS_NAME)
+    statuses, missing = _statuses(study, results, only=(), processes=processes)
     counts = Counter(status.state for status in statuses)
     total = ", ".join(f"{counts[state]} {state}" for state in ("done", "started", "missing"))
     if missing is not None:
@@ -150,11 +150,11 @@ def dry_run_text(study: Study, folder: Path, *, only: Sequence[str], processes: 
     Args:
         folder: of the study's record.
     """
-    results, missing = read(folder / RESULTS_NAME), missing_data(study, only=only)
-    every = _statuses(study, results, only=only, processes=processes, unknown=missing is not None)
+    results = read(folder / RESULTS_NAME)
+    every, missing = _statuses(study, results, only=only, processes=processes)
     planned = [status.run for status in every if isinstance(status.run, PlannedRun)]
     to_do = runs_to_do(planned, latest(results), reproduce=reproduce)
-    statuses = [status for status in every if status.run in to_do or status.state == "unknown"]
+    statuses = [status for status in every if missing or status.run in to_do]
     table, times = _table(statuses, results, processes)
     lines = [f"{len(statuses)} of {len(every)} runs to train"]
     if missing is not None:
@@ -167,12 +167,14 @@ def dry_run_text(study: Study, folder: Path, *, only: Sequence[str], processes: 
 
 
 def _statuses(
-    study: Study, results: Sequence[Result], *, processes: int, unknown: bool, only: Sequence[str] = ()
-) -> list[RunStatus]:
-    if unknown:
-        return [RunStatus(fitted_run(run, processes), "unknown") for run in study_runs(study, only=only)]
+    study: Study, results: Sequence[Result], *, only: Sequence[str], processes: int
+) -> tuple[list[RunStatus], str | None]:
+    """The study's runs with their states, and what is missing of the data, without which the states are unknown."""
+    missing = missing_data(study, only=only)
+    if missing is not None:
+        return [RunStatus(fitted_run(run, processes), "unknown") for run in study_runs(study, only=only)], missing
     recorded = latest(results)
-    return [run_status(run, recorded) for run in plan(study, only=only, processes=processes)]
+    return [run_status(run, recorded) for run in plan(study, only=only, processes=processes)], None
 
 
 def _table(statuses: Sequence[RunStatus], results: Sequence[Result], processes: int) -> tuple[str, str]:
