@@ -104,11 +104,7 @@ def normalise(name: str) -> str:
 
 
 def load_split(name_or_path: str, class_names: Sequence[str]) -> ClassSplit:
-    """Reads a split file and checks it against the classes of a data set.
-
-    Args:
-        name_or_path: see `project.find`.
-        class_names: the data set's classes.
+    """Reads a split file, found by `project.find`, and checks it against the classes of a data set.
 
     Raises:
         UserError: unknown, doubled or overlapping class, empty side, split of another data set.

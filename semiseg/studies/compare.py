@@ -103,8 +103,8 @@ def run_of_folder(folder: Path) -> RecordedRun:
         }
         return RecordedRun(finished_result(path, values, about), folder, path)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        known = f"its {RESULT_NAME} and config.json are not those of a finished run"
-        raise UserError(f"{folder}: {known} ({error})") from None
+        reason = f"its {RESULT_NAME} and config.json are not those of a finished run ({error})"
+        raise UserError(f"{folder}: {reason}") from None
 
 
 def known_runs() -> list[RecordedRun]:
@@ -120,13 +120,10 @@ def known_runs() -> list[RecordedRun]:
 
 
 def find_runs(name: str, known: Sequence[RecordedRun]) -> list[RecordedRun]:
-    """The run that `name` means, or all runs of a row.
-
-    Args:
-        known: of `known_runs`.
+    """The run of `known_runs` that `name` means, or all runs of a row.
 
     Raises:
-        UserError: no such run, with the nearest names, or an id that is not whole and begins several.
+        UserError: no such run, with the nearest name, or an id that is not whole and begins several.
     """
     if name and Path(name).is_dir():
         return [run_of_folder(Path(name))]
@@ -160,7 +157,6 @@ def comparison(
     Args:
         known: where the runs that these start from are looked up.
         split: name of the class split for the groups, `none` for no groups, None = that of the runs.
-        command: what the user typed.
 
     Raises:
         UserError: validation data or classes differ, or there is no such split.

@@ -140,12 +140,10 @@ class StudyRun:
 
 
 def load_study(name_or_path: str, overrides: Sequence[str] = (), *, seeds: Sequence[int] | None = None) -> Study:
-    """Reads a study file and lays overrides over it.
+    """Reads a study file and lays overrides over it; `seeds` replace the study's.
 
     Args:
-        overrides: `a.b=c` changes a run value of every run; `pretrain.a.b=c` of the pretraining, `rows.a.b=c` of the
-            rows only.
-        seeds: replace the study's.
+        overrides: `a.b=c` changes a value of every run; `pretrain.a.b=c` and `rows.a.b=c` of the pretraining or rows.
     """
     path = find("experiments", name_or_path)
     values = {"name": path.stem, **read_toml(path)}
@@ -177,10 +175,9 @@ def _lay_over(study: Study, overrides: Sequence[str]) -> Study:
 
 
 def study_cells(study: Study, *, only: Sequence[str] = ()) -> dict[CellKey, StudyRun]:
-    """The run that each cell of the study's tables reads; several cells may read the same one.
+    """The run that each cell of the study's tables reads, of `only` these rows if any are named.
 
-    Args:
-        only: names of rows; empty = all.
+    Several cells may read the same run.
     """
     rows = {row.name: row for row in study.rows}
     for name in only:

@@ -133,7 +133,7 @@ class LaunchFile:
 
 
 def read_launch_file(name_or_path: str) -> LaunchFile:
-    """Reads a launch file, by accelerate's own reader: a path, or the name of a file in `experiments/launch/`.
+    """Reads a launch file, found by `project.find`, with accelerate's own reader.
 
     Raises:
         UserError: no such file, or one that accelerate does not take, or for something else than plain processes.
@@ -257,9 +257,7 @@ class Child:
 def reason(code: int, output: str) -> str:
     """Why a process failed, in a sentence: the signal that killed it, its own sentence or its exception.
 
-    Args:
-        code: its exit code, negative for a signal.
-        output: what it wrote; that of a launcher has the codes of the processes that failed.
+    The output of a launcher has the codes of the processes that failed.
     """
     codes = [int(text) for text in _EXIT_CODE.findall(output)]
     # One that fails takes the others along, which are then ended by SIGTERM or complain of their lost connection.

@@ -130,11 +130,7 @@ def runs_to_do(planned: Sequence[PlannedRun], recorded: Mapping[str, Result], *,
 
 
 def status_text(study: Study, folder: Path, *, processes: int) -> str:
-    """Every run with its state; without the data the runs alone, and what is missing.
-
-    Args:
-        folder: of the study's record.
-    """
+    """Every run with its state, by the record in a folder; without the data the runs alone, and what is missing."""
     results = read(folder / RESULTS_NAME)
     statuses, missing = _statuses(study, results, only=(), processes=processes)
     counts = Counter(status.state for status in statuses)
@@ -145,11 +141,7 @@ def status_text(study: Study, folder: Path, *, processes: int) -> str:
 
 
 def dry_run_text(study: Study, folder: Path, *, only: Sequence[str], processes: int, reproduce: bool) -> str:
-    """The runs that would be trained; without the data all of them, and what is missing.
-
-    Args:
-        folder: of the study's record.
-    """
+    """The runs that would be trained, by the record in a folder; without the data all, and what is missing."""
     results = read(folder / RESULTS_NAME)
     every, missing = _statuses(study, results, only=only, processes=processes)
     planned = [status.run for status in every if isinstance(status.run, PlannedRun)]
