@@ -191,7 +191,7 @@ def test_data_check_exits_with_2_on_errors_only(annotations: Path) -> None:
 def test_run_dry_and_status_train_nothing(folder: Path) -> None:
     text = call("run", "shapes", "--dry-run", "--only", "neither", "--seeds", "3,4")
     assert "6 of 6 runs to train" in text
-    assert "shapes: 0 done, 0 started, 9 missing" in call("status", "shapes")
+    assert "shapes: 0 done, 0 recorded, 0 started, 9 missing" in call("status", "shapes")
     assert list(folder.iterdir()) == []
     assert "--seeds '1,x'" in call("status", "shapes", "--seeds", "1,x", code=2)
 

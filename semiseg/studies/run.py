@@ -25,7 +25,7 @@ from semiseg.results import ap_in_words, append, latest, read
 from semiseg.studies.file import PRETRAIN_ROW
 from semiseg.studies.identity import RESULT_NAME, PlannedRun, planned_steps
 from semiseg.studies.machines import Child, LaunchFile, Machine, last_step, lines_for_machines, share_of, this_machine
-from semiseg.studies.status import finished_values, read_result, runs_to_do
+from semiseg.studies.status import read_result, runs_to_do
 
 
 @dataclass(frozen=True)
@@ -165,12 +165,13 @@ class _Study:
                 if code != 0:
                     child.kill()  # what a dead launcher has left
                     raise UserError(child.complaint())
-                append(self.results, read_result(run, typed=self.how.typed))
+                result = read_result(run, typed=self.how.typed)
+                append(self.results, result)
             except UserError as error:
                 self.failures[run.run_id] = f"{run.label}: {error} (log: {child.output})"
                 self.progress.end(child, message=f"{run.label} failed: {error}", finished=False)
             else:
-                measured = ap_in_words(finished_values(run)["metrics"])
+                measured = ap_in_words(result.metrics)
                 message = f"{run.label} done in {format_seconds(time.monotonic() - child.started)}"
                 self.progress.end(child, message=f"{message}: {measured}" if measured else message, finished=True)
 

@@ -37,32 +37,30 @@ class RunStatus:
 
     Attributes:
         run: a `PlannedRun`, unless its state is unknown: without the data it has no identity.
+        state: "recorded" is finished, but its folder is not here.
         step, steps: of a started run whose log has begun, else None.
-        when: ISO time of the end of a finished run.
-        recorded_only: finished and recorded, but its folder is not here.
+        finished: ISO time of the end of a finished run.
     """
 
     run: StudyRun
-    state: Literal["done", "started", "missing", "unknown"]
+    state: Literal["done", "recorded", "started", "missing", "unknown"]
     step: int | None = None
     steps: int | None = None
-    when: str | None = None
-    recorded_only: bool = False
+    finished: str | None = None
 
     def __str__(self) -> str:
         """The state in a table."""
-        if self.when is not None:
-            finished = datetime.fromisoformat(self.when).astimezone()
-            return f"{'recorded' if self.recorded_only else 'done'} {finished:%Y-%m-%d %H:%M}"
+        if self.finished is not None:
+            return f"{self.state} {datetime.fromisoformat(self.finished).astimezone():%Y-%m-%d %H:%M}"
         return self.state if self.steps is None else f"step {self.step} of {self.steps}"
 
 
 def run_status(run: PlannedRun, recorded: Mapping[str, Result]) -> RunStatus:
     """Where a run stands, by its folder and the record."""
     if (run.folder / RESULT_NAME).is_file():
-        return RunStatus(run, "done", when=finished_values(run)["finished"])
+        return RunStatus(run, "done", finished=finished_values(run)["finished"])
     if run.run_id in recorded:
-        return RunStatus(run, "done", when=recorded[run.run_id].finished, recorded_only=True)
+        return RunStatus(run, "recorded", finished=recorded[run.run_id].finished)
     if (run.folder / "identity.json").is_file():
         step, steps = last_step(run.folder / "log.jsonl") or (None, None)
         return RunStatus(run, "started", step=step, steps=steps)
@@ -119,10 +117,10 @@ def runs_to_do(planned: Sequence[PlannedRun], recorded: Mapping[str, Result], *,
     """
 
     def is_missing(run: PlannedRun) -> bool:
-        status = run_status(run, recorded)
-        if status.recorded_only:
+        state = run_status(run, recorded).state
+        if state == "recorded":
             return reproduce or run.row == PRETRAIN_ROW  # a record holds no weights to start from
-        return status.state != "done"
+        return state != "done"
 
     rows = [run for run in planned if run.row != PRETRAIN_ROW and is_missing(run)]
     needed = {run.init_run for run in rows}
@@ -134,7 +132,7 @@ def status_text(study: Study, folder: Path, *, processes: int) -> str:
     results = read(folder / RESULTS_NAME)
     statuses, missing = _statuses(study, results, only=(), processes=processes)
     counts = Counter(status.state for status in statuses)
-    total = ", ".join(f"{counts[state]} {state}" for state in ("done", "started", "missing"))
+    total = ", ".join(f"{counts[state]} {state}" for state in ("done", "recorded", "started", "missing"))
     if missing is not None:
         total = f"{len(statuses)} runs; {WITHOUT_DATA}: {missing}"
     return f"{_table(statuses, results, processes)[0]}{study.name}: {total}"
@@ -178,7 +176,7 @@ def _table(statuses: Sequence[RunStatus], results: Sequence[Result], processes: 
     lines, left = [], {}
     for status in statuses:
         run, steps, result = status.run, planned_steps(status.run.config), of_row.get(status.run.row)
-        if steps is not None and result is not None and (status.state != "done" or status.recorded_only):
+        if steps is not None and result is not None and status.state != "done":
             left[run.key] = (steps - (status.step or 0)) * result.seconds / result.steps
         time = format_seconds(left[run.key]) if run.key in left else "—"
         length = f"{run.config.optim.epochs:g} epochs" if steps is None else str(steps)
