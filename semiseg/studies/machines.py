@@ -166,12 +166,14 @@ def read_launch_file(name_or_path: str) -> LaunchFile:
 
 
 def lines_for_machines(runs: Sequence[PlannedRun], launch: LaunchFile) -> list[str]:
-    """What to type on every machine to train these runs, in this order; writes the files that they need."""
-    lines = []
-    for run in runs:
-        launcher = ["accelerate", "launch", "--config_file", str(launch.path), "--machine_rank", "RANK"]
-        lines.append(shlex.join([*launcher, "-m", "semiseg", *write_run_files(run)]))
-    return lines
+    """What to type on every machine to train these runs; writes the files that they need. Nothing for no run."""
+    launcher = ["accelerate", "launch", "--config_file", str(launch.path), "--machine_rank", "RANK", "-m", "semiseg"]
+    about = [
+        f"# {len(runs)} runs on {launch.machines} machines: in this folder, on each machine, in this order, with "
+        "RANK 0 on that of main_process_ip;",
+        "# afterwards the same 'semiseg run' records them and reports",
+    ]
+    return [*about, *(shlex.join([*launcher, *write_run_files(run)]) for run in runs)] if runs else []
 
 
 OUTPUT_NAME = "output.txt"

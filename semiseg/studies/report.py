@@ -14,7 +14,7 @@ from semiseg.project import find
 from semiseg.report.aggregate import UPPER_BOUND, ReportInput, ReportRow, ReportTable
 from semiseg.report.page import beside_recorded, build_report, report_text
 from semiseg.report.provenance import differing, flat_settings, settings, unmeant
-from semiseg.results import Result, read
+from semiseg.results import read
 from semiseg.splits import ClassSplit, load_split
 from semiseg.studies.file import CellKey, Study, StudyRow, StudyRun, StudyTable, load_study, study_cells
 from semiseg.studies.identity import (
@@ -85,7 +85,9 @@ def report_input(study: Study, folder: Path, *, command: Sequence[str]) -> Repor
     cells = study_cells(study)
     pretrainings = list({run.init.key: run.init for run in cells.values() if run.init is not None}.values())
     configs = [run.config for run in {run.key: run for run in cells.values()}.values()]
-    classes = _class_names(configs[-1].data, list(matching.values()))
+    # As recorded; while nothing is, those of Shapes and no others: a report needs no data.
+    known = class_names(configs[-1].data) if configs[-1].data.format == "shapes" else ()
+    classes = next((tuple(result.metrics["instances"]) for result in matching.values()), known)
     run_ids = {result.run_id for result in matching.values()}
     return ReportInput(
         study=study.name,
@@ -155,13 +157,6 @@ def _row(study: Study, name: str, config: RunConfig) -> ReportRow:
     )
 
 
-def _class_names(data: DataConfig, results: Sequence[Result]) -> tuple[str, ...]:
-    """As recorded; while nothing is, those of Shapes and no others: a report needs no data."""
-    if results:
-        return tuple(results[0].metrics["instances"])
-    return class_names(data) if data.format == "shapes" else ()
-
-
 def row_meaning(row: StudyRow, config: RunConfig, *, in_every_table: bool) -> str:
     """What a row trains with: its masks, the loss that objects without one get, and what else it sets."""
     mask, box = _MASK_LOSS[config.objective.mask], _BOX_LOSS[config.objective.box]
@@ -216,17 +211,13 @@ def schedule_sentence(configs: Sequence[RunConfig]) -> str:
         f"rate {_each(f'{config.optim.learning_rate:g}' for config in configs)} "
         f"({_each(config.optim.schedule for config in configs)})",
     ]
+    backbones = [config.model.backbone for config in configs]
     model = [
-        f"backbone {_each(_backbone(config) for config in configs)}",
+        f"backbone {_each(f'resnet{one.depth}' if one.kind == 'resnet' else one.kind for one in backbones)}",
         f"masks at stride {_each(config.model.mask_head.stride for config in configs)}",
         f"τ = {_each(f'{config.objective.affinity_threshold:g}' for config in configs)}",
     ]
     return f"{', '.join(parts)}; {', '.join(model)}."
-
-
-def _backbone(config: RunConfig) -> str:
-    backbone = config.model.backbone
-    return f"resnet{backbone.depth}" if backbone.kind == "resnet" else backbone.kind
 
 
 def _each(values: Iterable[Any]) -> str:
@@ -248,12 +239,9 @@ def pretraining_sentence(config: RunConfig) -> str:
 def initial_weights_in_words(configs: Sequence[RunConfig]) -> str:
     """What the rows start from where a study has no pretraining of its own."""
     names = {"imagenet": "ImageNet weights of its backbone", "random": "random weights"}
-    weights = [
-        "the weights of a given model" if config.init_from is not None
-        else names.get(config.model.backbone.weights, "given weights of its backbone")
-        for config in configs
-    ]  # fmt: skip
-    return " or ".join(dict.fromkeys(weights))
+    given = ["the weights of a given model"] if any(config.init_from is not None for config in configs) else []
+    weights = [config.model.backbone.weights for config in configs if config.init_from is None]
+    return " or ".join(dict.fromkeys([*given, *(names.get(name, "given weights of its backbone") for name in weights)]))
 
 
 def _length(config: RunConfig) -> str:

@@ -77,13 +77,7 @@ def run_missing(
 
 def lines_to_type(planned: Sequence[PlannedRun], file: LaunchFile, *, results: Path, how: Execution) -> list[str]:
     """What to type on several machines, whose runs nobody can start from one of them; nothing if all are done."""
-    lines = lines_for_machines(_todo(planned, results, how), file)
-    about = [
-        f"# {len(lines)} runs on {file.machines} machines: in this folder, on each machine, in this order, with RANK 0 "
-        "on that of main_process_ip;",
-        "# afterwards the same 'semiseg run' records them and reports",
-    ]
-    return [*about, *lines] if lines else []
+    return lines_for_machines(_todo(planned, results, how), file)
 
 
 def _todo(planned: Sequence[PlannedRun], results: Path, how: Execution) -> list[PlannedRun]:
