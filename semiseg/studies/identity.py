@@ -104,26 +104,21 @@ def plan(study: Study, *, only: Sequence[str] = (), processes: int = 1) -> list[
         if change:
             warnings.warn(change, UserNotice, stacklevel=2)  # rows with the same change say it once
         identity = run_identity(run, data=data_digest, split=_split_digest, weights=weights_digest, processes=processes)
-        run_id, init_run, config = digest(identity), None, run.config
+        run_id, init_run = digest(identity), None
         if run.init is not None:
             init_run = str(identity["init"])
-            config = config.model_copy(update={"init_from": str(planned[init_run].folder / "model")})
+            start = str(planned[init_run].folder / "model")
+            run = replace(run, config=run.config.model_copy(update={"init_from": start}))
         # The same run in another study's folder is not trained a second time.
         folder = RUNS_FOLDER / study.name / f"{run.label}-{run_id}"
         elsewhere = [] if folder.exists() else sorted(RUNS_FOLDER.glob(f"*/*-{run_id}"))
-        item = PlannedRun(
-            row=run.row,
-            split=run.split,
-            seed=run.seed,
-            config=config,
-            init=run.init,
-            run_id=run_id,
-            identity=identity,
-            study=study.name,
-            init_run=init_run,
-            folder=elsewhere[0] if elsewhere else folder,
+        folder = elsewhere[0] if elsewhere else folder
+        planned.setdefault(
+            run_id,
+            PlannedRun(
+                **vars(run), run_id=run_id, identity=identity, study=study.name, init_run=init_run, folder=folder
+            ),
         )
-        planned.setdefault(run_id, item)
     return list(planned.values())
 
 
@@ -141,12 +136,12 @@ def missing_data(study: Study, *, only: Sequence[str] = ()) -> str | None:
 
     Without it runs have no identity, so that nobody can tell which of them are done.
     """
-    asked = {digest(run.config.data.model_dump()): run.config.data for run in study_runs(study, only=only)}
-    for config in asked.values():
-        try:
-            data_digest(config)
-        except UserError as error:
-            return str(error)
+    runs = study_runs(study, only=only)
+    try:
+        for run in runs:
+            data_digest(run.config.data)
+    except UserError as error:
+        return str(error)
     return None
 
 
