@@ -109,16 +109,12 @@ def plan(study: Study, *, only: Sequence[str] = (), processes: int = 1) -> list[
             init_run = str(identity["init"])
             start = str(planned[init_run].folder / "model")
             run = replace(run, config=run.config.model_copy(update={"init_from": start}))
+        own = RUNS_FOLDER / study.name / f"{run.label}-{run_id}"
         # The same run in another study's folder is not trained a second time.
-        folder = RUNS_FOLDER / study.name / f"{run.label}-{run_id}"
-        elsewhere = [] if folder.exists() else sorted(RUNS_FOLDER.glob(f"*/*-{run_id}"))
-        folder = elsewhere[0] if elsewhere else folder
-        planned.setdefault(
-            run_id,
-            PlannedRun(
-                **vars(run), run_id=run_id, identity=identity, study=study.name, init_run=init_run, folder=folder
-            ),
-        )
+        elsewhere = [] if own.exists() else sorted(RUNS_FOLDER.glob(f"*/*-{run_id}"))
+        about: dict[str, Any] = {"identity": identity, "study": study.name, "init_run": init_run}
+        folder = elsewhere[0] if elsewhere else own
+        planned.setdefault(run_id, PlannedRun(**vars(run), **about, run_id=run_id, folder=folder))
     return list(planned.values())
 
 
