@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Literal
 
-from semiseg.errors import UserError
+from semiseg.errors import UserError, near_hint
 
 WEIGHTS_NAME = "model.safetensors"  # in a model folder
 Kind = Literal["splits", "experiments", "bases", "launch", "published"]
@@ -36,8 +35,7 @@ def find(kind: Kind, name: str) -> Path:
         if candidate.is_file():
             return candidate
     known = available(kind)
-    near = difflib.get_close_matches(Path(file_name).name.removesuffix(suffix), known, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    hint = near_hint(Path(file_name).name.removesuffix(suffix), known, otherwise="")
     raise UserError(
         f"{name}: no such {noun}: neither the file {file_name} nor a name in {folder}/."
         f"{hint} Available: {', '.join(known) or 'none'}"

@@ -205,7 +205,7 @@ def _check_names(names: Sequence[str], allowed: Sequence[str], where: str, writt
         )
     if unknown:
         keys = {_suggestion_key(item): item for item in allowed}
-        near = difflib.get_close_matches(_suggestion_key(unknown[0]), list(keys), n=1, cutoff=0.6)
+        near = difflib.get_close_matches(_suggestion_key(unknown[0]), list(keys), n=1)
         hint = f" Did you mean {keys[near[0]]!r}?" if near else ""
         raise UserError(f"{where}: unknown class {unknown[0]!r}{written_for}.{hint} Allowed: {', '.join(allowed)}")
     doubled = [name for name in names if names.count(name) > 1]

@@ -5,7 +5,6 @@ People type a run's folder, its id or the start of it, or STUDY:ROW[:SPLIT][:SEE
 
 from __future__ import annotations
 
-import difflib
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from pathlib import Path, PurePath
 
 from semiseg.config import RunConfig
 from semiseg.config.read import digest, parse_config, read_json
-from semiseg.errors import UserError
+from semiseg.errors import UserError, near_hint
 from semiseg.report.aggregate import ReportInput, ReportRow, ReportTable
 from semiseg.report.provenance import identity_settings, recorded_values, run_settings, unmeant
 from semiseg.results import Result, read
@@ -140,11 +139,11 @@ def find_runs(name: str, known: Sequence[RecordedRun]) -> list[RecordedRun]:
     if not matching:
         rows = [run for run in known if run.result.row != PRETRAIN_ROW]
         names = dict.fromkeys(f"{run.result.study}:{run.result.row}" for run in rows)
-        near = difflib.get_close_matches(name, [*names, *(run.name for run in rows)], n=1, cutoff=0.5)
-        hint = f"Did you mean {near[0]!r}?" if near else f"Recorded: {', '.join(names) or 'none'}"
+        recorded = f" Recorded: {', '.join(names) or 'none'}"
+        hint = near_hint(name, [*names, *(run.name for run in rows)], otherwise=recorded)
         raise UserError(
             f"{name}: neither the folder of a run, nor the beginning of a recorded run's id, nor "
-            f"STUDY:ROW[:SPLIT][:SEED]. {hint}"
+            f"STUDY:ROW[:SPLIT][:SEED].{hint}"
         )
     return sorted(matching, key=lambda run: run.result.seed)
 

@@ -8,10 +8,9 @@ are there once and read for every table.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,7 +19,7 @@ from pydantic import Field, model_validator
 
 from semiseg.config import RunConfig, Section, Seed, parse_run
 from semiseg.config.read import apply_overrides, merge, parse_config, read_toml
-from semiseg.errors import UserError
+from semiseg.errors import UserError, near_hint
 from semiseg.project import find
 
 PRETRAIN_ROW = "pretrain"
@@ -239,10 +238,3 @@ def _merged(*tables: dict[str, Any], where: str) -> dict[str, Any]:
         return functools.reduce(merge, tables, {})
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-
-
-def near_hint(name: str, known: Iterable[str]) -> str:
-    """The end of an error about an unknown name: the nearest known one, else all of them."""
-    known = list(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(known) or 'none'}."
