@@ -16,13 +16,13 @@ from pathlib import Path, PurePath
 from semiseg.config import RunConfig
 from semiseg.config.read import digest, parse_config, read_json
 from semiseg.errors import UserError, near_hint
-from semiseg.report.aggregate import ReportInput, ReportRow, ReportTable
+from semiseg.report.aggregate import ReportInput, ReportTable
 from semiseg.report.provenance import identity_settings, recorded_values, run_settings, unmeant
 from semiseg.results import Result, read
 from semiseg.splits import ClassSplit, load_split
 from semiseg.studies.file import PRETRAIN_ROW, StudyRow
 from semiseg.studies.identity import REPORTS_FOLDER, RESULT_NAME, RESULTS_NAME, RUNS_FOLDER
-from semiseg.studies.report import class_groups, protocol_fields, row_meaning
+from semiseg.studies.report import class_groups, protocol_fields, report_row, row_meaning
 from semiseg.studies.status import finished_result
 
 TABLE = "comparison"
@@ -168,11 +168,15 @@ def comparison(
     configs = {name: _config(of_row[0].result) for name, of_row in rows.items()}
     settings = [run_settings(of_row[0].result, list(starts.values())) for of_row in rows.values()]
     groups, notes = _split_of(runs, classes, split)
+    unnamed = StudyRow(name="row")
     table = ReportTable(
         name=TABLE,
         title="The runs side by side",
         published=None,
-        rows=tuple(_report_row(name, config) for name, config in configs.items()),
+        rows=tuple(
+            report_row(name, name.replace("+", " + "), row_meaning(unnamed, config, in_every_table=False), config)
+            for name, config in configs.items()
+        ),
         alike=not unmeant(settings) and len({run.result.data_fingerprint for run in runs}) == 1,
         **class_groups(groups, classes),
     )
@@ -256,19 +260,6 @@ def _configuration_key(result: Result, starts: Mapping[str, Result]) -> str:
     split = result.split_digest if result.config.get("supervision", {}).get("source") == "split" else None
     init = result.identity.get("init") if start is None else _configuration_key(start, starts)
     return digest([identity_settings(result), split, result.data_fingerprint, init])
-
-
-def _report_row(name: str, config: RunConfig) -> ReportRow:
-    source, box = config.supervision.source, config.objective.box
-    uses_terms = source != "masks" and box in ("none", "projection", "projection+pairwise")
-    return ReportRow(
-        name=name,
-        projection=("yes" if "projection" in box else "no") if uses_terms else "",
-        pairwise=("yes" if "pairwise" in box else "no") if uses_terms else "",
-        label=name.replace("+", " + "),
-        meaning=row_meaning(StudyRow(name="row"), config, in_every_table=False),
-        every_mask=source == "masks",
-    )
 
 
 def _split_of(

@@ -32,15 +32,11 @@ Name = Annotated[str, Field(min_length=1, pattern=r"^[^./\\\p{Cc}][^/\\\p{Cc}]*$
 class StudyRow(Section):
     """One row of the tables.
 
-    projection, pairwise: whether the row uses these terms on box-supervised instances, as the tables print it; None
-        where the question does not arise.
     label: what people read in tables and figures; the name if empty.
     set: configuration values laid over the study's base. Unless it names another source, supervision is the split's.
     """
 
     name: Name
-    projection: bool | None = None
-    pairwise: bool | None = None
     label: str = ""
     set: dict[str, Any] = Field(default_factory=dict)
 

@@ -144,17 +144,22 @@ def _table(study: Study, table: StudyTable, cells: Mapping[CellKey, StudyRun], c
 
 def _row(study: Study, name: str, config: RunConfig) -> ReportRow:
     row = next(row for row in study.rows if row.name == name)
-    words = {True: "yes", False: "no", None: ""}
-    source = config.supervision.source
-    shared = source != "split" and sum(name in table.rows for table in study.tables) > 1
-    return ReportRow(
-        name=name,
-        projection=words[row.projection],
-        pairwise=words[row.pairwise],
-        label=row.label or name,
-        meaning=row_meaning(row, config, in_every_table=shared),
-        every_mask=source == "masks",
-    )
+    shared = config.supervision.source != "split" and sum(name in table.rows for table in study.tables) > 1
+    return report_row(name, row.label or name, row_meaning(row, config, in_every_table=shared), config)
+
+
+def report_row(name: str, label: str, meaning: str, config: RunConfig) -> ReportRow:
+    """A row of a report, with the terms of BoxInst that objects without a mask get, or all of them in place of Dice.
+
+    Where every object has a mask and Dice the question of terms does not arise.
+    """
+    every_mask = config.supervision.source == "masks"
+    if every_mask:
+        projection = pairwise = "yes" if config.objective.mask == "labelled" else ""
+    else:
+        box = config.objective.box
+        projection, pairwise = ("yes" if term in box else "no" for term in ("projection", "pairwise"))
+    return ReportRow(name, projection, pairwise, label=label, meaning=meaning, every_mask=every_mask)
 
 
 def row_meaning(row: StudyRow, config: RunConfig, *, in_every_table: bool) -> str:
