@@ -20,7 +20,7 @@ import uuid
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -53,35 +53,29 @@ def require_folder(path: Path) -> None:
         raise UserError(f"{existing}: no permission to write there")
 
 
-@contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Keeps other processes from training in a folder, until the end of the block or of this process.
-
-    Raises:
-        UserError: another process holds it.
-    """
-    try:
-        file = _acquire(folder / LOCK_NAME, warn=True)
-    except TimeoutError:
-        raise UserError(f"{folder}: another process is training this run; wait for it or end it first") from None
-    try:
-        yield
-    finally:
-        _release(folder / LOCK_NAME, file)
+def lock_folder(folder: Path) -> AbstractContextManager[None]:
+    """Keeps other processes from training in a folder; a UserError if one does."""
+    refused = f"{folder}: another process is training this run; wait for it or end it first"
+    return lock(folder / LOCK_NAME, refused=refused)
 
 
 @contextmanager
-def lock(path: Path, *, waiting: str) -> Iterator[None]:
+def lock(path: Path, *, waiting: str | None = None, refused: str | None = None) -> Iterator[None]:
     """Locks a file, which is there only so long, until the end of the block or of this process, however it ends.
 
-    On a file system without locks it goes on without one, with a warning.
+    On a file system without locks it goes on without one, with a warning. Where another process holds it:
 
     Args:
-        waiting: said while another process holds it.
+        waiting: said before it is waited for.
+        refused: said as a UserError, without waiting; with neither it is a TimeoutError.
     """
     try:
         file = _acquire(path, warn=True)
     except TimeoutError:
+        if refused is not None:
+            raise UserError(refused) from None
+        if waiting is None:
+            raise
         logger.warning(waiting)
         file = _acquire(path, warn=True, wait=True)
     try:

@@ -149,7 +149,7 @@ def test_a_lock_of_a_killed_conversion_goes_and_a_held_one_stays(tmp_path: Path)
     (cache / ".lock").touch()
     load_table(files.annotations, files.images, cache=cache)
     assert not (cache / ".lock").exists()
-    with lock(cache / ".lock", waiting=""):  # another conversion is under way
+    with lock(cache / ".lock"):  # another conversion is under way
         assert len(load_table(files.annotations, files.images, cache=cache)) == 4
         assert (cache / ".lock").exists()
 
