@@ -251,7 +251,7 @@ class Child:
                 break
             psutil.wait_procs(left, timeout=1)
 
-    def complaint(self) -> str:
+    def failure(self) -> str:
         """Why the run failed, in a sentence."""
         return reason(self.poll() or 0, _end_of(self.output, self._offset).decode("utf-8", "replace"))
 

@@ -158,7 +158,7 @@ class _Study:
             try:
                 if code != 0:
                     child.kill()  # what a dead launcher has left
-                    raise UserError(child.complaint())
+                    raise UserError(child.failure())
                 result = read_result(run, typed=self.how.typed)
                 append(self.results, result)
             except UserError as error:
