@@ -128,6 +128,7 @@ def protocol_fields(configs: Sequence[RunConfig], *, pretraining: RunConfig | No
 
 def _table(study: Study, table: StudyTable, cells: Mapping[CellKey, StudyRun], classes: tuple[str, ...]) -> ReportTable:
     configs = [cells[table.name, name, study.seeds[0]].config for name in table.rows]
+    columns = [settings(config.model_dump(mode="json")) for config in configs]
     # Without classes, as long as nothing is recorded, there are no groups of them either.
     split = load_split(study.splits[table.split], classes) if table.split is not None and classes else None
     return ReportTable(
@@ -136,8 +137,8 @@ def _table(study: Study, table: StudyTable, cells: Mapping[CellKey, StudyRun], c
         published=str(table.number) if table.number is not None else None,
         rows=tuple(_row(study, name, config) for name, config in zip(table.rows, configs, strict=True)),
         compare=tuple((first, second) for first, second in table.compare),
-        alike=is_alike(configs),
-        varied=tuple(differing([settings(config.model_dump(mode="json")) for config in configs])),
+        alike=not unmeant(columns) and all(config.data == configs[0].data for config in configs),
+        varied=tuple(differing(columns)),
         **class_groups(split, classes),
     )
 
@@ -177,13 +178,6 @@ def row_meaning(row: StudyRow, config: RunConfig, *, in_every_table: bool) -> st
     if row.name == UPPER_BOUND:
         text += ": the upper bound, which the paper leaves out"
     return text + (" (the same run in every table)" if in_every_table else "")
-
-
-def is_alike(configs: Sequence[RunConfig]) -> bool:
-    """Whether runs differ in supervision, mask losses and seed alone."""
-    values = [config.model_dump(mode="json") for config in configs]
-    same_data = all(item["data"] == values[0]["data"] for item in values)
-    return same_data and not unmeant([settings(item) for item in values])
 
 
 def is_paper_data(data: DataConfig, classes: int) -> bool:
