@@ -28,7 +28,7 @@ from benchmarks.measure import Scale, measure_row
 from benchmarks.rows import chosen_rows
 from semiseg.engine.run import device_name, git_revision, package_versions
 from semiseg.errors import UserError
-from semiseg.resources import require_folder, write_text
+from semiseg.files import require_folder, write_text
 
 HEADINGS = ("row", "s", "straightforward", "speed-up", "MB", "straightforward", "ratio", "same result")
 

@@ -11,7 +11,7 @@ import typer
 from semiseg import __version__
 from semiseg.commands import compare, convert, data, predict, split, study, train
 from semiseg.errors import UserError
-from semiseg.resources import FULL
+from semiseg.files import FULL
 
 NO_MEMORY = ("out of memory", "can't allocate memory", "could not create a primitive")
 
@@ -22,33 +22,32 @@ data_sets = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 conversions = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 
-def _speaks(function: Callable[..., Any]) -> Callable[..., Any]:
+def errors_as_sentences(function: Callable[..., Any]) -> Callable[..., Any]:
     """The verb with its errors as sentences: exit code 2 for bad input, 130 for an interruption."""
 
     @functools.wraps(function)
     def verb(*args: Any, **named: Any) -> Any:
+        code = 2
         try:
             return function(*args, **named)
         except UserError as error:
-            typer.echo(f"semiseg: {error}", err=True)
-            raise typer.Exit(2) from None
+            sentence = str(error)
         except OSError as error:
             # A path that cannot be read or written; anything else keeps its traceback.
             if error.filename is None and error.errno not in FULL:
                 raise
-            place = f"{error.filename2 or error.filename}: " if error.filename is not None else ""
-            typer.echo(f"semiseg: {place}{error.strerror}", err=True)
-            raise typer.Exit(2) from None
+            path = f"{error.filename2 or error.filename}: " if error.filename is not None else ""
+            sentence = f"{path}{error.strerror}"
         except (MemoryError, RuntimeError) as error:
             # How torch and its parts say that memory is short; anything else keeps its traceback.
-            told = str(error).strip().partition("\n")[0]
             if not isinstance(error, MemoryError) and not any(words in str(error).lower() for words in NO_MEMORY):
                 raise
-            typer.echo(f"semiseg: not enough memory{f' ({told})' if told else ''}", err=True)
-            raise typer.Exit(2) from None
+            reason = str(error).strip().partition("\n")[0]
+            sentence = f"not enough memory ({reason})" if reason else "not enough memory"
         except KeyboardInterrupt as interruption:
-            typer.echo(f"semiseg: {interruption.args[0] if interruption.args else 'interrupted'}", err=True)
-            raise typer.Exit(130) from None
+            code, sentence = 130, str(interruption.args[0] if interruption.args else "interrupted")
+        typer.echo(f"semiseg: {sentence}", err=True)
+        raise typer.Exit(code)
 
     return verb
 
@@ -71,25 +70,23 @@ def root(
     """
 
 
-for group, name, about in (
-    (splits, "split", "Class splits: which classes have masks and which only boxes."),
-    (data_sets, "data", "Data sets: check one, draw Shapes, measure one."),
-    (conversions, "convert", "Checkpoints of other implementations become model folders."),
-):
-    app.add_typer(group, name=name, help=about)
-
-splits.command("list")(_speaks(split.list_splits))
-splits.command("show")(_speaks(split.show))
-splits.command("make")(_speaks(split.make))
-splits.command("check")(_speaks(split.check))
-data_sets.command("check")(_speaks(data.check))
-data_sets.command("shapes")(_speaks(data.shapes))
-data_sets.command("affinity")(_speaks(data.affinity))
-conversions.command("adelaidet")(_speaks(convert.adelaidet))
-app.command("train")(_speaks(train.train))
-app.command("evaluate")(_speaks(train.evaluate))
-app.command("predict")(_speaks(predict.predict))
-app.command("run")(_speaks(study.run))
-app.command("status")(_speaks(study.status))
-app.command("report")(_speaks(study.report))
-app.command("compare")(_speaks(compare.compare))
+VERBS: dict[typer.Typer, dict[str, Callable[..., None]]] = {
+    splits: {"list": split.list_splits, "show": split.show, "make": split.make, "check": split.check},
+    data_sets: {"check": data.check, "shapes": data.shapes, "affinity": data.affinity},
+    conversions: {"adelaidet": convert.adelaidet},
+    app: {
+        "train": train.train,
+        "evaluate": train.evaluate,
+        "predict": predict.predict,
+        "run": study.run,
+        "status": study.status,
+        "report": study.report,
+        "compare": compare.compare,
+    },
+}
+app.add_typer(splits, name="split", help="Class splits: which classes have masks and which only boxes.")
+app.add_typer(data_sets, name="data", help="Data sets: check one, draw Shapes, measure one.")
+app.add_typer(conversions, name="convert", help="Checkpoints of other implementations become model folders.")
+for group, verbs in VERBS.items():
+    for name, verb in verbs.items():
+        group.command(name)(errors_as_sentences(verb))

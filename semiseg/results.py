@@ -32,24 +32,16 @@ class Result:
     """One finished run; `checked` looks whether its values are of these types, which Python does not.
 
     Attributes:
-        run_id: digest of `identity`.
-        study, row: where the run belongs; row `pretrain` is the detector pretraining shared by a seed's rows.
+        run_id: digest of `identity`, which is that of `studies.identity.run_identity`.
+        row: `pretrain` is the detector pretraining shared by a seed's rows.
         split: name of the class split, or None if the run does not depend on one.
-        split_digest: `ClassSplit.digest`, or None.
-        seed: of initialisation, order of the data and augmentation.
         config: the resolved `RunConfig` as plain values, without paths of initial weights; under today's keys.
-        identity: what can change the numbers: {"config", "split", "data", "init"}.
         data_fingerprint: digest of the data's content, as the run itself found it.
         metrics: `evaluation.coco_metrics.Metrics.to_dict()`: percent, per class and group, "bbox" and "segm".
-        steps: optimizer steps.
-        seconds: training and evaluation.
-        device: in words.
-        versions: package -> version.
-        git_revision: of the working tree, or None outside of one.
+        seconds: of training and evaluation.
         command: what the user typed.
         finished: ISO 8601 time with zone.
         init_run: run_id of the run whose weights this one started from, or None.
-        processes: that trained together.
         val_fingerprint: digest of the validation annotations alone; None in records from before it was kept.
     """
 
@@ -98,11 +90,9 @@ def checked(values: Any, *, where: str) -> Result:
     try:
         # Strict, and yet an array is a sequence: only text is validated so.
         return _RESULT.validate_json(_json(values))
-    except ValidationError as error:
-        told = explain(error.errors()[0])
-    except ValueError as error:  # not finite
-        told = str(error)
-    raise UserError(f"{where}: not a result of this version ({told})")
+    except ValueError as error:  # also one that is not finite
+        reason = explain(error.errors()[0]) if isinstance(error, ValidationError) else str(error)
+        raise UserError(f"{where}: not a result of this version ({reason})") from None
 
 
 def _json(values: Any) -> bytes:
@@ -118,17 +108,15 @@ def append(path: Path, result: Result) -> bool:
         UserError: the result could not be read again; nothing is written.
     """
     result = checked(asdict(result), where=f"run {result.run_id}")
-    known = {(item.run_id, item.finished) for item in read(path)}
-    if (result.run_id, result.finished) in known:
+    if any((item.run_id, item.finished) == (result.run_id, result.finished) for item in read(path)):
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
     line = _json(asdict(result)) + b"\n"
     with path.open("ab+") as file:
-        # An interrupted write left half a line: the new one must not be glued to it.
         if file.tell() > 0:
             file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                line = b"\n" + line
+            # An interrupted write left half a line: the new one must not be glued to it.
+            line = line if file.read(1) == b"\n" else b"\n" + line
         file.write(line)
         file.flush()
         os.fsync(file.fileno())
@@ -160,23 +148,18 @@ def latest(results: Iterable[Result]) -> dict[str, Result]:
     return {result.run_id: result for result in results}
 
 
+def ap_in_words(metrics: Mapping[str, Any]) -> str:
+    """Mask and box AP of all classes, as far as they were measured: "mask AP 31.3, box AP 40.2"."""
+    groups = {what: (metrics.get(kind) or {}).get("groups", {}) for what, kind in (("mask", "segm"), ("box", "bbox"))}
+    numbers = {what: (of_kind.get("all") or {}).get("AP") for what, of_kind in groups.items()}
+    return ", ".join(f"{what} AP {value:.1f}" for what, value in numbers.items() if value is not None)
+
+
 def same_validation_data(first: Result, second: Result) -> bool:
     """Whether two results were measured on the same images and objects, so that their numbers may stand side by side.
 
-    Records from before `val_fingerprint` was kept count as the same if all their data are, or if both are Shapes drawn
-    by one version of the generator with the same size, number and seed; else nobody can tell, which counts as no.
+    Records from before `val_fingerprint` was kept count as the same if all their data are.
     """
-    if first.data_fingerprint == second.data_fingerprint:
-        return True
-    if first.val_fingerprint is not None and second.val_fingerprint is not None:
-        return first.val_fingerprint == second.val_fingerprint
-    drawn = [_drawn_validation(result) for result in (first, second)]
-    return drawn[0] is not None and drawn[0] == drawn[1]
-
-
-def _drawn_validation(result: Result) -> tuple[Any, ...] | None:
-    """What the validation images of the embedded data set follow from; None for other data."""
-    data, drawn = result.config.get("data", {}), str(result.identity.get("data", ""))
-    if data.get("format") != "shapes" or not drawn.startswith("shapes-"):
-        return None
-    return drawn, *(data.get("shapes", {}).get(name) for name in ("image_size", "val_images", "val_seed"))
+    if first.val_fingerprint is None or second.val_fingerprint is None:
+        return first.data_fingerprint == second.data_fingerprint
+    return first.val_fingerprint == second.val_fingerprint

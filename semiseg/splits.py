@@ -16,30 +16,29 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import statistics
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import tomlkit
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from semiseg.config import Section
 from semiseg.config.read import digest, parse_config, read_toml
 from semiseg.errors import UserError
-from semiseg.resources import find, write_text
+from semiseg.files import write_text
+from semiseg.project import find
 
 _HASH_RANGE = 2**64
 
 
 @dataclass(frozen=True)
 class ClassSplit:
-    """Which classes have masks (seen) and which only boxes (unseen); both in the data set's order.
+    """Which classes have masks (seen) and which only boxes (unseen): together the data set's, in its order.
 
     Attributes:
-        name: of the split; not part of its digest.
-        seen, unseen: disjoint; together the classes of the data set.
         fractions: class -> share of its instances that keep their mask, in [0, 1]; 0 for exactly the unseen classes.
         seed: of the draw of instances where a fraction lies between 0 and 1.
         dataset: the data set that the split is written for, as a hint in messages.
@@ -61,6 +60,12 @@ class ClassSplit:
             return fraction >= 1.0
         return _stable_hash(f"{self.seed}:{annotation_id}") < fraction * _HASH_RANGE
 
+    def usual_fraction(self) -> tuple[float, dict[str, float]]:
+        """The most frequent share of the seen classes, and class -> share of those that have another."""
+        shares = {name: self.fractions[name] for name in self.seen}
+        usual = statistics.mode(shares.values())
+        return usual, {name: share for name, share in shares.items() if share != usual}
+
     def digest(self) -> str:
         """Digest of what decides which masks are kept; independent of names of files and order of classes."""
         drawn = any(0.0 < fraction < 1.0 for fraction in self.fractions.values())
@@ -72,13 +77,25 @@ class _Drawn(Section):
     seen: int
 
 
-class _SplitFile(Section):
-    name: str | None = None
+class Fraction(Section):
+    """Beside these keys each class may have its own share."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, float] = Field(init=False)
+
+    seed: int = 0
+    default: float = 1.0
+
+
+class SplitFile(Section):
+    """What a split file says; `name` is the file's name unless it says otherwise."""
+
+    name: str
     dataset: str | None = None
     seen: list[str] | None = None
     unseen: list[str] | None = None
     drawn: _Drawn | None = None
-    fraction: dict[str, Any] = Field(default_factory=dict)
+    fraction: Fraction | None = None
 
 
 def normalise(name: str) -> str:
@@ -87,78 +104,59 @@ def normalise(name: str) -> str:
 
 
 def load_split(name_or_path: str, class_names: Sequence[str]) -> ClassSplit:
-    """Reads a split file and checks it against the classes of a data set.
-
-    Args:
-        name_or_path: see `resources.find`.
-        class_names: the data set's classes.
+    """Reads a split file, found by `project.find`, and checks it against the classes of a data set.
 
     Raises:
-        UserError: unknown, doubled or overlapping class, empty side, split of another data set; names file, class
-            and allowed names.
+        UserError: unknown, doubled or overlapping class, empty side, split of another data set.
     """
     path = find("splits", name_or_path)
-    values = parse_config(_SplitFile, read_toml(path), where=str(path))
-    if values.seen is None and values.unseen is None and not values.fraction:
+    file = parse_config(SplitFile, {"name": path.stem, **read_toml(path)}, where=str(path))
+    if file.seen is None and file.unseen is None and file.fraction is None:
         raise UserError(f"{path}: lists neither 'seen' nor 'unseen' classes and has no [fraction] table")
-    fractions = dict(values.fraction)
-    seed = _take_number(fractions, "seed", 0, int, path)
-    default = float(_take_number(fractions, "default", 1.0, float, path))
-    return make_split(
-        values.name or path.stem,
-        class_names,
-        seen=values.seen,
-        unseen=values.unseen,
-        fractions={key: _take_number(fractions, key, 1.0, float, path) for key in list(fractions)},
-        default_fraction=default,
-        seed=seed,
-        dataset=values.dataset,
-        drawn_seed=values.drawn.seed if values.drawn else None,
-        where=str(path),
-    )
+    return make_split(file, class_names, where=str(path))
 
 
-def make_split(
-    name: str,
-    class_names: Sequence[str],
-    *,
-    seen: Sequence[str] | None = None,
-    unseen: Sequence[str] | None = None,
-    fractions: Mapping[str, float] | None = None,
-    default_fraction: float = 1.0,
-    seed: int = 0,
-    dataset: str | None = None,
-    drawn_seed: int | None = None,
-    where: str | None = None,
-) -> ClassSplit:
-    """Builds a checked split from names (either side or both) and mask fractions of the seen classes.
+def make_split(file: SplitFile, class_names: Sequence[str], *, where: str | None = None) -> ClassSplit:
+    """Builds a checked split of either side or both, and of mask fractions of the seen classes.
 
     With fractions alone every class is seen, unless its fraction is 0.
 
     Args:
-        fractions: class -> share in [0, 1]; other seen classes have `default_fraction`.
         where: place named in errors; the split's name if None.
     """
-    place = where or f"split {name!r}"
+    written_for = f" (the split is written for {file.dataset})" if where and file.dataset else ""
+    where = where or f"split {file.name!r}"
+    fraction = file.fraction or Fraction()
     allowed = [normalise(item) for item in class_names]
-    given = {side: _check_side(side, names, allowed, place, dataset) for side, names in _sides(seen, unseen)}
-    shares = _check_fractions(fractions or {}, default_fraction, allowed, place, dataset)
-    if given:
-        seen_names = given["seen"] if "seen" in given else [c for c in allowed if c not in given["unseen"]]
-        unseen_names = given["unseen"] if "unseen" in given else [c for c in allowed if c not in given["seen"]]
-        _check_sides(seen_names, unseen_names, allowed, place)
-        _check_shares(shares, fractions or {}, seen_names, unseen_names, place)
+    given = {normalise(item): share for item, share in fraction.__pydantic_extra__.items()}
+    listed = {"seen": file.seen, "unseen": file.unseen}
+    sides = {side: list(map(normalise, names)) for side, names in listed.items() if names is not None}
+    for side, names in sides.items():
+        if not names:
+            raise UserError(f"{where}: {side!r} is empty: a split needs at least one class on each side")
+        _check_names(names, allowed, f"{where}: {side!r}", written_for)
+    _check_names(list(given), allowed, f"{where}: 'fraction'", written_for)
+    for item, share in {"default": fraction.default, **given}.items():
+        if not 0.0 <= share <= 1.0:
+            raise UserError(f"{where}: fraction of {item!r} is {share}; allowed are 0 to 1")
+    shares = {item: given.get(item, fraction.default) for item in allowed}
+    if not any(shares.values()):
+        raise UserError(f"{where}: every fraction is 0: a split needs at least one class with masks")
+    if not sides:
+        sides = {"seen": [item for item in allowed if shares[item] > 0.0]}
+        sides["unseen"] = [item for item in allowed if item not in sides["seen"]]
     else:
-        seen_names = [c for c in allowed if shares[c] > 0.0]
-    chosen = set(seen_names)
+        for side, other in (("seen", "unseen"), ("unseen", "seen")):
+            sides.setdefault(side, [item for item in allowed if item not in sides.get(other, ())])
+        _check_sides(sides, allowed, shares, given, where)
     return ClassSplit(
-        name=name,
-        seen=tuple(c for c in allowed if c in chosen),
-        unseen=tuple(c for c in allowed if c not in chosen),
-        fractions={c: shares[c] if c in chosen else 0.0 for c in allowed},
-        seed=seed,
-        dataset=dataset,
-        drawn_seed=drawn_seed,
+        name=file.name,
+        seen=tuple(item for item in allowed if item in sides["seen"]),
+        unseen=tuple(item for item in allowed if item in sides["unseen"]),
+        fractions={item: shares[item] if item in sides["seen"] else 0.0 for item in allowed},
+        seed=fraction.seed,
+        dataset=file.dataset,
+        drawn_seed=file.drawn.seed if file.drawn else None,
     )
 
 
@@ -190,109 +188,61 @@ def write_split(split: ClassSplit, path: Path) -> None:
         document.add(tomlkit.nl())
         document.add(tomlkit.comment("The seen classes were drawn: `split make` with these numbers repeats it."))
         document.add("drawn", tomlkit.item({"seed": split.drawn_seed, "seen": len(split.seen)}))
-    shares = {name: split.fractions[name] for name in split.seen}
-    if not split.unseen or any(share != 1.0 for share in shares.values()):
+    usual, others = split.usual_fraction()
+    if not split.unseen or usual != 1.0 or others:
         document.add(tomlkit.nl())
-        document.add("fraction", tomlkit.item(_fraction_table(shares, split.seed)))
+        document.add("fraction", tomlkit.item({"seed": split.seed, "default": usual, **others}))
     write_text(path, tomlkit.dumps(document))
 
 
-def unknown_class(name: str, allowed: Sequence[str], where: str, dataset: str | None = None) -> UserError:
-    """The error for a class name that the data set does not have, with the nearest allowed one."""
-    keys = {_suggestion_key(item): item for item in allowed}
-    near = difflib.get_close_matches(_suggestion_key(name), list(keys), n=1, cutoff=0.6)
-    hint = f" Did you mean {keys[near[0]]!r}?" if near else ""
-    written_for = f" (the split is written for {dataset})" if dataset else ""
-    return UserError(f"{where}: unknown class {name!r}{written_for}.{hint} Allowed: {', '.join(allowed)}")
-
-
-def _sides(seen: Sequence[str] | None, unseen: Sequence[str] | None) -> list[tuple[str, Sequence[str]]]:
-    return [(side, names) for side, names in (("seen", seen), ("unseen", unseen)) if names is not None]
-
-
-def _check_side(side: str, names: Sequence[str], allowed: Sequence[str], where: str, dataset: str | None) -> list[str]:
-    result = [normalise(name) for name in names]
-    if not result:
-        raise UserError(f"{where}: {side!r} is empty: a split needs at least one class on each side")
-    _check_known(result, allowed, f"{where}: {side!r}", dataset)
-    doubled = sorted({name for name in result if result.count(name) > 1})
-    if doubled:
-        raise UserError(f"{where}: {side!r}: class {doubled[0]!r} is listed twice")
-    return result
-
-
-def _check_known(names: Iterable[str], allowed: Sequence[str], where: str, dataset: str | None) -> None:
-    names = list(names)
+def _check_names(names: Sequence[str], allowed: Sequence[str], where: str, written_for: str) -> None:
+    """Raises UserError for a class that the data set does not have, with the nearest one, or that is there twice."""
     unknown = [name for name in names if name not in allowed]
-    if not unknown:
-        return
     if len(unknown) == len(names) > 1:
-        written_for = f" (it is written for {dataset})" if dataset else ""
         raise UserError(
             f"{where}: none of its {len(names)} classes ({', '.join(map(repr, names[:3]))}, ...) is in the data set: "
             f"a split of another data set{written_for}? Allowed: {', '.join(allowed)}"
         )
-    raise unknown_class(unknown[0], allowed, where, dataset)
+    if unknown:
+        keys = {_suggestion_key(item): item for item in allowed}
+        near = difflib.get_close_matches(_suggestion_key(unknown[0]), list(keys), n=1)
+        hint = f" Did you mean {keys[near[0]]!r}?" if near else ""
+        raise UserError(f"{where}: unknown class {unknown[0]!r}{written_for}.{hint} Allowed: {', '.join(allowed)}")
+    doubled = [name for name in names if names.count(name) > 1]
+    if doubled:
+        raise UserError(f"{where}: class {doubled[0]!r} is listed twice")
 
 
-def _check_sides(seen: Sequence[str], unseen: Sequence[str], allowed: Sequence[str], where: str) -> None:
-    both = [name for name in allowed if name in seen and name in unseen]
-    if both:
-        raise UserError(f"{where}: class {both[0]!r} is both seen and unseen; allowed is one side per class")
-    missing = [name for name in allowed if name not in seen and name not in unseen]
-    if missing:
-        raise UserError(
-            f"{where}: class {missing[0]!r} is neither seen nor unseen; list one side only to get the complement"
-            f" (classes: {', '.join(allowed)})"
-        )
-    for side, names in (("seen", seen), ("unseen", unseen)):
-        if not names:
-            raise UserError(f"{where}: {side!r} would be empty: a split needs at least one class on each side")
-
-
-def _check_fractions(
-    fractions: Mapping[str, float], default: float, allowed: Sequence[str], where: str, dataset: str | None
-) -> dict[str, float]:
-    given = {normalise(name): share for name, share in fractions.items()}
-    _check_known(given, allowed, f"{where}: 'fraction'", dataset)
-    shares = {name: float(given.get(name, default)) for name in allowed}
-    for name, share in {"default": default, **given}.items():
-        if not 0.0 <= share <= 1.0:
-            raise UserError(f"{where}: fraction of {name!r} is {share}; allowed are 0 to 1")
-    if all(share == 0.0 for share in shares.values()):
-        raise UserError(f"{where}: every fraction is 0: a split needs at least one class with masks")
-    return shares
-
-
-def _check_shares(
+def _check_sides(
+    sides: Mapping[str, Sequence[str]],
+    allowed: Sequence[str],
     shares: Mapping[str, float],
-    fractions: Mapping[str, float],
-    seen: Sequence[str],
-    unseen: Sequence[str],
+    given: Mapping[str, float],
     where: str,
 ) -> None:
-    for name in seen:
-        if shares[name] == 0.0:
-            raise UserError(f"{where}: class {name!r} is seen but its mask fraction is 0; list it as unseen")
-    for name in map(normalise, fractions):
-        if name in unseen and shares[name] > 0.0:
+    """Raises UserError if the sides are not a partition of the classes, or contradict the mask fractions.
+
+    Args:
+        shares: of every class; given: of those that have one of their own.
+    """
+    for side, names in sides.items():
+        if not names:
+            raise UserError(f"{where}: {side!r} would be empty: a split needs at least one class on each side")
+    for name in allowed:
+        seen, unseen = name in sides["seen"], name in sides["unseen"]
+        if seen and unseen:
+            raise UserError(f"{where}: class {name!r} is both seen and unseen; allowed is one side per class")
+        if not seen and not unseen:
             raise UserError(
-                f"{where}: class {name!r} is unseen but its mask fraction is {shares[name]}; list it as seen"
+                f"{where}: class {name!r} is neither seen nor unseen; list one side only to get the complement"
+                f" (classes: {', '.join(allowed)})"
             )
-
-
-def _take_number(table: dict[str, Any], key: str, default: Any, kind: type, where: Path) -> Any:
-    value = table.pop(key, default)
-    fits = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
-    if not fits:
-        raise UserError(f"{where}: 'fraction.{key}': expected a number, not {value!r}")
-    return value
-
-
-def _fraction_table(shares: Mapping[str, float], seed: int) -> dict[str, Any]:
-    values = list(shares.values())
-    default = max(set(values), key=values.count)
-    return {"seed": seed, "default": default, **{name: share for name, share in shares.items() if share != default}}
+        if seen and shares[name] == 0.0:
+            raise UserError(f"{where}: class {name!r} is seen but its mask fraction is 0; list it as unseen")
+        if unseen and given.get(name, 0.0) > 0.0:
+            raise UserError(
+                f"{where}: class {name!r} is unseen but its mask fraction is {given[name]}; list it as seen"
+            )
 
 
 def _suggestion_key(name: str) -> str:

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from semiseg.resources import lock_folder
+from semiseg.files import lock_folder
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ from semiseg.engine.evaluate import predict_table
 from semiseg.engine.logs import read_log
 from semiseg.engine.run import claimed, execute_run
 from semiseg.errors import UserError, UserNotice
-from semiseg.resources import lock_folder, write_text
+from semiseg.files import lock_folder, write_text
 from tests.coco_files import CocoFiles, make_coco
 from tests.tiny import TINY, tiny_config
 
@@ -361,7 +361,7 @@ def test_replay_of_other_files(tmp_path: Path) -> None:
 
 def test_a_folder_is_trained_by_one_process_at_a_time(tmp_path: Path) -> None:
     config = tiny_config(tmp_path / "data", optim={"steps": 1})
-    code = "import sys; from pathlib import Path; from semiseg.resources import lock_folder\n"
+    code = "import sys; from pathlib import Path; from semiseg.files import lock_folder\n"
     code += "with lock_folder(Path(sys.argv[1])):\n    print('held', flush=True); sys.stdin.read()"
     out = tmp_path / "out"
     out.mkdir()

@@ -18,7 +18,7 @@ from semiseg.commands import study as study_commands
 from semiseg.commands.known_classes import COCO_CLASSES
 from semiseg.data.shapes import SHAPES_CLASSES
 from semiseg.errors import UserError
-from semiseg.resources import find
+from semiseg.project import find
 from semiseg.studies.file import load_study
 
 REPOSITORY = Path(__file__).parent.parent
@@ -151,7 +151,7 @@ def test_split_make_draws_names_and_fractions(folder: Path) -> None:
     told = call("split", "make", "tenth", "--dataset", "coco", "--fraction", "0.1")
     assert "share of masks kept (seed 0): all 0.1\n" in told
     told = call("split", "make", "few_cats", "--dataset", "coco", "--fraction", "cat=0.2", "--fraction", "dog=0.5")
-    assert "share of masks kept (seed 0): cat 0.2, dog 0.5\n" in told
+    assert "share of masks kept (seed 0): all 1, except cat 0.2, dog 0.5\n" in told
     assert "share of masks kept" not in call("split", "show", "named")
     for arguments, told in (
         (("--seen", "Hot_Dog"), "unknown class 'Hot_Dog'. Did you mean 'hot dog'?"),
@@ -191,7 +191,7 @@ def test_data_check_exits_with_2_on_errors_only(annotations: Path) -> None:
 def test_run_dry_and_status_train_nothing(folder: Path) -> None:
     text = call("run", "shapes", "--dry-run", "--only", "neither", "--seeds", "3,4")
     assert "6 of 6 runs to train" in text
-    assert "shapes: 0 done, 0 started, 9 missing" in call("status", "shapes")
+    assert "shapes: 0 done, 0 recorded, 0 started, 9 missing" in call("status", "shapes")
     assert list(folder.iterdir()) == []
     assert "--seeds '1,x'" in call("status", "shapes", "--seeds", "1,x", code=2)
 
@@ -291,7 +291,7 @@ def test_what_a_machine_lacks_is_one_sentence(
         raise error
 
     with pytest.raises(typer.Exit) as ended:
-        cli._speaks(fail)()
+        cli.errors_as_sentences(fail)()
     assert ended.value.exit_code == 2
     assert capsys.readouterr().err == told
 

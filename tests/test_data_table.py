@@ -20,7 +20,7 @@ from semiseg.data import table as table_module
 from semiseg.data.coco import image_records, read_coco
 from semiseg.data.table import Table, load_table, missing_images
 from semiseg.errors import UserError
-from semiseg.resources import lock, whole_folder
+from semiseg.files import lock, whole_folder
 from tests.coco_files import CocoFiles, make_coco
 
 
@@ -114,11 +114,11 @@ def test_of_two_that_want_to_convert_one_waits_and_finds_it_done(
 
     monkeypatch.setattr(table_module, "_convert", convert_when_the_other_waits)
     listener = Listener()
-    logging.getLogger("semiseg.resources").addHandler(listener)
+    logging.getLogger("semiseg.files").addHandler(listener)
     try:
         tables = both_load(files, cache)
     finally:
-        logging.getLogger("semiseg.resources").removeHandler(listener)
+        logging.getLogger("semiseg.files").removeHandler(listener)
     assert len(conversions) == 1
     assert tables[0].rows.to_list() == tables[1].rows.to_list()
     assert [path.name for path in cache.iterdir()] == [folder_of(tables[0])]

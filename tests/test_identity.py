@@ -58,7 +58,7 @@ def run_id(*overrides: str, processes: int = 1) -> str:
 
 
 def result_of(run: PlannedRun, processes: int = 1) -> Result:
-    identity = {"identity": run.identity, "run_id": run.run_id, "init_run": run.init}
+    identity = {"identity": run.identity, "run_id": run.run_id, "init_run": run.init_run}
     return recorded_run(run.row, run.seed, split=None, split_digest=None, processes=processes, **identity)
 
 
@@ -335,7 +335,7 @@ def test_a_pretraining_on_other_annotations(project: Path) -> None:
     Path("experiments/study.toml").write_text(alike + 'data.train_annotations = "boxes.json"\n')
     study = load_study("study")
     start, row = plan(study)
-    assert row.init == start.run_id
+    assert row.init_run == start.run_id
     assert row.config.init_from == str(start.folder / "model")
     assert start.identity["data"] != row.identity["data"] == same[1].identity["data"]
     assert {start.run_id, row.run_id}.isdisjoint(run.run_id for run in same)
@@ -348,13 +348,6 @@ def test_a_pretraining_on_other_annotations(project: Path) -> None:
     Path("experiments/study.toml").write_text(alike)
     assert matched(load_study("study"), same) == ["boxes", "pretrain"]
     assert matched(load_study("study"), [start, row]) == ["pretrain"]
-
-
-def test_runs_on_different_data_are_listed_apart_without_looking_at_them(project: Path) -> None:
-    other = '[[rows]]\nname = "other"\nset = { supervision.source = "boxes", data.train_annotations = "other.json" }\n'
-    text = STUDY.replace("[[tables]]", other + "[[tables]]").replace('["boxes"]', '["boxes", "other"]')
-    Path("experiments/study.toml").write_text(text)
-    assert [run.row for run in plan(load_study("study"), by_name=True)] == ["boxes", "other"]
 
 
 RECORDS = sorted((ROOT / "reports").glob("*/results.jsonl"))

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-from semiseg import resources
 from semiseg.config import RunConfig
 from semiseg.data.shapes import ensure_shapes, make_shapes
 from semiseg.data.table import load_table
@@ -26,8 +25,8 @@ from semiseg.engine.predict_files import ResultFiles
 from semiseg.engine.run import check_folder, claimed
 from semiseg.engine.session import start_accelerator
 from semiseg.errors import UserError
+from semiseg.files import settle, temporary_folder, whole_file, whole_folder, write_bytes
 from semiseg.models.segmenter import Segmenter
-from semiseg.resources import settle, temporary_folder, whole_file, whole_folder, write_bytes
 from tests.coco_files import make_coco
 from tests.model_folders import make_model
 from tests.test_cli import call
@@ -244,7 +243,7 @@ def test_a_kill_when_all_is_in_place_leaves_nothing_after_the_next_look(
             call("split", "make", "x", "--dataset", "shapes", "--seen", "3", "--out", str(target))
 
     with monkeypatch.context() as patch:
-        patch.setattr(resources, "_dissolve", die)
+        patch.setattr("semiseg.files._dissolve", die)
         killed(work)
     hidden = [path.name for path in (tmp_path / "new").rglob(".*")]
     assert any(name.startswith(".semiseg-") for name in hidden), hidden

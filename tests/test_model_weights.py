@@ -32,7 +32,7 @@ from semiseg.engine.checkpoint import (
 from semiseg.errors import UserError
 from semiseg.models.build import build_model
 from semiseg.models.segmenter import Segmenter
-from semiseg.resources import available
+from semiseg.project import available
 from semiseg.studies.file import load_study, study_runs
 from tests.tiny import TINY, model_config
 

@@ -188,13 +188,13 @@ def test_of_two_that_want_to_draw_one_waits_and_finds_it_done(tmp_path: Path, mo
 
     monkeypatch.setattr(shapes, "make_shapes", make_when_the_other_waits)
     listener = Listener()
-    logging.getLogger("semiseg.resources").addHandler(listener)
+    logging.getLogger("semiseg.files").addHandler(listener)
     try:
         with ThreadPoolExecutor(2) as pool:
             asked = [pool.submit(ensure_shapes, tmp_path, images=2, image_size=64, seed=3) for _ in range(2)]
             folders = {future.result() for future in asked}
     finally:
-        logging.getLogger("semiseg.resources").removeHandler(listener)
+        logging.getLogger("semiseg.files").removeHandler(listener)
     assert folders == set(drawn)
     assert len(drawn) == 1
     assert [path.name for path in tmp_path.iterdir()] == [drawn[0].name]

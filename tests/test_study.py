@@ -20,12 +20,10 @@ from semiseg.data.workers import TOGETHER_SECONDS, StopOnSignal
 from semiseg.engine.logs import format_seconds
 from semiseg.errors import UserError
 from semiseg.results import Result, latest, read
-from semiseg.studies.child import last_step, reason
 from semiseg.studies.file import Study, load_study, study_runs
 from semiseg.studies.identity import PlannedRun, matching_results, plan
-from semiseg.studies.machines import Machine, Share, child_environment, launch_command, share_of
-from semiseg.studies.progress import StudyProgress
-from semiseg.studies.run import Execution, run_missing
+from semiseg.studies.machines import Machine, Share, child_environment, last_step, launch_command, reason, share_of
+from semiseg.studies.run import Execution, StudyProgress, run_missing
 from semiseg.studies.status import run_status, runs_to_do
 from tests.study_files import write_study
 
@@ -109,12 +107,12 @@ def test_each_run_is_planned_once_for_all_tables(project: Path) -> None:
     by_label = {item.label: item for item in planned}
     few, boxes, start = by_label["neither-few-s1"], by_label["boxes-s1"], by_label["pretrain-s1"]
     assert few.config.init_from == str(start.folder / "model") == f"runs/study/pretrain-s1-{start.run_id}/model"
-    assert (few.init, few.config.supervision.split, few.config.seed, few.config.optim.steps) == (
+    assert (few.init_run, few.config.supervision.split, few.config.seed, few.config.optim.steps) == (
         start.run_id, "few", 1, 3,
     )  # fmt: skip
-    assert (boxes.split_digest, boxes.config.supervision.split) == (None, None)
+    assert (boxes.identity["split"], boxes.config.supervision.split) == (None, None)
     assert (start.config.supervision.source, start.config.objective.box) == ("boxes", "none")
-    assert (start.config.optim.steps, start.init) == (4, None)
+    assert (start.config.optim.steps, start.init_run) == (4, None)
 
 
 def test_only_named_rows_and_the_pretraining_they_start_from(project: Path) -> None:
@@ -182,7 +180,7 @@ def test_overrides_that_a_study_cannot_take(project: Path) -> None:
     Path("experiments/study.toml").write_text(STUDY.replace("[pretrain]\noptim.steps = 4", ""))
     with pytest.raises(UserError, match=r"has no \[pretrain\]"):
         load_study("study", ["pretrain.optim.steps=3"])
-    assert all(item.init is None for item in plan(load_study("study")))
+    assert all(item.init_run is None for item in plan(load_study("study")))
 
 
 def test_a_base_is_a_table_of_settings_in_a_file_of_its_own(project: Path) -> None:
@@ -223,10 +221,10 @@ def test_a_study_is_run_once_in_order_and_recorded(project: Path) -> None:
         calls = [json.loads(line) for line in (item.folder / "calls.jsonl").read_text().splitlines()]
         assert len(calls) == 2, f"{item.label} was begun more than once"
         found = recorded[item.run_id]
-        assert (found.row, found.split, found.seed, found.init_run) == (item.row, item.split, item.seed, item.init)
+        assert (found.row, found.split, found.seed, found.init_run) == (item.row, item.split, item.seed, item.init_run)
         assert "init_from" not in found.config
-        if item.init is not None:
-            start = next(other for other in by_label.values() if other.run_id == item.init)
+        if item.init_run is not None:
+            start = next(other for other in by_label.values() if other.run_id == item.init_run)
             assert calls[0]["time"] >= json.loads((start.folder / "calls.jsonl").read_text().splitlines()[1])["time"]
             assert calls[0]["threads"] == "2"  # 8 cores // 3 side by side
         else:
@@ -271,7 +269,7 @@ def test_recorded_elsewhere_counts_as_done_unless_reproduced(project: Path) -> N
     assert run(study) == []
     recorded = latest(read(Path("results.jsonl")))
     statuses = [run_status(item, recorded) for item in plan(study)]
-    assert all(status.state == "done" and status.recorded_only for status in statuses)
+    assert all(status.state == "recorded" for status in statuses)
     # A new row needs the pretraining's weights, which no record holds; the other rows are not trained again.
     without_full = {key: value for key, value in recorded.items() if value.row != "full"}
     assert [item.label for item in runs_to_do(plan(study), without_full, reproduce=False)] == ["pretrain-s0", "full-s0"]
@@ -487,11 +485,11 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(project: Path) -> No
     run_missing(plan(study), name="study", results=Path("r.jsonl"), how=execution(jobs=2), stream=stream)
     lines = stream.getvalue().splitlines()
     assert all(line.startswith("semiseg: ") for line in lines)
-    assert any("left" in line and "of 5 runs done; " in line and " of 30" in line for line in lines)
+    assert any("of 5 runs done, about " in line and " left; " in line and " of 30" in line for line in lines)
     assert sum(" done in " in line and "mask AP 10.0, box AP 10.0" in line for line in lines) == 5
 
 
-def test_progress_on_a_terminal_is_bars(project: Path) -> None:
+def test_progress_on_a_terminal_is_a_bar(project: Path) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
@@ -500,9 +498,9 @@ def test_progress_on_a_terminal_is_bars(project: Path) -> None:
     study = load_study("study", ["optim.steps=30"], seeds=[0])
     run_missing(plan(study), name="study", results=Path("r.jsonl"), how=execution(jobs=2), stream=stream)
     text = stream.getvalue()
-    assert "  pretrain-s0 " in text
-    assert "5 of 5 runs" in text
-    assert "2400/2400" in text
+    assert "━" in text
+    assert "study: 0 of 5 runs done; pretrain-s0 starts" in text
+    assert "study: 4 of 5 runs done, about " in text
 
 
 def test_the_last_whole_log_line_counts(tmp_path: Path) -> None:

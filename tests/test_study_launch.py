@@ -21,20 +21,21 @@ from safetensors.torch import load_file
 from semiseg.config.read import merge
 from semiseg.engine.logs import read_log
 from semiseg.errors import UserError
+from semiseg.project import find
 from semiseg.results import latest, read
-from semiseg.studies.child import last_step
 from semiseg.studies.file import Study, load_study
 from semiseg.studies.identity import PlannedRun, matching_results, plan
 from semiseg.studies.machines import (
     LaunchFile,
     Machine,
+    last_step,
     launch_command,
     lines_for_machines,
     read_launch_file,
     share_of,
 )
-from semiseg.studies.recorded import read_result
 from semiseg.studies.run import Execution, lines_to_type, run_missing
+from semiseg.studies.status import read_result
 from tests.distributed_worker import free_port
 from tests.study_files import write_study
 from tests.test_cli import call
@@ -154,7 +155,7 @@ def test_a_launch_file_starts_each_run(project: Path) -> None:
     path.write_text("distributed_type: MULTI_GPU\nnum_processes: 4\nmixed_precision: 'no'\n")
     assert read_launch_file("mine.yaml") == LaunchFile(path, processes=4, machines=1)
     shipped = read_launch_file("eight_gpus")
-    assert (shipped.path.name, shipped.processes, shipped.machines) == ("eight_gpus.yaml", 8, 1)
+    assert (shipped.path, shipped.processes, shipped.machines) == (find("launch", "eight_gpus"), 8, 1)
     eight = Machine(cores=16, gpus=tuple("01234567"))
     share = share_of(eight, slot=1, side_by_side=2, processes=4, launch=path)
     assert (share.gpus, share.threads) == (("4", "5", "6", "7"), 2)

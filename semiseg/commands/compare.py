@@ -9,7 +9,8 @@ import typer
 
 from semiseg.config.read import digest
 from semiseg.errors import UserError
-from semiseg.resources import find, require_folder
+from semiseg.files import require_folder
+from semiseg.project import find
 
 
 def compare(
@@ -40,8 +41,7 @@ def compare(
     semiseg compare runs/mine a201527f c3f73351 --split shapes_few_seen
     """
     from semiseg.report.page import build_report, report_text
-    from semiseg.studies.compare import comparison
-    from semiseg.studies.recorded import find_runs, known_runs
+    from semiseg.studies.compare import comparison, find_runs, known_runs
 
     known = known_runs()
     chosen = {run.result.run_id: run for name in runs for run in find_runs(name, known)}

@@ -13,7 +13,8 @@ from semiseg.config import InferenceConfig, ModelConfig
 from semiseg.config.former import leaves
 from semiseg.config.model import ResNetBackbone
 from semiseg.errors import UserError
-from semiseg.resources import WEIGHTS_NAME, require_folder
+from semiseg.files import require_folder
+from semiseg.project import WEIGHTS_NAME
 
 if TYPE_CHECKING:
     from semiseg.interop.adelaidet import Converted
@@ -59,22 +60,17 @@ def _check_out(out: Path) -> None:
         return
     if not out.is_dir():
         raise UserError(f"{out}: is a file, expected a model folder to write")
-    held = {path.name for path in out.iterdir()}
-    if held and held != {WEIGHTS_NAME, "config.json"}:
+    names = {path.name for path in out.iterdir()}
+    if names and names != {WEIGHTS_NAME, "config.json"}:
         raise UserError(f"{out}: holds other things than a model, which would be lost; give a new folder")
-    if held and not _is_ours(out):
-        raise UserError(f"{out}: holds no readable model of semiseg, but what would be lost; give a new folder")
+    if names:  # of a model, but others use the same names
+        from semiseg.engine.checkpoint import read_model_info
 
-
-def _is_ours(folder: Path) -> bool:
-    """Whether a folder with the files of a model is one that this package wrote: others use the same names."""
-    from semiseg.engine.checkpoint import read_model_info
-
-    try:
-        read_model_info(folder)
-    except UserError:
-        return False
-    return True
+        try:
+            read_model_info(out)
+        except UserError:
+            reason = "holds no readable model of semiseg, but what would be lost; give a new folder"
+            raise UserError(f"{out}: {reason}") from None
 
 
 def _classes(count: int, annotations: Path | None, checkpoint: Path) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -100,17 +96,15 @@ def _summary(converted: Converted, checkpoint: Path, out: Path) -> str:
     assert isinstance(backbone, ResNetBackbone)
     interval = backbone.deformable_interval
     blocks = "every block" if interval == 1 else f"blocks 0, {interval}, {2 * interval}, ..."
-    repeats = f"repeats {neck.repeats}, " if neck.kind == "bifpn" else ""
-    recognised = [
-        f"resnet{backbone.depth}",
-        *([f"deformable {blocks} of res3 to res5"] if interval else []),
-        f"{'BiFPN' if neck.kind == 'bifpn' else 'FPN'} ({repeats}channels {neck.channels})",
-        f"{config.mask_head.feature_channels} mask channels",
-        f"{converted.num_classes} classes",
-    ]
+    deformable = f", deformable {blocks} of res3 to res5" if interval else ""
+    pyramid = f"BiFPN (repeats {neck.repeats}, " if neck.kind == "bifpn" else "FPN ("
+    counters = [key for key in converted.dropped if key.startswith("backbone.") and "num_batches_tracked" in key]
+    dropped = [key for key in converted.dropped if key not in counters]
+    dropped += [f"num_batches_tracked of frozen norms ({len(counters)})"] if counters else []
     lines = [
-        f"{checkpoint}: {', '.join(recognised)}",
-        f"dropped, since only training needs it: {_dropped(converted.dropped)}",
+        f"{checkpoint}: resnet{backbone.depth}{deformable}, {pyramid}channels {neck.channels}), "
+        f"{config.mask_head.feature_channels} mask channels, {converted.num_classes} classes",
+        f"dropped, since only training needs it: {', '.join(dropped) or 'nothing'}",
         f"written to {out}; a training that starts from it needs",
         "",
         f"init_from = {json.dumps(str(out), ensure_ascii=False)}",
@@ -119,14 +113,6 @@ def _summary(converted: Converted, checkpoint: Path, out: Path) -> str:
         *model_lines(config),
     ]
     return "\n".join(lines)
-
-
-def _dropped(keys: tuple[str, ...]) -> str:
-    counters = [key for key in keys if key.endswith(".num_batches_tracked") and key.startswith("backbone.")]
-    told = [key for key in keys if key not in counters]
-    if counters:
-        told.append(f"num_batches_tracked of frozen norms ({len(counters)})")
-    return ", ".join(told) or "nothing"
 
 
 def model_lines(config: ModelConfig) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from semiseg.errors import UserError
-from semiseg.resources import require_folder, write_text
+from semiseg.files import require_folder, write_text
 
 
 def check(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import os
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,13 +13,13 @@ import typer
 
 from semiseg.commands.train import Progress
 from semiseg.errors import UserError
-from semiseg.resources import require_folder
+from semiseg.files import require_folder
 
 # Endings by which a folder's images are known; a file that is named itself may have any.
 IMAGE_SUFFIXES = (
-    *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".j2k"),
-    *(".ppm", ".pgm", ".pbm", ".pnm", ".tga"),
-)
+    ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".j2k", ".ppm", ".pgm",
+    ".pbm", ".pnm", ".tga",
+)  # fmt: skip
 DRAWN_SCORE = 0.4  # as in the pictures of the reports
 
 
@@ -61,6 +60,7 @@ def predict(
     began = time.perf_counter()
     require_folder(out)
     files = find_images(images)
+    from semiseg.engine.logs import shows_bars
     from semiseg.engine.predict import load_model
     from semiseg.engine.predict_files import PredictOptions, predict_files
 
@@ -75,8 +75,7 @@ def predict(
         batch_size=batch,
         workers=min(os.cpu_count() or 1, 4),
     )
-    shown = sys.stderr.isatty() if progress is None else progress
-    outcome = predict_files(loaded, files, out=out, options=options, progress=shown, report=_report)
+    outcome = predict_files(loaded, files, out=out, options=options, progress=shows_bars(progress), report=_report)
     drawn = f"; of these {outcome.drawn} reach --drawn-score {drawn_score:g} and are drawn" if overlays else ""
     done = f"{_counted(outcome.images, 'image')}, {_counted(outcome.detections, 'detection')}"
     typer.echo(f"{done}, {time.perf_counter() - began:.1f} s; written to {out}{drawn}")
@@ -99,22 +98,19 @@ def find_images(arguments: Sequence[str]) -> list[Path]:
         path = Path(argument)
         matched = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(argument, recursive=True))]
         if not matched:
-            what = "no file matches this pattern" if glob.has_magic(argument) else "no such image or folder"
-            raise UserError(f"{argument}: {what}")
-        found = [file for item in matched for file in (_images_in(item) if item.is_dir() else [item])]
-        if not found:
+            reason = "no file matches this pattern" if glob.has_magic(argument) else "no such image or folder"
+            raise UserError(f"{argument}: {reason}")
+        meant = [file for item in matched for file in (_images_in(item) if item.is_dir() else [item])]
+        if not meant:
             raise UserError(f"{argument}: holds no images; known are files that end in {', '.join(IMAGE_SUFFIXES)}")
-        for file in found:
+        for file in meant:
             files.setdefault(os.path.abspath(file), file)
     return list(files.values())
 
 
 def _images_in(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and not path.is_dir()
-    )
+    visible = (path for path in folder.iterdir() if not path.name.startswith(".") and not path.is_dir())
+    return sorted(path for path in visible if path.suffix.lower() in IMAGE_SUFFIXES)
 
 
 def _report(message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -9,10 +10,11 @@ from typing import Annotated
 import typer
 
 from semiseg.commands.known_classes import classes_of
-from semiseg.config.read import read_toml
+from semiseg.config.read import parse_config, read_toml
 from semiseg.errors import UserError
-from semiseg.resources import available, find, require_folder, settle
-from semiseg.splits import ClassSplit, draw_seen, load_split, make_split, normalise, unknown_class, write_split
+from semiseg.files import require_folder, settle
+from semiseg.project import available, find
+from semiseg.splits import ClassSplit, SplitFile, draw_seen, load_split, make_split, normalise, write_split
 
 SplitName = Annotated[str, typer.Argument(metavar="SPLIT", help="Name or path of a class split.")]
 
@@ -28,15 +30,12 @@ def list_splits() -> None:
     for name in available("splits"):
         path = find("splits", name)
         values = read_toml(path)
-        sides = [f"{len(values[side])} {side}" for side in ("seen", "unseen") if isinstance(values.get(side), list)]
-        listed = ", ".join(sides + (["mask fractions"] if "fraction" in values else []))
-        lines.append([name, str(values.get("dataset", "")), listed, _place(path)])
+        listed = [f"{len(values[side])} {side}" for side in ("seen", "unseen") if isinstance(values.get(side), list)]
+        listed += ["mask fractions"] if "fraction" in values else []
+        # In a source tree nothing tells the shipped files from a user's own: there, and in a project, the path.
+        file = "shipped" if "_shipped" in path.parts else str(path)
+        lines.append([name, str(values.get("dataset", "")), ", ".join(listed), file])
     typer.echo(text_table(("split", "data set", "lists", "file"), lines), nl=False)
-
-
-def _place(path: Path) -> str:
-    """In a source tree nothing tells the shipped files from a user's own: there, and in a project, the path."""
-    return "shipped" if "_shipped" in path.parts else str(path)
 
 
 def show(
@@ -49,10 +48,15 @@ def show(
 
     Example: semiseg split show coco_voc20_seen data/coco/annotations/instances_val2017.json
     """
-    loaded = _load(split, annotations)
+    path = find("splits", split)
+    try:
+        classes = classes_of(read_toml(path).get("dataset"), annotations)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    loaded = load_split(split, classes)
     typer.echo(_describe(loaded))
     if annotations is not None:
-        typer.echo(_count_table(loaded, annotations), nl=False)
+        _show_counts(loaded, annotations)
 
 
 def check(
@@ -65,9 +69,7 @@ def check(
     Example: semiseg split check my_split data/coco/annotations/instances_train2017.json
     """
     loaded = load_split(split, classes_of(None, annotations))
-    counts = count_instances(loaded, annotations)
-    typer.echo(_count_table(loaded, annotations, counts), nl=False)
-    without = [name for name in loaded.seen if counts[name][0] == 0]
+    without = _show_counts(loaded, annotations)
     if without:
         typer.echo(f"note: seen, but without a single mask in {annotations}: {', '.join(without)}")
     typer.echo(f"{find('splits', split)} fits {annotations}: {len(loaded.seen)} seen, {len(loaded.unseen)} unseen")
@@ -116,45 +118,19 @@ def make(
         raise UserError("--seen with a number draws the seen classes; leave out --unseen")
     if not seen and not unseen and not fraction:
         raise UserError("give --seen or --unseen (names, or --seen a number to draw), or --fraction")
-    default, per_class = _fractions(fraction or [])
-    seen_names = _names(seen, classes) if count is None else draw_seen(classes, count=count, seed=seed)
-    split = make_split(
-        path.stem,
-        classes,
-        seen=seen_names,
-        unseen=_names(unseen, classes),
-        fractions=per_class,
-        default_fraction=default,
-        seed=seed,
-        dataset=dataset,
-        drawn_seed=seed if count is not None else None,
-    )
+    values = {
+        "name": path.stem,
+        "dataset": dataset,
+        "seen": _names(seen, classes),
+        "unseen": _names(unseen, classes),
+        "fraction": {"seed": seed, **_fractions(fraction or [])},
+    }
+    if count is not None:
+        values |= {"seen": draw_seen(classes, count=count, seed=seed), "drawn": {"seed": seed, "seen": count}}
+    split = make_split(parse_config(SplitFile, values, where=f"split {path.stem!r}"), classes)
     write_split(split, path)
     typer.echo(_describe(split))
     typer.echo(f"written to {path}")
-
-
-def count_instances(split: ClassSplit, annotations: Path) -> dict[str, tuple[int, int, int]]:
-    """Class -> (with mask, box only, crowd) as a training under the split sees the file."""
-    from semiseg.data.coco import image_records, read_coco
-
-    coco = read_coco(annotations)
-    counts = {name: [0, 0, 0] for name in coco.class_names}
-    for record in image_records(coco):
-        for item in record["objects"]:
-            name = coco.class_names[item["label"]]
-            with_mask = item["has_mask"] and split.keeps_mask(name, item["annotation_id"])
-            counts[name][2 if item["is_crowd"] else 0 if with_mask else 1] += 1
-    return {name: (masks, boxes, crowd) for name, (masks, boxes, crowd) in counts.items()}
-
-
-def _load(split: str, annotations: Path | None) -> ClassSplit:
-    dataset = read_toml(find("splits", split)).get("dataset")
-    try:
-        classes = classes_of(dataset, annotations)
-    except UserError as error:
-        raise UserError(f"{find('splits', split)}: {error}") from None
-    return load_split(split, classes)
 
 
 def _describe(split: ClassSplit) -> str:
@@ -162,55 +138,51 @@ def _describe(split: ClassSplit) -> str:
     lines.append(f"seen (masks): {', '.join(split.seen)}")
     if split.unseen:
         lines.append(f"unseen (boxes only): {', '.join(split.unseen)}")
-    shares = [split.fractions[name] for name in split.seen]
-    if min(shares) < 1.0:
-        usual = max(set(shares), key=shares.count)
-        others = ", ".join(
-            f"{name} {share:g}" for name, share in zip(split.seen, shares, strict=True) if share != usual
-        )
-        told = others if usual == 1.0 else f"all {usual:g}{', except ' * bool(others)}{others}"
-        lines.append(f"share of masks kept (seed {split.seed}): {told}")
+    usual, others = split.usual_fraction()
+    if usual < 1.0 or others:
+        exceptions = ", ".join(f"{name} {share:g}" for name, share in others.items())
+        share = f"all {usual:g}, except {exceptions}" if others else f"all {usual:g}"
+        lines.append(f"share of masks kept (seed {split.seed}): {share}")
     return "\n".join(lines)
 
 
-def _count_table(split: ClassSplit, annotations: Path, counts: dict[str, tuple[int, int, int]] | None = None) -> str:
+def _show_counts(split: ClassSplit, annotations: Path) -> list[str]:
+    """Prints how many instances a training under the split sees; the seen classes without a single mask."""
+    from semiseg.data.coco import image_records, read_coco
     from semiseg.report.tables import text_table
 
-    counts = counts or count_instances(split, annotations)
+    coco = read_coco(annotations)
+    counts: Counter[tuple[str, str]] = Counter()
+    for record in image_records(coco):
+        for item in record["objects"]:
+            name = coco.class_names[item["label"]]
+            with_mask = item["has_mask"] and split.keeps_mask(name, item["annotation_id"])
+            kind = "crowd" if item["is_crowd"] else "with mask" if with_mask else "box only"
+            counts[name, kind] += 1
+    rows = [(name, "seen", [name]) for name in split.seen] + [(name, "unseen", [name]) for name in split.unseen]
     lines = []
-    for side, names in (("seen", split.seen), ("unseen", split.unseen)):
-        for name in names:
-            masks, boxes, crowd = counts[name]
-            lines.append([name, side, *map(str, (masks + boxes, masks, boxes, crowd))])
-    totals = [sum(column) for column in zip(*counts.values(), strict=True)]
-    lines.append(["all", "", *map(str, (totals[0] + totals[1], *totals))])
-    return text_table(("class", "side", "instances", "with mask", "box only", "crowd"), lines)
+    for name, side, classes in (*rows, ("all", "", coco.class_names)):
+        masks, boxes, crowd = (sum(counts[c, kind] for c in classes) for kind in ("with mask", "box only", "crowd"))
+        lines.append([name, side, *map(str, (masks + boxes, masks, boxes, crowd))])
+    typer.echo(text_table(("class", "side", "instances", "with mask", "box only", "crowd"), lines), nl=False)
+    return [name for name in split.seen if counts[name, "with mask"] == 0]
 
 
 def _names(values: Sequence[str] | None, classes: Sequence[str]) -> list[str] | None:
     """Class names of an option: each value is a name, or several with commas between."""
-    if not values:
-        return None
     names = []
-    for value in values:
+    for value in values or ():
         names += [value] if normalise(value) in classes else [part for part in value.split(",") if part.strip()]
-    for name in map(normalise, names):
-        if name not in classes:
-            raise unknown_class(name, classes, "split make")
-    return names
+    return names or None
 
 
-def _fractions(values: Sequence[str]) -> tuple[float, dict[str, float]]:
-    """(share of classes that are not named, class -> share)."""
-    default, per_class = 1.0, {}
+def _fractions(values: Sequence[str]) -> dict[str, float]:
+    """Class -> share of its masks, and "default" -> that of classes that are not named."""
+    shares = {}
     for value in values:
-        name, sign, number = value.rpartition("=")
+        name, sign, share = value.rpartition("=")
         try:
-            share = float(number)
+            shares[name if sign else "default"] = float(share)
         except ValueError:
             raise UserError(f"--fraction {value!r}: expected a number from 0 to 1, or CLASS=number") from None
-        if sign:
-            per_class[name] = share
-        else:
-            default = share
-    return default, per_class
+    return shares

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from semiseg.errors import UserError
-from semiseg.resources import require_folder
+from semiseg.files import require_folder
 
 if TYPE_CHECKING:
     from semiseg.studies.file import Study
@@ -63,25 +63,21 @@ def run(
 
     loaded, folder = _load(study, overrides, seeds, out)
     file = _launch_file(launch, processes)
-    processes = processes if file is None else file.processes
+    processes = file.processes
     if dry_run:
         typer.echo(dry_run_text(loaded, folder, only=only or (), processes=processes, reproduce=reproduce))
         return
     planned = plan(loaded, only=only or (), processes=processes)
     require_folder(folder)
     results, typed = folder / RESULTS_NAME, ("semiseg", *sys.argv[1:])
-    path = None if file is None else file.path
-    how = Execution(jobs=jobs, processes=processes, launch=path, reproduce=reproduce, typed=typed)
-    if file is not None and file.machines > 1:
-        lines = lines_to_type(planned, file, results=results, how=how)
-        if lines:
-            typer.echo("\n".join(lines))
-            return
-    trained = run_missing(planned, name=loaded.name, results=results, how=how)
-    if not trained:
+    how = Execution(jobs=jobs, processes=processes, launch=file.path, reproduce=reproduce, typed=typed)
+    if file.machines > 1 and (lines := lines_to_type(planned, file, results=results, how=how)):
+        typer.echo("\n".join(lines))
+        return
+    if not run_missing(planned, name=loaded.name, results=results, how=how):
         typer.echo(f"nothing to train: all {len(planned)} runs are done")
-    if not trained and not reproduce and any(run_status(item, {}).state != "done" for item in planned):
-        typer.echo("(some of them were recorded elsewhere; '--reproduce' trains them here)")
+        if not reproduce and any(run_status(item, {}).state != "done" for item in planned):
+            typer.echo("(some of them were recorded elsewhere; '--reproduce' trains them here)")
     _report(loaded, folder, record=folder, command=_command(study, overrides, seeds, out))
     text = "" if overrides else beside_reference(loaded, folder)
     if text:
@@ -139,15 +135,15 @@ def _load(study: str, overrides: list[str] | None, seeds: str | None, out: Path 
     return loaded, out or REPORTS_FOLDER / loaded.name
 
 
-def _launch_file(name: str | None, processes: int) -> LaunchFile | None:
+def _launch_file(name: str | None, processes: int) -> LaunchFile:
+    from semiseg.studies.machines import LaunchFile, read_launch_file
+
     if name is None:
-        return None
+        return LaunchFile(None, processes, machines=1)
     if processes > 1:
         raise UserError(
             f"--processes {processes}: the number of processes is that of --launch {name}; give one of the two"
         )
-    from semiseg.studies.machines import read_launch_file
-
     file = read_launch_file(name)
     os.environ.update(file.environment)  # of a single process, which is started without accelerate's launcher
     return file

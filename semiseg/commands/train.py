@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,7 +15,9 @@ from semiseg.config import RunConfig, load_run_config, parse_run
 from semiseg.config.former import with_present_keys
 from semiseg.config.read import read_json
 from semiseg.errors import UserError
-from semiseg.resources import find, require_folder, write_text
+from semiseg.files import require_folder, write_text
+from semiseg.project import find
+from semiseg.results import ap_in_words
 
 if TYPE_CHECKING:
     from semiseg.evaluation.coco_metrics import Metrics
@@ -65,7 +67,10 @@ def train(
     typed = shlex.join(["semiseg", *sys.argv[1:]])
     result = execute_run(values, out=out, resume=resume, progress=progress, command=typed)
     if result:
-        _tell(result, out)
+        measured = ap_in_words(result["metrics"])
+        if measured and result["metrics"].get("segm") is None:
+            measured += ", mask AP not measured: objects without a mask"
+        typer.echo(f"{measured or 'no ground truth to measure AP'} after {result['steps']} steps; written to {out}")
 
 
 def evaluate(
@@ -100,10 +105,12 @@ def evaluate(
             require_folder(path.parent)
             if path.is_dir():
                 raise UserError(f"{path}: is a folder, expected a file to write")
+    from semiseg.engine.logs import shows_bars
     from semiseg.engine.run import evaluate_run
 
+    bars = shows_bars(progress)
     metrics = evaluate_run(
-        folder, annotations=annotations, images=images, detections=detections, fast=fast, progress=_shown(progress)
+        folder, annotations=annotations, images=images, detections=detections, fast=fast, progress=bars
     )
     if metrics is None:
         return
@@ -130,21 +137,6 @@ def read_config(path: Path, overrides: Sequence[str]) -> RunConfig:
     if {"config", "identity"} <= set(values) and isinstance(values["config"], dict):
         values = with_present_keys(values["config"])
     return parse_run(values, where=str(path), overrides=overrides)
-
-
-def _shown(progress: bool | None) -> bool:
-    return sys.stderr.isatty() if progress is None else progress
-
-
-def _tell(result: dict[str, Any], out: Path) -> None:
-    numbers = []
-    for what, kind in (("mask", "segm"), ("box", "bbox")):
-        value = ((result["metrics"].get(kind) or {}).get("groups", {}).get("all") or {}).get("AP")
-        numbers += [f"{what} AP {value:.1f}"] if value is not None else []
-    if numbers and result["metrics"].get("segm") is None:
-        numbers.append("mask AP not measured: objects without a mask")
-    measured = ", ".join(numbers) or "no ground truth to measure AP"
-    typer.echo(f"{measured} after {result['steps']} steps; written to {out}")
 
 
 def _metrics_table(metrics: Metrics, groups: dict[str, tuple[str, ...]]) -> str:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from semiseg.config.read import digest
 from semiseg.data.images import open_image
 from semiseg.errors import UserError
-from semiseg.resources import settle, whole_folder
+from semiseg.files import settle, whole_folder
 from semiseg.splits import normalise
 
 logger = logging.getLogger(__name__)

@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from semiseg.config.read import digest
 from semiseg.data.shapes_scene import LABELS, SceneObject, compose
-from semiseg.data.workers import START_METHOD, live_as_long_as_the_main_process
+from semiseg.data.workers import START_METHOD, available_cores, live_as_long_as_the_main_process
 from semiseg.errors import UserError
-from semiseg.resources import available_cores, lock, remove_stale_lock, settle, whole_folder
+from semiseg.files import lock, remove_stale_lock, settle, whole_folder
 
 GENERATOR_VERSION = 2  # raised with every change of pictures or annotations, so that no stale folder is used
 SHAPES_CLASSES: tuple[str, ...] = LABELS

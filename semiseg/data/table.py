@@ -29,7 +29,7 @@ from semiseg.data.coco import NO_ANNOTATIONS, image_records, read_coco
 from semiseg.data.image_files import require_sizes
 from semiseg.data.problems import Problem, stop_at_errors
 from semiseg.errors import UserError
-from semiseg.resources import lock, remove_stale_lock, settle, whole_folder
+from semiseg.files import lock, remove_stale_lock, settle, whole_folder
 
 logger = logging.getLogger(__name__)
 

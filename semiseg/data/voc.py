@@ -20,7 +20,7 @@ from tqdm import tqdm
 from semiseg.data.sbd import find_sbd, sbd_list, sbd_record
 from semiseg.data.voc_objects import ARCHIVE, VOC_CLASSES, ImageRecord, read_names, voc_record
 from semiseg.errors import UserError
-from semiseg.resources import require_folder, settle, write_text
+from semiseg.files import require_folder, settle, write_text
 
 logger = logging.getLogger(__name__)
 

@@ -25,6 +25,11 @@ START_METHOD: StartMethod | None = "fork" if sys.platform == "linux" else None
 TOGETHER_SECONDS = 2.0  # signals so close to each other are one
 
 
+def available_cores() -> int:
+    """Processor cores that this process may use: of its affinity where the system has one, else all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def leave_signals_to_the_main_process(worker: int = 0) -> None:
     """Ctrl-C and a batch system's SIGTERM reach workers too, which must outlive the step that is being finished.
 

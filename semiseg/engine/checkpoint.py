@@ -1,6 +1,6 @@
 """What is written during and after training: checkpoints (to continue) and model folders (to use).
 
-Everything is written by the rules of `semiseg.resources`: an interruption leaves the old state or the new one.
+Everything is written by the rules of `semiseg.files`: an interruption leaves the old state or the new one.
 Only tensors and plain values are stored and loaded (`weights_only`): a file cannot run code. A file whose content has
 changed since it was written is refused: checkpoints have checksums inside, a model folder has one of its weights.
 """
@@ -27,8 +27,9 @@ from semiseg.config.former import leaves, with_present_keys
 from semiseg.config.read import file_digest, parse_config
 from semiseg.engine.logs import LOG_NAME, read_log
 from semiseg.errors import UserError
+from semiseg.files import settle, whole_file, whole_folder, write_text
 from semiseg.models.segmenter import with_present_names
-from semiseg.resources import WEIGHTS_NAME, settle, weights_file, whole_file, whole_folder, write_text
+from semiseg.project import WEIGHTS_NAME, weights_file
 
 CHECKPOINT_NAME = re.compile(r"step_(\d{8,})\.pt")
 MODEL_FORMAT = 2  # 1: keys of before the parts had tables, sizes of validation beside them

@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from semiseg.config.read import read_json_lines
-from semiseg.resources import told_writing, write_text
+from semiseg.files import write_text, writing_errors
 
 LOG_NAME = "log.jsonl"
 FIRST_LINE_SECONDS, LINE_SECONDS = 5.0, 60.0  # of progress where there is no terminal: until the first, between two
@@ -84,7 +84,7 @@ class TrainingLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.close()
-        with told_writing(self.path):
+        with writing_errors(self.path):
             self._file.close()
         if self._writer is not None:
             self._writer.close()
@@ -97,7 +97,7 @@ class TrainingLog:
 
     def write(self, record: dict[str, Any]) -> None:
         """Adds a record; nested tables of numbers become TensorBoard tags `table/name`."""
-        with told_writing(self.path):
+        with writing_errors(self.path):
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
             os.fsync(self._file.fileno())  # before a later checkpoint, so that no line before that can be missing

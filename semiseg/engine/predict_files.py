@@ -27,8 +27,8 @@ from semiseg.data.transforms import EvalTransform
 from semiseg.engine.checkpoint import ModelInfo, write_json
 from semiseg.engine.predict import LoadedModel, coco_results, find_instances
 from semiseg.errors import UserError
+from semiseg.files import whole_file, write_bytes
 from semiseg.overlays import Drawn, can_write, draw_detections, prepare_drawing
-from semiseg.resources import whole_file, write_bytes
 
 RESULTS_NAME, IMAGES_NAME, OVERLAYS_NAME = "results.json", "images.json", "overlays"
 JPEG_QUALITY = 92

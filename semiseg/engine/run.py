@@ -51,9 +51,10 @@ from semiseg.engine.train import save_trained, train, trained_model
 from semiseg.errors import UserError, UserNotice
 from semiseg.evaluation.coco_metrics import Metrics
 from semiseg.evaluation.precision import Backend, require_backend
+from semiseg.files import LOCK_NAME, lock_folder, require_folder, settle, whole_file
 from semiseg.models.build import mask_stride
 from semiseg.models.segmenter import Segmenter
-from semiseg.resources import LOCK_NAME, lock_folder, require_folder, settle, weights_file, whole_file
+from semiseg.project import weights_file
 
 PACKAGE = Path(__file__).resolve().parents[1]
 RESULT_NAME = "result.json"

@@ -22,8 +22,8 @@ from accelerate.utils import (
 )
 
 from semiseg.config import RuntimeConfig
+from semiseg.data.workers import available_cores
 from semiseg.errors import UserError, UserNotice
-from semiseg.resources import available_cores
 
 # How long processes wait for one another. NCCL's ten minutes can pass while the main process converts annotations or
 # runs the COCO evaluation; a process that died is noticed by the launcher, not by this.

@@ -14,10 +14,10 @@ import pandas as pd
 
 from semiseg.config.read import read_json
 from semiseg.errors import UserError
+from semiseg.files import write_bytes, write_text
 from semiseg.report.aggregate import ReportInput, TableNumbers
 from semiseg.report.stored import StoredDetections
 from semiseg.report.tables import escape_markdown
-from semiseg.resources import write_bytes, write_text
 
 MEASURED_NAME = "measured.json"
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from semiseg.files import write_text
 from semiseg.report.aggregate import ReportInput, TableNumbers, table_numbers
 from semiseg.report.context import MEASURED_NAME, FigureFiles, Measured, PageContext
 from semiseg.report.failures import failure_section
@@ -40,7 +41,6 @@ from semiseg.report.tables import (
     text_table,
 )
 from semiseg.report.uncertainty import with_image_intervals
-from semiseg.resources import write_text
 
 # What a page says of each table, in this order.
 SECTIONS: tuple[Callable[[PageContext, TableNumbers], list[str]], ...] = (

@@ -1,42 +1,151 @@
-"""From finished runs to what a report of them is built from: which are one row, which may stand side by side."""
+"""Finished runs side by side: found by what people type, put into rows, and made what a report is built from.
+
+People type a run's folder, its id or the start of it, or STUDY:ROW[:SPLIT][:SEED].
+"""
 
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import NamedTuple
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path, PurePath
 
 from semiseg.config import RunConfig
-from semiseg.config.read import digest, parse_config
-from semiseg.data.sources import expected_files
-from semiseg.errors import UserError
-from semiseg.report.aggregate import ReportInput, ReportRow, ReportTable
+from semiseg.config.read import digest, parse_config, read_json
+from semiseg.errors import UserError, near_hint
+from semiseg.report.aggregate import ReportInput, ReportTable
 from semiseg.report.provenance import identity_settings, recorded_values, run_settings, unmeant
-from semiseg.results import Result, same_validation_data
+from semiseg.results import Result, read
 from semiseg.splits import ClassSplit, load_split
-from semiseg.studies.file import StudyRow, load_study
-from semiseg.studies.recorded import RecordedRun
-from semiseg.studies.words import (
-    data_sentence,
-    initial_weights_in_words,
-    is_paper_data,
-    pretraining_sentence,
-    row_meaning,
-    schedule_sentence,
-)
+from semiseg.studies.file import PRETRAIN_ROW, StudyRow
+from semiseg.studies.identity import REPORTS_FOLDER, RESULT_NAME, RESULTS_NAME, RUNS_FOLDER
+from semiseg.studies.report import class_groups, protocol_fields, report_row, row_meaning
+from semiseg.studies.status import finished_result
 
 TABLE = "comparison"
 NO_SPLIT = "none"
 
 
-class _Row(NamedTuple):
-    """Runs that differ in their seed alone; `name` and `label` are those of the table."""
+@dataclass(frozen=True)
+class RecordedRun:
+    """A finished run.
 
-    name: str
-    label: str
-    runs: tuple[RecordedRun, ...]
-    config: RunConfig
+    Attributes:
+        folder: with its detections, or None if it is not here.
+        record: the file that the result was read from.
+    """
+
+    result: Result
+    folder: Path | None
+    record: Path
+
+    @property
+    def short_id(self) -> str:
+        """The beginning of its id, as people see it."""
+        return self.result.run_id[:6]
+
+    @property
+    def split(self) -> str:
+        """Name of its class split; "" if it does not depend on one."""
+        return PurePath(self.result.split or "").stem
+
+    @property
+    def row_name(self) -> str:
+        """STUDY:ROW[:SPLIT], as people type it."""
+        return ":".join(part for part in (self.result.study, self.result.row, self.split) if part)
+
+    @property
+    def name(self) -> str:
+        """STUDY:ROW[:SPLIT]:SEED."""
+        return f"{self.row_name}:{self.result.seed}"
+
+    @property
+    def finished(self) -> float:
+        """When, in seconds since 1970."""
+        return datetime.fromisoformat(self.result.finished).timestamp()
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.result.run_id})"
+
+
+def run_of_folder(folder: Path) -> RecordedRun:
+    """The finished run in a folder, of a study or of `semiseg train`.
+
+    Raises:
+        UserError: the folder holds no finished run, or its files are not whole.
+    """
+    path = folder / RESULT_NAME
+    if not path.is_file():
+        raise UserError(f"{folder}: holds no finished run: there is no {RESULT_NAME} in it")
+    values, run = read_json(path), read_json(folder / "config.json")
+    study = read_json(folder / "identity.json") if (folder / "identity.json").is_file() else {}
+    try:
+        settings, inputs = dict(run["identity"]), run["inputs"]
+        config = {name: value for name, value in run["config"].items() if name != "init_from"}
+        cut = {name: settings.pop(name) for name in ("normalised_together",) if name in settings}
+        digests = {"split": inputs["split"], "data": inputs["data"], "init": inputs["init_from"]}
+        identity = study.get("identity") or {"config": digest(settings), **digests, **cut}
+        about = {
+            "run_id": study.get("run_id") or digest(identity),
+            "identity": identity,
+            "study": study.get("study", ""),
+            "row": study.get("row") or folder.resolve().name,
+            "split": (config.get("supervision") or {}).get("split"),
+            "split_digest": values.get("split_digest"),
+            "seed": config["seed"],
+            "config": config,
+            "init_run": study.get("init"),
+            "command": [values["command"]],
+        }
+        return RecordedRun(finished_result(path, values, about), folder, path)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"its {RESULT_NAME} and config.json are not those of a finished run ({error})"
+        raise UserError(f"{folder}: {reason}") from None
+
+
+def known_runs() -> list[RecordedRun]:
+    """Every run of the records in `reports/*/`, each once per study, the newest of it."""
+    folders = {path.name.rpartition("-")[2]: path for path in sorted(RUNS_FOLDER.glob("*/*-*")) if path.is_dir()}
+    newest: dict[tuple[str, str], RecordedRun] = {}
+    for record in sorted(REPORTS_FOLDER.glob(f"*/{RESULTS_NAME}")):
+        for result in read(record):
+            run = RecordedRun(result, folders.get(result.run_id), record)
+            key = (result.study, result.run_id)
+            newest[key] = max(run, newest.get(key, run), key=lambda run: run.finished)
+    return sorted(newest.values(), key=lambda run: run.finished)
+
+
+def find_runs(name: str, known: Sequence[RecordedRun]) -> list[RecordedRun]:
+    """The run of `known_runs` that `name` means, or all runs of a row.
+
+    Raises:
+        UserError: no such run, with the nearest name, or an id that is not whole and begins several.
+    """
+    if name and Path(name).is_dir():
+        return [run_of_folder(Path(name))]
+    if ":" in name:
+        study, row, *parts = name.split(":")
+        of_row = [run for run in known if (run.result.study, run.result.row) == (study, row)]
+        matching = [run for run in of_row if all(part in (run.split, str(run.result.seed)) for part in parts)]
+    else:
+        by_id = {run.result.run_id: run for run in known if name and run.result.run_id.startswith(name.lower())}
+        matching = list(by_id.values())
+        if len(matching) > 1:
+            several = ", ".join(map(str, matching[:4]))
+            raise UserError(f"{name}: {len(matching)} runs have an id that begins so: {several}")
+    if not matching:
+        rows = [run for run in known if run.result.row != PRETRAIN_ROW]
+        names = dict.fromkeys(f"{run.result.study}:{run.result.row}" for run in rows)
+        recorded = f" Recorded: {', '.join(names) or 'none'}"
+        hint = near_hint(name, [*names, *(run.name for run in rows)], otherwise=recorded)
+        raise UserError(
+            f"{name}: neither the folder of a run, nor the beginning of a recorded run's id, nor "
+            f"STUDY:ROW[:SPLIT][:SEED].{hint}"
+        )
+    return sorted(matching, key=lambda run: run.result.seed)
 
 
 def comparison(
@@ -47,83 +156,72 @@ def comparison(
     Args:
         known: where the runs that these start from are looked up.
         split: name of the class split for the groups, `none` for no groups, None = that of the runs.
-        command: what the user typed.
 
     Raises:
         UserError: validation data or classes differ, or there is no such split.
     """
     classes = _common_classes(runs)
     _require_same_validation_data(runs)
-    by_id = {run.result.run_id: run.result for run in known}
-    ids = dict.fromkeys(run.result.init_run for run in runs)
-    starts = {run_id: by_id[run_id] for run_id in ids if run_id in by_id}
+    initial_runs = {run.result.init_run for run in runs}
+    starts = {run.result.run_id: run.result for run in known if run.result.run_id in initial_runs}
     rows = _rows(runs, starts)
-    groups, notes = _class_groups(runs, classes, split)
-    configs = [row.config for row in rows]
+    configs = {name: _config(of_row[0].result) for name, of_row in rows.items()}
+    settings = [run_settings(of_row[0].result, list(starts.values())) for of_row in rows.values()]
+    groups, notes = _split_of(runs, classes, split)
+    unnamed = StudyRow(name="row")
     table = ReportTable(
         name=TABLE,
         title="The runs side by side",
-        split=groups.name if groups else "",
-        split_digest=groups.digest() if groups else "",
-        seen=groups.seen if groups else classes,
-        unseen=groups.unseen if groups else (),
         published=None,
-        rows=tuple(_report_row(row) for row in rows),
-        alike=_is_alike(rows, list(starts.values())),
+        rows=tuple(
+            report_row(name, name.replace("+", " + "), row_meaning(unnamed, config, in_every_table=False), config)
+            for name, config in configs.items()
+        ),
+        alike=not unmeant(settings) and len({run.result.data_fingerprint for run in runs}) == 1,
+        **class_groups(groups, classes),
     )
-    cells = {(TABLE, row.name, run.result.seed): replace(run.result, row=row.name) for row in rows for run in row.runs}
-    files = expected_files(configs[0].data)["val"]
-    here = files.annotations.is_file() and files.images.is_dir()
-    records = dict.fromkeys(str(run.record) for run in runs)
     return ReportInput(
         study=TABLE,
-        title=f"Comparison: {', '.join(row.label for row in rows)}",
+        title=f"Comparison: {', '.join(row.label for row in table.rows)}",
         question="How do these runs compare, measured on the same validation images?",
         seeds=tuple(sorted({run.result.seed for run in runs})),
         tables=(table,),
-        results=cells,
-        data=" ".join(dict.fromkeys(data_sentence(config.data) for config in configs)),
-        schedule=schedule_sentence(configs),
-        pretraining=_pretraining(rows, starts),
-        initial=initial_weights_in_words(configs),
-        paper_data=is_paper_data(configs[0].data, len(classes)),
+        results={(TABLE, name, run.result.seed): replace(run.result, row=name) for name in rows for run in rows[name]},
         run_command="",
         report_command=shlex.join(command),
         pretraining_results=tuple(starts.values()),
-        records=tuple(f"`{record}`" for record in records),
-        notes=tuple(notes),
+        records=tuple(dict.fromkeys(f"`{run.record}`" for run in runs)),
+        notes=notes,
         run_folders={run.result.run_id: run.folder for run in runs if run.folder is not None},
-        val_annotations=files.annotations if here else None,
-        val_images=files.images if here else None,
+        **protocol_fields(list(configs.values()), pretraining=_pretraining(runs, starts), classes=len(classes)),
     )
 
 
+def _config(result: Result) -> RunConfig:
+    return parse_config(RunConfig, recorded_values(result), where=f"recorded run {result.run_id}")
+
+
 def _require_same_validation_data(runs: Sequence[RecordedRun]) -> None:
-    """Raises UserError if not all were measured on the same images and objects."""
-    same, others = [runs[0]], list(runs[1:])
-    while joined := [run for run in others if any(same_validation_data(run.result, item.result) for item in same)]:
-        same += joined
-        others = [run for run in others if run not in joined]
-    if others:
-        first, second = runs[0].result, others[0].result
+    """Raises UserError if not all were measured on the same images and objects.
+
+    A record from before validation data had a fingerprint has that of another run with all the same data.
+    """
+    results = [run.result for run in runs]
+    known = {result.data_fingerprint: result.val_fingerprint for result in results if result.val_fingerprint}
+    validation = [
+        result.val_fingerprint or known.get(result.data_fingerprint, result.data_fingerprint) for result in results
+    ]
+    other = next((index for index, fingerprint in enumerate(validation) if fingerprint != validation[0]), None)
+    if other is not None:
         raise UserError(
-            f"{_named(runs[0])} and {_named(others[0])} were not measured on the same validation data, as far as their "
-            f"records say ({_data_in_words(first)}; {_data_in_words(second)}), so that their numbers cannot stand side "
+            f"{runs[0]} and {runs[other]} were not measured on the same validation data, as far as their records say "
+            f"({_fingerprints(results[0])}; {_fingerprints(results[other])}), so that their numbers cannot stand side "
             "by side"
         )
 
 
-def _data_in_words(result: Result) -> str:
-    data = result.config.get("data", {})
-    if data.get("format") == "shapes":
-        shapes = data.get("shapes", {})
-        return f"{shapes.get('val_images')} Shapes of seed {shapes.get('val_seed')}, data {result.data_fingerprint}"
-    digest_of_val = f"validation {result.val_fingerprint}, " if result.val_fingerprint else ""
-    return f"{digest_of_val}data {result.data_fingerprint}"
-
-
-def _named(run: RecordedRun) -> str:
-    return f"{run.result.row!r} seed {run.result.seed} ({run.result.run_id})"
+def _fingerprints(result: Result) -> str:
+    return f"validation {result.val_fingerprint or 'unknown'}, data {result.data_fingerprint}"
 
 
 def _common_classes(runs: Sequence[RecordedRun]) -> tuple[str, ...]:
@@ -131,21 +229,29 @@ def _common_classes(runs: Sequence[RecordedRun]) -> tuple[str, ...]:
     for run, classes in zip(runs, lists, strict=True):
         if classes != lists[0]:
             differing = ", ".join(sorted(set(classes) ^ set(lists[0]))) or "their order"
-            raise UserError(f"{_named(runs[0])} and {_named(run)} have different classes: they differ in {differing}")
+            raise UserError(f"{runs[0]} and {run} have different classes: they differ in {differing}")
     return lists[0]
 
 
-def _rows(runs: Sequence[RecordedRun], starts: Mapping[str, Result]) -> list[_Row]:
-    """Runs of one configuration and different seeds are one row, in the order of their first run."""
-    groups: dict[str, list[RecordedRun]] = {}
+def _rows(runs: Sequence[RecordedRun], starts: Mapping[str, Result]) -> dict[str, list[RecordedRun]]:
+    """Name of the row -> its runs by seed: those of one configuration, in the order of their first run.
+
+    A seed that a configuration has twice, trained anew, is a row of its own. Rows are called as they were recorded;
+    those that are called alike as people type them, and those that are still called alike with their id.
+    """
+    trained: Counter[tuple[str, int]] = Counter()
+    groups: dict[tuple[str, int], list[RecordedRun]] = {}
     for run in runs:
         key = _configuration_key(run.result, starts)
-        while any(run.result.seed == other.result.seed for other in groups.get(key, ())):
-            key += "+"  # the same seed once more, trained anew: a row of its own
-        groups.setdefault(key, []).append(run)
-    members = [tuple(sorted(group, key=lambda run: run.result.seed)) for group in groups.values()]
-    names = _row_names([group[0] for group in members])
-    return [_row(name, group) for name, group in zip(names, members, strict=True)]
+        trained[key, run.result.seed] += 1
+        groups.setdefault((key, trained[key, run.result.seed]), []).append(run)
+    rows = [sorted(group, key=lambda run: run.result.seed) for group in groups.values()]
+    names = [row[0].result.row for row in rows]
+    names = [row[0].row_name if names.count(name) > 1 else name for name, row in zip(names, rows, strict=True)]
+    names = [
+        f"{name} {row[0].short_id}" if names.count(name) > 1 else name for name, row in zip(names, rows, strict=True)
+    ]
+    return dict(zip(names, rows, strict=True))
 
 
 def _configuration_key(result: Result, starts: Mapping[str, Result]) -> str:
@@ -156,78 +262,28 @@ def _configuration_key(result: Result, starts: Mapping[str, Result]) -> str:
     return digest([identity_settings(result), split, result.data_fingerprint, init])
 
 
-def _row_names(firsts: Sequence[RecordedRun]) -> list[str]:
-    """As recorded; where that does not tell the rows apart, with study and split as far as they differ, or the id."""
-    rows = [run.result.row for run in firsts]
-    if len(set(rows)) == len(rows):
-        return rows
-    if len({run.result.study for run in firsts}) > 1:
-        rows = [
-            f"{run.result.study}: {row}" if run.result.study else row for run, row in zip(firsts, rows, strict=True)
-        ]
-    if len({run.split for run in firsts}) > 1:
-        rows = [f"{row} ({run.split})" if run.split else row for run, row in zip(firsts, rows, strict=True)]
-    return [f"{row} {run.short_id}" if rows.count(row) > 1 else row for run, row in zip(firsts, rows, strict=True)]
-
-
-def _row(name: str, runs: tuple[RecordedRun, ...]) -> _Row:
-    result = runs[0].result
-    config = parse_config(RunConfig, recorded_values(result), where=f"recorded run {result.run_id}")
-    return _Row(name, name.replace(result.row, _label(result)), runs, config)
-
-
-def _label(result: Result) -> str:
-    """What the study calls the row for people, if its file is here."""
-    try:
-        rows = load_study(result.study).rows if result.study else []
-    except UserError:
-        rows = []
-    label = next((row.label for row in rows if row.name == result.row), "")
-    return label or result.row.replace("+", " + ")
-
-
-def _report_row(row: _Row) -> ReportRow:
-    source, box = row.config.supervision.source, row.config.objective.box
-    terms = source != "masks" and box in ("none", "projection", "projection+pairwise")
-    return ReportRow(
-        name=row.name,
-        projection=("yes" if "projection" in box else "no") if terms else "",
-        pairwise=("yes" if "pairwise" in box else "no") if terms else "",
-        label=row.label,
-        meaning=row_meaning(StudyRow(name="row"), row.config, in_every_table=False),
-        every_mask=source == "masks",
+def _split_of(
+    runs: Sequence[RecordedRun], classes: Sequence[str], split: str | None
+) -> tuple[ClassSplit | None, tuple[str, ...]]:
+    """The split whose classes are shown apart, and what to say if there is none although the runs have splits."""
+    if split is not None:
+        return (None if split == NO_SPLIT else load_split(split, classes)), ()
+    names = {run.result.split_digest: str(run.result.split) for run in runs if run.result.split_digest}
+    if not names:
+        return None, ()
+    if len(names) == 1:
+        with suppress(UserError):
+            return load_split(next(iter(names.values())), classes), ()
+    listed = ", ".join(dict.fromkeys(f"`{name}`" for name in names.values()))
+    return None, (
+        f"**No class groups.** The runs have no class split in common that is here ({listed}); `--split NAME` shows "
+        "the numbers of a split's unseen and seen classes.",
     )
 
 
-def _is_alike(rows: Sequence[_Row], starts: Sequence[Result]) -> bool:
-    columns = [run_settings(row.runs[0].result, starts) for row in rows]
-    data = {run.result.data_fingerprint for row in rows for run in row.runs}
-    return not unmeant(columns) and len(data) == 1
-
-
-def _class_groups(
-    runs: Sequence[RecordedRun], classes: Sequence[str], split: str | None
-) -> tuple[ClassSplit | None, list[str]]:
-    """The split whose classes are shown apart, and what to say if there is none although there are splits."""
-    if split is not None:
-        return (None if split == NO_SPLIT else load_split(split, classes)), []
-    trained = {run.result.split_digest: run.result.split for run in runs if run.result.split_digest}
-    names = dict.fromkeys(f"`{name}`" for name in trained.values())
-    hint = "`--split NAME` shows the numbers of a split's unseen and seen classes."
-    if len(trained) > 1:
-        return None, [f"**No class groups.** The runs are of different class splits ({', '.join(names)}); {hint}"]
-    for name in trained.values():
-        try:
-            return load_split(str(name), classes), []
-        except UserError:
-            return None, [f"**No class groups.** The class split {next(iter(names))} is not here; {hint}"]
-    return None, []
-
-
-def _pretraining(rows: Sequence[_Row], starts: Mapping[str, Result]) -> str | None:
-    """What all rows start from, if it is one pretraining but for its seed."""
+def _pretraining(runs: Sequence[RecordedRun], starts: Mapping[str, Result]) -> RunConfig | None:
+    """What all runs start from, if it is one pretraining but for its seed."""
     kinds = {digest(identity_settings(start)) for start in starts.values()}
-    if len(kinds) != 1 or any(run.result.init_run not in starts for row in rows for run in row.runs):
+    if len(kinds) != 1 or any(run.result.init_run not in starts for run in runs):
         return None
-    first = next(iter(starts.values()))
-    return pretraining_sentence(parse_config(RunConfig, dict(first.config), where="recorded pretraining"))
+    return _config(next(iter(starts.values())))

@@ -8,19 +8,19 @@ are there once and read for every table.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from semiseg.config import RunConfig, Section, Seed, parse_run
 from semiseg.config.read import apply_overrides, merge, parse_config, read_toml
-from semiseg.errors import UserError
-from semiseg.resources import find
+from semiseg.errors import UserError, near_hint
+from semiseg.project import find
 
 PRETRAIN_ROW = "pretrain"
 
@@ -32,15 +32,11 @@ Name = Annotated[str, Field(min_length=1, pattern=r"^[^./\\\p{Cc}][^/\\\p{Cc}]*$
 class StudyRow(Section):
     """One row of the tables.
 
-    projection, pairwise: whether the row uses these terms on box-supervised instances, as the tables print it; None
-        where the question does not arise.
     label: what people read in tables and figures; the name if empty.
     set: configuration values laid over the study's base. Unless it names another source, supervision is the split's.
     """
 
     name: Name
-    projection: bool | None = None
-    pairwise: bool | None = None
     label: str = ""
     set: dict[str, Any] = Field(default_factory=dict)
 
@@ -84,36 +80,29 @@ class Study(Section):
     tables: list[StudyTable] = Field(min_length=1)
 
     @model_validator(mode="after")
-    def _names_fit(self) -> Study:
-        rows = [row.name for row in self.rows]
-        seeds = [str(seed) for seed in self.seeds]
-        for table in self.tables:
-            if not re.fullmatch(r"[\w-]+", table.name, re.ASCII):
-                raise ValueError(f"table {table.name!r}: a table's name is of letters, digits, '_' and '-'")
-        for what, names in (("row", rows), ("table", [table.name for table in self.tables]), ("seed", seeds)):
+    def _fits_together(self) -> Study:
+        rows, tables = [row.name for row in self.rows], [table.name for table in self.tables]
+        for what, names in (("row", rows), ("table", tables), ("seed", [str(seed) for seed in self.seeds])):
             doubled = [name for name in names if names.count(name) > 1]
             if doubled:
                 raise ValueError(f"{what} {doubled[0]!r} is there twice")
         if PRETRAIN_ROW in rows:
             raise ValueError(f"{PRETRAIN_ROW!r} is no name for a row: it is the shared detector pretraining")
         for table in self.tables:
+            where = f"table {table.name!r}"
+            if not re.fullmatch(r"[\w-]+", table.name, re.ASCII):
+                raise ValueError(f"{where}: a table's name is of letters, digits, '_' and '-'")
             unknown = [name for name in table.rows if name not in rows]
             unknown += [name for pair in table.compare for name in pair if name not in table.rows]
             if unknown:
-                raise ValueError(f"table {table.name!r}: unknown row {unknown[0]!r}.{near_hint(unknown[0], rows)}")
+                raise ValueError(f"{where}: unknown row {unknown[0]!r}.{near_hint(unknown[0], rows)}")
             if table.split is not None and table.split not in self.splits:
-                hint = near_hint(table.split, self.splits)
-                raise ValueError(f"table {table.name!r}: unknown split {table.split!r}.{hint}")
-        unused = [name for name in rows if not any(name in table.rows for table in self.tables)]
-        if unused:
-            raise ValueError(f"row {unused[0]!r} is in no table")
-        return self
-
-    @model_validator(mode="after")
-    def _seeds_are_the_studys(self) -> Study:
-        tables = {"[base]": self.base, "[set]": self.set, "[pretrain]": self.pretrain or {}}
-        tables |= {f"row {row.name!r}": row.set for row in self.rows}
-        for name, values in tables.items():
+                raise ValueError(f"{where}: unknown split {table.split!r}.{near_hint(table.split, self.splits)}")
+        for row in self.rows:
+            if not any(row.name in table.rows for table in self.tables):
+                raise ValueError(f"row {row.name!r} is in no table")
+        settings = {"[base]": self.base, "[set]": self.set, "[pretrain]": self.pretrain or {}}
+        for name, values in (*settings.items(), *((f"row {row.name!r}", row.set) for row in self.rows)):
             if "seed" in values:
                 raise ValueError(f"{name} sets 'seed', but the seeds of a study are its own 'seeds'")
         return self
@@ -125,7 +114,7 @@ class StudyRun:
 
     Attributes:
         row: name of the row, or `PRETRAIN_ROW`.
-        split: name of the class split (as `resources.find` takes it), None if the run does not depend on one.
+        split: name of the class split, None if the run does not depend on one.
         init: the run whose weights it starts from.
     """
 
@@ -139,14 +128,17 @@ class StudyRun:
     def key(self) -> RunKey:
         return self.row, self.split, self.seed
 
+    @property
+    def label(self) -> str:
+        """Short name for people: row, split, seed."""
+        return "-".join([self.row, *([Path(self.split).stem] if self.split else []), f"s{self.seed}"])
+
 
 def load_study(name_or_path: str, overrides: Sequence[str] = (), *, seeds: Sequence[int] | None = None) -> Study:
-    """Reads a study file and lays overrides over it.
+    """Reads a study file and lays overrides over it; `seeds` replace the study's.
 
     Args:
-        overrides: `a.b=c` changes a run value of every run; `pretrain.a.b=c` of the pretraining, `rows.a.b=c` of the
-            rows only.
-        seeds: replace the study's.
+        overrides: `a.b=c` changes a value of every run; `pretrain.a.b=c` and `rows.a.b=c` of the pretraining or rows.
     """
     path = find("experiments", name_or_path)
     values = {"name": path.stem, **read_toml(path)}
@@ -178,31 +170,26 @@ def _lay_over(study: Study, overrides: Sequence[str]) -> Study:
 
 
 def study_cells(study: Study, *, only: Sequence[str] = ()) -> dict[CellKey, StudyRun]:
-    """The run that each cell of the study's tables reads; several cells may read the same one.
+    """The run that each cell of the study's tables reads, of `only` these rows if any are named.
 
-    Args:
-        only: names of rows; empty = all.
+    Several cells may read the same run.
     """
     rows = {row.name: row for row in study.rows}
     for name in only:
         if name not in rows:
             raise UserError(f"--only {name!r}: study {study.name!r} has no such row.{near_hint(name, rows)}")
-    cells: dict[CellKey, StudyRun] = {}
-    for seed in study.seeds:
-        init = _pretraining(study, seed)
-        for table in study.tables:
-            for name in table.rows:
-                if not only or name in only:
-                    cells[table.name, name, seed] = _row_run(study, rows[name], table, seed, init)
-    return cells
+    starts = {seed: _pretraining(study, seed) for seed in study.seeds}
+    return {
+        (table.name, name, seed): _row_run(study, rows[name], table, seed, start)
+        for seed, start in starts.items()
+        for table in study.tables
+        for name in table.rows
+        if not only or name in only
+    }
 
 
 def study_runs(study: Study, *, only: Sequence[str] = ()) -> list[StudyRun]:
-    """The runs of a study, pretrainings first; each (row, split, seed) once, however many tables show it.
-
-    Args:
-        only: names of rows; the pretraining they start from is included. Empty = all.
-    """
+    """The runs of `study_cells` and before them those that they start from, each (row, split, seed) once."""
     rows = list(study_cells(study, only=only).values())
     starts = [run.init for run in rows if run.init is not None]
     return list({run.key: run for run in [*starts, *rows]}.values())
@@ -247,10 +234,3 @@ def _merged(*tables: dict[str, Any], where: str) -> dict[str, Any]:
         return functools.reduce(merge, tables, {})
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-
-
-def near_hint(name: str, known: Iterable[str]) -> str:
-    """The end of an error about an unknown name: the nearest known one, else all of them."""
-    known = list(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(known) or 'none'}."

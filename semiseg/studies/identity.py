@@ -18,9 +18,10 @@ from typing import Any
 from semiseg.config import DataConfig, RunConfig
 from semiseg.config.read import digest, file_digest
 from semiseg.data.sources import ensure_files
-from semiseg.engine.processes import fit_to_processes, normalised_together, told_change
+from semiseg.engine.processes import fit_to_processes, normalised_together, parts_per_step, told_change
 from semiseg.errors import UserError, UserNotice
-from semiseg.resources import weights_file, write_text
+from semiseg.files import write_text
+from semiseg.project import weights_file
 from semiseg.results import Result
 from semiseg.splits import load_split
 from semiseg.studies.file import RunKey, Study, StudyRun, study_runs
@@ -31,38 +32,21 @@ RESULTS_NAME = "results.jsonl"  # the record of a study
 RESULT_NAME = "result.json"  # the engine writes it last: a folder with it is finished
 
 
-@dataclass(frozen=True)
-class PlannedRun:
-    """A run with its identity.
+@dataclass(frozen=True, kw_only=True)
+class PlannedRun(StudyRun):
+    """A run as so many processes execute it: its `init_from` is the initial run's model folder.
 
     Attributes:
-        run_id: digest of `identity`; equal ids are the same run.
-        identity: of `run_identity`.
-        config: as executed: `init_from` points to the initial run's model folder.
-        init: run_id of the initial run, or None.
+        run_id: digest of `identity`, which is that of `run_identity`; equal ids are the same run.
+        init_run: run_id of the initial run, or None.
         folder: where it is trained; another study's folder if the same run lies there.
     """
 
     run_id: str
-    study: str
-    row: str
-    split: str | None
-    seed: int
-    config: RunConfig
     identity: dict[str, Any]
-    init: str | None
+    study: str
+    init_run: str | None
     folder: Path
-
-    @property
-    def split_digest(self) -> str | None:
-        """Digest of the class split, None if the run does not depend on one."""
-        digest_of_split: str | None = self.identity["split"]
-        return digest_of_split
-
-    @property
-    def label(self) -> str:
-        """Short name for people: row, split, seed."""
-        return "-".join([self.row, *([Path(self.split).stem] if self.split else []), f"s{self.seed}"])
 
 
 def run_identity(
@@ -77,9 +61,8 @@ def run_identity(
 
     Args:
         run: as so many processes execute it, see `fitted_run`.
-        data: gives the digest of data, also of those of the run that this one starts from.
-        split: gives the digest of the run's class split.
-        weights: gives the digest of the file that `init_from` names.
+        data, split, weights: give the digests of data, of a run's class split, and of the file that `init_from` names;
+            also for the run that this one starts from.
 
     Returns:
         {"config", "split", "data", "init"} as digests, and "normalised_together" where the cut of a step matters.
@@ -89,7 +72,7 @@ def run_identity(
     else:
         init = None if run.config.init_from is None else weights(run.config.init_from)
     return {
-        "config": digest(_config_identity(run)),
+        "config": digest(run.config.identity(initial=init is not None)),
         "split": None if run.split is None else split(run),
         "data": data(run.config.data),
         "init": init,
@@ -97,63 +80,51 @@ def run_identity(
     }
 
 
-def _config_identity(run: StudyRun) -> dict[str, Any]:
-    return run.config.identity(initial=run.init is not None or run.config.init_from is not None)
-
-
 def fitted_run(run: StudyRun, processes: int) -> StudyRun:
-    """The run, and the one that it starts from, as so many processes execute them."""
+    """The run, and the one that it starts from, as so many processes execute them.
+
+    Raises:
+        UserError: a batch has no equal shares for so many processes.
+    """
     init = None if run.init is None else fitted_run(run.init, processes)
-    return replace(run, config=fit_to_processes(run.config, processes), init=init)
+    config = fit_to_processes(run.config, processes)
+    parts_per_step(config, processes)
+    return replace(run, config=config, init=init)
 
 
-def plan(
-    study: Study,
-    *,
-    only: Sequence[str] = (),
-    processes: int = 1,
-    runs_folder: Path = RUNS_FOLDER,
-    by_name: bool = False,
-) -> list[PlannedRun]:
+def plan(study: Study, *, only: Sequence[str] = (), processes: int = 1) -> list[PlannedRun]:
     """The study's runs with their identities, each run once, initial runs before those that start from them.
 
     Reads the annotation files, made on first use where the source is none of COCO's layout, and the class splits.
-
-    Args:
-        by_name: look at no file: data, splits and weights count as the same where their names are. The identities are
-            then good for telling the runs of this plan apart and for nothing else.
     """
-    data: Callable[[DataConfig], str] = _named_data if by_name else data_digest
-    split: Callable[[StudyRun], str | None] = (lambda run: run.split) if by_name else _split_digest
-    weights: Callable[[str], str] = str if by_name else weights_digest
     planned: dict[str, PlannedRun] = {}
     for asked in study_runs(study, only=only):
         run = fitted_run(asked, processes)
         change = told_change(asked.config, run.config, processes)
         if change:
             warnings.warn(change, UserNotice, stacklevel=2)  # rows with the same change say it once
-        identity = run_identity(run, data=data, split=split, weights=weights, processes=processes)
-        run_id = digest(identity)
-        init = identity["init"] if run.init is not None else None
-        config = run.config
-        if init is not None:
-            config = config.model_copy(update={"init_from": str(planned[init].folder / "model")})
-        folder = _folder(study.name, run, run_id, runs_folder)
-        item = PlannedRun(run_id, study.name, run.row, run.split, run.seed, config, identity, init, folder)
-        planned.setdefault(run_id, item)
+        identity = run_identity(run, data=data_digest, split=_split_digest, weights=weights_digest, processes=processes)
+        run_id, init_run = digest(identity), None
+        if run.init is not None:
+            init_run = str(identity["init"])
+            start = str(planned[init_run].folder / "model")
+            run = replace(run, config=run.config.model_copy(update={"init_from": start}))
+        own = RUNS_FOLDER / study.name / f"{run.label}-{run_id}"
+        # The same run in another study's folder is not trained a second time.
+        elsewhere = [] if own.exists() else sorted(RUNS_FOLDER.glob(f"*/*-{run_id}"))
+        about: dict[str, Any] = {"identity": identity, "study": study.name, "init_run": init_run}
+        folder = elsewhere[0] if elsewhere else own
+        planned.setdefault(run_id, PlannedRun(**vars(run), **about, run_id=run_id, folder=folder))
     return list(planned.values())
 
 
-def _split_digest(run: StudyRun) -> str:
-    return load_split(str(run.split), class_names(run.config.data)).digest()
-
-
-def write_run_files(run: PlannedRun) -> None:
-    """Writes what a run is, into its folder: `identity.json`, and `train.json`, which `semiseg train` takes."""
-    names = ("run_id", "identity", "study", "row", "split", "seed", "init")
-    about = {name: getattr(run, name) for name in names}
+def write_run_files(run: PlannedRun) -> list[str]:
+    """Writes what a run is, into its folder: `identity.json` and `train.json`; the arguments that train it."""
+    about = {name: getattr(run, name) for name in ("run_id", "identity", "study", "row", "split", "seed")}
+    about["init"] = run.init_run
     write_text(run.folder / "identity.json", json.dumps(about, indent=1, ensure_ascii=False) + "\n")
     write_text(run.folder / "train.json", run.config.model_dump_json(indent=1) + "\n")
+    return ["train", str(run.folder / "train.json"), "--out", str(run.folder), "--resume"]
 
 
 def missing_data(study: Study, *, only: Sequence[str] = ()) -> str | None:
@@ -161,21 +132,13 @@ def missing_data(study: Study, *, only: Sequence[str] = ()) -> str | None:
 
     Without it runs have no identity, so that nobody can tell which of them are done.
     """
-    asked = {digest(run.config.data.model_dump()): run.config.data for run in study_runs(study, only=only)}
-    for config in asked.values():
-        try:
-            data_digest(config)
-        except UserError as error:
-            return str(error)
+    runs = study_runs(study, only=only)
+    try:
+        for run in runs:
+            data_digest(run.config.data)
+    except UserError as error:
+        return str(error)
     return None
-
-
-def _folder(study: str, run: StudyRun, run_id: str, runs_folder: Path) -> Path:
-    """The run's folder; the same run in another study's folder is not trained a second time."""
-    split = [Path(run.split).stem] if run.split else []
-    own = runs_folder / study / "-".join([run.row, *split, f"s{run.seed}", run_id])
-    elsewhere = sorted(runs_folder.glob(f"*/*-{run_id}"))
-    return own if own.exists() or not elsewhere else elsewhere[0]
 
 
 def class_names(config: DataConfig) -> tuple[str, ...]:
@@ -204,6 +167,10 @@ def data_digest(config: DataConfig) -> str:
     files = ensure_files(config)
     paths = [files[name].annotations for name in ("train", "val")]
     return digest([_file_digest(path, _stamp(path)) for path in paths])
+
+
+def _split_digest(run: StudyRun) -> str:
+    return load_split(str(run.split), class_names(run.config.data)).digest()
 
 
 def weights_digest(init_from: str) -> str:
@@ -254,18 +221,15 @@ def _is_result_of(result: Result, run: StudyRun, recorded_data: Mapping[str, Any
     Args:
         recorded_data: run_id -> digest of its data, of all results: of the one that this run starts from.
     """
+    own, classes = _named_data(run.config.data), list(result.metrics.get("instances", ()))
+
+    def data(config: DataConfig) -> str:
+        is_own = _named_data(config) == own
+        return str(result.identity.get("data") if is_own else recorded_data.get(str(result.identity.get("init"))))
+
     try:
-        run = fitted_run(run, result.processes)
-        if result.identity.get("config") != digest(_config_identity(run)):
-            return False
-        own, classes = _named_data(run.config.data), list(result.metrics.get("instances", ()))
-
-        def data(config: DataConfig) -> str:
-            same = _named_data(config) == own
-            return str(result.identity.get("data") if same else recorded_data.get(str(result.identity.get("init"))))
-
         identity = run_identity(
-            run,
+            fitted_run(run, result.processes),
             data=data,
             split=lambda run: load_split(str(run.split), classes).digest(),
             weights=str,

@@ -13,19 +13,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
 from semiseg.config.read import digest
 from semiseg.data.sources import ensure_files
 from semiseg.data.workers import StopOnSignal
 from semiseg.engine.logs import format_seconds
 from semiseg.errors import UserError
-from semiseg.results import append, latest, read
-from semiseg.studies.child import Child
+from semiseg.results import ap_in_words, append, latest, read
 from semiseg.studies.file import PRETRAIN_ROW
-from semiseg.studies.identity import RESULT_NAME, PlannedRun
-from semiseg.studies.machines import LaunchFile, Machine, lines_for_machines, share_of, this_machine
-from semiseg.studies.progress import StudyProgress
-from semiseg.studies.recorded import read_result
-from semiseg.studies.status import finished_values, runs_to_do
+from semiseg.studies.identity import RESULT_NAME, PlannedRun, planned_steps
+from semiseg.studies.machines import Child, LaunchFile, Machine, last_step, lines_for_machines, share_of, this_machine
+from semiseg.studies.status import read_result, runs_to_do
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,7 @@ class Execution:
 
     Attributes:
         jobs: independent runs side by side.
-        processes: per run; more than one go through accelerate.
-        launch: accelerate's configuration file for each run, of as many processes on this machine.
+        processes, launch: of each run, see `machines.Share`.
         reproduce: train also what is recorded but was not trained in this folder.
         typed: the command that the user typed, for the record.
         command: what runs the command line of a child.
@@ -64,59 +63,50 @@ def run_missing(
         UserError: runs failed (the others have been finished first), or a run is being trained elsewhere.
         KeyboardInterrupt: SIGINT or SIGTERM; the running ones were given time to write a checkpoint.
     """
-    record_ended(planned, results=results, typed=how.typed)
-    todo = runs_to_do(planned, latest(read(results)), reproduce=how.reproduce)
+    todo = _todo(planned, results, how)
     if todo:
         for config in {digest(run.config.data.model_dump()): run.config.data for run in todo}.values():
             ensure_files(config)  # here, where people see how far it is
         progress = StudyProgress(todo, name=name, line_seconds=how.line_seconds, stream=stream or sys.stderr)
-        _Study(planned, todo, progress, results, how).run()
+        # Counted over the whole plan, not over what is left of it: a continued study gives each run the same number
+        # of threads, which the last bits of its numbers depend on.
+        pretrainings = sum(run.row == PRETRAIN_ROW for run in planned)
+        _Study(how, results, progress, list(todo), pretrainings, rows=len(planned) - pretrainings).run()
     return todo
-
-
-def record_ended(planned: Sequence[PlannedRun], *, results: Path, typed: Sequence[str]) -> None:
-    """Records what has ended without being recorded: an earlier call was killed, or it was trained on its own."""
-    for run in planned:
-        if (run.folder / RESULT_NAME).is_file():
-            append(results, read_result(run, typed=typed))
 
 
 def lines_to_type(planned: Sequence[PlannedRun], file: LaunchFile, *, results: Path, how: Execution) -> list[str]:
     """What to type on several machines, whose runs nobody can start from one of them; nothing if all are done."""
-    record_ended(planned, results=results, typed=how.typed)
-    lines = lines_for_machines(runs_to_do(planned, latest(read(results)), reproduce=how.reproduce), file)
-    if not lines:
-        return []
-    return [
-        f"# {len(lines)} runs on {file.machines} machines: in this folder, on each machine, in this order, with RANK 0 "
-        "on that of main_process_ip;",
-        "# afterwards the same 'semiseg run' records them and reports",
-        *lines,
-    ]
+    return lines_for_machines(_todo(planned, results, how), file)
 
 
+def _todo(planned: Sequence[PlannedRun], results: Path, how: Execution) -> list[PlannedRun]:
+    """What is missing; first records what has ended without being: an earlier call was killed, or it ran on its own."""
+    for run in planned:
+        if (run.folder / RESULT_NAME).is_file():
+            append(results, read_result(run, typed=how.typed))
+    return runs_to_do(planned, latest(read(results)), reproduce=how.reproduce)
+
+
+@dataclass
 class _Study:
-    """The state of one call of `run_missing`."""
+    """The state of one call of `run_missing`.
 
-    def __init__(
-        self,
-        planned: Sequence[PlannedRun],
-        todo: Sequence[PlannedRun],
-        progress: StudyProgress,
-        results: Path,
-        how: Execution,
-    ) -> None:
-        self.how = how
-        self.results = results
-        self.waiting = list(todo)
-        self.running: list[Child] = []
-        self.failures: dict[str, str] = {}
-        self.skipped: list[PlannedRun] = []
-        self.progress = progress
-        # Counted over the whole plan, not over what is left of it: a continued study gives each run the same number
-        # of threads, which the last bits of its numbers depend on.
-        self.pretrainings = sum(run.row == PRETRAIN_ROW for run in planned)
-        self.rows = len(planned) - self.pretrainings
+    Attributes:
+        failures: run_id -> why it failed.
+        skipped: how many runs were not begun, since what they start from failed.
+        pretrainings, rows: how many runs the whole plan has of each.
+    """
+
+    how: Execution
+    results: Path
+    progress: StudyProgress
+    waiting: list[PlannedRun]
+    pretrainings: int
+    rows: int
+    running: list[Child] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)
+    skipped: int = 0
 
     def run(self) -> None:
         with StopOnSignal() as stop:
@@ -134,25 +124,25 @@ class _Study:
                     child.kill()
                 self.progress.close()
         if self.failures:
-            skipped = f"; {len(self.skipped)} runs that start from them were not begun" if self.skipped else ""
+            skipped = f"; {self.skipped} runs that start from them were not begun" if self.skipped else ""
             reasons = "; ".join(self.failures.values())
             raise UserError(f"{len(self.failures)} of the study's runs failed{skipped}: {reasons}")
 
     def _start_ready(self) -> None:
         unfinished = {run.run_id for run in self.waiting} | {child.run.run_id for child in self.running}
         for run in list(self.waiting):
-            if run.init in self.failures:
+            if run.init_run in self.failures:
                 self.waiting.remove(run)
-                self.skipped.append(run)
-            elif run.init not in unfinished and len(self.running) < self.how.jobs:
+                self.skipped += 1
+            elif run.init_run not in unfinished and len(self.running) < self.how.jobs:
                 self.waiting.remove(run)
                 self._start(run)
 
     def _start(self, run: PlannedRun) -> None:
         slot = min(set(range(self.how.jobs)) - {child.slot for child in self.running})
-        how, alike = self.how, self.pretrainings if run.row == PRETRAIN_ROW else self.rows
-        side_by_side = min(how.jobs, alike)
-        share = share_of(how.machine, slot=slot, side_by_side=side_by_side, processes=how.processes, launch=how.launch)
+        how = self.how
+        together = min(how.jobs, self.pretrainings if run.row == PRETRAIN_ROW else self.rows)
+        share = share_of(how.machine, slot=slot, side_by_side=together, processes=how.processes, launch=how.launch)
         try:
             child = Child(run, command=how.command, share=share, slot=slot, grace_seconds=how.grace_seconds)
             self.running.append(child)
@@ -161,26 +151,23 @@ class _Study:
 
     def _collect_ended(self) -> None:
         for child in list(self.running):
-            code = child.poll()
+            code, run = child.poll(), child.run
             if code is None:
                 continue
             self.running.remove(child)
-            if code != 0:
-                child.kill()  # what a dead launcher has left
-            failure = self._record(child) if code == 0 else child.complaint()
-            if failure is None:
-                self.progress.end(child, message=_end_message(child), finished=True)
+            try:
+                if code != 0:
+                    child.kill()  # what a dead launcher has left
+                    raise UserError(child.failure())
+                result = read_result(run, typed=self.how.typed)
+                append(self.results, result)
+            except UserError as error:
+                self.failures[run.run_id] = f"{run.label}: {error} (log: {child.output})"
+                self.progress.end(child, message=f"{run.label} failed: {error}", finished=False)
             else:
-                self.failures[child.run.run_id] = f"{child.run.label}: {failure} (log: {child.output})"
-                self.progress.end(child, message=f"{child.run.label} failed: {failure}", finished=False)
-
-    def _record(self, child: Child) -> str | None:
-        """Records a run that ended well; what is wrong with its result, or None."""
-        try:
-            append(self.results, read_result(child.run, typed=self.how.typed))
-        except UserError as error:
-            return str(error)
-        return None
+                measured = ap_in_words(result.metrics)
+                message = f"{run.label} done in {format_seconds(time.monotonic() - child.started)}"
+                self.progress.end(child, message=f"{message}: {measured}" if measured else message, finished=True)
 
     def _stop(self) -> None:
         self.progress.say("stopping: the running ones finish their step and write a checkpoint")
@@ -190,16 +177,86 @@ class _Study:
         with suppress(KeyboardInterrupt):  # a second signal ends the wait
             while any(child.poll() is None for child in self.running) and time.monotonic() < deadline:
                 time.sleep(self.how.poll_seconds)
-        for child in list(self.running):
-            if child.poll() == 0:
-                # It ended well while it was being stopped.
-                self._record(child)
+        for child in self.running:
+            if child.poll() == 0:  # it ended well while it was being stopped
+                with suppress(UserError):
+                    append(self.results, read_result(child.run, typed=self.how.typed))
 
 
-def _end_message(child: Child) -> str:
-    metrics = finished_values(child.run)["metrics"]
-    values = {name: (metrics.get(kind) or {}).get("groups", {}) for name, kind in (("mask", "segm"), ("box", "bbox"))}
-    numbers = {name: groups.get("all", {}).get("AP") for name, groups in values.items()}
-    shown = ", ".join(f"{name} AP {value:.1f}" for name, value in numbers.items() if value is not None)
-    message = f"{child.run.label} done in {format_seconds(time.monotonic() - child.started)}"
-    return f"{message}: {shown}" if shown else message
+class StudyProgress:
+    """What people see: a bar with the time left on a terminal, a line now and then elsewhere.
+
+    The time left is that of all images to train on, at the mean rate so far: runs differ in their batch size, and
+    images cost more alike.
+    """
+
+    def __init__(self, runs: Sequence[PlannedRun], *, name: str, line_seconds: float, stream: TextIO) -> None:
+        self._name = name
+        self._images = {run.run_id: run.config.optim.batch_size for run in runs}  # of a step
+        self._steps = {run.run_id: (0, planned_steps(run.config)) for run in runs}  # done, and in all if that is known
+        self._first: dict[str, int] = {}  # step of a run at the first look, done in an earlier attempt
+        self._ended = 0
+        self._line_seconds = line_seconds
+        self._started = self._last_line = time.monotonic()
+        self._console = Console(file=stream, markup=False, emoji=False, highlight=False, soft_wrap=True)
+        columns = (BarColumn(), TextColumn("{task.description}", markup=False))
+        bar = self._console.is_interactive
+        self._bar = Progress(*columns, console=self._console, transient=True, auto_refresh=False, disable=not bar)
+        self._task = self._bar.add_task(name)
+        self._bar.start()
+
+    def update(self, running: Sequence[Child]) -> None:
+        """Looks at the logs of the running children and shows what has changed."""
+        for child in running:
+            now = last_step(child.run.folder / "log.jsonl")
+            if now is not None:
+                self._steps[child.run.run_id] = now
+                self._first.setdefault(child.run.run_id, now[0])
+        done, total = self._images_done()
+        line = self._line(running)
+        self._bar.update(self._task, description=line, total=total, completed=done)
+        self._bar.refresh()
+        if self._bar.disable and time.monotonic() - self._last_line >= self._line_seconds:
+            self._last_line = time.monotonic()
+            self.say(line)
+
+    def end(self, child: Child, *, message: str, finished: bool) -> None:
+        """A run has ended, and one line says how."""
+        step, steps = self._steps[child.run.run_id]
+        last = (steps or step) if finished else step  # a failed run's missing steps are no longer ahead
+        self._steps[child.run.run_id] = last, last
+        self._ended += 1
+        self.say(message)
+
+    def say(self, message: str) -> None:
+        """One line, above the bar if there is one."""
+        self._console.print(f"semiseg: {message}")
+
+    def close(self) -> None:
+        """Takes the bar away."""
+        self._bar.stop()
+
+    def _images_done(self) -> tuple[int, int]:
+        """Images of all steps that are done, and of all steps; a run of unknown length is as long as the longest."""
+        longest = max((steps for _, steps in self._steps.values() if steps is not None), default=1000)
+        done = sum(self._images[run_id] * step for run_id, (step, _) in self._steps.items())
+        total = sum(
+            self._images[run_id] * (longest if steps is None else steps) for run_id, (_, steps) in self._steps.items()
+        )
+        return done, total
+
+    def _stage(self, run: PlannedRun) -> str:
+        if run.run_id not in self._first:
+            return f"{run.label} starts"
+        step, steps = self._steps[run.run_id]
+        return f"{run.label} evaluates" if step == steps else f"{run.label} step {step} of {steps}"
+
+    def _line(self, running: Sequence[Child]) -> str:
+        """All of it in one line."""
+        line = f"{self._name}: {self._ended} of {len(self._steps)} runs done"
+        done, total = self._images_done()
+        now = done - sum(self._images[run_id] * step for run_id, step in self._first.items())
+        if now > 0:  # before the first step there is no rate
+            line += f", about {format_seconds((total - done) * (time.monotonic() - self._started) / now)} left"
+        stages = ", ".join(self._stage(child.run) for child in running)
+        return f"{line}; {stages}" if stages else line

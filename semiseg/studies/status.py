@@ -1,4 +1,4 @@
-"""Where a study's runs stand: done, started or missing; as the tables of `semiseg status` and `run --dry-run`."""
+"""Where a study's runs stand: done, started or missing; as the table of `semiseg status` and `run --dry-run`."""
 
 from __future__ import annotations
 
@@ -9,27 +9,26 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from semiseg.config import RunConfig
-from semiseg.config.read import digest, parse_config, read_json
+from semiseg.config.read import read_json
 from semiseg.engine.logs import format_seconds
-from semiseg.engine.processes import parts_per_step
 from semiseg.errors import UserError
 from semiseg.report.tables import text_table
-from semiseg.results import Result, latest, read
-from semiseg.studies.child import last_step
-from semiseg.studies.file import PRETRAIN_ROW, Study
+from semiseg.results import Result, checked, latest, read
+from semiseg.studies.file import PRETRAIN_ROW, Study, StudyRun, study_runs
 from semiseg.studies.identity import (
     RESULT_NAME,
     RESULTS_NAME,
-    RUNS_FOLDER,
     PlannedRun,
+    fitted_run,
     missing_data,
     plan,
     planned_steps,
 )
-from semiseg.studies.machines import this_machine
+from semiseg.studies.machines import last_step
 
-TRAINING_ALONE = "training alone, one run after the other, as the newest finished runs of the same kind took on"
+ALONE = "one after the other, by the step as the newest recorded runs of these rows took on"
+_FROM_RESULT = ("data_fingerprint", "metrics", "steps", "seconds", "device", "versions", "git_revision", "finished")
+WITHOUT_DATA = "which of them are done cannot be told without the data"
 
 
 @dataclass(frozen=True)
@@ -37,32 +36,31 @@ class RunStatus:
     """Where a run stands.
 
     Attributes:
+        run: a `PlannedRun`, unless its state is unknown: without the data it has no identity.
+        state: "recorded" is finished, but its folder is not here.
         step, steps: of a started run whose log has begun, else None.
-        when: ISO time of the end of a finished run.
-        recorded_only: finished and recorded, but its folder is not here.
+        finished: ISO time of the end of a finished run.
     """
 
-    run: PlannedRun
-    state: Literal["done", "started", "missing"]
+    run: StudyRun
+    state: Literal["done", "recorded", "started", "missing", "unknown"]
     step: int | None = None
     steps: int | None = None
-    when: str | None = None
-    recorded_only: bool = False
+    finished: str | None = None
 
-    @property
-    def shown(self) -> str:
+    def __str__(self) -> str:
         """The state in a table."""
-        if self.state == "started" and self.steps is not None:
-            return f"step {self.step} of {self.steps}"
-        return "done (recorded)" if self.recorded_only else self.state
+        if self.finished is not None:
+            return f"{self.state} {datetime.fromisoformat(self.finished).astimezone():%Y-%m-%d %H:%M}"
+        return self.state if self.steps is None else f"step {self.step} of {self.steps}"
 
 
 def run_status(run: PlannedRun, recorded: Mapping[str, Result]) -> RunStatus:
     """Where a run stands, by its folder and the record."""
     if (run.folder / RESULT_NAME).is_file():
-        return RunStatus(run, "done", when=finished_values(run)["finished"])
+        return RunStatus(run, "done", finished=finished_values(run)["finished"])
     if run.run_id in recorded:
-        return RunStatus(run, "done", when=recorded[run.run_id].finished, recorded_only=True)
+        return RunStatus(run, "recorded", finished=recorded[run.run_id].finished)
     if (run.folder / "identity.json").is_file():
         step, steps = last_step(run.folder / "log.jsonl") or (None, None)
         return RunStatus(run, "started", step=step, steps=steps)
@@ -86,6 +84,31 @@ def finished_values(run: PlannedRun) -> dict[str, Any]:
     return values
 
 
+def read_result(run: PlannedRun, *, typed: Sequence[str]) -> Result:
+    """The record of a finished run of a study, from its folder.
+
+    Raises:
+        UserError: the result is missing or not whole, or the split was changed while it trained.
+    """
+    path, values = run.folder / RESULT_NAME, finished_values(run)
+    if run.split is not None and values.get("split_digest") != run.identity["split"]:
+        raise UserError(f"{path}: the class split {run.split!r} was changed while the run trained; remove {run.folder}")
+    about = {name: getattr(run, name) for name in ("run_id", "identity", "study", "row", "split", "seed", "init_run")}
+    # Paths of initial weights belong to one machine; what they are is in the identity.
+    about["config"] = run.config.model_dump(mode="json", exclude={"init_from"})
+    return finished_result(path, values, about | {"split_digest": run.identity["split"], "command": list(typed)})
+
+
+def finished_result(path: Path, values: Mapping[str, Any], about: Mapping[str, Any]) -> Result:
+    """The record of a run, of what `path`, its result.json, holds and what else is known about it."""
+    missing = [name for name in _FROM_RESULT if name not in values]
+    if missing:
+        raise UserError(f"{path}: not the result of a finished run: {missing[0]!r} is missing")
+    fields = {name: values[name] for name in _FROM_RESULT}
+    optional = {"processes": values.get("processes", 1), "val_fingerprint": values.get("val_fingerprint")}
+    return checked({**about, **fields, **optional}, where=str(path))
+
+
 def runs_to_do(planned: Sequence[PlannedRun], recorded: Mapping[str, Result], *, reproduce: bool) -> list[PlannedRun]:
     """The rows that are missing, and before them the pretrainings that these start from and whose weights are missing.
 
@@ -94,112 +117,76 @@ def runs_to_do(planned: Sequence[PlannedRun], recorded: Mapping[str, Result], *,
     """
 
     def is_missing(run: PlannedRun) -> bool:
-        status = run_status(run, recorded)
-        if status.recorded_only:
+        state = run_status(run, recorded).state
+        if state == "recorded":
             return reproduce or run.row == PRETRAIN_ROW  # a record holds no weights to start from
-        return status.state != "done"
+        return state != "done"
 
     rows = [run for run in planned if run.row != PRETRAIN_ROW and is_missing(run)]
-    needed = {run.init for run in rows}
+    needed = {run.init_run for run in rows}
     return [run for run in planned if run.run_id in needed and is_missing(run)] + rows
 
 
 def status_text(study: Study, folder: Path, *, processes: int) -> str:
-    """Every run with its state; without the data the runs alone, and what is missing.
-
-    Args:
-        folder: of the study's record.
-    """
-    missing = missing_data(study)
-    planned = plan(study, processes=processes, by_name=missing is not None)
-    columns = ("row", "split", "seed", "state", "finished", "run")
+    """Every run with its state, by the record in a folder; without the data the runs alone, and what is missing."""
+    results = read(folder / RESULTS_NAME)
+    statuses, missing = _statuses(study, results, only=(), processes=processes)
+    counts = Counter(status.state for status in statuses)
+    total = ", ".join(f"{counts[state]} {state}" for state in ("done", "recorded", "started", "missing"))
     if missing is not None:
-        table = text_table(columns, [[*_name(run), "unknown", "", ""] for run in planned])
-        return f"{table}{study.name}: {len(planned)} runs; {_unknown(missing)}"
-    recorded = latest(read(folder / RESULTS_NAME))
-    statuses = [run_status(run, recorded) for run in planned]
-    rows = [[*_name(item.run), item.shown, _time(item.when), item.run.run_id] for item in statuses]
-    counts = Counter(item.state for item in statuses)
-    totals = ", ".join(f"{counts[state]} {state}" for state in ("done", "started", "missing"))
-    return f"{text_table(columns, rows)}{study.name}: {totals}"
-
-
-def _name(run: PlannedRun) -> list[str]:
-    return [run.row, run.split or "", str(run.seed)]
-
-
-def _time(when: str | None) -> str:
-    """An ISO time as a short local one; "" for None."""
-    return "" if when is None else datetime.fromisoformat(when).astimezone().strftime("%Y-%m-%d %H:%M")
-
-
-def _unknown(missing: str) -> str:
-    return f"which of them are done cannot be told without the data: {missing}"
+        total = f"{len(statuses)} runs; {WITHOUT_DATA}: {missing}"
+    return f"{_table(statuses, results, processes)[0]}{study.name}: {total}"
 
 
 def dry_run_text(study: Study, folder: Path, *, only: Sequence[str], processes: int, reproduce: bool) -> str:
-    """The runs that would be trained; without the data all of them, and what is missing.
-
-    Args:
-        folder: of the study's record.
-    """
-    missing = missing_data(study, only=only)
-    planned = plan(study, only=only, processes=processes, by_name=missing is not None)
-    recorded = latest(read(folder / RESULTS_NAME))
-    todo = planned if missing else runs_to_do(planned, recorded, reproduce=reproduce)
-    known = seconds_per_step(RUNS_FOLDER, processes)
-    gpus = str(processes) if this_machine().gpus else "none"
-    rows: list[list[str]] = []
-    times: list[tuple[float, str]] = []  # seconds that are left of a run, and the device they are known from
-    for run in todo:
-        status, steps = run_status(run, recorded), planned_steps(run.config)
-        time = "—"
-        if steps is not None and (kind := _kind(run.config, processes)) in known:
-            seconds, device = known[kind]
-            times.append(((steps - (status.step or 0)) * seconds, device))
-            time = format_seconds(times[-1][0])
-        state, run_id = ("unknown", "") if missing else (status.shown, run.run_id)
-        length = f"{run.config.optim.epochs:g} epochs" if steps is None else str(steps)
-        rows.append([*_name(run), state, length, _batch(run.config, processes), gpus, time, run_id])
-    columns = ("row", "split", "seed", "state", "steps", "batch", "GPUs", "time", "run")
-    lines = [f"{len(todo)} of {len(planned)} runs to train{', if none is done' if missing else ''}"]
-    if missing:
-        lines.append(_unknown(missing))
-    if times:
-        total, devices = format_seconds(sum(left for left, _ in times)), sorted({device for _, device in times})
-        lines.append(f"about {total} for {len(times)} of them: {TRAINING_ALONE} {', '.join(devices)}")
-    elif todo:
-        lines.append(f"no times: no run of the same kind is finished in {RUNS_FOLDER}/")
+    """The runs that would be trained, by the record in a folder; without the data all, and what is missing."""
+    results = read(folder / RESULTS_NAME)
+    every, missing = _statuses(study, results, only=only, processes=processes)
+    planned = [status.run for status in every if isinstance(status.run, PlannedRun)]
+    to_do = runs_to_do(planned, latest(results), reproduce=reproduce)
+    statuses = [status for status in every if missing or status.run in to_do]
+    table, times = _table(statuses, results, processes)
+    lines = [f"{len(statuses)} of {len(every)} runs to train"]
+    if missing is not None:
+        lines = [f"{lines[0]}, if none is done", f"{WITHOUT_DATA}: {missing}"]
+    if statuses:
+        lines.append(times)
     elif not reproduce:
         lines.append("all are done or recorded; '--reproduce' lists those that were recorded elsewhere")
-    return (text_table(columns, rows) if rows else "") + "\n".join(lines)
+    return table + "\n".join(lines)
 
 
-def _batch(config: RunConfig, processes: int) -> str:
-    """Images per step: in all, and as processes x accumulation parts x images where that is not one."""
-    parts, batch = parts_per_step(config, processes), config.optim.batch_size
-    factors = [str(processes)] if processes > 1 else []
-    factors += [f"{parts} parts"] if parts > 1 else []
-    return f"{batch} = {' x '.join([*factors, str(batch // processes // parts)])}" if factors else str(batch)
+def _statuses(
+    study: Study, results: Sequence[Result], *, only: Sequence[str], processes: int
+) -> tuple[list[RunStatus], str | None]:
+    """The study's runs with their states, and what is missing of the data, without which the states are unknown."""
+    missing = missing_data(study, only=only)
+    if missing is not None:
+        return [RunStatus(fitted_run(run, processes), "unknown") for run in study_runs(study, only=only)], missing
+    recorded = latest(results)
+    return [run_status(run, recorded) for run in plan(study, only=only, processes=processes)], None
 
 
-def seconds_per_step(runs_folder: Path, processes: int) -> dict[str, tuple[float, str]]:
-    """Kind of run -> seconds of a step and device, of the newest finished run of that kind on so many processes."""
-    newest: dict[str, tuple[str, float, str]] = {}
-    for path in runs_folder.glob(f"*/*/{RESULT_NAME}"):
-        try:
-            result = read_json(path)
-            config = parse_config(RunConfig, read_json(path.parent / "config.json")["config"], where=str(path.parent))
-            if result.get("processes", 1) == processes:
-                measured = (str(result["finished"]), result["train_seconds"] / result["steps"], str(result["device"]))
-                kind = _kind(config, processes)
-                newest[kind] = max(measured, newest.get(kind, measured))
-        except (UserError, KeyError, TypeError, ZeroDivisionError):
-            continue  # no whole run, or one of another version: it says nothing about this study
-    return {kind: (seconds, device) for kind, (_, seconds, device) in newest.items()}
+def _table(statuses: Sequence[RunStatus], results: Sequence[Result], processes: int) -> tuple[str, str]:
+    """The table of runs, "" for none, and a sentence on the time that is left of those that are not done here.
 
-
-def _kind(config: RunConfig, processes: int) -> str:
-    """Equal for runs whose steps take equally long: they differ in seed, length, rates and the split's classes."""
-    batch = [config.optim.batch_size, config.optim.optimizer, parts_per_step(config, processes)]
-    return digest({**config.identity(initial=True), "seed": 0, "optim": batch})
+    A run takes as long as the newest recorded one of its row on as many processes, by the step.
+    """
+    of_row = {result.row: result for result in results if result.processes == processes and result.steps}
+    lines, left = [], {}
+    for status in statuses:
+        run, steps, result = status.run, planned_steps(status.run.config), of_row.get(status.run.row)
+        if steps is not None and result is not None and status.state != "done":
+            left[run.key] = (steps - (status.step or 0)) * result.seconds / result.steps
+        time = format_seconds(left[run.key]) if run.key in left else "—"
+        length = f"{run.config.optim.epochs:g} epochs" if steps is None else str(steps)
+        run_id = run.run_id if isinstance(run, PlannedRun) else ""
+        batch = str(run.config.optim.batch_size)
+        lines.append([run.row, run.split or "", str(run.seed), str(status), length, batch, time, run_id])
+    columns = ("row", "split", "seed", "state", "steps", "batch", "time", "run")
+    sentence = "no times: no run of these rows is recorded"
+    if left:
+        devices = sorted({of_row[row].device for row, *_ in left})
+        total = f"about {format_seconds(sum(left.values()))} for {len(left)} of them"
+        sentence = f"{total}: {ALONE} {', '.join(devices)}"
+    return text_table(columns, lines) if lines else "", sentence

@@ -1,0 +1,259 @@
+"""How files are written, whole or not at all, and how processes keep out of each other's way.
+
+* What is written lies in a hidden folder `.semiseg-` and 32 digits beside its place until it is whole and on the disk;
+  then it is renamed. A kill, a full disk or a power cut leaves what was there before, or all of the new.
+* A hidden folder belongs to the process that holds the lock on its file `lock`. One whose lock is free is what a killed
+  process left; the next that writes there removes it. Nothing else is ever removed, whatever it is called.
+* A folder that takes the place of another needs two renames. Between them the old one lies in the hidden folder, and
+  whoever removes that puts it back first.
+* What stands in the way (no space, a limit, no permission) is one sentence that names the file or folder.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import shutil
+import uuid
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from semiseg.errors import UserError, UserNotice
+
+if TYPE_CHECKING:
+    from filelock import FileLock
+
+logger = logging.getLogger(__name__)
+
+LOCK_NAME = ".train.lock"  # in a run's folder, held by the process that trains it
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, no quota, a limit on the size of files
+_HIDDEN, _LOCK, _ASIDE = ".semiseg-", "lock", "aside"
+_HIDDEN_NAME = re.compile(re.escape(_HIDDEN) + "[0-9a-f]{32}")
+_SETTLED: set[Path] = set()  # folders whose leftovers this process has removed: a listing per file would be quadratic
+
+
+def require_folder(path: Path) -> None:
+    """Looks, before any work, whether files can be written into a folder that may not exist yet.
+
+    Raises:
+        UserError: it or a folder above it is a file, or writing is not permitted.
+    """
+    existing = next(part for part in (path, *path.absolute().parents) if part.exists())
+    if not existing.is_dir():
+        raise UserError(
+            f"{path}: is no folder" if existing == path else f"{path}: no folder can be made: {existing} is a file"
+        )
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{existing}: no permission to write there")
+
+
+def lock_folder(folder: Path) -> AbstractContextManager[None]:
+    """Keeps other processes from training in a folder; a UserError if one does."""
+    refused = f"{folder}: another process is training this run; wait for it or end it first"
+    return lock(folder / LOCK_NAME, refused=refused)
+
+
+@contextmanager
+def lock(path: Path, *, waiting: str | None = None, refused: str | None = None) -> Iterator[None]:
+    """Locks a file, which is there only so long, until the end of the block or of this process, however it ends.
+
+    On a file system without locks it goes on without one, with a warning. Where another process holds it:
+
+    Args:
+        waiting: said before it is waited for.
+        refused: said as a UserError, without waiting; with neither it is a TimeoutError.
+    """
+    try:
+        file = _acquire(path, warn=True)
+    except TimeoutError:
+        if refused is not None:
+            raise UserError(refused) from None
+        if waiting is None:
+            raise
+        logger.warning(waiting)
+        file = _acquire(path, warn=True, wait=True)
+    try:
+        yield
+    finally:
+        _release(path, file)
+
+
+def remove_stale_lock(path: Path) -> None:
+    """Removes the file of a lock that a killed process has left; one that is held stays."""
+    if path.exists():
+        with suppress(OSError):  # also of a lock that is held
+            _release(path, _acquire(path))
+
+
+def _acquire(path: Path, *, warn: bool = False, wait: bool = False) -> FileLock | None:
+    """Makes and locks a file until `_release` or the end of the process; None where the file system has no locks.
+
+    Raises:
+        TimeoutError: another process holds it, without `wait`.
+    """
+    from filelock import FileLock  # not above: only who writes waits for it
+
+    # No file that stands for a lock where there are none: a killed process would leave it for ever.
+    file = FileLock(path, fallback_to_soft=False)
+    try:
+        file.acquire(blocking=wait)
+    except OSError as error:
+        if error.filename is not None or isinstance(error, TimeoutError):  # no matter of a system without locks
+            raise
+        if warn:
+            message = f"{path.parent}: cannot be locked ({error}); let one process at a time work there"
+            warnings.warn(message, UserNotice, stacklevel=4)
+        return None
+    return file
+
+
+def _release(path: Path, file: FileLock | None) -> None:
+    """Removes the file and ends its lock, in this order: who has opened it meanwhile finds it gone and makes another.
+
+    Windows removes no file that is open; there filelock does it afterwards.
+    """
+    with suppress(OSError):
+        path.unlink()
+    if file is not None:
+        file.release()
+
+
+@contextmanager
+def temporary_folder(parent: Path) -> Iterator[Path]:
+    """A hidden folder of this process in `parent`, which is made if need be; removed with its content at the end."""
+    parent.mkdir(parents=True, exist_ok=True)
+    if parent.resolve() not in _SETTLED:
+        settle(parent)
+        _SETTLED.add(parent.resolve())
+    folder, file = _make_hidden(parent)
+    try:
+        yield folder
+    finally:
+        with suppress(OSError):
+            _dissolve(folder, file)
+
+
+def settle(parent: Path) -> None:
+    """Ends what killed processes left of their writing in `parent`: a replaced folder is put back, the rest removed.
+
+    Whoever finds that there is nothing to write asks for it too: a process killed at its last moment leaves the whole
+    file and, beside it, its hidden folder.
+    """
+    for folder in parent.glob(f"{_HIDDEN}*"):
+        if not _HIDDEN_NAME.fullmatch(folder.name) or folder.is_symlink():
+            continue
+        with suppress(OSError):  # also of a lock that is held, and of another user's folder
+            if not (folder / _LOCK).exists():
+                folder.rmdir()  # its process was killed before it had locked it, or when all else was removed
+            elif file := _acquire(folder / _LOCK):
+                _dissolve(folder, file)
+
+
+def _make_hidden(parent: Path) -> tuple[Path, FileLock | None]:
+    while True:
+        folder = parent / f"{_HIDDEN}{uuid.uuid4().hex}"
+        folder.mkdir()
+        with suppress(FileNotFoundError, TimeoutError):  # another process settled it before it was locked
+            file = _acquire(folder / _LOCK)
+            if file is None:
+                (folder / _LOCK).touch()
+            return folder, file
+
+
+def _dissolve(folder: Path, file: FileLock | None) -> None:
+    """Puts back the folder that was moved aside, if its place is free, and removes everything else, the lock last."""
+    aside = folder / _ASIDE
+    for old in aside.iterdir() if aside.is_dir() else ():
+        if not os.path.lexists(folder.parent / old.name):
+            os.rename(old, folder.parent / old.name)
+    for path in folder.iterdir():
+        if path.name != _LOCK:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    _release(folder / _LOCK, file)
+    folder.rmdir()
+
+
+@contextmanager
+def writing_errors(path: Path) -> Iterator[None]:
+    """Turns what can go wrong in writing `path` into a `UserError` that names it: a full disk, a limit, no permission.
+
+    Errors that say nothing of writing, such as a missing file that is read meanwhile, pass.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL and _HIDDEN not in str(error.filename):
+            raise
+        reason = error.strerror or str(error)
+        raise UserError(f"{path}: {reason[:1].lower()}{reason[1:]}") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 file as `whole_file` does."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file as `whole_file` does."""
+    with whole_file(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write into, which gets its name at the end of the block. Makes missing folders.
+
+    Whenever this is interrupted, `path` is what it was or whole, also after a power cut.
+    """
+    with writing_errors(path), temporary_folder(path.parent) as hidden:
+        with (hidden / "new").open("wb") as file:
+            yield file
+        _flush(hidden / "new")
+        os.replace(hidden / "new", path)
+        _flush(path.parent)
+
+
+@contextmanager
+def whole_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A temporary folder to write into, which gets the name `folder` at the end of the block; else nothing is left.
+
+    Whenever this is interrupted, `folder` is what it was or whole, also after a power cut. With `replace`, a process
+    killed between the two renames leaves the old folder aside: `settle` puts it back.
+
+    Args:
+        replace: take the place of a folder that is there; else, if another process has made it meanwhile, its is kept.
+    """
+    with writing_errors(folder), temporary_folder(folder.parent) as hidden:
+        new = hidden / "new"
+        new.mkdir()
+        yield new
+        with ThreadPoolExecutor(16) as pool:  # one after the other, thousands of pictures would take minutes
+            list(pool.map(_flush, [new, *new.rglob("*")]))
+        try:
+            os.rename(new, folder)  # also onto an empty folder
+        except OSError:
+            if not folder.is_dir():
+                raise
+            if replace:
+                (hidden / _ASIDE).mkdir()
+                os.rename(folder, hidden / _ASIDE / folder.name)
+                os.rename(new, folder)
+        _flush(folder.parent)
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file's content, or the names in a folder, are on the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    except OSError:
+        if not path.is_dir():  # some file systems cannot flush folders
+            raise
+    finally:
+        os.close(opened)
