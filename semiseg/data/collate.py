@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from semiseg.data.dataset import InstanceDataset, Key
-from semiseg.data.workers import told_lack
-from semiseg.errors import UserError
+from semiseg.data.workers import workers_lack
 from semiseg.structures.inputs import Batch, Sample, Targets, empty_batch, grid_size
 from semiseg.structures.masks import joined
 
@@ -29,12 +29,8 @@ def load_batch(dataset: InstanceDataset, keys: Sequence[Key], *, size_divisor: i
     chosen = [dataset.choose(key) for key in keys]
     sizes_hw = [geometry.input_hw for _, _, geometry in chosen]
     shared = get_worker_info() is not None
-    try:
+    with workers_lack() if shared else nullcontext():
         images, places = empty_batch(sizes_hw, size_divisor, channels_last=True, shared=shared)
-    except RuntimeError as error:
-        if not shared:
-            raise
-        raise UserError(told_lack(error)) from None
     samples = [dataset.sample(*one, place) for one, place in zip(chosen, places, strict=True)]
     batch = Batch(
         images=images,

@@ -16,7 +16,8 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
+from functools import lru_cache
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -28,9 +29,10 @@ from semiseg.data.dataset import InstanceDataset, Key
 from semiseg.data.workers import (
     START_METHOD,
     StartMethod,
+    describe_lack,
     leave_signals_to_the_main_process,
     return_freed_memory,
-    told_lack,
+    workers_lack,
 )
 from semiseg.errors import UserError
 from semiseg.structures.inputs import Batch
@@ -40,73 +42,64 @@ SPARE_FILES = 48  # that must still open where a batch is passed on: two for eac
 IMAGES_AHEAD = 128  # that may wait in memory, about 4 MB each at COCO's sizes; every worker has one batch in any case
 
 
+@dataclass(frozen=True)
 class StepBatches(Sampler[list[Key]]):
     """Batch sampler of one process: yields the keys of each micro batch, steps in order, accumulation parts inside.
 
     Part a on rank r takes the slice [(a * processes + r) * m, ... + m) of the step's B positions,
     m = B / (accumulation * processes).
+
+    Attributes:
+        num_images: rows of the data set.
+        batch_size: B, images of one optimizer step over all processes and parts.
+        accumulation: micro batches per process and step.
+        processes: number of processes; `rank` is this one's number.
+        seed: of the order and of every sample's seed.
+        start_step: steps already done, 0 for a new run.
+        steps: of the whole run; the sampler yields (steps - start_step) * accumulation micro batches.
     """
 
-    def __init__(
-        self,
-        num_images: int,
-        *,
-        batch_size: int,
-        accumulation: int,
-        processes: int,
-        rank: int,
-        seed: int,
-        start_step: int,
-        steps: int,
-    ) -> None:
-        """Sets which steps and whose share of them.
+    num_images: int
+    _: KW_ONLY
+    batch_size: int
+    accumulation: int
+    processes: int
+    rank: int
+    seed: int
+    start_step: int
+    steps: int
 
-        Args:
-            num_images: rows of the data set.
-            batch_size: B, images of one optimizer step over all processes and parts.
-            accumulation: micro batches per process and step.
-            processes: number of processes; `rank` is this one's number.
-            seed: of the order and of every sample's seed.
-            start_step: steps already done, 0 for a new run.
-            steps: of the whole run; the sampler yields (steps - start_step) * accumulation micro batches.
-        """
-        parts = accumulation * processes
-        if batch_size % parts:
-            given = f"{accumulation} x {processes} = {parts}"
-            raise UserError(f"optim.batch_size = {batch_size} must divide by accumulation x processes = {given}")
-        if num_images < 1:
+    def __post_init__(self) -> None:
+        parts = self.accumulation * self.processes
+        if self.batch_size % parts:
+            given = f"{self.accumulation} x {self.processes} = {parts}"
+            raise UserError(f"optim.batch_size = {self.batch_size} must divide by accumulation x processes = {given}")
+        if self.num_images < 1:
             raise UserError("the training data set has no images")
-        self.num_images = num_images
-        self.batch_size = batch_size
-        self.accumulation = accumulation
-        self.processes = processes
-        self.rank = rank
-        self.seed = seed
-        self.start_step = start_step
-        self.steps = steps
-        self.images_per_batch = batch_size // parts
+
+    @property
+    def images_per_batch(self) -> int:
+        """Images of a micro batch."""
+        return self.batch_size // (self.accumulation * self.processes)
 
     def __len__(self) -> int:
         return max(0, self.steps - self.start_step) * self.accumulation
 
     def __iter__(self) -> Iterator[list[Key]]:
-        orders: dict[int, list[int]] = {}
         micro = self.images_per_batch
         for step in range(self.start_step, self.steps):
             for part in range(self.accumulation):
                 first = step * self.batch_size + (part * self.processes + self.rank) * micro
-                yield [self._key(position, orders) for position in range(first, first + micro)]
+                yield [self._key(position) for position in range(first, first + micro)]
 
-    def _key(self, position: int, orders: dict[int, list[int]]) -> Key:
-        """The key at a position of the stream; `orders` caches the permutations of the epochs around it."""
-        epoch, place = divmod(position, self.num_images)
-        if epoch not in orders:
-            for old in [known for known in orders if known < epoch - 1]:
-                del orders[old]
-            orders[epoch] = epoch_order(self.num_images, seed=self.seed, epoch=epoch)
-        return orders[epoch][place], mixed_seed("sample", self.seed, position)
+    def _key(self, position: int) -> Key:
+        """The key at a position of the stream."""
+        epoch, index = divmod(position, self.num_images)
+        order = epoch_order(self.num_images, seed=self.seed, epoch=epoch)
+        return order[index], mixed_seed("sample", self.seed, position)
 
 
+@lru_cache(maxsize=4)  # a batch takes from one or two epochs
 def epoch_order(num_images: int, *, seed: int, epoch: int) -> list[int]:
     """The permutation of the rows in an epoch, from (seed, epoch) alone."""
     generator = torch.Generator().manual_seed(mixed_seed("epoch", seed, epoch))
@@ -120,43 +113,33 @@ def mixed_seed(purpose: str, *numbers: int) -> int:
 
 
 @dataclass(frozen=True)
-class _Failure:
-    """Bad input met in a worker; it travels as a value because DataLoader turns exceptions into a traceback's text."""
-
-    message: str
-
-
-@dataclass(frozen=True)
 class _Packed:
     """A batch as it leaves its worker: its tensors in shared memory, the rest and the handles of that as bytes.
 
     Left to itself, DataLoader does this in a thread of the worker's, where an error is printed, the batch is lost, and
-    this process waits for it for ever.
+    this process waits for it for ever. Errors travel as values, because DataLoader makes exceptions a traceback's text.
     """
 
     content: bytes
 
     @classmethod
-    def of(cls, batch: Batch) -> _Packed | _Failure:
-        """In the worker."""
-        try:
+    def of(cls, batch: Batch) -> _Packed:
+        """In the worker; raises `UserError`."""
+        with workers_lack():
             _require_files(SPARE_FILES)
             return cls(bytes(ForkingPickler.dumps(batch)))
-        except (RuntimeError, OSError) as error:
-            return _Failure(told_lack(error))
 
-    def batch(self) -> Batch | _Failure:
+    def batch(self) -> Batch | UserError:
         """In this process; once."""
         try:
-            _require_files(SPARE_FILES)
-            unpacked: Batch | _Failure = pickle.loads(self.content)
-            return unpacked
-        except (ConnectionError, EOFError):
-            return _Failure(told_lack(RuntimeError("one of them has ended")))
-        except (RuntimeError, OSError) as error:
-            return _Failure(told_lack(error))
+            with workers_lack():
+                _require_files(SPARE_FILES)
+                unpacked: Batch = pickle.loads(self.content)
+                return unpacked
+        except UserError as error:
+            return error
 
-    def pin_memory(self) -> Batch | _Failure:
+    def pin_memory(self) -> Batch | UserError:
         """Called by the DataLoader when `pin_memory` is on."""
         batch = self.batch()
         return batch.pin_memory() if isinstance(batch, Batch) else batch
@@ -169,8 +152,8 @@ def _require_files(number: int) -> None:
             opened.enter_context(open(os.devnull, "rb", buffering=0))
 
 
-class _Batches(Dataset[Batch | _Packed | _Failure]):
-    """The data set by whole batches, with every `UserError` turned into a `_Failure`.
+class _Batches(Dataset[Batch | _Packed | UserError]):
+    """The data set by whole batches; a `UserError` is returned, not raised.
 
     A worker packs its batches, and gives freed memory back now and then: else it keeps what it needed for its largest
     batch while it waits. After every batch of two images that would cost a fifth of their time.
@@ -184,15 +167,15 @@ class _Batches(Dataset[Batch | _Packed | _Failure]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitems__(self, keys: list[Key]) -> Batch | _Packed | _Failure:
+    def __getitems__(self, keys: list[Key]) -> Batch | _Packed | UserError:
         """What DataLoader calls for the keys of a batch."""
         try:
             batch = load_batch(self.dataset, keys, size_divisor=self.size_divisor)
+            if get_worker_info() is None:
+                return batch
+            packed = _Packed.of(batch)
         except UserError as error:
-            return _Failure(str(error))
-        if get_worker_info() is None:
-            return batch
-        packed = _Packed.of(batch)
+            return error
         self._images += len(keys)
         if self._images >= IMAGES_PER_RETURN:
             self._images = 0
@@ -201,11 +184,11 @@ class _Batches(Dataset[Batch | _Packed | _Failure]):
 
 
 def _as_loaded(batch: Any) -> Any:
-    """In place of DataLoader's own collation."""
+    """In place of DataLoader's own collation: `_Batches` gives whole batches, not lists of samples."""
     return batch
 
 
-class BatchLoader(DataLoader[Batch | _Packed | _Failure]):
+class BatchLoader(DataLoader[Batch | _Packed | UserError]):
     """A DataLoader that raises a worker's bad input, or its end, as the one sentence it is, in this process."""
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # a generator closes the workers as well
@@ -218,11 +201,11 @@ class BatchLoader(DataLoader[Batch | _Packed | _Failure]):
             except RuntimeError as error:
                 if not str(error).startswith("DataLoader worker"):
                     raise
-                raise UserError(told_lack(error)) from None
+                raise UserError(describe_lack(error)) from None
             if isinstance(item, _Packed):
                 item = item.batch()
-            if isinstance(item, _Failure):
-                raise UserError(item.message)
+            if isinstance(item, UserError):
+                raise item
             yield item
 
     def _started(self) -> Iterator[Any]:
@@ -234,14 +217,14 @@ class BatchLoader(DataLoader[Batch | _Packed | _Failure]):
         ours = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
         handler = signal.getsignal(signal.SIGCHLD) if ours else None
         try:
-            if self.num_workers:
+            if not self.num_workers:
+                return super().__iter__()
+            with workers_lack():
                 _require_files(SPARE_FILES)
                 # What torch is about to make. An iterator that could not get it prints a traceback when it is removed.
                 spare = [multiprocessing.Event() for _ in range(self.num_workers + 2)]
                 del spare
-            return super().__iter__()
-        except OSError as error:
-            raise UserError(told_lack(error)) from None
+                return super().__iter__()
         finally:
             if handler is not None:
                 signal.signal(signal.SIGCHLD, handler)
@@ -315,7 +298,7 @@ def _loader(
     return BatchLoader(
         _Batches(dataset, size_divisor),
         batch_sampler=batches,
-        collate_fn=_as_loaded,  # `_Batches` gives whole batches, not lists of samples
+        collate_fn=_as_loaded,
         num_workers=workers,
         pin_memory=pin_memory,
         **settings,

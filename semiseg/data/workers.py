@@ -18,6 +18,8 @@ from multiprocessing.connection import wait
 from types import FrameType, TracebackType
 from typing import Literal
 
+from semiseg.errors import UserError
+
 StartMethod = Literal["fork", "forkserver", "spawn"]
 # Forked workers share what this process has imported. Others import torch again, 0.5 GB each, and Python's own choice
 # differs between its versions. Elsewhere than on Linux forking is unsafe: None leaves the choice to the platform.
@@ -94,13 +96,23 @@ class StopOnSignal:
             self._at_once = False
 
 
-def told_lack(error: Exception) -> str:
+@contextmanager
+def workers_lack() -> Iterator[None]:
+    """Makes what a loader's processes cannot get in this context, or their end, a `UserError` with what helps."""
+    try:
+        yield
+    except (ConnectionError, EOFError):
+        raise UserError(describe_lack(RuntimeError("one of them has ended"))) from None
+    except (RuntimeError, OSError) as error:
+        raise UserError(describe_lack(error)) from None
+
+
+def describe_lack(error: Exception) -> str:
     """A sentence for what a process that loads could not get, or died of, with what helps."""
     reason = str((isinstance(error, OSError) and error.strerror) or error).strip().rstrip(".")
+    remedy = "give them more shared memory (a container's --shm-size or --ipc=host) or more memory"
     if "open files" in reason:
         remedy = "raise the limit of open files (ulimit -n)"
-    else:
-        remedy = "give them more shared memory (a container's --shm-size or --ipc=host) or more memory"
     return f"the loader's workers failed ({reason}): {remedy}, or set runtime.workers = 0; see docs/MACHINES.md"
 
 
