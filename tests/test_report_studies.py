@@ -149,9 +149,7 @@ def test_table_4_on_coco_itself(tmp_path: Path) -> None:
     assert "Rows differ in network, data or schedule: differences in mask AP are due to boxes and masks." in text
     assert "270000 steps or 90000 steps by row of 16 images" in text
     assert "backbone resnet50 or resnet101 by row" in text
-    words = (
-        "with model.backbone.depth = 101, model.neck.kind = bifpn, model.neck.channels = 160"
-    )
+    words = "with model.backbone.depth = 101, model.neck.kind = bifpn, model.neck.channels = 160"
     assert words.replace("_", r"\_") in text
 
 

@@ -79,7 +79,7 @@ class BadValue(Exception):
 Reporter = Callable[[Problem], None]
 
 
-def told_without_mask(without: int, objects: int) -> str:
+def describe_missing_masks(without: int, objects: int) -> str:
     """What objects without a mask do to an evaluation. Crowds are no objects here: they may lack a mask."""
     count = f"{without} of {objects} objects {'has' if without == 1 else 'have'} no mask"
     remedy = "give it one or set iscrowd 1" if without == 1 else "give them one or set iscrowd 1"

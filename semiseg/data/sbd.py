@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from semiseg.data.voc_objects import VOC_CLASSES, VOID, ImageRecord, image_size, make_object, read_names
+from semiseg.data.voc_objects import VOC_CLASSES, VOID, ImageRecord, annotation, image_size, read_names, reading
 from semiseg.errors import UserError
 
 ARCHIVE = "benchmark.tgz"
@@ -62,11 +62,8 @@ def sbd_record(sbd: Path, name: str, *, image: Path) -> ImageRecord:
     wrong = [value for value in categories if not 1 <= value <= len(VOC_CLASSES)]
     if wrong:
         raise UserError(f"{path}: 'Categories' holds {wrong[0]}, allowed: 1 to {len(VOC_CLASSES)}")
-    objects = [
-        make_object(number, category, None, mask=mask)
-        for number, category in enumerate(categories, start=1)
-        if (mask := indices == number).any()
-    ]
+    masks = {number: indices == number for number in range(1, len(categories) + 1)}
+    objects = {number: annotation(categories[number - 1], None, mask) for number, mask in masks.items() if mask.any()}
     return ImageRecord(name, size_hw, objects)
 
 
@@ -74,12 +71,7 @@ def _read_mat(path: Path) -> tuple[np.ndarray, list[int]]:
     """`Segmentation` (H, W) and `Categories` (n) of a file."""
     from scipy.io import loadmat  # not above: only these files need it
 
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; it is part of {ARCHIVE}")
-    try:
+    with reading(path, "no readable SBD file", archive=ARCHIVE):
         struct = loadmat(str(path), variable_names=["GTinst"])["GTinst"][0, 0]
-        indices, categories = np.asarray(struct["Segmentation"]), np.asarray(struct["Categories"])
-        return indices, [int(value) for value in categories.ravel()]
-    except Exception as error:  # damaged bytes surface as almost anything in SciPy's reader
-        detail = " ".join(str(error).split())
-        raise UserError(f"{path}: no readable SBD file: {type(error).__name__}: {detail}") from None
+        categories = [int(value) for value in np.asarray(struct["Categories"]).ravel()]
+        return np.asarray(struct["Segmentation"]), categories

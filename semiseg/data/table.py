@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from semiseg.config.read import digest, file_digest
 from semiseg.data.coco import NO_ANNOTATIONS, image_records, read_coco
-from semiseg.data.image_files import require_sizes
+from semiseg.data.images import require_sizes
 from semiseg.data.problems import Problem, stop_at_errors
 from semiseg.errors import UserError
 from semiseg.resources import lock, remove_stale_lock, settle, whole_folder

@@ -60,7 +60,7 @@ def ensure_voc(root: Path, image_set: str) -> tuple[Path, Path]:
     settle(annotations.parent)
     if annotations.is_file():
         return annotations, images
-    voc, sbd = _require_parts(root, image_set)
+    voc, *sbd = _require_parts(root, image_set)
     sources = _image_set(voc, sbd, image_set)
     require_folder(annotations.parent)
     # Mask AP needs a mask of every instance: in the evaluation's set an object of which no mask is known is ignored by
@@ -68,8 +68,8 @@ def ensure_voc(root: Path, image_set: str) -> tuple[Path, Path]:
     without_mask: Literal["box", "ignored"] = "ignored" if image_set == EVALUATION_SET else "box"
     records = []
     for name in tqdm(sorted(sources), desc=f"VOC 2012 {image_set}", unit=" images", delay=1, disable=None):
-        if sources[name] == "sbd" and sbd is not None:
-            records.append(sbd_record(sbd, name, image=images / f"{name}.jpg"))
+        if sources[name] == "sbd":
+            records.append(sbd_record(sbd[0], name, image=images / f"{name}.jpg"))
         else:
             masks_required = sources[name] == "masks"
             records.append(voc_record(voc, name, masks_required=masks_required, without_mask=without_mask))
@@ -83,18 +83,17 @@ def _find_voc(root: Path) -> Path | None:
     return next((folder for folder in candidates if (folder / "JPEGImages").is_dir()), None)
 
 
-def _require_parts(root: Path, image_set: str) -> tuple[Path, Path | None]:
+def _require_parts(root: Path, image_set: str) -> list[Path]:
     """The folders of VOC and, where the set needs it, of SBD; all that is missing is said at once."""
-    found: list[Path] = []
-    missing: list[str] = []
-    for look in (_require_voc, find_sbd)[: 2 if image_set == "train_aug" else 1]:
+    folders, missing = [], []
+    for find in (_require_voc, find_sbd) if image_set == "train_aug" else (_require_voc,):
         try:
-            found.append(look(root))
+            folders.append(find(root))
         except UserError as error:
             missing.append(str(error))
     if missing:
         raise UserError("; and ".join(missing))
-    return found[0], found[1] if len(found) > 1 else None
+    return folders
 
 
 def _require_voc(root: Path) -> Path:
@@ -113,15 +112,14 @@ def _require_voc(root: Path) -> Path:
     return voc
 
 
-def _image_set(voc: Path, sbd: Path | None, image_set: str) -> dict[str, str]:
+def _image_set(voc: Path, sbd: Sequence[Path], image_set: str) -> dict[str, str]:
     """The images of a set -> `masks` (SegmentationObject must have it), `boxes` (it may have it) or `sbd`."""
     lists = voc / "ImageSets" / "Segmentation"
     there = sorted(path.stem for path in lists.glob("*.txt"))
     if image_set in DERIVED_SETS:
-        if sbd is not None:
-            source = dict.fromkeys(sbd_list(sbd), "sbd") | dict.fromkeys(
-                read_names(lists / "train.txt", ARCHIVE), "masks"
-            )
+        if sbd:
+            source = dict.fromkeys(sbd_list(sbd[0]), "sbd")
+            source |= dict.fromkeys(read_names(lists / "train.txt", ARCHIVE), "masks")
         else:
             main = voc / "ImageSets" / "Main" / f"{image_set.removeprefix('main_')}.txt"
             source = dict.fromkeys(read_names(main, ARCHIVE), "boxes")
@@ -140,16 +138,16 @@ def _image_set(voc: Path, sbd: Path | None, image_set: str) -> dict[str, str]:
 
 def _check_misfits(records: Sequence[ImageRecord], image_set: str) -> None:
     misfits = [text for record in records for text in record.misfits]
-    masks = len(misfits) + sum(item.rle is not None for record in records for item in record.objects)
     if not misfits:
         return
-    told = f"{len(misfits)} of {masks} masks of VOC image set {image_set!r} contradict their objects: {misfits[0]}"
+    masks = len(misfits) + sum("segmentation" in item for record in records for item in record.objects.values())
+    text = f"{len(misfits)} of {masks} masks of VOC image set {image_set!r} contradict their objects: {misfits[0]}"
     if len(misfits) > LARGEST_MISFIT * masks:
         raise UserError(
-            f"{told}; at most {LARGEST_MISFIT:.0%} may: are Annotations, SegmentationObject and SegmentationClass of "
+            f"{text}; at most {LARGEST_MISFIT:.0%} may: are Annotations, SegmentationObject and SegmentationClass of "
             "one release?"
         )
-    logger.warning("%s; they are left out, the boxes stay", told)
+    logger.warning("%s; they are left out, the boxes stay", text)
 
 
 def _coco(records: Sequence[ImageRecord], image_set: str) -> dict[str, Any]:
@@ -157,18 +155,8 @@ def _coco(records: Sequence[ImageRecord], image_set: str) -> dict[str, Any]:
     for image_id, record in zip(_image_ids([record.name for record in records]), records, strict=True):
         height, width = record.size_hw
         images.append({"id": image_id, "file_name": f"{record.name}.jpg", "height": height, "width": width})
-        for item in record.objects:
-            annotation: dict[str, Any] = {
-                "id": image_id * IDS_PER_IMAGE + item.number,
-                "image_id": image_id,
-                "category_id": item.category_id,
-                "bbox": list(item.box_xywh),
-                "area": item.area,
-                "iscrowd": int(item.is_crowd),
-            }
-            if item.rle is not None:
-                annotation["segmentation"] = {"size": [height, width], "counts": item.rle}
-            annotations.append(annotation)
+        for number, item in record.objects.items():
+            annotations.append({"id": image_id * IDS_PER_IMAGE + number, "image_id": image_id, **item})
     return {
         "info": {"description": f"PASCAL VOC 2012, {image_set}", "version": str(CONVERTER_VERSION)},
         "images": images,

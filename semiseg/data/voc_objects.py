@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import UnidentifiedImageError
 from pycocotools import mask as coco_mask
 
 from semiseg.data.images import open_image
@@ -30,38 +32,22 @@ SMALLEST_SHARE_IN_BOX = 0.5  # of a mask's pixels in the box of its object; less
 
 
 @dataclass(frozen=True)
-class ObjectRecord:
-    """One object.
+class ImageRecord:
+    """One image.
 
     Attributes:
-        number: of the object in its image, from 1.
-        category_id: 1..20, index + 1 in `VOC_CLASSES`.
-        box_xywh: pixels of the stored image, half-open; as annotated, so it may reach over the image.
-        area: of the mask in pixels, without a mask that of the box.
-        rle: compressed COCO RLE counts, None if no mask is known.
-        is_crowd: ignored in training and evaluation.
+        size_hw: (height, width) in pixels.
+        objects: number of the object in its image, from 1 -> its COCO annotation, without ids.
+        misfits: says in words which masks contradict their object and were left out.
     """
-
-    number: int
-    category_id: int
-    box_xywh: tuple[float, float, float, float]
-    area: float
-    rle: str | None
-    is_crowd: bool
-
-
-@dataclass(frozen=True)
-class ImageRecord:
-    """One image; `misfits` says in words which masks contradict their object and were left out."""
 
     name: str
     size_hw: tuple[int, int]
-    objects: list[ObjectRecord]
+    objects: dict[int, dict[str, Any]]
     misfits: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class _XmlObject:
+class _XmlObject(NamedTuple):
     category_id: int
     box_xywh: tuple[float, float, float, float]
     difficult: bool
@@ -87,62 +73,75 @@ def voc_record(
     misfits: list[str] = []
     if masks_required or map_path.is_file():
         class_path = voc / "SegmentationClass" / f"{name}.png"
-        classes = read_indices(class_path, size_hw) if class_path.is_file() else None
-        masks, misfits = _masks(read_indices(map_path, size_hw), classes, annotated, str(map_path))
-    objects = []
+        classes = _read_indices(class_path, size_hw) if class_path.is_file() else None
+        masks, misfits = _masks(_read_indices(map_path, size_hw), classes, annotated, str(map_path))
+    objects = {}
     for number, item in enumerate(annotated, start=1):
         mask = masks.get(number)
         ignored = item.difficult or (mask is None and without_mask == "ignored")
-        objects.append(make_object(number, item.category_id, item.box_xywh, mask=mask, is_crowd=ignored))
+        objects[number] = annotation(item.category_id, item.box_xywh, mask, is_crowd=ignored)
     return ImageRecord(name, size_hw, objects, misfits)
 
 
-def make_object(
-    number: int,
+def annotation(
     category_id: int,
     box_xywh: tuple[float, float, float, float] | None,
-    *,
     mask: np.ndarray | None,
+    *,
     is_crowd: bool = False,
-) -> ObjectRecord:
-    """An object with its mask (H, W) bool encoded, None if there is none; without a box it gets the mask's."""
+) -> dict[str, Any]:
+    """A COCO annotation without ids.
+
+    Args:
+        category_id: 1..20, index + 1 in `VOC_CLASSES`.
+        box_xywh: pixels of the stored image, half-open; as annotated, so it may reach over the image. None = the
+            mask's.
+        mask: (H, W) bool; None if none is known: then the area is that of the box.
+        is_crowd: ignored in training and evaluation.
+    """
     if mask is None:
         assert box_xywh is not None
-        return ObjectRecord(number, category_id, box_xywh, box_xywh[2] * box_xywh[3], None, is_crowd)
-    rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
-    left, top, width, height = (int(value) for value in coco_mask.toBbox(rle))
-    counts, area = rle["counts"].decode("ascii"), int(coco_mask.area(rle))
-    return ObjectRecord(number, category_id, box_xywh or (left, top, width, height), area, counts, is_crowd)
+        area, segmentation = box_xywh[2] * box_xywh[3], {}
+    else:
+        rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+        box_xywh = box_xywh or tuple(int(value) for value in coco_mask.toBbox(rle))
+        area = int(coco_mask.area(rle))
+        segmentation = {"segmentation": {"size": list(mask.shape), "counts": rle["counts"].decode("ascii")}}
+    values = {"category_id": category_id, "bbox": list(box_xywh), "area": area, "iscrowd": int(is_crowd)}
+    return values | segmentation
+
+
+@contextmanager
+def reading(path: Path, fault: str, *, archive: str = ARCHIVE, noun: str = "file") -> Iterator[None]:
+    """Makes what goes wrong in reading a file of an archive one sentence; damaged bytes surface as almost anything."""
+    try:
+        yield
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such {noun}; it is part of {archive}") from None
+    except Exception as error:
+        damaged = isinstance(error, UnidentifiedImageError)
+        detail = "not an image or damaged" if damaged else " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path}: {fault}: {detail}") from None
 
 
 def image_size(path: Path) -> tuple[int, int]:
     """(height, width) of an image file, from its header."""
-    try:
-        with open_image(path) as image:
-            return image.height, image.width
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such image; it is part of {ARCHIVE}") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        raise UserError(f"{path}: the image cannot be read: not an image or damaged") from None
+    with reading(path, "the image cannot be read", noun="image"), open_image(path) as image:
+        return image.height, image.width
 
 
-def read_indices(path: Path, size_hw: tuple[int, int]) -> np.ndarray:
+def _read_indices(path: Path, size_hw: tuple[int, int]) -> np.ndarray:
     """(H, W) uint8: the indices of a palette image, not its colours.
 
     Raises:
         UserError: missing, damaged, an image of colours, or of another size than its photograph's `size_hw`.
     """
-    try:
-        with open_image(path) as image:
-            if image.mode not in ("P", "L"):
-                raise UserError(
-                    f"{path}: holds {image.mode} colours, allowed: a palette image, whose values are indices"
-                )
-            indices = np.array(image, dtype=np.uint8)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; it is part of {ARCHIVE}") from None
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: the image cannot be decoded: {error}") from None
+    with reading(path, "the image cannot be decoded"), open_image(path) as image:
+        if image.mode not in ("P", "L"):
+            raise UserError(f"{path}: holds {image.mode} colours, allowed: a palette image, whose values are indices")
+        indices = np.array(image, dtype=np.uint8)
     if indices.shape != size_hw:
         raise UserError(
             f"{path}: {indices.shape[1]} x {indices.shape[0]} pixels (width x height), allowed: those of its "
@@ -183,8 +182,8 @@ def _contradiction(mask: np.ndarray, classes: np.ndarray | None, item: _XmlObjec
     if classes is not None:
         most = int(np.bincount(classes[mask], minlength=VOID + 1).argmax())
         if most != item.category_id:
-            found = VOC_CLASSES[most - 1] if 0 < most <= len(VOC_CLASSES) else f"index {most}"
-            return f"the XML says {expected!r}, SegmentationClass {found!r}"
+            marked = VOC_CLASSES[most - 1] if 0 < most <= len(VOC_CLASSES) else f"index {most}"
+            return f"the XML says {expected!r}, SegmentationClass {marked!r}"
     x, y, width, height = item.box_xywh
     rows, columns = (index + 0.5 for index in np.nonzero(mask))  # centres of the pixels
     inside = (x <= columns) & (columns < x + width) & (y <= rows) & (rows < y + height)
@@ -194,15 +193,9 @@ def _contradiction(mask: np.ndarray, classes: np.ndarray | None, item: _XmlObjec
 
 
 def _read_xml(path: Path) -> list[_XmlObject]:
-    try:
-        root = ElementTree.parse(path).getroot()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; it is part of {ARCHIVE}") from None
-    except (ElementTree.ParseError, OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as XML: {error}") from None
-    return [
-        _xml_object(element, f"{path}: object {number}") for number, element in enumerate(root.findall("object"), 1)
-    ]
+    with reading(path, "not readable as XML"):
+        elements = ElementTree.parse(path).getroot().findall("object")
+        return [_xml_object(element, f"{path}: object {number}") for number, element in enumerate(elements, 1)]
 
 
 def _xml_object(element: ElementTree.Element, where: str) -> _XmlObject:
