@@ -35,7 +35,7 @@ SMALLEST_IMAGE = 32
 MANY_PICTURES = 100  # from here on several processes draw them
 PICTURES_AT_A_TIME = 16
 
-Drawn = tuple[str, list[dict[str, Any]]]  # a picture's file name and its annotations
+Annotations = list[dict[str, Any]]  # of one picture
 
 
 def shapes_folder(root: Path, *, images: int, image_size: int, seed: int) -> Path:
@@ -105,12 +105,13 @@ def _draw_all(folder: Path, *, images: int, image_size: int, seed: int) -> None:
     records: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     draw = partial(_draw_picture, folder=folder / IMAGES, image_size=image_size, seed=seed)
-    with closing(_on_every_core(draw, images)) as drawn:
-        told = tqdm(drawn, total=images, desc=f"drawing {images} Shapes pictures", unit="img", disable=None)
-        for number, (name, objects) in enumerate(told, start=1):
-            records.append({"id": number, "file_name": name, "width": image_size, "height": image_size, "license": 1})
+    with closing(_on_every_core(draw, images)) as pictures:
+        title = f"drawing {images} Shapes pictures"
+        for index, objects in enumerate(tqdm(pictures, total=images, desc=title, unit="img", disable=None)):
+            size = {"width": image_size, "height": image_size}
+            records.append({"id": index + 1, "file_name": _file_name(index), **size, "license": 1})
             for item in objects:
-                annotations.append({"id": len(annotations) + 1, "image_id": number, **item})
+                annotations.append({"id": len(annotations) + 1, "image_id": index + 1, **item})
     document = {
         "info": {
             "description": "Shapes: drawn by semiseg from a seed",
@@ -127,16 +128,19 @@ def _draw_all(folder: Path, *, images: int, image_size: int, seed: int) -> None:
     (folder / ANNOTATIONS).write_text(json.dumps(document, separators=(",", ":")) + "\n", encoding="utf-8")
 
 
-def _draw_picture(index: int, *, folder: Path, image_size: int, seed: int) -> Drawn:
-    """Writes the file of one picture; its name and its annotations."""
+def _draw_picture(index: int, *, folder: Path, image_size: int, seed: int) -> Annotations:
+    """Writes the file of one picture; its annotations."""
     pixels, objects = compose(seed, index, image_size)
-    name = f"{index + 1:06d}.png"
     # Not compressed: the pictures are noise, and half of a picture's way into a batch was taking it apart.
-    Image.fromarray(pixels).save(folder / name, compress_level=0)
-    return name, [_annotation(item) for item in objects]
+    Image.fromarray(pixels).save(folder / _file_name(index), compress_level=0)
+    return [_annotation(item) for item in objects]
 
 
-def _on_every_core(draw: Callable[[int], Drawn], images: int) -> Generator[Drawn, None, None]:
+def _file_name(index: int) -> str:
+    return f"{index + 1:06d}.png"
+
+
+def _on_every_core(draw: Callable[[int], Annotations], images: int) -> Generator[Annotations, None, None]:
     """What `draw` returns for each picture, in their order; where there are many, processes share them.
 
     When it is closed, no process draws any more: what they write can be removed.

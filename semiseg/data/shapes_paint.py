@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semiseg.data.shapes_draws import Draws
-from semiseg.data.shapes_raster import SAMPLES, Outline, Patch, Ring, fill
+from semiseg.data.shapes_outlines import SAMPLES, Outline, Patch, Ring, fill
 
 Pixels = NDArray[np.float64]  # (3, H, W) RGB
 Colour = NDArray[np.float64]  # (3, 1, 1) RGB
@@ -104,7 +104,7 @@ def paint_double(draws: Draws, palette: Palette, pixels: Pixels, patch: Patch) -
     y = patch.top + rows * draws.uniform(0.1, 0.9)
     colour = palette.pick(draws)
     blob = np.array((x, y)) + _blob(draws, draws.uniform(0.25, 0.5) * side)
-    _blend(pixels, fill(Outline([blob]), within=pixels.shape[1:]), colour, 1.0)
+    _blend(pixels, fill(Outline([blob])).inside(pixels.shape[1:]), colour, 1.0)
     return colour
 
 
@@ -193,7 +193,7 @@ def _paint_clutter(draws: Draws, palette: Palette, pixels: Pixels, unit: float) 
     ring = _line(draws, unit) if roll < 0.35 else _blob(draws, draws.uniform(5, 26) * unit)
     turn = np.array([(math.cos(angle), math.sin(angle)), (-math.sin(angle), math.cos(angle))])
     moved = ring[:, :1] * turn[0] + ring[:, 1:] * turn[1] + (x, y)
-    patch = fill(Outline([moved]), within=(size, size))
+    patch = fill(Outline([moved])).inside((size, size))
     colour = palette.pick(draws)
     frame = Frame(x, y, math.cos(angle), math.sin(angle), 16.0 * unit)
     texture: Texture = draws.choice(("stripes", "dots", "checker")) if roll > 0.85 else "plain"

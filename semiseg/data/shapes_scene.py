@@ -12,9 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semiseg.data.shapes_draws import Draws
-from semiseg.data.shapes_outlines import FAMILIES
+from semiseg.data.shapes_outlines import FAMILIES, Outline, Patch, fill
 from semiseg.data.shapes_paint import Frame, Palette, add_noise, paint_background, paint_double, paint_object
-from semiseg.data.shapes_raster import Outline, Patch, Ring, fill
 
 FEWEST, MOST = 2, 4  # objects in a picture; now and then less, if no place is found
 MIN_VISIBLE_PIXELS = 24
@@ -27,51 +26,49 @@ TRIES = 8  # positions tried for each object
 LABELS = tuple(sorted(FAMILIES))  # label -> family
 
 
-@dataclass(frozen=True)
+@dataclass
 class SceneObject:
     """One annotated object.
 
     Attributes:
         label: index into the sorted family names.
+        frame: its own axes.
+        patch: what it covers, inside the image.
         visible: (H, W) bool, the pixels that show it; those of different objects are disjoint.
-        visible_share: their number over that of the whole object, parts outside the image included.
+        full_area: pixels of the whole object, parts outside the image included.
     """
 
     label: int
-    visible: NDArray[np.bool_]
-    visible_share: float
-
-
-@dataclass
-class _Placed:
-    label: int
     frame: Frame
-    patch: Patch  # inside the image
-    visible: NDArray[np.bool_]  # (H, W)
+    patch: Patch
+    visible: NDArray[np.bool_]
     full_area: int
+
+    @property
+    def visible_share(self) -> float:
+        """The number of the visible pixels over that of the whole object."""
+        return int(self.visible.sum()) / self.full_area
 
 
 def compose(seed: int, index: int, size: int) -> tuple[NDArray[np.uint8], list[SceneObject]]:
     """Picture `index` of the data set with this seed: (size, size, 3) RGB and its objects, from back to front."""
     draws = Draws(seed, index)
-    placed = _place_objects(draws, size)
+    objects = _place_objects(draws, size)
     palette = Palette(draws)
     pixels = paint_background(draws, palette, size)
-    colours = [paint_double(draws, palette, pixels, p.patch) if draws.chance(DOUBLED) else None for p in placed]
-    for item, colour in zip(placed, colours, strict=True):
-        family = LABELS[item.label]
-        paint_object(draws, palette, pixels, item.patch, item.frame, family=family, colour=colour)
-    objects = [SceneObject(p.label, p.visible, int(p.visible.sum()) / p.full_area) for p in placed]
+    doubled = [paint_double(draws, palette, pixels, o.patch) if draws.chance(DOUBLED) else None for o in objects]
+    for item, colour in zip(objects, doubled, strict=True):
+        paint_object(draws, palette, pixels, item.patch, item.frame, family=LABELS[item.label], colour=colour)
     return add_noise(draws, pixels), objects
 
 
-def _place_objects(draws: Draws, size: int) -> list[_Placed]:
+def _place_objects(draws: Draws, size: int) -> list[SceneObject]:
     """Objects from back to front, each leaving enough of those behind it in sight."""
     wanted = draws.integer(FEWEST, MOST)
     share = draws.uniform(MIN_VISIBLE_SHARE, 1.0)  # some pictures are crowded, some are not
     sides = [size * draws.uniform(*SIDES) for _ in range(wanted)]
     sides.sort(key=lambda side: side * draws.uniform(0.3, 1.0), reverse=True)
-    placed: list[_Placed] = []
+    placed: list[SceneObject] = []
     spare = [size * SIDES[0]] * 8  # for pictures in which too few found a place
     for number, side in enumerate(sides + spare):
         if number >= wanted and len(placed) >= FEWEST:
@@ -84,49 +81,40 @@ def _place_objects(draws: Draws, size: int) -> list[_Placed]:
     return placed
 
 
-def _draw_object(draws: Draws, size: int, label: int, side: float) -> _Placed:
+def _draw_object(draws: Draws, size: int, label: int, side: float) -> SceneObject:
     outline = FAMILIES[LABELS[label]](draws)
-    scales = (1.0, draws.uniform(0.8, 1.0) * draws.choice((-1.0, 1.0)))
+    flip = draws.uniform(0.8, 1.0) * draws.choice((-1.0, 1.0))  # and stretch, of the y axis
     angle = math.radians(draws.uniform(*ANGLES))
     margin = INSIDE * side
-    x, y = draws.uniform(margin, size - margin), draws.uniform(margin, size - margin)
-    outline, frame = _positioned(outline, angle, scales, side, (x, y))
+    centre = draws.uniform(margin, size - margin), draws.uniform(margin, size - margin)
+    outline, frame = _positioned(outline, angle, flip, side, centre)
     whole = fill(outline)
     patch = whole.inside((size, size))
     visible = np.zeros((size, size), dtype=np.bool_)
     visible[patch.window] = patch.mask
-    return _Placed(label, frame, patch, visible, int(whole.mask.sum()))
-
-
-def _turned(ring: Ring, angle: float, scales: tuple[float, float]) -> Ring:
-    """A ring scaled along its own axes, then turned."""
-    cosine, sine = math.cos(angle), math.sin(angle)
-    x_axis, y_axis = np.array((cosine, sine)) * scales[0], np.array((-sine, cosine)) * scales[1]
-    return ring[:, :1] * x_axis + ring[:, 1:] * y_axis
+    return SceneObject(label, frame, patch, visible, int(whole.mask.sum()))
 
 
 def _positioned(
-    outline: Outline, angle: float, scales: tuple[float, float], side: float, centre: tuple[float, float]
+    outline: Outline, angle: float, flip: float, side: float, centre: tuple[float, float]
 ) -> tuple[Outline, Frame]:
-    """The outline stretched, turned and scaled so that the longer side of its box is `side`, around `centre`."""
-    solids, holes = ([_turned(ring, angle, scales) for ring in rings] for rings in (outline.solids, outline.holes))
-    points = np.concatenate(solids)
+    """The outline with its y axis scaled by `flip`, turned, and scaled so that its box's longer side is `side`."""
+    cosine, sine = math.cos(angle), math.sin(angle)
+    x_axis, y_axis = np.array((cosine, sine)), np.array((-sine, cosine)) * flip
+    turned = outline.mapped(lambda ring: ring[:, :1] * x_axis + ring[:, 1:] * y_axis)
+    points = np.concatenate(turned.solids)
     low, high = points.min(axis=0), points.max(axis=0)
     scale = side / float((high - low).max())
     shift = np.array(centre) - scale * (low + high) / 2
-    moved = Outline([ring * scale + shift for ring in solids], [ring * scale + shift for ring in holes])
-    flip = 1.0 if scales[1] > 0 else -1.0
-    return moved, Frame(float(shift[0]), float(shift[1]), math.cos(angle), math.sin(angle), scale, flip)
+    frame = Frame(float(shift[0]), float(shift[1]), cosine, sine, scale, math.copysign(1.0, flip))
+    return turned.mapped(lambda ring: ring * scale + shift), frame
 
 
-def _try_to_place(candidate: _Placed, placed: list[_Placed], share: float) -> bool:
+def _try_to_place(candidate: SceneObject, placed: list[SceneObject], share: float) -> bool:
     """Adds the candidate in front of the others, unless too little of anything would be seen."""
     left = [item.visible & ~candidate.visible for item in placed]
-    everything = [(candidate.visible, candidate.full_area)]
-    everything += [(visible, item.full_area) for visible, item in zip(left, placed, strict=True)]
-    for visible, full_area in everything:
-        pixels = int(np.count_nonzero(visible))
-        if pixels < max(MIN_VISIBLE_PIXELS, share * full_area):
+    for visible, item in zip([*left, candidate.visible], [*placed, candidate], strict=True):
+        if np.count_nonzero(visible) < max(MIN_VISIBLE_PIXELS, share * item.full_area):
             return False
     for item, visible in zip(placed, left, strict=True):
         item.visible = visible
