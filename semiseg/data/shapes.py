@@ -25,7 +25,7 @@ from semiseg.config.read import digest
 from semiseg.data.shapes_scene import LABELS, SceneObject, compose
 from semiseg.data.workers import START_METHOD, live_as_long_as_the_main_process
 from semiseg.errors import UserError
-from semiseg.resources import available_cores, lock, remove_stale_lock, settle, whole_folder
+from semiseg.resources import available_cores, make_once, settle, whole_folder
 
 GENERATOR_VERSION = 2  # raised with every change of pictures or annotations, so that no stale folder is used
 SHAPES_CLASSES: tuple[str, ...] = LABELS
@@ -47,9 +47,8 @@ def shapes_folder(root: Path, *, images: int, image_size: int, seed: int) -> Pat
 def ensure_shapes(root: Path, *, images: int, image_size: int, seed: int) -> Path:
     """The folder of a Shapes data set under `root`, drawn first if it is not there: `images/`, `annotations.json`.
 
-    Its name is `shapes_folder`'s. A folder with missing pictures is drawn anew. If several processes ask for one
-    folder at once, one of them draws it and the others wait; where the file system has no locks, each draws it and the
-    first to finish is kept.
+    Its name is `shapes_folder`'s. A folder with missing pictures is drawn anew. Of processes that ask at once one draws
+    and the others wait; where the file system has no locks, each draws and the first to finish is kept.
 
     Args:
         images: number of pictures.
@@ -61,18 +60,16 @@ def ensure_shapes(root: Path, *, images: int, image_size: int, seed: int) -> Pat
     """
     _require_possible(images, image_size, seed)
     folder = shapes_folder(root, images=images, image_size=image_size, seed=seed)
-    settle(root)
-    place = root / ".lock"
-    if _is_complete(folder, images):
-        remove_stale_lock(place)
-        return folder
-    root.mkdir(parents=True, exist_ok=True)
-    with lock(place, waiting=f"{root}: another process draws Shapes; waiting"):
+
+    def draw() -> None:
         # In this order: a folder that another process puts in place right now is complete and must not be removed.
         if folder.exists() and not _is_complete(folder, images):
             shutil.rmtree(folder)
         if not folder.exists():
             make_shapes(folder, images=images, image_size=image_size, seed=seed)
+
+    waiting = f"{root}: another process draws Shapes; waiting"
+    make_once(folder, draw, ready=lambda: _is_complete(folder, images), waiting=waiting)
     return folder
 
 

@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from semiseg.data.coco import NO_ANNOTATIONS, image_records, read_coco
 from semiseg.data.images import require_sizes
 from semiseg.data.problems import Problem, stop_at_errors
 from semiseg.errors import UserError
-from semiseg.resources import lock, remove_stale_lock, settle, whole_folder
+from semiseg.resources import make_once, whole_folder
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +121,9 @@ def load_table(annotations: Path, images: Path, *, cache: Path, annotations_requ
     """
     if not images.is_dir():
         raise UserError(f"{images}: no such image folder")
-    fingerprint = _digest(annotations)[:16]
+    if not annotations.exists():
+        raise UserError(f"{annotations}: no such annotation file")
+    fingerprint = file_digest(annotations, 64)[:16]
     folder = cache / f"{annotations.stem}-{fingerprint}-v{CONVERTER_VERSION}"
     try:
         rows, classes = _open(annotations, images, folder, annotations_required)
@@ -144,38 +147,23 @@ def load_table(annotations: Path, images: Path, *, cache: Path, annotations_requ
 def _open(
     annotations: Path, images: Path, folder: Path, annotations_required: bool
 ) -> tuple[datasets.Dataset, dict[str, Any]]:
-    """The rows and the classes, converted first if they are not there.
+    """The rows and the classes, converted first if they are not there: one process, since it needs gigabytes.
 
     A damaged table is made anew beside itself and stays: what cannot be opened here, say for a stale handle of a
     network file system, may be mapped into the memory of other jobs.
     """
-    base, place = folder, folder.parent / ".lock"
-    settle(folder.parent)
-    if folder.is_dir():
-        remove_stale_lock(place)
+    name, waiting = folder.name, f"{folder.parent}: another process converts annotations; waiting"
     for number in count(2):
-        if not folder.is_dir():
-            _convert_alone(annotations, images, folder, annotations_required, place)
-            return _read(folder)
+        convert = partial(_convert, annotations, images, folder, annotations_required)
+        new = make_once(folder, convert, ready=folder.is_dir, waiting=waiting)
         try:
             return _read(folder)
         except (pyarrow.ArrowException, OSError, ValueError, RecursionError, UserError) as error:
+            if new:
+                raise
             logger.warning("%s: cannot be used (%s); remove it when no job reads it", folder, error)
-        folder = base.with_name(f"{base.name}.{number}")
+        folder = folder.with_name(f"{name}.{number}")
     raise AssertionError
-
-
-def _convert_alone(annotations: Path, images: Path, folder: Path, annotations_required: bool, place: Path) -> None:
-    """Converts under the lock at `place`: a conversion needs gigabytes, and those that wait find it done."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with lock(place, waiting=f"{folder.parent}: another process converts annotations; waiting"):
-            if not folder.is_dir():
-                _convert(annotations, images, folder, annotations_required)
-    except BaseException:
-        with suppress(OSError):  # others may have tables there
-            folder.parent.rmdir()
-        raise
 
 
 def _read(folder: Path) -> tuple[datasets.Dataset, dict[str, Any]]:
@@ -210,23 +198,16 @@ def sampled_digest(table: Table, *, count: int = 256) -> str:
 
 def missing_images(folder: Path, file_names: list[str]) -> list[str]:
     """Those of the names, relative to `folder`, that are not there; one listing per folder, not one look per file."""
-    wanted: defaultdict[str, list[str]] = defaultdict(list)
+    by_folder: defaultdict[str, list[str]] = defaultdict(list)
     for name in file_names:
-        wanted[os.path.dirname(name)].append(name)
+        by_folder[os.path.dirname(name)].append(name)
     missing: list[str] = []
-    for part, names in wanted.items():
-        try:
-            present = set(os.listdir(folder / part))
-        except (FileNotFoundError, NotADirectoryError):
-            present = set()
+    for part, names in by_folder.items():
+        present: set[str] = set()
+        with suppress(FileNotFoundError, NotADirectoryError):
+            present.update(os.listdir(folder / part))
         missing.extend(name for name in names if os.path.basename(name) not in present)
     return missing
-
-
-def _digest(path: Path) -> str:
-    if not path.exists():
-        raise UserError(f"{path}: no such annotation file")
-    return file_digest(path, 64)
 
 
 def _convert(annotations: Path, images: Path, folder: Path, annotations_required: bool) -> None:
@@ -234,30 +215,29 @@ def _convert(annotations: Path, images: Path, folder: Path, annotations_required
 
     Only here the images' headers are read, so that a wrong size stops a training before its first step.
     """
-    changed: Counter[str] = Counter()
+    changes: Counter[str] = Counter()
     stop = stop_at_errors(annotations)
 
     def report(problem: Problem) -> None:
         stop(problem)
-        changed[f"{problem.kind.severity} ({problem.kind.title})"] += 1
+        changes[f"{problem.kind.severity} ({problem.kind.title})"] += 1
 
     coco = read_coco(annotations, report=report, annotations_required=annotations_required)
     if coco.digest[:16] not in folder.name:
         raise UserError(f"{annotations}: was changed while it was read; start again when it is whole")
     _require_images(images, [image["file_name"] for image in coco.images], annotations)
     with whole_folder(folder) as temporary:
-        rows = str(temporary / "rows.arrow")
-        with ArrowWriter(features=FEATURES, path=rows, writer_batch_size=ROWS_PER_WRITE) as writer:
-            records = image_records(coco, report=report)
-            total, name = len(coco.images), annotations.name
-            for record in tqdm(records, total=total, desc=name, unit=" images", delay=1, disable=None):
+        path = temporary / "rows.arrow"
+        with ArrowWriter(features=FEATURES, path=str(path), writer_batch_size=ROWS_PER_WRITE) as writer:
+            records, total = image_records(coco, report=report), len(coco.images)
+            for record in tqdm(records, total=total, desc=annotations.name, unit=" images", delay=1, disable=None):
                 writer.write(record)
             writer.finalize()
         require_sizes(coco.images, images)
         classes = {"class_names": coco.class_names, "category_ids": coco.category_ids, "annotated": coco.annotated}
-        classes["digest"] = _digest_of_table(temporary / "rows.arrow", classes)
+        classes["digest"] = _digest_of_table(path, classes)
         (temporary / "classes.json").write_text(json.dumps(classes, ensure_ascii=False), encoding="utf-8")
-    for title, times in changed.items():
+    for title, times in changes.items():
         logger.warning("%s: %d x %s; `semiseg data check` lists them", annotations, times, title)
 
 
