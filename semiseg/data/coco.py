@@ -295,9 +295,9 @@ def _decompressed(compressed: bytes) -> list[int]:
     lasts = np.flatnonzero((characters & MORE) == 0)  # of each number
     if (characters >= 64).any() or np.diff(lasts, prepend=-1).max(initial=0) > LONGEST_RUN:
         raise BadValue(Kind.RLE, "RLE 'counts' is no compressed RLE text")
-    if compressed and (not len(lasts) or lasts[-1] + 1 < len(characters)):
+    if len(characters) and characters[-1] & MORE:
         raise BadValue(Kind.RLE, "RLE 'counts' ends in the middle of a number")
-    runs: list[int] = run_lengths([compressed])[0].tolist() if compressed else []
+    runs: list[int] = run_lengths([compressed])[0].tolist()
     return runs
 
 

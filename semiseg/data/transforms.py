@@ -7,10 +7,9 @@ Frames: original = the stored image; input = after resize and flip. A point (x, 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -87,10 +86,8 @@ def _nearest(pixels: np.ndarray, size: int, original_size: int) -> np.ndarray:
     return np.minimum(places.astype(np.int64), original_size - 1)
 
 
-class Transform(Protocol):
-    """Chooses the geometry of one sample from its size and seed alone."""
-
-    def __call__(self, size_hw: tuple[int, int], seed: int) -> Geometry: ...
+# Chooses the geometry of one sample from its (height, width) and seed alone.
+Transform = Callable[[tuple[int, int], int], Geometry]
 
 
 @dataclass(frozen=True)

@@ -99,16 +99,15 @@ def annotation(
         mask: (H, W) bool; None if none is known: then the area is that of the box.
         is_crowd: ignored in training and evaluation.
     """
+    segmentation: dict[str, Any] = {}
     if mask is None:
         assert box_xywh is not None
-        area, segmentation = box_xywh[2] * box_xywh[3], {}
+        box, area = list(box_xywh), box_xywh[2] * box_xywh[3]
     else:
         rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
-        box_xywh = box_xywh or tuple(int(value) for value in coco_mask.toBbox(rle))
-        area = int(coco_mask.area(rle))
+        box, area = list(box_xywh or map(int, coco_mask.toBbox(rle))), int(coco_mask.area(rle))
         segmentation = {"segmentation": {"size": list(mask.shape), "counts": rle["counts"].decode("ascii")}}
-    values = {"category_id": category_id, "bbox": list(box_xywh), "area": area, "iscrowd": int(is_crowd)}
-    return values | segmentation
+    return {"category_id": category_id, "bbox": box, "area": area, "iscrowd": int(is_crowd), **segmentation}
 
 
 @contextmanager
