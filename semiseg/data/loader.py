@@ -230,13 +230,19 @@ class BatchLoader(DataLoader[Batch | _Packed | UserError]):
                 signal.signal(signal.SIGCHLD, handler)
 
 
-def build_train_loader(
+def eval_batches(num_images: int, *, batch_size: int, processes: int, rank: int) -> list[list[Key]]:
+    """Every image once over all processes: rank r takes rows r, r + processes, ...; nothing is padded or repeated."""
+    rows = range(rank, num_images, processes)
+    return [[(row, 0) for row in rows[first : first + batch_size]] for first in range(0, len(rows), batch_size)]
+
+
+def build_loader(
     dataset: InstanceDataset,
     *,
-    batches: StepBatches,
+    batches: StepBatches | list[list[Key]],
     size_divisor: int,
     workers: int,
-    pin_memory: bool,
+    pin_memory: bool = False,
     start_method: StartMethod | None = START_METHOD,
 ) -> BatchLoader:
     """Fetches the batches of `batches`, bit for bit the same for any number of workers.
@@ -247,52 +253,14 @@ def build_train_loader(
         pin_memory: page-locked batches, for a GPU.
         start_method: of the workers: `fork` on Linux, by default; None = the platform's own.
     """
-    return _loader(dataset, batches, batches.images_per_batch, size_divisor, workers, pin_memory, start_method)
-
-
-def build_eval_loader(
-    dataset: InstanceDataset,
-    *,
-    batch_size: int,
-    processes: int,
-    rank: int,
-    workers: int,
-    size_divisor: int,
-    pin_memory: bool = False,
-    start_method: StartMethod | None = START_METHOD,
-) -> BatchLoader:
-    """Every image once over all processes: rank r takes rows r, r + processes, ...; nothing is padded or repeated."""
-    rows = range(rank, len(dataset), processes)
-    batches = [[(row, 0) for row in rows[first : first + batch_size]] for first in range(0, len(rows), batch_size)]
-    return _loader(dataset, batches, batch_size, size_divisor, workers, pin_memory, start_method)
-
-
-@atexit.register
-def _end_workers() -> None:
-    """At exit multiprocessing sends SIGTERM to the workers that are left and waits for them, which ignore it."""
-    workers = [child for child in multiprocessing.active_children() if child.daemon]
-    if workers and hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would complain of their end
-    for worker in workers:
-        worker.kill()
-
-
-def _loader(
-    dataset: InstanceDataset,
-    batches: StepBatches | list[list[Key]],
-    images_per_batch: int,
-    size_divisor: int,
-    workers: int,
-    pin_memory: bool,
-    start_method: StartMethod | None,
-) -> BatchLoader:
     # A generator of its own: DataLoader draws a seed at every start, which would shift the global generator.
     settings: dict[str, Any] = {"generator": torch.Generator().manual_seed(0)}
     if workers:
+        images = batches.images_per_batch if isinstance(batches, StepBatches) else max(map(len, batches), default=1)
         settings |= {
             "multiprocessing_context": start_method,
             "persistent_workers": True,
-            "prefetch_factor": 2 if 2 * workers * images_per_batch <= IMAGES_AHEAD else 1,
+            "prefetch_factor": 2 if 2 * workers * images <= IMAGES_AHEAD else 1,
             "worker_init_fn": leave_signals_to_the_main_process,
         }
     return BatchLoader(
@@ -303,3 +271,13 @@ def _loader(
         pin_memory=pin_memory,
         **settings,
     )
+
+
+@atexit.register
+def _end_workers() -> None:
+    """At exit multiprocessing sends SIGTERM to the workers that are left and waits for them, which ignore it."""
+    workers = [child for child in multiprocessing.active_children() if child.daemon]
+    if workers and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would complain of their end
+    for worker in workers:
+        worker.kill()

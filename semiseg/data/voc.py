@@ -17,8 +17,16 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from semiseg.data.sbd import find_sbd, sbd_list, sbd_record
-from semiseg.data.voc_objects import ARCHIVE, VOC_CLASSES, ImageRecord, read_names, voc_record
+from semiseg.data.voc_objects import (
+    ARCHIVE,
+    VOC_CLASSES,
+    ImageRecord,
+    find_sbd,
+    read_names,
+    sbd_list,
+    sbd_record,
+    voc_record,
+)
 from semiseg.errors import UserError
 from semiseg.resources import require_folder, settle, write_text
 
