@@ -57,7 +57,7 @@ class CheckReport:
 
     def render(self) -> str:
         """The report as text, errors first."""
-        lines = [f"{self.annotations}"]
+        lines = [str(self.annotations)]
         if self.contents:
             lines.append("  " + ", ".join(f"{count} {name}" for name, count in self.contents.items()))
         for severity, meaning in MEANING.items():
@@ -78,11 +78,7 @@ class CheckReport:
 
 
 def check_annotations(annotations: Path, images: Path | None) -> CheckReport:
-    """Checks an instances file and, where their folder is given, decodes every image in full.
-
-    Args:
-        annotations: COCO instances json.
-        images: folder of the image files, or None to look at the json alone.
+    """Checks a COCO instances file and, where their folder is given, decodes every image in full.
 
     Raises:
         UserError: the file or the image folder does not exist; everything else is a finding.

@@ -56,8 +56,7 @@ def read_coco(path: Path, *, report: Reporter | None = None, annotations_require
     """Reads an instances file; entries with a problem are reported and left out.
 
     Args:
-        path: COCO instances json.
-        report: told every problem; by default the first error is raised as `UserError`.
+        report: gets every problem; by default the first error is raised as `UserError`.
         annotations_required: false takes a file without the list `annotations` for one of images to be predicted.
 
     Raises:
@@ -114,7 +113,7 @@ def image_records(coco: CocoFile, *, report: Reporter | None = None) -> Iterator
 
 
 def _parse(path: Path, needed: Sequence[str]) -> tuple[dict[str, Any], str]:
-    """The json's content and the digest of its bytes; every section of `needed` is there, and each one is a list."""
+    """The json's content and the digest of its bytes; every section of `needed` is there, each a list."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -249,7 +248,7 @@ def read_segmentation(value: Any, *, size_hw: tuple[int, int]) -> tuple[list[lis
 
 
 def is_finite(value: float) -> bool:
-    """False for NaN, infinities and numbers that no pixel arithmetic survives."""
+    """False also for numbers that no pixel arithmetic survives."""
     return abs(value) < 1e15
 
 

@@ -16,22 +16,17 @@ from semiseg.structures.masks import joined
 
 
 def load_batch(dataset: InstanceDataset, keys: Sequence[Key], *, size_divisor: int) -> Batch:
-    """The batch of the samples `dataset[key]`, without a copy of each image on the way.
+    """The batch of the samples `dataset[key]`, without a copy of each image on the way, and with the same errors.
 
-    All annotations come first, then image after image is written to its place while it is in cache.
-
-    Args:
-        size_divisor: height and width of the padded batch divide by it.
-
-    Raises:
-        UserError: as reading a sample does.
+    All annotations come first, then image after image is written into the batch while it is in cache. Height and width
+    of the padded batch divide by `size_divisor`.
     """
-    chosen = [dataset.choose(key) for key in keys]
-    sizes_hw = [geometry.input_hw for _, _, geometry in chosen]
+    rows = [dataset.choose(key) for key in keys]
+    sizes_hw = [geometry.input_hw for _, _, geometry in rows]
     shared = get_worker_info() is not None
     with workers_lack() if shared else nullcontext():
-        images, places = empty_batch(sizes_hw, size_divisor, channels_last=True, shared=shared)
-    samples = [dataset.sample(*one, place) for one, place in zip(chosen, places, strict=True)]
+        images, views = empty_batch(sizes_hw, size_divisor, channels_last=True, shared=shared)
+    samples = [dataset.sample(*row, view) for row, view in zip(rows, views, strict=True)]
     batch = Batch(
         images=images,
         image_sizes_hw=torch.tensor(sizes_hw, dtype=torch.int64),
@@ -39,8 +34,8 @@ def load_batch(dataset: InstanceDataset, keys: Sequence[Key], *, size_divisor: i
         bottom_rows_without_affinity=torch.tensor([s.bottom_rows_without_affinity for s in samples]),
         targets=_targets(samples, dataset.mask_stride, (images.shape[-2], images.shape[-1])),
     )
-    for (row, _, geometry), place in zip(chosen, places, strict=True):
-        dataset.read_image(row, geometry, out=place)
+    for (row, _, geometry), view in zip(rows, views, strict=True):
+        dataset.read_image(row, geometry, out=view)
     return batch
 
 
@@ -60,9 +55,7 @@ def _targets(samples: Sequence[Sample], stride: int | None, padded_hw: tuple[int
         crowd_boxes_xyxy=torch.cat([sample.crowd_boxes_xyxy for sample in samples]),
         crowd_image_index=image_numbers.repeat_interleave(crowd_counts),
         mask_stride=stride,
-        encoded=joined([sample.encoded for sample in samples if sample.encoded is not None])
-        if stride is None
-        else None,
+        encoded=joined([s.encoded for s in samples if s.encoded is not None]) if stride is None else None,
     )
 
 

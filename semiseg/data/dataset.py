@@ -7,7 +7,7 @@ passes on only what is kept; crowd regions pass on their box alone, for every cl
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from itertools import pairwise
 from typing import Any, Literal, Protocol
 
@@ -99,35 +99,25 @@ def withhold(objects: Sequence[dict[str, Any]], *, class_names: Sequence[str], r
     )
 
 
+@dataclass(frozen=True)
 class InstanceDataset(torch.utils.data.Dataset[Sample]):
     """Map-style data set: key (row index, sample seed) -> Sample.
 
     All chance in a sample comes from its seed, so it is the same on every worker, rank and resume.
+
+    Attributes:
+        rule: which instances keep their mask.
+        transform: chooses resize and flip.
+        mask_stride: stride of the mask grid in input pixels; None = masks stay encoded, for grids of their own.
+        bottom_rows_without_affinity: rows of the *original* image whose colours are not to be trusted (COCO: 10).
     """
 
-    def __init__(
-        self,
-        table: Table,
-        *,
-        rule: MaskRule,
-        transform: Transform,
-        mask_stride: int | None,
-        bottom_rows_without_affinity: int = 0,
-    ) -> None:
-        """Joins the annotations with what a training may see of them.
-
-        Args:
-            table: the annotations.
-            rule: which instances keep their mask.
-            transform: chooses resize and flip.
-            mask_stride: stride of the mask grid in input pixels; None = masks stay encoded, for grids of their own.
-            bottom_rows_without_affinity: rows of the *original* image whose colours are not to be trusted (COCO: 10).
-        """
-        self.table = table
-        self.rule = rule
-        self.transform = transform
-        self.mask_stride = mask_stride
-        self.bottom_rows_without_affinity = bottom_rows_without_affinity
+    table: Table
+    _: KW_ONLY
+    rule: MaskRule
+    transform: Transform
+    mask_stride: int | None
+    bottom_rows_without_affinity: int = 0
 
     def __len__(self) -> int:
         return len(self.table.rows)

@@ -29,15 +29,8 @@ DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 IMAGES_AT_ONCE = 256  # handed to the threads at a time, so that memory stays flat
 TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 # EXIF orientation -> what a viewer does to the stored pixels.
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_TURNS = ["FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"]
+UPRIGHT = {orientation: Image.Transpose[name] for orientation, name in enumerate(_TURNS, start=2)}
 # Pillow's remarks on large or odd files name no file but a line of its own; what cannot be read is an error anyway.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
@@ -82,8 +75,7 @@ def image_problems(
     """Looks at the images on all cores, with a progress bar; yields what is wrong in the file's order.
 
     Args:
-        entries: `images` of the annotation file.
-        folder: `file_name` is relative to it.
+        entries: `images` of the annotation file; `file_name` is relative to `folder`.
         look: called in threads with each image's path and the (height, width) that the entry states; gives a problem
             that is no error, or raises `BadValue`.
         title: of the progress bar.
@@ -153,7 +145,7 @@ def _installed_formats() -> tuple[str, ...]:
 
 @contextmanager
 def _opened(path: Path, size_hw: tuple[int, int] | None) -> Iterator[Image.Image]:
-    """The image, its header read and its size compared; whatever goes wrong, also inside the block, is a `BadValue`."""
+    """The image, its size compared; whatever goes wrong, also inside the block, is a `BadValue`."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise ValueError("it is no file")  # a pipe would be waited for
@@ -176,16 +168,16 @@ def _opened(path: Path, size_hw: tuple[int, int] | None) -> Iterator[Image.Image
 
 
 def _turned(image: Image.Image) -> Image.Image:
-    """The image as its EXIF orientation wants it to be seen; EXIF data that nobody can read says nothing."""
+    """The image as a viewer shows it."""
     image.load()  # Pillow turns TIFFs by itself while it loads them, and then takes the orientation away
     method = UPRIGHT.get(_orientation(image))
     return image if method is None else image.transpose(method)
 
 
 def _orientation(image: Image.Image) -> int:
+    """1..8; EXIF data that nobody can read says nothing: 1."""
     try:
-        orientation: int = image.getexif().get(ExifTags.Base.Orientation, 1)
-        return orientation
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # Pillow's parser raises what it happens to meet in damaged data
         return 1
 
@@ -201,8 +193,8 @@ def _rgb(image: Image.Image) -> np.ndarray:
 
 
 def _other_size(image: Image.Image, size_hw: tuple[int, int]) -> str:
-    text = f"the image is {image.width} x {image.height} (width x height), but its annotations say"
-    text += f" {size_hw[1]} x {size_hw[0]}"
-    if _orientation(image) in TRANSPOSED and (image.width, image.height) == tuple(size_hw):
+    (width, height), annotated = image.size, f"{size_hw[1]} x {size_hw[0]}"
+    text = f"the image is {width} x {height} (width x height), but its annotations say {annotated}"
+    if _orientation(image) in TRANSPOSED and image.size == tuple(size_hw):
         text += "; its EXIF orientation is not applied: store the pixels upright, or annotate the stored ones"
     return text

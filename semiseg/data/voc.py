@@ -12,18 +12,19 @@ import json
 import logging
 import re
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tqdm import tqdm
 
 from semiseg.data.voc_objects import (
     ARCHIVE,
+    SBD_ARCHIVE,
     VOC_CLASSES,
     ImageRecord,
     find_sbd,
     read_names,
-    sbd_list,
     sbd_record,
     voc_record,
 )
@@ -71,16 +72,15 @@ def ensure_voc(root: Path, image_set: str) -> tuple[Path, Path]:
     voc, *sbd = _require_parts(root, image_set)
     sources = _image_set(voc, sbd, image_set)
     require_folder(annotations.parent)
-    # Mask AP needs a mask of every instance: in the evaluation's set an object of which no mask is known is ignored by
-    # its box; elsewhere it is an instance with a box.
-    without_mask: Literal["box", "ignored"] = "ignored" if image_set == EVALUATION_SET else "box"
     records = []
     for name in tqdm(sorted(sources), desc=f"VOC 2012 {image_set}", unit=" images", delay=1, disable=None):
         if sources[name] == "sbd":
             records.append(sbd_record(sbd[0], name, image=images / f"{name}.jpg"))
         else:
-            masks_required = sources[name] == "masks"
-            records.append(voc_record(voc, name, masks_required=masks_required, without_mask=without_mask))
+            # Mask AP needs a mask of every instance: in the evaluation's set an object of which no mask is known is
+            # ignored by its box; elsewhere it is an instance with a box.
+            required, ignored = sources[name] == "masks", image_set == EVALUATION_SET
+            records.append(voc_record(voc, name, masks_required=required, ignored_without_mask=ignored))
     _check_misfits(records, image_set)
     write_text(annotations, json.dumps(_coco(records, image_set), separators=(",", ":")) + "\n")
     return annotations, images
@@ -113,32 +113,31 @@ def _require_voc(root: Path) -> Path:
         )
     for part in ("Annotations", "SegmentationObject", "ImageSets/Segmentation"):
         folder = voc / part
-        if folder.is_dir() and next(folder.iterdir(), None) is not None:
-            continue
-        wrong = "is empty" if folder.is_dir() else "no such folder"
-        raise UserError(f"{folder}: {wrong}; it is part of {ARCHIVE}: unpack that again, so that {voc} is complete")
+        if not folder.is_dir() or next(folder.iterdir(), None) is None:
+            fault = "is empty" if folder.is_dir() else "no such folder"
+            raise UserError(f"{folder}: {fault}; it is part of {ARCHIVE}: unpack that again, so that {voc} is complete")
     return voc
 
 
 def _image_set(voc: Path, sbd: Sequence[Path], image_set: str) -> dict[str, str]:
     """The images of a set -> `masks` (SegmentationObject must have it), `boxes` (it may have it) or `sbd`."""
     lists = voc / "ImageSets" / "Segmentation"
-    there = sorted(path.stem for path in lists.glob("*.txt"))
+    names = sorted(path.stem for path in lists.glob("*.txt"))
     if image_set in DERIVED_SETS:
         if sbd:
-            source = dict.fromkeys(sbd_list(sbd[0]), "sbd")
+            lists_of_sbd = (read_names(sbd[0] / f"{part}.txt", SBD_ARCHIVE) for part in ("train", "val"))
+            source = dict.fromkeys(chain.from_iterable(lists_of_sbd), "sbd")
             source |= dict.fromkeys(read_names(lists / "train.txt", ARCHIVE), "masks")
         else:
             main = voc / "ImageSets" / "Main" / f"{image_set.removeprefix('main_')}.txt"
             source = dict.fromkeys(read_names(main, ARCHIVE), "boxes")
         for name in read_names(lists / f"{EVALUATION_SET}.txt", ARCHIVE):
             source.pop(name, None)
-    elif image_set in there:
+    elif image_set in names:
         source = dict.fromkeys(read_names(lists / f"{image_set}.txt", ARCHIVE), "masks")
     else:
-        raise UserError(
-            f"VOC image set {image_set!r}: there is none in {lists}; known: {', '.join([*there, *DERIVED_SETS])}"
-        )
+        known = ", ".join([*names, *DERIVED_SETS])
+        raise UserError(f"VOC image set {image_set!r}: there is none in {lists}; known: {known}")
     if not source:
         raise UserError(f"VOC image set {image_set!r}: lists no image")
     return source
@@ -151,10 +150,8 @@ def _check_misfits(records: Sequence[ImageRecord], image_set: str) -> None:
     masks = len(misfits) + sum("segmentation" in item for record in records for item in record.objects.values())
     text = f"{len(misfits)} of {masks} masks of VOC image set {image_set!r} contradict their objects: {misfits[0]}"
     if len(misfits) > LARGEST_MISFIT * masks:
-        raise UserError(
-            f"{text}; at most {LARGEST_MISFIT:.0%} may: are Annotations, SegmentationObject and SegmentationClass of "
-            "one release?"
-        )
+        parts = "Annotations, SegmentationObject and SegmentationClass"
+        raise UserError(f"{text}; at most {LARGEST_MISFIT:.0%} may: are {parts} of one release?")
     logger.warning("%s; they are left out, the boxes stay", text)
 
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import UnidentifiedImageError
@@ -36,6 +36,7 @@ SBD_ARCHIVE = "benchmark.tgz"
 SBD_SITE = "http://www.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours"
 SBD_FOLDERS = ("SBD", "benchmark_RELEASE/dataset", "SBD/benchmark_RELEASE/dataset")
 VOID = 255
+Box = tuple[float, float, float, float]
 SMALLEST_SHARE_IN_BOX = 0.5  # of a mask's pixels in the box of its object; less, and it is another object's
 
 
@@ -57,19 +58,17 @@ class ImageRecord:
 
 class _XmlObject(NamedTuple):
     category_id: int
-    box_xywh: tuple[float, float, float, float]
+    box_xywh: Box
     difficult: bool
 
 
-def voc_record(
-    voc: Path, name: str, *, masks_required: bool, without_mask: Literal["box", "ignored"] = "box"
-) -> ImageRecord:
+def voc_record(voc: Path, name: str, *, masks_required: bool, ignored_without_mask: bool) -> ImageRecord:
     """The objects of an image in the XML's order; "difficult" ones are crowd.
 
     Args:
         voc: the folder VOC2012.
         masks_required: a missing map in `SegmentationObject` is an error; otherwise such an image has boxes only.
-        without_mask: what an object without a pixel in the map is: an instance with a box, or ignored by its box.
+        ignored_without_mask: an object without a pixel in the map is ignored by its box, no instance with a box.
 
     Raises:
         UserError: a file is missing or broken; names it.
@@ -86,17 +85,13 @@ def voc_record(
     objects = {}
     for number, item in enumerate(annotated, start=1):
         mask = masks.get(number)
-        ignored = item.difficult or (mask is None and without_mask == "ignored")
-        objects[number] = annotation(item.category_id, item.box_xywh, mask, is_crowd=ignored)
+        is_crowd = item.difficult or (mask is None and ignored_without_mask)
+        objects[number] = annotation(item.category_id, item.box_xywh, mask, is_crowd=is_crowd)
     return ImageRecord(name, size_hw, objects, misfits)
 
 
 def annotation(
-    category_id: int,
-    box_xywh: tuple[float, float, float, float] | None,
-    mask: np.ndarray | None,
-    *,
-    is_crowd: bool = False,
+    category_id: int, box_xywh: Box | None, mask: np.ndarray | None, *, is_crowd: bool = False
 ) -> dict[str, Any]:
     """A COCO annotation without ids.
 
@@ -140,20 +135,14 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def _read_indices(path: Path, size_hw: tuple[int, int]) -> np.ndarray:
-    """(H, W) uint8: the indices of a palette image, not its colours.
-
-    Raises:
-        UserError: missing, damaged, an image of colours, or of another size than its photograph's `size_hw`.
-    """
+    """(H, W) uint8: the indices of a palette image, not its colours; `size_hw` is that of its photograph."""
     with reading(path, "the image cannot be decoded"), open_image(path) as image:
         if image.mode not in ("P", "L"):
             raise UserError(f"{path}: holds {image.mode} colours, allowed: a palette image, whose values are indices")
         indices = np.array(image, dtype=np.uint8)
     if indices.shape != size_hw:
-        raise UserError(
-            f"{path}: {indices.shape[1]} x {indices.shape[0]} pixels (width x height), allowed: those of its "
-            f"photograph, {size_hw[1]} x {size_hw[0]}"
-        )
+        size, allowed = (f"{width} x {height}" for height, width in (indices.shape, size_hw))
+        raise UserError(f"{path}: {size} pixels (width x height), allowed: those of its photograph, {allowed}")
     return indices
 
 
@@ -177,7 +166,7 @@ def _masks(
         mask = indices == number
         if number > len(annotated):
             misfits.append(f"{where}: index {number}, but the XML has {len(annotated)} objects")
-        elif (contradiction := _contradiction(mask, classes, annotated[number - 1])) is not None:
+        elif contradiction := _contradiction(mask, classes, annotated[number - 1]):
             misfits.append(f"{where}: index {number}: {contradiction}")
         else:
             masks[number] = mask
@@ -232,11 +221,7 @@ def _coordinate(element: ElementTree.Element, key: str, where: str) -> float:
 
 
 def find_sbd(root: Path) -> Path:
-    """The folder with SBD's `inst/`, `train.txt` and `val.txt` below a data root.
-
-    Raises:
-        UserError: none is there; says what to download and where to put it.
-    """
+    """The folder with SBD's `inst/`, `train.txt` and `val.txt` below a data root; without one, what to download."""
     for name in SBD_FOLDERS:
         if (root / name / "inst").is_dir():
             return root / name
@@ -246,20 +231,14 @@ def find_sbd(root: Path) -> Path:
     )
 
 
-def sbd_list(sbd: Path) -> list[str]:
-    """Names of the images of SBD's own train and val lists."""
-    return [name for part in ("train", "val") for name in read_names(sbd / f"{part}.txt", SBD_ARCHIVE)]
-
-
 def sbd_record(sbd: Path, name: str, *, image: Path) -> ImageRecord:
     """The instances of an image, numbered as in its map; an instance without a pixel is left out.
 
     Args:
-        sbd: see `find_sbd`.
         image: the photograph in VOC's `JPEGImages`; SBD annotates VOC's own images.
 
     Raises:
-        UserError: SciPy is not installed; a file is missing, broken or contradicts itself.
+        UserError: a file is missing, broken or contradicts itself.
     """
     if not image.is_file():
         raise UserError(f"{image}: no such image, but SBD lists it; copy {sbd / 'img' / image.name} there")
