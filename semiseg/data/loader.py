@@ -10,12 +10,10 @@ from __future__ import annotations
 import atexit
 import hashlib
 import multiprocessing
-import os
 import pickle
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 from multiprocessing.reduction import ForkingPickler
@@ -50,10 +48,8 @@ class StepBatches(Sampler[list[Key]]):
     m = B / (accumulation * processes).
 
     Attributes:
-        num_images: rows of the data set.
         batch_size: B, images of one optimizer step over all processes and parts.
         accumulation: micro batches per process and step.
-        processes: number of processes; `rank` is this one's number.
         seed: of the order and of every sample's seed.
         start_step: steps already done, 0 for a new run.
         steps: of the whole run; the sampler yields (steps - start_step) * accumulation micro batches.
@@ -122,18 +118,10 @@ class _Packed:
 
     content: bytes
 
-    @classmethod
-    def of(cls, batch: Batch) -> _Packed:
-        """In the worker; raises `UserError`."""
-        with workers_lack():
-            _require_files(SPARE_FILES)
-            return cls(bytes(ForkingPickler.dumps(batch)))
-
     def batch(self) -> Batch | UserError:
         """In this process; once."""
         try:
-            with workers_lack():
-                _require_files(SPARE_FILES)
+            with workers_lack(SPARE_FILES):
                 unpacked: Batch = pickle.loads(self.content)
                 return unpacked
         except UserError as error:
@@ -145,13 +133,7 @@ class _Packed:
         return batch.pin_memory() if isinstance(batch, Batch) else batch
 
 
-def _require_files(number: int) -> None:
-    """Raises OSError if this process may not open so many more files."""
-    with ExitStack() as opened:
-        for _ in range(number):
-            opened.enter_context(open(os.devnull, "rb", buffering=0))
-
-
+@dataclass
 class _Batches(Dataset[Batch | _Packed | UserError]):
     """The data set by whole batches; a `UserError` is returned, not raised.
 
@@ -159,10 +141,9 @@ class _Batches(Dataset[Batch | _Packed | UserError]):
     batch while it waits. After every batch of two images that would cost a fifth of their time.
     """
 
-    def __init__(self, dataset: InstanceDataset, size_divisor: int) -> None:
-        self.dataset = dataset
-        self.size_divisor = size_divisor
-        self._images = 0  # since memory was given back
+    dataset: InstanceDataset
+    size_divisor: int
+    images_since_return: int = 0  # of freed memory
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -173,12 +154,13 @@ class _Batches(Dataset[Batch | _Packed | UserError]):
             batch = load_batch(self.dataset, keys, size_divisor=self.size_divisor)
             if get_worker_info() is None:
                 return batch
-            packed = _Packed.of(batch)
+            with workers_lack(SPARE_FILES):
+                packed = _Packed(bytes(ForkingPickler.dumps(batch)))
         except UserError as error:
             return error
-        self._images += len(keys)
-        if self._images >= IMAGES_PER_RETURN:
-            self._images = 0
+        self.images_since_return += len(keys)
+        if self.images_since_return >= IMAGES_PER_RETURN:
+            self.images_since_return = 0
             return_freed_memory()
         return packed
 
@@ -219,8 +201,7 @@ class BatchLoader(DataLoader[Batch | _Packed | UserError]):
         try:
             if not self.num_workers:
                 return super().__iter__()
-            with workers_lack():
-                _require_files(SPARE_FILES)
+            with workers_lack(SPARE_FILES):
                 # What torch is about to make. An iterator that could not get it prints a traceback when it is removed.
                 spare = [multiprocessing.Event() for _ in range(self.num_workers + 2)]
                 del spare

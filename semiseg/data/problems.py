@@ -18,10 +18,7 @@ Severity = Literal["error", "dropped", "clipped", "notice"]
 
 
 class Kind(Enum):
-    """Each value is (severity, title).
-
-    Errors stop a training; `dropped` and `clipped` change the annotation and are counted; a notice changes nothing.
-    """
+    """(severity, title). Errors stop a training; `dropped` and `clipped` change the annotation; a notice nothing."""
 
     FILE = ("error", "file is not COCO instances json")
     CATEGORY = ("error", "category entry is malformed")
@@ -81,9 +78,10 @@ Reporter = Callable[[Problem], None]
 
 def describe_missing_masks(without: int, objects: int) -> str:
     """What objects without a mask do to an evaluation. Crowds are no objects here: they may lack a mask."""
-    count = f"{without} of {objects} objects {'has' if without == 1 else 'have'} no mask"
-    remedy = "give it one or set iscrowd 1" if without == 1 else "give them one or set iscrowd 1"
-    return f"{count}, so mask AP is not measured; {remedy}"
+    have, them = ("has", "it") if without == 1 else ("have", "them")
+    return (
+        f"{without} of {objects} objects {have} no mask, so mask AP is not measured; give {them} one or set iscrowd 1"
+    )
 
 
 def stop_at_errors(path: Path) -> Reporter:

@@ -50,13 +50,8 @@ def ensure_shapes(root: Path, *, images: int, image_size: int, seed: int) -> Pat
     Its name is `shapes_folder`'s. A folder with missing pictures is drawn anew. Of processes that ask at once one draws
     and the others wait; where the file system has no locks, each draws and the first to finish is kept.
 
-    Args:
-        images: number of pictures.
-        image_size: their side in pixels, at least 32.
-        seed: not negative.
-
     Raises:
-        UserError: impossible parameters.
+        UserError: impossible parameters (allowed: at least 1 image, a side of at least 32 pixels, a seed from 0 on).
     """
     _require_possible(images, image_size, seed)
     folder = shapes_folder(root, images=images, image_size=image_size, seed=seed)
@@ -77,16 +72,14 @@ def make_shapes(folder: Path, *, images: int, image_size: int, seed: int) -> Non
     """Draws a Shapes data set into a new folder: `images/000001.png`, ... and `annotations.json`.
 
     The folder appears under its name when it is complete; if the drawing is interrupted, nothing is left. If another
-    process has drawn it meanwhile, its is kept.
-
-    Args and errors: as for `ensure_shapes`, and a `UserError` if the folder exists and is not empty.
+    process has drawn it meanwhile, its is kept. Errors: as `ensure_shapes`, and if the folder exists and is not empty.
     """
     _require_possible(images, image_size, seed)
     settle(folder.parent)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: exists already; name a new or an empty folder")
-    with whole_folder(folder) as part:
-        _draw_all(part, images=images, image_size=image_size, seed=seed)
+    with whole_folder(folder) as temporary:
+        _draw_all(temporary, images=images, image_size=image_size, seed=seed)
 
 
 def _require_possible(images: int, image_size: int, seed: int) -> None:
@@ -109,14 +102,9 @@ def _draw_all(folder: Path, *, images: int, image_size: int, seed: int) -> None:
             records.append({"id": index + 1, "file_name": _file_name(index), **size, "license": 1})
             for item in objects:
                 annotations.append({"id": len(annotations) + 1, "image_id": index + 1, **item})
+    text, version = "Shapes: drawn by semiseg from a seed", str(GENERATOR_VERSION)
     document = {
-        "info": {
-            "description": "Shapes: drawn by semiseg from a seed",
-            "version": str(GENERATOR_VERSION),
-            "images": images,
-            "image_size": image_size,
-            "seed": seed,
-        },
+        "info": {"description": text, "version": version, "images": images, "image_size": image_size, "seed": seed},
         "licenses": [{"id": 1, "name": "CC0 1.0", "url": "https://creativecommons.org/publicdomain/zero/1.0/"}],
         "images": records,
         "annotations": annotations,

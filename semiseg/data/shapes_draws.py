@@ -14,8 +14,7 @@ Item = TypeVar("Item")
 class Draws:
     """Draws made of uniform numbers alone: numpy fixes the bit stream of PCG64 and the mapping to [0, 1), not more.
 
-    Args:
-        seed, index: two non-negative numbers; each pair has a stream of its own.
+    Each pair of the non-negative seed and index has a stream of its own.
     """
 
     def __init__(self, seed: int, index: int) -> None:
@@ -30,11 +29,9 @@ class Draws:
         return low + int((high - low + 1) * self._generator.random())
 
     def chance(self, probability: float) -> bool:
-        """True with the given probability."""
         return bool(self._generator.random() < probability)
 
     def choice(self, items: Sequence[Item]) -> Item:
-        """One of the items."""
         return items[self.integer(0, len(items) - 1)]
 
     def field(self, *shape: int) -> NDArray[np.float64]:

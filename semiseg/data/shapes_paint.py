@@ -113,10 +113,7 @@ def paint_object(
 ) -> None:
     """Paints one object over what is there, in the given colour or else one unlike what is behind it.
 
-    Args:
-        patch: its pixels; inside the image.
-        frame: its axes, which its texture follows.
-        family: may have a texture of its own.
+    Its patch lies inside the image; its texture follows its frame, and some families have one of their own.
     """
     behind = pixels[:, *patch.window][:, patch.mask].mean(axis=1).reshape(3, 1, 1)
     if colour is None or float(np.abs(colour - behind).max()) < 30:  # a doubled one must not vanish altogether
@@ -190,7 +187,11 @@ def _paint_clutter(draws: Draws, palette: Palette, pixels: Pixels, unit: float) 
     size = pixels.shape[1]
     x, y, angle = draws.uniform(0, size), draws.uniform(0, size), draws.uniform(0, 2 * math.pi)
     roll = draws.uniform(0, 1)
-    ring = _line(draws, unit) if roll < 0.35 else _blob(draws, draws.uniform(5, 26) * unit)
+    if roll < 0.35:
+        length, width = draws.uniform(20, 80) * unit, draws.uniform(0.6, 2.2) * unit
+        ring = np.array([(-length, -width), (length, -width), (length, width), (-length, width)])
+    else:
+        ring = _blob(draws, draws.uniform(5, 26) * unit)
     turn = np.array([(math.cos(angle), math.sin(angle)), (-math.sin(angle), math.cos(angle))])
     moved = ring[:, :1] * turn[0] + ring[:, 1:] * turn[1] + (x, y)
     patch = fill(Outline([moved])).inside((size, size))
@@ -201,11 +202,6 @@ def _paint_clutter(draws: Draws, palette: Palette, pixels: Pixels, unit: float) 
     if texture != "plain":
         surface = colour + (palette.pick(draws) - colour) * _texture(draws, texture, patch, frame)
     _blend(pixels, patch, surface, draws.uniform(0.4, 1.0))
-
-
-def _line(draws: Draws, unit: float) -> Ring:
-    length, width = draws.uniform(20, 80) * unit, draws.uniform(0.6, 2.2) * unit
-    return np.array([(-length, -width), (length, -width), (length, width), (-length, width)])
 
 
 def _blob(draws: Draws, radius: float) -> Ring:

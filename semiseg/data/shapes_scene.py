@@ -64,14 +64,14 @@ def compose(seed: int, index: int, size: int) -> tuple[NDArray[np.uint8], list[S
 
 def _place_objects(draws: Draws, size: int) -> list[SceneObject]:
     """Objects from back to front, each leaving enough of those behind it in sight."""
-    wanted = draws.integer(FEWEST, MOST)
+    count = draws.integer(FEWEST, MOST)
     share = draws.uniform(MIN_VISIBLE_SHARE, 1.0)  # some pictures are crowded, some are not
-    sides = [size * draws.uniform(*SIDES) for _ in range(wanted)]
+    sides = [size * draws.uniform(*SIDES) for _ in range(count)]
     sides.sort(key=lambda side: side * draws.uniform(0.3, 1.0), reverse=True)
     placed: list[SceneObject] = []
     spare = [size * SIDES[0]] * 8  # for pictures in which too few found a place
-    for number, side in enumerate(sides + spare):
-        if number >= wanted and len(placed) >= FEWEST:
+    for index, side in enumerate(sides + spare):
+        if index >= count and len(placed) >= FEWEST:
             break
         label = draws.integer(0, len(LABELS) - 1)
         for _ in range(TRIES):

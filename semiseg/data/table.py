@@ -92,9 +92,9 @@ class Table:
         objects = compute.list_flatten(self.rows.data.column("objects"))
         instances = compute.invert(compute.struct_field(objects, "is_crowd"))
         if labels is not None:
-            chosen = pyarrow.array(labels, pyarrow.int64())
-            wanted = compute.is_in(compute.struct_field(objects, "label"), value_set=chosen)
-            instances = compute.and_(instances, wanted)
+            counted = pyarrow.array(labels, pyarrow.int64())
+            has_label = compute.is_in(compute.struct_field(objects, "label"), value_set=counted)
+            instances = compute.and_(instances, has_label)
         without = compute.and_(instances, compute.invert(compute.struct_field(objects, "has_mask")))
         return compute.sum(instances).as_py() or 0, compute.sum(without).as_py() or 0
 
@@ -105,13 +105,11 @@ class Table:
 
 
 def load_table(annotations: Path, images: Path, *, cache: Path, annotations_required: bool = True) -> Table:
-    """The table of an annotation file; converted on first use, with a progress bar.
+    """The table of a COCO instances json; converted on first use, with a progress bar.
 
     Of processes that ask at once one converts, and the others wait for it.
 
     Args:
-        annotations: COCO instances json.
-        images: folder of the image files.
         cache: folder of the Arrow files; the name in it comes from the json's content and the converter's version.
         annotations_required: false also takes a file without the list `annotations`, to predict its images.
 

@@ -32,10 +32,7 @@ class Geometry:
         """(3, H, W) uint8 -> (3, H', W') uint8: antialiased bilinear; untouched where the size stays.
 
         The memory layout stays too. An image as decoded, channels last, takes half the time of one channel by channel.
-
-        Args:
-            image: as decoded.
-            out: where the result is written, (3, H', W'), such as a part of a batch; it is also returned.
+        The result is written to `out` where that is given, such as a part of a batch.
         """
         if self.input_hw != self.original_hw:
             size = list(self.input_hw)
@@ -82,8 +79,8 @@ class Geometry:
 def _nearest(pixels: np.ndarray, size: int, original_size: int) -> np.ndarray:
     """The original pixels that hold the centres of `pixels` of a side that was resized; in float32, as torch has it."""
     scale = np.float32(original_size) / np.float32(size)
-    places = (pixels.astype(np.float32) + np.float32(0.5)) * scale
-    return np.minimum(places.astype(np.int64), original_size - 1)
+    centres = (pixels.astype(np.float32) + np.float32(0.5)) * scale
+    return np.minimum(centres.astype(np.int64), original_size - 1)
 
 
 # Chooses the geometry of one sample from its (height, width) and seed alone.

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import wait
 from types import FrameType, TracebackType
 from typing import Literal
@@ -97,9 +97,16 @@ class StopOnSignal:
 
 
 @contextmanager
-def workers_lack() -> Iterator[None]:
-    """Makes what a loader's processes cannot get in this context, or their end, a `UserError` with what helps."""
+def workers_lack(spare_files: int = 0) -> Iterator[None]:
+    """Makes what a loader's processes cannot get in this context, or their end, a `UserError` with what helps.
+
+    Args:
+        spare_files: so many more must open now.
+    """
     try:
+        with ExitStack() as opened:
+            for _ in range(spare_files):
+                opened.enter_context(open(os.devnull, "rb", buffering=0))
         yield
     except (ConnectionError, EOFError):
         raise UserError(describe_lack(RuntimeError("one of them has ended"))) from None
