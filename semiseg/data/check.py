@@ -34,7 +34,7 @@ class Finding:
 
     @classmethod
     def of(cls, problems: Sequence[Problem]) -> Finding:
-        examples = (f"{problem.place}: {problem.text}" for problem in problems[:EXAMPLES])
+        examples = (f"{problem.where}: {problem.text}" for problem in problems[:EXAMPLES])
         return cls(problems[0].kind, len(problems), tuple(examples))
 
     @property
@@ -122,7 +122,7 @@ def check_annotations(annotations: Path, images: Path | None) -> CheckReport:
 
 
 def _mask_misses_box(item: dict[str, Any], size_hw: tuple[int, int]) -> bool:
-    """Whether the mask's bounding box and the annotated one have no pixel in common; an empty mask says nothing."""
+    """Whether the mask's bounding box and the annotated one have no pixel in common; never, if the mask is empty."""
     if item["rle_counts"] is not None:
         left, top, width, height = coco_mask.toBbox({"size": list(size_hw), "counts": item["rle_counts"]})
         if width == 0:

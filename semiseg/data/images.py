@@ -110,7 +110,7 @@ def require_sizes(entries: Sequence[dict[str, Any]], folder: Path) -> None:
     counts = {"of another size": sizes, "unreadable": len(problems) - sizes}
     text = " and ".join(f"{count} {what}" for what, count in counts.items() if count)
     first = problems[0]
-    raise UserError(f"{first.place}: {first.text}; of {len(entries)} images {text}: `semiseg data check` lists them")
+    raise UserError(f"{first.where}: {first.text}; of {len(entries)} images {text}: `semiseg data check` lists them")
 
 
 def check_header(path: Path, size_hw: tuple[int, int]) -> None:

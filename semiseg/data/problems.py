@@ -54,10 +54,10 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong. `place` is e.g. 'annotation 17'; `text` states the value and what is allowed."""
+    """One thing that is wrong. `where` is e.g. 'annotation 17'; `text` states the value and what is allowed."""
 
     kind: Kind
-    place: str
+    where: str
     text: str
 
 
@@ -69,8 +69,8 @@ class BadValue(Exception):
         self.kind = kind
         self.text = text
 
-    def at(self, place: str) -> Problem:
-        return Problem(self.kind, place, self.text)
+    def at(self, where: str) -> Problem:
+        return Problem(self.kind, where, self.text)
 
 
 Reporter = Callable[[Problem], None]
@@ -89,6 +89,6 @@ def stop_at_errors(path: Path) -> Reporter:
 
     def report(problem: Problem) -> None:
         if problem.kind.severity == "error":
-            raise UserError(f"{path}: {problem.place}: {problem.text}")
+            raise UserError(f"{path}: {problem.where}: {problem.text}")
 
     return report

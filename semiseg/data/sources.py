@@ -31,12 +31,7 @@ BOTH: tuple[SetName, ...] = ("train", "val")
 
 
 class AnnotatedImages(NamedTuple):
-    """One set of images with its annotations.
-
-    Attributes:
-        annotations: COCO instances json.
-        images: folder to which its file names are relative.
-    """
+    """A COCO instances json, and the folder to which its file names are relative."""
 
     annotations: Path
     images: Path
@@ -123,9 +118,7 @@ def _shapes_parameters(config: DataConfig, name: SetName) -> dict[str, int]:
 def _require_coco(config: DataConfig, sets: Sequence[SetName]) -> None:
     """Looks for files and folders of a COCO layout; whether every image is there is seen with the table.
 
-    Raises:
-        UserError: one sentence on all that is missing: the archives of COCO's site where the names are theirs, else
-            the keys that name it.
+    One sentence says all that is missing: the archives of COCO's site where the names are theirs, else the keys.
     """
     keys = [f"{name}_{kind}" for name in sets for kind in ("images", "annotations")]
     missing = {key: path for key in keys if not _is_there(Path(config.root) / (path := getattr(config, key)), key)}

@@ -63,10 +63,8 @@ class Table:
 
     Attributes:
         rows: of the form `FEATURES`.
-        class_names: name of each label 0..C-1.
-        category_ids: COCO's category id of each label.
+        class_names, category_ids: name and COCO's category id of each label 0..C-1.
         images_folder: `file_name` is relative to it.
-        annotations_file: the json that the table was made from.
         fingerprint: digest of the json's content; the images' content is not part of it.
         annotated: false for a file that only lists images, such as COCO's test sets: its rows have no objects.
     """

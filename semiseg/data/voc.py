@@ -18,16 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from semiseg.data.voc_objects import (
-    ARCHIVE,
-    SBD_ARCHIVE,
-    VOC_CLASSES,
-    ImageRecord,
-    find_sbd,
-    read_names,
-    sbd_record,
-    voc_record,
-)
+from semiseg.data.voc_objects import ARCHIVE, SBD_ARCHIVE, VOC_CLASSES, ImageRecord, read_names, sbd_record, voc_record
 from semiseg.errors import UserError
 from semiseg.resources import require_folder, settle, write_text
 
@@ -35,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 CONVERTER_VERSION = 1  # raise it when the json changes: older files are then left alone and made anew
 SITE = "http://host.robots.ox.ac.uk/pascal/VOC/voc2012"
+SBD_SITE = "http://www.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours"
+SBD_FOLDERS = ("SBD", "benchmark_RELEASE/dataset", "SBD/benchmark_RELEASE/dataset")
 EVALUATION_SET = "val"
 DERIVED_SETS = ("train_aug", "main_train", "main_trainval")
 LARGEST_MISFIT = 0.01  # share of the masks of a set that may contradict their object before it is an error
@@ -94,9 +87,9 @@ def _find_voc(root: Path) -> Path | None:
 def _require_parts(root: Path, image_set: str) -> list[Path]:
     """The folders of VOC and, where the set needs it, of SBD; all that is missing is said at once."""
     folders, missing = [], []
-    for find in (_require_voc, find_sbd) if image_set == "train_aug" else (_require_voc,):
+    for require in (_require_voc, _require_sbd) if image_set == "train_aug" else (_require_voc,):
         try:
-            folders.append(find(root))
+            folders.append(require(root))
         except UserError as error:
             missing.append(str(error))
     if missing:
@@ -117,6 +110,17 @@ def _require_voc(root: Path) -> Path:
             fault = "is empty" if folder.is_dir() else "no such folder"
             raise UserError(f"{folder}: {fault}; it is part of {ARCHIVE}: unpack that again, so that {voc} is complete")
     return voc
+
+
+def _require_sbd(root: Path) -> Path:
+    """The folder with SBD's `inst/`, `train.txt` and `val.txt`."""
+    for name in SBD_FOLDERS:
+        if (root / name / "inst").is_dir():
+            return root / name
+    raise UserError(
+        f"{root}: no SBD there, which the image set 'train_aug' needs; download {SBD_SITE}/{SBD_ARCHIVE} and unpack "
+        f"it in {root}, so that {root / SBD_FOLDERS[1] / 'inst'} is there, or set data.voc.train_set to 'train'"
+    )
 
 
 def _image_set(voc: Path, sbd: Sequence[Path], image_set: str) -> dict[str, str]:

@@ -33,8 +33,6 @@ VOC_CLASSES: tuple[str, ...] = (
 )
 ARCHIVE = "VOCtrainval_11-May-2012.tar"
 SBD_ARCHIVE = "benchmark.tgz"
-SBD_SITE = "http://www.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours"
-SBD_FOLDERS = ("SBD", "benchmark_RELEASE/dataset", "SBD/benchmark_RELEASE/dataset")
 VOID = 255
 Box = tuple[float, float, float, float]
 SMALLEST_SHARE_IN_BOX = 0.5  # of a mask's pixels in the box of its object; less, and it is another object's
@@ -218,17 +216,6 @@ def _coordinate(element: ElementTree.Element, key: str, where: str) -> float:
     if not math.isfinite(value):
         raise UserError(f"{where}: '{key}' is {text!r}, allowed: a number of pixels")
     return int(value) if value.is_integer() else value
-
-
-def find_sbd(root: Path) -> Path:
-    """The folder with SBD's `inst/`, `train.txt` and `val.txt` below a data root; without one, what to download."""
-    for name in SBD_FOLDERS:
-        if (root / name / "inst").is_dir():
-            return root / name
-    raise UserError(
-        f"{root}: no SBD there, which the image set 'train_aug' needs; download {SBD_SITE}/{SBD_ARCHIVE} and unpack "
-        f"it in {root}, so that {root / SBD_FOLDERS[1] / 'inst'} is there, or set data.voc.train_set to 'train'"
-    )
 
 
 def sbd_record(sbd: Path, name: str, *, image: Path) -> ImageRecord:

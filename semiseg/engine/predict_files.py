@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from PIL import Image
@@ -69,11 +69,13 @@ class Outcome:
 class _ImageFile:
     """One file's image, ready for the network and, unless there are no overlays, for drawing."""
 
-    image_id: int
-    path: Path
-    original_hw: tuple[int, int]
+    entry: dict[str, Any]  # COCO's, of the original
     input: Tensor  # (3, H, W) uint8
     picture: Image.Image | None
+
+    @property
+    def original_hw(self) -> tuple[int, int]:
+        return self.entry["height"], self.entry["width"]
 
 
 def predict_files(
@@ -114,14 +116,16 @@ def predict_files(
                     predicted = _predict(model, [item for item in batch if isinstance(item, _ImageFile)], options)
                     wait(drawings)  # those of a batch are made while the next one is predicted
                     for item, results in predicted:
-                        _write_results(file, results, first=outcome.detections == 0)
-                        images.append(_image_entry(item))
+                        for result in results:  # to disk as they come, one a line
+                            file.write((",\n" if outcome.detections else "[\n").encode() + json.dumps(result).encode())
+                            outcome.detections += 1
+                        images.append(item.entry)
                         outcome.images += 1
-                        outcome.detections += len(results)
                         if options.drawn_score is not None:
-                            shown = [result for result in results if result["score"] >= options.drawn_score]
-                            outcome.drawn += len(shown)
-                            drawings.append(pool.submit(_draw, item, shown, model.info, overlays[item.image_id - 1]))
+                            visible = [result for result in results if result["score"] >= options.drawn_score]
+                            outcome.drawn += len(visible)
+                            overlay = overlays[item.entry["id"] - 1]
+                            drawings.append(pool.submit(_draw, item, visible, model.info, overlay))
                     bar.update(len(batch))
         except KeyboardInterrupt:
             stopped = True
@@ -154,10 +158,13 @@ def _read(image_id: int, path: Path, options: PredictOptions) -> _ImageFile | Us
         image = read_image(path, upright=True)
     except UserError as error:
         return error
-    original_hw = (image.shape[1], image.shape[2])
-    geometry = EvalTransform(short_side=options.short_side, long_side=options.long_side)(original_hw, 0)
+    height, width = image.shape[1:]
+    geometry = EvalTransform(short_side=options.short_side, long_side=options.long_side)((height, width), 0)
     picture = None if options.drawn_score is None else prepare_drawing(image.permute(1, 2, 0).numpy())
-    return _ImageFile(image_id, path, original_hw, geometry.image(image), picture)
+    # Names that are not UTF-8 stay readable in the JSON, if not openable.
+    name = os.fsencode(path.as_posix()).decode("utf-8", errors="backslashreplace")
+    entry = {"id": image_id, "file_name": name, "width": width, "height": height}
+    return _ImageFile(entry, geometry.image(image), picture)
 
 
 def _predict(
@@ -172,22 +179,9 @@ def _predict(
             output_sizes=[item.original_hw for item in batch],
             limits=model.info.inference.model_copy(update={"score_threshold": options.score_threshold}),
         ):
-            image_id, category_ids = batch[detections.number].image_id, model.info.category_ids
+            image_id, category_ids = batch[detections.number].entry["id"], model.info.category_ids
             results[image_id] = coco_results(detections, image_id=image_id, category_ids=category_ids)
-    return [(item, results[item.image_id]) for item in batch]
-
-
-def _write_results(file: IO[bytes], results: Sequence[dict[str, Any]], *, first: bool) -> None:
-    """Results go to disk as they come, one a line."""
-    for index, result in enumerate(results):
-        file.write(("[\n" if first and index == 0 else ",\n").encode() + json.dumps(result).encode())
-
-
-def _image_entry(item: _ImageFile) -> dict[str, Any]:
-    height, width = item.original_hw
-    # Names that are not UTF-8 stay readable in the JSON, if not openable.
-    name = os.fsencode(item.path.as_posix()).decode("utf-8", errors="backslashreplace")
-    return {"id": item.image_id, "file_name": name, "width": width, "height": height}
+    return [(item, results[item.entry["id"]]) for item in batch]
 
 
 def _draw(item: _ImageFile, results: Sequence[dict[str, Any]], info: ModelInfo, overlay: Path) -> None:
@@ -214,7 +208,7 @@ def overlay_names(files: Sequence[Path]) -> list[str]:
     """Name of each file's overlay, different for all: `photo.jpg` for photo.png.
 
     Where two files have the same name, all keep their folders from their common one on; where also those are the same
-    (photo.png beside photo.tif), the suffix; where a name is too long or not to be told apart, all are numbers.
+    (photo.png beside photo.tif), the suffix; where a name is too long or not unlike all others, all are numbers.
     """
     paths = [Path(os.path.abspath(path)) for path in files]
     common = os.path.commonpath([path.parent for path in paths])
