@@ -34,10 +34,8 @@ class CocoFile:
     """A parsed instances file whose ids are known to be unique and to refer to each other.
 
     Attributes:
-        path: the json file.
-        digest: hex SHA-256 of its bytes.
-        class_names: name of each label.
-        category_ids: COCO's category id of each label, ascending.
+        digest: hex SHA-256 of the file's bytes.
+        class_names, category_ids: name and COCO's category id of each label; the ids ascend.
         images: the raw image entries in the file's order.
         annotations: the raw annotations of each image id in the file's order; images without any are absent.
         annotated: false if the file has no list `annotations` at all, as COCO's `image_info_test-dev2017.json`.
@@ -226,14 +224,11 @@ def _box(value: Any, size_hw: tuple[int, int], where: str, report: Reporter) -> 
 
 
 def read_segmentation(value: Any, *, size_hw: tuple[int, int]) -> tuple[list[list[float]], bytes | None]:
-    """(polygons, compressed RLE counts); ([], None) says that the annotation has no mask.
+    """(polygons, compressed RLE counts); ([], None) says that the annotation has no mask. Raises `BadValue`.
 
     Args:
         value: None, [], {}, a list of polygons [x0, y0, x1, y1, ...], or {"size": [h, w], "counts": ...}.
         size_hw: of the stored image, which an RLE must have and polygons may not leave by more than its own size.
-
-    Raises:
-        BadValue: malformed; the text names the value and what is allowed.
     """
     if value is None or value in ([], {}):
         return [], None

@@ -39,11 +39,9 @@ PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
 
 REQUIRED = ("image", "objects.bbox", "objects.category")
 # column -> (kinds of `_kind`, these in words); columns of other names are ignored
-_COLUMNS = {
+_COLUMNS: dict[str, tuple[tuple[str, ...], str]] = {
     "image": (("Image",), "Image"),
-    "image_id": (("int",), "an integer"),
-    "width": (("int",), "an integer"),
-    "height": (("int",), "an integer"),
+    **dict.fromkeys(("image_id", "width", "height", "objects.id"), (("int",), "an integer")),
     "objects.bbox": (("list of int", "list of float"), "a list of four numbers, x, y, width, height"),
     "objects.category": (("ClassLabel", "string"), "ClassLabel or string"),
     # Free JSON can mix both forms; the values are checked when the table is made.
@@ -53,7 +51,6 @@ _COLUMNS = {
     ),
     "objects.iscrowd": (("int", "bool", "ClassLabel"), "0, 1, or a truth value"),
     "objects.area": (("int", "float"), "a number"),
-    "objects.id": (("int",), "an integer"),
 }
 
 
@@ -62,11 +59,11 @@ class _NotReachable(UserError):
 
 
 class _Split(NamedTuple):
-    """Rows of a split; `title` names it in messages, `class_names` are those of a `ClassLabel`, None without one."""
+    """Rows of a split; `class_names` are those of a `ClassLabel`, None without one."""
 
     rows: Dataset
     class_names: list[str] | None
-    title: str
+    title: str  # for messages
 
 
 def hub_folder(name: str) -> Path:
@@ -165,24 +162,18 @@ def _part(loaded: Mapping[str, Dataset], spec: str, key: str, name: str) -> Data
     try:
         lengths = {split: len(rows) for split, rows in loaded.items()}
         parts = datasets.ReadInstruction.from_spec(spec).to_absolute(lengths)
-        rows = datasets.concatenate_datasets(
-            [loaded[part.splitname].select(range(part.from_, part.to)) for part in parts]
-        )
+        pieces = [loaded[part.splitname].select(range(part.from_, part.to)) for part in parts]
+        rows = datasets.concatenate_datasets(pieces)
     except (ValueError, AssertionError):
-        raise UserError(
-            f"hf:{name}: data.hub.{key} is {spec!r}, allowed: {', '.join(loaded)}, or a part such as 'train[:90%]'"
-        ) from None
+        allowed = f"{', '.join(loaded)}, or a part such as 'train[:90%]'"
+        raise UserError(f"hf:{name}: data.hub.{key} is {spec!r}, allowed: {allowed}") from None
     if len(rows) == 0:
         raise UserError(f"hf:{name}: data.hub.{key} = {spec!r} has no rows")
     return rows
 
 
 def _check_columns(features: Features, title: str) -> list[str] | None:
-    """The names of the `ClassLabel` of the objects, if that is their type.
-
-    Raises:
-        UserError: a column is missing or of another type; the message names it, its type and what is expected.
-    """
+    """The names of the `ClassLabel` of the objects, if that is their type; a column of another one is an error."""
     columns = dict(features)
     if "objects" not in columns:
         raise UserError(f"{title}: no column 'objects'; there are: {', '.join(sorted(columns))}")
@@ -258,9 +249,7 @@ def _convert_split(split: _Split, folder: Path) -> tuple[list[dict[str, Any]], l
             raise UserError(f"{where}: image_id {image['id']} is used twice")
         images[image["id"]] = image
         for item in _objects(row["objects"], where):
-            annotation = _annotation(item, len(annotations) + 1, where)
-            category = _category(item["category"], split.class_names, where)
-            annotations.append({**annotation, "image_id": image["id"], "category": category})
+            annotations.append(_annotation(item, len(annotations) + 1, image["id"], split.class_names, where))
     return list(images.values()), annotations
 
 
@@ -277,23 +266,18 @@ def _objects(objects: Any, where: str) -> list[dict[str, Any]]:
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
-def _category(category: Any, class_names: list[str] | None, where: str) -> str | int:
-    """A name, or an index of `class_names`."""
-    if isinstance(category, str):
-        return normalise(category)
-    if category is None or class_names is None or not 0 <= category < len(class_names):
-        allowed = f"0 to {len(class_names) - 1}" if class_names else "a name"
-        raise UserError(f"{where}: 'objects.category' is {category}, allowed: {allowed}")
-    return int(category)
-
-
-def _annotation(item: Mapping[str, Any], number: int, where: str) -> dict[str, Any]:
-    """COCO's form of an object, without image and category; what is null is left out."""
+def _annotation(
+    item: Mapping[str, Any], number: int, image_id: int, class_names: list[str] | None, where: str
+) -> dict[str, Any]:
+    """COCO's form of an object, with a name or an index of `class_names` as `category`; what is null is left out."""
     if item.get("id", number) is None:
         raise UserError(f"{where}: 'objects.id' is null; leave the column out, or number every object")
-    annotation = {"id": item.get("id", number), "bbox": item["bbox"], "iscrowd": int(item.get("iscrowd") or 0)}
-    if item.get("area") is not None:
-        annotation["area"] = item["area"]
+    category = item["category"]
+    if isinstance(category, str):
+        category = normalise(category)
+    elif category is None or class_names is None or not 0 <= category < len(class_names):
+        allowed = f"0 to {len(class_names) - 1}" if class_names else "a name"
+        raise UserError(f"{where}: 'objects.category' is {category}, allowed: {allowed}")
     segmentation = item.get("segmentation")
     if isinstance(segmentation, dict):
         counts = segmentation.get("counts")
@@ -301,9 +285,12 @@ def _annotation(item: Mapping[str, Any], number: int, where: str) -> dict[str, A
             segmentation = {**segmentation, "counts": counts.decode("ascii", errors="replace")}
         if counts is None:  # a struct of nulls
             segmentation = None
+    annotation = {"id": item.get("id", number), "bbox": item["bbox"], "iscrowd": int(item.get("iscrowd") or 0)}
+    if item.get("area") is not None:
+        annotation["area"] = item["area"]
     if segmentation:
         annotation["segmentation"] = segmentation
-    return annotation
+    return {**annotation, "image_id": image_id, "category": category}
 
 
 def _store_image(row: Mapping[str, Any], number: int, folder: Path, where: str) -> dict[str, Any]:
@@ -320,7 +307,9 @@ def _store_image(row: Mapping[str, Any], number: int, folder: Path, where: str) 
         with open_image(io.BytesIO(content)) as image:
             size, suffix = image.size, SUFFIXES.get(image.format or "")
             if suffix is None:
-                suffix, content = "png", _as_png(image)
+                suffix, buffer = "png", io.BytesIO()
+                (image if image.mode in PNG_MODES else image.convert("RGB")).save(buffer, format="PNG")
+                content = buffer.getvalue()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{where}: the image cannot be read: {str(error) or type(error).__name__}") from None
     width, height = row.get("width", size[0]), row.get("height", size[1])
@@ -332,9 +321,3 @@ def _store_image(row: Mapping[str, Any], number: int, folder: Path, where: str) 
     name = f"{image_id:012d}.{suffix}"
     (folder / name).write_bytes(content)
     return {"id": image_id, "file_name": name, "width": size[0], "height": size[1]}
-
-
-def _as_png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    (image if image.mode in PNG_MODES else image.convert("RGB")).save(buffer, format="PNG")
-    return buffer.getvalue()

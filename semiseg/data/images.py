@@ -59,7 +59,11 @@ def read_image(path: Path, *, size_hw: tuple[int, int] | None = None, upright: b
 
 def _decode(path: Path, size_hw: tuple[int, int] | None, *, upright: bool) -> Tensor:
     with _opened(path, size_hw) as image:
-        pixels = _rgb(_turned(image) if upright else image)
+        if upright:
+            image.load()  # Pillow turns TIFFs by itself while it loads them, and then takes the orientation away
+            if (turn := UPRIGHT.get(_orientation(image))) is not None:
+                image = image.transpose(turn)
+        pixels = _rgb(image)
     import torch  # not above: reading headers needs none
 
     return torch.from_numpy(pixels).permute(2, 0, 1)
@@ -165,13 +169,6 @@ def _opened(path: Path, size_hw: tuple[int, int] | None) -> Iterator[Image.Image
         detail = "not an image or damaged" if isinstance(error, UnidentifiedImageError) else str(error)
         text = f"the image cannot be decoded: {detail or type(error).__name__}"
         raise BadValue(Kind.IMAGE_UNREADABLE, text) from None
-
-
-def _turned(image: Image.Image) -> Image.Image:
-    """The image as a viewer shows it."""
-    image.load()  # Pillow turns TIFFs by itself while it loads them, and then takes the orientation away
-    method = UPRIGHT.get(_orientation(image))
-    return image if method is None else image.transpose(method)
 
 
 def _orientation(image: Image.Image) -> int:

@@ -45,15 +45,11 @@ def shapes_folder(root: Path, *, images: int, image_size: int, seed: int) -> Pat
 
 
 def ensure_shapes(root: Path, *, images: int, image_size: int, seed: int) -> Path:
-    """The folder of a Shapes data set under `root`, drawn first if it is not there: `images/`, `annotations.json`.
+    """`shapes_folder` with `images/` and `annotations.json`, drawn first if it is not there or pictures are missing.
 
-    Its name is `shapes_folder`'s. A folder with missing pictures is drawn anew. Of processes that ask at once one draws
-    and the others wait; where the file system has no locks, each draws and the first to finish is kept.
-
-    Raises:
-        UserError: impossible parameters (allowed: at least 1 image, a side of at least 32 pixels, a seed from 0 on).
+    Of processes that ask at once one draws and the others wait; where the file system has no locks, each draws and the
+    first to finish is kept. Impossible parameters are a `UserError`.
     """
-    _require_possible(images, image_size, seed)
     folder = shapes_folder(root, images=images, image_size=image_size, seed=seed)
 
     def draw() -> None:
@@ -74,20 +70,16 @@ def make_shapes(folder: Path, *, images: int, image_size: int, seed: int) -> Non
     The folder appears under its name when it is complete; if the drawing is interrupted, nothing is left. If another
     process has drawn it meanwhile, its is kept. Errors: as `ensure_shapes`, and if the folder exists and is not empty.
     """
-    _require_possible(images, image_size, seed)
-    settle(folder.parent)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: exists already; name a new or an empty folder")
-    with whole_folder(folder) as temporary:
-        _draw_all(temporary, images=images, image_size=image_size, seed=seed)
-
-
-def _require_possible(images: int, image_size: int, seed: int) -> None:
     if images < 1 or image_size < SMALLEST_IMAGE or seed < 0:
         raise UserError(
             f"Shapes: images={images}, image_size={image_size}, seed={seed}: needs at least 1 image, "
             f"a side of at least {SMALLEST_IMAGE} pixels and a seed that is not negative"
         )
+    settle(folder.parent)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: exists already; name a new or an empty folder")
+    with whole_folder(folder) as temporary:
+        _draw_all(temporary, images=images, image_size=image_size, seed=seed)
 
 
 def _draw_all(folder: Path, *, images: int, image_size: int, seed: int) -> None:

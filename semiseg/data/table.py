@@ -10,7 +10,7 @@ import json
 import logging
 import os
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -122,7 +122,7 @@ def load_table(annotations: Path, images: Path, *, cache: Path, annotations_requ
     fingerprint = file_digest(annotations, 64)[:16]
     folder = cache / f"{annotations.stem}-{fingerprint}-v{CONVERTER_VERSION}"
     try:
-        rows, classes = _open(annotations, images, folder, annotations_required)
+        rows, classes = _open(folder, lambda path: _convert(annotations, images, path, annotations_required))
     except OSError as error:
         raise UserError(f"{cache}: the Arrow table cannot be written: {error.strerror or error}") from None
     table = Table(
@@ -140,18 +140,15 @@ def load_table(annotations: Path, images: Path, *, cache: Path, annotations_requ
     return table
 
 
-def _open(
-    annotations: Path, images: Path, folder: Path, annotations_required: bool
-) -> tuple[datasets.Dataset, dict[str, Any]]:
-    """The rows and the classes, converted first if they are not there: one process, since it needs gigabytes.
+def _open(folder: Path, convert: Callable[[Path], None]) -> tuple[datasets.Dataset, dict[str, Any]]:
+    """The rows and the classes, converted first if they are not there: by one process, since it needs gigabytes.
 
     A damaged table is made anew beside itself and stays: what cannot be opened here, say for a stale handle of a
     network file system, may be mapped into the memory of other jobs.
     """
     name, waiting = folder.name, f"{folder.parent}: another process converts annotations; waiting"
     for number in count(2):
-        convert = partial(_convert, annotations, images, folder, annotations_required)
-        new = make_once(folder, convert, ready=folder.is_dir, waiting=waiting)
+        new = make_once(folder, partial(convert, folder), ready=folder.is_dir, waiting=waiting)
         try:
             return _read(folder)
         except (pyarrow.ArrowException, OSError, ValueError, RecursionError, UserError) as error:
@@ -168,17 +165,13 @@ def _read(folder: Path) -> tuple[datasets.Dataset, dict[str, Any]]:
     The digest is looked at before the rows are mapped, about 0.1 s per 100 MB; tables from before there was one have
     none.
     """
-    classes = json.loads((folder / "classes.json").read_text(encoding="utf-8"))
+    rows, classes = folder / "rows.arrow", json.loads((folder / "classes.json").read_text(encoding="utf-8"))
     if not isinstance(classes, dict) or not {"class_names", "category_ids"} <= set(classes):
         raise ValueError("damaged")
     written = classes.pop("digest", None)
-    if written is not None and written != _digest_of_table(folder / "rows.arrow", classes):
+    if written is not None and written != digest([file_digest(rows), classes]):
         raise ValueError("damaged")
-    return datasets.Dataset.from_file(str(folder / "rows.arrow")), classes
-
-
-def _digest_of_table(rows: Path, classes: dict[str, Any]) -> str:
-    return digest([file_digest(rows), classes])
+    return datasets.Dataset.from_file(str(rows)), classes
 
 
 def sampled_digest(table: Table, *, count: int = 256) -> str:
@@ -231,7 +224,7 @@ def _convert(annotations: Path, images: Path, folder: Path, annotations_required
             writer.finalize()
         require_sizes(coco.images, images)
         classes = {"class_names": coco.class_names, "category_ids": coco.category_ids, "annotated": coco.annotated}
-        classes["digest"] = _digest_of_table(path, classes)
+        classes["digest"] = digest([file_digest(path), classes])
         (temporary / "classes.json").write_text(json.dumps(classes, ensure_ascii=False), encoding="utf-8")
     for title, times in changes.items():
         logger.warning("%s: %d x %s; `semiseg data check` lists them", annotations, times, title)
@@ -240,7 +233,5 @@ def _convert(annotations: Path, images: Path, folder: Path, annotations_required
 def _require_images(folder: Path, file_names: list[str], annotations: Path) -> None:
     missing = missing_images(folder, file_names)
     if missing:
-        raise UserError(
-            f"{folder}: {len(missing)} of the {len(file_names)} images that {annotations} names are "
-            f"missing, such as {missing[0]}; put them there, or unpack their archive again, in full"
-        )
+        text = f"{folder}: {len(missing)} of the {len(file_names)} images that {annotations} names are missing"
+        raise UserError(f"{text}, such as {missing[0]}; put them there, or unpack their archive again, in full")

@@ -72,7 +72,10 @@ def voc_record(voc: Path, name: str, *, masks_required: bool, ignored_without_ma
         UserError: a file is missing or broken; names it.
     """
     size_hw = image_size(voc / "JPEGImages" / f"{name}.jpg")
-    annotated = _read_xml(voc / "Annotations" / f"{name}.xml")
+    xml = voc / "Annotations" / f"{name}.xml"
+    with reading(xml, "not readable as XML"):
+        elements = ElementTree.parse(xml).getroot().findall("object")
+    annotated = [_xml_object(element, f"{xml}: object {number}") for number, element in enumerate(elements, start=1)]
     map_path = voc / "SegmentationObject" / f"{name}.png"
     masks: dict[int, np.ndarray] = {}
     misfits: list[str] = []
@@ -184,12 +187,6 @@ def _contradiction(mask: np.ndarray, classes: np.ndarray | None, item: _XmlObjec
     if inside.mean() < SMALLEST_SHARE_IN_BOX:
         return f"{inside.mean():.0%} of the mask lie in the box of its {expected!r}"
     return None
-
-
-def _read_xml(path: Path) -> list[_XmlObject]:
-    with reading(path, "not readable as XML"):
-        elements = ElementTree.parse(path).getroot().findall("object")
-        return [_xml_object(element, f"{path}: object {number}") for number, element in enumerate(elements, 1)]
 
 
 def _xml_object(element: ElementTree.Element, where: str) -> _XmlObject:

@@ -101,8 +101,9 @@ def predict_files(
         KeyboardInterrupt: with both files written for the images done so far.
     """
     overlays = [out / OVERLAYS_NAME / name for name in overlay_names(files)]
-    if options.drawn_score is not None:
-        _keep_inputs(files, overlays)
+    replaced = {os.path.realpath(path) for path in files} & {os.path.realpath(path) for path in overlays}
+    if options.drawn_score is not None and replaced:
+        raise UserError(f"{min(replaced)}: its overlay would replace it; choose another --out")
     bar = tqdm(total=len(files), desc="predicting", unit="image", disable=not progress, file=sys.stderr)
     outcome, images, drawings, stopped = Outcome(), list[dict[str, Any]](), list[Future[None]](), False
     with bar, whole_file(out / RESULTS_NAME) as file:
@@ -226,9 +227,3 @@ def _usable(names: Sequence[str]) -> bool:
     """Different also for file systems that ignore case and forms of accents, and not too long for any."""
     alike = {unicodedata.normalize("NFC", name).casefold() for name in names}
     return len(alike) == len(names) and all(len(os.fsencode(Path(name).name)) <= LONGEST_NAME for name in names)
-
-
-def _keep_inputs(files: Sequence[Path], overlays: Sequence[Path]) -> None:
-    lost = {os.path.realpath(path) for path in files} & {os.path.realpath(path) for path in overlays}
-    if lost:
-        raise UserError(f"{min(lost)}: its overlay would replace it; choose another --out")
