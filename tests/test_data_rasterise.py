@@ -11,9 +11,9 @@ import torch
 from pycocotools import mask as coco_mask
 from torchvision.transforms.v2 import functional
 
-from semiseg.data.collate import load_batch
 from semiseg.data.dataset import InstanceDataset, build_rule
 from semiseg.data.images import read_image
+from semiseg.data.loader import load_batch
 from semiseg.data.rasterise import cell_centres, outlines_to_rle, read_cells, run_lengths
 from semiseg.data.table import load_table
 from semiseg.data.transforms import Geometry

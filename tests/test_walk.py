@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from semiseg.config import RunConfig
-from semiseg.data.collate import load_batch
 from semiseg.data.dataset import withhold
+from semiseg.data.loader import load_batch
 from semiseg.data.transforms import TrainTransform
 from semiseg.engine.build import RunData, build_data, build_objective, train_dataset
 from semiseg.engine.evaluate import predict_batch, score_table

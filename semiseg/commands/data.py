@@ -83,13 +83,11 @@ def affinity(
     """
     sizes, dilations, thresholds = size or [3, 5], dilation or [1, 2], thresholds or [0.0, 0.1, 0.2, 0.3]
     for side in sizes:
-        if side < 3 or side % 2 == 0:
-            raise UserError(f"--size {side}: expected an odd number, such as 3 or 5")
-    if min(dilations) < 1:
-        raise UserError(f"--dilation {min(dilations)}: expected a positive number of cells")
+        _require(side >= 3 and side % 2 == 1, f"--size {side}: expected an odd number, such as 3 or 5")
+    for distance in dilations:
+        _require(distance >= 1, f"--dilation {distance}: expected a positive number of cells")
     for threshold in thresholds:
-        if not 0 <= threshold <= 1:
-            raise UserError(f"--threshold {threshold:g}: expected a number from 0 to 1")
+        _require(0 <= threshold <= 1, f"--threshold {threshold:g}: expected a number from 0 to 1")
     if json_file is not None:
         require_folder(json_file.parent)
     from semiseg.engine.edges import Neighbourhood, measure_edges
@@ -109,3 +107,8 @@ def affinity(
     typer.echo(measured.render())
     if json_file is not None:
         write_text(json_file, json.dumps(measured.to_dict(), indent=1) + "\n")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)

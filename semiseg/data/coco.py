@@ -27,6 +27,7 @@ LARGEST_SIDE = 2**31 - 1
 LONGEST_RUN = 8  # characters of a compressed RLE, five bits each
 ROUNDING = 0.02  # px: COCO writes two decimals, so a box at the edge may reach over it by this much unreported
 SMALLEST_SIDE = 1e-3  # px: a box thinner than this has no area
+Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -86,21 +87,21 @@ def image_records(coco: CocoFile, *, report: Reporter | None = None) -> Iterator
     label_of = {category_id: label for label, category_id in enumerate(coco.category_ids)}
     for image in coco.images:
         objects = []
-        for annotation in coco.annotations.get(image["id"], ()):
-            where = f"annotation {annotation['id']}"
+        for entry in coco.annotations.get(image["id"], ()):
+            where = f"annotation {entry['id']}"
             size_hw = (image["height"], image["width"])
             try:
-                box = _box(annotation.get("bbox"), size_hw, where, report)
-                polygons, rle_counts = read_segmentation(annotation.get("segmentation"), size_hw=size_hw)
+                box = _box(entry.get("bbox"), size_hw, where, report)
+                polygons, rle_counts = read_segmentation(entry.get("segmentation"), size_hw=size_hw)
             except BadValue as bad:
                 report(bad.at(where))
                 continue
             objects.append(
                 {
-                    "annotation_id": annotation["id"],
-                    "label": label_of[annotation["category_id"]],
+                    "annotation_id": entry["id"],
+                    "label": label_of[entry["category_id"]],
                     "box_xyxy": box,
-                    "is_crowd": bool(annotation.get("iscrowd", 0)),
+                    "is_crowd": bool(entry.get("iscrowd", 0)),
                     "has_mask": bool(polygons) or rle_counts is not None,
                     "polygons": polygons,
                     "rle_counts": rle_counts,
@@ -108,6 +109,26 @@ def image_records(coco: CocoFile, *, report: Reporter | None = None) -> Iterator
             )
         named = {"image_id": image["id"], "file_name": image["file_name"]}
         yield {**named, "height": image["height"], "width": image["width"], "objects": objects}
+
+
+def annotation(
+    category_id: int, mask: np.ndarray | None, box_xywh: Box | None = None, *, is_crowd: bool = False
+) -> dict[str, Any]:
+    """An annotation as the converters of other data sets write it, without ids.
+
+    Args:
+        mask: (H, W) bool; None if none is known: then the area is that of the box.
+        box_xywh: pixels of the stored image, half-open; it may reach over the image. None = the mask's.
+    """
+    segmentation: dict[str, Any] = {}
+    if mask is None:
+        assert box_xywh is not None
+        box, area = list(box_xywh), box_xywh[2] * box_xywh[3]
+    else:
+        rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+        box, area = list(box_xywh or map(int, coco_mask.toBbox(rle))), int(coco_mask.area(rle))
+        segmentation = {"segmentation": {"size": list(mask.shape), "counts": rle["counts"].decode("ascii")}}
+    return {"category_id": category_id, "bbox": box, "area": area, "iscrowd": int(is_crowd), **segmentation}
 
 
 def _parse(path: Path, needed: Sequence[str]) -> tuple[dict[str, Any], str]:

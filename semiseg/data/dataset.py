@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal, Protocol
 
@@ -38,28 +39,20 @@ class Split(Protocol):
 MaskRule = Callable[[str, int], bool]
 
 
-def keep_all_masks(class_name: str, annotation_id: int) -> bool:
-    """Every instance keeps the mask it has; one without a `segmentation` has only its box."""
-    return True
-
-
-def keep_no_masks(class_name: str, annotation_id: int) -> bool:
-    """No instance keeps its mask."""
-    return False
-
-
 def build_rule(source: Source, split: Split | None) -> MaskRule:
     """The rule of a supervision source; `split` is used by the source `split` alone.
 
     `masks` and `as_annotated` are one rule: an annotation without a mask has nothing but its box under any of them.
     """
-    if source == "boxes":
-        return keep_no_masks
-    if source in ("masks", "as_annotated"):
-        return keep_all_masks
+    if source != "split":
+        return partial(_keep_all_or_none, source != "boxes")
     if split is None:
         raise UserError("supervision.source = 'split' needs supervision.split, the name or path of a class split")
     return split.keeps_mask
+
+
+def _keep_all_or_none(keep: bool, class_name: str, annotation_id: int) -> bool:
+    return keep
 
 
 @dataclass(frozen=True)

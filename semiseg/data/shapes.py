@@ -16,13 +16,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
-from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 from semiseg.config.read import digest
-from semiseg.data.shapes_scene import LABELS, SceneObject, compose
+from semiseg.data.coco import annotation
+from semiseg.data.shapes_scene import LABELS, compose
 from semiseg.data.workers import START_METHOD, live_as_long_as_the_main_process
 from semiseg.errors import UserError
 from semiseg.resources import available_cores, make_once, settle, whole_folder
@@ -110,7 +109,8 @@ def _draw_picture(index: int, *, folder: Path, image_size: int, seed: int) -> An
     pixels, objects = compose(seed, index, image_size)
     # Not compressed: the pictures are noise, and half of a picture's way into a batch was taking it apart.
     Image.fromarray(pixels).save(folder / _file_name(index), compress_level=0)
-    return [_annotation(item) for item in objects]
+    # Beyond COCO, `visible` is the visible share of the whole object.
+    return [annotation(o.label + 1, o.visible) | {"visible": round(o.visible_share, 4)} for o in objects]
 
 
 def _file_name(index: int) -> str:
@@ -133,19 +133,6 @@ def _on_every_core(draw: Callable[[int], Annotations], images: int) -> Generator
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-
-
-def _annotation(item: SceneObject) -> dict[str, Any]:
-    """A COCO annotation without its ids; beyond COCO, `visible` is the visible share of the whole object."""
-    rle = coco_mask.encode(np.asfortranarray(item.visible, dtype=np.uint8))
-    return {
-        "category_id": item.label + 1,
-        "bbox": [int(value) for value in coco_mask.toBbox(rle)],
-        "area": int(coco_mask.area(rle)),
-        "iscrowd": 0,
-        "segmentation": {"size": list(item.visible.shape), "counts": rle["counts"].decode("ascii")},
-        "visible": round(item.visible_share, 4),
-    }
 
 
 def _is_complete(folder: Path, images: int) -> bool:

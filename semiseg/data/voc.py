@@ -160,25 +160,19 @@ def _check_misfits(records: Sequence[ImageRecord], image_set: str) -> None:
 
 
 def _coco(records: Sequence[ImageRecord], image_set: str) -> dict[str, Any]:
+    # The digits of VOC's own names, so that an image has one id in every set; other names are numbered in order.
+    # Annotation ids come from them, and by these a mask fraction keeps the same masks in every set.
+    has_digits = all(re.fullmatch(r"\d{4}_\d{6}", record.name) for record in records)
     images, annotations = [], []
-    for image_id, record in zip(_image_ids([record.name for record in records]), records, strict=True):
+    for number, record in enumerate(records, start=1):
+        image_id = int(record.name.replace("_", "")) if has_digits else number
         height, width = record.size_hw
         images.append({"id": image_id, "file_name": f"{record.name}.jpg", "height": height, "width": width})
-        for number, item in record.objects.items():
-            annotations.append({"id": image_id * IDS_PER_IMAGE + number, "image_id": image_id, **item})
+        for object_number, item in record.objects.items():
+            annotations.append({"id": image_id * IDS_PER_IMAGE + object_number, "image_id": image_id, **item})
     return {
         "info": {"description": f"PASCAL VOC 2012, {image_set}", "version": str(CONVERTER_VERSION)},
         "images": images,
         "annotations": annotations,
         "categories": [{"id": number, "name": name} for number, name in enumerate(VOC_CLASSES, start=1)],
     }
-
-
-def _image_ids(names: Sequence[str]) -> list[int]:
-    """The digits of VOC's own names, so that an image has one id in every set; other names are numbered in order.
-
-    Annotation ids come from them, and by these a mask fraction keeps the same masks in every set.
-    """
-    if all(re.fullmatch(r"\d{4}_\d{6}", name) for name in names):
-        return [int(name.replace("_", "")) for name in names]
-    return list(range(1, len(names) + 1))

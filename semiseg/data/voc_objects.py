@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import UnidentifiedImageError
-from pycocotools import mask as coco_mask
 
+from semiseg.data.coco import Box, annotation
 from semiseg.data.images import open_image
 from semiseg.errors import UserError
 
@@ -34,7 +34,6 @@ VOC_CLASSES: tuple[str, ...] = (
 ARCHIVE = "VOCtrainval_11-May-2012.tar"
 SBD_ARCHIVE = "benchmark.tgz"
 VOID = 255
-Box = tuple[float, float, float, float]
 SMALLEST_SHARE_IN_BOX = 0.5  # of a mask's pixels in the box of its object; less, and it is another object's
 
 
@@ -87,31 +86,8 @@ def voc_record(voc: Path, name: str, *, masks_required: bool, ignored_without_ma
     for number, item in enumerate(annotated, start=1):
         mask = masks.get(number)
         is_crowd = item.difficult or (mask is None and ignored_without_mask)
-        objects[number] = annotation(item.category_id, item.box_xywh, mask, is_crowd=is_crowd)
+        objects[number] = annotation(item.category_id, mask, item.box_xywh, is_crowd=is_crowd)
     return ImageRecord(name, size_hw, objects, misfits)
-
-
-def annotation(
-    category_id: int, box_xywh: Box | None, mask: np.ndarray | None, *, is_crowd: bool = False
-) -> dict[str, Any]:
-    """A COCO annotation without ids.
-
-    Args:
-        category_id: 1..20, index + 1 in `VOC_CLASSES`.
-        box_xywh: pixels of the stored image, half-open; as annotated, so it may reach over the image. None = the
-            mask's.
-        mask: (H, W) bool; None if none is known: then the area is that of the box.
-        is_crowd: ignored in training and evaluation.
-    """
-    segmentation: dict[str, Any] = {}
-    if mask is None:
-        assert box_xywh is not None
-        box, area = list(box_xywh), box_xywh[2] * box_xywh[3]
-    else:
-        rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
-        box, area = list(box_xywh or map(int, coco_mask.toBbox(rle))), int(coco_mask.area(rle))
-        segmentation = {"segmentation": {"size": list(mask.shape), "counts": rle["counts"].decode("ascii")}}
-    return {"category_id": category_id, "bbox": box, "area": area, "iscrowd": int(is_crowd), **segmentation}
 
 
 @contextmanager
@@ -238,7 +214,7 @@ def sbd_record(sbd: Path, name: str, *, image: Path) -> ImageRecord:
     if wrong:
         raise UserError(f"{path}: 'Categories' holds {wrong[0]}, allowed: 1 to {len(VOC_CLASSES)}")
     masks = {number: indices == number for number in range(1, len(categories) + 1)}
-    objects = {number: annotation(categories[number - 1], None, mask) for number, mask in masks.items() if mask.any()}
+    objects = {number: annotation(categories[number - 1], mask) for number, mask in masks.items() if mask.any()}
     return ImageRecord(name, size_hw, objects)
 
 

@@ -100,10 +100,7 @@ def predict_files(
         UserError: an overlay would replace one of the images.
         KeyboardInterrupt: with both files written for the images done so far.
     """
-    overlays = [out / OVERLAYS_NAME / name for name in overlay_names(files)]
-    replaced = {os.path.realpath(path) for path in files} & {os.path.realpath(path) for path in overlays}
-    if options.drawn_score is not None and replaced:
-        raise UserError(f"{min(replaced)}: its overlay would replace it; choose another --out")
+    overlays = [] if options.drawn_score is None else _overlay_paths(files, out / OVERLAYS_NAME)
     bar = tqdm(total=len(files), desc="predicting", unit="image", disable=not progress, file=sys.stderr)
     outcome, images, drawings, stopped = Outcome(), list[dict[str, Any]](), list[Future[None]](), False
     with bar, whole_file(out / RESULTS_NAME) as file:
@@ -114,9 +111,10 @@ def predict_files(
                         outcome.unreadable.append(error)
                         with tqdm.external_write_mode(file=sys.stderr):
                             report(str(error))
-                    predicted = _predict(model, [item for item in batch if isinstance(item, _ImageFile)], options)
+                    readable = [item for item in batch if isinstance(item, _ImageFile)]
+                    batch_results = _predict(model, readable, options)
                     wait(drawings)  # those of a batch are made while the next one is predicted
-                    for item, results in predicted:
+                    for item, results in zip(readable, batch_results, strict=True):
                         for result in results:  # to disk as they come, one a line
                             file.write((",\n" if outcome.detections else "[\n").encode() + json.dumps(result).encode())
                             outcome.detections += 1
@@ -134,9 +132,7 @@ def predict_files(
             drawing.result()  # raises what stopped it
         file.write(b"\n]\n" if outcome.detections else b"[]\n")
         file.flush()
-        categories = zip(model.info.category_ids, model.info.class_names, strict=True)
-        described = {"categories": [{"id": number, "name": name} for number, name in categories]}
-        write_json(out / IMAGES_NAME, {"images": images, "annotations": [], **described})
+        write_json(out / IMAGES_NAME, {"images": images, "annotations": [], "categories": _categories(model.info)})
     if stopped:
         raise KeyboardInterrupt(f"stopped after {outcome.images} of {len(files)} images, whose results are in {out}")
     return outcome
@@ -168,10 +164,13 @@ def _read(image_id: int, path: Path, options: PredictOptions) -> _ImageFile | Us
     return _ImageFile(entry, geometry.image(image), picture)
 
 
-def _predict(
-    model: LoadedModel, batch: Sequence[_ImageFile], options: PredictOptions
-) -> list[tuple[_ImageFile, list[dict[str, Any]]]]:
-    """The images with their detections as COCO results."""
+def _categories(info: ModelInfo) -> list[dict[str, Any]]:
+    pairs = zip(info.category_ids, info.class_names, strict=True)
+    return [{"id": category_id, "name": name} for category_id, name in pairs]
+
+
+def _predict(model: LoadedModel, batch: Sequence[_ImageFile], options: PredictOptions) -> list[list[dict[str, Any]]]:
+    """Each image's detections as COCO results."""
     results: dict[int, list[dict[str, Any]]] = {}
     with torch.inference_mode():
         for detections in find_instances(
@@ -181,8 +180,8 @@ def _predict(
             limits=model.info.inference.model_copy(update={"score_threshold": options.score_threshold}),
         ):
             image_id, category_ids = batch[detections.number].entry["id"], model.info.category_ids
-            results[image_id] = coco_results(detections, image_id=image_id, category_ids=category_ids)
-    return [(item, results[item.entry["id"]]) for item in batch]
+            results[detections.number] = coco_results(detections, image_id=image_id, category_ids=category_ids)
+    return [results[index] for index in range(len(batch))]
 
 
 def _draw(item: _ImageFile, results: Sequence[dict[str, Any]], info: ModelInfo, overlay: Path) -> None:
@@ -203,6 +202,14 @@ def written_names(info: ModelInfo) -> list[str]:
     """Class names as overlays show them: of a script that the font has not, `class` and the category's id."""
     pairs = zip(info.class_names, info.category_ids, strict=True)
     return [name if can_write(name) else f"class {category_id}" for name, category_id in pairs]
+
+
+def _overlay_paths(files: Sequence[Path], folder: Path) -> list[Path]:
+    overlays = [folder / name for name in overlay_names(files)]
+    replaced = {os.path.realpath(path) for path in files} & {os.path.realpath(path) for path in overlays}
+    if replaced:
+        raise UserError(f"{min(replaced)}: its overlay would replace it; choose another --out")
+    return overlays
 
 
 def overlay_names(files: Sequence[Path]) -> list[str]:
