@@ -29,8 +29,7 @@ from pycocotools import mask as coco_mask
 
 from semiseg.data import shapes
 from semiseg.data.shapes import SHAPES_CLASSES, ensure_shapes, make_shapes
-from semiseg.data.shapes_draws import Draws
-from semiseg.data.shapes_outlines import FAMILIES, SAMPLES, UNIT, Outline, fill
+from semiseg.data.shapes_outlines import FAMILIES, SAMPLES, UNIT, Draws, Outline, fill
 from semiseg.data.shapes_scene import MIN_VISIBLE_PIXELS, MIN_VISIBLE_SHARE, SceneObject, compose
 from semiseg.errors import UserError
 

@@ -1,10 +1,8 @@
-"""Outlines: the families of shapes, one function each, and their filling.
+"""What is drawn by chance, the same on every platform: outlines of families of shapes, and their filling.
 
-A family draws in its own frame, a few units wide, y down. Only the proportions vary here; size, rotation, stretch and
-mirror image are the scene's business. Families differ in structure (holes, concavities, lobes, thin parts), so that
-masks of some say little about the masks of others.
-
-Integer arithmetic alone decides which samples an outline covers, so masks are the same on every platform.
+A family, one function each, draws in its own frame, a few units wide, y down. Only the proportions vary here; size,
+rotation, stretch and mirror image are the scene's business. Families differ in structure (holes, concavities, lobes,
+thin parts), so that masks of some say little about the masks of others.
 """
 
 from __future__ import annotations
@@ -12,32 +10,54 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-
-from semiseg.data.shapes_draws import Draws
 
 SAMPLES = 4  # per pixel side: 16 samples in a pixel
 UNIT = 16  # fixed point: vertices are rounded to 1/16 of a sample, 1/64 of a pixel
 
 Ring = NDArray[np.float64]  # (V, 2) closed polygon, (x, y)
+Item = TypeVar("Item")
+
+
+class Draws:
+    """Draws made of uniform numbers alone: numpy fixes the bit stream of PCG64 and the mapping to [0, 1), not more.
+
+    Each pair of the non-negative seed and index has a stream of its own.
+    """
+
+    def __init__(self, seed: int, index: int) -> None:
+        self._generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, index))))
+
+    def uniform(self, low: float, high: float) -> float:
+        """A number in [low, high)."""
+        return low + (high - low) * float(self._generator.random())
+
+    def integer(self, low: int, high: int) -> int:
+        """One of low..high, both included."""
+        return low + int((high - low + 1) * self._generator.random())
+
+    def chance(self, probability: float) -> bool:
+        return bool(self._generator.random() < probability)
+
+    def choice(self, items: Sequence[Item]) -> Item:
+        return items[self.integer(0, len(items) - 1)]
+
+    def field(self, *shape: int) -> NDArray[np.float64]:
+        """An array of numbers in [-1, 1)."""
+        return 2.0 * self._generator.random(shape) - 1.0
 
 
 @dataclass(frozen=True)
 class Outline:
-    """The boundary of a shape: the union of the solid rings without the holes; a hole lies inside one solid ring.
-
-    Attributes:
-        solids: rings (V, 2) of (x, y), in any direction.
-        holes: likewise.
-    """
+    """The boundary of a shape: the union of the solid rings, in any direction, without the holes, each inside one."""
 
     solids: Sequence[Ring]
     holes: Sequence[Ring] = ()
 
     def mapped(self, function: Callable[[Ring], Ring]) -> Outline:
-        """The outline of which every ring is mapped."""
         return Outline([function(ring) for ring in self.solids], [function(ring) for ring in self.holes])
 
 
@@ -172,16 +192,11 @@ def _mirrored(upper: list[tuple[float, float]]) -> Ring:
 
 @dataclass(frozen=True)
 class Patch:
-    """What a shape covers, on the window of pixels around it; the window may reach beyond the image.
+    """What a shape covers, on the window of pixels around it; the window may reach beyond the image."""
 
-    Attributes:
-        top, left: image pixel of the window's first row and column.
-        coverage: (h, w) uint8, samples inside the shape, 0..SAMPLES².
-    """
-
-    top: int
+    top: int  # image pixel of the window's first row
     left: int
-    coverage: NDArray[np.uint8]
+    coverage: NDArray[np.uint8]  # (h, w), samples inside the shape, 0..SAMPLES²
 
     @property
     def mask(self) -> NDArray[np.bool_]:
@@ -205,8 +220,8 @@ class Patch:
 def fill(outline: Outline) -> Patch:
     """Counts the samples of each pixel (pixel (r, c) spans [c, c+1) x [r, r+1)) that lie in an outline, in pixels.
 
-    The counts of the rings are added and cut at a full pixel, so that solids may overlap; only in a pixel that the
-    boundaries of two of them cross can the sum be more than the union.
+    Integers alone decide. The counts of the rings are added and cut at a full pixel, so that solids may overlap; only
+    in a pixel that the boundaries of two of them cross can the sum be more than the union.
     """
     # Solids clockwise on the screen (positive area with y down), holes the other way.
     rings = [ring if _area(ring) > 0 else ring[::-1] for ring in outline.solids]

@@ -14,8 +14,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from semiseg.data.shapes_draws import Draws
-from semiseg.data.shapes_outlines import SAMPLES, Outline, Patch, Ring, fill
+from semiseg.data.shapes_outlines import SAMPLES, Draws, Outline, Patch, Ring, fill
 
 Pixels = NDArray[np.float64]  # (3, H, W) RGB
 Colour = NDArray[np.float64]  # (3, 1, 1) RGB
@@ -34,15 +33,14 @@ PALETTE_COLOURS = 5
 
 @dataclass(frozen=True)
 class Frame:
-    """An object's own axes: the pixel (x, y) of its origin, the direction of its x axis, pixels per unit, and -1 where
-    its y axis is mirrored."""
+    """An object's own axes."""
 
-    x: float
+    x: float  # pixel of the origin
     y: float
-    cosine: float
+    cosine: float  # of the x axis
     sine: float
-    scale: float
-    flip: float = 1.0
+    scale: float  # pixels per unit
+    flip: float = 1.0  # -1 where the y axis is mirrored
 
     def coordinates(self, patch: Patch) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """(h, w) positions of the pixel centres of a patch along the two axes, in pixels."""
@@ -64,14 +62,10 @@ class Palette:
 
     def pick_unlike(self, draws: Draws, other: Colour, distance: float) -> Colour:
         """A colour at least so far (largest difference of a channel) from another one, or the farthest of ten."""
-        tries = []
-        for _ in range(10):
-            colour = self.pick(draws)
-            gap = float(np.abs(colour - other).max())
-            if gap >= distance:
-                return colour
-            tries.append((gap, colour))
-        return max(tries, key=lambda item: item[0])[1]
+        tries: list[Colour] = []
+        while len(tries) < 10 and (not tries or np.abs(tries[-1] - other).max() < distance):
+            tries.append(self.pick(draws))
+        return max(tries, key=lambda colour: float(np.abs(colour - other).max()))
 
     @staticmethod
     def _any(draws: Draws) -> Colour:

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from semiseg.data.shapes_draws import Draws
-from semiseg.data.shapes_outlines import FAMILIES, Outline, Patch, fill
+from semiseg.data.shapes_outlines import FAMILIES, Draws, Outline, Patch, fill
 from semiseg.data.shapes_paint import Frame, Palette, add_noise, paint_background, paint_double, paint_object
 
 FEWEST, MOST = 2, 4  # objects in a picture; now and then less, if no place is found
@@ -28,21 +27,13 @@ LABELS = tuple(sorted(FAMILIES))  # label -> family
 
 @dataclass
 class SceneObject:
-    """One annotated object.
+    """One annotated object."""
 
-    Attributes:
-        label: index into the sorted family names.
-        frame: its own axes.
-        patch: what it covers, inside the image.
-        visible: (H, W) bool, the pixels that show it; those of different objects are disjoint.
-        full_area: pixels of the whole object, parts outside the image included.
-    """
-
-    label: int
+    label: int  # index into `LABELS`
     frame: Frame
-    patch: Patch
-    visible: NDArray[np.bool_]
-    full_area: int
+    patch: Patch  # what it covers, inside the image
+    visible: NDArray[np.bool_]  # (H, W), the pixels that show it; those of different objects are disjoint
+    full_area: int  # pixels of the whole object, parts outside the image included
 
     @property
     def visible_share(self) -> float:
