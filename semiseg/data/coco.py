@@ -32,34 +32,24 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class CocoFile:
-    """A parsed instances file whose ids are known to be unique and to refer to each other.
-
-    Attributes:
-        digest: hex SHA-256 of the file's bytes.
-        class_names, category_ids: name and COCO's category id of each label; the ids ascend.
-        images: the raw image entries in the file's order.
-        annotations: the raw annotations of each image id in the file's order; images without any are absent.
-        annotated: false if the file has no list `annotations` at all, as COCO's `image_info_test-dev2017.json`.
-    """
+    """A parsed instances file whose ids are known to be unique and to refer to each other."""
 
     path: Path
-    digest: str
-    class_names: tuple[str, ...]
-    category_ids: tuple[int, ...]
-    images: list[dict[str, Any]]
-    annotations: dict[int, list[dict[str, Any]]]
-    annotated: bool = True
+    digest: str  # hex SHA-256 of the file's bytes
+    class_names: tuple[str, ...]  # of each label
+    category_ids: tuple[int, ...]  # COCO's, of each label, ascending
+    images: list[dict[str, Any]]  # raw entries in the file's order
+    annotations: dict[int, list[dict[str, Any]]]  # raw, of each image id in the file's order; no empty lists
+    annotated: bool = True  # false: no list `annotations` at all, as in COCO's `image_info_test-dev2017.json`
 
 
 def read_coco(path: Path, *, report: Reporter | None = None, annotations_required: bool = True) -> CocoFile:
     """Reads an instances file; entries with a problem are reported and left out.
 
     Args:
-        report: gets every problem; by default the first error is raised as `UserError`.
+        report: gets every problem; by default the first error is raised as `UserError`, as is a file that is missing,
+            not JSON, or lacks a section, whatever the reporter.
         annotations_required: false takes a file without the list `annotations` for one of images to be predicted.
-
-    Raises:
-        UserError: the file is missing, not JSON, or lacks a section, whatever the reporter.
     """
     report = report or stop_at_errors(path)
     raw, digest = _parse(path, SECTIONS if annotations_required else ("images", "categories"))
@@ -107,8 +97,8 @@ def image_records(coco: CocoFile, *, report: Reporter | None = None) -> Iterator
                     "rle_counts": rle_counts,
                 }
             )
-        named = {"image_id": image["id"], "file_name": image["file_name"]}
-        yield {**named, "height": image["height"], "width": image["width"], "objects": objects}
+        fields = {name: image[name] for name in ("file_name", "height", "width")}
+        yield {"image_id": image["id"], **fields, "objects": objects}
 
 
 def annotation(

@@ -71,12 +71,9 @@ class Instances:
 
 
 def withhold(objects: Sequence[dict[str, Any]], *, class_names: Sequence[str], rule: MaskRule) -> Instances:
-    """The leak barrier: annotations of one image -> what the rule lets a training know.
+    """The leak barrier: `objects` of a table row -> what the rule lets a training know.
 
-    Args:
-        objects: `objects` of a table row.
-        class_names: name of each label.
-        rule: decides per instance; the value of a withheld mask is not looked at.
+    The rule decides per instance; the value of a withheld mask is not looked at.
     """
     crowd = [item["box_xyxy"] for item in objects if item["is_crowd"]]
     instances = [item for item in objects if not item["is_crowd"]]
@@ -97,20 +94,14 @@ class InstanceDataset(torch.utils.data.Dataset[Sample]):
     """Map-style data set: key (row index, sample seed) -> Sample.
 
     All chance in a sample comes from its seed, so it is the same on every worker, rank and resume.
-
-    Attributes:
-        rule: which instances keep their mask.
-        transform: chooses resize and flip.
-        mask_stride: stride of the mask grid in input pixels; None = masks stay encoded, for grids of their own.
-        bottom_rows_without_affinity: rows of the *original* image whose colours are not to be trusted (COCO: 10).
     """
 
     table: Table
     _: KW_ONLY
     rule: MaskRule
     transform: Transform
-    mask_stride: int | None
-    bottom_rows_without_affinity: int = 0
+    mask_stride: int | None  # of the mask grid, in input pixels; None = masks stay encoded, for grids of their own
+    bottom_rows_without_affinity: int = 0  # rows of the *original* whose colours are not to be trusted (COCO: 10)
 
     def __len__(self) -> int:
         return len(self.table.rows)

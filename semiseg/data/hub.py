@@ -67,12 +67,8 @@ class _Split(NamedTuple):
 
 
 def hub_folder(name: str) -> Path:
-    """Where a data set's conversions lie: of `OWNER/NAME`, or of a folder, known by its path.
-
-    Raises:
-        UserError: the name is empty, which as a path would be the current folder.
-    """
-    if not name.strip():
+    """Where a data set's conversions lie: of `OWNER/NAME`, or of a folder, known by its path."""
+    if not name.strip():  # as a path, the current folder
         raise UserError("data.root = 'hf:' names no data set, expected 'hf:OWNER/NAME' or 'hf:FOLDER'")
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -101,9 +97,6 @@ def ensure_hub(name: str, *, train_split: str, val_split: str) -> Path:
     Args:
         name: `OWNER/NAME`, or a folder: what `datasets.load_dataset` reads, or what `save_to_disk` wrote.
         train_split, val_split: names of splits, or parts of them such as `train[:90%]`.
-
-    Raises:
-        UserError: it cannot be loaded; no such split; a column is missing or of another type; a bad row.
     """
     conversions = hub_folder(name)
     try:

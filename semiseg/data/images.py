@@ -43,13 +43,12 @@ def read_image(path: Path, *, size_hw: tuple[int, int] | None = None, upright: b
     alpha channel is dropped; of an animation the first picture is taken.
 
     Args:
-        path: one of `FORMATS`, whatever its suffix.
-        size_hw: the (height, width) of the stored pixels that the annotations state; another size is an error.
+        size_hw: the (height, width) of the stored pixels that the annotations state.
         upright: apply the EXIF orientation, as viewers do: for images without annotations.
 
     Raises:
-        UserError: missing, truncated, of another size, or of floating-point values, which nothing says the white of;
-            the message names the file.
+        UserError: missing, none of `FORMATS`, truncated, of another size, or of floating-point values, which nothing
+            says the white of.
     """
     try:
         return _decode(path, size_hw, upright=upright)
@@ -104,8 +103,7 @@ def image_problems(
 def require_sizes(entries: Sequence[dict[str, Any]], folder: Path) -> None:
     """Compares the size in every image's header with the annotations; nothing is decoded.
 
-    Raises:
-        UserError: names the first image that is of another size, or no image, and says how many there are.
+    The error names the first image that is of another size, or no image, and says how many there are.
     """
     problems = list(image_problems(entries, folder, check_header, title="sizes of images"))
     if not problems:

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from semiseg.data.dataset import InstanceDataset, Key
@@ -48,24 +49,17 @@ class StepBatches(Sampler[list[Key]]):
 
     Part a on rank r takes the slice [(a * processes + r) * m, ... + m) of the step's B positions,
     m = B / (accumulation * processes).
-
-    Attributes:
-        batch_size: B, images of one optimizer step over all processes and parts.
-        accumulation: micro batches per process and step.
-        seed: of the order and of every sample's seed.
-        start_step: steps already done, 0 for a new run.
-        steps: of the whole run; the sampler yields (steps - start_step) * accumulation micro batches.
     """
 
     num_images: int
     _: KW_ONLY
-    batch_size: int
-    accumulation: int
+    batch_size: int  # B, images of one optimizer step over all processes and parts
+    accumulation: int  # micro batches per process and step
     processes: int
     rank: int
-    seed: int
-    start_step: int
-    steps: int
+    seed: int  # of the order and of every sample's seed
+    start_step: int  # steps already done, 0 for a new run
+    steps: int  # of the whole run
 
     def __post_init__(self) -> None:
         parts = self.accumulation * self.processes
@@ -135,6 +129,7 @@ def load_batch(dataset: InstanceDataset, keys: Sequence[Key], *, size_divisor: i
 
 
 def _targets(samples: Sequence[Sample], stride: int | None, padded_hw: tuple[int, int]) -> Targets:
+    grid_hw = (0, 0) if stride is None else grid_size(padded_hw, stride)
     counts = torch.tensor([len(sample.labels) for sample in samples])
     first_instance = (counts.cumsum(0) - counts).tolist()
     crowd_counts = torch.tensor([len(sample.crowd_boxes_xyxy) for sample in samples])
@@ -144,7 +139,7 @@ def _targets(samples: Sequence[Sample], stride: int | None, padded_hw: tuple[int
         labels=torch.cat([sample.labels for sample in samples]),
         image_index=image_numbers.repeat_interleave(counts),
         supervision=torch.cat([sample.supervision for sample in samples]),
-        masks=_masks([sample.masks for sample in samples], stride, padded_hw),
+        masks=torch.cat([_padded(sample.masks, grid_hw) for sample in samples]),
         mask_instance=torch.cat([s.mask_instance + first for s, first in zip(samples, first_instance, strict=True)]),
         mask_weight=torch.ones(sum(len(sample.masks) for sample in samples)),
         crowd_boxes_xyxy=torch.cat([sample.crowd_boxes_xyxy for sample in samples]),
@@ -154,15 +149,10 @@ def _targets(samples: Sequence[Sample], stride: int | None, padded_hw: tuple[int
     )
 
 
-def _masks(masks: Sequence[Tensor], stride: int | None, padded_hw: tuple[int, int]) -> Tensor:
-    """The masks of all images, padded to the grid of the batch."""
-    padded = torch.zeros(sum(map(len, masks)), *(grid_size(padded_hw, stride) if stride else (0, 0)), dtype=torch.bool)
-    start = 0
-    for one in masks:
-        count, height, width = one.shape
-        padded[start : start + count, :height, :width] = one
-        start += count
-    return padded
+def _padded(masks: Tensor, grid_hw: tuple[int, int]) -> Tensor:
+    """The masks of an image on the grid of its batch."""
+    _, height, width = masks.shape
+    return functional.pad(masks, (0, grid_hw[1] - width, 0, grid_hw[0] - height))
 
 
 @dataclass(frozen=True)
@@ -288,8 +278,7 @@ def build_loader(
     Args:
         size_divisor: height and width of a padded batch divide by it.
         workers: processes that read ahead; 0 = in this process.
-        pin_memory: page-locked batches, for a GPU.
-        start_method: of the workers: `fork` on Linux, by default; None = the platform's own.
+        start_method: of the workers; None = the platform's own.
     """
     # A generator of its own: DataLoader draws a seed at every start, which would shift the global generator.
     settings: dict[str, Any] = {"generator": torch.Generator().manual_seed(0)}

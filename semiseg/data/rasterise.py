@@ -17,12 +17,7 @@ VALUE, MORE, SIGN, BITS = 0x1F, 0x20, 0x10, 5
 
 
 def outlines_to_rle(polygons: Sequence[np.ndarray], size_hw: tuple[int, int]) -> bytes:
-    """The union of the polygons by COCO's own rasteriser, as the counts of a compressed RLE.
-
-    Args:
-        polygons: x0, y0, x1, y1, ... each, (2K,) float64, in pixels of the raster.
-        size_hw: (height, width) of the raster.
-    """
+    """The union of polygons, (2K,) float64 x0, y0, x1, y1, ... each, by COCO's own rasteriser: counts of an RLE."""
     rles = coco_mask.frPyObjects(list(polygons), *size_hw)
     counts: bytes = (rles[0] if len(rles) == 1 else coco_mask.merge(rles))["counts"]
     return counts
@@ -39,8 +34,7 @@ def read_cells(rles: Sequence[bytes], size_hw: tuple[int, int], *, rows: np.ndar
     Args:
         rles: counts of M compressed RLE whose runs fill the raster exactly.
         size_hw: (height, width) of the raster.
-        rows: (h,) int64, in any order, repetitions allowed.
-        columns: (w,) int64, likewise.
+        rows, columns: (h,) and (w,) int64, in any order, repetitions allowed.
     """
     if not rles:
         return np.zeros((0, len(rows), len(columns)), dtype=np.bool_)
@@ -61,12 +55,10 @@ def read_cells(rles: Sequence[bytes], size_hw: tuple[int, int], *, rows: np.ndar
 
 
 def run_lengths(rles: Sequence[bytes]) -> tuple[np.ndarray, list[int]]:
-    """The runs of several compressed RLE: background and foreground in turn, background first.
+    """The runs of M compressed RLE, int64: background and foreground in turn, background first; and M + 1 bounds.
 
-    From the fourth run of a mask on, the text holds the difference to the run two before.
-
-    Returns:
-        (runs of all masks,) int64, and M + 1 bounds: mask m has the runs bounds[m] .. bounds[m + 1] - 1.
+    Mask m has the runs bounds[m] .. bounds[m + 1] - 1. From the fourth on, the text holds the difference to the run
+    two before.
     """
     characters = np.frombuffer(b"".join(rles), dtype=np.uint8) - ord("0")
     ends = np.flatnonzero((characters & MORE) == 0) + 1  # of the numbers

@@ -38,10 +38,7 @@ class AnnotatedImages(NamedTuple):
 
 
 def ensure_files(config: DataConfig, sets: Sequence[SetName] = BOTH) -> dict[str, AnnotatedImages]:
-    """The sets "train" and "val" of a data configuration, drawn or converted on first use.
-
-    Args:
-        sets: those that must be there; the answer has them alone.
+    """Those `sets` of a data configuration, drawn or converted on first use.
 
     Raises:
         UserError: something is not there; the message says what to download and where to put it.

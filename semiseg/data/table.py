@@ -59,23 +59,15 @@ FEATURES = Features(
 
 @dataclass(frozen=True)
 class Table:
-    """One row per image, memory-mapped: copies in other processes share the pages and pickle as a path.
+    """One row per image, memory-mapped: copies in other processes share the pages and pickle as a path."""
 
-    Attributes:
-        rows: of the form `FEATURES`.
-        class_names, category_ids: name and COCO's category id of each label 0..C-1.
-        images_folder: `file_name` is relative to it.
-        fingerprint: digest of the json's content; the images' content is not part of it.
-        annotated: false for a file that only lists images, such as COCO's test sets: its rows have no objects.
-    """
-
-    rows: datasets.Dataset
-    class_names: tuple[str, ...]
-    category_ids: tuple[int, ...]
-    images_folder: Path
+    rows: datasets.Dataset  # of the form `FEATURES`
+    class_names: tuple[str, ...]  # of each label 0..C-1
+    category_ids: tuple[int, ...]  # COCO's, of each label
+    images_folder: Path  # `file_name` is relative to it
     annotations_file: Path
-    fingerprint: str
-    annotated: bool = True
+    fingerprint: str  # of the json's content; the images' content is not part of it
+    annotated: bool = True  # false for a file that only lists images, such as COCO's test sets
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -90,9 +82,8 @@ class Table:
         objects = compute.list_flatten(self.rows.data.column("objects"))
         instances = compute.invert(compute.struct_field(objects, "is_crowd"))
         if labels is not None:
-            counted = pyarrow.array(labels, pyarrow.int64())
-            has_label = compute.is_in(compute.struct_field(objects, "label"), value_set=counted)
-            instances = compute.and_(instances, has_label)
+            label = compute.struct_field(objects, "label")
+            instances = compute.and_(instances, compute.is_in(label, pyarrow.array(labels, pyarrow.int64())))
         without = compute.and_(instances, compute.invert(compute.struct_field(objects, "has_mask")))
         return compute.sum(instances).as_py() or 0, compute.sum(without).as_py() or 0
 
@@ -112,8 +103,7 @@ def load_table(annotations: Path, images: Path, *, cache: Path, annotations_requ
         annotations_required: false also takes a file without the list `annotations`, to predict its images.
 
     Raises:
-        UserError: bad annotations (the first error), or image files that are not there or, at the conversion, of
-            another size.
+        UserError: bad annotations (the first error); image files not there or, at the conversion, of another size.
     """
     if not images.is_dir():
         raise UserError(f"{images}: no such image folder")

@@ -89,17 +89,11 @@ Transform = Callable[[tuple[int, int], int], Geometry]
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """Multi-scale resize and horizontal flip.
+    """Multi-scale resize and horizontal flip."""
 
-    Attributes:
-        short_sides: one of them is drawn for each sample.
-        long_side: upper limit of the longer side, in pixels.
-        flip: probability of the horizontal flip.
-    """
-
-    short_sides: Sequence[int]
-    long_side: int
-    flip: float
+    short_sides: Sequence[int]  # one of them is drawn for each sample
+    long_side: int  # upper limit of the longer side, in pixels
+    flip: float  # probability of the horizontal flip
 
     def __call__(self, size_hw: tuple[int, int], seed: int) -> Geometry:
         # random.random() is the one draw whose values Python promises to keep between versions.

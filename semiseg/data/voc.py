@@ -35,10 +35,7 @@ IDS_PER_IMAGE = 1000
 
 
 def voc_files(root: Path, image_set: str) -> tuple[Path, Path]:
-    """Where `ensure_voc` has or would have its two paths; nothing is read or made.
-
-    The image folder depends on which of the three layouts is there; without any it is that of the unpacked archive.
-    """
+    """Where `ensure_voc` has or would have its two paths; without a layout there, as the archive unpacks."""
     images = (_find_voc(root) or root / "VOCdevkit" / "VOC2012") / "JPEGImages"
     return root / "semiseg" / f"voc2012_{image_set}_v{CONVERTER_VERSION}.json", images
 
@@ -50,8 +47,7 @@ def ensure_voc(root: Path, image_set: str) -> tuple[Path, Path]:
     data. Boxes are xywh in pixels of the stored image: VOC's pixels count from 1 and include the last one.
 
     Args:
-        root: the folder that holds `VOCdevkit/VOC2012`, or `VOCdevkit`, or `VOC2012` itself; SBD is looked for in
-            `root/SBD` and `root/benchmark_RELEASE/dataset`.
+        root: the folder that holds `VOCdevkit/VOC2012`, or `VOC2012`, or is that; SBD see `SBD_FOLDERS`.
         image_set: see the module.
 
     Raises:

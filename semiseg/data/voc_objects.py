@@ -39,18 +39,12 @@ SMALLEST_SHARE_IN_BOX = 0.5  # of a mask's pixels in the box of its object; less
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """One image.
-
-    Attributes:
-        size_hw: (height, width) in pixels.
-        objects: number of the object in its image, from 1 -> its COCO annotation, without ids.
-        misfits: says in words which masks contradict their object and were left out.
-    """
+    """One image."""
 
     name: str
     size_hw: tuple[int, int]
-    objects: dict[int, dict[str, Any]]
-    misfits: list[str] = field(default_factory=list)
+    objects: dict[int, dict[str, Any]]  # number of the object, from 1 -> its COCO annotation, without ids
+    misfits: list[str] = field(default_factory=list)  # which masks contradict their object and were left out
 
 
 class _XmlObject(NamedTuple):
@@ -63,12 +57,8 @@ def voc_record(voc: Path, name: str, *, masks_required: bool, ignored_without_ma
     """The objects of an image in the XML's order; "difficult" ones are crowd.
 
     Args:
-        voc: the folder VOC2012.
         masks_required: a missing map in `SegmentationObject` is an error; otherwise such an image has boxes only.
         ignored_without_mask: an object without a pixel in the map is ignored by its box, no instance with a box.
-
-    Raises:
-        UserError: a file is missing or broken; names it.
     """
     size_hw = image_size(voc / "JPEGImages" / f"{name}.jpg")
     xml = voc / "Annotations" / f"{name}.xml"
@@ -192,14 +182,7 @@ def _coordinate(element: ElementTree.Element, key: str, where: str) -> float:
 
 
 def sbd_record(sbd: Path, name: str, *, image: Path) -> ImageRecord:
-    """The instances of an image, numbered as in its map; an instance without a pixel is left out.
-
-    Args:
-        image: the photograph in VOC's `JPEGImages`; SBD annotates VOC's own images.
-
-    Raises:
-        UserError: a file is missing, broken or contradicts itself.
-    """
+    """The instances of a photograph in VOC's `JPEGImages`, numbered as in the map; one without a pixel is left out."""
     if not image.is_file():
         raise UserError(f"{image}: no such image, but SBD lists it; copy {sbd / 'img' / image.name} there")
     path = sbd / "inst" / f"{name}.mat"

@@ -37,22 +37,14 @@ LONGEST_NAME = 200  # bytes of a file's name, with room for a suffix and for the
 
 @dataclass(frozen=True, kw_only=True)
 class PredictOptions:
-    """How files are predicted.
+    """How files are predicted."""
 
-    Attributes:
-        short_side, long_side: the resize rule, in pixels.
-        score_threshold: for class probability x centreness; a detection's score is the square root of that.
-        drawn_score: detections with at least this score are drawn; None = no overlays.
-        batch_size: images predicted at a time; those of equal padded size share a forward.
-        workers: threads that read and draw.
-    """
-
-    short_side: int
+    short_side: int  # of the resize rule, in pixels
     long_side: int
-    score_threshold: float
-    drawn_score: float | None
-    batch_size: int
-    workers: int
+    score_threshold: float  # for class probability x centreness; a detection's score is the square root of that
+    drawn_score: float | None  # detections with at least this score are drawn; None = no overlays
+    batch_size: int  # images predicted at a time; those of equal padded size share a forward
+    workers: int  # threads that read and draw
 
 
 @dataclass
