@@ -28,9 +28,16 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from semiseg.data import shapes
-from semiseg.data.shapes import SHAPES_CLASSES, ensure_shapes, make_shapes
+from semiseg.data.shapes import (
+    MIN_VISIBLE_PIXELS,
+    MIN_VISIBLE_SHARE,
+    SHAPES_CLASSES,
+    SceneObject,
+    compose,
+    ensure_shapes,
+    make_shapes,
+)
 from semiseg.data.shapes_outlines import FAMILIES, SAMPLES, UNIT, Draws, Outline, fill
-from semiseg.data.shapes_scene import MIN_VISIBLE_PIXELS, MIN_VISIBLE_SHARE, SceneObject, compose
 from semiseg.errors import UserError
 
 PICTURES = 60

@@ -43,13 +43,9 @@ class Kind(Enum):
     MASK_OUTSIDE_BOX = ("notice", "mask lies outside its box")
     EXIF = ("notice", "image has an EXIF orientation that is not applied")
 
-    @property
-    def severity(self) -> Severity:
-        return self.value[0]
-
-    @property
-    def title(self) -> str:
-        return self.value[1]
+    def __init__(self, severity: Severity, title: str) -> None:
+        self.severity = severity
+        self.title = title
 
 
 @dataclass(frozen=True)

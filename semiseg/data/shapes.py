@@ -1,38 +1,53 @@
 """Shapes: the embedded data set, drawn on the spot from a seed, in COCO layout on disk.
 
 Twelve families of shapes on cluttered backgrounds, several in a picture, hiding parts of each other, with exact masks
-of what is visible. Picture i depends on the seed and on i alone, not on the number of pictures or the platform.
+of what is visible, which is decided before anything is drawn. Picture i depends on the seed and on i alone, not on the
+number of pictures or the platform.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import shutil
 from collections.abc import Callable, Generator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
 from semiseg.config.read import digest
 from semiseg.data.coco import annotation
-from semiseg.data.shapes_scene import LABELS, compose
+from semiseg.data.shapes_outlines import FAMILIES, Draws, Outline, Patch, fill
+from semiseg.data.shapes_paint import Frame, Palette, add_noise, paint_background, paint_double, paint_object
 from semiseg.data.workers import START_METHOD, live_as_long_as_the_main_process
 from semiseg.errors import UserError
-from semiseg.resources import available_cores, make_once, settle, whole_folder
+from semiseg.resources import available_cores, make_once, whole_folder
 
 GENERATOR_VERSION = 2  # raised with every change of pictures or annotations, so that no stale folder is used
-SHAPES_CLASSES: tuple[str, ...] = LABELS
+SHAPES_CLASSES: tuple[str, ...] = tuple(sorted(FAMILIES))  # of each label
 ANNOTATIONS = "annotations.json"
 IMAGES = "images"
 SMALLEST_IMAGE = 32
 MANY_PICTURES = 100  # from here on several processes draw them
 PICTURES_AT_A_TIME = 16
+
+FEWEST, MOST = 2, 4  # objects in a picture; now and then less, if no place is found
+MIN_VISIBLE_PIXELS = 24
+MIN_VISIBLE_SHARE = 0.7
+SIDES = (0.32, 0.56)  # longer side of an object's box, as a share of the image's side
+ANGLES = (0.0, 50.0)  # degrees; half of the objects are mirrored as well. Slanting shapes fill less of their box
+INSIDE = 0.4  # the centre's least distance from the image's edge, as a share of the object's side
+DOUBLED = 0.33  # share of the objects that lie on a blob of their own colour
+TRIES = 8  # positions tried for each object
 
 Annotations = list[dict[str, Any]]  # of one picture
 
@@ -74,7 +89,6 @@ def make_shapes(folder: Path, *, images: int, image_size: int, seed: int) -> Non
             f"Shapes: images={images}, image_size={image_size}, seed={seed}: needs at least 1 image, "
             f"a side of at least {SMALLEST_IMAGE} pixels and a seed that is not negative"
         )
-    settle(folder.parent)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: exists already; name a new or an empty folder")
     with whole_folder(folder) as temporary:
@@ -137,3 +151,91 @@ def _on_every_core(draw: Callable[[int], Annotations], images: int) -> Generator
 
 def _is_complete(folder: Path, images: int) -> bool:
     return (folder / ANNOTATIONS).is_file() and len(list((folder / IMAGES).glob("*.png"))) == images
+
+
+@dataclass
+class SceneObject:
+    """One annotated object."""
+
+    label: int  # index into `SHAPES_CLASSES`
+    frame: Frame
+    patch: Patch  # what it covers, inside the image
+    visible: NDArray[np.bool_]  # (H, W), the pixels that show it; those of different objects are disjoint
+    full_area: int  # pixels of the whole object, parts outside the image included
+
+    @property
+    def visible_share(self) -> float:
+        """The number of the visible pixels over that of the whole object."""
+        return int(self.visible.sum()) / self.full_area
+
+
+def compose(seed: int, index: int, size: int) -> tuple[NDArray[np.uint8], list[SceneObject]]:
+    """Picture `index` of the data set with this seed: (size, size, 3) RGB and its objects, from back to front."""
+    draws = Draws(seed, index)
+    objects = _place_objects(draws, size)
+    palette = Palette(draws)
+    pixels = paint_background(draws, palette, size)
+    doubled = [paint_double(draws, palette, pixels, o.patch) if draws.chance(DOUBLED) else None for o in objects]
+    for item, colour in zip(objects, doubled, strict=True):
+        paint_object(draws, palette, pixels, item.patch, item.frame, family=SHAPES_CLASSES[item.label], colour=colour)
+    return add_noise(draws, pixels), objects
+
+
+def _place_objects(draws: Draws, size: int) -> list[SceneObject]:
+    """Objects from back to front, each leaving enough of those behind it in sight."""
+    count = draws.integer(FEWEST, MOST)
+    share = draws.uniform(MIN_VISIBLE_SHARE, 1.0)  # some pictures are crowded, some are not
+    sides = [size * draws.uniform(*SIDES) for _ in range(count)]
+    sides.sort(key=lambda side: side * draws.uniform(0.3, 1.0), reverse=True)
+    placed: list[SceneObject] = []
+    spare = [size * SIDES[0]] * 8  # for pictures in which too few found a place
+    for index, side in enumerate(sides + spare):
+        if index >= count and len(placed) >= FEWEST:
+            break
+        label = draws.integer(0, len(SHAPES_CLASSES) - 1)
+        for _ in range(TRIES):
+            candidate = _draw_object(draws, size, label, side)
+            if _try_to_place(candidate, placed, share):
+                break
+    return placed
+
+
+def _draw_object(draws: Draws, size: int, label: int, side: float) -> SceneObject:
+    outline = FAMILIES[SHAPES_CLASSES[label]](draws)
+    flip = draws.uniform(0.8, 1.0) * draws.choice((-1.0, 1.0))  # and stretch, of the y axis
+    angle = math.radians(draws.uniform(*ANGLES))
+    margin = INSIDE * side
+    centre = draws.uniform(margin, size - margin), draws.uniform(margin, size - margin)
+    outline, frame = _positioned(outline, angle, flip, side, centre)
+    whole = fill(outline)
+    patch = whole.inside((size, size))
+    visible = np.zeros((size, size), dtype=np.bool_)
+    visible[patch.window] = patch.mask
+    return SceneObject(label, frame, patch, visible, int(whole.mask.sum()))
+
+
+def _positioned(
+    outline: Outline, angle: float, flip: float, side: float, centre: tuple[float, float]
+) -> tuple[Outline, Frame]:
+    """The outline with its y axis scaled by `flip`, turned, and scaled so that its box's longer side is `side`."""
+    cosine, sine = math.cos(angle), math.sin(angle)
+    x_axis, y_axis = np.array((cosine, sine)), np.array((-sine, cosine)) * flip
+    turned = outline.mapped(lambda ring: ring[:, :1] * x_axis + ring[:, 1:] * y_axis)
+    points = np.concatenate(turned.solids)
+    low, high = points.min(axis=0), points.max(axis=0)
+    scale = side / float((high - low).max())
+    shift = np.array(centre) - scale * (low + high) / 2
+    frame = Frame(float(shift[0]), float(shift[1]), cosine, sine, scale, math.copysign(1.0, flip))
+    return turned.mapped(lambda ring: ring * scale + shift), frame
+
+
+def _try_to_place(candidate: SceneObject, placed: list[SceneObject], share: float) -> bool:
+    """Adds the candidate in front of the others, unless too little of anything would be seen."""
+    left = [item.visible & ~candidate.visible for item in placed]
+    for visible, item in zip([*left, candidate.visible], [*placed, candidate], strict=True):
+        if np.count_nonzero(visible) < max(MIN_VISIBLE_PIXELS, share * item.full_area):
+            return False
+    for item, visible in zip(placed, left, strict=True):
+        item.visible = visible
+    placed.append(candidate)
+    return True

@@ -72,11 +72,6 @@ class Table:
     def __len__(self) -> int:
         return len(self.rows)
 
-    @property
-    def image_ids(self) -> list[int]:
-        """COCO's image id of each row."""
-        return [int(number) for number in self.rows.data.column("image_id").to_pylist()]
-
     def count_objects(self, labels: Sequence[int] | None = None) -> tuple[int, int]:
         """(objects, those of them without a mask), of some or of all labels, crowd regions left out."""
         objects = compute.list_flatten(self.rows.data.column("objects"))

@@ -13,9 +13,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing.connection import wait
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Literal
 
 from semiseg.errors import UserError
@@ -46,7 +46,7 @@ def live_as_long_as_the_main_process() -> None:
         threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
 
 
-class StopOnSignal:
+class StopOnSignal(ExitStack):
     """Turns SIGINT and SIGTERM into a flag, so that what is under way is finished and saved before the process ends.
 
     A second one acts at once, unless it comes together with the first: a batch system signals a launcher and its
@@ -54,25 +54,16 @@ class StopOnSignal:
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.requested = False
         self._at_once = False
         self._acts_from = math.inf  # time at which another signal is a second one
-        self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopOnSignal:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self._previous[number] = signal.signal(number, self._request)
-            except ValueError:
-                # Not the main thread (a notebook's executor): the caller keeps its own handling.
-                break
+        with suppress(ValueError):  # not the main thread (a notebook's executor): the caller keeps its own handling
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.callback(signal.signal, number, signal.signal(number, self._request))
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         now, again = time.monotonic(), self.requested
@@ -98,11 +89,7 @@ class StopOnSignal:
 
 @contextmanager
 def workers_lack(spare_files: int = 0) -> Iterator[None]:
-    """Makes what a loader's processes cannot get in this context, or their end, a `UserError` with what helps.
-
-    Args:
-        spare_files: so many more must open now.
-    """
+    """Makes what a loader's processes cannot get in this context, spare files first, or their end, a `UserError`."""
     try:
         with ExitStack() as opened:
             for _ in range(spare_files):
