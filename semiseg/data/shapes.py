@@ -30,7 +30,7 @@ from semiseg.data.shapes_outlines import FAMILIES, Draws, Outline, Patch, fill
 from semiseg.data.shapes_paint import Frame, Palette, add_noise, paint_background, paint_double, paint_object
 from semiseg.data.workers import START_METHOD, live_as_long_as_the_main_process
 from semiseg.errors import UserError
-from semiseg.resources import available_cores, make_once, whole_folder
+from semiseg.resources import available_cores, make_once, settle, whole_folder
 
 GENERATOR_VERSION = 2  # raised with every change of pictures or annotations, so that no stale folder is used
 SHAPES_CLASSES: tuple[str, ...] = tuple(sorted(FAMILIES))  # of each label
@@ -89,6 +89,7 @@ def make_shapes(folder: Path, *, images: int, image_size: int, seed: int) -> Non
             f"Shapes: images={images}, image_size={image_size}, seed={seed}: needs at least 1 image, "
             f"a side of at least {SMALLEST_IMAGE} pixels and a seed that is not negative"
         )
+    settle(folder.parent)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: exists already; name a new or an empty folder")
     with whole_folder(folder) as temporary:

@@ -185,9 +185,12 @@ def sbd_record(sbd: Path, name: str, *, image: Path) -> ImageRecord:
     """The instances of a photograph in VOC's `JPEGImages`, numbered as in the map; one without a pixel is left out."""
     if not image.is_file():
         raise UserError(f"{image}: no such image, but SBD lists it; copy {sbd / 'img' / image.name} there")
-    path = sbd / "inst" / f"{name}.mat"
-    indices, categories = _read_mat(path)
-    size_hw = image_size(image)
+    from scipy.io import loadmat  # not above: only SBD's files need it
+
+    path, size_hw = sbd / "inst" / f"{name}.mat", image_size(image)
+    with reading(path, "no readable SBD file", archive=SBD_ARCHIVE):
+        struct = loadmat(str(path), variable_names=["GTinst"])["GTinst"][0, 0]
+        indices, categories = np.asarray(struct["Segmentation"]), np.asarray(struct["Categories"]).ravel().tolist()
     if indices.shape != size_hw:
         raise UserError(f"{path}: 'Segmentation' is {indices.shape}, allowed: (height, width) of its image, {size_hw}")
     largest = max((int(value) for value in np.unique(indices) if value != VOID), default=0)
@@ -199,13 +202,3 @@ def sbd_record(sbd: Path, name: str, *, image: Path) -> ImageRecord:
     masks = {number: indices == number for number in range(1, len(categories) + 1)}
     objects = {number: annotation(categories[number - 1], mask) for number, mask in masks.items() if mask.any()}
     return ImageRecord(name, size_hw, objects)
-
-
-def _read_mat(path: Path) -> tuple[np.ndarray, list[int]]:
-    """`Segmentation` (H, W) and `Categories` (n) of a file."""
-    from scipy.io import loadmat  # not above: only these files need it
-
-    with reading(path, "no readable SBD file", archive=SBD_ARCHIVE):
-        struct = loadmat(str(path), variable_names=["GTinst"])["GTinst"][0, 0]
-        categories = [int(value) for value in np.asarray(struct["Categories"]).ravel()]
-        return np.asarray(struct["Segmentation"]), categories
