@@ -100,13 +100,8 @@ def check_annotations(annotations: Path, images: Path | None) -> CheckReport:
     except UserError as error:  # nothing can be read past this
         collect(Problem(Kind.FILE, "file", str(error).removeprefix(f"{annotations}: ")))
     else:
-        contents = {
-            "images": len(coco.images),
-            "classes": len(coco.class_names),
-            "with mask": 0,
-            "box only": 0,
-            "crowd": 0,
-        }
+        contents = {"images": len(coco.images), "classes": len(coco.class_names)}
+        contents |= dict.fromkeys(("with mask", "box only", "crowd"), 0)
         for record in image_records(coco, report=collect):
             for item in record["objects"]:
                 contents["crowd" if item["is_crowd"] else "with mask" if item["has_mask"] else "box only"] += 1

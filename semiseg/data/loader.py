@@ -21,7 +21,6 @@ from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
@@ -129,7 +128,8 @@ def load_batch(dataset: InstanceDataset, keys: Sequence[Key], *, size_divisor: i
 
 
 def _targets(samples: Sequence[Sample], stride: int | None, padded_hw: tuple[int, int]) -> Targets:
-    grid_hw = (0, 0) if stride is None else grid_size(padded_hw, stride)
+    height, width = (0, 0) if stride is None else grid_size(padded_hw, stride)
+    masks = [functional.pad(m, (0, width - m.shape[2], 0, height - m.shape[1])) for m in (s.masks for s in samples)]
     counts = torch.tensor([len(sample.labels) for sample in samples])
     first_instance = (counts.cumsum(0) - counts).tolist()
     crowd_counts = torch.tensor([len(sample.crowd_boxes_xyxy) for sample in samples])
@@ -139,20 +139,14 @@ def _targets(samples: Sequence[Sample], stride: int | None, padded_hw: tuple[int
         labels=torch.cat([sample.labels for sample in samples]),
         image_index=image_numbers.repeat_interleave(counts),
         supervision=torch.cat([sample.supervision for sample in samples]),
-        masks=torch.cat([_padded(sample.masks, grid_hw) for sample in samples]),
+        masks=torch.cat(masks),
         mask_instance=torch.cat([s.mask_instance + first for s, first in zip(samples, first_instance, strict=True)]),
-        mask_weight=torch.ones(sum(len(sample.masks) for sample in samples)),
+        mask_weight=torch.ones(sum(map(len, masks))),
         crowd_boxes_xyxy=torch.cat([sample.crowd_boxes_xyxy for sample in samples]),
         crowd_image_index=image_numbers.repeat_interleave(crowd_counts),
         mask_stride=stride,
         encoded=joined([s.encoded for s in samples if s.encoded is not None]) if stride is None else None,
     )
-
-
-def _padded(masks: Tensor, grid_hw: tuple[int, int]) -> Tensor:
-    """The masks of an image on the grid of its batch."""
-    _, height, width = masks.shape
-    return functional.pad(masks, (0, grid_hw[1] - width, 0, grid_hw[0] - height))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What can be wrong with a data set: the kinds of problems, and who is told about them.
+"""What can be wrong with a data set: the kinds of problems, and who gets them.
 
 The readers in `coco.py` and `images.py` state each problem once. Training stops at the first error
 (`stop_at_errors`); `semiseg data check` collects them all (`check.py`).

@@ -218,11 +218,9 @@ def overlay_names(files: Sequence[Path]) -> list[str]:
         [str(path.with_suffix("")) for path in relative],
         [str(path) for path in relative],
     )
-    numbers = [f"{number:06d}" for number in range(1, len(files) + 1)]
-    return [f"{name}.jpg" for name in next((names for names in forms if _usable(names)), numbers)]
-
-
-def _usable(names: Sequence[str]) -> bool:
-    """Different also for file systems that ignore case and forms of accents, and not too long for any."""
-    alike = {unicodedata.normalize("NFC", name).casefold() for name in names}
-    return len(alike) == len(names) and all(len(os.fsencode(Path(name).name)) <= LONGEST_NAME for name in names)
+    for names in forms:
+        # Different also for file systems that ignore case and forms of accents, and not too long for any.
+        alike = {unicodedata.normalize("NFC", name).casefold() for name in names}
+        if len(alike) == len(names) and all(len(os.fsencode(Path(name).name)) <= LONGEST_NAME for name in names):
+            return [f"{name}.jpg" for name in names]
+    return [f"{number:06d}.jpg" for number in range(1, len(files) + 1)]
