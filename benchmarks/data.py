@@ -22,7 +22,7 @@ from torchvision.transforms.v2 import functional
 from benchmarks.inputs import coco_like_boxes, picture
 from benchmarks.measure import Close, Place, Row, Side, Sizes, Task
 from semiseg.data.dataset import InstanceDataset, build_rule
-from semiseg.data.loader import StepBatches, build_train_loader
+from semiseg.data.loader import StepBatches, build_loader
 from semiseg.data.table import load_table
 from semiseg.data.transforms import TrainTransform
 from semiseg.structures.inputs import Batch
@@ -54,7 +54,7 @@ def prepare(side: Side, sizes: Sizes, place: Place) -> Task:
     )
 
     def ours() -> Iterator[Batch]:
-        yield from build_train_loader(dataset, batches=batches, size_divisor=32, workers=0, pin_memory=False)
+        yield from build_loader(dataset, batches=batches, size_divisor=32, workers=0, pin_memory=False)
 
     def our_images() -> Iterator[Tensor]:
         for batch in ours():

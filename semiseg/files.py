@@ -18,7 +18,7 @@ import re
 import shutil
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
@@ -84,11 +84,37 @@ def lock(path: Path, *, waiting: str | None = None, refused: str | None = None) 
         _release(path, file)
 
 
-def remove_stale_lock(path: Path) -> None:
-    """Removes the file of a lock that a killed process has left; one that is held stays."""
-    if path.exists():
-        with suppress(OSError):  # also of a lock that is held
-            _release(path, _acquire(path))
+def make_once(folder: Path, make: Callable[[], None], *, ready: Callable[[], bool], waiting: str) -> bool:
+    """Calls `make` unless the folder is ready; of processes that ask at once one makes it, and the others wait for it.
+
+    What killed processes left beside the folder is removed. Where the file system has no locks, each makes it.
+
+    Args:
+        waiting: said while another process is at work.
+
+    Returns:
+        Whether it was made here.
+    """
+    parent, path = folder.parent, folder.parent / ".lock"
+    settle(parent)
+    if ready():
+        if path.exists():
+            with suppress(OSError), lock(path):  # removes it, unless it is held
+                pass
+        return False
+    parent_is_new = not parent.exists()
+    parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with lock(path, waiting=waiting):
+            if ready():
+                return False
+            make()
+            return True
+    except BaseException:
+        if parent_is_new:
+            with suppress(OSError):  # others may have something there
+                parent.rmdir()
+        raise
 
 
 def _acquire(path: Path, *, warn: bool = False, wait: bool = False) -> FileLock | None:

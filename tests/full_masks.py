@@ -42,3 +42,22 @@ def sample_cells(mask: np.ndarray, stride: int) -> np.ndarray:
     rows, columns = (stride * np.arange(-(-side // stride)) + stride // 2 for side in (height, width))
     cells: np.ndarray = padded[rows][:, columns]
     return cells
+
+
+def decompress_runs(compressed: bytes) -> list[int]:
+    """The run lengths of a compressed RLE: 6-bit characters from '0', five bits of value each, the sixth says
+    "more"; from the fourth run on, the difference to the run two before.
+    """
+    runs: list[int] = []
+    value, shift = 0, 0
+    for character in compressed:
+        bits = character - 48
+        value |= (bits & 0x1F) << shift
+        shift += 5
+        if bits & 0x20:
+            continue
+        if bits & 0x10:  # two's complement: the sign bit of the last five
+            value -= 1 << shift
+        runs.append(value + runs[-2] if len(runs) > 2 else value)
+        value, shift = 0, 0
+    return runs

@@ -109,7 +109,7 @@ def measure(
 ) -> Measurement:
     """Fetches batches in this process and its workers, at most one per `step_seconds`."""
     # As a training does: the whole engine is imported before the workers start.
-    from semiseg.data.loader import StepBatches, build_train_loader
+    from semiseg.data.loader import StepBatches, build_loader
     from semiseg.engine.build import build_data, train_dataset
 
     started = time.perf_counter()
@@ -126,7 +126,7 @@ def measure(
         steps=batches,
     )
     options: dict[str, Any] = {} if method is None else {"start_method": method}
-    loader = build_train_loader(
+    loader = build_loader(
         train_dataset(config, data),
         batches=order,
         size_divisor=config.model.size_divisor,

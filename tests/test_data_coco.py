@@ -13,10 +13,10 @@ from PIL import Image
 from semiseg.data.check import check_annotations
 from semiseg.data.coco import image_records, read_coco
 from semiseg.data.problems import Kind
-from semiseg.data.segmentations import decompress_runs
 from semiseg.data.table import load_table
 from semiseg.errors import UserError
 from tests.coco_files import CocoFiles, ellipse, encode, make_coco
+from tests.full_masks import decompress_runs
 
 SIZE = (64, 80)  # of image 1
 # In make_coco's first image: 1 polygon, 2 uncompressed RLE, 3 compressed RLE, 4 box only; the last one is the crowd.
@@ -109,6 +109,8 @@ BAD = [
     ("annotations", 1, {"segmentation": LONG_RLE}, Kind.RLE, ["annotation 2", "covers 5184 pixels", "5120"]),
     ("annotations", 1, {"segmentation": {"size": [64, 80], "counts": "\u00e9~"}}, Kind.RLE, ["no compressed RLE"]),
     ("annotations", 1, {"segmentation": {"size": [64, 80], "counts": "P"}}, Kind.RLE, ["middle of a number"]),
+    ("annotations", 1, {"segmentation": {"size": [64, 80], "counts": "o" * 20 + "0"}}, Kind.RLE, ["no compressed RLE"]),
+    ("annotations", 1, {"segmentation": {"size": [64, 80], "counts": ""}}, Kind.RLE, ["covers 0 pixels", "5120"]),
     ("annotations", 1, {"segmentation": {"size": [64, 80]}}, Kind.RLE, ["'counts'"]),
     ("annotations", 2, {"category_id": 4}, Kind.UNKNOWN_CATEGORY, ["annotation 3", "category_id 4", "[1, 3, 5, 7]"]),
     ("annotations", 2, {"image_id": 99}, Kind.UNKNOWN_IMAGE, ["annotation 3", "image_id 99"]),

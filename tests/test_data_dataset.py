@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from semiseg.data import dataset as dataset_module
-from semiseg.data.collate import load_batch
 from semiseg.data.dataset import InstanceDataset, Source, build_rule
+from semiseg.data.loader import load_batch
 from semiseg.data.rasterise import outlines_to_rle, read_cells
 from semiseg.data.table import load_table
 from semiseg.data.transforms import EvalTransform, TrainTransform

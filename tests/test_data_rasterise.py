@@ -11,15 +11,14 @@ import torch
 from pycocotools import mask as coco_mask
 from torchvision.transforms.v2 import functional
 
-from semiseg.data.collate import load_batch
 from semiseg.data.dataset import InstanceDataset, build_rule
 from semiseg.data.images import read_image
+from semiseg.data.loader import load_batch
 from semiseg.data.rasterise import cell_centres, outlines_to_rle, read_cells, run_lengths
-from semiseg.data.segmentations import decompress_runs
 from semiseg.data.table import load_table
 from semiseg.data.transforms import Geometry
 from tests.coco_files import CocoFiles, encode, make_coco
-from tests.full_masks import polygons_to_mask, resized_mask, rle_to_mask, sample_cells
+from tests.full_masks import decompress_runs, polygons_to_mask, resized_mask, rle_to_mask, sample_cells
 
 
 def counts_of(mask: np.ndarray) -> bytes:

@@ -30,7 +30,7 @@ def test_rows_hold_what_the_json_says(tmp_path: Path) -> None:
     assert table.rows.to_list() == list(image_records(read_coco(files.annotations)))
     assert table.class_names == ("cat", "dog", "bird", "fish")
     assert table.category_ids == (1, 3, 5, 7)
-    assert table.image_ids == [1, 2, 3, 4]
+    assert list(table.original_sizes_hw()) == [1, 2, 3, 4]
     assert table.original_sizes_hw() == {1: (64, 80), 2: (64, 80), 3: (48, 96), 4: (80, 64)}
 
 

@@ -17,8 +17,8 @@ from benchmarks import straightforward as plain
 from semiseg.cli import app
 from semiseg.config import RunConfig
 from semiseg.config.read import parse_config
-from semiseg.data.collate import load_batch
 from semiseg.data.images import read_image
+from semiseg.data.loader import load_batch
 from semiseg.data.table import load_table
 from semiseg.engine.build import RunData, build_objective, train_dataset
 from semiseg.engine.edges import EdgeMeasurement, Neighbourhood, measure_edges

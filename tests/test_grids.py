@@ -10,7 +10,7 @@ import torch
 from pycocotools import mask as rle_codec
 from torch import Tensor
 
-from semiseg.data.dataset import KeptMask, _cells, _encoded
+from semiseg.data.dataset import Mask, _cells, _encoded
 from semiseg.data.transforms import Geometry
 from semiseg.losses.affinity import affinity_edges, neighbour_inside, neighbour_offsets
 from semiseg.losses.boxinst import box_cells
@@ -22,7 +22,7 @@ from semiseg.structures.masks import EncodedMasks, joined
 ORIGINAL, INPUT = (30, 41), (48, 65)
 
 
-def kept_masks() -> list[KeptMask]:
+def kept_masks() -> list[Mask]:
     """Outlines and run lengths, one of them empty, one that reaches the border."""
     random = np.random.default_rng(0)
     noise = random.random((3, *ORIGINAL)) < np.array([0.5, 0.0, 0.9])[:, None, None]
@@ -30,11 +30,11 @@ def kept_masks() -> list[KeptMask]:
     encoded = [rle_codec.encode(np.asfortranarray(mask, dtype=np.uint8))["counts"] for mask in noise]
     polygons = [[[2.0, 3.0, 30.5, 4.0, 28.0, 25.0, 5.0, 20.0]], [[0.0, 0.0, 41.0, 0.0, 41.0, 30.0, 0.0, 30.0]]]
     return [
-        KeptMask([], encoded[0]),
-        KeptMask(polygons[0], None),
-        KeptMask([], encoded[1]),
-        KeptMask(polygons[1], None),
-        KeptMask([], encoded[2]),
+        encoded[0],
+        polygons[0],
+        encoded[1],
+        polygons[1],
+        encoded[2],
     ]
 
 
@@ -173,7 +173,7 @@ def test_full_regions_are_their_boxes() -> None:
 
 def test_encoded_masks_follow_their_regions() -> None:
     """A box of pixels 10..19 x 5..14 on regions that hold it, half of it and none of it."""
-    outline = KeptMask([[10.0, 5.0, 20.0, 5.0, 20.0, 15.0, 10.0, 15.0]], None)
+    outline = [[10.0, 5.0, 20.0, 5.0, 20.0, 15.0, 10.0, 15.0]]
     encoded: EncodedMasks = _encoded([outline] * 3, Geometry((30, 40), (30, 40), False))
     grid = Regions(torch.tensor([[10.0, 5.0, 20.0, 15.0], [0.0, 5.0, 20.0, 15.0], [21.0, 16.0, 40.0, 30.0]]), (5, 4))
     found = encoded.at(*grid.centres())

@@ -12,20 +12,23 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from semiseg.config import RunConfig
 from semiseg.data.shapes import ensure_shapes, make_shapes
 from semiseg.data.table import load_table
 from semiseg.engine import checkpoint
+from semiseg.engine import predict_files as predict_module
 from semiseg.engine import train as training
 from semiseg.engine.build import build_data
 from semiseg.engine.checkpoint import load_model_folder, load_tensors, read_model_info, save_checkpoint, save_tensors
 from semiseg.engine.logs import TrainingLog, read_log
-from semiseg.engine.predict_files import ResultFiles
+from semiseg.engine.predict import load_model
+from semiseg.engine.predict_files import PredictOptions, predict_files
 from semiseg.engine.run import check_folder, claimed
 from semiseg.engine.session import start_accelerator
 from semiseg.errors import UserError
-from semiseg.files import settle, temporary_folder, whole_file, whole_folder, write_bytes
+from semiseg.files import settle, temporary_folder, whole_folder, write_bytes
 from semiseg.models.segmenter import Segmenter
 from tests.coco_files import make_coco
 from tests.model_folders import make_model
@@ -271,18 +274,21 @@ def test_a_model_that_was_being_replaced_is_found_again(tmp_path: Path) -> None:
     assert content(tmp_path) == before
 
 
-def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(tmp_path: Path) -> None:
-    info = make_model(tmp_path / "model")
+def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_model(tmp_path / "model")
     weights, _ = load_model_folder(tmp_path / "model")
     save_checkpoint(tmp_path / "checkpoints", {"model": weights}, step=1, keep=1)
     (tmp_path / "out").mkdir()
+    Image.new("RGB", (40, 32)).save(tmp_path / "a.png")
     before = content(tmp_path)
+    monkeypatch.setattr(predict_module, "coco_results", lambda *_, **__: [{"text": "x" * 9000}])
 
     def predict() -> None:
-        with whole_file(tmp_path / "out" / "results.json") as file:
-            written = ResultFiles(file, tmp_path / "out", info)
-            written.add(1, Path("a.png"), (9, 9), [{"text": "x" * 9000}])
-            written.finish()
+        options = PredictOptions(
+            short_side=64, long_side=96, score_threshold=0.2, drawn_score=None, batch_size=1, workers=1
+        )
+        model, files = load_model(tmp_path / "model", device="cpu"), [tmp_path / "a.png"]
+        predict_files(model, files, out=tmp_path / "out", options=options, progress=False, report=print)
 
     for work, name in (
         (lambda: save_checkpoint(tmp_path / "checkpoints", {"model": weights}, step=2, keep=1), "step_00000002.pt"),

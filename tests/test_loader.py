@@ -24,9 +24,9 @@ from semiseg.data.dataset import InstanceDataset, Key, build_rule
 from semiseg.data.loader import (
     BatchLoader,
     StepBatches,
-    build_eval_loader,
-    build_train_loader,
+    build_loader,
     epoch_order,
+    eval_batches,
     mixed_seed,
 )
 from semiseg.data.table import load_table
@@ -188,7 +188,7 @@ def make_dataset(files: CocoFiles) -> InstanceDataset:
 def train_loader(
     dataset: InstanceDataset, workers: int, start_step: int = 0, start_method: StartMethod = "spawn"
 ) -> BatchLoader:
-    return build_train_loader(
+    return build_loader(
         dataset,
         batches=step_batches(len(dataset), steps=5, start_step=start_step),
         size_divisor=32,
@@ -225,7 +225,8 @@ def test_evaluation_shards_are_disjoint_and_complete(tmp_path: Path, processes: 
     dataset = make_dataset(files)
     shards = []
     for rank in range(processes):
-        loader = build_eval_loader(dataset, batch_size=2, processes=processes, rank=rank, workers=0, size_divisor=32)
+        chosen = eval_batches(len(dataset), batch_size=2, processes=processes, rank=rank)
+        loader = build_loader(dataset, batches=chosen, workers=0, size_divisor=32)
         batches = list(loader)
         assert len(batches) == len(loader)
         shards.append([image_id for batch in batches for image_id in batch.image_ids])
@@ -235,18 +236,20 @@ def test_evaluation_shards_are_disjoint_and_complete(tmp_path: Path, processes: 
 
 def test_more_processes_than_images(tmp_path: Path) -> None:
     dataset = make_dataset(make_coco(tmp_path, sizes_hw=[(32, 32)], annotations=[]))
-    loader = build_eval_loader(dataset, batch_size=2, processes=2, rank=1, workers=0, size_divisor=32)
+    chosen = eval_batches(len(dataset), batch_size=2, processes=2, rank=1)
+    loader = build_loader(dataset, batches=chosen, workers=0, size_divisor=32)
     assert list(loader) == []
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than the machine has cores
 @pytest.mark.parametrize(("workers", "batch_size", "ahead"), [(8, 16, 1), (8, 8, 2), (8, 2, 2), (2, 16, 2), (40, 2, 1)])
 def test_large_batches_wait_once_per_worker(tmp_path: Path, workers: int, batch_size: int, ahead: int) -> None:
-    dataset = make_dataset(make_coco(tmp_path, sizes_hw=[(32, 32)], annotations=[]))
+    dataset = make_dataset(make_coco(tmp_path, sizes_hw=[(32, 32)] * 17, annotations=[]))
     common: dict[str, Any] = {"size_divisor": 32, "workers": workers, "pin_memory": False}
     batches = step_batches(1, batch_size=2 * batch_size, accumulation=2)
-    assert build_train_loader(dataset, batches=batches, **common).prefetch_factor == ahead
-    evaluation = build_eval_loader(dataset, batch_size=batch_size, processes=1, rank=0, **common)
+    assert build_loader(dataset, batches=batches, **common).prefetch_factor == ahead
+    chosen = eval_batches(len(dataset), batch_size=batch_size, processes=1, rank=0)
+    evaluation = build_loader(dataset, batches=chosen, **common)
     assert evaluation.prefetch_factor == ahead
 
 

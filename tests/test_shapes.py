@@ -28,11 +28,16 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from semiseg.data import shapes
-from semiseg.data.shapes import SHAPES_CLASSES, ensure_shapes, make_shapes
-from semiseg.data.shapes_draws import Draws
-from semiseg.data.shapes_outlines import FAMILIES
-from semiseg.data.shapes_raster import SAMPLES, UNIT, Outline, fill
-from semiseg.data.shapes_scene import MIN_VISIBLE_PIXELS, MIN_VISIBLE_SHARE, SceneObject, compose
+from semiseg.data.shapes import (
+    MIN_VISIBLE_PIXELS,
+    MIN_VISIBLE_SHARE,
+    SHAPES_CLASSES,
+    SceneObject,
+    compose,
+    ensure_shapes,
+    make_shapes,
+)
+from semiseg.data.shapes_outlines import FAMILIES, SAMPLES, UNIT, Draws, Outline, fill
 from semiseg.errors import UserError
 
 PICTURES = 60
@@ -143,13 +148,18 @@ def test_fill_of_a_frame_by_hand() -> None:
     assert half.coverage[0, :5].tolist() == [8, 16, 16, 16, 8]
 
 
-def test_fill_within_the_image_is_a_part_of_the_whole() -> None:
+def test_the_part_inside_the_image_is_a_part_of_the_whole() -> None:
     star = FAMILIES["star"](Draws(3, 0))
-    for shift in ((2.0, 3.0), (18.0, 25.0), (60.0, 2.0)):
-        outline = Outline([r * 15 + shift for r in star.solids])
-        whole, part = fill(outline).inside((20, 30)), fill(outline, within=(20, 30))
-        assert np.array_equal(whole.coverage, part.coverage)
-        assert part.coverage.size == 0 or (whole.top, whole.left) == (part.top, part.left)
+    for shift in ((2.0, 3.0), (18.0, 25.0), (60.0, 2.0), (-40.0, 5.0)):
+        whole = fill(star.mapped(lambda ring, shift=shift: ring * 15 + shift))  # type: ignore[misc]
+        part = whole.inside((20, 30))
+        expected = np.zeros((200, 200), np.uint8)
+        expected[whole.top + 60 :, whole.left + 60 :][: whole.coverage.shape[0], : whole.coverage.shape[1]] = (
+            whole.coverage
+        )
+        pasted = np.zeros((20, 30), np.uint8)
+        pasted[part.window] = part.coverage
+        assert np.array_equal(pasted, expected[60:80, 60:90])
 
 
 def test_a_picture_does_not_depend_on_how_many_there_are(tmp_path: Path) -> None:
@@ -242,7 +252,7 @@ def test_stopping_several_processes_leaves_nothing(tmp_path: Path, how: str) -> 
                     os.killpg(process.pid, 0)
                     time.sleep(0.01)
             shutil.rmtree(ensure_shapes(tmp_path / "data", images=1, image_size=64, seed=1))
-        assert list((tmp_path / "data").iterdir()) == []
+        assert list(tmp_path.glob("data/*")) == []
         with pytest.raises(ProcessLookupError):
             os.killpg(process.pid, 0)
     finally:

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from semiseg.config import RunConfig
-from semiseg.data.collate import load_batch
 from semiseg.data.dataset import withhold
+from semiseg.data.loader import load_batch
 from semiseg.data.transforms import TrainTransform
 from semiseg.engine.build import RunData, build_data, build_objective, train_dataset
 from semiseg.engine.evaluate import predict_batch, score_table
@@ -134,7 +134,7 @@ def from_model_to_printed_number(
         for row in data.val.rows
         for item in row["objects"]
     ]
-    metrics = score_table(perfect, data.val, image_ids=data.val.image_ids)
+    metrics = score_table(perfect, data.val, image_ids=list(data.val.original_sizes_hw()))
     # 14 results: one appended line per finished run
     append(folder / "results.jsonl", recorded(config, data, metrics))
     stored = read(folder / "results.jsonl")

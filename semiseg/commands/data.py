@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Annotated
@@ -82,10 +81,13 @@ def affinity(
     Example: semiseg data affinity data/coco/annotations/instances_val2017.json data/coco/val2017 --short-side 800
     --bottom-rows 10 --max-images 500
     """
-    sizes, dilations = size or [3, 5], dilation or [1, 2]
-    _check_edges(sizes, thresholds)
-    if wrong := [value for value in dilations if value < 1]:
-        raise UserError(f"--dilation {wrong[0]}: expected a positive number of cells")
+    sizes, dilations, thresholds = size or [3, 5], dilation or [1, 2], thresholds or [0.0, 0.1, 0.2, 0.3]
+    for side in sizes:
+        _require(side >= 3 and side % 2 == 1, f"--size {side}: expected an odd number, such as 3 or 5")
+    for distance in dilations:
+        _require(distance >= 1, f"--dilation {distance}: expected a positive number of cells")
+    for threshold in thresholds:
+        _require(0 <= threshold <= 1, f"--threshold {threshold:g}: expected a number from 0 to 1")
     if json_file is not None:
         require_folder(json_file.parent)
     from semiseg.engine.edges import Neighbourhood, measure_edges
@@ -94,7 +96,7 @@ def affinity(
         annotations,
         images,
         neighbourhoods=[Neighbourhood(*pair) for pair in product(sorted(set(sizes)), sorted(set(dilations)))],
-        thresholds=sorted(set(thresholds or (0.0, 0.1, 0.2, 0.3))),
+        thresholds=sorted(set(thresholds)),
         stride=stride,
         short_side=short_side,
         long_side=long_side,
@@ -107,10 +109,6 @@ def affinity(
         write_text(json_file, json.dumps(measured.to_dict(), indent=1) + "\n")
 
 
-def _check_edges(sizes: Sequence[int], thresholds: Sequence[float] | None) -> None:
-    for size in sizes:
-        if size < 3 or size % 2 == 0:
-            raise UserError(f"--size {size}: expected an odd number, such as 3 or 5")
-    for threshold in thresholds or ():
-        if not 0 <= threshold <= 1:
-            raise UserError(f"--threshold {threshold:g}: expected a number from 0 to 1")
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)

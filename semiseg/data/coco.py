@@ -10,10 +10,13 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco_mask
 
 from semiseg.data.problems import BadValue, Kind, Problem, Reporter, stop_at_errors
-from semiseg.data.segmentations import is_finite, read_segmentation
+from semiseg.data.rasterise import MORE, run_lengths
 from semiseg.errors import UserError
 from semiseg.splits import normalise
 
@@ -21,54 +24,47 @@ SECTIONS = ("images", "annotations", "categories")
 NO_ANNOTATIONS = f"no list 'annotations'; needed: {', '.join(SECTIONS)}"
 LARGEST_ID = 2**63 - 1  # ids are stored as int64
 LARGEST_SIDE = 2**31 - 1
+LONGEST_RUN = 8  # characters of a compressed RLE, five bits each
 ROUNDING = 0.02  # px: COCO writes two decimals, so a box at the edge may reach over it by this much unreported
 SMALLEST_SIDE = 1e-3  # px: a box thinner than this has no area
+Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
 class CocoFile:
-    """A parsed instances file whose ids are known to be unique and to refer to each other.
-
-    Attributes:
-        path: the json file.
-        digest: hex SHA-256 of its bytes.
-        class_names: name of each label.
-        category_ids: COCO's category id of each label, ascending.
-        images: the raw image entries in the file's order.
-        annotations: the raw annotations of each image id in the file's order; images without any are absent.
-        annotated: false if the file has no list `annotations` at all, as COCO's `image_info_test-dev2017.json`.
-    """
+    """A parsed instances file whose ids are known to be unique and to refer to each other."""
 
     path: Path
-    digest: str
-    class_names: tuple[str, ...]
-    category_ids: tuple[int, ...]
-    images: list[dict[str, Any]]
-    annotations: dict[int, list[dict[str, Any]]]
-    annotated: bool = True
+    digest: str  # hex SHA-256 of the file's bytes
+    class_names: tuple[str, ...]  # of each label
+    category_ids: tuple[int, ...]  # COCO's, of each label, ascending
+    images: list[dict[str, Any]]  # raw entries in the file's order
+    annotations: dict[int, list[dict[str, Any]]]  # raw, of each image id in the file's order; no empty lists
+    annotated: bool = True  # false: no list `annotations` at all, as in COCO's `image_info_test-dev2017.json`
 
 
 def read_coco(path: Path, *, report: Reporter | None = None, annotations_required: bool = True) -> CocoFile:
     """Reads an instances file; entries with a problem are reported and left out.
 
     Args:
-        path: COCO instances json.
-        report: told every problem; by default the first error is raised as `UserError`.
+        report: gets every problem; by default the first error is raised as `UserError`, as is a file that is missing,
+            not JSON, or lacks a section, whatever the reporter.
         annotations_required: false takes a file without the list `annotations` for one of images to be predicted.
-
-    Raises:
-        UserError: the file is missing, not JSON, or lacks a section, whatever the reporter.
     """
     report = report or stop_at_errors(path)
     raw, digest = _parse(path, SECTIONS if annotations_required else ("images", "categories"))
-    annotated = "annotations" in raw
     categories = _categories(raw["categories"], report)
     images = _images(raw["images"], report)
-    known_images = {image["id"] for image in images}
-    annotations = _annotations(raw.get("annotations", []), known_images, frozenset(categories), report)
-    category_ids = tuple(sorted(categories))
-    class_names = tuple(categories[category_id] for category_id in category_ids)
-    return CocoFile(path, digest, class_names, category_ids, images, annotations, annotated)
+    image_ids = {image["id"] for image in images}
+    return CocoFile(
+        path,
+        digest,
+        class_names=tuple(categories[category_id] for category_id in sorted(categories)),
+        category_ids=tuple(sorted(categories)),
+        images=images,
+        annotations=_annotations(raw.get("annotations", []), image_ids, frozenset(categories), report),
+        annotated="annotations" in raw,
+    )
 
 
 def image_records(coco: CocoFile, *, report: Reporter | None = None) -> Iterator[dict[str, Any]]:
@@ -81,38 +77,52 @@ def image_records(coco: CocoFile, *, report: Reporter | None = None) -> Iterator
     label_of = {category_id: label for label, category_id in enumerate(coco.category_ids)}
     for image in coco.images:
         objects = []
-        for annotation in coco.annotations.get(image["id"], ()):
-            place = f"annotation {annotation['id']}"
+        for entry in coco.annotations.get(image["id"], ()):
+            where = f"annotation {entry['id']}"
+            size_hw = (image["height"], image["width"])
             try:
-                box = _box(annotation.get("bbox"), image, place, report)
-                polygons, rle_counts = read_segmentation(
-                    annotation.get("segmentation"), size_hw=(image["height"], image["width"])
-                )
+                box = _box(entry.get("bbox"), size_hw, where, report)
+                polygons, rle_counts = read_segmentation(entry.get("segmentation"), size_hw=size_hw)
             except BadValue as bad:
-                report(bad.at(place))
+                report(bad.at(where))
                 continue
             objects.append(
                 {
-                    "annotation_id": annotation["id"],
-                    "label": label_of[annotation["category_id"]],
+                    "annotation_id": entry["id"],
+                    "label": label_of[entry["category_id"]],
                     "box_xyxy": box,
-                    "is_crowd": bool(annotation.get("iscrowd", 0)),
+                    "is_crowd": bool(entry.get("iscrowd", 0)),
                     "has_mask": bool(polygons) or rle_counts is not None,
                     "polygons": polygons,
                     "rle_counts": rle_counts,
                 }
             )
-        yield {
-            "image_id": image["id"],
-            "file_name": image["file_name"],
-            "height": image["height"],
-            "width": image["width"],
-            "objects": objects,
-        }
+        fields = {name: image[name] for name in ("file_name", "height", "width")}
+        yield {"image_id": image["id"], **fields, "objects": objects}
+
+
+def annotation(
+    category_id: int, mask: np.ndarray | None, box_xywh: Box | None = None, *, is_crowd: bool = False
+) -> dict[str, Any]:
+    """An annotation as the converters of other data sets write it, without ids.
+
+    Args:
+        mask: (H, W) bool; None if none is known: then the area is that of the box.
+        box_xywh: pixels of the stored image, half-open; it may reach over the image. None = the mask's.
+    """
+    segmentation: dict[str, Any] = {}
+    if mask is None:
+        assert box_xywh is not None
+        box, area = list(box_xywh), box_xywh[2] * box_xywh[3]
+    else:
+        rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+        box, area = list(box_xywh or map(int, coco_mask.toBbox(rle))), int(coco_mask.area(rle))
+        segmentation = {"segmentation": {"size": list(mask.shape), "counts": rle["counts"].decode("ascii")}}
+    return {"category_id": category_id, "bbox": box, "area": area, "iscrowd": int(is_crowd), **segmentation}
 
 
 def _parse(path: Path, needed: Sequence[str]) -> tuple[dict[str, Any], str]:
-    """The json's content and the digest of its bytes; every section of `needed` is there, and each one is a list."""
+    """The json's content and the digest of its bytes; every section of `needed` is there, each a list."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -140,126 +150,187 @@ def _categories(entries: list[Any], report: Reporter) -> dict[int, str]:
     """Category id -> name, in the file's order."""
     names: dict[int, str] = {}
     for index, entry in enumerate(entries):
-        place = f"categories[{index}]"
         try:
-            number = _integer(entry, "id", Kind.CATEGORY)
+            category_id = _integer(entry, "id", Kind.CATEGORY)
             name = normalise(_text(entry, "name", Kind.CATEGORY))
-            if number in names:
-                _bad(Kind.CATEGORY_ID_TWICE, f"category id {number} ({name!r}) is already that of {names[number]!r}")
+            if category_id in names:
+                text = f"category id {category_id} ({name!r}) is already that of {names[category_id]!r}"
+                raise BadValue(Kind.CATEGORY_ID_TWICE, text)
             if name in names.values():
-                _bad(Kind.CATEGORY_NAME_TWICE, f"category name {name!r} is used twice (compared after NFC and trim)")
+                text = f"category name {name!r} is used twice (compared after NFC and trim)"
+                raise BadValue(Kind.CATEGORY_NAME_TWICE, text)
+            names[category_id] = name
         except BadValue as bad:
-            report(bad.at(place))
-            continue
-        names[number] = name
+            report(bad.at(f"categories[{index}]"))
     return names
 
 
 def _images(entries: list[Any], report: Reporter) -> list[dict[str, Any]]:
-    images, known = [], set()
+    images: dict[int, dict[str, Any]] = {}
     for index, entry in enumerate(entries):
         try:
-            number = _integer(entry, "id", Kind.IMAGE)
+            image_id = _integer(entry, "id", Kind.IMAGE)
             if "\0" in _text(entry, "file_name", Kind.IMAGE):
-                _bad(Kind.IMAGE, f"'file_name' is {_shown(entry['file_name'])}, allowed: a file name")
+                raise BadValue(Kind.IMAGE, f"'file_name' is {_short(entry['file_name'])}, allowed: a file name")
             for side in ("height", "width"):
                 if not 0 < _integer(entry, side, Kind.IMAGE) <= LARGEST_SIDE:
-                    _bad(Kind.IMAGE, f"{side!r} is {entry[side]}, allowed: a positive number of pixels")
-            if number in known:
-                _bad(Kind.IMAGE_ID_TWICE, f"image id {number} ({entry['file_name']}) is used twice")
+                    raise BadValue(Kind.IMAGE, f"{side!r} is {entry[side]}, allowed: a positive number of pixels")
+            if image_id in images:
+                raise BadValue(Kind.IMAGE_ID_TWICE, f"image id {image_id} ({entry['file_name']}) is used twice")
+            images[image_id] = entry
         except BadValue as bad:
             report(bad.at(f"images[{index}]"))
-            continue
-        known.add(number)
-        images.append(entry)
-    return images
+    return list(images.values())
 
 
 def _annotations(
-    entries: list[Any], known_images: set[int], known_categories: frozenset[int], report: Reporter
+    entries: list[Any], image_ids: set[int], category_ids: frozenset[int], report: Reporter
 ) -> dict[int, list[dict[str, Any]]]:
     by_image: dict[int, list[dict[str, Any]]] = {}
-    known: set[int] = set()
+    seen: set[int] = set()
     for index, entry in enumerate(entries):
-        place = f"annotations[{index}]"
+        where = f"annotations[{index}]"
         try:
-            number = _integer(entry, "id", Kind.ANNOTATION)
-            place = f"annotation {number}"
-            if number in known:
-                _bad(Kind.ANNOTATION_ID_TWICE, f"annotation id {number} is used twice")
-            known.add(number)
-            if (image_id := _integer(entry, "image_id", Kind.ANNOTATION)) not in known_images:
-                _bad(Kind.UNKNOWN_IMAGE, f"image_id {image_id} is not in 'images'")
-            if (category_id := _integer(entry, "category_id", Kind.ANNOTATION)) not in known_categories:
-                allowed = _shown(sorted(known_categories))
-                _bad(Kind.UNKNOWN_CATEGORY, f"category_id {category_id} is not in 'categories', allowed: {allowed}")
+            annotation_id = _integer(entry, "id", Kind.ANNOTATION)
+            where = f"annotation {annotation_id}"
+            if annotation_id in seen:
+                raise BadValue(Kind.ANNOTATION_ID_TWICE, f"annotation id {annotation_id} is used twice")
+            seen.add(annotation_id)
+            if (image_id := _integer(entry, "image_id", Kind.ANNOTATION)) not in image_ids:
+                raise BadValue(Kind.UNKNOWN_IMAGE, f"image_id {image_id} is not in 'images'")
+            if (category_id := _integer(entry, "category_id", Kind.ANNOTATION)) not in category_ids:
+                text = f"category_id {category_id} is not in 'categories', allowed: {_short(sorted(category_ids))}"
+                raise BadValue(Kind.UNKNOWN_CATEGORY, text)
             if entry.get("iscrowd", 0) not in (0, 1):
-                _bad(Kind.ANNOTATION, f"'iscrowd' is {entry['iscrowd']!r}, allowed: 0 or 1")
-            _check_area(entry)
+                raise BadValue(Kind.ANNOTATION, f"'iscrowd' is {entry['iscrowd']!r}, allowed: 0 or 1")
+            area = entry.get("area", 0)  # training does not need it, the evaluation does
+            if type(area) not in (int, float) or not is_finite(area) or area < 0:
+                text = f"'area' is {_short(area)}, allowed: a number of pixels, or no 'area' at all"
+                raise BadValue(Kind.ANNOTATION, text)
         except BadValue as bad:
-            report(bad.at(place))
+            report(bad.at(where))
             continue
         by_image.setdefault(image_id, []).append(entry)
     return by_image
 
 
-def _check_area(entry: dict[str, Any]) -> None:
-    """Training does not need the area, the evaluation does: absent, or a number."""
-    area = entry.get("area", 0)
-    if type(area) not in (int, float) or not is_finite(area) or area < 0:
-        _bad(Kind.ANNOTATION, f"'area' is {_shown(area)}, allowed: a number of pixels, or no 'area' at all")
-
-
-def _box(value: Any, image: dict[str, Any], place: str, report: Reporter) -> list[float]:
+def _box(value: Any, size_hw: tuple[int, int], where: str, report: Reporter) -> list[float]:
     """COCO's [x, y, width, height] as xyxy, clipped to the image."""
     if not isinstance(value, list) or len(value) != 4 or any(type(v) not in (int, float) for v in value):
-        _bad(Kind.ANNOTATION, f"'bbox' is {_shown(value)}, allowed: four numbers [x, y, width, height]")
+        raise BadValue(Kind.ANNOTATION, f"'bbox' is {_short(value)}, allowed: four numbers [x, y, width, height]")
     x, y, width, height = value
     if not all(is_finite(v) for v in value):
-        _bad(Kind.NON_FINITE, f"'bbox' is {value}, allowed: finite numbers")
-    right, bottom = image["width"], image["height"]
+        raise BadValue(Kind.NON_FINITE, f"'bbox' is {value}, allowed: finite numbers")
     if width < SMALLEST_SIDE or height < SMALLEST_SIDE:
-        _bad(Kind.BOX_NO_AREA, f"bbox {value} has no area; the annotation is dropped")
+        raise BadValue(Kind.BOX_NO_AREA, f"bbox {value} has no area; the annotation is dropped")
+    bottom, right = size_hw
+    image = f"its image of {right} x {bottom} (width x height)"
     clipped = [float(v) for v in (max(x, 0), max(y, 0), min(x + width, right), min(y + height, bottom))]
     if clipped[2] - clipped[0] < SMALLEST_SIDE or clipped[3] - clipped[1] < SMALLEST_SIDE:
-        text = f"bbox {value} lies outside its image of {right} x {bottom} (width x height); the annotation is dropped"
-        _bad(Kind.BOX_OUTSIDE, text)
+        raise BadValue(Kind.BOX_OUTSIDE, f"bbox {value} lies outside {image}; the annotation is dropped")
     over = max(-x, -y, x + width - right, y + height - bottom)
     if over > ROUNDING:
-        text = f"bbox {value} reaches {over:g} px over its image of {right} x {bottom} (width x height); it is clipped"
-        report(Problem(Kind.BOX_CLIPPED, place, text))
+        report(Problem(Kind.BOX_CLIPPED, where, f"bbox {value} reaches {over:g} px over {image}; it is clipped"))
     return clipped
 
 
-def _field(entry: Any, name: str, kind: Kind) -> Any:
-    if not isinstance(entry, dict):
-        _bad(kind, f"is {_kind_of(entry)}, allowed: an object")
-    if name not in entry:
-        _bad(kind, f"{name!r} is missing")
-    return entry[name]
+def read_segmentation(value: Any, *, size_hw: tuple[int, int]) -> tuple[list[list[float]], bytes | None]:
+    """(polygons, compressed RLE counts); ([], None) says that the annotation has no mask. Raises `BadValue`.
+
+    Args:
+        value: None, [], {}, a list of polygons [x0, y0, x1, y1, ...], or {"size": [h, w], "counts": ...}.
+        size_hw: of the stored image, which an RLE must have and polygons may not leave by more than its own size.
+    """
+    if value is None or value in ([], {}):
+        return [], None
+    if isinstance(value, dict):
+        return [], _read_rle(value, size_hw)
+    if not isinstance(value, list) or not all(isinstance(polygon, list) for polygon in value):
+        raise BadValue(
+            Kind.POLYGON, "'segmentation' is neither a list of polygons (each a list of numbers) nor an RLE object"
+        )
+    # Some tools write [[]] for "not annotated": an outline without a point says nothing about the mask.
+    return [_read_polygon(polygon, index, size_hw) for index, polygon in enumerate(value) if polygon], None
+
+
+def is_finite(value: float) -> bool:
+    """False also for numbers that no pixel arithmetic survives."""
+    return abs(value) < 1e15
+
+
+def _read_polygon(polygon: list[Any], index: int, size_hw: tuple[int, int]) -> list[float]:
+    if any(type(v) not in (int, float) for v in polygon):
+        raise BadValue(Kind.POLYGON, f"polygon {index} holds something that is no number")
+    if not all(is_finite(v) for v in polygon):
+        raise BadValue(Kind.NON_FINITE, f"polygon {index} holds a number that is not finite")
+    if len(polygon) < 6 or len(polygon) % 2:
+        raise BadValue(Kind.POLYGON, f"polygon {index} has {len(polygon)} numbers, allowed: an even number, at least 6")
+    # The rasteriser's work and memory grow with the length of the outline: a point at 1e9 would stop the machine.
+    for side, name, values in ((size_hw[1], "x", polygon[0::2]), (size_hw[0], "y", polygon[1::2])):
+        if min(values) < -side or max(values) > 2 * side:
+            far = max(values, key=lambda v: abs(v - side / 2))
+            raise BadValue(
+                Kind.POLYGON, f"polygon {index} has a point at {name} = {far:g}, allowed: {-side} to {2 * side}"
+            )
+    return [float(v) for v in polygon]
+
+
+def _read_rle(value: dict[str, Any], size_hw: tuple[int, int]) -> bytes:
+    size, counts = value.get("size"), value.get("counts")
+    if size != list(size_hw):
+        raise BadValue(Kind.RLE, f"RLE has size {size}, allowed: [height, width] of its image, {list(size_hw)}")
+    if isinstance(counts, str):
+        compressed = counts.encode(errors="replace")
+        runs = _decompressed(compressed)
+    elif isinstance(counts, list) and all(type(run) is int for run in counts):
+        compressed, runs = None, counts
+    else:
+        raise BadValue(Kind.RLE, "RLE has no 'counts', allowed: a list of integers or a compressed text")
+    if min(runs, default=-1) < 0 or sum(runs) != size_hw[0] * size_hw[1]:
+        pixels = size_hw[0] * size_hw[1]
+        raise BadValue(Kind.RLE, f"RLE covers {sum(runs)} pixels, allowed: the {pixels} of its image, in runs >= 0")
+    if compressed is None:
+        compressed = coco_mask.frPyObjects({"size": size, "counts": runs}, *size_hw)["counts"]
+    return compressed
+
+
+def _decompressed(compressed: bytes) -> list[int]:
+    """The run lengths of a compressed RLE; checked here because the decoder of pycocotools trusts its input."""
+    characters = np.frombuffer(compressed, dtype=np.uint8) - ord("0")
+    lasts = np.flatnonzero((characters & MORE) == 0)  # of each number
+    if (characters >= 64).any() or np.diff(lasts, prepend=-1).max(initial=0) > LONGEST_RUN:
+        raise BadValue(Kind.RLE, "RLE 'counts' is no compressed RLE text")
+    if len(characters) and characters[-1] & MORE:
+        raise BadValue(Kind.RLE, "RLE 'counts' ends in the middle of a number")
+    runs: list[int] = run_lengths([compressed])[0].tolist()
+    return runs
 
 
 def _integer(entry: Any, name: str, kind: Kind) -> int:
     value = _field(entry, name, kind)
     if type(value) is not int or abs(value) > LARGEST_ID:
-        _bad(kind, f"{name!r} is {_shown(value)}, allowed: an integer")
+        raise BadValue(kind, f"{name!r} is {_short(value)}, allowed: an integer")
     return value
 
 
 def _text(entry: Any, name: str, kind: Kind) -> str:
     value = _field(entry, name, kind)
     if not isinstance(value, str) or not value.strip():
-        _bad(kind, f"{name!r} is {_shown(value)}, allowed: a text that is not empty")
+        raise BadValue(kind, f"{name!r} is {_short(value)}, allowed: a text that is not empty")
     if any("\ud800" <= character <= "\udfff" for character in value):  # JSON can hold half a character
-        _bad(kind, f"{name!r} is {_shown(value)}, allowed: a text of whole characters")
+        raise BadValue(kind, f"{name!r} is {_short(value)}, allowed: a text of whole characters")
     return value
 
 
-def _bad(kind: Kind, text: str) -> NoReturn:
-    raise BadValue(kind, text)
+def _field(entry: Any, name: str, kind: Kind) -> Any:
+    if not isinstance(entry, dict):
+        raise BadValue(kind, f"is {_kind_of(entry)}, allowed: an object")
+    if name not in entry:
+        raise BadValue(kind, f"{name!r} is missing")
+    return entry[name]
 
 
-def _shown(value: Any) -> str:
+def _short(value: Any) -> str:
     """A value for a message, cut to one readable length."""
     if isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 8:
         return ", ".join(map(str, value[:8])) + f", ... ({len(value)} values)"

@@ -7,7 +7,8 @@ passes on only what is kept; crowd regions pass on their box alone, for every cl
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal, Protocol
 
@@ -25,6 +26,7 @@ from semiseg.structures.masks import MASK_BITS, EncodedMasks
 
 Key = tuple[int, int]  # (row index, sample seed)
 Source = Literal["split", "masks", "boxes", "as_annotated"]
+Mask = Sequence[Sequence[float]] | bytes  # still encoded: outlines, or the counts of a compressed RLE
 
 
 class Split(Protocol):
@@ -37,36 +39,20 @@ class Split(Protocol):
 MaskRule = Callable[[str, int], bool]
 
 
-def keep_all_masks(class_name: str, annotation_id: int) -> bool:
-    """Every instance keeps the mask it has; one without a `segmentation` has only its box."""
-    return True
-
-
-def keep_no_masks(class_name: str, annotation_id: int) -> bool:
-    """No instance keeps its mask."""
-    return False
-
-
 def build_rule(source: Source, split: Split | None) -> MaskRule:
     """The rule of a supervision source; `split` is used by the source `split` alone.
 
     `masks` and `as_annotated` are one rule: an annotation without a mask has nothing but its box under any of them.
     """
-    if source == "boxes":
-        return keep_no_masks
-    if source in ("masks", "as_annotated"):
-        return keep_all_masks
+    if source != "split":
+        return partial(_keep_all_or_none, source != "boxes")
     if split is None:
         raise UserError("supervision.source = 'split' needs supervision.split, the name or path of a class split")
     return split.keeps_mask
 
 
-@dataclass(frozen=True)
-class KeptMask:
-    """A mask that may be used, still encoded: outlines, or RLE counts where `polygons` is empty."""
-
-    polygons: Sequence[Sequence[float]]
-    rle_counts: bytes | None
+def _keep_all_or_none(keep: bool, class_name: str, annotation_id: int) -> bool:
+    return keep
 
 
 @dataclass(frozen=True)
@@ -79,62 +65,43 @@ class Instances:
     boxes_xyxy: np.ndarray
     labels: list[int]
     supervision: list[int]
-    masks: list[KeptMask]
+    masks: list[Mask]
     mask_instance: list[int]
     crowd_boxes_xyxy: np.ndarray
 
 
 def withhold(objects: Sequence[dict[str, Any]], *, class_names: Sequence[str], rule: MaskRule) -> Instances:
-    """The leak barrier: annotations of one image -> what the rule lets a training know.
+    """The leak barrier: `objects` of a table row -> what the rule lets a training know.
 
-    Args:
-        objects: `objects` of a table row.
-        class_names: name of each label.
-        rule: decides per instance; the value of a withheld mask is not looked at.
+    The rule decides per instance; the value of a withheld mask is not looked at.
     """
     crowd = [item["box_xyxy"] for item in objects if item["is_crowd"]]
     instances = [item for item in objects if not item["is_crowd"]]
     keeps = [item["has_mask"] and rule(class_names[item["label"]], item["annotation_id"]) for item in instances]
-    with_mask = [index for index, kept in enumerate(keeps) if kept]
+    with_mask = [index for index, keep in enumerate(keeps) if keep]
     return Instances(
         boxes_xyxy=np.array([item["box_xyxy"] for item in instances], dtype=np.float64).reshape(-1, 4),
         labels=[item["label"] for item in instances],
-        supervision=[int(Supervision.MASK if kept else Supervision.BOX) for kept in keeps],
-        masks=[KeptMask(instances[index]["polygons"], instances[index]["rle_counts"]) for index in with_mask],
+        supervision=[int(Supervision.MASK if keep else Supervision.BOX) for keep in keeps],
+        masks=[instances[index]["rle_counts"] or instances[index]["polygons"] for index in with_mask],
         mask_instance=with_mask,
         crowd_boxes_xyxy=np.array(crowd, dtype=np.float64).reshape(-1, 4),
     )
 
 
+@dataclass(frozen=True)
 class InstanceDataset(torch.utils.data.Dataset[Sample]):
     """Map-style data set: key (row index, sample seed) -> Sample.
 
     All chance in a sample comes from its seed, so it is the same on every worker, rank and resume.
     """
 
-    def __init__(
-        self,
-        table: Table,
-        *,
-        rule: MaskRule,
-        transform: Transform,
-        mask_stride: int | None,
-        bottom_rows_without_affinity: int = 0,
-    ) -> None:
-        """Joins the annotations with what a training may see of them.
-
-        Args:
-            table: the annotations.
-            rule: which instances keep their mask.
-            transform: chooses resize and flip.
-            mask_stride: stride of the mask grid in input pixels; None = masks stay encoded, for grids of their own.
-            bottom_rows_without_affinity: rows of the *original* image whose colours are not to be trusted (COCO: 10).
-        """
-        self.table = table
-        self.rule = rule
-        self.transform = transform
-        self.mask_stride = mask_stride
-        self.bottom_rows_without_affinity = bottom_rows_without_affinity
+    table: Table
+    _: KW_ONLY
+    rule: MaskRule
+    transform: Transform
+    mask_stride: int | None  # of the mask grid, in input pixels; None = masks stay encoded, for grids of their own
+    bottom_rows_without_affinity: int = 0  # rows of the *original* whose colours are not to be trusted (COCO: 10)
 
     def __len__(self) -> int:
         return len(self.table.rows)
@@ -174,7 +141,7 @@ class InstanceDataset(torch.utils.data.Dataset[Sample]):
         )
 
 
-def _cells(masks: Sequence[KeptMask], geometry: Geometry, stride: int | None) -> Tensor:
+def _cells(masks: Sequence[Mask], geometry: Geometry, stride: int | None) -> Tensor:
     """(M, h, w) bool: each mask at the centres of its cells; a cell whose centre lies beyond the image is False.
 
     Outlines are rasterised at the input's resolution. An RLE is read at the original pixels that hold the centres.
@@ -182,43 +149,39 @@ def _cells(masks: Sequence[KeptMask], geometry: Geometry, stride: int | None) ->
     """
     if stride is None:
         return torch.zeros(len(masks), 0, 0, dtype=torch.bool)
-    height, width = geometry.input_hw
-    rows, columns = cell_centres(height, stride), cell_centres(width, stride)
+    rows, columns = (cell_centres(side, stride) for side in geometry.input_hw)
     cells = torch.zeros(len(masks), *grid_size(geometry.input_hw, stride), dtype=torch.bool)
     inside = cells.numpy()[:, : len(rows), : len(columns)]
-    outlined = [number for number, kept in enumerate(masks) if kept.rle_counts is None]
-    rles = _rasterised([masks[number].polygons for number in outlined], geometry)
-    for number, mask in zip(outlined, read_cells(rles, geometry.input_hw, rows=rows, columns=columns), strict=True):
-        inside[number] = mask
-    encoded = {number: kept.rle_counts for number, kept in enumerate(masks) if kept.rle_counts is not None}
+    rles = _rles(masks, geometry)
+    outlined = [index for index, mask in enumerate(masks) if not isinstance(mask, bytes)]
+    inside[outlined] = read_cells([rles[index] for index in outlined], geometry.input_hw, rows=rows, columns=columns)
+    encoded = [index for index, mask in enumerate(masks) if isinstance(mask, bytes)]
     rows, columns = geometry.source_rows(rows), geometry.source_columns(columns)
-    read = read_cells(list(encoded.values()), geometry.original_hw, rows=rows, columns=columns)
-    for number, mask in zip(encoded, read, strict=True):
-        inside[number] = mask
+    inside[encoded] = read_cells([rles[index] for index in encoded], geometry.original_hw, rows=rows, columns=columns)
     return cells
 
 
-def _rasterised(masks: Sequence[Sequence[Sequence[float]]], geometry: Geometry) -> list[bytes]:
-    """The outlines of each mask, in original pixels -> its counts at the input's resolution."""
-    outlines = iter(geometry.polygons([polygon for mask in masks for polygon in mask]))
-    return [outlines_to_rle([next(outlines) for _ in mask], geometry.input_hw) for mask in masks]
+def _rles(masks: Sequence[Mask], geometry: Geometry) -> list[bytes]:
+    """The counts of each mask on its raster: outlines at the input's resolution, an RLE as it is, on the original's."""
+    polygons = iter(geometry.polygons([polygon for mask in masks if not isinstance(mask, bytes) for polygon in mask]))
+    return [
+        mask if isinstance(mask, bytes) else outlines_to_rle([next(polygons) for _ in mask], geometry.input_hw)
+        for mask in masks
+    ]
 
 
-def _encoded(masks: Sequence[KeptMask], geometry: Geometry) -> EncodedMasks:
-    """The masks as they are: outlines rasterised at the input's resolution, an RLE on the original's."""
-    outlines = iter(_rasterised([kept.polygons for kept in masks if kept.rle_counts is None], geometry))
-    rles = [next(outlines) if kept.rle_counts is None else kept.rle_counts for kept in masks]
-    outlined = torch.tensor([kept.rle_counts is None for kept in masks], dtype=torch.bool)[:, None]
+def _encoded(masks: Sequence[Mask], geometry: Geometry) -> EncodedMasks:
+    """The masks as they are, on the rasters of `_rles`."""
+    outlined = torch.tensor([not isinstance(mask, bytes) for mask in masks], dtype=torch.bool)
     original, size = torch.tensor(geometry.original_hw), torch.tensor(geometry.input_hw)
-    changes = [torch.zeros(0, dtype=torch.int64)]
-    if rles:
-        lengths, bounds = run_lengths(rles)
-        for number, (first, end) in enumerate(pairwise(bounds)):
-            # The last run ends with the raster, where nothing is asked for.
-            changes.append(torch.from_numpy(np.cumsum(lengths[first:end])) + (number << MASK_BITS))
+    lengths, bounds = run_lengths(_rles(masks, geometry))
+    changes = np.zeros_like(lengths)
+    for index, (first, end) in enumerate(pairwise(bounds)):
+        # The last run ends with the raster, where nothing is asked for.
+        changes[first:end] = np.cumsum(lengths[first:end]) + (index << MASK_BITS)
     return EncodedMasks(
-        changes=torch.cat(changes),
-        raster_hw=torch.where(outlined, size, original),
+        changes=torch.from_numpy(changes),
+        raster_hw=torch.where(outlined[:, None], size, original),
         input_hw=size.expand(len(masks), 2).clone(),
-        flipped=~outlined[:, 0] & geometry.flipped,
+        flipped=~outlined & geometry.flipped,
     )

@@ -12,15 +12,13 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import datasets
-import pyarrow
 from datasets import ClassLabel, Dataset, Features, LargeList, List, Value
 from PIL import Image
-from pyarrow import compute
 from tqdm import tqdm
 
 from semiseg.config.read import digest
@@ -32,30 +30,18 @@ from semiseg.splits import normalise
 logger = logging.getLogger(__name__)
 
 CONVERTER_VERSION = 1  # raised with every change of what is written
-ROWS_AT_ONCE = 1000
 HUB_ROOT = Path("data/hub")
 SOURCE_NAME = "source.json"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # Formats of Pillow whose files are kept as they are; images of others are stored as PNG.
-SUFFIXES = {
-    "JPEG": ".jpg",
-    "MPO": ".jpg",
-    "PNG": ".png",
-    "WEBP": ".webp",
-    "BMP": ".bmp",
-    "GIF": ".gif",
-    "TIFF": ".tif",
-}
+SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tif"}
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
 
 REQUIRED = ("image", "objects.bbox", "objects.category")
-_NUMBERS = ("int", "float")
 # column -> (kinds of `_kind`, these in words); columns of other names are ignored
-_COLUMNS: Mapping[str, tuple[Sequence[str], str]] = {
+_COLUMNS: dict[str, tuple[tuple[str, ...], str]] = {
     "image": (("Image",), "Image"),
-    "image_id": (("int",), "an integer"),
-    "width": (("int",), "an integer"),
-    "height": (("int",), "an integer"),
+    **dict.fromkeys(("image_id", "width", "height", "objects.id"), (("int",), "an integer")),
     "objects.bbox": (("list of int", "list of float"), "a list of four numbers, x, y, width, height"),
     "objects.category": (("ClassLabel", "string"), "ClassLabel or string"),
     # Free JSON can mix both forms; the values are checked when the table is made.
@@ -64,8 +50,7 @@ _COLUMNS: Mapping[str, tuple[Sequence[str], str]] = {
         "a list of polygons (each a list of numbers) or an RLE (a struct of size and counts)",
     ),
     "objects.iscrowd": (("int", "bool", "ClassLabel"), "0, 1, or a truth value"),
-    "objects.area": (_NUMBERS, "a number"),
-    "objects.id": (("int",), "an integer"),
+    "objects.area": (("int", "float"), "a number"),
 }
 
 
@@ -74,39 +59,33 @@ class _NotReachable(UserError):
 
 
 class _Split(NamedTuple):
-    """Rows of a split; `place` names it in messages, `class_names` are those of a `ClassLabel`, None without one."""
+    """Rows of a split; `class_names` are those of a `ClassLabel`, None without one."""
 
     rows: Dataset
     class_names: list[str] | None
-    place: str
+    title: str  # for messages
 
 
 def hub_folder(name: str) -> Path:
-    """Where a data set's conversions lie: of `OWNER/NAME`, or of a folder, known by its path.
-
-    Raises:
-        UserError: the name is empty, which as a path would be the current folder.
-    """
-    if not name.strip():
+    """Where a data set's conversions lie: of `OWNER/NAME`, or of a folder, known by its path."""
+    if not name.strip():  # as a path, the current folder
         raise UserError("data.root = 'hf:' names no data set, expected 'hf:OWNER/NAME' or 'hf:FOLDER'")
     folder = Path(name).expanduser()
     if folder.is_dir():
-        place = folder.resolve()
-        return HUB_ROOT / f"{place.name}-{digest(str(place), 8)}"
+        path = folder.resolve()
+        return HUB_ROOT / f"{path.name}-{digest(str(path), 8)}"
     return HUB_ROOT / name.replace("/", "--")
 
 
 def converted_folder(name: str, *, train_split: str, val_split: str) -> Path:
     """The conversion that was used last; a path where nothing is if there is none. Nothing is made or loaded."""
-    wanted = _source(name, train_split, val_split)
-    found = []
+    source = _source(name, train_split, val_split)
+    conversions = []
     for path in hub_folder(name).glob(f"*/{SOURCE_NAME}"):
-        try:
-            if json.loads(path.read_text(encoding="utf-8")) == wanted:
-                found.append((path.stat().st_mtime_ns, path.parent))
-        except (OSError, ValueError):
-            continue  # not ours
-    return max(found)[1] if found else hub_folder(name) / "not-converted"
+        with contextlib.suppress(OSError, ValueError):  # not ours
+            if json.loads(path.read_text(encoding="utf-8")) == source:
+                conversions.append((path.stat().st_mtime_ns, path.parent))
+    return max(conversions)[1] if conversions else hub_folder(name) / "not-converted"
 
 
 def ensure_hub(name: str, *, train_split: str, val_split: str) -> Path:
@@ -118,9 +97,6 @@ def ensure_hub(name: str, *, train_split: str, val_split: str) -> Path:
     Args:
         name: `OWNER/NAME`, or a folder: what `datasets.load_dataset` reads, or what `save_to_disk` wrote.
         train_split, val_split: names of splits, or parts of them such as `train[:90%]`.
-
-    Raises:
-        UserError: it cannot be loaded; no such split; a column is missing or of another type; a bad row.
     """
     conversions = hub_folder(name)
     try:
@@ -131,11 +107,10 @@ def ensure_hub(name: str, *, train_split: str, val_split: str) -> Path:
             raise
         logger.warning("%s; the conversion in %s is used", error, folder)
         return folder
-    wanted = {"train": ("train_split", train_split), "val": ("val_split", val_split)}
     splits = {}
-    for kind, (key, spec) in wanted.items():
-        rows, place = _part(loaded, spec, key, name), f"hf:{name}, split {spec!r}"
-        splits[kind] = _Split(rows, _check_columns(rows.features, place), place)
+    for kind, spec in (("train", train_split), ("val", val_split)):
+        rows, title = _part(loaded, spec, f"{kind}_split", name), f"hf:{name}, split {spec!r}"
+        splits[kind] = _Split(rows, _check_columns(rows.features, title), title)
     folder = conversions / digest([CONVERTER_VERSION, *(split.rows._fingerprint for split in splits.values())], 16)
     settle(conversions)
     if not folder.is_dir():
@@ -159,14 +134,10 @@ def _load(name: str) -> Mapping[str, Dataset]:
     if not folder.is_dir() and not HUB_NAME.fullmatch(name):
         raise UserError(f"hf:{name}: no such folder, and no name on the Hub, which has the form OWNER/NAME")
     try:
-        if not folder.is_dir():
-            splits: Mapping[str, Dataset] = datasets.load_dataset(name)
-        elif not any((folder / saved).is_file() for saved in ("dataset_dict.json", "state.json")):
-            splits = datasets.load_dataset(str(folder))
-        else:
+        if any((folder / saved).is_file() for saved in ("dataset_dict.json", "state.json")):
             loaded = datasets.load_from_disk(str(folder))
-            splits = {"train": loaded} if isinstance(loaded, Dataset) else loaded
-        return splits
+        else:
+            loaded = datasets.load_dataset(str(folder) if folder.is_dir() else name)
     except Exception as error:  # readers of many formats, with exceptions of their own, behind a network with others
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         if folder.is_dir():
@@ -175,6 +146,8 @@ def _load(name: str) -> Mapping[str, Dataset]:
             f"hf:{name}: no such folder, and not loaded from the Hub ({reason}); without network, get it elsewhere "
             f"with 'hf download {name} --repo-type dataset --local-dir FOLDER' and set data.root = 'hf:FOLDER'"
         ) from None
+    splits: Mapping[str, Dataset] = {"train": loaded} if isinstance(loaded, Dataset) else loaded
+    return splits
 
 
 def _part(loaded: Mapping[str, Dataset], spec: str, key: str, name: str) -> Dataset:
@@ -182,40 +155,34 @@ def _part(loaded: Mapping[str, Dataset], spec: str, key: str, name: str) -> Data
     try:
         lengths = {split: len(rows) for split, rows in loaded.items()}
         parts = datasets.ReadInstruction.from_spec(spec).to_absolute(lengths)
-        rows = datasets.concatenate_datasets(
-            [loaded[part.splitname].select(range(part.from_, part.to)) for part in parts]
-        )
+        pieces = [loaded[part.splitname].select(range(part.from_, part.to)) for part in parts]
+        rows = datasets.concatenate_datasets(pieces)
     except (ValueError, AssertionError):
-        raise UserError(
-            f"hf:{name}: data.hub.{key} is {spec!r}, allowed: {', '.join(loaded)}, or a part such as 'train[:90%]'"
-        ) from None
+        allowed = f"{', '.join(loaded)}, or a part such as 'train[:90%]'"
+        raise UserError(f"hf:{name}: data.hub.{key} is {spec!r}, allowed: {allowed}") from None
     if len(rows) == 0:
         raise UserError(f"hf:{name}: data.hub.{key} = {spec!r} has no rows")
     return rows
 
 
-def _check_columns(features: Features, place: str) -> list[str] | None:
-    """The names of the `ClassLabel` of the objects, if that is their type.
-
-    Raises:
-        UserError: a column is missing or of another type; the message names it, its type and what is expected.
-    """
+def _check_columns(features: Features, title: str) -> list[str] | None:
+    """The names of the `ClassLabel` of the objects, if that is their type; a column of another one is an error."""
     columns = dict(features)
     if "objects" not in columns:
-        raise UserError(f"{place}: no column 'objects'; there are: {', '.join(sorted(columns))}")
+        raise UserError(f"{title}: no column 'objects'; there are: {', '.join(sorted(columns))}")
     objects = columns.pop("objects")
     if isinstance(objects, List | LargeList) and isinstance(objects.feature, dict):
         fields = objects.feature
     elif isinstance(objects, dict) and all(isinstance(field, List | LargeList) for field in objects.values()):
         fields = {name: field.feature for name, field in objects.items()}
     else:
-        _wrong_type("objects", objects, "a struct of lists or a list of structs", place)
+        raise _wrong_type("objects", objects, "a struct of lists or a list of structs", title)
     columns |= {f"objects.{name}": field for name, field in fields.items()}
     for name, (kinds, expected) in _COLUMNS.items():
         if name in columns and _kind(columns[name]) not in kinds:
-            _wrong_type(name, columns[name], expected, place)
+            raise _wrong_type(name, columns[name], expected, title)
         if name in REQUIRED and name not in columns:
-            raise UserError(f"{place}: no column {name!r}; there are: {', '.join(sorted(columns))}")
+            raise UserError(f"{title}: no column {name!r}; there are: {', '.join(sorted(columns))}")
     category = columns["objects.category"]
     return list(category.names) if isinstance(category, ClassLabel) else None
 
@@ -231,93 +198,79 @@ def _kind(feature: Any) -> str:
     return type(feature).__name__
 
 
-def _wrong_type(name: str, feature: Any, expected: str, place: str) -> NoReturn:
+def _wrong_type(name: str, feature: Any, expected: str, title: str) -> UserError:
     text = str(feature)
-    shown = text if len(text) <= 120 else f"{text[:117]}..."
-    raise UserError(f"{place}: the column {name!r} is {shown}, expected {expected}")
+    text = text if len(text) <= 120 else f"{text[:117]}..."
+    return UserError(f"{title}: the column {name!r} is {text}, expected {expected}")
 
 
 def _convert(splits: Mapping[str, _Split], folder: Path) -> None:
-    """Writes image files and json of each split; all splits have the same categories, with ids 1, 2, ..."""
-    names = _class_names(list(splits.values()))
+    """Writes image files and json of each split.
+
+    All splits have the same categories, with ids 1, 2, ...: of `ClassLabel` in its order, else all strings, sorted.
+    """
+    first = splits["train"]
+    for split in splits.values():
+        if split.class_names != first.class_names:
+            raise UserError(f"{split.title}: its categories are not those of {first.title}")
+    contents = {}
     for kind, split in splits.items():
         (folder / kind).mkdir()
-        content = _convert_split(split, names, folder / kind)
+        contents[kind] = _convert_split(split, folder / kind)
+    names = first.class_names
+    if names is None:
+        names = sorted({item["category"] for _, items in contents.values() for item in items})
+    ids = {name: number for number, name in enumerate(names, start=1)}
+    for kind, (images, items) in contents.items():
+        for item in items:
+            category = item.pop("category")
+            item["category_id"] = ids[category] if isinstance(category, str) else category + 1
+        categories = [{"id": number, "name": name} for number, name in enumerate(names, start=1)]
+        content = {"annotations": items, "categories": categories, "images": images}
         (folder / f"{kind}.json").write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 
-def _class_names(splits: Sequence[_Split]) -> list[str]:
-    """Of `ClassLabel`, in its order; else the strings of all splits, sorted."""
-    first = splits[0]
-    for split in splits:
-        if split.class_names != first.class_names:
-            raise UserError(f"{split.place}: its categories are not those of {first.place}")
-    if first.class_names is not None:
-        return first.class_names
-    names: set[str] = set()
-    for split in splits:
-        for batch in split.rows.select_columns("objects").with_format("arrow").iter(ROWS_AT_ONCE):
-            names |= {normalise(name) for name in _categories(batch.column("objects")) if name is not None}
-    return sorted(names)
-
-
-def _categories(objects: pyarrow.ChunkedArray) -> list[str | None]:
-    """The distinct categories, without making Python objects of anything else."""
-    if pyarrow.types.is_struct(objects.type):
-        values = compute.list_flatten(compute.struct_field(objects, "category"))
-    else:
-        values = compute.struct_field(compute.list_flatten(objects), "category")
-    categories: list[str | None] = values.unique().to_pylist()
-    return categories
-
-
-def _convert_split(split: _Split, names: Sequence[str], folder: Path) -> dict[str, Any]:
-    """Writes the images of a split into a folder; the content of its json."""
+def _convert_split(split: _Split, folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Writes the images of a split into a folder; COCO's images, and annotations with a `category` without id."""
     images: dict[int, dict[str, Any]] = {}
     annotations: list[dict[str, Any]] = []
     rows = split.rows.cast_column("image", datasets.Image(decode=False))
-    for index, row in enumerate(tqdm(rows, desc=split.place, unit=" images", delay=1, disable=None)):
-        place = f"{split.place}, row {index}"
-        image = _store_image(row, index + 1, folder, place)
+    for index, row in enumerate(tqdm(rows, desc=split.title, unit=" images", delay=1, disable=None)):
+        where = f"{split.title}, row {index}"
+        image = _store_image(row, index + 1, folder, where)
         if image["id"] in images:
-            raise UserError(f"{place}: image_id {image['id']} is used twice")
+            raise UserError(f"{where}: image_id {image['id']} is used twice")
         images[image["id"]] = image
-        for item in _objects(row["objects"], place):
-            annotation = _annotation(item, len(annotations) + 1, place)
-            category_id = _category_id(item["category"], names, place)
-            annotations.append({**annotation, "image_id": image["id"], "category_id": category_id})
-    categories = [{"id": number, "name": name} for number, name in enumerate(names, start=1)]
-    return {"annotations": annotations, "categories": categories, "images": list(images.values())}
+        for item in _objects(row["objects"], where):
+            annotations.append(_annotation(item, len(annotations) + 1, image["id"], split.class_names, where))
+    return list(images.values()), annotations
 
 
-def _objects(objects: Any, place: str) -> list[dict[str, Any]]:
+def _objects(objects: Any, where: str) -> list[dict[str, Any]]:
     """One dictionary per object, from either layout."""
     if not isinstance(objects, dict):
         if None in (objects or ()):
-            raise UserError(f"{place}: an object is null")
+            raise UserError(f"{where}: an object is null")
         return list(objects or ())
     columns = {name: values for name, values in objects.items() if values is not None}
     lengths = {name: len(values) for name, values in columns.items()}
     if len(set(lengths.values())) > 1 or (lengths and not {"bbox", "category"} <= set(lengths)):
-        raise UserError(f"{place}: the lists of 'objects' differ in length: {lengths}")
+        raise UserError(f"{where}: the lists of 'objects' differ in length: {lengths}")
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
-def _category_id(category: Any, names: Sequence[str], place: str) -> int:
-    if isinstance(category, str):
-        return names.index(normalise(category)) + 1
-    if category is None or not 0 <= category < len(names):
-        raise UserError(f"{place}: 'objects.category' is {category}, allowed: 0 to {len(names) - 1}, or a name")
-    return int(category) + 1
-
-
-def _annotation(item: Mapping[str, Any], number: int, place: str) -> dict[str, Any]:
-    """COCO's form of an object, without image and category; what is null is left out."""
+def _annotation(
+    item: Mapping[str, Any], number: int, image_id: int, class_names: list[str] | None, where: str
+) -> dict[str, Any]:
+    """COCO's form of an object, with a name or an index of `class_names` as `category`; what is null is left out."""
     if item.get("id", number) is None:
-        raise UserError(f"{place}: 'objects.id' is null; leave the column out, or number every object")
-    annotation = {"id": item.get("id", number), "bbox": item["bbox"], "iscrowd": int(item.get("iscrowd") or 0)}
-    if item.get("area") is not None:
-        annotation["area"] = item["area"]
+        raise UserError(f"{where}: 'objects.id' is null; leave the column out, or number every object")
+    category = item["category"]
+    if isinstance(category, str):
+        category = normalise(category)
+    elif category is None or class_names is None or not 0 <= category < len(class_names):
+        allowed = f"0 to {len(class_names) - 1}" if class_names else "a name"
+        raise UserError(f"{where}: 'objects.category' is {category}, allowed: {allowed}")
     segmentation = item.get("segmentation")
     if isinstance(segmentation, dict):
         counts = segmentation.get("counts")
@@ -325,40 +278,39 @@ def _annotation(item: Mapping[str, Any], number: int, place: str) -> dict[str, A
             segmentation = {**segmentation, "counts": counts.decode("ascii", errors="replace")}
         if counts is None:  # a struct of nulls
             segmentation = None
+    annotation = {"id": item.get("id", number), "bbox": item["bbox"], "iscrowd": int(item.get("iscrowd") or 0)}
+    if item.get("area") is not None:
+        annotation["area"] = item["area"]
     if segmentation:
         annotation["segmentation"] = segmentation
-    return annotation
+    return {**annotation, "image_id": image_id, "category": category}
 
 
-def _store_image(row: Mapping[str, Any], number: int, folder: Path, place: str) -> dict[str, Any]:
+def _store_image(row: Mapping[str, Any], number: int, folder: Path, where: str) -> dict[str, Any]:
     """Writes the image's file with its own bytes where its format is known; COCO's entry of it.
 
     Pixels are taken as stored, without EXIF rotation, as everywhere.
     """
     image_id = row.get("image_id", number)
     if image_id is None:
-        raise UserError(f"{place}: 'image_id' is null; leave the column out, or number every image")
+        raise UserError(f"{where}: 'image_id' is null; leave the column out, or number every image")
     stored = row["image"] or {}
     try:
         content = stored.get("bytes") or Path(stored.get("path") or "").read_bytes()
         with open_image(io.BytesIO(content)) as image:
             size, suffix = image.size, SUFFIXES.get(image.format or "")
             if suffix is None:
-                suffix, content = ".png", _as_png(image)
+                suffix, buffer = "png", io.BytesIO()
+                (image if image.mode in PNG_MODES else image.convert("RGB")).save(buffer, format="PNG")
+                content = buffer.getvalue()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{place}: the image cannot be read: {str(error) or type(error).__name__}") from None
-    told = (row.get("width", size[0]), row.get("height", size[1]))
-    if told != size:
+        raise UserError(f"{where}: the image cannot be read: {str(error) or type(error).__name__}") from None
+    width, height = row.get("width", size[0]), row.get("height", size[1])
+    if (width, height) != size:
         raise UserError(
-            f"{place}: the image is {size[0]} x {size[1]} (width x height), but its columns say {told[0]} x {told[1]}; "
+            f"{where}: the image is {size[0]} x {size[1]} (width x height), but its columns say {width} x {height}; "
             "EXIF rotation is not applied"
         )
-    name = f"{image_id:012d}{suffix}"
+    name = f"{image_id:012d}.{suffix}"
     (folder / name).write_bytes(content)
     return {"id": image_id, "file_name": name, "width": size[0], "height": size[1]}
-
-
-def _as_png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    (image if image.mode in PNG_MODES else image.convert("RGB")).save(buffer, format="PNG")
-    return buffer.getvalue()

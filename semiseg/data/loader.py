@@ -1,4 +1,4 @@
-"""Which images a step sees, as a pure function of the step, and the loaders that fetch them.
+"""Which images a step sees, as a pure function of the step; their batches, and the loaders that fetch these.
 
 The stream is the endless row of epochs; epoch e is a permutation drawn from (seed, e). Optimizer step s takes the
 stream's positions s*B .. (s+1)*B - 1, whatever the number of processes, accumulation parts or workers, so a resumed run
@@ -10,36 +10,39 @@ from __future__ import annotations
 import atexit
 import hashlib
 import multiprocessing
-import os
 import pickle
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import KW_ONLY, dataclass
+from functools import lru_cache
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
+from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from semiseg.data.collate import load_batch
 from semiseg.data.dataset import InstanceDataset, Key
 from semiseg.data.workers import (
     START_METHOD,
     StartMethod,
+    describe_lack,
     leave_signals_to_the_main_process,
     return_freed_memory,
-    told_lack,
+    workers_lack,
 )
 from semiseg.errors import UserError
-from semiseg.structures.inputs import Batch
+from semiseg.structures.inputs import Batch, Sample, Targets, empty_batch, grid_size
+from semiseg.structures.masks import joined
 
 IMAGES_PER_RETURN = 32  # after so many a worker gives back the memory that it has freed
 SPARE_FILES = 48  # that must still open where a batch is passed on: two for each of its tensors, and sockets
 IMAGES_AHEAD = 128  # that may wait in memory, about 4 MB each at COCO's sizes; every worker has one batch in any case
 
 
+@dataclass(frozen=True)
 class StepBatches(Sampler[list[Key]]):
     """Batch sampler of one process: yields the keys of each micro batch, steps in order, accumulation parts inside.
 
@@ -47,66 +50,47 @@ class StepBatches(Sampler[list[Key]]):
     m = B / (accumulation * processes).
     """
 
-    def __init__(
-        self,
-        num_images: int,
-        *,
-        batch_size: int,
-        accumulation: int,
-        processes: int,
-        rank: int,
-        seed: int,
-        start_step: int,
-        steps: int,
-    ) -> None:
-        """Sets which steps and whose share of them.
+    num_images: int
+    _: KW_ONLY
+    batch_size: int  # B, images of one optimizer step over all processes and parts
+    accumulation: int  # micro batches per process and step
+    processes: int
+    rank: int
+    seed: int  # of the order and of every sample's seed
+    start_step: int  # steps already done, 0 for a new run
+    steps: int  # of the whole run
 
-        Args:
-            num_images: rows of the data set.
-            batch_size: B, images of one optimizer step over all processes and parts.
-            accumulation: micro batches per process and step.
-            processes: number of processes; `rank` is this one's number.
-            seed: of the order and of every sample's seed.
-            start_step: steps already done, 0 for a new run.
-            steps: of the whole run; the sampler yields (steps - start_step) * accumulation micro batches.
-        """
-        parts = accumulation * processes
-        if batch_size % parts:
-            given = f"{accumulation} x {processes} = {parts}"
-            raise UserError(f"optim.batch_size = {batch_size} must divide by accumulation x processes = {given}")
-        if num_images < 1:
+    def __post_init__(self) -> None:
+        parts = self.accumulation * self.processes
+        if self.batch_size % parts:
+            given = f"{self.accumulation} x {self.processes} = {parts}"
+            raise UserError(f"optim.batch_size = {self.batch_size} must divide by accumulation x processes = {given}")
+        if self.num_images < 1:
             raise UserError("the training data set has no images")
-        self.num_images = num_images
-        self.batch_size = batch_size
-        self.accumulation = accumulation
-        self.processes = processes
-        self.rank = rank
-        self.seed = seed
-        self.start_step = start_step
-        self.steps = steps
-        self.images_per_batch = batch_size // parts
+
+    @property
+    def images_per_batch(self) -> int:
+        """Images of a micro batch."""
+        return self.batch_size // (self.accumulation * self.processes)
 
     def __len__(self) -> int:
         return max(0, self.steps - self.start_step) * self.accumulation
 
     def __iter__(self) -> Iterator[list[Key]]:
-        orders: dict[int, list[int]] = {}
         micro = self.images_per_batch
         for step in range(self.start_step, self.steps):
             for part in range(self.accumulation):
                 first = step * self.batch_size + (part * self.processes + self.rank) * micro
-                yield [self._key(position, orders) for position in range(first, first + micro)]
+                yield [self._key(position) for position in range(first, first + micro)]
 
-    def _key(self, position: int, orders: dict[int, list[int]]) -> Key:
-        """The key at a position of the stream; `orders` caches the permutations of the epochs around it."""
-        epoch, place = divmod(position, self.num_images)
-        if epoch not in orders:
-            for old in [known for known in orders if known < epoch - 1]:
-                del orders[old]
-            orders[epoch] = epoch_order(self.num_images, seed=self.seed, epoch=epoch)
-        return orders[epoch][place], mixed_seed("sample", self.seed, position)
+    def _key(self, position: int) -> Key:
+        """The key at a position of the stream."""
+        epoch, index = divmod(position, self.num_images)
+        order = epoch_order(self.num_images, seed=self.seed, epoch=epoch)
+        return order[index], mixed_seed("sample", self.seed, position)
 
 
+@lru_cache(maxsize=4)  # a batch takes from one or two epochs
 def epoch_order(num_images: int, *, seed: int, epoch: int) -> list[int]:
     """The permutation of the rows in an epoch, from (seed, epoch) alone."""
     generator = torch.Generator().manual_seed(mixed_seed("epoch", seed, epoch))
@@ -119,11 +103,50 @@ def mixed_seed(purpose: str, *numbers: int) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
-@dataclass(frozen=True)
-class _Failure:
-    """Bad input met in a worker; it travels as a value because DataLoader turns exceptions into a traceback's text."""
+def load_batch(dataset: InstanceDataset, keys: Sequence[Key], *, size_divisor: int) -> Batch:
+    """The batch of the samples `dataset[key]`, without a copy of each image on the way, and with the same errors.
 
-    message: str
+    All annotations come first, then image after image is written into the batch while it is in cache. Height and width
+    of the padded batch divide by `size_divisor`.
+    """
+    rows = [dataset.choose(key) for key in keys]
+    sizes_hw = [geometry.input_hw for _, _, geometry in rows]
+    shared = get_worker_info() is not None
+    with workers_lack() if shared else nullcontext():
+        images, views = empty_batch(sizes_hw, size_divisor, channels_last=True, shared=shared)
+    samples = [dataset.sample(*row, view) for row, view in zip(rows, views, strict=True)]
+    batch = Batch(
+        images=images,
+        image_sizes_hw=torch.tensor(sizes_hw, dtype=torch.int64),
+        image_ids=tuple(sample.image_id for sample in samples),
+        bottom_rows_without_affinity=torch.tensor([s.bottom_rows_without_affinity for s in samples]),
+        targets=_targets(samples, dataset.mask_stride, (images.shape[-2], images.shape[-1])),
+    )
+    for (row, _, geometry), view in zip(rows, views, strict=True):
+        dataset.read_image(row, geometry, out=view)
+    return batch
+
+
+def _targets(samples: Sequence[Sample], stride: int | None, padded_hw: tuple[int, int]) -> Targets:
+    height, width = (0, 0) if stride is None else grid_size(padded_hw, stride)
+    masks = [functional.pad(m, (0, width - m.shape[2], 0, height - m.shape[1])) for m in (s.masks for s in samples)]
+    counts = torch.tensor([len(sample.labels) for sample in samples])
+    first_instance = (counts.cumsum(0) - counts).tolist()
+    crowd_counts = torch.tensor([len(sample.crowd_boxes_xyxy) for sample in samples])
+    image_numbers = torch.arange(len(samples))
+    return Targets(
+        boxes_xyxy=torch.cat([sample.boxes_xyxy for sample in samples]),
+        labels=torch.cat([sample.labels for sample in samples]),
+        image_index=image_numbers.repeat_interleave(counts),
+        supervision=torch.cat([sample.supervision for sample in samples]),
+        masks=torch.cat(masks),
+        mask_instance=torch.cat([s.mask_instance + first for s, first in zip(samples, first_instance, strict=True)]),
+        mask_weight=torch.ones(sum(map(len, masks))),
+        crowd_boxes_xyxy=torch.cat([sample.crowd_boxes_xyxy for sample in samples]),
+        crowd_image_index=image_numbers.repeat_interleave(crowd_counts),
+        mask_stride=stride,
+        encoded=joined([s.encoded for s in samples if s.encoded is not None]) if stride is None else None,
+    )
 
 
 @dataclass(frozen=True)
@@ -131,81 +154,64 @@ class _Packed:
     """A batch as it leaves its worker: its tensors in shared memory, the rest and the handles of that as bytes.
 
     Left to itself, DataLoader does this in a thread of the worker's, where an error is printed, the batch is lost, and
-    this process waits for it for ever.
+    this process waits for it for ever. Errors travel as values, because DataLoader makes exceptions a traceback's text.
     """
 
     content: bytes
 
-    @classmethod
-    def of(cls, batch: Batch) -> _Packed | _Failure:
-        """In the worker."""
-        try:
-            _require_files(SPARE_FILES)
-            return cls(bytes(ForkingPickler.dumps(batch)))
-        except (RuntimeError, OSError) as error:
-            return _Failure(told_lack(error))
-
-    def batch(self) -> Batch | _Failure:
+    def batch(self) -> Batch | UserError:
         """In this process; once."""
         try:
-            _require_files(SPARE_FILES)
-            unpacked: Batch | _Failure = pickle.loads(self.content)
-            return unpacked
-        except (ConnectionError, EOFError):
-            return _Failure(told_lack(RuntimeError("one of them has ended")))
-        except (RuntimeError, OSError) as error:
-            return _Failure(told_lack(error))
+            with workers_lack(SPARE_FILES):
+                unpacked: Batch = pickle.loads(self.content)
+                return unpacked
+        except UserError as error:
+            return error
 
-    def pin_memory(self) -> Batch | _Failure:
+    def pin_memory(self) -> Batch | UserError:
         """Called by the DataLoader when `pin_memory` is on."""
         batch = self.batch()
         return batch.pin_memory() if isinstance(batch, Batch) else batch
 
 
-def _require_files(number: int) -> None:
-    """Raises OSError if this process may not open so many more files."""
-    with ExitStack() as opened:
-        for _ in range(number):
-            opened.enter_context(open(os.devnull, "rb", buffering=0))
-
-
-class _Batches(Dataset[Batch | _Packed | _Failure]):
-    """The data set by whole batches, with every `UserError` turned into a `_Failure`.
+@dataclass
+class _Batches(Dataset[Batch | _Packed | UserError]):
+    """The data set by whole batches; a `UserError` is returned, not raised.
 
     A worker packs its batches, and gives freed memory back now and then: else it keeps what it needed for its largest
     batch while it waits. After every batch of two images that would cost a fifth of their time.
     """
 
-    def __init__(self, dataset: InstanceDataset, size_divisor: int) -> None:
-        self.dataset = dataset
-        self.size_divisor = size_divisor
-        self._images = 0  # since memory was given back
+    dataset: InstanceDataset
+    size_divisor: int
+    images_since_return: int = 0  # of freed memory
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitems__(self, keys: list[Key]) -> Batch | _Packed | _Failure:
+    def __getitems__(self, keys: list[Key]) -> Batch | _Packed | UserError:
         """What DataLoader calls for the keys of a batch."""
         try:
             batch = load_batch(self.dataset, keys, size_divisor=self.size_divisor)
+            if get_worker_info() is None:
+                return batch
+            with workers_lack(SPARE_FILES):
+                packed = _Packed(bytes(ForkingPickler.dumps(batch)))
         except UserError as error:
-            return _Failure(str(error))
-        if get_worker_info() is None:
-            return batch
-        packed = _Packed.of(batch)
-        self._images += len(keys)
-        if self._images >= IMAGES_PER_RETURN:
-            self._images = 0
+            return error
+        self.images_since_return += len(keys)
+        if self.images_since_return >= IMAGES_PER_RETURN:
+            self.images_since_return = 0
             return_freed_memory()
         return packed
 
 
 def _as_loaded(batch: Any) -> Any:
-    """In place of DataLoader's own collation."""
+    """In place of DataLoader's own collation: `_Batches` gives whole batches, not lists of samples."""
     return batch
 
 
-class BatchLoader(DataLoader[Batch | _Packed | _Failure]):
+class BatchLoader(DataLoader[Batch | _Packed | UserError]):
     """A DataLoader that raises a worker's bad input, or its end, as the one sentence it is, in this process."""
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # a generator closes the workers as well
@@ -218,11 +224,11 @@ class BatchLoader(DataLoader[Batch | _Packed | _Failure]):
             except RuntimeError as error:
                 if not str(error).startswith("DataLoader worker"):
                     raise
-                raise UserError(told_lack(error)) from None
+                raise UserError(describe_lack(error)) from None
             if isinstance(item, _Packed):
                 item = item.batch()
-            if isinstance(item, _Failure):
-                raise UserError(item.message)
+            if isinstance(item, UserError):
+                raise item
             yield item
 
     def _started(self) -> Iterator[Any]:
@@ -234,26 +240,31 @@ class BatchLoader(DataLoader[Batch | _Packed | _Failure]):
         ours = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
         handler = signal.getsignal(signal.SIGCHLD) if ours else None
         try:
-            if self.num_workers:
-                _require_files(SPARE_FILES)
+            if not self.num_workers:
+                return super().__iter__()
+            with workers_lack(SPARE_FILES):
                 # What torch is about to make. An iterator that could not get it prints a traceback when it is removed.
                 spare = [multiprocessing.Event() for _ in range(self.num_workers + 2)]
                 del spare
-            return super().__iter__()
-        except OSError as error:
-            raise UserError(told_lack(error)) from None
+                return super().__iter__()
         finally:
             if handler is not None:
                 signal.signal(signal.SIGCHLD, handler)
 
 
-def build_train_loader(
+def eval_batches(num_images: int, *, batch_size: int, processes: int, rank: int) -> list[list[Key]]:
+    """Every image once over all processes: rank r takes rows r, r + processes, ...; nothing is padded or repeated."""
+    rows = range(rank, num_images, processes)
+    return [[(row, 0) for row in rows[first : first + batch_size]] for first in range(0, len(rows), batch_size)]
+
+
+def build_loader(
     dataset: InstanceDataset,
     *,
-    batches: StepBatches,
+    batches: StepBatches | list[list[Key]],
     size_divisor: int,
     workers: int,
-    pin_memory: bool,
+    pin_memory: bool = False,
     start_method: StartMethod | None = START_METHOD,
 ) -> BatchLoader:
     """Fetches the batches of `batches`, bit for bit the same for any number of workers.
@@ -261,27 +272,26 @@ def build_train_loader(
     Args:
         size_divisor: height and width of a padded batch divide by it.
         workers: processes that read ahead; 0 = in this process.
-        pin_memory: page-locked batches, for a GPU.
-        start_method: of the workers: `fork` on Linux, by default; None = the platform's own.
+        start_method: of the workers; None = the platform's own.
     """
-    return _loader(dataset, batches, batches.images_per_batch, size_divisor, workers, pin_memory, start_method)
-
-
-def build_eval_loader(
-    dataset: InstanceDataset,
-    *,
-    batch_size: int,
-    processes: int,
-    rank: int,
-    workers: int,
-    size_divisor: int,
-    pin_memory: bool = False,
-    start_method: StartMethod | None = START_METHOD,
-) -> BatchLoader:
-    """Every image once over all processes: rank r takes rows r, r + processes, ...; nothing is padded or repeated."""
-    rows = range(rank, len(dataset), processes)
-    batches = [[(row, 0) for row in rows[first : first + batch_size]] for first in range(0, len(rows), batch_size)]
-    return _loader(dataset, batches, batch_size, size_divisor, workers, pin_memory, start_method)
+    # A generator of its own: DataLoader draws a seed at every start, which would shift the global generator.
+    settings: dict[str, Any] = {"generator": torch.Generator().manual_seed(0)}
+    if workers:
+        images = batches.images_per_batch if isinstance(batches, StepBatches) else max(map(len, batches), default=1)
+        settings |= {
+            "multiprocessing_context": start_method,
+            "persistent_workers": True,
+            "prefetch_factor": 2 if 2 * workers * images <= IMAGES_AHEAD else 1,
+            "worker_init_fn": leave_signals_to_the_main_process,
+        }
+    return BatchLoader(
+        _Batches(dataset, size_divisor),
+        batch_sampler=batches,
+        collate_fn=_as_loaded,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        **settings,
+    )
 
 
 @atexit.register
@@ -292,31 +302,3 @@ def _end_workers() -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would complain of their end
     for worker in workers:
         worker.kill()
-
-
-def _loader(
-    dataset: InstanceDataset,
-    batches: StepBatches | list[list[Key]],
-    images_per_batch: int,
-    size_divisor: int,
-    workers: int,
-    pin_memory: bool,
-    start_method: StartMethod | None,
-) -> BatchLoader:
-    # A generator of its own: DataLoader draws a seed at every start, which would shift the global generator.
-    settings: dict[str, Any] = {"generator": torch.Generator().manual_seed(0)}
-    if workers:
-        settings |= {
-            "multiprocessing_context": start_method,
-            "persistent_workers": True,
-            "prefetch_factor": 2 if 2 * workers * images_per_batch <= IMAGES_AHEAD else 1,
-            "worker_init_fn": leave_signals_to_the_main_process,
-        }
-    return BatchLoader(
-        _Batches(dataset, size_divisor),
-        batch_sampler=batches,
-        collate_fn=_as_loaded,  # `_Batches` gives whole batches, not lists of samples
-        num_workers=workers,
-        pin_memory=pin_memory,
-        **settings,
-    )

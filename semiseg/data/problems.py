@@ -1,4 +1,4 @@
-"""What can be wrong with a data set: the kinds of problems, and who is told about them.
+"""What can be wrong with a data set: the kinds of problems, and who gets them.
 
 The readers in `coco.py` and `images.py` state each problem once. Training stops at the first error
 (`stop_at_errors`); `semiseg data check` collects them all (`check.py`).
@@ -18,10 +18,7 @@ Severity = Literal["error", "dropped", "clipped", "notice"]
 
 
 class Kind(Enum):
-    """Each value is (severity, title).
-
-    Errors stop a training; `dropped` and `clipped` change the annotation and are counted; a notice changes nothing.
-    """
+    """(severity, title). Errors stop a training; `dropped` and `clipped` change the annotation; a notice nothing."""
 
     FILE = ("error", "file is not COCO instances json")
     CATEGORY = ("error", "category entry is malformed")
@@ -46,21 +43,17 @@ class Kind(Enum):
     MASK_OUTSIDE_BOX = ("notice", "mask lies outside its box")
     EXIF = ("notice", "image has an EXIF orientation that is not applied")
 
-    @property
-    def severity(self) -> Severity:
-        return self.value[0]
-
-    @property
-    def title(self) -> str:
-        return self.value[1]
+    def __init__(self, severity: Severity, title: str) -> None:
+        self.severity = severity
+        self.title = title
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong. `place` is e.g. 'annotation 17'; `text` states the value and what is allowed."""
+    """One thing that is wrong. `where` is e.g. 'annotation 17'; `text` states the value and what is allowed."""
 
     kind: Kind
-    place: str
+    where: str
     text: str
 
 
@@ -72,18 +65,19 @@ class BadValue(Exception):
         self.kind = kind
         self.text = text
 
-    def at(self, place: str) -> Problem:
-        return Problem(self.kind, place, self.text)
+    def at(self, where: str) -> Problem:
+        return Problem(self.kind, where, self.text)
 
 
 Reporter = Callable[[Problem], None]
 
 
-def told_without_mask(without: int, objects: int) -> str:
+def describe_missing_masks(without: int, objects: int) -> str:
     """What objects without a mask do to an evaluation. Crowds are no objects here: they may lack a mask."""
-    count = f"{without} of {objects} objects {'has' if without == 1 else 'have'} no mask"
-    remedy = "give it one or set iscrowd 1" if without == 1 else "give them one or set iscrowd 1"
-    return f"{count}, so mask AP is not measured; {remedy}"
+    have, them = ("has", "it") if without == 1 else ("have", "them")
+    return (
+        f"{without} of {objects} objects {have} no mask, so mask AP is not measured; give {them} one or set iscrowd 1"
+    )
 
 
 def stop_at_errors(path: Path) -> Reporter:
@@ -91,6 +85,6 @@ def stop_at_errors(path: Path) -> Reporter:
 
     def report(problem: Problem) -> None:
         if problem.kind.severity == "error":
-            raise UserError(f"{path}: {problem.place}: {problem.text}")
+            raise UserError(f"{path}: {problem.where}: {problem.text}")
 
     return report

@@ -6,7 +6,7 @@ long a mask stays the same, column by column, and from that follows for how many
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -17,12 +17,7 @@ VALUE, MORE, SIGN, BITS = 0x1F, 0x20, 0x10, 5
 
 
 def outlines_to_rle(polygons: Sequence[np.ndarray], size_hw: tuple[int, int]) -> bytes:
-    """The union of the polygons by COCO's own rasteriser, as the counts of a compressed RLE.
-
-    Args:
-        polygons: x0, y0, x1, y1, ... each, (2K,) float64, in pixels of the raster.
-        size_hw: (height, width) of the raster.
-    """
+    """The union of polygons, (2K,) float64 x0, y0, x1, y1, ... each, by COCO's own rasteriser: counts of an RLE."""
     rles = coco_mask.frPyObjects(list(polygons), *size_hw)
     counts: bytes = (rles[0] if len(rles) == 1 else coco_mask.merge(rles))["counts"]
     return counts
@@ -33,19 +28,16 @@ def cell_centres(size: int, stride: int) -> np.ndarray:
     return np.arange(stride // 2, size, stride)
 
 
-def read_cells(
-    rles: Sequence[bytes], size_hw: tuple[int, int], *, rows: np.ndarray, columns: np.ndarray
-) -> Iterator[np.ndarray]:
-    """Yields the pixels (rows[i], columns[j]) of each mask, (h, w) bool; as decoding and indexing would, but faster.
+def read_cells(rles: Sequence[bytes], size_hw: tuple[int, int], *, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """(M, h, w) bool: the pixels (rows[i], columns[j]) of each mask; as decoding and indexing would, but faster.
 
     Args:
         rles: counts of M compressed RLE whose runs fill the raster exactly.
         size_hw: (height, width) of the raster.
-        rows: (h,) int64, in any order, repetitions allowed.
-        columns: (w,) int64, likewise.
+        rows, columns: (h,) and (w,) int64, in any order, repetitions allowed.
     """
     if not rles:
-        return
+        return np.zeros((0, len(rows), len(columns)), dtype=np.bool_)
     height, width = size_hw
     row_set, row_order = np.unique(rows, return_inverse=True)
     column_set, column_order = np.unique(columns, return_inverse=True)
@@ -57,26 +49,23 @@ def read_cells(
     column, row = np.divmod(np.cumsum(runs), height)
     mask, column = np.divmod(column, width)  # the end of a raster is the start of the next one
     ends = mask * len(row_set) * len(column_set) + before_column[column] + is_read[column] * before_row[row]
-    lengths = np.diff(ends, prepend=0)  # of the runs, in cells that are read
-    for first, end in pairwise(bounds):
-        cells = np.repeat(np.arange(end - first) % 2 == 1, lengths[first:end])
-        yield cells.reshape(len(column_set), len(row_set))[column_order][:, row_order].T
+    foreground = (np.arange(len(runs)) - np.repeat(bounds[:-1], np.diff(bounds))) % 2 == 1
+    cells = np.repeat(foreground, np.diff(ends, prepend=0)).reshape(len(rles), len(column_set), len(row_set))
+    return cells[:, column_order][:, :, row_order].transpose(0, 2, 1)
 
 
 def run_lengths(rles: Sequence[bytes]) -> tuple[np.ndarray, list[int]]:
-    """The runs of several compressed RLE: background and foreground in turn, background first.
+    """The runs of M compressed RLE, int64: background and foreground in turn, background first; and M + 1 bounds.
 
-    From the fourth run of a mask on, the text holds the difference to the run two before.
-
-    Returns:
-        (runs of all masks,) int64, and M + 1 bounds: mask m has the runs bounds[m] .. bounds[m + 1] - 1.
+    Mask m has the runs bounds[m] .. bounds[m + 1] - 1. From the fourth on, the text holds the difference to the run
+    two before.
     """
     characters = np.frombuffer(b"".join(rles), dtype=np.uint8) - ord("0")
     ends = np.flatnonzero((characters & MORE) == 0) + 1  # of the numbers
-    starts = np.concatenate([[0], ends[:-1]])
-    digits = ends - starts
-    place = np.arange(len(characters)) - np.repeat(starts, digits)
-    runs = np.add.reduceat((characters & VALUE).astype(np.int64) << (BITS * place), starts)
+    digits = np.diff(ends, prepend=0)
+    starts = ends - digits
+    exponents = BITS * (np.arange(len(characters)) - np.repeat(starts, digits))
+    runs = np.add.reduceat((characters & VALUE).astype(np.int64) << exponents, starts)
     runs -= ((characters[ends - 1] & SIGN) != 0).astype(np.int64) << (BITS * digits)  # two's complement
     bounds = np.searchsorted(ends, np.cumsum([0, *map(len, rles)]), side="right").tolist()
     for first, end in pairwise(bounds):

@@ -1,41 +1,55 @@
 """Shapes: the embedded data set, drawn on the spot from a seed, in COCO layout on disk.
 
 Twelve families of shapes on cluttered backgrounds, several in a picture, hiding parts of each other, with exact masks
-of what is visible. Picture i depends on the seed and on i alone, not on the number of pictures or the platform.
+of what is visible, which is decided before anything is drawn. Picture i depends on the seed and on i alone, not on the
+number of pictures or the platform.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import shutil
 from collections.abc import Callable, Generator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
-from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 from semiseg.config.read import digest
-from semiseg.data.shapes_scene import LABELS, SceneObject, compose
+from semiseg.data.coco import annotation
+from semiseg.data.shapes_outlines import FAMILIES, Draws, Outline, Patch, fill
+from semiseg.data.shapes_paint import Frame, Palette, add_noise, paint_background, paint_double, paint_object
 from semiseg.data.workers import START_METHOD, available_cores, live_as_long_as_the_main_process
 from semiseg.errors import UserError
-from semiseg.files import lock, remove_stale_lock, settle, whole_folder
+from semiseg.files import make_once, settle, whole_folder
 
 GENERATOR_VERSION = 2  # raised with every change of pictures or annotations, so that no stale folder is used
-SHAPES_CLASSES: tuple[str, ...] = LABELS
+SHAPES_CLASSES: tuple[str, ...] = tuple(sorted(FAMILIES))  # of each label
 ANNOTATIONS = "annotations.json"
 IMAGES = "images"
 SMALLEST_IMAGE = 32
 MANY_PICTURES = 100  # from here on several processes draw them
 PICTURES_AT_A_TIME = 16
 
-Drawn = tuple[str, list[dict[str, Any]]]  # a picture's file name and its annotations
+FEWEST, MOST = 2, 4  # objects in a picture; now and then less, if no place is found
+MIN_VISIBLE_PIXELS = 24
+MIN_VISIBLE_SHARE = 0.7
+SIDES = (0.32, 0.56)  # longer side of an object's box, as a share of the image's side
+ANGLES = (0.0, 50.0)  # degrees; half of the objects are mirrored as well. Slanting shapes fill less of their box
+INSIDE = 0.4  # the centre's least distance from the image's edge, as a share of the object's side
+DOUBLED = 0.33  # share of the objects that lie on a blob of their own colour
+TRIES = 8  # positions tried for each object
+
+Annotations = list[dict[str, Any]]  # of one picture
 
 
 def shapes_folder(root: Path, *, images: int, image_size: int, seed: int) -> Path:
@@ -45,34 +59,22 @@ def shapes_folder(root: Path, *, images: int, image_size: int, seed: int) -> Pat
 
 
 def ensure_shapes(root: Path, *, images: int, image_size: int, seed: int) -> Path:
-    """The folder of a Shapes data set under `root`, drawn first if it is not there: `images/`, `annotations.json`.
+    """`shapes_folder` with `images/` and `annotations.json`, drawn first if it is not there or pictures are missing.
 
-    Its name is `shapes_folder`'s. A folder with missing pictures is drawn anew. If several processes ask for one
-    folder at once, one of them draws it and the others wait; where the file system has no locks, each draws it and the
-    first to finish is kept.
-
-    Args:
-        images: number of pictures.
-        image_size: their side in pixels, at least 32.
-        seed: not negative.
-
-    Raises:
-        UserError: impossible parameters.
+    Of processes that ask at once one draws and the others wait; where the file system has no locks, each draws and the
+    first to finish is kept. Impossible parameters are a `UserError`.
     """
-    _require_possible(images, image_size, seed)
     folder = shapes_folder(root, images=images, image_size=image_size, seed=seed)
-    settle(root)
-    place = root / ".lock"
-    if _is_complete(folder, images):
-        remove_stale_lock(place)
-        return folder
-    root.mkdir(parents=True, exist_ok=True)
-    with lock(place, waiting=f"{root}: another process draws Shapes; waiting"):
+
+    def draw() -> None:
         # In this order: a folder that another process puts in place right now is complete and must not be removed.
         if folder.exists() and not _is_complete(folder, images):
             shutil.rmtree(folder)
         if not folder.exists():
             make_shapes(folder, images=images, image_size=image_size, seed=seed)
+
+    waiting = f"{root}: another process draws Shapes; waiting"
+    make_once(folder, draw, ready=lambda: _is_complete(folder, images), waiting=waiting)
     return folder
 
 
@@ -80,24 +82,18 @@ def make_shapes(folder: Path, *, images: int, image_size: int, seed: int) -> Non
     """Draws a Shapes data set into a new folder: `images/000001.png`, ... and `annotations.json`.
 
     The folder appears under its name when it is complete; if the drawing is interrupted, nothing is left. If another
-    process has drawn it meanwhile, its is kept.
-
-    Args and errors: as for `ensure_shapes`, and a `UserError` if the folder exists and is not empty.
+    process has drawn it meanwhile, its is kept. Errors: as `ensure_shapes`, and if the folder exists and is not empty.
     """
-    _require_possible(images, image_size, seed)
-    settle(folder.parent)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: exists already; name a new or an empty folder")
-    with whole_folder(folder) as part:
-        _draw_all(part, images=images, image_size=image_size, seed=seed)
-
-
-def _require_possible(images: int, image_size: int, seed: int) -> None:
     if images < 1 or image_size < SMALLEST_IMAGE or seed < 0:
         raise UserError(
             f"Shapes: images={images}, image_size={image_size}, seed={seed}: needs at least 1 image, "
             f"a side of at least {SMALLEST_IMAGE} pixels and a seed that is not negative"
         )
+    settle(folder.parent)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: exists already; name a new or an empty folder")
+    with whole_folder(folder) as temporary:
+        _draw_all(temporary, images=images, image_size=image_size, seed=seed)
 
 
 def _draw_all(folder: Path, *, images: int, image_size: int, seed: int) -> None:
@@ -105,20 +101,16 @@ def _draw_all(folder: Path, *, images: int, image_size: int, seed: int) -> None:
     records: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     draw = partial(_draw_picture, folder=folder / IMAGES, image_size=image_size, seed=seed)
-    with closing(_on_every_core(draw, images)) as drawn:
-        told = tqdm(drawn, total=images, desc=f"drawing {images} Shapes pictures", unit="img", disable=None)
-        for number, (name, objects) in enumerate(told, start=1):
-            records.append({"id": number, "file_name": name, "width": image_size, "height": image_size, "license": 1})
+    with closing(_on_every_core(draw, images)) as pictures:
+        title = f"drawing {images} Shapes pictures"
+        for index, objects in enumerate(tqdm(pictures, total=images, desc=title, unit="img", disable=None)):
+            size = {"width": image_size, "height": image_size}
+            records.append({"id": index + 1, "file_name": _file_name(index), **size, "license": 1})
             for item in objects:
-                annotations.append({"id": len(annotations) + 1, "image_id": number, **item})
+                annotations.append({"id": len(annotations) + 1, "image_id": index + 1, **item})
+    text, version = "Shapes: drawn by semiseg from a seed", str(GENERATOR_VERSION)
     document = {
-        "info": {
-            "description": "Shapes: drawn by semiseg from a seed",
-            "version": str(GENERATOR_VERSION),
-            "images": images,
-            "image_size": image_size,
-            "seed": seed,
-        },
+        "info": {"description": text, "version": version, "images": images, "image_size": image_size, "seed": seed},
         "licenses": [{"id": 1, "name": "CC0 1.0", "url": "https://creativecommons.org/publicdomain/zero/1.0/"}],
         "images": records,
         "annotations": annotations,
@@ -127,16 +119,20 @@ def _draw_all(folder: Path, *, images: int, image_size: int, seed: int) -> None:
     (folder / ANNOTATIONS).write_text(json.dumps(document, separators=(",", ":")) + "\n", encoding="utf-8")
 
 
-def _draw_picture(index: int, *, folder: Path, image_size: int, seed: int) -> Drawn:
-    """Writes the file of one picture; its name and its annotations."""
+def _draw_picture(index: int, *, folder: Path, image_size: int, seed: int) -> Annotations:
+    """Writes the file of one picture; its annotations."""
     pixels, objects = compose(seed, index, image_size)
-    name = f"{index + 1:06d}.png"
     # Not compressed: the pictures are noise, and half of a picture's way into a batch was taking it apart.
-    Image.fromarray(pixels).save(folder / name, compress_level=0)
-    return name, [_annotation(item) for item in objects]
+    Image.fromarray(pixels).save(folder / _file_name(index), compress_level=0)
+    # Beyond COCO, `visible` is the visible share of the whole object.
+    return [annotation(o.label + 1, o.visible) | {"visible": round(o.visible_share, 4)} for o in objects]
 
 
-def _on_every_core(draw: Callable[[int], Drawn], images: int) -> Generator[Drawn, None, None]:
+def _file_name(index: int) -> str:
+    return f"{index + 1:06d}.png"
+
+
+def _on_every_core(draw: Callable[[int], Annotations], images: int) -> Generator[Annotations, None, None]:
     """What `draw` returns for each picture, in their order; where there are many, processes share them.
 
     When it is closed, no process draws any more: what they write can be removed.
@@ -154,18 +150,93 @@ def _on_every_core(draw: Callable[[int], Drawn], images: int) -> Generator[Drawn
             raise
 
 
-def _annotation(item: SceneObject) -> dict[str, Any]:
-    """A COCO annotation without its ids; beyond COCO, `visible` is the visible share of the whole object."""
-    rle = coco_mask.encode(np.asfortranarray(item.visible, dtype=np.uint8))
-    return {
-        "category_id": item.label + 1,
-        "bbox": [int(value) for value in coco_mask.toBbox(rle)],
-        "area": int(coco_mask.area(rle)),
-        "iscrowd": 0,
-        "segmentation": {"size": list(item.visible.shape), "counts": rle["counts"].decode("ascii")},
-        "visible": round(item.visible_share, 4),
-    }
-
-
 def _is_complete(folder: Path, images: int) -> bool:
     return (folder / ANNOTATIONS).is_file() and len(list((folder / IMAGES).glob("*.png"))) == images
+
+
+@dataclass
+class SceneObject:
+    """One annotated object."""
+
+    label: int  # index into `SHAPES_CLASSES`
+    frame: Frame
+    patch: Patch  # what it covers, inside the image
+    visible: NDArray[np.bool_]  # (H, W), the pixels that show it; those of different objects are disjoint
+    full_area: int  # pixels of the whole object, parts outside the image included
+
+    @property
+    def visible_share(self) -> float:
+        """The number of the visible pixels over that of the whole object."""
+        return int(self.visible.sum()) / self.full_area
+
+
+def compose(seed: int, index: int, size: int) -> tuple[NDArray[np.uint8], list[SceneObject]]:
+    """Picture `index` of the data set with this seed: (size, size, 3) RGB and its objects, from back to front."""
+    draws = Draws(seed, index)
+    objects = _place_objects(draws, size)
+    palette = Palette(draws)
+    pixels = paint_background(draws, palette, size)
+    doubled = [paint_double(draws, palette, pixels, o.patch) if draws.chance(DOUBLED) else None for o in objects]
+    for item, colour in zip(objects, doubled, strict=True):
+        paint_object(draws, palette, pixels, item.patch, item.frame, family=SHAPES_CLASSES[item.label], colour=colour)
+    return add_noise(draws, pixels), objects
+
+
+def _place_objects(draws: Draws, size: int) -> list[SceneObject]:
+    """Objects from back to front, each leaving enough of those behind it in sight."""
+    count = draws.integer(FEWEST, MOST)
+    share = draws.uniform(MIN_VISIBLE_SHARE, 1.0)  # some pictures are crowded, some are not
+    sides = [size * draws.uniform(*SIDES) for _ in range(count)]
+    sides.sort(key=lambda side: side * draws.uniform(0.3, 1.0), reverse=True)
+    placed: list[SceneObject] = []
+    spare = [size * SIDES[0]] * 8  # for pictures in which too few found a place
+    for index, side in enumerate(sides + spare):
+        if index >= count and len(placed) >= FEWEST:
+            break
+        label = draws.integer(0, len(SHAPES_CLASSES) - 1)
+        for _ in range(TRIES):
+            candidate = _draw_object(draws, size, label, side)
+            if _try_to_place(candidate, placed, share):
+                break
+    return placed
+
+
+def _draw_object(draws: Draws, size: int, label: int, side: float) -> SceneObject:
+    outline = FAMILIES[SHAPES_CLASSES[label]](draws)
+    flip = draws.uniform(0.8, 1.0) * draws.choice((-1.0, 1.0))  # and stretch, of the y axis
+    angle = math.radians(draws.uniform(*ANGLES))
+    margin = INSIDE * side
+    centre = draws.uniform(margin, size - margin), draws.uniform(margin, size - margin)
+    outline, frame = _positioned(outline, angle, flip, side, centre)
+    whole = fill(outline)
+    patch = whole.inside((size, size))
+    visible = np.zeros((size, size), dtype=np.bool_)
+    visible[patch.window] = patch.mask
+    return SceneObject(label, frame, patch, visible, int(whole.mask.sum()))
+
+
+def _positioned(
+    outline: Outline, angle: float, flip: float, side: float, centre: tuple[float, float]
+) -> tuple[Outline, Frame]:
+    """The outline with its y axis scaled by `flip`, turned, and scaled so that its box's longer side is `side`."""
+    cosine, sine = math.cos(angle), math.sin(angle)
+    x_axis, y_axis = np.array((cosine, sine)), np.array((-sine, cosine)) * flip
+    turned = outline.mapped(lambda ring: ring[:, :1] * x_axis + ring[:, 1:] * y_axis)
+    points = np.concatenate(turned.solids)
+    low, high = points.min(axis=0), points.max(axis=0)
+    scale = side / float((high - low).max())
+    shift = np.array(centre) - scale * (low + high) / 2
+    frame = Frame(float(shift[0]), float(shift[1]), cosine, sine, scale, math.copysign(1.0, flip))
+    return turned.mapped(lambda ring: ring * scale + shift), frame
+
+
+def _try_to_place(candidate: SceneObject, placed: list[SceneObject], share: float) -> bool:
+    """Adds the candidate in front of the others, unless too little of anything would be seen."""
+    left = [item.visible & ~candidate.visible for item in placed]
+    for visible, item in zip([*left, candidate.visible], [*placed, candidate], strict=True):
+        if np.count_nonzero(visible) < max(MIN_VISIBLE_PIXELS, share * item.full_area):
+            return False
+    for item, visible in zip(placed, left, strict=True):
+        item.visible = visible
+    placed.append(candidate)
+    return True

@@ -1,18 +1,64 @@
-"""The families of shapes, one function each: an outline in its own frame, a few units wide, y down.
+"""What is drawn by chance, the same on every platform: outlines of families of shapes, and their filling.
 
-Only the proportions vary here; size, rotation, stretch and mirror image are the scene's business. Families differ in
-structure (holes, concavities, lobes, thin parts), so that masks of some say little about the masks of others.
+A family, one function each, draws in its own frame, a few units wide, y down. Only the proportions vary here; size,
+rotation, stretch and mirror image are the scene's business. Families differ in structure (holes, concavities, lobes,
+thin parts), so that masks of some say little about the masks of others.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
-from semiseg.data.shapes_draws import Draws
-from semiseg.data.shapes_raster import Outline, Ring
+SAMPLES = 4  # per pixel side: 16 samples in a pixel
+UNIT = 16  # fixed point: vertices are rounded to 1/16 of a sample, 1/64 of a pixel
+
+Ring = NDArray[np.float64]  # (V, 2) closed polygon, (x, y)
+Item = TypeVar("Item")
+
+
+class Draws:
+    """Draws made of uniform numbers alone: numpy fixes the bit stream of PCG64 and the mapping to [0, 1), not more.
+
+    Each pair of the non-negative seed and index has a stream of its own.
+    """
+
+    def __init__(self, seed: int, index: int) -> None:
+        self._generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, index))))
+
+    def uniform(self, low: float, high: float) -> float:
+        """A number in [low, high)."""
+        return low + (high - low) * float(self._generator.random())
+
+    def integer(self, low: int, high: int) -> int:
+        """One of low..high, both included."""
+        return low + int((high - low + 1) * self._generator.random())
+
+    def chance(self, probability: float) -> bool:
+        return bool(self._generator.random() < probability)
+
+    def choice(self, items: Sequence[Item]) -> Item:
+        return items[self.integer(0, len(items) - 1)]
+
+    def field(self, *shape: int) -> NDArray[np.float64]:
+        """An array of numbers in [-1, 1)."""
+        return 2.0 * self._generator.random(shape) - 1.0
+
+
+@dataclass(frozen=True)
+class Outline:
+    """The boundary of a shape: the union of the solid rings, in any direction, without the holes, each inside one."""
+
+    solids: Sequence[Ring]
+    holes: Sequence[Ring] = ()
+
+    def mapped(self, function: Callable[[Ring], Ring]) -> Outline:
+        return Outline([function(ring) for ring in self.solids], [function(ring) for ring in self.holes])
 
 
 def arrow(draws: Draws) -> Outline:
@@ -121,18 +167,8 @@ def star(draws: Draws) -> Outline:
 
 
 FAMILIES: dict[str, Callable[[Draws], Outline]] = {
-    "arrow": arrow,
-    "boomerang": boomerang,
-    "bowtie": bowtie,
-    "crescent": crescent,
-    "cross": cross,
-    "dumbbell": dumbbell,
-    "key": key,
-    "leaf": leaf,
-    "mushroom": mushroom,
-    "ring": ring,
-    "snake": snake,
-    "star": star,
+    family.__name__: family
+    for family in (arrow, boomerang, bowtie, crescent, cross, dumbbell, key, leaf, mushroom, ring, snake, star)
 }
 
 
@@ -152,3 +188,77 @@ def _box(left: float, top: float, right: float, bottom: float) -> Ring:
 def _mirrored(upper: list[tuple[float, float]]) -> Ring:
     """The ring of an upper boundary, left to right, and its mirror image below the x axis."""
     return np.array([*upper, *((x, -y) for x, y in reversed(upper))])
+
+
+@dataclass(frozen=True)
+class Patch:
+    """What a shape covers, on the window of pixels around it; the window may reach beyond the image."""
+
+    top: int  # image pixel of the window's first row
+    left: int
+    coverage: NDArray[np.uint8]  # (h, w), samples inside the shape, 0..SAMPLES²
+
+    @property
+    def mask(self) -> NDArray[np.bool_]:
+        """(h, w) bool: the pixels of which at least half is covered."""
+        return 2 * self.coverage >= SAMPLES * SAMPLES
+
+    def inside(self, size_hw: tuple[int, int]) -> Patch:
+        """The part of the patch that lies in an image of the given size; may be empty."""
+        rows, columns = self.coverage.shape
+        top, bottom = (int(row) for row in np.clip((self.top, self.top + rows), 0, size_hw[0]))
+        left, right = (int(column) for column in np.clip((self.left, self.left + columns), 0, size_hw[1]))
+        return Patch(top, left, self.coverage[top - self.top : bottom - self.top, left - self.left : right - self.left])
+
+    @property
+    def window(self) -> tuple[slice, slice]:
+        """Index of the window in an image that contains it."""
+        rows, columns = self.coverage.shape
+        return slice(self.top, self.top + rows), slice(self.left, self.left + columns)
+
+
+def fill(outline: Outline) -> Patch:
+    """Counts the samples of each pixel (pixel (r, c) spans [c, c+1) x [r, r+1)) that lie in an outline, in pixels.
+
+    Integers alone decide. The counts of the rings are added and cut at a full pixel, so that solids may overlap; only
+    in a pixel that the boundaries of two of them cross can the sum be more than the union.
+    """
+    # Solids clockwise on the screen (positive area with y down), holes the other way.
+    rings = [ring if _area(ring) > 0 else ring[::-1] for ring in outline.solids]
+    rings += [ring if _area(ring) <= 0 else ring[::-1] for ring in outline.holes]
+    points = np.concatenate(rings)
+    left, top = np.floor(points.min(axis=0)).astype(int)
+    columns, rows = np.floor(points.max(axis=0)).astype(int) + 1 - (left, top)
+    fixed = [np.rint((ring - (left, top)) * (SAMPLES * UNIT)).astype(np.int64) for ring in rings]
+    row, column, sign = _crossings(np.concatenate(fixed), np.concatenate([np.roll(ring, -1, axis=0) for ring in fixed]))
+    # From a crossing on, every sample of the row counts.
+    width = columns * SAMPLES + 1
+    steps = np.bincount(row // SAMPLES * width + column, sign, minlength=rows * width)
+    windings = np.cumsum(steps.reshape(rows, width), axis=1)[:, :-1]  # of the samples, added up in each pixel row
+    counts = windings.reshape(rows, columns, SAMPLES).sum(axis=2)
+    return Patch(int(top), int(left), np.clip(counts, 0, SAMPLES * SAMPLES).astype(np.uint8))
+
+
+def _area(ring: Ring) -> float:
+    """Twice the signed area."""
+    x, y = ring.T
+    return float(np.sum(x * np.roll(y, -1) - y * np.roll(x, -1)))
+
+
+def _crossings(
+    starts: NDArray[np.int64], ends: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Where edges cross sample rows: row, first sample column at or right of the crossing, direction."""
+    down = ends[:, 1] > starts[:, 1]
+    upper, lower = np.where(down[:, None], starts, ends), np.where(down[:, None], ends, starts)
+    half = UNIT // 2  # sample r has its centre at r * UNIT + half
+    first, last = (-((half - end[:, 1]) // UNIT) for end in (upper, lower))
+    counts = last - first
+    edge = np.repeat(np.arange(len(counts)), counts)
+    row = np.arange(len(edge)) - np.repeat(np.cumsum(counts) - counts, counts) + first[edge]
+    dx, dy = (lower - upper)[edge].T
+    x0, y0 = upper[edge].T
+    numerator = (x0 - half) * dy + (row * UNIT + half - y0) * dx
+    column = -(-numerator // (UNIT * dy))
+    # y runs down, so a ring of positive area goes down on its right side: +1 where an edge goes up.
+    return row, column, np.where(down[edge], -1, 1)

@@ -14,8 +14,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from semiseg.data.shapes_draws import Draws
-from semiseg.data.shapes_raster import SAMPLES, Outline, Patch, Ring, fill
+from semiseg.data.shapes_outlines import SAMPLES, Draws, Outline, Patch, Ring, fill
 
 Pixels = NDArray[np.float64]  # (3, H, W) RGB
 Colour = NDArray[np.float64]  # (3, 1, 1) RGB
@@ -34,15 +33,14 @@ PALETTE_COLOURS = 5
 
 @dataclass(frozen=True)
 class Frame:
-    """An object's own axes: the pixel (x, y) of its origin, the direction of its x axis, pixels per unit, and -1 where
-    its y axis is mirrored."""
+    """An object's own axes."""
 
-    x: float
+    x: float  # pixel of the origin
     y: float
-    cosine: float
+    cosine: float  # of the x axis
     sine: float
-    scale: float
-    flip: float = 1.0
+    scale: float  # pixels per unit
+    flip: float = 1.0  # -1 where the y axis is mirrored
 
     def coordinates(self, patch: Patch) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """(h, w) positions of the pixel centres of a patch along the two axes, in pixels."""
@@ -64,14 +62,10 @@ class Palette:
 
     def pick_unlike(self, draws: Draws, other: Colour, distance: float) -> Colour:
         """A colour at least so far (largest difference of a channel) from another one, or the farthest of ten."""
-        tries = []
-        for _ in range(10):
-            colour = self.pick(draws)
-            gap = float(np.abs(colour - other).max())
-            if gap >= distance:
-                return colour
-            tries.append((gap, colour))
-        return max(tries, key=lambda item: item[0])[1]
+        tries: list[Colour] = []
+        while len(tries) < 10 and (not tries or np.abs(tries[-1] - other).max() < distance):
+            tries.append(self.pick(draws))
+        return max(tries, key=lambda colour: float(np.abs(colour - other).max()))
 
     @staticmethod
     def _any(draws: Draws) -> Colour:
@@ -104,7 +98,7 @@ def paint_double(draws: Draws, palette: Palette, pixels: Pixels, patch: Patch) -
     y = patch.top + rows * draws.uniform(0.1, 0.9)
     colour = palette.pick(draws)
     blob = np.array((x, y)) + _blob(draws, draws.uniform(0.25, 0.5) * side)
-    _blend(pixels, fill(Outline([blob]), within=pixels.shape[1:]), colour, 1.0)
+    _blend(pixels, fill(Outline([blob])).inside(pixels.shape[1:]), colour, 1.0)
     return colour
 
 
@@ -113,10 +107,7 @@ def paint_object(
 ) -> None:
     """Paints one object over what is there, in the given colour or else one unlike what is behind it.
 
-    Args:
-        patch: its pixels; inside the image.
-        frame: its axes, which its texture follows.
-        family: may have a texture of its own.
+    Its patch lies inside the image; its texture follows its frame, and some families have one of their own.
     """
     behind = pixels[:, *patch.window][:, patch.mask].mean(axis=1).reshape(3, 1, 1)
     if colour is None or float(np.abs(colour - behind).max()) < 30:  # a doubled one must not vanish altogether
@@ -190,10 +181,14 @@ def _paint_clutter(draws: Draws, palette: Palette, pixels: Pixels, unit: float) 
     size = pixels.shape[1]
     x, y, angle = draws.uniform(0, size), draws.uniform(0, size), draws.uniform(0, 2 * math.pi)
     roll = draws.uniform(0, 1)
-    ring = _line(draws, unit) if roll < 0.35 else _blob(draws, draws.uniform(5, 26) * unit)
+    if roll < 0.35:
+        length, width = draws.uniform(20, 80) * unit, draws.uniform(0.6, 2.2) * unit
+        ring = np.array([(-length, -width), (length, -width), (length, width), (-length, width)])
+    else:
+        ring = _blob(draws, draws.uniform(5, 26) * unit)
     turn = np.array([(math.cos(angle), math.sin(angle)), (-math.sin(angle), math.cos(angle))])
     moved = ring[:, :1] * turn[0] + ring[:, 1:] * turn[1] + (x, y)
-    patch = fill(Outline([moved]), within=(size, size))
+    patch = fill(Outline([moved])).inside((size, size))
     colour = palette.pick(draws)
     frame = Frame(x, y, math.cos(angle), math.sin(angle), 16.0 * unit)
     texture: Texture = draws.choice(("stripes", "dots", "checker")) if roll > 0.85 else "plain"
@@ -201,11 +196,6 @@ def _paint_clutter(draws: Draws, palette: Palette, pixels: Pixels, unit: float) 
     if texture != "plain":
         surface = colour + (palette.pick(draws) - colour) * _texture(draws, texture, patch, frame)
     _blend(pixels, patch, surface, draws.uniform(0.4, 1.0))
-
-
-def _line(draws: Draws, unit: float) -> Ring:
-    length, width = draws.uniform(20, 80) * unit, draws.uniform(0.6, 2.2) * unit
-    return np.array([(-length, -width), (length, -width), (length, width), (-length, width)])
 
 
 def _blob(draws: Draws, radius: float) -> Ring:

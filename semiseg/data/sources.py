@@ -31,38 +31,30 @@ BOTH: tuple[SetName, ...] = ("train", "val")
 
 
 class AnnotatedImages(NamedTuple):
-    """One set of images with its annotations.
-
-    Attributes:
-        annotations: COCO instances json.
-        images: folder to which its file names are relative.
-    """
+    """A COCO instances json, and the folder to which its file names are relative."""
 
     annotations: Path
     images: Path
 
 
 def ensure_files(config: DataConfig, sets: Sequence[SetName] = BOTH) -> dict[str, AnnotatedImages]:
-    """The sets "train" and "val" of a data configuration, drawn or converted on first use.
-
-    Args:
-        sets: those that must be there; the answer has them alone.
+    """Those `sets` of a data configuration, drawn or converted on first use.
 
     Raises:
         UserError: something is not there; the message says what to download and where to put it.
     """
-    root = Path(config.root)
-    if _is_on_hub(config):
-        files = _hub_files(_ensure_hub(config.root, config.hub.train_split, config.hub.val_split))
-    elif config.format == "shapes":
+    if (hub_name := _hub_name(config)) is not None:
+        folder = _ensure_hub(hub_name, config.hub.train_split, config.hub.val_split)
+        return {name: AnnotatedImages(folder / f"{name}.json", folder / name) for name in sets}
+    if config.format == "shapes":
         for name in sets:
-            ensure_shapes(root, **_shapes_parameters(config, name))
-        files = expected_files(config)
+            ensure_shapes(Path(config.root), **_shapes_parameters(config, name))
     elif config.format == "voc":
-        files = {name: AnnotatedImages(*ensure_voc(root, getattr(config.voc, f"{name}_set"))) for name in sets}
+        for name in sets:
+            ensure_voc(Path(config.root), getattr(config.voc, f"{name}_set"))
     else:
         _require_coco(config, sets)
-        files = expected_files(config)
+    files = expected_files(config)
     return {name: files[name] for name in sets}
 
 
@@ -72,48 +64,47 @@ def expected_files(config: DataConfig) -> dict[str, AnnotatedImages]:
     Of a data set of the Hub these are the files of its newest conversion.
     """
     root = Path(config.root)
-    if _is_on_hub(config):
-        from semiseg.data.hub import converted_folder
+    files: dict[str, AnnotatedImages] = {}
+    for name in BOTH:
+        if (hub_name := _hub_name(config)) is not None:
+            from semiseg.data.hub import converted_folder
 
-        name, splits = config.root.removeprefix(HUB_PREFIX), config.hub
-        return _hub_files(converted_folder(name, train_split=splits.train_split, val_split=splits.val_split))
-    if config.format == "shapes":
-        folders = {name: shapes_folder(root, **_shapes_parameters(config, name)) for name in BOTH}
-        return {name: AnnotatedImages(path / "annotations.json", path / "images") for name, path in folders.items()}
-    if config.format == "voc":
-        return {name: AnnotatedImages(*voc_files(root, getattr(config.voc, f"{name}_set"))) for name in BOTH}
-    return {
-        "train": AnnotatedImages(root / config.train_annotations, root / config.train_images),
-        "val": AnnotatedImages(root / config.val_annotations, root / config.val_images),
-    }
+            folder = converted_folder(hub_name, train_split=config.hub.train_split, val_split=config.hub.val_split)
+            paths = folder / f"{name}.json", folder / name
+        elif config.format == "shapes":
+            folder = shapes_folder(root, **_shapes_parameters(config, name))
+            paths = folder / "annotations.json", folder / "images"
+        elif config.format == "voc":
+            paths = voc_files(root, getattr(config.voc, f"{name}_set"))
+        else:
+            paths = root / getattr(config, f"{name}_annotations"), root / getattr(config, f"{name}_images")
+        files[name] = AnnotatedImages(*paths)
+    return files
 
 
 def cache_folder(config: DataConfig) -> Path:
     """Where the Arrow tables of the data lie."""
-    if _is_on_hub(config):
+    if (hub_name := _hub_name(config)) is not None:
         from semiseg.data.hub import hub_folder
 
-        return hub_folder(config.root.removeprefix(HUB_PREFIX)) / "arrow"
+        return hub_folder(hub_name) / "arrow"
     return Path(config.root) / "arrow"
 
 
-def _is_on_hub(config: DataConfig) -> bool:
+def _hub_name(config: DataConfig) -> str | None:
+    """The data set of the Hub that `data.root` names, if it does."""
     if not config.root.startswith(HUB_PREFIX):
-        return False
+        return None
     if config.format != "coco":
         raise UserError(f"data.root = {config.root!r} needs data.format = 'coco', not {config.format!r}")
-    return True
+    return config.root.removeprefix(HUB_PREFIX)
 
 
 @lru_cache(maxsize=4)  # a study asks for every one of its runs; a process looks at a data set once
-def _ensure_hub(root: str, train_split: str, val_split: str) -> Path:
-    from semiseg.data.hub import ensure_hub
+def _ensure_hub(name: str, train_split: str, val_split: str) -> Path:
+    from semiseg.data.hub import ensure_hub  # not above: few need its libraries
 
-    return ensure_hub(root.removeprefix(HUB_PREFIX), train_split=train_split, val_split=val_split)
-
-
-def _hub_files(folder: Path) -> dict[str, AnnotatedImages]:
-    return {name: AnnotatedImages(folder / f"{name}.json", folder / name) for name in BOTH}
+    return ensure_hub(name, train_split=train_split, val_split=val_split)
 
 
 def _shapes_parameters(config: DataConfig, name: SetName) -> dict[str, int]:
@@ -124,23 +115,19 @@ def _shapes_parameters(config: DataConfig, name: SetName) -> dict[str, int]:
 def _require_coco(config: DataConfig, sets: Sequence[SetName]) -> None:
     """Looks for files and folders of a COCO layout; whether every image is there is seen with the table.
 
-    Raises:
-        UserError: one sentence on all that is missing: the archives of COCO's site where the names are theirs, else
-            the keys that name it.
+    One sentence says all that is missing: the archives of COCO's site where the names are theirs, else the keys.
     """
-    root = Path(config.root)
     keys = [f"{name}_{kind}" for name in sets for kind in ("images", "annotations")]
-    missing = {key: name for key in keys if not _is_there(root / (name := getattr(config, key)), key)}
+    missing = {key: path for key in keys if not _is_there(Path(config.root) / (path := getattr(config, key)), key)}
     if not missing:
         return
-    told = f"{config.root}: {_listed(missing.values())} {'is' if len(missing) == 1 else 'are'} missing: "
-    if all(name == DataConfig.model_fields[key].default for key, name in missing.items()):
-        archives = dict.fromkeys(OFFICIAL_ARCHIVES[key] for key in missing)
-        them = "it" if len(archives) == 1 else "them"
-        told += f"download {_listed(archives)} and unpack {them} into {config.root}, or name another folder"
-        raise UserError(f"{told} with '--set data.root=DIR'")
+    text = f"{config.root}: {_listed(missing.values())} {'is' if len(missing) == 1 else 'are'} missing: "
+    if all(path == DataConfig.model_fields[key].default for key, path in missing.items()):
+        archives = list(dict.fromkeys(OFFICIAL_ARCHIVES[key] for key in missing))
+        text += f"download {_listed(archives)} and unpack {_them(archives)} into {config.root}, or name another folder"
+        raise UserError(f"{text} with '--set data.root=DIR'")
     keys = [f"data.{key}" for key in missing]
-    raise UserError(f"{told}put {'it' if len(keys) == 1 else 'them'} there, or change data.root or {_listed(keys)}")
+    raise UserError(f"{text}put {_them(keys)} there, or change data.root or {_listed(keys)}")
 
 
 def _is_there(path: Path, key: str) -> bool:
@@ -149,10 +136,14 @@ def _is_there(path: Path, key: str) -> bool:
         return path.is_file()
     if not path.is_dir():
         return False
-    with os.scandir(path) as entries:
+    with os.scandir(path) as entries:  # a listing of all images would take seconds
         return next(entries, None) is not None
 
 
 def _listed(names: Iterable[str]) -> str:
     *most, last = names
     return f"{', '.join(most)} and {last}" if most else last
+
+
+def _them(names: Sequence[str]) -> str:
+    return "it" if len(names) == 1 else "them"

@@ -10,9 +10,10 @@ import json
 import logging
 import os
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,10 @@ from tqdm import tqdm
 
 from semiseg.config.read import digest, file_digest
 from semiseg.data.coco import NO_ANNOTATIONS, image_records, read_coco
-from semiseg.data.image_files import require_sizes
+from semiseg.data.images import require_sizes
 from semiseg.data.problems import Problem, stop_at_errors
 from semiseg.errors import UserError
-from semiseg.files import lock, remove_stale_lock, settle, whole_folder
+from semiseg.files import make_once, whole_folder
 
 logger = logging.getLogger(__name__)
 
@@ -58,42 +59,26 @@ FEATURES = Features(
 
 @dataclass(frozen=True)
 class Table:
-    """One row per image, memory-mapped: copies in other processes share the pages and pickle as a path.
+    """One row per image, memory-mapped: copies in other processes share the pages and pickle as a path."""
 
-    Attributes:
-        rows: of the form `FEATURES`.
-        class_names: name of each label 0..C-1.
-        category_ids: COCO's category id of each label.
-        images_folder: `file_name` is relative to it.
-        annotations_file: the json that the table was made from.
-        fingerprint: digest of the json's content; the images' content is not part of it.
-        annotated: false for a file that only lists images, such as COCO's test sets: its rows have no objects.
-    """
-
-    rows: datasets.Dataset
-    class_names: tuple[str, ...]
-    category_ids: tuple[int, ...]
-    images_folder: Path
+    rows: datasets.Dataset  # of the form `FEATURES`
+    class_names: tuple[str, ...]  # of each label 0..C-1
+    category_ids: tuple[int, ...]  # COCO's, of each label
+    images_folder: Path  # `file_name` is relative to it
     annotations_file: Path
-    fingerprint: str
-    annotated: bool = True
+    fingerprint: str  # of the json's content; the images' content is not part of it
+    annotated: bool = True  # false for a file that only lists images, such as COCO's test sets
 
     def __len__(self) -> int:
         return len(self.rows)
-
-    @property
-    def image_ids(self) -> list[int]:
-        """COCO's image id of each row."""
-        return [int(number) for number in self.rows.data.column("image_id").to_pylist()]
 
     def count_objects(self, labels: Sequence[int] | None = None) -> tuple[int, int]:
         """(objects, those of them without a mask), of some or of all labels, crowd regions left out."""
         objects = compute.list_flatten(self.rows.data.column("objects"))
         instances = compute.invert(compute.struct_field(objects, "is_crowd"))
         if labels is not None:
-            chosen = pyarrow.array(labels, pyarrow.int64())
-            wanted = compute.is_in(compute.struct_field(objects, "label"), value_set=chosen)
-            instances = compute.and_(instances, wanted)
+            label = compute.struct_field(objects, "label")
+            instances = compute.and_(instances, compute.is_in(label, pyarrow.array(labels, pyarrow.int64())))
         without = compute.and_(instances, compute.invert(compute.struct_field(objects, "has_mask")))
         return compute.sum(instances).as_py() or 0, compute.sum(without).as_py() or 0
 
@@ -104,26 +89,25 @@ class Table:
 
 
 def load_table(annotations: Path, images: Path, *, cache: Path, annotations_required: bool = True) -> Table:
-    """The table of an annotation file; converted on first use, with a progress bar.
+    """The table of a COCO instances json; converted on first use, with a progress bar.
 
     Of processes that ask at once one converts, and the others wait for it.
 
     Args:
-        annotations: COCO instances json.
-        images: folder of the image files.
         cache: folder of the Arrow files; the name in it comes from the json's content and the converter's version.
         annotations_required: false also takes a file without the list `annotations`, to predict its images.
 
     Raises:
-        UserError: bad annotations (the first error), or image files that are not there or, at the conversion, of
-            another size.
+        UserError: bad annotations (the first error); image files not there or, at the conversion, of another size.
     """
     if not images.is_dir():
         raise UserError(f"{images}: no such image folder")
-    fingerprint = _digest(annotations)[:16]
+    if not annotations.exists():
+        raise UserError(f"{annotations}: no such annotation file")
+    fingerprint = file_digest(annotations, 64)[:16]
     folder = cache / f"{annotations.stem}-{fingerprint}-v{CONVERTER_VERSION}"
     try:
-        rows, classes = _open(annotations, images, folder, annotations_required)
+        rows, classes = _open(folder, lambda path: _convert(annotations, images, path, annotations_required))
     except OSError as error:
         raise UserError(f"{cache}: the Arrow table cannot be written: {error.strerror or error}") from None
     table = Table(
@@ -141,41 +125,23 @@ def load_table(annotations: Path, images: Path, *, cache: Path, annotations_requ
     return table
 
 
-def _open(
-    annotations: Path, images: Path, folder: Path, annotations_required: bool
-) -> tuple[datasets.Dataset, dict[str, Any]]:
-    """The rows and the classes, converted first if they are not there.
+def _open(folder: Path, convert: Callable[[Path], None]) -> tuple[datasets.Dataset, dict[str, Any]]:
+    """The rows and the classes, converted first if they are not there: by one process, since it needs gigabytes.
 
     A damaged table is made anew beside itself and stays: what cannot be opened here, say for a stale handle of a
     network file system, may be mapped into the memory of other jobs.
     """
-    base, place = folder, folder.parent / ".lock"
-    settle(folder.parent)
-    if folder.is_dir():
-        remove_stale_lock(place)
+    name, waiting = folder.name, f"{folder.parent}: another process converts annotations; waiting"
     for number in count(2):
-        if not folder.is_dir():
-            _convert_alone(annotations, images, folder, annotations_required, place)
-            return _read(folder)
+        new = make_once(folder, partial(convert, folder), ready=folder.is_dir, waiting=waiting)
         try:
             return _read(folder)
         except (pyarrow.ArrowException, OSError, ValueError, RecursionError, UserError) as error:
+            if new:
+                raise
             logger.warning("%s: cannot be used (%s); remove it when no job reads it", folder, error)
-        folder = base.with_name(f"{base.name}.{number}")
+        folder = folder.with_name(f"{name}.{number}")
     raise AssertionError
-
-
-def _convert_alone(annotations: Path, images: Path, folder: Path, annotations_required: bool, place: Path) -> None:
-    """Converts under the lock at `place`: a conversion needs gigabytes, and those that wait find it done."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with lock(place, waiting=f"{folder.parent}: another process converts annotations; waiting"):
-            if not folder.is_dir():
-                _convert(annotations, images, folder, annotations_required)
-    except BaseException:
-        with suppress(OSError):  # others may have tables there
-            folder.parent.rmdir()
-        raise
 
 
 def _read(folder: Path) -> tuple[datasets.Dataset, dict[str, Any]]:
@@ -184,17 +150,13 @@ def _read(folder: Path) -> tuple[datasets.Dataset, dict[str, Any]]:
     The digest is looked at before the rows are mapped, about 0.1 s per 100 MB; tables from before there was one have
     none.
     """
-    classes = json.loads((folder / "classes.json").read_text(encoding="utf-8"))
+    rows, classes = folder / "rows.arrow", json.loads((folder / "classes.json").read_text(encoding="utf-8"))
     if not isinstance(classes, dict) or not {"class_names", "category_ids"} <= set(classes):
         raise ValueError("damaged")
     written = classes.pop("digest", None)
-    if written is not None and written != _digest_of_table(folder / "rows.arrow", classes):
+    if written is not None and written != digest([file_digest(rows), classes]):
         raise ValueError("damaged")
-    return datasets.Dataset.from_file(str(folder / "rows.arrow")), classes
-
-
-def _digest_of_table(rows: Path, classes: dict[str, Any]) -> str:
-    return digest([file_digest(rows), classes])
+    return datasets.Dataset.from_file(str(rows)), classes
 
 
 def sampled_digest(table: Table, *, count: int = 256) -> str:
@@ -210,23 +172,16 @@ def sampled_digest(table: Table, *, count: int = 256) -> str:
 
 def missing_images(folder: Path, file_names: list[str]) -> list[str]:
     """Those of the names, relative to `folder`, that are not there; one listing per folder, not one look per file."""
-    wanted: defaultdict[str, list[str]] = defaultdict(list)
+    by_folder: defaultdict[str, list[str]] = defaultdict(list)
     for name in file_names:
-        wanted[os.path.dirname(name)].append(name)
+        by_folder[os.path.dirname(name)].append(name)
     missing: list[str] = []
-    for part, names in wanted.items():
-        try:
-            present = set(os.listdir(folder / part))
-        except (FileNotFoundError, NotADirectoryError):
-            present = set()
+    for part, names in by_folder.items():
+        present: set[str] = set()
+        with suppress(FileNotFoundError, NotADirectoryError):
+            present.update(os.listdir(folder / part))
         missing.extend(name for name in names if os.path.basename(name) not in present)
     return missing
-
-
-def _digest(path: Path) -> str:
-    if not path.exists():
-        raise UserError(f"{path}: no such annotation file")
-    return file_digest(path, 64)
 
 
 def _convert(annotations: Path, images: Path, folder: Path, annotations_required: bool) -> None:
@@ -234,37 +189,34 @@ def _convert(annotations: Path, images: Path, folder: Path, annotations_required
 
     Only here the images' headers are read, so that a wrong size stops a training before its first step.
     """
-    changed: Counter[str] = Counter()
+    changes: Counter[str] = Counter()
     stop = stop_at_errors(annotations)
 
     def report(problem: Problem) -> None:
         stop(problem)
-        changed[f"{problem.kind.severity} ({problem.kind.title})"] += 1
+        changes[f"{problem.kind.severity} ({problem.kind.title})"] += 1
 
     coco = read_coco(annotations, report=report, annotations_required=annotations_required)
     if coco.digest[:16] not in folder.name:
         raise UserError(f"{annotations}: was changed while it was read; start again when it is whole")
     _require_images(images, [image["file_name"] for image in coco.images], annotations)
     with whole_folder(folder) as temporary:
-        rows = str(temporary / "rows.arrow")
-        with ArrowWriter(features=FEATURES, path=rows, writer_batch_size=ROWS_PER_WRITE) as writer:
-            records = image_records(coco, report=report)
-            total, name = len(coco.images), annotations.name
-            for record in tqdm(records, total=total, desc=name, unit=" images", delay=1, disable=None):
+        path = temporary / "rows.arrow"
+        with ArrowWriter(features=FEATURES, path=str(path), writer_batch_size=ROWS_PER_WRITE) as writer:
+            records, total = image_records(coco, report=report), len(coco.images)
+            for record in tqdm(records, total=total, desc=annotations.name, unit=" images", delay=1, disable=None):
                 writer.write(record)
             writer.finalize()
         require_sizes(coco.images, images)
         classes = {"class_names": coco.class_names, "category_ids": coco.category_ids, "annotated": coco.annotated}
-        classes["digest"] = _digest_of_table(temporary / "rows.arrow", classes)
+        classes["digest"] = digest([file_digest(path), classes])
         (temporary / "classes.json").write_text(json.dumps(classes, ensure_ascii=False), encoding="utf-8")
-    for title, times in changed.items():
+    for title, times in changes.items():
         logger.warning("%s: %d x %s; `semiseg data check` lists them", annotations, times, title)
 
 
 def _require_images(folder: Path, file_names: list[str], annotations: Path) -> None:
     missing = missing_images(folder, file_names)
     if missing:
-        raise UserError(
-            f"{folder}: {len(missing)} of the {len(file_names)} images that {annotations} names are "
-            f"missing, such as {missing[0]}; put them there, or unpack their archive again, in full"
-        )
+        text = f"{folder}: {len(missing)} of the {len(file_names)} images that {annotations} names are missing"
+        raise UserError(f"{text}, such as {missing[0]}; put them there, or unpack their archive again, in full")

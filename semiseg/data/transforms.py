@@ -7,10 +7,9 @@ Frames: original = the stored image; input = after resize and flip. A point (x, 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -33,10 +32,7 @@ class Geometry:
         """(3, H, W) uint8 -> (3, H', W') uint8: antialiased bilinear; untouched where the size stays.
 
         The memory layout stays too. An image as decoded, channels last, takes half the time of one channel by channel.
-
-        Args:
-            image: as decoded.
-            out: where the result is written, (3, H', W'), such as a part of a batch; it is also returned.
+        The result is written to `out` where that is given, such as a part of a batch.
         """
         if self.input_hw != self.original_hw:
             size = list(self.input_hw)
@@ -83,29 +79,21 @@ class Geometry:
 def _nearest(pixels: np.ndarray, size: int, original_size: int) -> np.ndarray:
     """The original pixels that hold the centres of `pixels` of a side that was resized; in float32, as torch has it."""
     scale = np.float32(original_size) / np.float32(size)
-    places = (pixels.astype(np.float32) + np.float32(0.5)) * scale
-    return np.minimum(places.astype(np.int64), original_size - 1)
+    centres = (pixels.astype(np.float32) + np.float32(0.5)) * scale
+    return np.minimum(centres.astype(np.int64), original_size - 1)
 
 
-class Transform(Protocol):
-    """Chooses the geometry of one sample from its size and seed alone."""
-
-    def __call__(self, size_hw: tuple[int, int], seed: int) -> Geometry: ...
+# Chooses the geometry of one sample from its (height, width) and seed alone.
+Transform = Callable[[tuple[int, int], int], Geometry]
 
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """Multi-scale resize and horizontal flip.
+    """Multi-scale resize and horizontal flip."""
 
-    Attributes:
-        short_sides: one of them is drawn for each sample.
-        long_side: upper limit of the longer side, in pixels.
-        flip: probability of the horizontal flip.
-    """
-
-    short_sides: Sequence[int]
-    long_side: int
-    flip: float
+    short_sides: Sequence[int]  # one of them is drawn for each sample
+    long_side: int  # upper limit of the longer side, in pixels
+    flip: float  # probability of the horizontal flip
 
     def __call__(self, size_hw: tuple[int, int], seed: int) -> Geometry:
         # random.random() is the one draw whose values Python promises to keep between versions.

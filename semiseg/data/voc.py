@@ -12,13 +12,13 @@ import json
 import logging
 import re
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tqdm import tqdm
 
-from semiseg.data.sbd import find_sbd, sbd_list, sbd_record
-from semiseg.data.voc_objects import ARCHIVE, VOC_CLASSES, ImageRecord, read_names, voc_record
+from semiseg.data.voc_objects import ARCHIVE, SBD_ARCHIVE, VOC_CLASSES, ImageRecord, read_names, sbd_record, voc_record
 from semiseg.errors import UserError
 from semiseg.files import require_folder, settle, write_text
 
@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 CONVERTER_VERSION = 1  # raise it when the json changes: older files are then left alone and made anew
 SITE = "http://host.robots.ox.ac.uk/pascal/VOC/voc2012"
+SBD_SITE = "http://www.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours"
+SBD_FOLDERS = ("SBD", "benchmark_RELEASE/dataset", "SBD/benchmark_RELEASE/dataset")
 EVALUATION_SET = "val"
 DERIVED_SETS = ("train_aug", "main_train", "main_trainval")
 LARGEST_MISFIT = 0.01  # share of the masks of a set that may contradict their object before it is an error
@@ -33,10 +35,7 @@ IDS_PER_IMAGE = 1000
 
 
 def voc_files(root: Path, image_set: str) -> tuple[Path, Path]:
-    """Where `ensure_voc` has or would have its two paths; nothing is read or made.
-
-    The image folder depends on which of the three layouts is there; without any it is that of the unpacked archive.
-    """
+    """Where `ensure_voc` has or would have its two paths; without a layout there, as the archive unpacks."""
     images = (_find_voc(root) or root / "VOCdevkit" / "VOC2012") / "JPEGImages"
     return root / "semiseg" / f"voc2012_{image_set}_v{CONVERTER_VERSION}.json", images
 
@@ -48,8 +47,7 @@ def ensure_voc(root: Path, image_set: str) -> tuple[Path, Path]:
     data. Boxes are xywh in pixels of the stored image: VOC's pixels count from 1 and include the last one.
 
     Args:
-        root: the folder that holds `VOCdevkit/VOC2012`, or `VOCdevkit`, or `VOC2012` itself; SBD is looked for in
-            `root/SBD` and `root/benchmark_RELEASE/dataset`.
+        root: the folder that holds `VOCdevkit/VOC2012`, or `VOC2012`, or is that; SBD see `SBD_FOLDERS`.
         image_set: see the module.
 
     Raises:
@@ -60,19 +58,18 @@ def ensure_voc(root: Path, image_set: str) -> tuple[Path, Path]:
     settle(annotations.parent)
     if annotations.is_file():
         return annotations, images
-    voc, sbd = _require_parts(root, image_set)
+    voc, *sbd = _require_parts(root, image_set)
     sources = _image_set(voc, sbd, image_set)
     require_folder(annotations.parent)
-    # Mask AP needs a mask of every instance: in the evaluation's set an object of which no mask is known is ignored by
-    # its box; elsewhere it is an instance with a box.
-    without_mask: Literal["box", "ignored"] = "ignored" if image_set == EVALUATION_SET else "box"
     records = []
     for name in tqdm(sorted(sources), desc=f"VOC 2012 {image_set}", unit=" images", delay=1, disable=None):
-        if sources[name] == "sbd" and sbd is not None:
-            records.append(sbd_record(sbd, name, image=images / f"{name}.jpg"))
+        if sources[name] == "sbd":
+            records.append(sbd_record(sbd[0], name, image=images / f"{name}.jpg"))
         else:
-            masks_required = sources[name] == "masks"
-            records.append(voc_record(voc, name, masks_required=masks_required, without_mask=without_mask))
+            # Mask AP needs a mask of every instance: in the evaluation's set an object of which no mask is known is
+            # ignored by its box; elsewhere it is an instance with a box.
+            required, ignored = sources[name] == "masks", image_set == EVALUATION_SET
+            records.append(voc_record(voc, name, masks_required=required, ignored_without_mask=ignored))
     _check_misfits(records, image_set)
     write_text(annotations, json.dumps(_coco(records, image_set), separators=(",", ":")) + "\n")
     return annotations, images
@@ -83,18 +80,17 @@ def _find_voc(root: Path) -> Path | None:
     return next((folder for folder in candidates if (folder / "JPEGImages").is_dir()), None)
 
 
-def _require_parts(root: Path, image_set: str) -> tuple[Path, Path | None]:
+def _require_parts(root: Path, image_set: str) -> list[Path]:
     """The folders of VOC and, where the set needs it, of SBD; all that is missing is said at once."""
-    found: list[Path] = []
-    missing: list[str] = []
-    for look in (_require_voc, find_sbd)[: 2 if image_set == "train_aug" else 1]:
+    folders, missing = [], []
+    for require in (_require_voc, _require_sbd) if image_set == "train_aug" else (_require_voc,):
         try:
-            found.append(look(root))
+            folders.append(require(root))
         except UserError as error:
             missing.append(str(error))
     if missing:
         raise UserError("; and ".join(missing))
-    return found[0], found[1] if len(found) > 1 else None
+    return folders
 
 
 def _require_voc(root: Path) -> Path:
@@ -106,33 +102,42 @@ def _require_voc(root: Path) -> Path:
         )
     for part in ("Annotations", "SegmentationObject", "ImageSets/Segmentation"):
         folder = voc / part
-        if folder.is_dir() and next(folder.iterdir(), None) is not None:
-            continue
-        wrong = "is empty" if folder.is_dir() else "no such folder"
-        raise UserError(f"{folder}: {wrong}; it is part of {ARCHIVE}: unpack that again, so that {voc} is complete")
+        if not folder.is_dir() or next(folder.iterdir(), None) is None:
+            fault = "is empty" if folder.is_dir() else "no such folder"
+            raise UserError(f"{folder}: {fault}; it is part of {ARCHIVE}: unpack that again, so that {voc} is complete")
     return voc
 
 
-def _image_set(voc: Path, sbd: Path | None, image_set: str) -> dict[str, str]:
+def _require_sbd(root: Path) -> Path:
+    """The folder with SBD's `inst/`, `train.txt` and `val.txt`."""
+    for name in SBD_FOLDERS:
+        if (root / name / "inst").is_dir():
+            return root / name
+    raise UserError(
+        f"{root}: no SBD there, which the image set 'train_aug' needs; download {SBD_SITE}/{SBD_ARCHIVE} and unpack "
+        f"it in {root}, so that {root / SBD_FOLDERS[1] / 'inst'} is there, or set data.voc.train_set to 'train'"
+    )
+
+
+def _image_set(voc: Path, sbd: Sequence[Path], image_set: str) -> dict[str, str]:
     """The images of a set -> `masks` (SegmentationObject must have it), `boxes` (it may have it) or `sbd`."""
     lists = voc / "ImageSets" / "Segmentation"
-    there = sorted(path.stem for path in lists.glob("*.txt"))
+    names = sorted(path.stem for path in lists.glob("*.txt"))
     if image_set in DERIVED_SETS:
-        if sbd is not None:
-            source = dict.fromkeys(sbd_list(sbd), "sbd") | dict.fromkeys(
-                read_names(lists / "train.txt", ARCHIVE), "masks"
-            )
+        if sbd:
+            lists_of_sbd = (read_names(sbd[0] / f"{part}.txt", SBD_ARCHIVE) for part in ("train", "val"))
+            source = dict.fromkeys(chain.from_iterable(lists_of_sbd), "sbd")
+            source |= dict.fromkeys(read_names(lists / "train.txt", ARCHIVE), "masks")
         else:
             main = voc / "ImageSets" / "Main" / f"{image_set.removeprefix('main_')}.txt"
             source = dict.fromkeys(read_names(main, ARCHIVE), "boxes")
         for name in read_names(lists / f"{EVALUATION_SET}.txt", ARCHIVE):
             source.pop(name, None)
-    elif image_set in there:
+    elif image_set in names:
         source = dict.fromkeys(read_names(lists / f"{image_set}.txt", ARCHIVE), "masks")
     else:
-        raise UserError(
-            f"VOC image set {image_set!r}: there is none in {lists}; known: {', '.join([*there, *DERIVED_SETS])}"
-        )
+        known = ", ".join([*names, *DERIVED_SETS])
+        raise UserError(f"VOC image set {image_set!r}: there is none in {lists}; known: {known}")
     if not source:
         raise UserError(f"VOC image set {image_set!r}: lists no image")
     return source
@@ -140,48 +145,30 @@ def _image_set(voc: Path, sbd: Path | None, image_set: str) -> dict[str, str]:
 
 def _check_misfits(records: Sequence[ImageRecord], image_set: str) -> None:
     misfits = [text for record in records for text in record.misfits]
-    masks = len(misfits) + sum(item.rle is not None for record in records for item in record.objects)
     if not misfits:
         return
-    told = f"{len(misfits)} of {masks} masks of VOC image set {image_set!r} contradict their objects: {misfits[0]}"
+    masks = len(misfits) + sum("segmentation" in item for record in records for item in record.objects.values())
+    text = f"{len(misfits)} of {masks} masks of VOC image set {image_set!r} contradict their objects: {misfits[0]}"
     if len(misfits) > LARGEST_MISFIT * masks:
-        raise UserError(
-            f"{told}; at most {LARGEST_MISFIT:.0%} may: are Annotations, SegmentationObject and SegmentationClass of "
-            "one release?"
-        )
-    logger.warning("%s; they are left out, the boxes stay", told)
+        parts = "Annotations, SegmentationObject and SegmentationClass"
+        raise UserError(f"{text}; at most {LARGEST_MISFIT:.0%} may: are {parts} of one release?")
+    logger.warning("%s; they are left out, the boxes stay", text)
 
 
 def _coco(records: Sequence[ImageRecord], image_set: str) -> dict[str, Any]:
+    # The digits of VOC's own names, so that an image has one id in every set; other names are numbered in order.
+    # Annotation ids come from them, and by these a mask fraction keeps the same masks in every set.
+    has_digits = all(re.fullmatch(r"\d{4}_\d{6}", record.name) for record in records)
     images, annotations = [], []
-    for image_id, record in zip(_image_ids([record.name for record in records]), records, strict=True):
+    for number, record in enumerate(records, start=1):
+        image_id = int(record.name.replace("_", "")) if has_digits else number
         height, width = record.size_hw
         images.append({"id": image_id, "file_name": f"{record.name}.jpg", "height": height, "width": width})
-        for item in record.objects:
-            annotation: dict[str, Any] = {
-                "id": image_id * IDS_PER_IMAGE + item.number,
-                "image_id": image_id,
-                "category_id": item.category_id,
-                "bbox": list(item.box_xywh),
-                "area": item.area,
-                "iscrowd": int(item.is_crowd),
-            }
-            if item.rle is not None:
-                annotation["segmentation"] = {"size": [height, width], "counts": item.rle}
-            annotations.append(annotation)
+        for object_number, item in record.objects.items():
+            annotations.append({"id": image_id * IDS_PER_IMAGE + object_number, "image_id": image_id, **item})
     return {
         "info": {"description": f"PASCAL VOC 2012, {image_set}", "version": str(CONVERTER_VERSION)},
         "images": images,
         "annotations": annotations,
         "categories": [{"id": number, "name": name} for number, name in enumerate(VOC_CLASSES, start=1)],
     }
-
-
-def _image_ids(names: Sequence[str]) -> list[int]:
-    """The digits of VOC's own names, so that an image has one id in every set; other names are numbered in order.
-
-    Annotation ids come from them, and by these a mask fraction keeps the same masks in every set.
-    """
-    if all(re.fullmatch(r"\d{4}_\d{6}", name) for name in names):
-        return [int(name.replace("_", "")) for name in names]
-    return list(range(1, len(names) + 1))

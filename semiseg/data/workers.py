@@ -13,10 +13,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing.connection import wait
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Literal
+
+from semiseg.errors import UserError
 
 StartMethod = Literal["fork", "forkserver", "spawn"]
 # Forked workers share what this process has imported. Others import torch again, 0.5 GB each, and Python's own choice
@@ -49,7 +51,7 @@ def live_as_long_as_the_main_process() -> None:
         threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
 
 
-class StopOnSignal:
+class StopOnSignal(ExitStack):
     """Turns SIGINT and SIGTERM into a flag, so that what is under way is finished and saved before the process ends.
 
     A second one acts at once, unless it comes together with the first: a batch system signals a launcher and its
@@ -57,25 +59,16 @@ class StopOnSignal:
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.requested = False
         self._at_once = False
         self._acts_from = math.inf  # time at which another signal is a second one
-        self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopOnSignal:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self._previous[number] = signal.signal(number, self._request)
-            except ValueError:
-                # Not the main thread (a notebook's executor): the caller keeps its own handling.
-                break
+        with suppress(ValueError):  # not the main thread (a notebook's executor): the caller keeps its own handling
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.callback(signal.signal, number, signal.signal(number, self._request))
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         now, again = time.monotonic(), self.requested
@@ -99,13 +92,26 @@ class StopOnSignal:
             self._at_once = False
 
 
-def told_lack(error: Exception) -> str:
+@contextmanager
+def workers_lack(spare_files: int = 0) -> Iterator[None]:
+    """Makes what a loader's processes cannot get in this context, spare files first, or their end, a `UserError`."""
+    try:
+        with ExitStack() as opened:
+            for _ in range(spare_files):
+                opened.enter_context(open(os.devnull, "rb", buffering=0))
+        yield
+    except (ConnectionError, EOFError):
+        raise UserError(describe_lack(RuntimeError("one of them has ended"))) from None
+    except (RuntimeError, OSError) as error:
+        raise UserError(describe_lack(error)) from None
+
+
+def describe_lack(error: Exception) -> str:
     """A sentence for what a process that loads could not get, or died of, with what helps."""
     reason = str((isinstance(error, OSError) and error.strerror) or error).strip().rstrip(".")
+    remedy = "give them more shared memory (a container's --shm-size or --ipc=host) or more memory"
     if "open files" in reason:
         remedy = "raise the limit of open files (ulimit -n)"
-    else:
-        remedy = "give them more shared memory (a container's --shm-size or --ipc=host) or more memory"
     return f"the loader's workers failed ({reason}): {remedy}, or set runtime.workers = 0; see docs/MACHINES.md"
 
 

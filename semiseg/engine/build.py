@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from semiseg.config import ObjectiveConfig, RunConfig, learns_masks
 from semiseg.config.read import digest
 from semiseg.data.dataset import InstanceDataset, build_rule
-from semiseg.data.loader import BatchLoader, StepBatches, build_eval_loader, build_train_loader
+from semiseg.data.loader import BatchLoader, StepBatches, build_loader, eval_batches
 from semiseg.data.sources import cache_folder, ensure_files
 from semiseg.data.table import Table, load_table
 from semiseg.data.transforms import EvalTransform, TrainTransform
@@ -127,7 +127,7 @@ def build_training_loader(
         start_step=start_step,
         steps=steps,
     )
-    return build_train_loader(
+    return build_loader(
         train_dataset(config, data),
         batches=batches,
         size_divisor=config.model.size_divisor,
@@ -155,11 +155,5 @@ def build_evaluation_loader(
         transform=EvalTransform(short_side=short_side, long_side=long_side),
         mask_stride=mask_stride,
     )
-    return build_eval_loader(
-        dataset,
-        batch_size=batch_size,
-        processes=processes,
-        rank=rank,
-        workers=workers,
-        size_divisor=size_divisor,
-    )
+    batches = eval_batches(len(dataset), batch_size=batch_size, processes=processes, rank=rank)
+    return build_loader(dataset, batches=batches, workers=workers, size_divisor=size_divisor)

@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from semiseg.config import InferenceConfig, ModelConfig, RunConfig, RuntimeConfig, parse_recorded
 from semiseg.config.former import FORMER_KEYS, INFERENCE_KEYS, without_unread
 from semiseg.config.read import digest, file_digest, read_json
-from semiseg.data.problems import told_without_mask
+from semiseg.data.problems import describe_missing_masks
 from semiseg.data.sources import AnnotatedImages, cache_folder, ensure_files
 from semiseg.data.table import Table, load_table, sampled_digest
 from semiseg.engine.build import RunData, build_data, build_evaluation_loader
@@ -129,7 +129,7 @@ def _warn_of_missing_masks(table: Table) -> None:
     """Says before the work, not by a dash in its result, that masks cannot be measured."""
     objects, without = table.count_objects()
     if without:
-        warnings.warn(f"{table.annotations_file}: {told_without_mask(without, objects)}", UserNotice, stacklevel=3)
+        warnings.warn(f"{table.annotations_file}: {describe_missing_masks(without, objects)}", UserNotice, stacklevel=3)
 
 
 def _warn_of_objects_without_masks(config: RunConfig, data: RunData) -> None:
