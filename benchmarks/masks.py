@@ -19,7 +19,7 @@ from benchmarks.inputs import coco_like_boxes, picture, shared_out
 from benchmarks.measure import Close, Place, Result, Row, Side, Sizes, Task
 from benchmarks.plain_step import DILATION, SIZE, THRESHOLD, instance_affinity
 from semiseg.data.transforms import resized_size
-from semiseg.engine.predict import Found, coco_results
+from semiseg.engine.predict import ImageDetections, coco_results
 from semiseg.losses.affinity import affinity_edges, neighbour_inside
 from semiseg.losses.boxinst import box_cells, cell_profiles, pairwise_loss, projection_loss
 from semiseg.models.masks.dynamic import dynamic_masks, filter_shapes, num_filter_numbers
@@ -241,7 +241,7 @@ def prepare_masks(side: Side, sizes: Sizes, place: Place) -> Task:
 
     def ours() -> dict[str, Any]:
         masks = iter_masks(GivenMasks(logits), outputs, queries, input_hw, output_hw)
-        found = Found(0, output_hw, torch.zeros(count, 4), scores, labels, masks)
+        found = ImageDetections(0, output_hw, torch.zeros(count, 4), scores, labels, masks)
         return {"rles": [item["segmentation"] for item in coco_results(found, image_id=1, category_ids=[1])]}
 
     def straightforward() -> dict[str, Any]:

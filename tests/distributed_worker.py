@@ -23,7 +23,7 @@ from semiseg.data.workers import StopOnSignal
 from semiseg.engine import train as training
 from semiseg.engine.build import build_data, build_evaluation_loader, build_training_loader
 from semiseg.engine.evaluate import predict_table
-from semiseg.engine.session import agree, gather_to_main, start_accelerator
+from semiseg.engine.session import gather_to_main, same_on_all_ranks, start_accelerator
 from semiseg.errors import UserError
 from semiseg.structures.inputs import Batch, Supervision
 from tests.host_syncs import HostSyncs
@@ -189,11 +189,11 @@ def gathering() -> dict[str, Any]:
     gathered = gather_to_main([f"{rank}.{number}" for number in range(rank + 1)])
     sentence = "they agree"
     try:
-        assert agree(True, where=Path("runs/mine")) is True
-        agree(f"step_{rank}.pt", where=Path("runs/mine"))
+        assert same_on_all_ranks(True, where=Path("runs/mine")) is True
+        same_on_all_ranks(f"step_{rank}.pt", where=Path("runs/mine"))
     except UserError as error:
         sentence = str(error)
-    assert agree(None, where="the run's 'split'") is None
+    assert same_on_all_ranks(None, where="the run's 'split'") is None
     return {"gathered": gather_object([gathered]), "disagreement": gather_object([sentence])}
 
 

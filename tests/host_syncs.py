@@ -24,14 +24,14 @@ WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "unique_consecutiv
 READS = {"item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__"}
 SENDS = {"tensor", "as_tensor", "new_tensor", "asarray"}
 
-Found = tuple[str, str, str]  # file below the package, function, operation
+ImageDetections = tuple[str, str, str]  # file below the package, function, operation
 
 
 class HostSyncs:
     """A context that counts; `places()` afterwards."""
 
     def __init__(self) -> None:
-        self.count: Counter[Found] = Counter()
+        self.count: Counter[ImageDetections] = Counter()
         self._modes = (_Calls(self.count), _Operations(self.count))
 
     def __enter__(self) -> HostSyncs:
@@ -43,7 +43,7 @@ class HostSyncs:
         for mode in reversed(self._modes):
             mode.__exit__(*error)  # type: ignore[no-untyped-call]  # torch's
 
-    def places(self) -> dict[Found, int]:
+    def places(self) -> dict[ImageDetections, int]:
         return dict(self.count)
 
     def table(self) -> str:
@@ -56,7 +56,7 @@ class HostSyncs:
 class _Calls(TorchFunctionMode):
     """Sees the methods of tensors, `tolist` among them, which on a CPU reaches no aten operation."""
 
-    def __init__(self, count: Counter[Found]) -> None:
+    def __init__(self, count: Counter[ImageDetections]) -> None:
         super().__init__()
         self.count = count
 
@@ -73,7 +73,7 @@ class _Calls(TorchFunctionMode):
 class _Operations(TorchDispatchMode):
     """Sees aten operations, those of the backward included."""
 
-    def __init__(self, count: Counter[Found]) -> None:
+    def __init__(self, count: Counter[ImageDetections]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self.count = count
 

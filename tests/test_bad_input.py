@@ -33,7 +33,8 @@ from semiseg.engine import run as run_module
 from semiseg.engine.checkpoint import load_tensors, save_tensors
 from semiseg.engine.evaluate import predict_table
 from semiseg.engine.logs import read_log
-from semiseg.engine.run import claimed, execute_run
+from semiseg.engine.run import execute_run
+from semiseg.engine.run_folder import run_lock
 from semiseg.errors import UserError, UserNotice
 from semiseg.files import lock_folder, write_text
 from tests.coco_files import CocoFiles, make_coco
@@ -374,7 +375,7 @@ def test_a_folder_is_trained_by_one_process_at_a_time(tmp_path: Path) -> None:
         execute_run(config, out=out, progress=False)
     assert [path.name for path in out.iterdir()] == [".train.lock"]
     other.communicate()
-    with claimed(config, out, inputs={}, resume=False):
+    with run_lock(config, out, inputs={}, resume=False):
         assert (out / "config.json").is_file()
     with lock_folder(out):
         pass
@@ -391,14 +392,14 @@ def test_a_file_system_without_locks_is_told_and_trained_on(
     config, out = tiny_config(tmp_path / "data"), tmp_path / "out"
     for _ in range(2):  # nothing stands for a lock that a killed process would leave
         told = pytest.warns(UserWarning, match=r"out: cannot be locked \(.*\); let one process at a time work there")
-        with told, claimed(config, out, inputs={}, resume=False):
+        with told, run_lock(config, out, inputs={}, resume=False):
             assert (out / "config.json").is_file()
 
 
 def test_a_folder_where_nothing_was_trained_is_free(tmp_path: Path) -> None:
     """A first attempt that failed, say for a missing file of weights, is no other run."""
     for seed in (0, 1):
-        with claimed(tiny_config(tmp_path / "data", seed=seed), tmp_path / "out", inputs={}, resume=False):
+        with run_lock(tiny_config(tmp_path / "data", seed=seed), tmp_path / "out", inputs={}, resume=False):
             pass
     assert json.loads((tmp_path / "out" / "config.json").read_text())["config"]["seed"] == 1
 

@@ -12,7 +12,8 @@ from semiseg.config import RunConfig, parse_recorded
 from semiseg.config.former import FORMER_KEYS, as_recorded, with_present_keys
 from semiseg.config.read import apply_overrides, digest, merge, parse_config
 from semiseg.engine.checkpoint import read_model_info
-from semiseg.engine.run import check_folder, evaluate_run, execute_run
+from semiseg.engine.run import evaluate_run, execute_run
+from semiseg.engine.run_folder import check_folder
 from semiseg.errors import UserError
 from semiseg.results import read
 from semiseg.studies.file import load_study, study_runs

@@ -16,7 +16,8 @@ from semiseg.config import run as configuration
 from semiseg.config.read import merge
 from semiseg.engine.build import RunData, build_data, build_step, build_training_loader
 from semiseg.engine.processes import normalised_together
-from semiseg.engine.run import check_folder, execute_run
+from semiseg.engine.run import execute_run
+from semiseg.engine.run_folder import check_folder
 from semiseg.engine.session import start_accelerator
 from semiseg.engine.train import optimizer_step, prepare
 from semiseg.errors import UserError

@@ -25,7 +25,7 @@ from semiseg.engine.checkpoint import load_model_folder, load_tensors, read_mode
 from semiseg.engine.logs import TrainingLog, read_log
 from semiseg.engine.predict import load_model
 from semiseg.engine.predict_files import PredictOptions, predict_files
-from semiseg.engine.run import check_folder, claimed
+from semiseg.engine.run_folder import check_folder, run_lock
 from semiseg.engine.session import start_accelerator
 from semiseg.errors import UserError
 from semiseg.files import settle, temporary_folder, whole_folder, write_bytes
@@ -109,7 +109,7 @@ def test_a_folder_with_what_no_run_wrote_is_refused(tmp_path: Path, files: list[
 )
 def test_in_a_runs_folder_too_a_users_things_under_its_names(tmp_path: Path, files: list[str], told: str) -> None:
     config = tiny_config(tmp_path / "data")
-    with claimed(config, tmp_path, inputs={}, resume=False):
+    with run_lock(config, tmp_path, inputs={}, resume=False):
         write_bytes(tmp_path / "log.jsonl", b"")
     for name in files:
         write_bytes(tmp_path / name, b"")
@@ -121,14 +121,14 @@ def test_what_a_study_and_hidden_files_put_there_is_no_hindrance(tmp_path: Path)
     for name in ("identity.json", "train.json", "output.txt", ".lock", ".best.mine/x", ".git/config"):
         write_bytes(tmp_path / name, b"{}")
     before = content(tmp_path)
-    with claimed(tiny_config(tmp_path / "data"), tmp_path, inputs={}, resume=False):
+    with run_lock(tiny_config(tmp_path / "data"), tmp_path, inputs={}, resume=False):
         write_bytes(tmp_path / "notes.txt", b"beside a run that has begun")
     check_folder(tiny_config(tmp_path / "data"), tmp_path, resume=True)
     assert before.items() <= content(tmp_path).items()
 
 
 def test_the_best_of_a_run_that_died_is_not_taken_for_another_ones(tmp_path: Path) -> None:
-    with claimed(tiny_config(tmp_path / "data"), tmp_path, inputs={}, resume=False):
+    with run_lock(tiny_config(tmp_path / "data"), tmp_path, inputs={}, resume=False):
         make_model(tmp_path / "best")
     other = tiny_config(tmp_path / "data", seed=1)
     with pytest.raises(UserError, match=r"holds another run \(its seed is 0, wanted 1\)"):
@@ -142,7 +142,7 @@ def weigh(model: Segmenter) -> dict[str, float]:
 
 def train_once(config: RunConfig, out: Path) -> None:
     data, accelerator = build_data(config), start_accelerator(config.runtime, seed=0)
-    with claimed(config, out, inputs={}, resume=True):
+    with run_lock(config, out, inputs={}, resume=True):
         state = training.train(config, data, accelerator, out=out, progress=False, validate=weigh)
         training.save_trained(state, data, out / "model")
 

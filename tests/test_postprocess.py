@@ -13,7 +13,7 @@ from pycocotools import mask as rle_codec
 from torch import Tensor
 
 from benchmarks import straightforward as plain
-from semiseg.engine.predict import Found, coco_results, encode_masks
+from semiseg.engine.predict import ImageDetections, coco_results, encode_masks
 from semiseg.models.detectors.fcos import make_locations
 from semiseg.models.detectors.select import select_detections
 from semiseg.models.paste import MaskPredictor, iter_masks, paste_masks, to_output_boxes
@@ -221,7 +221,7 @@ def test_large_masks_are_made_and_encoded_one_at_a_time() -> None:
     output_hw = (900, 1250)
     chunks = list(iter_masks(FeatureMasks(), outputs, queries, (30, 45), output_hw))
     assert [tuple(masks.shape) for _, masks in chunks] == [(1, *output_hw)] * 3
-    found = Found(
+    found = ImageDetections(
         number=0,
         output_hw=output_hw,
         boxes_xyxy=torch.zeros(3, 4),

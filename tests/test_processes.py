@@ -12,9 +12,9 @@ from accelerate.commands.config.config_args import ClusterConfig, load_config_fr
 
 from semiseg.config import RunConfig, RuntimeConfig
 from semiseg.config.read import parse_config
-from semiseg.engine.processes import fit_to_processes, images_in_evaluation, parts_per_step, told_change
+from semiseg.engine.processes import describe_change, fit_to_processes, images_in_evaluation, parts_per_step
 from semiseg.engine.run import execute_run
-from semiseg.engine.session import crowding, start_accelerator
+from semiseg.engine.session import describe_crowding, start_accelerator
 from semiseg.errors import UserError
 from tests.tiny import tiny_config
 
@@ -54,7 +54,7 @@ def test_keep_cuts_the_share_of_a_process_into_equal_parts_that_fit(
     assert 16 % (parts * processes) == 0
     assert fit_to_processes(run, processes) is run
     assert run.identity() == config(optim={"steps": 5, "accumulation": accumulation}).identity()
-    assert told_change(run, fit_to_processes(run, processes), processes) is None
+    assert describe_change(run, fit_to_processes(run, processes), processes) is None
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_linear_scales_warm_ups_given_in_steps_and_leaves_what_follows_from_the_
     )  # fmt: skip
     assert (fitted.optim.milestones, fitted.optim.accumulation) == ([0.5], 2)
     assert parts_per_step(fitted, 8) == 2
-    assert told_change(run, fitted, 8) == (
+    assert describe_change(run, fitted, 8) == (
         "runtime.batch_rule = 'linear', 8 processes, images_per_process = 4: optim.learning_rate 0.01 -> 0.02, "
         "optim.warmup_steps 1000 -> 500, optim.steps 90000 -> 45000, optim.batch_size 16 -> 32, "
         "objective.pairwise_warmup_steps 10001 -> 5001; "
@@ -156,11 +156,13 @@ def test_the_guard_looks_at_every_launch_file() -> None:
 
 
 def test_more_processes_than_the_machine_can_hold_are_told() -> None:
-    assert crowding(1, cores=1, gpus=0) is None
-    assert crowding(2, cores=2, gpus=0) is None
-    assert crowding(8, cores=4, gpus=8) is None  # one core may feed several GPUs
-    assert crowding(4, cores=2, gpus=0) == "4 processes on 2 cores: they will wait for each other; take at most 2"
-    told = crowding(2, cores=16, gpus=1)
+    assert describe_crowding(1, cores=1, gpus=0) is None
+    assert describe_crowding(2, cores=2, gpus=0) is None
+    assert describe_crowding(8, cores=4, gpus=8) is None  # one core may feed several GPUs
+    assert (
+        describe_crowding(4, cores=2, gpus=0) == "4 processes on 2 cores: they will wait for each other; take at most 2"
+    )
+    told = describe_crowding(2, cores=16, gpus=1)
     assert told == "2 processes on 1 GPU: one process uses one, so this fails or shares it; take at most 1"
 
 

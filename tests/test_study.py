@@ -567,3 +567,12 @@ def test_shipped_studies_ask_for_the_rows_of_tables_6_and_7(name: str, count: in
 def test_a_line_of_progress_without_running_ones_tells_how_many_are_done() -> None:
     progress = StudyProgress([], name="table", line_seconds=1, stream=io.StringIO())
     assert progress._line([]) == "table: 0 of 0 runs done"
+
+
+def test_a_row_of_before_may_say_its_terms(tmp_path: Path) -> None:
+    """Reports read them off the configuration; what an old study file says of them is passed over."""
+    rows = (
+        '[[rows]]\nname = "a"\nprojection = true\npairwise = false\n[[tables]]\nname = "t"\ntitle = "t"\nrows = ["a"]\n'
+    )
+    (tmp_path / "old.toml").write_text('title = "old"\nbase = "shapes"\n' + rows)
+    assert [row.name for row in load_study(str(tmp_path / "old.toml")).rows] == ["a"]

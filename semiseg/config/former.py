@@ -47,7 +47,7 @@ FORMER_KEYS = {
     "model.dynamic_layers": "model.mask_head.layers",
     "model.max_mask_positives": "model.mask_head.max_positives",
 }
-# What no training reads, by its recorded names: see `engine.run.adopt_training`.
+# What no training reads, by its recorded names: see `engine.run_folder.adopt_training`.
 INFERENCE_KEYS = {former for former, present in FORMER_KEYS.items() if present.startswith("inference.")}
 
 # Part of the network -> its kinds, the usual one first.
@@ -63,7 +63,7 @@ ADDED_LATER: dict[str, dict[str, Any]] = {
 }
 
 
-def told_present(path: str, value: Any) -> str | None:
+def describe_former(path: str, value: Any) -> str | None:
     """What a former key with such a value is now, in a sentence; None if it is no former key."""
     if path not in FORMER_KEYS:
         return None

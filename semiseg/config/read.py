@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 
-from semiseg.config.former import told_present
+from semiseg.config.former import describe_former
 from semiseg.config.section import kind_of, tables_of
 from semiseg.errors import UserError
 
@@ -165,7 +165,7 @@ def merge(base: dict[str, Any], change: dict[str, Any], above: str = "") -> dict
         tables = [isinstance(item, dict) for item in (result.get(key, value), value)]
         if any(tables) and not all(tables):
             path, wrong = above + key, value if tables[0] else result[key]
-            former = told_present(path, wrong)
+            former = describe_former(path, wrong)
             hint = "" if former is None else f". {former}"
             raise UserError(f"{path!r}: expected a table of values, not {_shown(wrong)}{hint}")
         result[key] = merge(result[key], value, f"{above}{key}.") if all(tables) and key in result else value
@@ -187,7 +187,7 @@ def _explain(kind: type[BaseModel], item: Any, where: str, overrides: Sequence[s
         path += ".kind"
     elif item["type"] == "union_tag_not_found":
         item = {**item, "msg": "expected a table of values"}
-    source, former = _source(path, where, overrides), told_present(path, item["input"])
+    source, former = _source(path, where, overrides), describe_former(path, item["input"])
     if item["type"] == "extra_forbidden":
         key, allowed = path.rpartition(".")[2], list(tables[0].model_fields) if tables else []
         near = difflib.get_close_matches(key, allowed, n=1, cutoff=0.5)

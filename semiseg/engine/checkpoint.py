@@ -272,9 +272,9 @@ def check_initial(source: Path, config: ModelConfig) -> None:
         return
     lines = [f"{name} = {json.dumps(wanted[name])}" for name in names]
     width = max(map(len, lines))
-    told = [f"{line:<{width}}  # now {json.dumps(now.get(name))}" for name, line in zip(names, lines, strict=True)]
+    shown = [f"{line:<{width}}  # now {json.dumps(now.get(name))}" for name, line in zip(names, lines, strict=True)]
     raise UserError(
-        "\n".join([f"{source}: its weights are of another network; to start from them set", "", "[model]", *told])
+        "\n".join([f"{source}: its weights are of another network; to start from them set", "", "[model]", *shown])
     )
 
 

@@ -83,7 +83,7 @@ def predict_batch(
     The padding that larger neighbours brought is taken away again: see `predict.find_instances`.
     """
     sizes = batch.image_sizes_hw.tolist()
-    found = find_instances(
+    detections = find_instances(
         model,
         [image[:, :height, :width] for image, (height, width) in zip(batch.images, sizes, strict=True)],
         output_sizes=[output_sizes[image_id] for image_id in batch.image_ids],
@@ -91,7 +91,7 @@ def predict_batch(
     )
     by_image = {
         item.number: coco_results(item, image_id=batch.image_ids[item.number], category_ids=category_ids)
-        for item in found
+        for item in detections
     }
     return [result for number in sorted(by_image) for result in by_image[number]]
 

@@ -52,7 +52,7 @@ class LoadedModel:
 
 
 @dataclass(frozen=True)
-class Found:
+class ImageDetections:
     """The detections of one image, best first, with their masks still to be made.
 
     Attributes:
@@ -82,10 +82,10 @@ def load_model(folder: Path, *, device: str | torch.device | None = None) -> Loa
     Raises:
         UserError: no model folder, damaged, weights of another network, or no such device.
     """
-    place = find_device(device)
+    chosen = find_device(device)
     weights, info = load_model_folder(folder / "model" if (folder / "model").is_dir() else folder)
-    network = build_network(weights, info, where=folder).to(place).eval().requires_grad_(False)
-    return LoadedModel(network, info, place)
+    network = build_network(weights, info, where=folder).to(chosen).eval().requires_grad_(False)
+    return LoadedModel(network, info, chosen)
 
 
 def build_network(weights: dict[str, Tensor], info: ModelInfo, *, where: Path) -> Segmenter:
@@ -142,7 +142,7 @@ def find_instances(
     output_sizes: Sequence[tuple[int, int]],
     limits: InferenceConfig,
     forward_pixels: int = FORWARD_PIXELS,
-) -> Iterator[Found]:
+) -> Iterator[ImageDetections]:
     """Yields the detections of every image once, group by group (see `forward_groups`), not in the images' order.
 
     To be called without gradients. A group's predictions stay in memory until its last image's masks are made.
@@ -170,7 +170,7 @@ def find_instances(
         )
         for number, candidates in zip(numbers, chosen, strict=True):
             input_hw, output_hw = sizes[number], output_sizes[number]
-            yield Found(
+            yield ImageDetections(
                 number=number,
                 output_hw=output_hw,
                 boxes_xyxy=to_output_boxes(candidates.boxes_xyxy, input_hw, output_hw),
@@ -189,32 +189,35 @@ def detect_images(
     """
     results: dict[int, Detections] = {}
     with torch.inference_mode():
-        for found in find_instances(
+        for detections in find_instances(
             model.network,
             images,
             output_sizes=output_sizes,
             limits=model.info.inference.model_copy(update={"score_threshold": score_threshold}),
         ):
-            results[found.number] = _collected(found)
+            results[detections.number] = _collected(detections)
     return [results[number] for number in range(len(images))]
 
 
-def _collected(found: Found) -> Detections:
+def _collected(detections: ImageDetections) -> Detections:
     with torch.inference_mode(False):  # ordinary tensors, which a caller may change and differentiate
-        boxes, scores, labels = (values.cpu().clone() for values in (found.boxes_xyxy, found.scores, found.labels))
-        masks = torch.zeros(len(scores), *found.output_hw, dtype=torch.bool)
-    for numbers, some in found.masks:
+        boxes, scores, labels = (
+            values.cpu().clone() for values in (detections.boxes_xyxy, detections.scores, detections.labels)
+        )
+        masks = torch.zeros(len(scores), *detections.output_hw, dtype=torch.bool)
+    for numbers, some in detections.masks:
         masks[numbers.cpu()] = some.cpu()
     return Detections(boxes=boxes, scores=scores, labels=labels, masks=masks)
 
 
-def coco_results(found: Found, *, image_id: int, category_ids: Sequence[int]) -> list[dict[str, Any]]:
+def coco_results(detections: ImageDetections, *, image_id: int, category_ids: Sequence[int]) -> list[dict[str, Any]]:
     """One image's detections as COCO results: boxes xywh and RLE masks in output pixels, best first.
 
-    Uses up `found.masks`; masks become RLE chunk by chunk.
+    Uses up `detections.masks`; masks become RLE chunk by chunk.
     """
-    rles = [rle for _, masks in found.masks for rle in encode_masks(masks)]
-    corners = found.boxes_xyxy
+    rles = [rle for _, masks in detections.masks for rle in encode_masks(masks)]
+    scores, labels = detections.scores.tolist(), detections.labels.tolist()
+    corners = detections.boxes_xyxy
     boxes_xywh = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], dim=1).tolist()
     return [
         {
@@ -224,7 +227,7 @@ def coco_results(found: Found, *, image_id: int, category_ids: Sequence[int]) ->
             "score": score,
             "segmentation": rle,
         }
-        for box, score, label, rle in zip(boxes_xywh, found.scores.tolist(), found.labels.tolist(), rles, strict=True)
+        for box, score, label, rle in zip(boxes_xywh, scores, labels, rles, strict=True)
     ]
 
 

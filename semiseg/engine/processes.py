@@ -55,7 +55,7 @@ def fit_to_processes(config: RunConfig, processes: int) -> RunConfig:
     )
 
 
-def told_change(config: RunConfig, fitted: RunConfig, processes: int) -> str | None:
+def describe_change(config: RunConfig, fitted: RunConfig, processes: int) -> str | None:
     """A sentence with the old and new values of what `fit_to_processes` changed; None if it changed nothing."""
     changes = []
     for section in ("optim", "objective"):

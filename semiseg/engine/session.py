@@ -54,13 +54,13 @@ def start_accelerator(runtime: RuntimeConfig, *, seed: int) -> Accelerator:
             f"this process has an Accelerator of its own with mixed precision {AcceleratorState().mixed_precision!r}, "
             f"but runtime.precision is {runtime.precision!r}: train in another process, or with that precision"
         )
-    told = crowding(
+    message = describe_crowding(
         int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         cores=available_cores(),
         gpus=torch.cuda.device_count(),
     )
-    if told and os.environ.get("LOCAL_RANK", "0") == "0":
-        warnings.warn(told, UserNotice, stacklevel=2)
+    if message and os.environ.get("LOCAL_RANK", "0") == "0":
+        warnings.warn(message, UserNotice, stacklevel=2)
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision=runtime.precision,
@@ -83,15 +83,15 @@ def accelerate_for_one_run() -> Iterator[None]:
     accelerate keeps a process's precision for good. Where nobody had set one before, it is forgotten at the end, and
     devices and process groups are kept.
     """
-    found = is_initialized()
+    was_initialised = is_initialized()
     try:
         yield
     finally:
-        if not found:
+        if not was_initialised:
             AcceleratorState._reset_state()  # private: pyproject.toml bounds the version
 
 
-def crowding(processes: int, *, cores: int, gpus: int) -> str | None:
+def describe_crowding(processes: int, *, cores: int, gpus: int) -> str | None:
     """A sentence if a machine has fewer GPUs, or without any fewer cores, than processes of a run; else None."""
     there, what = (gpus, "GPU") if gpus else (cores, "core")
     if processes <= there:
@@ -114,7 +114,7 @@ def gather_to_main(items: list[Any]) -> list[Any]:
     return [item for share in gathered or [] for item in share]
 
 
-def agree(fact: Fact, *, where: Path | str, remedy: str = "share the folder") -> Fact:
+def same_on_all_ranks(fact: Fact, *, where: Path | str, remedy: str = "share the folder") -> Fact:
     """What every process finds, if they find the same.
 
     Args:
@@ -123,8 +123,8 @@ def agree(fact: Fact, *, where: Path | str, remedy: str = "share the folder") ->
     Raises:
         UserError: they do not, on all of them: the machines do not see the same files.
     """
-    found = gather_object([fact])
-    if len(set(found)) > 1:
-        told = ", ".join(sorted({str(item) for item in found}))
-        raise UserError(f"{where}: not the same on every machine (found: {told}); {remedy}")
+    values = gather_object([fact])
+    if len(set(values)) > 1:
+        message = ", ".join(sorted({str(item) for item in values}))
+        raise UserError(f"{where}: not the same on every machine (found: {message}); {remedy}")
     return fact

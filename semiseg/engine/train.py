@@ -48,7 +48,7 @@ from semiseg.engine.logs import LOG_NAME, TrainingLog, read_log
 from semiseg.engine.optim import build_optimizer, learning_rate, pairwise_warmup
 from semiseg.engine.processes import parts_per_step
 from semiseg.engine.replay import write_nonfinite_step
-from semiseg.engine.session import agree
+from semiseg.engine.session import same_on_all_ranks
 from semiseg.engine.step import StepPlan, TrainStep
 from semiseg.errors import UserError, UserNotice
 from semiseg.models.segmenter import Segmenter
@@ -120,8 +120,8 @@ def prepare(config: RunConfig, data: RunData, accelerator: Accelerator) -> Train
         step_module = build_step(without_initial_weights(config), num_classes=num_classes)
         afresh = load_initial(step_module.model, initial_weights(Path(config.init_from)), where=config.init_from)
         if afresh and accelerator.is_main_process:
-            told = f"{config.init_from} has other classes: {', '.join(afresh)} start afresh"
-            warnings.warn(told, UserNotice, stacklevel=2)
+            message = f"{config.init_from} has other classes: {', '.join(afresh)} start afresh"
+            warnings.warn(message, UserNotice, stacklevel=2)
     if config.runtime.channels_last:
         step_module.to(memory_format=torch.channels_last)
     if config.runtime.compile:
@@ -259,7 +259,7 @@ def optimizer_step(state: TrainState, parts: list[Batch], *, out: Path, stop: St
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     losses, weighted = _forward_backward(state, sent, plans, counts)
-    broken, stopped = _told_anywhere(state, weighted, _clipped_norm(state), stop)
+    broken, stopped = _on_any_rank(state, weighted, _clipped_norm(state), stop)
     if broken:
         what = _what_broke(state, sent, plans, counts, weighted)
         _stop_nonfinite(state, parts, counts, weighted, what, out)
@@ -297,7 +297,7 @@ def _clipped_norm(state: TrainState) -> Tensor:
     return nn.utils.get_total_norm([p.grad for p in state.wrapped.parameters() if p.grad is not None])
 
 
-def _told_anywhere(state: TrainState, weighted: Tensor, norm: Tensor, stop: StopOnSignal | None) -> tuple[bool, bool]:
+def _on_any_rank(state: TrainState, weighted: Tensor, norm: Tensor, stop: StopOnSignal | None) -> tuple[bool, bool]:
     """Whether on any process a loss or the gradient is not finite, and whether any of them was told to stop.
 
     The one place of a step where the host waits for the device: what follows changes the weights. (Under fp16 the
@@ -306,10 +306,10 @@ def _told_anywhere(state: TrainState, weighted: Tensor, norm: Tensor, stop: Stop
     broken = (~torch.isfinite(weighted)).any()
     if state.accelerator.scaler is None:
         broken = broken | ~torch.isfinite(norm)
-    told = torch.stack([broken, torch.full_like(broken, stop is not None and stop.requested)]).int()
+    flags = torch.stack([broken, torch.full_like(broken, stop is not None and stop.requested)]).int()
     if state.accelerator.num_processes > 1:
-        told = state.accelerator.reduce(told, reduction="sum")
-    code = int((told[0] > 0) + 2 * (told[1] > 0))  # one number, to be read once
+        flags = state.accelerator.reduce(flags, reduction="sum")
+    code = int((flags[0] > 0) + 2 * (flags[1] > 0))  # one number, to be read once
     return code % 2 == 1, code >= 2
 
 
@@ -335,14 +335,14 @@ def _stop_nonfinite(
     state: TrainState, parts: list[Batch], counts: Tensor, weighted: Tensor, what: str | None, out: Path
 ) -> NoReturn:
     """Writes the step where it broke, then stops every process with the same sentence."""
-    told = []
+    messages = []
     if what is not None:
         path = write_nonfinite_step(out, state, parts, counts, weighted)
-        told.append(
+        messages.append(
             f"step {state.step + 1}: {what}; the weights were not updated; "
             f"'semiseg train --replay {path}' runs the step again"
         )
-    raise UserError(gather_object(told)[0])
+    raise UserError(gather_object(messages)[0])
 
 
 def _next_parts(batches: Iterator[Batch], state: TrainState, window: _Window, stop: StopOnSignal) -> list[Batch] | None:
@@ -394,7 +394,7 @@ def _log_window(state: TrainState, window: _Window, log: TrainingLog | None) -> 
 def restore(state: TrainState, folder: Path) -> None:
     """Continues exactly where the latest checkpoint of `folder` was written; does nothing if there is none."""
     path = latest_checkpoint(folder)
-    agree(path.name if path else None, where=folder)
+    same_on_all_ranks(path.name if path else None, where=folder)
     if path is None:
         return
     advice = "remove it to continue from the checkpoint before, or from the start"

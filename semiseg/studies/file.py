@@ -40,6 +40,14 @@ class StudyRow(Section):
     label: str = ""
     set: dict[str, Any] = Field(default_factory=dict)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_former_keys(cls, values: Any) -> Any:
+        """Study files of before say whether a row uses BoxInst's terms; reports read it off its configuration."""
+        if not isinstance(values, dict):
+            return values
+        return {key: value for key, value in values.items() if key not in ("projection", "pairwise")}
+
 
 class StudyTable(Section):
     """One table: its rows under one split.

@@ -18,7 +18,7 @@ from typing import Any
 from semiseg.config import DataConfig, RunConfig
 from semiseg.config.read import digest, file_digest
 from semiseg.data.sources import ensure_files
-from semiseg.engine.processes import fit_to_processes, normalised_together, parts_per_step, told_change
+from semiseg.engine.processes import describe_change, fit_to_processes, normalised_together, parts_per_step
 from semiseg.errors import UserError, UserNotice
 from semiseg.files import write_text
 from semiseg.project import weights_file
@@ -100,7 +100,7 @@ def plan(study: Study, *, only: Sequence[str] = (), processes: int = 1) -> list[
     planned: dict[str, PlannedRun] = {}
     for asked in study_runs(study, only=only):
         run = fitted_run(asked, processes)
-        change = told_change(asked.config, run.config, processes)
+        change = describe_change(asked.config, run.config, processes)
         if change:
             warnings.warn(change, UserNotice, stacklevel=2)  # rows with the same change say it once
         identity = run_identity(run, data=data_digest, split=_split_digest, weights=weights_digest, processes=processes)
