@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import hashlib
 import json
 import tomllib
@@ -16,7 +15,7 @@ from pydantic_core import from_json
 
 from semiseg.config.former import describe_former
 from semiseg.config.section import kind_of, tables_of
-from semiseg.errors import UserError
+from semiseg.errors import UserError, near_hint
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -190,14 +189,13 @@ def _explain(kind: type[BaseModel], item: Any, where: str, overrides: Sequence[s
     source, former = _source(path, where, overrides), describe_former(path, item["input"])
     if item["type"] == "extra_forbidden":
         key, allowed = path.rpartition(".")[2], list(tables[0].model_fields) if tables else []
-        near = difflib.get_close_matches(key, allowed, n=1, cutoff=0.5)
         readers = [kind_of(table) for table in tables[1:] if key in table.model_fields]
         if former is not None:
             hint = f" {former}"
         elif readers:
             hint = f" Kind {' or '.join(map(repr, readers))} reads it, not {kind_of(tables[0])!r}."
         else:
-            hint = f" Did you mean {near[0]!r}?" if near else f" Allowed here: {', '.join(allowed)}."
+            hint = near_hint(key, allowed, otherwise=f" Allowed here: {', '.join(allowed)}.")
         return f"{source}: unknown key {path!r}.{hint}"
     if former is not None and not isinstance(item["input"], dict):
         return f"{source}: {path!r} is a table of its own now. {former}"
