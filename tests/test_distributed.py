@@ -116,7 +116,7 @@ def test_a_signal_to_one_process_reaches_all_at_the_one_place_where_a_host_waits
     assert signal["stop"] == [True] * processes
     assert signal["step"] == 1, "the step was finished"
     # One number, seen as a call of Python and as an operation; batches are sent, which waits for nothing.
-    place = ("engine/train.py", "_told_anywhere")
+    place = ("engine/train.py", "_on_any_rank")
     for waits in signal["waits"]:
         assert {key: n for key, n in waits.items() if key[2] != "to another device"} == {
             (*place, "__int__"): 1,
