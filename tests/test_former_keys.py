@@ -42,7 +42,8 @@ def test_an_old_key_is_an_error_that_names_the_new_one(former: str) -> None:
 
 def test_an_old_backbone_is_a_kind_and_a_depth(tmp_path: Path) -> None:
     told = r"Write model\.backbone\.kind = 'resnet' and model\.backbone\.depth = 101\."
-    with pytest.raises(UserError, match="run.toml: 'model.backbone' is a table of its own now. " + told):
+    its_own = r"run.toml: 'model.backbone' is a table of its own now \(value: 'resnet101'\). "
+    with pytest.raises(UserError, match=its_own + told):
         parse_config(RunConfig, {"model": {"backbone": "resnet101"}}, where="run.toml")
     study = """
 title = "a study"
@@ -146,3 +147,52 @@ def test_another_kind_begins_its_table_anew() -> None:
     items = ["model.backbone.depth=18", "model.backbone.kind=resnet"]
     for overrides in (items, items[::-1]):
         assert apply_overrides(base, overrides)["model"]["backbone"] == other
+
+
+@pytest.mark.parametrize("written", [{"channels": 64}, {"kind": "fpn", "channels": 64}])
+def test_a_table_that_names_no_kind_is_of_the_usual_one(written: dict[str, Any]) -> None:
+    anew = {"model": {"neck": {"kind": "bifpn"}}}
+    assert merge({"model": {"neck": written}}, anew) == anew
+    assert apply_overrides({"model": {"neck": written}}, ["model.neck.kind=bifpn"]) == anew
+    assert apply_overrides({"model": {"neck": written}}, ["model.neck.kind=fpn"])["model"]["neck"]["channels"] == 64
+    of_a_row = apply_overrides({"model": {"neck": {"channels": 64}}}, ["model.neck.kind=bifpn"], partial=True)
+    assert of_a_row == {"model": {"neck": {"kind": "bifpn", "channels": 64}}}, "laid over a neck that may be one"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "neck"),
+    [
+        (["model.neck={kind='bifpn',repeats=2}", "model.neck.kind=fpn"], {"kind": "fpn"}),
+        (["model.neck.kind=bifpn", "model.neck={channels=8}"], {"channels": 8}),
+        (["model={}", "model.neck.kind=bifpn"], {"kind": "bifpn"}),
+        (["model.neck.kind=bifpn", "model={}"], None),
+        (["model.neck.kind=bifpn", "model.neck.kind=fpn", "model.neck.channels=8"], {"kind": "fpn", "channels": 8}),
+    ],
+)
+def test_of_overrides_the_last_one_holds(overrides: list[str], neck: dict[str, Any] | None) -> None:
+    values = apply_overrides({"model": {"neck": {"kind": "fpn", "channels": 64}}}, overrides)
+    assert values["model"].get("neck") == neck
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": {"backbone": "resnetX"}},
+        {"model": {"backbone": "vgg"}},
+        {"model": {"backbone": "small", "neck": "pan"}},
+        {"model": {"backbone": "small", "neck": []}},
+        {"model": {"backbone": "small", "detector": 3}},
+        {"model": {"backbone": "small"}, "data": 3},
+        {"model": {"backbone": "small"}, "data": "val_short_side"},
+        {"model": {"backbone": "small"}, "inference": 3},
+    ],
+    ids=str,
+)
+def test_a_damaged_record_is_a_sentence(tmp_path: Path, change: dict[str, Any]) -> None:
+    old = former_values(tiny_config(tmp_path))
+    damaged = {**old, **change, "model": {**old["model"], **change["model"]}}
+    with pytest.raises(UserError, match=r"^record: "):
+        parse_recorded(damaged, where="record")
+    for value in ([1], 3, None, "text"):
+        with pytest.raises(UserError, match=r"^record: "):
+            parse_recorded(value, where="record")  # type: ignore[arg-type]

@@ -387,3 +387,16 @@ def test_names_that_the_font_cannot_write_become_numbers(model: Path, folder: Pa
     assert not can_write("照片")
     info = make_model(folder / "other", class_names=("cat", "照片"), category_ids=(4, 9))
     assert predict_files.written_names(info) == ["cat", "class 9"]
+
+
+def test_files_of_the_same_names_that_are_no_predictions_stay(model: Path, folder: Path) -> None:
+    save(folder / "image.png")
+    for name, content in (("results.json", "mine"), ("images.json", '{"images": [], "annotations": [{}]}')):
+        (folder / "out").mkdir(exist_ok=True)
+        (folder / "out" / name).write_text(content)
+        told = predict(model, "image.png", "--out", "out", code=2)
+        assert f"{name}: is not of a prediction, and would be lost; give another folder as --out" in told
+        assert [(path.name, path.read_text()) for path in (folder / "out").iterdir()] == [(name, content)]
+        (folder / "out" / name).unlink()
+    predict(model, "image.png", "--out", "out")
+    predict(model, "image.png", "--out", "out")

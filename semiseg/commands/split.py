@@ -113,7 +113,7 @@ def make(
         raise UserError(f"{path}: exists already; '--force' replaces it")
     require_folder(path.absolute().parent)
     classes = classes_of(dataset, annotations)
-    count = int(seen[0]) if seen and len(seen) == 1 and seen[0].strip().isdigit() else None
+    count = int(seen[0]) if seen and len(seen) == 1 and seen[0].strip().isdecimal() else None
     if count is not None and unseen:
         raise UserError("--seen with a number draws the seen classes; leave out --unseen")
     if not seen and not unseen and not fraction:

@@ -7,6 +7,7 @@ whenever it was recorded (`as_recorded`), and recorded configurations are read u
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,6 +56,7 @@ _PARTS = {
     part: {kind_of(table): table for table in tables_of(ModelConfig.model_fields[part].annotation)}
     for part in ("backbone", "neck", "detector", "mask_head")
 }
+USUAL_KINDS = {f"model.{part}": next(iter(kinds)) for part, kinds in _PARTS.items()}
 _FIRST_SECTIONS = ("data", "supervision", "objective", "model", "optim")
 # Keys of these that came after results had been recorded: at these values they are left out of a run's identity, so
 # that runs from before keep theirs.
@@ -67,7 +69,7 @@ def describe_former(path: str, value: Any) -> str | None:
     """What a former key with such a value is now, in a sentence; None if it is no former key."""
     if path not in FORMER_KEYS:
         return None
-    if path == "model.backbone" and isinstance(value, str) and value.startswith("resnet"):
+    if path == "model.backbone" and isinstance(value, str) and re.fullmatch(r"resnet\d+", value):
         return f"Write model.backbone.kind = 'resnet' and model.backbone.depth = {value.removeprefix('resnet')}."
     return f"It is {FORMER_KEYS[path]!r} now."
 
@@ -80,14 +82,18 @@ def leaves(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     return flat
 
 
-def with_present_keys(values: dict[str, Any]) -> dict[str, Any]:
-    """A recorded configuration under today's keys; one of today is returned as it is.
+def with_present_keys(values: Any) -> Any:
+    """A recorded configuration under today's keys; one of today, or what is none, is returned as it is.
 
     Former keys that its kinds do not read are left out.
     """
-    model = values.get("model")
-    if not isinstance(model, dict) or not isinstance(model.get("backbone"), str):
+    try:
+        return _moved(values) if isinstance(values["model"]["backbone"], str) else values
+    except (AttributeError, KeyError, TypeError, ValueError):  # damaged: whoever reads it says where
         return values
+
+
+def _moved(values: dict[str, Any]) -> dict[str, Any]:
     result = copy.deepcopy(values)
     moved = {}
     for former, present in FORMER_KEYS.items():

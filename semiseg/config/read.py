@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 
-from semiseg.config.former import describe_former
+from semiseg.config.former import USUAL_KINDS, describe_former
 from semiseg.config.section import kind_of, tables_of
 from semiseg.errors import UserError, near_hint
 
@@ -127,39 +127,48 @@ def _refuse_unusable(values: dict[str, Any], where: str) -> None:
             raise UserError(f"{where}: {path[1:]!r}: allowed: integers of at most 64 bits")
 
 
-def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of `values` with each `a.b=c` set; c is read as a TOML value, or as text if it is none.
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str], *, partial: bool = False) -> dict[str, Any]:
+    """A copy of `values` with each `a.b=c` set, later ones last; c is read as a TOML value, or as text if it is none.
 
-    Another `kind` begins its table anew, since it has other keys, wherever it stands among the overrides.
+    Another `kind` begins its table anew, since it has other keys, but for those that overrides of their own have given.
+
+    Args:
+        partial: `values` are to be laid over others, so that a table without a kind may be of any.
     """
     result = copy.deepcopy(values)
-    for item in sorted(overrides, key=lambda item: item.partition("=")[0].strip().rpartition(".")[2] != "kind"):
+    given: dict[str, set[str]] = {}  # path of a table -> its keys that have overrides of their own
+    for item in overrides:
         key, sign, text = item.partition("=")
-        if not sign or not all(key.strip().split(".")):
+        *parents, last = (part.strip() for part in key.split("."))
+        if not sign or not all([*parents, last]):
             raise UserError(f"--set {item!r}: expected the form a.b=value")
         table = result
-        *parents, last = key.strip().split(".")
         for parent in parents:
             table = table.setdefault(parent, {})
             if not isinstance(table, dict):
                 raise UserError(f"--set {item!r}: {parent!r} is a value, not a table")
-        value = _toml_value(text.strip())
-        if last == "kind" and table.get("kind", value) != value:
-            table.clear()
+        path, value = ".".join(parents), _toml_value(text.strip())
+        usual = value if partial else USUAL_KINDS.get(path, value)
+        if last == "kind" and table.get("kind", usual) != value:
+            for name in table.keys() - given.get(path, set()):
+                del table[name]
         table[last] = value
+        whole = f"{path}.{last}"
+        given = {name: keys for name, keys in given.items() if not f".{name}.".startswith(f".{whole.lstrip('.')}.")}
+        given.setdefault(path, set()).add(last)
     return result
 
 
 def merge(base: dict[str, Any], change: dict[str, Any], above: str = "") -> dict[str, Any]:
     """`base` with the tables of `change` laid over it, key by key; lists and values are replaced whole.
 
-    A table of another `kind` is replaced whole, too: it has other keys.
+    A table of another `kind` is replaced whole, too: it has other keys. One of `base` that names none has the usual.
 
     Raises:
         UserError: a key is a table in one of them and a value in the other.
     """
-    other_kind = "kind" in change and base.get("kind", change["kind"]) != change["kind"]
-    result = {} if other_kind else dict(base)
+    usual = USUAL_KINDS.get(above[:-1], change.get("kind"))
+    result = {} if "kind" in change and base.get("kind", usual) != change["kind"] else dict(base)
     for key, value in change.items():
         tables = [isinstance(item, dict) for item in (result.get(key, value), value)]
         if any(tables) and not all(tables):
@@ -198,7 +207,7 @@ def _explain(kind: type[BaseModel], item: Any, where: str, overrides: Sequence[s
             hint = near_hint(key, allowed, otherwise=f" Allowed here: {', '.join(allowed)}.")
         return f"{source}: unknown key {path!r}.{hint}"
     if former is not None and not isinstance(item["input"], dict):
-        return f"{source}: {path!r} is a table of its own now. {former}"
+        return f"{source}: {path!r} is a table of its own now (value: {_shown(item['input'])}). {former}"
     return f"{source}: {explain(item, path)}"
 
 
@@ -228,8 +237,10 @@ def _place(kind: type[BaseModel], location: tuple[Any, ...]) -> tuple[str, list[
     """
     names: list[str] = []
     within, below = [kind], [kind]  # kinds of the table of the last name, and of the table that it names, if any
+    kind_is_next = False
     for part in location:
-        chosen = [table for table in below if len(below) > 1 and kind_of(table) == part]
+        chosen = [table for table in below if kind_is_next and kind_of(table) == part]
+        kind_is_next = False
         if chosen:
             below = chosen + [table for table in below if table is not chosen[0]]
             continue
@@ -238,4 +249,5 @@ def _place(kind: type[BaseModel], location: tuple[Any, ...]) -> tuple[str, list[
             within = below
             field = within[0].model_fields.get(part) if within else None
             below = tables_of(field.annotation) if field is not None else []
+            kind_is_next = len(below) > 1
     return ".".join(names), within

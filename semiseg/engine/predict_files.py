@@ -13,6 +13,7 @@ import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from semiseg.config.read import read_json
 from semiseg.data.images import read_image
 from semiseg.data.transforms import EvalTransform
 from semiseg.engine.checkpoint import ModelInfo, write_json
@@ -89,9 +91,10 @@ def predict_files(
         report: is given a sentence for each file that cannot be read; the others are done all the same.
 
     Raises:
-        UserError: an overlay would replace one of the images.
+        UserError: an overlay would replace one of the images, or a file that is there is none of a prediction.
         KeyboardInterrupt: with both files written for the images done so far.
     """
+    _require_predictions(out)
     overlays = [] if options.drawn_score is None else _overlay_paths(files, out / OVERLAYS_NAME)
     bar = tqdm(total=len(files), desc="predicting", unit="image", disable=not progress, file=sys.stderr)
     outcome, images, drawings, stopped = Outcome(), list[dict[str, Any]](), list[Future[None]](), False
@@ -128,6 +131,16 @@ def predict_files(
     if stopped:
         raise KeyboardInterrupt(f"stopped after {outcome.images} of {len(files)} images, whose results are in {out}")
     return outcome
+
+
+def _require_predictions(out: Path) -> None:
+    """Refuses a folder whose files of these names are not a prediction's: they would be lost."""
+    present = [out / name for name in (RESULTS_NAME, IMAGES_NAME) if (out / name).exists()]
+    with suppress(UserError):
+        values = read_json(out / IMAGES_NAME) if present else {}
+        if not present or (values.get("annotations") == [] and {"images", "categories"} <= values.keys()):
+            return
+    raise UserError(f"{present[0]}: is not of a prediction, and would be lost; give another folder as --out")
 
 
 def _read_ahead(

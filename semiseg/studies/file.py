@@ -172,8 +172,9 @@ def _lay_over(study: Study, overrides: Sequence[str]) -> Study:
     if parts["pretrain"] and pretrain is None:
         raise UserError(f"--set pretrain.{parts['pretrain'][0]}: study {study.name!r} has no [pretrain]")
     if pretrain is not None:
-        pretrain = apply_overrides(pretrain, parts[""] + parts["pretrain"])
-    rows = [row.model_copy(update={"set": apply_overrides(row.set, parts[""] + parts["rows"])}) for row in study.rows]
+        pretrain = apply_overrides(pretrain, parts[""] + parts["pretrain"], partial=True)
+    of_rows = parts[""] + parts["rows"]
+    rows = [row.model_copy(update={"set": apply_overrides(row.set, of_rows, partial=True)}) for row in study.rows]
     return study.model_copy(update={"pretrain": pretrain, "rows": rows})
 
 

@@ -108,7 +108,7 @@ def child_environment(share: Share, *, threads: int) -> dict[str, str]:
         threads: wanted by the configuration, 0 = the share's.
     """
     own = os.environ.get("OMP_NUM_THREADS", "")
-    limit = min(share.threads, int(own)) if own.isdigit() and int(own) else share.threads
+    limit = min(share.threads, int(own)) if own.isdecimal() and int(own) else share.threads
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads or limit), "PYTHONUNBUFFERED": "1"}
     if share.gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(share.gpus)
