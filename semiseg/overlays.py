@@ -46,6 +46,14 @@ class Drawn:
     text: str
     colour: Colour | None = None
 
+    @classmethod
+    def of_coco(
+        cls, box_xywh: Sequence[float], rle: Mapping[str, Any] | None, text: str, colour: Colour | None = None
+    ) -> Drawn:
+        """One with a box as COCO files have it."""
+        x, y, width, height = box_xywh
+        return cls((x, y, x + width, y + height), rle, text, colour)
+
 
 def drawing_size(original_hw: tuple[int, int]) -> tuple[int, int]:
     """(height, width) of the drawing of an image of that size; at least 1 x 1."""
@@ -178,6 +186,11 @@ def fitted(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
         return text
     length = next((count for count in range(len(text), 0, -1) if font.getlength(text[:count] + "…") <= width), 0)
     return text[:length] + "…"
+
+
+def written_name(name: str, category_id: Any) -> str:
+    """A class name as drawings show it: of a script that the font has not, `class` and the category's id."""
+    return name if can_write(name) else f"class {category_id}"
 
 
 def can_write(text: str) -> bool:

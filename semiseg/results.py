@@ -27,6 +27,9 @@ def _checked_time(text: str) -> str:
     return text
 
 
+RESULT_NAME = "result.json"  # of a run: the engine writes it last, so that a folder with it is finished
+
+
 @dataclass(frozen=True)
 class Result:
     """One finished run; `checked` looks whether its values are of these types, which Python does not.

@@ -136,7 +136,7 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str], *, partial
         partial: `values` are to be laid over others, so that a table without a kind may be of any.
     """
     result = copy.deepcopy(values)
-    given: dict[str, set[str]] = {}  # path of a table -> its keys that have overrides of their own
+    given: set[str] = set()  # paths that have overrides of their own
     for item in overrides:
         key, sign, text = item.partition("=")
         *parents, last = (part.strip() for part in key.split("."))
@@ -147,15 +147,14 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str], *, partial
             table = table.setdefault(parent, {})
             if not isinstance(table, dict):
                 raise UserError(f"--set {item!r}: {parent!r} is a value, not a table")
-        path, value = ".".join(parents), _toml_value(text.strip())
-        usual = value if partial else USUAL_KINDS.get(path, value)
+        value = _toml_value(text.strip())
+        usual = value if partial else USUAL_KINDS.get(".".join(parents), value)
         if last == "kind" and table.get("kind", usual) != value:
-            for name in table.keys() - given.get(path, set()):
+            for name in [name for name in table if ".".join([*parents, name]) not in given]:
                 del table[name]
         table[last] = value
-        whole = f"{path}.{last}"
-        given = {name: keys for name, keys in given.items() if not f".{name}.".startswith(f".{whole.lstrip('.')}.")}
-        given.setdefault(path, set()).add(last)
+        path = ".".join([*parents, last])
+        given = {other for other in given if not other.startswith(f"{path}.")} | {path}
     return result
 
 

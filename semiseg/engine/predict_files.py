@@ -30,7 +30,7 @@ from semiseg.engine.checkpoint import ModelInfo, write_json
 from semiseg.engine.predict import LoadedModel, coco_results, find_instances
 from semiseg.errors import UserError
 from semiseg.files import whole_file, write_bytes
-from semiseg.overlays import Drawn, can_write, draw_detections, prepare_drawing
+from semiseg.overlays import Drawn, draw_detections, prepare_drawing, written_name
 
 RESULTS_NAME, IMAGES_NAME, OVERLAYS_NAME = "results.json", "images.json", "overlays"
 JPEG_QUALITY = 92
@@ -194,9 +194,8 @@ def _draw(item: _ImageFile, results: Sequence[dict[str, Any]], info: ModelInfo, 
     names = dict(zip(info.category_ids, written_names(info), strict=True))
     drawn = []
     for result in results:
-        x, y, width, height = result["bbox"]
         text = f"{names[result['category_id']]} {result['score']:.2f}"
-        drawn.append(Drawn((x, y, x + width, y + height), result["segmentation"], text))
+        drawn.append(Drawn.of_coco(result["bbox"], result["segmentation"], text))
     content = io.BytesIO()
     picture = draw_detections(item.picture, item.original_hw, drawn)
     picture.save(content, format="JPEG", quality=JPEG_QUALITY, subsampling=0)  # full colour: text stays sharp
@@ -204,9 +203,8 @@ def _draw(item: _ImageFile, results: Sequence[dict[str, Any]], info: ModelInfo, 
 
 
 def written_names(info: ModelInfo) -> list[str]:
-    """Class names as overlays show them: of a script that the font has not, `class` and the category's id."""
-    pairs = zip(info.class_names, info.category_ids, strict=True)
-    return [name if can_write(name) else f"class {category_id}" for name, category_id in pairs]
+    """Class names as overlays show them."""
+    return list(map(written_name, info.class_names, info.category_ids))
 
 
 def _overlay_paths(files: Sequence[Path], folder: Path) -> list[Path]:

@@ -26,9 +26,11 @@ def fit_to_processes(config: RunConfig, processes: int) -> RunConfig:
     Source: Goyal et al., Accurate, Large Minibatch SGD (2017), section 2.1.
 
     Raises:
-        UserError: images_per_process does not divide by optim.accumulation under "linear".
+        UserError: a batch has no equal shares for so many processes, or under "linear" images_per_process does not
+            divide by optim.accumulation.
     """
     if config.runtime.batch_rule == "keep":
+        parts_per_step(config, processes)
         return config
     optim, images = config.optim, config.runtime.images_per_process
     if images % optim.accumulation:

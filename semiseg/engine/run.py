@@ -36,9 +36,8 @@ from semiseg.engine.processes import (
     describe_change,
     fit_to_processes,
     images_in_evaluation,
-    parts_per_step,
 )
-from semiseg.engine.run_folder import RESULT_NAME, adopt_training, check_folder, run_inputs, run_lock
+from semiseg.engine.run_folder import adopt_training, check_folder, run_inputs, run_lock
 from semiseg.engine.session import accelerate_for_one_run, same_on_all_ranks, start_accelerator
 from semiseg.engine.train import save_trained, train, trained_model
 from semiseg.errors import UserError, UserNotice
@@ -46,6 +45,7 @@ from semiseg.evaluation.coco_metrics import Metrics
 from semiseg.evaluation.precision import Backend, require_backend
 from semiseg.models.build import mask_stride
 from semiseg.models.segmenter import Segmenter
+from semiseg.results import RESULT_NAME
 
 PACKAGE = Path(__file__).resolve().parents[1]
 FROM_PYTHON = "called from Python"  # in the record, where nobody typed a command
@@ -96,7 +96,6 @@ def _fitted(config: RunConfig, accelerator: Accelerator) -> RunConfig:
     """The run that these processes execute; what the linear rule changes is said once."""
     processes = accelerator.num_processes
     fitted = fit_to_processes(config, processes)
-    parts_per_step(fitted, processes)  # a batch that cannot be shared is said before any work
     change = describe_change(config, fitted, processes)
     if change and accelerator.is_main_process:
         warnings.warn(change, UserNotice, stacklevel=3)

@@ -24,8 +24,8 @@ from semiseg.engine.processes import normalised_together
 from semiseg.errors import UserError, UserNotice
 from semiseg.files import LOCK_NAME, lock_folder, require_folder, settle, whole_file
 from semiseg.project import weights_file
+from semiseg.results import RESULT_NAME
 
-RESULT_NAME = "result.json"
 RUN_FILES, RUN_FOLDERS, MODELS = (
     {LOG_NAME, "detections.json", RESULT_NAME},
     {"checkpoints", "tensorboard"},

@@ -19,7 +19,7 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
 from semiseg.errors import UserError
-from semiseg.overlays import COLOURS, Drawn, can_write, draw_detections, fitted, load_font
+from semiseg.overlays import COLOURS, Drawn, draw_detections, fitted, load_font, written_name
 from semiseg.report.aggregate import ReportInput, ReportTable, TableNumbers
 from semiseg.report.context import PageContext
 from semiseg.report.failures import CAUSES, causes_of_failure, class_name
@@ -133,10 +133,10 @@ def truth_objects(truth: COCO, annotations: Sequence[Mapping[str, Any]]) -> list
     """The objects of an image, each with its class, by its number where the font of pictures lacks its letters."""
     drawn = []
     for index, annotation in enumerate(annotations):
-        name = class_name(truth, annotation["category_id"])
-        text = name if can_write(name) else f"class {annotation['category_id']}"
+        category = annotation["category_id"]
+        text = written_name(class_name(truth, category), category)
         mask = truth.annToRLE(annotation) if annotation.get("segmentation") else None
-        drawn.append(Drawn(_corners(annotation["bbox"]), mask, text, COLOURS[index % len(COLOURS)]))
+        drawn.append(Drawn.of_coco(annotation["bbox"], mask, text, COLOURS[index % len(COLOURS)]))
     return drawn
 
 
@@ -150,13 +150,8 @@ def detected_objects(annotations: Sequence[Mapping[str, Any]], results: Sequence
         overlaps = rle.iou(np.array([result["bbox"]], dtype=np.float64), boxes, [0] * len(boxes))
         best = int(np.argmax(overlaps)) if len(boxes) else -1
         colour = COLOURS[best % len(COLOURS)] if best >= 0 and overlaps[0, best] >= 0.5 else UNMATCHED
-        drawn.append(Drawn(_corners(result["bbox"]), result["segmentation"], f"{result['score']:.2f}", colour))
+        drawn.append(Drawn.of_coco(result["bbox"], result["segmentation"], f"{result['score']:.2f}", colour))
     return drawn
-
-
-def _corners(box: Sequence[float]) -> tuple[float, float, float, float]:
-    x, y, width, height = box
-    return x, y, x + width, y + height
 
 
 def _tile(image: np.ndarray, objects: Sequence[Drawn]) -> Image.Image:

@@ -18,10 +18,10 @@ from semiseg.config.read import digest, parse_config, read_json
 from semiseg.errors import UserError, near_hint
 from semiseg.report.aggregate import ReportInput, ReportTable
 from semiseg.report.provenance import identity_settings, recorded_values, run_settings, unmeant
-from semiseg.results import Result, read
+from semiseg.results import RESULT_NAME, Result, read
 from semiseg.splits import ClassSplit, load_split
 from semiseg.studies.file import PRETRAIN_ROW, StudyRow
-from semiseg.studies.identity import REPORTS_FOLDER, RESULT_NAME, RESULTS_NAME, RUNS_FOLDER
+from semiseg.studies.identity import REPORTS_FOLDER, RESULTS_NAME, RUNS_FOLDER
 from semiseg.studies.report import class_groups, protocol_fields, report_row, row_meaning
 from semiseg.studies.status import finished_result
 

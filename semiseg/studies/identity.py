@@ -18,7 +18,7 @@ from typing import Any
 from semiseg.config import DataConfig, RunConfig
 from semiseg.config.read import digest, file_digest
 from semiseg.data.sources import ensure_files
-from semiseg.engine.processes import describe_change, fit_to_processes, normalised_together, parts_per_step
+from semiseg.engine.processes import describe_change, fit_to_processes, normalised_together
 from semiseg.errors import UserError, UserNotice
 from semiseg.files import write_text
 from semiseg.project import weights_file
@@ -29,7 +29,6 @@ from semiseg.studies.file import RunKey, Study, StudyRun, study_runs
 RUNS_FOLDER = Path("runs")
 REPORTS_FOLDER = Path("reports")
 RESULTS_NAME = "results.jsonl"  # the record of a study
-RESULT_NAME = "result.json"  # the engine writes it last: a folder with it is finished
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,9 +86,7 @@ def fitted_run(run: StudyRun, processes: int) -> StudyRun:
         UserError: a batch has no equal shares for so many processes.
     """
     init = None if run.init is None else fitted_run(run.init, processes)
-    config = fit_to_processes(run.config, processes)
-    parts_per_step(config, processes)
-    return replace(run, config=config, init=init)
+    return replace(run, config=fit_to_processes(run.config, processes), init=init)
 
 
 def plan(study: Study, *, only: Sequence[str] = (), processes: int = 1) -> list[PlannedRun]:

@@ -21,9 +21,9 @@ from semiseg.data.sources import ensure_files
 from semiseg.data.workers import StopOnSignal
 from semiseg.engine.logs import format_seconds
 from semiseg.errors import UserError
-from semiseg.results import ap_in_words, append, latest, read
+from semiseg.results import RESULT_NAME, ap_in_words, append, latest, read
 from semiseg.studies.file import PRETRAIN_ROW
-from semiseg.studies.identity import RESULT_NAME, PlannedRun, planned_steps
+from semiseg.studies.identity import PlannedRun, planned_steps
 from semiseg.studies.machines import Child, LaunchFile, Machine, last_step, lines_for_machines, share_of, this_machine
 from semiseg.studies.status import read_result, runs_to_do
 

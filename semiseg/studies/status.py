@@ -13,10 +13,9 @@ from semiseg.config.read import read_json
 from semiseg.engine.logs import format_seconds
 from semiseg.errors import UserError
 from semiseg.report.tables import text_table
-from semiseg.results import Result, checked, latest, read
+from semiseg.results import RESULT_NAME, Result, checked, latest, read
 from semiseg.studies.file import PRETRAIN_ROW, Study, StudyRun, study_runs
 from semiseg.studies.identity import (
-    RESULT_NAME,
     RESULTS_NAME,
     PlannedRun,
     fitted_run,
