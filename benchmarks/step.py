@@ -137,13 +137,13 @@ def our_step(sizes: Sizes) -> TrainStep:
 
 
 def step_run(step: TrainStep, sizes: Sizes, device: torch.device, *, bfloat16: bool) -> Callable[[], Tensor]:
-    """Forward and backward of one training step, its draft included; returns the losses, still on the device."""
+    """Forward and backward of one training step, its plan included; returns the losses, still on the device."""
     loaded = training_batch(sizes)
     batch = loaded.to(device)
 
     def run() -> Tensor:
         step.zero_grad(set_to_none=True)
-        plan = step.plan(batch, step.draft(loaded))
+        plan = step.plan(batch, loaded)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16):
             terms = step(batch, plan, plan.counts, warmup=1.0, processes=1)
         terms.total.backward()

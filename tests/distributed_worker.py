@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import socket
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from semiseg.engine.evaluate import predict_table
 from semiseg.engine.session import gather_to_main, same_on_all_ranks, start_accelerator
 from semiseg.errors import UserError
 from semiseg.structures.inputs import Batch, Supervision
+from semiseg.structures.transfer import send
 from tests.host_syncs import HostSyncs
 from tests.test_train import without_instances
 from tests.tiny import tiny_config
@@ -148,10 +150,15 @@ def stop_by_last_process(state: training.TrainState, parts: list[Batch], out: Pa
 
 def stop_on_signal(state: training.TrainState, parts: list[Batch], out: Path) -> dict[str, Any]:
     """What every process reports of a step during which the last one got a signal, and where its host waited."""
-    stop, drafts = StopOnSignal(), [state.step_module.draft(part) for part in parts]
+    stop, waits = StopOnSignal(), HostSyncs()
     stop.requested = state.accelerator.is_last_process
-    with pytest.MonkeyPatch.context() as patch, HostSyncs() as waits:  # drafts are made on the host
-        patch.setattr(state.step_module, "draft", lambda part: drafts[[part is one for one in parts].index(True)])
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as counting:
+
+        def send_and_count(structure: Any, device: torch.device) -> Any:
+            counting.enter_context(waits)  # what comes before is on the host
+            return send(structure, device)
+
+        patch.setattr("semiseg.engine.step.send", send_and_count)
         report = training.optimizer_step(state, parts, out=out, stop=stop)
     return {"stop": gather_object([report.stop]), "waits": gather_object([waits.places()]), "step": state.step}
 

@@ -23,7 +23,7 @@ from semiseg.data.table import load_table
 from semiseg.engine.build import RunData, build_objective, train_dataset
 from semiseg.engine.edges import EdgeMeasurement, Neighbourhood, measure_edges
 from semiseg.errors import UserError
-from semiseg.losses.terms import instance_terms, mask_targets
+from semiseg.losses.terms import instance_terms, loss_edges
 from semiseg.structures.grids import WholeMap
 from tests.coco_files import CocoFiles, box_annotation, ellipse, make_coco, polygon_annotation, rle_annotation
 from tests.full_masks import sample_cells
@@ -146,7 +146,7 @@ def test_sees_what_training_sees(files: CocoFiles, tmp_path: Path) -> None:
         WholeMap(4, (batch.images.shape[-2] // 4, batch.images.shape[-1] // 4)),
     )
     instances = instance_terms(batch.targets, grid, objective=objective)
-    edges = mask_targets(batch, instances, objective=objective).edges["pairwise"]
+    edges = loss_edges(batch, batch.targets.image_index, instances, objective=objective)["pairwise"]
     targets = with_masks.targets
     assert targets is not None
     counting = positive = 0

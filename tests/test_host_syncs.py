@@ -6,9 +6,11 @@ A fake tensor has a shape, a type and a device but no values: whatever would rea
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -20,10 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from semiseg.config import RunConfig
 from semiseg.engine import train as training
 from semiseg.engine.build import build_data, build_step
-from semiseg.engine.step import StepDraft, TrainStep
-from semiseg.losses.terms import LossTerms
+from semiseg.engine.step import StepPlan, TrainStep
 from semiseg.models.detectors.sample import sample_positives
 from semiseg.structures.inputs import Batch, Supervision, Targets
+from semiseg.structures.transfer import send
 from tests.tiny import tiny_config
 
 CUDA, CPU = torch.device("cuda:0"), torch.device("cpu")
@@ -75,6 +77,8 @@ def as_fake(mode: FakeTensorMode, item: Any) -> Any:
     """The same structure of fake tensors, still on the host."""
     if isinstance(item, Tensor):
         return mode.from_tensor(item)
+    if isinstance(item, tuple):
+        return tuple(as_fake(mode, value) for value in item)
     if isinstance(item, dict):
         return {key: as_fake(mode, value) for key, value in item.items()}
     if is_dataclass(item) and not isinstance(item, type):
@@ -85,7 +89,18 @@ def as_fake(mode: FakeTensorMode, item: Any) -> Any:
 def tensors_in(item: Any) -> int:
     if is_dataclass(item):
         return sum(tensors_in(getattr(item, field.name)) for field in fields(item))
-    return sum(map(tensors_in, item.values())) if isinstance(item, dict) else int(isinstance(item, Tensor))
+    if isinstance(item, (dict, tuple)):
+        return sum(map(tensors_in, item.values() if isinstance(item, dict) else item))
+    return int(isinstance(item, Tensor))
+
+
+class Planned(NamedTuple):
+    """A batch of fake tensors, its plan, the operations across devices, and how many tensors were sent."""
+
+    batch: Batch
+    plan: StepPlan
+    transfers: Transfers
+    sent: int
 
 
 @pytest.fixture
@@ -99,9 +114,23 @@ def fake_step(mode: FakeTensorMode, config: RunConfig, device: torch.device) -> 
         return build_step(config, num_classes=CLASSES).train()
 
 
-def drafted(config: RunConfig, supervision: list[Supervision]) -> tuple[Batch, StepDraft]:
-    batch = make_batch(supervision)
-    return batch, build_step(config, num_classes=CLASSES).draft(batch)
+@contextmanager
+def plan_of(mode: FakeTensorMode, step: TrainStep, batch: Batch, device: torch.device) -> Iterator[Planned]:
+    """The plan of a batch on that device, inside `mode`: tensors are real until they are sent, then fake."""
+    with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+        transfers, sent = Transfers(), []
+
+        def send_fake(structure: Any, device: torch.device) -> Any:
+            stack.enter_context(mode)
+            sent.append(tensors_in(structure))
+            stack.enter_context(transfers)
+            return send(as_fake(mode, structure), device)
+
+        with mode:
+            on_device = as_fake(mode, batch).to(device, non_blocking=True)
+        patch.setattr("semiseg.engine.step.send", send_fake)
+        plan = step.plan(on_device, batch)
+        yield Planned(on_device, plan, transfers, sum(sent))
 
 
 @pytest.mark.parametrize(
@@ -112,16 +141,12 @@ def test_a_step_reads_nothing_back(
     mode: FakeTensorMode, tmp_path: Path, mask: str, box: str, supervision: list[Supervision]
 ) -> None:
     config = tiny_config(tmp_path, objective={"mask": mask, "box": box})
-    batch, draft = drafted(config, supervision)
     step = fake_step(mode, config, CUDA)
-    with mode:
-        on_device = as_fake(mode, batch).to(CUDA, non_blocking=True)
-        with Transfers() as transfers:
-            plan = step.plan(on_device, as_fake(mode, draft))
-        assert transfers.names == ["aten._to_copy.default"] * tensors_in(draft), "the draft is sent, and that is all"
-        with Transfers() as transfers:
-            terms = step(on_device, plan, plan.counts, warmup=0.5, processes=1)
-        assert transfers.names == []
+    with plan_of(mode, step, make_batch(supervision), CUDA) as (batch, plan, transfers, sent):
+        assert sent > 0
+        assert transfers.names == ["aten._to_copy.default"] * sent, "what is sent, and that is all"
+        terms = step(batch, plan, plan.counts, warmup=0.5, processes=1)
+        assert len(transfers.names) == sent
         assert terms.total.device == CUDA
 
 
@@ -129,38 +154,28 @@ def test_a_step_reads_nothing_back(
 def test_nor_does_its_backward(mode: FakeTensorMode, tmp_path: Path, mask: str, box: str) -> None:
     """On the CPU, since autograd asks a GPU for its queue; what would be read back raises there too."""
     config = tiny_config(tmp_path, objective={"mask": mask, "box": box})
-    batch, draft = drafted(config, MIXED)
     step = fake_step(mode, config, CPU)
-    with mode:
-        terms = fake_terms(step, as_fake(mode, batch), as_fake(mode, draft))
-        terms.total.backward()
+    with plan_of(mode, step, make_batch(MIXED), CPU) as (batch, plan, _, _):
+        step(batch, plan, plan.counts, warmup=0.5, processes=1).total.backward()
     assert all(parameter.grad is not None for parameter in step.model.parameters() if parameter.requires_grad)
 
 
-def fake_terms(step: TrainStep, batch: Batch, draft: StepDraft) -> LossTerms:
-    plan = step.plan(batch, draft)
-    terms: LossTerms = step(batch, plan, plan.counts, warmup=0.5, processes=1)
-    return terms
-
-
 def test_what_is_read_back_is_seen(mode: FakeTensorMode, tmp_path: Path) -> None:
-    """The control: without the numbers of the draft the same functions read them from the device, and that raises."""
-    config = tiny_config(tmp_path)
-    batch, draft = drafted(config, MIXED)
-    step = fake_step(mode, config, CUDA)
+    """The control: without the host's numbers the same functions read them from the device, and that raises."""
+    step = fake_step(mode, tiny_config(tmp_path), CUDA)
     seen = (DataDependentOutputException, DynamicOutputShapeException)
-    with mode:
-        on_device = as_fake(mode, batch).to(CUDA)
-        plan = step.plan(on_device, as_fake(mode, draft))
-        outputs = step.model(on_device.images, on_device.image_sizes_hw)
+    with plan_of(mode, step, make_batch(MIXED), CUDA) as (batch, plan, _, _):
+        targets = batch.targets
+        assert targets is not None
+        outputs = step.model(batch.images, batch.image_sizes_hw)
         with pytest.raises(seen):
-            sample_positives(outputs, plan.assignment, on_device.targets, plan.quotas)
-        queries = sample_positives(outputs, plan.assignment, on_device.targets, plan.quotas, counts=plan.queries)
+            sample_positives(outputs, plan.assignment, targets, plan.quotas)
+        queries = sample_positives(outputs, plan.assignment, targets, plan.quotas, counts=plan.queries)
         with pytest.raises(seen):
             step.model.predict_masks(outputs, replace(queries, counts=None))
         without_sizes = replace(plan, mask_targets=replace(plan.mask_targets, sizes=None))
         with pytest.raises(seen):
-            step(on_device, without_sizes, plan.counts, warmup=0.5, processes=1)
+            step(batch, without_sizes, plan.counts, warmup=0.5, processes=1)
 
 
 class Reads(TorchDispatchMode):
@@ -178,19 +193,22 @@ class Reads(TorchDispatchMode):
 
 
 def test_an_update_waits_once_for_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For the check that the loss is finite; what the draft reads is on the host."""
+    """For the check that the loss is finite; what is read before the plan is sent is on the host."""
     config = tiny_config(tmp_path)
     state = training.prepare(config, build_data(config), Accelerator(cpu=True))
     state.wrapped.train()
-    reads, draft = Reads(), state.step_module.draft
+    reads, plan = Reads(), state.step_module.plan
 
-    def uncounted(batch: Batch) -> StepDraft:
-        reads.paused = True
-        result = draft(batch)
+    def sent_from_here(structure: Any, device: torch.device) -> Any:
         reads.paused = False
-        return result
+        return send(structure, device)
 
-    monkeypatch.setattr(state.step_module, "draft", uncounted)
+    def uncounted(batch: Batch, loaded: Batch) -> StepPlan:
+        reads.paused = True
+        return plan(batch, loaded)
+
+    monkeypatch.setattr("semiseg.engine.step.send", sent_from_here)
+    monkeypatch.setattr(state.step_module, "plan", uncounted)
     with reads:
         assert training.optimizer_step(state, [make_batch(MIXED)], out=tmp_path) is not None
     assert reads.count == 1

@@ -23,7 +23,7 @@ from semiseg.losses.terms import (
     Objective,
     compute_losses,
     instance_terms,
-    mask_targets,
+    loss_edges,
     term_counts,
 )
 from semiseg.structures.grids import WholeMap
@@ -82,7 +82,9 @@ def make_batch(supervision: list[Supervision], instances: list[int] | None = Non
 
 def prepare(batch: Batch, goal: Objective) -> MaskTargets:
     assert batch.targets is not None
-    return mask_targets(batch, instance_terms(batch.targets, WholeMap(STRIDE, GRID), objective=goal), objective=goal)
+    instances = instance_terms(batch.targets, WholeMap(STRIDE, GRID), objective=goal)
+    edges = loss_edges(batch, batch.targets.image_index, instances, objective=goal)
+    return MaskTargets(**vars(instances), objective=goal, masks=batch.targets.masks, edges=edges)
 
 
 class Step:
@@ -367,6 +369,3 @@ def test_wrong_shapes_are_refused() -> None:
             step.losses(objective())
         with pytest.raises(ValueError, match="the masks have stride and size"):
             instance_terms(step.targets, grid, objective=objective())
-    instances = instance_terms(step.targets, WholeMap(STRIDE, GRID), objective=objective())
-    with pytest.raises(ValueError, match="no targets"):
-        mask_targets(replace(step.batch, targets=None), instances, objective=objective())

@@ -514,3 +514,10 @@ def test_fewer_masks_than_asked_for_are_said(
     assert match, sentence
     assert (int(match[1]), int(match[2])) == (sum("segmentation" not in item for item in objects), len(objects))
     assert 0 < int(match[1]) < int(match[2])
+
+
+def test_a_batch_made_for_prediction_is_not_trained_on(root: Path) -> None:
+    config = tiny_config(root)
+    batch = replace(first_batches(config, 1)[0], targets=None)
+    with pytest.raises(ValueError, match="a training batch needs targets"):
+        fresh_step(config).plan(batch)

@@ -13,7 +13,7 @@ from semiseg.data.transforms import TrainTransform
 from semiseg.engine.build import RunData, build_data, build_objective, train_dataset
 from semiseg.engine.evaluate import predict_batch, score_table
 from semiseg.evaluation.coco_metrics import Metrics
-from semiseg.losses.terms import compute_losses, instance_terms, mask_targets, term_counts
+from semiseg.losses.terms import MaskTargets, compute_losses, instance_terms, loss_edges, term_counts
 from semiseg.models.build import build_model
 from semiseg.models.detectors.assign import assign
 from semiseg.models.detectors.sample import mask_quotas, sample_positives
@@ -96,7 +96,8 @@ def from_batch_to_loss(config: RunConfig, model: Segmenter, batch: Batch) -> Non
     # 9 losses.terms: supervision x objective -> terms
     objective = build_objective(config.objective)
     instances = instance_terms(targets, model.mask_grid(targets.boxes_xyxy, (64, 64)), objective=objective)
-    prepared = mask_targets(batch, instances, objective=objective)
+    edges = loss_edges(batch, targets.image_index, instances, objective=objective)
+    prepared = MaskTargets(**vars(instances), objective=objective, masks=targets.masks, edges=edges)
     counts = term_counts(assignment, targets, prepared, quotas)
     terms = compute_losses(outputs, assignment, mask_logits, targets, prepared, counts, warmup=1.0, processes=1)
     assert {name for name, value in terms.unweighted.items() if value > 0} == {

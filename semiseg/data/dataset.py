@@ -7,7 +7,7 @@ passes on only what is kept; crowd regions pass on their box alone, for every cl
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any, Literal, Protocol
@@ -108,26 +108,18 @@ class InstanceDataset(torch.utils.data.Dataset[Sample]):
 
     def __getitem__(self, key: Key) -> Sample:
         """Raises `UserError` if the image is missing, damaged or not of the size that the annotations state."""
-        row, instances, geometry = self.choose(key)
-        return self.sample(row, instances, geometry, self.read_image(row, geometry))
+        sample, read = self.sample(key)
+        return replace(sample, image=read())
 
-    def choose(self, key: Key) -> tuple[dict[str, Any], Instances, Geometry]:
-        """The row of the image without its objects, what the rule leaves of these, and the resize and flip."""
+    def sample(self, key: Key) -> tuple[Sample, Callable[..., Tensor]]:
+        """The sample but for its image, which is blank, and what reads that, see `read_image`."""
         index, seed = key
         row = self.table.rows[index]
-        instances = withhold(row.pop("objects"), class_names=self.table.class_names, rule=self.rule)
-        return row, instances, self.transform((row["height"], row["width"]), seed)
-
-    def read_image(self, row: dict[str, Any], geometry: Geometry, out: Tensor | None = None) -> Tensor:
-        """The image as (3, H, W) uint8 after resize and flip, written to `out` where that is given."""
-        image = read_image(self.table.images_folder / row["file_name"], size_hw=geometry.original_hw)
-        return geometry.image(image, out)
-
-    def sample(self, row: dict[str, Any], instances: Instances, geometry: Geometry, image: Tensor) -> Sample:
-        """The sample with that image, whose pixels may still be missing."""
+        instances = withhold(row["objects"], class_names=self.table.class_names, rule=self.rule)
+        geometry = self.transform((row["height"], row["width"]), seed)
         bottom = self.bottom_rows_without_affinity * geometry.input_hw[0] // geometry.original_hw[0]
-        return Sample(
-            image=image,
+        sample = Sample(
+            image=torch.zeros((), dtype=torch.uint8).expand(3, *geometry.input_hw),
             image_id=row["image_id"],
             boxes_xyxy=geometry.boxes(instances.boxes_xyxy),
             labels=torch.tensor(instances.labels, dtype=torch.int64),
@@ -139,6 +131,12 @@ class InstanceDataset(torch.utils.data.Dataset[Sample]):
             mask_stride=self.mask_stride,
             bottom_rows_without_affinity=bottom,
         )
+        return sample, partial(self.read_image, row["file_name"], geometry)
+
+    def read_image(self, file_name: str, geometry: Geometry, out: Tensor | None = None) -> Tensor:
+        """The image as (3, H, W) uint8 after resize and flip, written to `out` where that is given."""
+        image = read_image(self.table.images_folder / file_name, size_hw=geometry.original_hw)
+        return geometry.image(image, out)
 
 
 def _cells(masks: Sequence[Mask], geometry: Geometry, stride: int | None) -> Tensor:

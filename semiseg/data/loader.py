@@ -109,12 +109,11 @@ def load_batch(dataset: InstanceDataset, keys: Sequence[Key], *, size_divisor: i
     All annotations come first, then image after image is written into the batch while it is in cache. Height and width
     of the padded batch divide by `size_divisor`.
     """
-    rows = [dataset.choose(key) for key in keys]
-    sizes_hw = [geometry.input_hw for _, _, geometry in rows]
+    samples, readers = zip(*(dataset.sample(key) for key in keys), strict=True)
+    sizes_hw = [(sample.image.shape[-2], sample.image.shape[-1]) for sample in samples]
     shared = get_worker_info() is not None
     with workers_lack() if shared else nullcontext():
         images, views = empty_batch(sizes_hw, size_divisor, channels_last=True, shared=shared)
-    samples = [dataset.sample(*row, view) for row, view in zip(rows, views, strict=True)]
     batch = Batch(
         images=images,
         image_sizes_hw=torch.tensor(sizes_hw, dtype=torch.int64),
@@ -122,8 +121,8 @@ def load_batch(dataset: InstanceDataset, keys: Sequence[Key], *, size_divisor: i
         bottom_rows_without_affinity=torch.tensor([s.bottom_rows_without_affinity for s in samples]),
         targets=_targets(samples, dataset.mask_stride, (images.shape[-2], images.shape[-1])),
     )
-    for (row, _, geometry), view in zip(rows, views, strict=True):
-        dataset.read_image(row, geometry, out=view)
+    for read, view in zip(readers, views, strict=True):
+        read(out=view)
     return batch
 
 

@@ -1,17 +1,15 @@
 """One training step, in order: forward, assign, sample, predict masks, losses. What `accelerate` wraps.
 
-    targets -> draft (assign; what each instance may learn from; how many masks)        on the host
-    batch, draft -> plan (colour affinity; counts)                                      on the batch's device
+    batch -> plan (assign; what each instance may learn from; how many masks; colour affinity; counts)
     batch, plan, global counts -> forward -> sample -> predict_masks -> losses
 
-Draft and plan need no parameters. They come first because every denominator counts over the whole optimizer step (all
+The plan needs no parameters. It comes first because every denominator counts over the whole optimizer step (all
 processes, all accumulation parts) and follows from targets and images alone (METHOD section 2, Mixing). Every number
-that the size of a tensor depends on is in the draft: the host has it and never waits for the device.
+that the size of a tensor depends on is computed on the host, which never waits for the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,14 +18,13 @@ from torch import Tensor, nn
 from semiseg.losses.terms import (
     COUNT_NAMES,
     LOSS_NAMES,
-    InstanceTerms,
     LossTerms,
     MaskTargets,
     Objective,
     compute_losses,
     instance_terms,
+    loss_edges,
     loss_sizes,
-    mask_targets,
     term_counts,
 )
 from semiseg.models.detectors.assign import assign
@@ -39,31 +36,14 @@ from semiseg.structures.transfer import send
 
 
 @dataclass(frozen=True)
-class StepDraft:
-    """The part of a plan that follows from the targets and the padded size alone, made on the host.
-
-    Attributes:
-        assignment: positive and ignored locations.
-        instances: what each instance's mask may learn from.
-        quotas: (N,) int64, positives of each instance that get a mask loss.
-        queries: how many masks each image gets.
-        sizes: how much each mask loss looks at, see `terms.loss_sizes`.
-    """
-
-    assignment: Assignment
-    instances: InstanceTerms
-    quotas: Tensor
-    queries: tuple[int, ...]
-    sizes: Mapping[str, int]
-
-
-@dataclass(frozen=True)
 class StepPlan:
     """What is known of a batch before the network has seen it, on the batch's device.
 
     Attributes:
-        assignment, quotas, queries: see `StepDraft`.
+        assignment: positive and ignored locations.
         mask_targets: what each instance's mask may learn from.
+        quotas: (N,) int64, positives of each instance that get a mask loss.
+        queries: how many masks each image gets.
         counts: (len(TrainStep.count_names),) float64, this batch's share of every denominator.
     """
 
@@ -96,17 +76,20 @@ class TrainStep(nn.Module):
         self.max_mask_positives = max_mask_positives
 
     @torch.no_grad()
-    def draft(self, batch: Batch) -> StepDraft:
-        """Assigns locations and shares out the masks; uses no parameter and no random number.
+    def plan(self, batch: Batch, loaded: Batch | None = None) -> StepPlan:
+        """Assigns locations, shares out the masks and prepares their targets; uses no parameter and no random number.
+
+        What the sizes of tensors depend on is computed on the host and sent; then nothing is read back.
 
         Args:
-            batch: as the loader gives it. The targets of one that is on a device already are read back.
+            batch: images and targets on the model's device.
+            loaded: the same batch on the host, as the loader gave it; None = the targets of `batch` are read back.
         """
-        targets = _targets(batch).to("cpu")
-        num_images = batch.images.shape[0]
+        targets = _targets(batch if loaded is None else loaded).to("cpu")
+        num_images, size_hw = batch.images.shape[0], (batch.images.shape[-2], batch.images.shape[-1])
         assignment = assign(
             targets,
-            sizes_hw=self.model.level_sizes((batch.images.shape[-2], batch.images.shape[-1])),
+            sizes_hw=self.model.level_sizes(size_hw),
             strides=self.model.strides,
             num_images=num_images,
             level_ranges=self.model.level_ranges,
@@ -119,28 +102,24 @@ class TrainStep(nn.Module):
             image_index=targets.image_index,
             max_positives=self.max_mask_positives,
         )
-        grid = self.model.mask_grid(targets.boxes_xyxy, (batch.images.shape[-2], batch.images.shape[-1]))
+        grid = self.model.mask_grid(targets.boxes_xyxy, size_hw)
         instances = instance_terms(targets, grid, objective=self.objective)
         # Quotas are shared out whatever the supervision; masks are then computed only where a term will use them.
         quotas = torch.where(instances.used, quotas, torch.zeros_like(quotas))
         queries = sums_by_image(targets.image_index, quotas, num_images)
         sizes = loss_sizes(instances, quotas, objective=self.objective)
-        return StepDraft(assignment, instances, quotas, tuple(queries), sizes)
 
-    @torch.no_grad()
-    def plan(self, batch: Batch, draft: StepDraft | None = None) -> StepPlan:
-        """Completes a draft on the batch's device: colour affinity, and counts of what the losses will divide by.
-
-        Args:
-            batch: images and targets on the model's device.
-            draft: what `draft` returned for the batch, on the host; None = it is made now.
-        """
-        if draft is None:
-            draft = self.draft(batch)
-        sent = send(draft, batch.images.device)
-        wanted = mask_targets(batch, sent.instances, objective=self.objective, sizes=draft.sizes)
-        counts = term_counts(sent.assignment, _targets(batch), wanted, sent.quotas)
-        return StepPlan(sent.assignment, wanted, sent.quotas, draft.queries, counts)
+        assignment, instances, quotas = send((assignment, instances, quotas), batch.images.device)
+        targets = _targets(batch)
+        wanted = MaskTargets(
+            **vars(instances),
+            objective=self.objective,
+            masks=targets.masks_on(instances.grid),
+            edges=loss_edges(batch, targets.image_index, instances, objective=self.objective),
+            sizes=sizes,
+        )
+        counts = term_counts(assignment, targets, wanted, quotas)
+        return StepPlan(assignment, wanted, quotas, tuple(queries), counts)
 
     def forward(self, batch: Batch, plan: StepPlan, counts: Tensor, *, warmup: float, processes: int) -> LossTerms:
         """The losses of one batch.

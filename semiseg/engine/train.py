@@ -251,7 +251,7 @@ def optimizer_step(state: TrainState, parts: list[Batch], *, out: Path, stop: St
     """
     accelerator, config, module = state.accelerator, state.config, state.step_module
     sent = [batch.to(accelerator.device, non_blocking=True) for batch in parts]
-    plans = [module.plan(there, module.draft(here)) for here, there in zip(parts, sent, strict=True)]
+    plans = [module.plan(there, here) for there, here in zip(sent, parts, strict=True)]
     counts = torch.stack([plan.counts for plan in plans]).sum(0)
     if accelerator.num_processes > 1:
         counts = accelerator.reduce(counts, reduction="sum")

@@ -160,38 +160,32 @@ def instance_terms(targets: Targets, grid: MaskGrid, *, objective: Objective) ->
     )
 
 
-def mask_targets(
-    batch: Batch,
-    instances: InstanceTerms,
-    *,
-    objective: Objective,
-    sizes: Mapping[str, int] | None = None,
-) -> MaskTargets:
-    """Prepares a batch's targets for the mask losses, once per batch, on its device, without a transfer to the host.
-
-    The colour affinity is left out where the batch has no box-supervised instance or the objective no `pairwise`.
+def loss_edges(
+    batch: Batch, image_index: Tensor, instances: InstanceTerms, *, objective: Objective
+) -> dict[str, Tensor]:
+    """`MaskTargets.edges`, on the batch's device, without a transfer to the host; only of losses that someone gets.
 
     Args:
-        batch: with targets.
-        instances: what `instance_terms` gives of the targets, on the batch's device.
+        batch: its images are looked at where an instance gets `pairwise`.
+        image_index: (N,) the image of each instance.
+        instances: what `instance_terms` gives of the batch's targets, on the batch's device.
         objective: the study's.
-        sizes: see `loss_sizes`.
     """
-    targets = batch.targets
-    if targets is None:
-        raise ValueError("the batch has no targets: it was made for prediction")
-    return MaskTargets(
-        chosen=instances.chosen,
-        box_only=instances.box_only,
-        grid=instances.grid,
-        cells=instances.cells,
-        mask_row=instances.mask_row,
-        weight=instances.weight,
-        objective=objective,
-        masks=targets.masks_on(instances.grid),
-        edges=_edges(batch, targets.image_index, instances.grid, objective, instances.chosen),
-        sizes=sizes,
-    )
+    grid = instances.grid
+    of_images = (batch.image_sizes_hw, batch.bottom_rows_without_affinity)
+    size, dilation, threshold = objective.affinity_size, objective.affinity_dilation, objective.affinity_threshold
+    if isinstance(grid, WholeMap):
+        coloured = partial(affinity_edges, batch.images, *of_images, stride=grid.stride)
+        inside = partial(neighbour_inside, *of_images, stride=grid.stride, grid_hw=grid.size_hw)
+    else:
+        coloured = partial(region_edges, batch.images, grid, image_index, *of_images)
+        inside = partial(region_inside, grid, image_index, *of_images)
+    edges = {}
+    if "pairwise" in instances.chosen:
+        edges["pairwise"] = coloured(size=size, dilation=dilation, threshold=threshold)
+    if "pairwise_labelled" in instances.chosen:
+        edges["pairwise_labelled"] = inside(size=size, dilation=dilation)
+    return edges
 
 
 def loss_sizes(instances: InstanceTerms, quotas: Tensor, *, objective: Objective) -> dict[str, int]:
@@ -219,25 +213,6 @@ def _choose(targets: Targets, objective: Objective, has_cell: Tensor) -> dict[st
             gets = (targets.supervision == kind) & has_cell
             chosen[name] = chosen[name] | gets if name in chosen else gets
     return chosen
-
-
-def _edges(
-    batch: Batch, image_index: Tensor, grid: MaskGrid, objective: Objective, chosen: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    of_images = (batch.image_sizes_hw, batch.bottom_rows_without_affinity)
-    size, dilation, threshold = objective.affinity_size, objective.affinity_dilation, objective.affinity_threshold
-    if isinstance(grid, WholeMap):
-        coloured = partial(affinity_edges, batch.images, *of_images, stride=grid.stride)
-        inside = partial(neighbour_inside, *of_images, stride=grid.stride, grid_hw=grid.size_hw)
-    else:
-        coloured = partial(region_edges, batch.images, grid, image_index, *of_images)
-        inside = partial(region_inside, grid, image_index, *of_images)
-    edges = {}
-    if "pairwise" in chosen:
-        edges["pairwise"] = coloured(size=size, dilation=dilation, threshold=threshold)
-    if "pairwise_labelled" in chosen:
-        edges["pairwise_labelled"] = inside(size=size, dilation=dilation)
-    return edges
 
 
 def term_counts(assignment: Assignment, targets: Targets, prepared: MaskTargets, quotas: Tensor) -> Tensor:
