@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from pathlib import Path
+from types import FrameType
 
 import torch
+from accelerate import Accelerator
 
 from semiseg.config import RunConfig
 from semiseg.data.dataset import withhold
 from semiseg.data.loader import load_batch
 from semiseg.data.transforms import TrainTransform
-from semiseg.engine.build import RunData, build_data, build_objective, train_dataset
+from semiseg.engine import train as training
+from semiseg.engine.build import RunData, build_data, build_objective, build_training_loader, train_dataset
 from semiseg.engine.evaluate import predict_batch, score_table
 from semiseg.evaluation.coco_metrics import Metrics
 from semiseg.losses.terms import MaskTargets, compute_losses, instance_terms, loss_edges, term_counts
@@ -26,6 +31,8 @@ from semiseg.structures.inputs import Batch, Supervision
 from tests.test_postprocess import postprocess
 from tests.tiny import tiny_config
 
+PACKAGE = Path(training.__file__).parent.parent
+
 
 def test_sixteen_steps(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, inference={"score_threshold": 0.001})
@@ -35,6 +42,31 @@ def test_sixteen_steps(tmp_path: Path) -> None:
     batch = from_split_file_to_batch(config, data)
     from_batch_to_loss(config, model, batch)
     from_model_to_printed_number(config, data, model, batch, tmp_path)
+
+
+def test_a_step_opens_the_functions_that_the_document_names(tmp_path: Path) -> None:
+    """In that order, each; which other functions there are to be opened is a reader's judgement."""
+    document = (PACKAGE.parent / "docs" / "ARCHITECTURE.md").read_text()
+    sentence = document.split("Within a step a reader opens ")[1].split(" An instance with a box alone")[0]
+    named = re.findall(r"`([\w.]+)`", sentence)
+    assert len(named) == int(sentence.split()[0]) < 20
+    config = tiny_config(tmp_path)
+    data = build_data(config)
+    state = training.prepare(config, data, Accelerator(cpu=True))
+    called: dict[str, None] = {}
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and Path(frame.f_code.co_filename).is_relative_to(PACKAGE):
+            called.setdefault(frame.f_code.co_qualname)
+            called.setdefault(frame.f_code.co_name)
+
+    loader = iter(build_training_loader(config, data, steps=1, start_step=0, processes=1, rank=0, pin_memory=False))
+    sys.setprofile(note)
+    try:
+        training.optimizer_step(state, [next(loader)], out=tmp_path)
+    finally:
+        sys.setprofile(None)
+    assert [name for name in called if name in named] == named
 
 
 def from_split_file_to_batch(config: RunConfig, data: RunData) -> Batch:
