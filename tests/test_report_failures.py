@@ -19,7 +19,7 @@ from semiseg.evaluation.coco_metrics import evaluate_detections, load_ground_tru
 from semiseg.evaluation.instances import SHARES, match_instances
 from semiseg.overlays import COLOURS
 from semiseg.report.aggregate import ReportInput, ReportRow, ReportTable, table_numbers
-from semiseg.report.context import FigureFiles, Measured, PageContext
+from semiseg.report.context import FigureFiles, Measured, PageContext, StoredDetections
 from semiseg.report.failures import (
     CAUSES,
     causes_of_failure,
@@ -41,7 +41,6 @@ from semiseg.report.pictures import (
     truth_objects,
     worst_failures,
 )
-from semiseg.report.stored import StoredDetections
 from semiseg.results import Result
 from tests.page_reader import unpadded
 from tests.recorded_runs import recorded_run

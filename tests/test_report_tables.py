@@ -20,12 +20,12 @@ from semiseg.report.aggregate import (
     ReportRow,
     ReportTable,
     compared_pairs,
+    difference,
     gap_closed,
     measurements,
     summarise,
     table_numbers,
 )
-from semiseg.report.differences import difference
 from semiseg.report.page import beside_recorded
 from semiseg.report.published import read_published
 from semiseg.report.sections import answer, gap_caution
@@ -288,13 +288,6 @@ def test_markdown_and_text_tables() -> None:
     text = text_table(("name", "n"), [["猫", "1"], ["long name", "22"]])
     assert text == "name        n\n猫          1\nlong name  22\n"
     assert text_table(("row", "n"), []) == "row  n\n"
-
-
-def test_table_names_are_file_names() -> None:
-    with pytest.raises(UserError, match=r"table name '\.\./x'"):
-        report_of({"neither": [1.0]}, table=ReportTable("../x", "T", "s", "d", ("ring",), ("cross",), None, ROWS))
-    with pytest.raises(UserError, match="two rows of one name"):
-        report_of({"neither": [1.0]}, table=ReportTable("t", "T", "s", "d", (), (), None, ROWS[:1] * 2))
 
 
 def test_published_numbers_must_be_readable(tmp_path: Path) -> None:

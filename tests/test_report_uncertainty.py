@@ -12,14 +12,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from semiseg.evaluation.bootstrap import RESAMPLES, class_bootstrap, means_of_groups
-from semiseg.evaluation.coco_metrics import Metrics, evaluate_detections, load_ground_truth
-from semiseg.evaluation.matching import Matches, match
-from semiseg.report import stored
+from semiseg.evaluation.coco_metrics import evaluate_detections, load_ground_truth
+from semiseg.evaluation.matching import RESAMPLES, Interval, Matches, class_bootstrap, match, means_of_groups
+from semiseg.report import context as page_context
 from semiseg.report.aggregate import (
     BEST,
     NEITHER,
     UPPER_BOUND,
+    Difference,
+    ImageIntervals,
     ReportInput,
     ReportRow,
     ReportTable,
@@ -27,7 +28,6 @@ from semiseg.report.aggregate import (
     table_numbers,
 )
 from semiseg.report.context import FigureFiles, Measured, PageContext
-from semiseg.report.differences import Difference, ImageIntervals
 from semiseg.report.sections import answer, difference_section, gap_caution, uncertainty_section
 from semiseg.report.uncertainty import thresholds_of, with_image_intervals
 from semiseg.results import Result
@@ -150,7 +150,7 @@ def test_intervals_are_the_percentiles_of_paired_resamples(
     rows = {row: np.mean([resampled(report, row, seed) for seed in report.seeds], axis=0) for row in SHIFT}
     for column, group in enumerate(GROUPS):
         for row in SHIFT:
-            assert numbers.images.cells[row, group] == percentiles(rows[row][:, column])
+            assert numbers.images.of(row, group=group) == percentiles(rows[row][:, column])
         step = numbers.between(NEITHER, BEST, group)
         assert step.image_interval == percentiles((rows[BEST] - rows[NEITHER])[:, column])
         back = numbers.between(BEST, NEITHER, group).image_interval
@@ -159,8 +159,8 @@ def test_intervals_are_the_percentiles_of_paired_resamples(
         assert (-high, -low) == step.image_interval
     gap = (rows[UPPER_BOUND] - rows[NEITHER])[:, 1]
     assert np.percentile(gap, 2.5) > 0
-    assert set(numbers.images.shares) == {"projection", BEST}
-    assert numbers.images.shares[BEST] == percentiles(100 * (rows[BEST] - rows[NEITHER])[:, 1] / gap)
+    assert {row for row in SHIFT if numbers.images.share(row) is not None} == {"projection", BEST}
+    assert numbers.images.share(BEST) == percentiles(100 * (rows[BEST] - rows[NEITHER])[:, 1] / gap)
     (difference,) = [d for d in numbers.differences if (d.first, d.second, d.group) == (NEITHER, BEST, "unseen")]
     assert difference.image_interval == numbers.between(NEITHER, BEST, "unseen").image_interval
 
@@ -171,7 +171,7 @@ def test_a_share_of_a_gap_that_may_be_nothing_has_no_interval(one_seed: ReportIn
     }
     (numbers,) = with_image_intervals(context(replace(one_seed, results=swapped), tmp_path))
     assert numbers.images is not None
-    assert numbers.images.shares == {}
+    assert not any(numbers.images.share(row) for row in SHIFT)
     assert numbers.between(NEITHER, UPPER_BOUND, "unseen").image_interval == (0, 0)
     assert numbers.between(NEITHER, UPPER_BOUND, "unseen").resolved is False
 
@@ -181,13 +181,11 @@ def test_thresholds_are_the_recorded_ap(one_seed: ReportInput, tmp_path: Path) -
     for run in one_seed.runs():
         found = thresholds_of(page, run)
         assert found is not None
-        assert list(found) == ["bbox", "segm"]
-        for iou_type, recorded_type in (("bbox", run.metrics["bbox"]), ("segm", run.metrics["segm"])):
-            for name, numbers in recorded_type["classes"].items():
-                values = np.array(found[iou_type][name], dtype=float)
-                assert values.mean() == pytest.approx(numbers["AP"], abs=1e-3)
-                assert values[0] == pytest.approx(numbers["AP50"], abs=1e-3)
-                assert values[5] == pytest.approx(numbers["AP75"], abs=1e-3)
+        for name, numbers in run.metrics["segm"]["classes"].items():
+            values = np.array(found[name], dtype=float)
+            assert values.mean() == pytest.approx(numbers["AP"], abs=1e-3)
+            assert values[0] == pytest.approx(numbers["AP50"], abs=1e-3)
+            assert values[5] == pytest.approx(numbers["AP75"], abs=1e-3)
 
 
 def test_every_run_is_matched_once_and_not_again_without_its_folder(
@@ -199,13 +197,13 @@ def test_every_run_is_matched_once_and_not_again_without_its_folder(
         calls.append(arguments[-1])
         return match(*arguments)
 
-    monkeypatch.setattr(stored, "match", counted)
+    monkeypatch.setattr(page_context, "match", counted)
     page = context(one_seed, tmp_path)
     page.tables = [*page.tables, *page.tables]
     first, second = with_image_intervals(page)
     assert first.images == second.images
     curves = [thresholds_of(page, run) for run in one_seed.runs()]
-    assert sorted(calls) == ["bbox"] * 4 + ["segm"] * 4
+    assert calls == ["segm"] * 4
     page.measured.save()
     content = (tmp_path / "measured.json").read_bytes()
     assert str(tmp_path).encode() not in content
@@ -214,7 +212,7 @@ def test_every_run_is_matched_once_and_not_again_without_its_folder(
     assert [thresholds_of(later, run) for run in one_seed.runs()] == curves
     later.measured.save()
     assert (tmp_path / "measured.json").read_bytes() == content
-    assert len(calls) == 8
+    assert len(calls) == 4
 
 
 def test_other_detections_of_a_run_are_not_read(one_seed: ReportInput, tmp_path: Path) -> None:
@@ -258,7 +256,7 @@ def test_a_row_without_detections_leaves_the_others_theirs(one_seed: ReportInput
     folders = {run_id: path for run_id, path in one_seed.run_folders.items() if run_id != gone}
     (numbers,) = with_image_intervals(context(replace(one_seed, run_folders=folders), tmp_path))
     assert numbers.images is not None
-    assert (BEST, "all") not in numbers.images.cells
+    assert numbers.images.of(BEST, group="all") is None
     assert numbers.between(NEITHER, BEST, "all").resolved is None
     assert numbers.between(NEITHER, "projection", "all").image_interval is not None
     assert f"| {BEST.replace('_', '')} | — | — | — |" in unpadded(uncertainty_section(numbers)[-1])
@@ -274,9 +272,7 @@ def test_detections_that_are_not_those_of_the_run_are_not_measured(
     assert context(replace(one_seed, run_folders=folders), tmp_path).stored.matches(run) is None
 
 
-def test_other_annotations_are_not_measured_and_objects_without_masks_have_boxes(
-    one_seed: ReportInput, tmp_path: Path
-) -> None:
+def test_other_annotations_and_objects_without_masks_are_not_measured(one_seed: ReportInput, tmp_path: Path) -> None:
     run, truth = one_seed.results[TABLE.name, BEST, 0], coco_content()
     path = tmp_path / "val.json"
     path.write_text(json.dumps({**truth, "annotations": truth["annotations"][3:]}))
@@ -285,10 +281,9 @@ def test_other_annotations_are_not_measured_and_objects_without_masks_have_boxes
     path.write_text(json.dumps(truth))
     found = json.loads((one_seed.run_folders[run.run_id] / "detections.json").read_text())
     metrics = evaluate_detections(path, found, class_names=CLASSES, image_ids=range(IMAGES))
-    assert isinstance(metrics, Metrics)
+    assert metrics.segm is None
     page = context(replace(one_seed, val_annotations=path), tmp_path)
-    boxes = replace(run, metrics=metrics.to_dict())
-    assert list(thresholds_of(page, boxes) or ()) == ["bbox"]
+    assert thresholds_of(page, replace(run, metrics=metrics.to_dict())) is None
 
 
 @pytest.mark.parametrize(
@@ -315,16 +310,16 @@ def test_a_difference_is_resolved_only_if_every_interval_leaves_out_zero(
     assert found.reading == words
 
 
-def intervals_with(numbers: TableNumbers, changed: dict[tuple[str, str, str], tuple[float, float]]) -> ImageIntervals:
+def intervals_with(numbers: TableNumbers, changed: dict[tuple[str, ...], dict[str, Interval]]) -> ImageIntervals:
     assert numbers.images is not None
-    return replace(numbers.images, differences={**numbers.images.differences, **changed})
+    return replace(numbers.images, intervals={**numbers.images.intervals, **changed})
 
 
 def test_what_is_not_resolved_is_marked_wherever_it_is_named(three_seeds: ReportInput, tmp_path: Path) -> None:
     (numbers,) = with_image_intervals(context(three_seeds, tmp_path))
     around = (-1.0, 1.0)
     pairs = [(NEITHER, "projection"), (NEITHER, BEST), (BEST, UPPER_BOUND), (NEITHER, UPPER_BOUND)]
-    vague = numbers.with_images(intervals_with(numbers, {(*pair, "unseen"): around for pair in pairs}))
+    vague = numbers.with_images(intervals_with(numbers, {pair: {"unseen": around} for pair in pairs}))
     text = answer([vague])
     assert ", the step is not resolved over images, what is left to full-masks is not resolved over images" in text
     assert "the gap itself" in (gap_caution(vague) or "")
@@ -339,14 +334,14 @@ def test_what_is_not_resolved_is_marked_wherever_it_is_named(three_seeds: Report
 def test_one_seed_is_judged_over_images_and_the_page_says_so(one_seed: ReportInput, tmp_path: Path) -> None:
     (numbers,) = with_image_intervals(context(one_seed, tmp_path))
     assert numbers.images is not None
-    low, high = numbers.images.shares[BEST]
+    low, high = numbers.images.share(BEST) or (0, 0)
     assert f" % [{low:.0f}, {high:.0f}] (" in answer([numbers])
     assert answer([numbers]).endswith("over images; one seed: differences over seeds are not resolved).")
     section = difference_section(one_seed, numbers, pd.DataFrame())
     assert "95 % over seeds" not in section[2]
     assert "resolved over images only: higher" in section[2]
     cells = uncertainty_section(numbers)
-    low, high = numbers.images.cells[BEST, "seen"]
+    low, high = numbers.images.of(BEST, group="seen") or (0, 0)
     assert f"{numbers.mean(BEST, 'seen_AP'):.1f} \\[{low:.1f}, {high:.1f}\\] |" in cells[-1]
     assert f"{RESAMPLES} resamples of the {IMAGES} images" in cells[1]
 

@@ -149,6 +149,7 @@ def test_what_makes_a_run_another_run(project: Path) -> None:
         ('rows = ["neither", "boxes", "full"]', 'rows = ["nether"]', r"unknown row 'nether'\. Did you mean 'neither'"),
         ('split = "many"', 'split = "may"', r"unknown split 'may'\. Did you mean 'many'"),
         ('name = "full"', 'name = "boxes"', r"row 'boxes' is there twice"),
+        ('rows = ["neither", "boxes", "full"]', 'rows = ["boxes", "boxes"]', r"table 'table6': a row is there twice"),
         ('name = "full"', 'name = "pretrain"', r"'pretrain' is no name for a row"),
         ('name = "table7"', 'name = "table 7"', r"table 'table 7': a table's name is of letters, digits, '_' and '-'"),
         ('name = "table7"', 'name = "<b>"', r"table '<b>': a table's name is of letters"),

@@ -1,8 +1,12 @@
-"""The matching of one run's detections, done once by pycocotools, and from it AP for any weights of the images.
+"""The matching of one run's detections, done once by pycocotools, and from it AP of resampled images.
 
 Whether a detection is a true positive depends on its own image alone; images meet only where precision and recall are
 counted over detections in the order of their scores. So the matching is kept, and AP is counted anew for images that
-occur several times or not at all (`evaluation/bootstrap.py`).
+occur several times or not at all: the bootstrap over images (Efron, "Bootstrap methods: another look at the
+jackknife", 1979). All rows see the same resamples, so that differences of rows are differences on the same images.
+
+1 000 resamples of 5 000 images with 100 detections each, of 80 classes with 36 000 objects, take 9 s of one core for
+one run (`python -c "import tests.test_bootstrap as t; t.measure_coco_size()"`).
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from pycocotools.coco import COCO
 
 from semiseg.evaluation.coco_metrics import names_of_classes
@@ -23,9 +27,13 @@ from semiseg.evaluation.precision import Results, coco_evaluation
 IOU_THRESHOLDS = tuple(round(0.5 + 0.05 * step, 2) for step in range(10))
 _THRESHOLDS = np.linspace(0.5, 0.95, 10)  # to the bit as pycocotools has them
 _RECALLS = np.linspace(0.0, 1.0, 101)
+RESAMPLES = 1000
+PERCENTILES = (2.5, 97.5)  # the 95 % interval
 _BLOCK_ELEMENTS = 400_000  # of the largest array, resamples x detections: it stays in the cache
 
 Counts = NDArray[np.int64]
+Numbers = NDArray[np.float64]
+Interval = tuple[float, float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,14 +49,6 @@ class ClassMatches:
     image: Counts
     matched: NDArray[np.bool_]
     ignored: NDArray[np.bool_]
-
-    def __post_init__(self) -> None:
-        expected = (len(IOU_THRESHOLDS), len(self.image))
-        if self.image.ndim != 1 or self.matched.shape != expected or self.ignored.shape != expected:
-            shapes = (self.image.shape, self.matched.shape, self.ignored.shape)
-            raise ValueError(f"image (D,), matched and ignored {expected} are needed, not {shapes}")
-        if (self.ignored & ~self.matched).any():
-            raise ValueError("a detection is ignored without a match")
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,18 +66,9 @@ class Matches:
     positives: Counts
 
     def __post_init__(self) -> None:
-        if len(self.detections) != len(self.classes) or self.positives.shape[:1] != (len(self.classes),):
-            raise ValueError(
-                f"{len(self.classes)} classes, detections of {len(self.detections)}, positives {self.positives.shape}"
-            )
-        if self.positives.ndim != 2 or (self.positives < 0).any():
-            raise ValueError("positives are counts by class and image")
         for name, detections, objects in zip(self.classes, self.detections, self.positives, strict=True):
-            image = detections.image
-            if image.size and not 0 <= image.min() <= image.max() < self.images:
-                raise ValueError(f"class {name!r} has detections of images beyond 0..{self.images - 1}")
             for true in detections.matched & ~detections.ignored:
-                if (np.bincount(image[true], minlength=self.images) > objects).any():
+                if (np.bincount(detections.image[true], minlength=self.images) > objects).any():
                     raise ValueError(f"class {name!r} has more true positives than objects in an image")
 
     @property
@@ -134,33 +125,19 @@ def _class_matches(cells: Sequence[Mapping[str, Any]], columns: Mapping[Any, int
     return ClassMatches(image[order], matched[:, order], ignored[:, order])
 
 
-def average_precision(matches: Matches, weights: ArrayLike | None = None) -> NDArray[np.float64]:
-    """AP in percent by class and IoU threshold.
-
-    Args:
-        matches: of one run.
-        weights: (N,) or (B, N) whole numbers: how often each image occurs. None: once.
-
-    Returns:
-        (C, T), or (B, C, T); NaN where the class has no object in the images that occur. It is pycocotools' number for
-        a data set in which the images lie that often, with a repeated image's detections one after the other. In a
-        data set on disk that holds only if no two detections of a class have one score: among equal ones pycocotools
-        goes through image by image, so that the repetitions of two images would alternate.
-    """
-    counts = np.ones(matches.images, np.int64) if weights is None else np.asarray(weights)
-    if counts.shape[-1:] != (matches.images,) or counts.ndim > 2 or (counts < 0).any() or counts.dtype.kind not in "iu":
-        raise ValueError(f"weights are whole numbers, (N,) or (B, N) with N = {matches.images}, not {counts.shape}")
-    rows = np.atleast_2d(counts).astype(np.int64)
-    by_class = [
-        class_average_precision(detections, positives, rows)
-        for detections, positives in zip(matches.detections, matches.positives, strict=True)
-    ]
-    numbers = np.stack(by_class, axis=1)
-    return numbers if counts.ndim == 2 else numbers[0]
+def average_precision(matches: Matches) -> Numbers:
+    """(C, T): AP in percent by class and IoU threshold, as pycocotools counts it; NaN for a class without objects."""
+    once = np.ones((1, matches.images), np.int64)
+    by_class = zip(matches.detections, matches.positives, strict=True)
+    return np.concatenate([class_average_precision(detections, positives, once) for detections, positives in by_class])
 
 
-def class_average_precision(detections: ClassMatches, positives: Counts, weights: Counts) -> NDArray[np.float64]:
-    """AP of one class in percent.
+def class_average_precision(detections: ClassMatches, positives: Counts, weights: Counts) -> Numbers:
+    """AP of one class in percent, for images that occur several times or not at all.
+
+    It is pycocotools' number for a data set in which the images lie that often, with a repeated image's detections one
+    after the other. In a data set on disk that holds only if no two detections of a class have one score: among equal
+    ones pycocotools goes through image by image, so that the repetitions of two images would alternate.
 
     Args:
         detections: D of them.
@@ -184,7 +161,7 @@ def class_average_precision(detections: ClassMatches, positives: Counts, weights
 
 def _block_precision(
     image: Counts, true: Sequence[Counts], ignored: Sequence[Counts], weights: Counts, positives: Counts
-) -> NDArray[np.float64]:
+) -> Numbers:
     objects = weights @ positives
     reached = _recalls_reached(objects)
     so_far = np.cumsum(weights[:, image], axis=1)
@@ -217,3 +194,49 @@ def _recalls_reached(objects: Counts) -> Counts:
     size = int(whole.max()) + 1
     places = needed + size * np.arange(len(objects))[:, None]
     return np.bincount(places.ravel(), minlength=size * len(objects)).reshape(len(objects), size).cumsum(axis=1)
+
+
+def resampled_images(images: int, *, resamples: int = RESAMPLES, seed: int = 0) -> NDArray[np.int64]:
+    """(resamples, images): how often each image occurs in each resample; the same for the same arguments."""
+    random = np.random.default_rng(seed)
+    drawn = (random.integers(images, size=images) for _ in range(resamples))
+    counts = [np.bincount(chosen, minlength=images) for chosen in drawn]
+    return np.array(counts, np.int64).reshape(resamples, images)
+
+
+def class_bootstrap(matches: Matches, *, resamples: int = RESAMPLES, seed: int = 0) -> Numbers:
+    """(resamples, C): mean AP of every class over IoU thresholds, percent; NaN where a resample has no object."""
+    weights = resampled_images(matches.images, resamples=resamples, seed=seed)
+    numbers = np.empty((resamples, len(matches.classes)))
+    for column, (detections, positives) in enumerate(zip(matches.detections, matches.positives, strict=True)):
+        numbers[:, column] = class_average_precision(detections, positives, weights).mean(axis=1)
+    return numbers
+
+
+def means_of_groups(by_class: Numbers, classes: Sequence[str], groups: Sequence[Collection[str]]) -> Numbers:
+    """Means over groups of classes, of the classes with objects in the resample.
+
+    Args:
+        by_class: (resamples, C) from `class_bootstrap`.
+        classes: the C names. groups: names among them.
+
+    Returns:
+        (resamples, groups); NaN where no class of the group has an object.
+    """
+    unknown = sorted({name for group in groups for name in group} - set(classes))
+    if unknown:
+        raise ValueError(f"class {unknown[0]!r} was not matched; matched: {', '.join(classes)}")
+    member = np.array([[name in group for name in classes] for group in groups], bool).reshape(len(groups), -1)
+    counts = (~np.isnan(by_class)).astype(float) @ member.T
+    totals = np.nan_to_num(by_class) @ member.T
+    means: Numbers = np.divide(totals, counts, out=np.full_like(totals, np.nan), where=counts > 0)
+    return means
+
+
+def percentile_interval(samples: Numbers) -> Interval | None:
+    """The 95 % percentile interval of one number over resamples; None if no resample has it."""
+    finite = samples[np.isfinite(samples)]
+    if not finite.size:
+        return None
+    low, high = np.percentile(finite, PERCENTILES)
+    return float(low), float(high)

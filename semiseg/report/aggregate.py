@@ -1,22 +1,24 @@
 """From recorded runs to the numbers of a report: means and deviations over seeds, gaps closed, paired differences.
 
 Everything is in percent AP. A *cell* is (table, row, seed); a run may fill cells of several tables (the box-supervised
-and the full-masks runs do not depend on the split). Nothing here knows how a study plans its runs.
+and the full-masks runs do not depend on the split). Nothing here knows how a study plans its runs. Whether a difference
+is resolved is said over seeds by Student's t, over images by the bootstrap (`uncertainty.py`).
 """
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
 import pandas as pd
+from scipy.special import stdtrit  # scipy.stats.t.ppf, without the second that scipy.stats takes to load
 
 from semiseg.errors import UserError
-from semiseg.evaluation.coco_metrics import Metrics
-from semiseg.report.differences import Difference, ImageIntervals, difference
+from semiseg.evaluation.coco_metrics import METRIC_NAMES, Metrics
+from semiseg.evaluation.matching import Interval
 from semiseg.results import Result
 
 NEITHER, BEST, UPPER_BOUND = "neither", "projection+pairwise", "full-masks"
@@ -24,15 +26,10 @@ NEITHER, BEST, UPPER_BOUND = "neither", "projection+pairwise", "full-masks"
 GROUPS = ("all", "unseen", "seen")
 TABLE_METRICS = ("AP", "AP50", "AP75")
 METRIC_COLUMNS = tuple(f"{group}_{metric}" for group in GROUPS for metric in TABLE_METRICS)
-SIZE_COLUMNS = ("all_APs", "all_APm", "all_APl")  # by the size of the objects; not in the CSV
-CSV_COLUMNS = (
-    "row",
-    "projection",
-    "pairwise",
-    "seeds",
-    *METRIC_COLUMNS,
-    *(f"{column}_std" for column in METRIC_COLUMNS),
-)
+TEXT_COLUMNS = ("row", "projection", "pairwise")
+CSV_COLUMNS = (*TEXT_COLUMNS, "seeds", *METRIC_COLUMNS, *(f"{column}_std" for column in METRIC_COLUMNS))
+_MEASURED = [f"{group}_{metric}" for group in GROUPS for metric in METRIC_NAMES]
+_RESOLVES_NOTHING = {1: "one seed cannot resolve small differences", 2: "two seeds have no interval"}
 
 
 @dataclass(frozen=True)
@@ -86,6 +83,12 @@ class ReportTable:
         """The class group that the table is about: "unseen", "all" where no class is."""
         return "unseen" if self.unseen else "all"
 
+    @property
+    def groups(self) -> dict[str, tuple[str, ...]]:
+        """Class group -> its classes, without groups that have none."""
+        groups = {"all": self.seen + self.unseen, "unseen": self.unseen, "seen": self.seen}
+        return {name: classes for name, classes in groups.items() if classes}
+
 
 @dataclass(frozen=True)
 class ReportInput:
@@ -129,16 +132,6 @@ class ReportInput:
     val_images: Path | None = None
     picture_seed: int = 0
 
-    def __post_init__(self) -> None:
-        names = [table.name for table in self.tables]
-        for name in names:
-            if not re.fullmatch(r"[\w-]+", name, re.ASCII) or names.count(name) > 1:
-                raise UserError(f"{self.study}: table name {name!r} must be unique, of letters, digits, '_' and '-'")
-        for table in self.tables:
-            rows = [row.name for row in table.rows]
-            if len(set(rows)) != len(rows):
-                raise UserError(f"{self.study}: table {table.name!r} has two rows of one name")
-
     def cells(self, table: ReportTable) -> list[tuple[str, int, Result]]:
         """(row name, seed, run) of every recorded cell of a table, in the order of rows and seeds."""
         keys = [(table.name, row.name, seed) for row in table.rows for seed in self.seeds]
@@ -156,7 +149,8 @@ class ReportInput:
         return list({run.run_id: run for table in self.tables for *_, run in self.cells(table)}.values())
 
 
-def _metrics(result: Result) -> Metrics:
+def recorded_metrics(result: Result) -> Metrics:
+    """The numbers of a run; a `UserError` that names it if they cannot be read."""
     try:
         return Metrics.from_dict(result.metrics)
     except UserError as error:
@@ -164,18 +158,15 @@ def _metrics(result: Result) -> Metrics:
 
 
 def measurements(report: ReportInput, table: ReportTable, *, iou_type: str = "segm") -> pd.DataFrame:
-    """One line per measured cell of a table: row, seed, METRIC_COLUMNS and SIZE_COLUMNS (NaN = not measured)."""
-    groups = {"all": table.seen + table.unseen, "unseen": table.unseen, "seen": table.seen}
+    """One line per measured cell of a table: row, seed, and `METRIC_NAMES` of each of GROUPS (NaN = not measured)."""
     lines = []
     for row, seed, result in report.cells(table):
         line: dict[str, object] = {"row": row, "seed": seed}
-        for group, classes in groups.items():
-            numbers = _metrics(result).group(iou_type, classes)
+        for group, classes in table.groups.items():
+            numbers = recorded_metrics(result).group(iou_type, classes)
             line |= {f"{group}_{metric}": value for metric, value in numbers.items()}
         lines.append(line)
-    columns = [*METRIC_COLUMNS, *SIZE_COLUMNS]
-    frame = pd.DataFrame(lines, columns=["row", "seed", *columns])
-    return frame.astype(dict.fromkeys(columns, float))
+    return pd.DataFrame(lines, columns=["row", "seed", *_MEASURED]).astype(dict.fromkeys(_MEASURED, float))
 
 
 def class_measurements(report: ReportInput, table: ReportTable) -> pd.DataFrame:
@@ -183,25 +174,26 @@ def class_measurements(report: ReportInput, table: ReportTable) -> pd.DataFrame:
     classes = [*table.unseen, *table.seen]
     lines = []
     for row, _, result in report.cells(table):
-        segm = _metrics(result).segm
+        segm = recorded_metrics(result).segm
         measured = {name: numbers["AP"] for name, numbers in segm.classes.items() if numbers} if segm else {}
         lines.append({"row": row, **measured})
     frame = pd.DataFrame(lines, columns=["row", *classes]).astype(dict.fromkeys(classes, float))
     return frame.groupby("row")[classes].mean().reindex([row.name for row in table.rows]).T
 
 
-def summarise(measured: pd.DataFrame, table: ReportTable) -> pd.DataFrame:
-    """One line per row of the table, in its order: CSV_COLUMNS, then SIZE_COLUMNS with theirs.
-
-    `_std` is the sample standard deviation over seeds (n - 1), NaN for one seed.
-    """
-    columns = [*METRIC_COLUMNS, *SIZE_COLUMNS]
+def over_seeds(measured: pd.DataFrame, table: ReportTable) -> pd.DataFrame:
+    """Mean of every column but `row`, and as `_std` its sample deviation (n - 1), by row of the table; NaN = none."""
     grouped = measured.groupby("row")
-    rows = pd.DataFrame([(row.name, row.projection, row.pairwise) for row in table.rows], columns=CSV_COLUMNS[:3])
-    counts = grouped["seed"].nunique().reindex(rows["row"], fill_value=0).rename("seeds")
-    means, deviations = grouped[columns].mean(), grouped[columns].std(ddof=1).add_suffix("_std")
-    joined = rows.set_index("row").join([counts, means, deviations]).reset_index()
-    return joined[[*CSV_COLUMNS, *SIZE_COLUMNS, *(f"{column}_std" for column in SIZE_COLUMNS)]]
+    joined = grouped.mean().join(grouped.std(ddof=1).add_suffix("_std"))
+    return joined.reindex([row.name for row in table.rows])
+
+
+def summarise(measured: pd.DataFrame, table: ReportTable) -> pd.DataFrame:
+    """One line per row of the table, in its order: TEXT_COLUMNS, seeds, and `measurements` over them (`over_seeds`)."""
+    rows = pd.DataFrame([(row.name, row.projection, row.pairwise) for row in table.rows], columns=TEXT_COLUMNS)
+    counts = measured.groupby("row")["seed"].nunique().reindex(rows["row"], fill_value=0).rename("seeds")
+    numbers = over_seeds(measured.drop(columns="seed"), table)
+    return rows.set_index("row").join([counts, numbers]).reset_index()
 
 
 def compared_pairs(table: ReportTable) -> list[tuple[str, str]]:
@@ -253,6 +245,109 @@ def gap_closed(measured: pd.DataFrame, row: str) -> GapClosed | None:
     per_seed = (100 * (common[row] - common[NEITHER]) / gaps)[gaps > 0]
     mean = common.mean()
     return GapClosed(row, mean[NEITHER], mean[row], mean[UPPER_BOUND], tuple(per_seed))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """`second` minus `first` in one metric, seed by seed.
+
+    Attributes:
+        values: one difference per seed measured for both rows.
+        image_interval: 95 % interval of the mean over resampled validation images, for the networks as they are; None
+            where it was not measured.
+    """
+
+    first: str
+    second: str
+    group: str
+    values: tuple[float, ...]
+    image_interval: Interval | None = None
+
+    @property
+    def mean(self) -> float | None:
+        return math.fsum(self.values) / len(self.values) if self.values else None
+
+    @property
+    def std(self) -> float | None:
+        """Sample standard deviation over seeds (n - 1); None for fewer than two."""
+        return float(pd.Series(self.values).std(ddof=1)) if len(self.values) > 1 else None
+
+    @property
+    def interval(self) -> Interval | None:
+        """95 % interval of the mean over seeds by Student's t; None for fewer than three seeds."""
+        mean, std, count = self.mean, self.std, len(self.values)
+        if mean is None or std is None or count < 3:
+            return None
+        half = float(stdtrit(count - 1, 0.975)) * std / math.sqrt(count)
+        return mean - half, mean + half
+
+    @property
+    def unresolved_over(self) -> tuple[str, ...]:
+        """What the intervals that contain 0 are over: "seeds", "images", both or nothing."""
+        intervals = {"seeds": self.interval, "images": self.image_interval}
+        return tuple(name for name, ends in intervals.items() if ends is not None and ends[0] <= 0 <= ends[1])
+
+    @property
+    def resolved(self) -> bool | None:
+        """Whether every interval that there is leaves out 0; None when there is none.
+
+        With fewer than three seeds the interval over images stands alone, and what it resolves it resolves for these
+        networks only.
+        """
+        if self.interval is None and self.image_interval is None:
+            return None
+        return not self.unresolved_over
+
+    @property
+    def reading(self) -> str:
+        """What one may conclude from it."""
+        count = len(self.values)
+        if count == 0:
+            return "not measured"
+        if self.resolved is None:
+            return f"{_RESOLVES_NOTHING[count]}: no claim"
+        if not self.resolved:
+            return f"not resolved over {' and '.join(self.unresolved_over)}"
+        direction = "higher" if (self.mean or 0) > 0 else "lower"
+        if self.interval is None:
+            return f"resolved over images only: {direction}"
+        return f"resolved: {direction}"
+
+
+def difference(measured: pd.DataFrame, first: str, second: str, *, group: str) -> Difference:
+    """Paired over the seeds that both rows have; `measured` is from `aggregate.measurements`."""
+    values = measured.pivot(index="seed", columns="row", values=f"{group}_AP")
+    if first not in values or second not in values:
+        return Difference(first, second, group, ())
+    return Difference(first, second, group, tuple((values[second] - values[first]).dropna()))
+
+
+@dataclass(frozen=True)
+class ImageIntervals:
+    """95 % intervals over resampled validation images, of one table.
+
+    Attributes:
+        images, resamples: how many.
+        intervals: rows -> class group -> interval. Of (row,): the mean AP over seeds; of (first, second): the mean of
+            second minus first over the seeds that both have; of (row, neither, full-masks): the percentage of the gap
+            on unseen classes that the row closes, where the gap itself is resolved over images.
+    """
+
+    images: int
+    resamples: int
+    intervals: Mapping[tuple[str, ...], Mapping[str, Interval]]
+
+    def of(self, *rows: str, group: str) -> Interval | None:
+        """The interval of these rows; None where it was not measured."""
+        return self.intervals.get(rows, {}).get(group)
+
+    def share(self, row: str) -> Interval | None:
+        """That of the percentage of the gap that a row closes."""
+        return self.of(row, NEITHER, UPPER_BOUND, group="unseen")
+
+    def beside(self, item: Difference) -> Difference:
+        """The same difference with its interval over images, if there is one."""
+        return replace(item, image_interval=self.of(item.first, item.second, group=item.group))
 
 
 @dataclass(frozen=True)

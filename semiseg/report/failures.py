@@ -83,7 +83,7 @@ def failure_section(page: PageContext, numbers: TableNumbers) -> list[str]:
 
 def _kept_counts(page: PageContext, run: Result) -> dict[str, list[int]] | None:
     def measure() -> dict[str, list[int]] | None:
-        truth, matches = page.stored.truth(), page.stored.instances(run)
+        truth, matches = page.stored.truth, page.stored.instances(run)
         return None if truth is None or matches is None else failure_counts(truth, matches)
 
     return page.measured.get("failures", f"{run.trained_as}/{_VERSION}", measure)

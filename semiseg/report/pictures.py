@@ -21,10 +21,9 @@ from pycocotools.coco import COCO
 from semiseg.errors import UserError
 from semiseg.overlays import COLOURS, Drawn, draw_detections, fitted, load_font, written_name
 from semiseg.report.aggregate import ReportInput, ReportTable, TableNumbers
-from semiseg.report.context import PageContext
+from semiseg.report.context import PageContext, StoredDetections
 from semiseg.report.failures import CAUSES, causes_of_failure, class_name
 from semiseg.report.figures import png
-from semiseg.report.stored import StoredDetections
 from semiseg.report.tables import signed
 from semiseg.results import Result
 
@@ -78,7 +77,7 @@ def draw_pictures(report: ReportInput, numbers: TableNumbers, stored: StoredDete
         seed, runs = runs_of_one_seed(report, table)
         main = numbers.main_row(runs)
         other = other_row(table, main, runs)
-        truth = _required(stored.truth(), "the validation set with its masks is")
+        truth = _required(stored.truth, "the validation set with its masks is")
         if not pick_images(truth, seed=report.picture_seed):
             raise UserError("the validation set has no objects")
         # A picture without a row would replace a better one of an earlier report: all of them are needed.

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import pandas as pd
 
-from semiseg.evaluation.coco_metrics import Metrics
-from semiseg.evaluation.matching import IOU_THRESHOLDS
+from semiseg.evaluation.matching import IOU_THRESHOLDS, Interval
 from semiseg.report.aggregate import (
     BEST,
     NEITHER,
@@ -18,6 +16,8 @@ from semiseg.report.aggregate import (
     ReportRow,
     ReportTable,
     TableNumbers,
+    over_seeds,
+    recorded_metrics,
 )
 from semiseg.report.context import PageContext
 from semiseg.report.figures import (
@@ -38,6 +38,7 @@ from semiseg.report.tables import (
     layout,
     markdown_table,
     number,
+    number_cells,
     signed,
     whole_percent,
 )
@@ -56,7 +57,7 @@ def answer(tables: Sequence[TableNumbers]) -> str:
     if asked:
         text = f"of the gap between neither and full-masks on unseen classes projection + pairwise closes {text}"
     notes = []
-    if any(numbers.images is not None and numbers.images.shares for numbers in asked):
+    if any(_share_interval(numbers, BEST) for numbers in asked):
         notes.append("in brackets: 95 % interval over images")
     if max((int(numbers.summary["seeds"].max()) for numbers in asked or tables), default=0) == 1:
         notes.append("one seed: differences over seeds are not resolved")
@@ -92,9 +93,12 @@ def _gap_clause(numbers: TableNumbers) -> str:
 
 def _share_closed(gap: GapClosed, numbers: TableNumbers) -> str:
     """The percentage of the gap that a row closes, in brackets its interval over images: "63 % [58, 68]"."""
-    text = whole_percent(gap.percent or 0.0)
-    ends = None if numbers.images is None else numbers.images.shares.get(gap.row)
+    text, ends = whole_percent(gap.percent or 0.0), _share_interval(numbers, gap.row)
     return text if ends is None else f"{text} [{ends[0]:.0f}, {ends[1]:.0f}]".replace("-", MINUS)
+
+
+def _share_interval(numbers: TableNumbers, row: str) -> Interval | None:
+    return None if numbers.images is None else numbers.images.share(row)
 
 
 def gap_caution(numbers: TableNumbers) -> str | None:
@@ -163,20 +167,21 @@ def _gap_section(numbers: TableNumbers) -> list[str]:
     text = "The gap is full-masks minus neither on unseen classes, over the seeds that both and the row have."
     if caution := gap_caution(numbers):
         text += f" **Note:** {caution}; shares of it say little."
-    shares = numbers.images.shares if numbers.images is not None else {}
+    shares = {gap.row: _share_interval(numbers, gap.row) for gap in numbers.gaps}
+    measured = any(shares.values())
     lines = []
     for gap in numbers.gaps:
         share = "no gap" if gap.percent is None else whole_percent(gap.percent)
         if gap.percent is not None and len(gap.per_seed) > 1:
             share += f" ± {pd.Series(gap.per_seed).std(ddof=1):.0f}"
         gain = number(gap.reached - gap.start, sign=True)
-        interval = [_range(shares.get(gap.row), sign=False, digits=0)] if shares else []
+        interval = [_range(shares[gap.row], sign=False, digits=0)] if measured else []
         lines.append([labels[gap.row], number(gap.start), number(gap.reached), gain, share, *interval])
-    headings = ("row", "neither AP", "row AP", "gain", "gap closed", *(["95 % over images"] if shares else []))
+    headings = ("row", "neither AP", "row AP", "gain", "gap closed", *(["95 % over images"] if measured else []))
     return [heading, text, markdown_table(headings, lines)]
 
 
-def _range(interval: tuple[float, float] | None, *, sign: bool = True, digits: int = 1) -> str:
+def _range(interval: Interval | None, *, sign: bool = True, digits: int = 1) -> str:
     if interval is None:
         return "—"
     return " … ".join(signed(end, digits) if sign else f"{end:.{digits}f}".replace("-", MINUS) for end in interval)
@@ -190,7 +195,7 @@ def uncertainty_section(numbers: TableNumbers) -> list[str]:
     groups = _groups(numbers)
     lines = []
     for row in numbers.table.rows:
-        intervals = {group: images.cells.get((row.name, group)) for group in groups}
+        intervals = {group: images.of(row.name, group=group) for group in groups}
         means = [
             f"{number(numbers.mean(row.name, f'{group}_AP'))} [{ends[0]:.1f}, {ends[1]:.1f}]" if ends else "—"
             for group, ends in intervals.items()
@@ -248,10 +253,7 @@ def difference_section(report: ReportInput, numbers: TableNumbers, printed: pd.D
 
 def _box_section(numbers: TableNumbers) -> list[str]:
     groups = _groups(numbers)
-    lines = [
-        [row.label, *(number(line[f"{group}_AP"], line[f"{group}_AP_std"]) for group in groups)]
-        for row, (_, line) in zip(numbers.table.rows, numbers.box_summary.iterrows(), strict=True)
-    ]
+    lines = number_cells(numbers.table, numbers.box_summary, [f"{group}_AP" for group in groups])
     text = [] if numbers.table.alike else ["Rows differ in network, data or schedule: so may their boxes."]
     headings = ("row", *(heading.replace("AP", "box AP") for heading in groups.values()))
     return ["### Box AP", *text, markdown_table(headings, lines)]
@@ -277,43 +279,24 @@ def class_section(_: PageContext, numbers: TableNumbers) -> list[str]:
 
 def threshold_section(page: PageContext, numbers: TableNumbers) -> list[str]:
     """Mask AP at some of the IoU thresholds that a match takes."""
-    table = numbers.table
-    cells = [(row, thresholds_of(page, result)) for row, _, result in page.report.cells(table)]
-    measured = [(row, values["segm"]) for row, values in cells if values is not None and "segm" in values]
-    if not measured:
+    table, lines = numbers.table, []
+    for row, _, result in page.report.cells(table):
+        if (by_class := thresholds_of(page, result)) is not None:
+            line: dict[str, object] = {"row": row}
+            for group in _unseen_and_all(table):
+                means = _threshold_means(by_class, table.groups[group])
+                line |= {f"{group}: IoU {threshold:.1f}": means[threshold] for threshold in _PRINTED_THRESHOLDS}
+            lines.append(line)
+    if not lines:
         return []
-    frames = {
-        group: pd.DataFrame([{"row": row, **_threshold_means(by_class, classes)} for row, by_class in measured])
-        for group, classes in _classes_of(table).items()
-    }
-    columns = {threshold: f"IoU {threshold:.1f}" for threshold in _PRINTED_THRESHOLDS}
+    headings = list(lines[0])
+    cells = number_cells(table, over_seeds(pd.DataFrame(lines), table), headings[1:])
     text = "Mask AP in percent by the IoU that a match takes."
-    return ["### AP against IoU threshold", text, _over_seeds(table, frames, columns)]
+    return ["### AP against IoU threshold", text, markdown_table(headings, cells)]
 
 
-def size_section(page: PageContext, numbers: TableNumbers) -> list[str]:
-    """Mask AP by object size, for the sizes that the validation objects have."""
-    table = numbers.table
-    cells = [(row, Metrics.from_dict(result.metrics)) for row, _, result in page.report.cells(table)]
-    frames = {
-        group: pd.DataFrame(
-            [{"row": row, **metrics.group("segm", classes)} for row, metrics in cells], columns=["row", *_SIZES]
-        )
-        for group, classes in _classes_of(table).items()
-    }
-    sizes = {
-        size: words for size, words in _SIZES.items() if any(frame[size].notna().any() for frame in frames.values())
-    }
-    if not sizes:
-        return []
-    text = "Mask AP in percent by mask area: small below 32² pixels of the original image, medium below 96², large."
-    return ["### AP by object size", text, _over_seeds(table, frames, sizes)]
-
-
-def _classes_of(table: ReportTable) -> dict[str, tuple[str, ...]]:
-    """Group -> classes: unseen ones first, if there are any, then all."""
-    unseen = {"unseen": table.unseen} if table.unseen else {}
-    return {**unseen, "all": table.seen + table.unseen}
+def _unseen_and_all(table: ReportTable) -> tuple[str, ...]:
+    return ("unseen", "all") if table.unseen else ("all",)
 
 
 def _threshold_means(by_class: Mapping[str, Sequence[float | None]], classes: Sequence[str]) -> dict[float, float]:
@@ -323,14 +306,22 @@ def _threshold_means(by_class: Mapping[str, Sequence[float | None]], classes: Se
     return dict(zip(IOU_THRESHOLDS, means.tolist(), strict=True))
 
 
-def _over_seeds(table: ReportTable, frames: Mapping[str, pd.DataFrame], columns: Mapping[Any, str]) -> str:
-    """A table of means and deviations over seeds: a line per row, and per group the columns."""
-    lines = [[row.label] for row in table.rows]
-    for frame in frames.values():
-        for row, line in zip(table.rows, lines, strict=True):
-            values = frame.loc[frame["row"] == row.name, list(columns)].astype(float)
-            line += map(number, values.mean(), values.std(ddof=1))
-    return markdown_table(["row", *(f"{group}: {name}" for group in frames for name in columns.values())], lines)
+def size_section(_: PageContext, numbers: TableNumbers) -> list[str]:
+    """Mask AP by object size, for the sizes that the validation objects have."""
+    table, summary = numbers.table, numbers.summary
+    measured = {
+        size: words
+        for size, words in _SIZES.items()
+        if summary[[f"{g}_{size}" for g in table.groups]].notna().any(axis=None)
+    }
+    if not measured:
+        return []
+    columns = {
+        f"{group}_{size}": f"{group}: {words}" for group in _unseen_and_all(table) for size, words in measured.items()
+    }
+    text = "Mask AP in percent by mask area: small below 32² pixels of the original image, medium below 96², large."
+    cells = number_cells(table, summary, list(columns))
+    return ["### AP by object size", text, markdown_table(("row", *columns.values()), cells)]
 
 
 def training_section(page: PageContext, numbers: TableNumbers) -> list[str]:
@@ -339,7 +330,7 @@ def training_section(page: PageContext, numbers: TableNumbers) -> list[str]:
     curves: dict[str, list[TrainingCurves]] = {row.name: [] for row in table.rows}
     complete = True  # a figure that lacks runs would replace a better one of an earlier report
     for row, _, run in report.cells(table):
-        masks = Metrics.from_dict(run.metrics).group("segm", table.seen + table.unseen)["AP"]
+        masks = recorded_metrics(run).group("segm", table.seen + table.unseen)["AP"]
         folder = report.run_folders.get(run.run_id)
         curve = None if folder is None else read_curves(folder / "log.jsonl", final=(run.steps, masks))
         if curve is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import re
 from collections.abc import Collection, Iterable, Sequence
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from semiseg.report.aggregate import CSV_COLUMNS, METRIC_COLUMNS, SIZE_COLUMNS, TABLE_METRICS, ReportTable
+from semiseg.report.aggregate import CSV_COLUMNS, METRIC_COLUMNS, TABLE_METRICS, ReportTable
 
 MINUS = "\N{MINUS SIGN}"
 _LATEX = {
@@ -65,28 +64,31 @@ def layout(table: ReportTable, summary: pd.DataFrame) -> Layout:
     """With unseen classes the three class groups; without, all classes and sizes, and no column that says nothing."""
     if table.unseen:
         return Layout(True, METRIC_COLUMNS, grouped=True)
-    sizes = tuple(column for column in SIZE_COLUMNS if summary[column].notna().any())
+    sizes = [column for column in ("all_APs", "all_APm", "all_APl") if summary[column].notna().any()]
     terms = len({(row.projection, row.pairwise) for row in table.rows}) > 1
     return Layout(terms, (*(f"all_{name}" for name in TABLE_METRICS), *sizes), grouped=False)
 
 
 def csv_table(summary: pd.DataFrame) -> str:
     """The CSV of a table: CSV_COLUMNS, percent with two decimals, empty = not measured."""
-    buffer = io.StringIO()
-    summary[list(CSV_COLUMNS)].to_csv(buffer, index=False, float_format="%.2f", na_rep="", lineterminator="\n")
-    return buffer.getvalue()
+    text: str = summary[list(CSV_COLUMNS)].to_csv(index=False, float_format="%.2f", na_rep="", lineterminator="\n")
+    return text
+
+
+def number_cells(table: ReportTable, summary: pd.DataFrame, columns: Sequence[str]) -> list[list[str]]:
+    """One list of texts per row: its label and "mean ± std" of these columns."""
+    return [
+        [row.label, *(number(line[column], line[f"{column}_std"]) for column in columns)]
+        for row, (_, line) in zip(table.rows, summary.iterrows(), strict=True)
+    ]
 
 
 def table_cells(summary: pd.DataFrame, table: ReportTable, shown: Layout) -> list[list[str]]:
     """One list of texts per row, under the layout's headings: label, terms, seeds and "mean ± std"."""
+    cells = number_cells(table, summary, shown.columns)
     return [
-        [
-            row.label,
-            *((row.projection or "—", row.pairwise or "—") if shown.terms else ()),
-            str(line["seeds"]),
-            *(number(line[column], line[f"{column}_std"]) for column in shown.columns),
-        ]
-        for row, (_, line) in zip(table.rows, summary.iterrows(), strict=True)
+        [label, *((row.projection or "—", row.pairwise or "—") if shown.terms else ()), str(seeds), *numbers]
+        for row, seeds, (label, *numbers) in zip(table.rows, summary["seeds"], cells, strict=True)
     ]
 
 

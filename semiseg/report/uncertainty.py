@@ -14,36 +14,38 @@ from itertools import combinations
 
 import numpy as np
 
-from semiseg.evaluation.bootstrap import RESAMPLES, Numbers, class_bootstrap, means_of_groups, percentile_interval
-from semiseg.evaluation.matching import average_precision
-from semiseg.report.aggregate import NEITHER, UPPER_BOUND, ReportTable, TableNumbers
+from semiseg.evaluation.matching import (
+    RESAMPLES,
+    Interval,
+    Numbers,
+    average_precision,
+    class_bootstrap,
+    means_of_groups,
+    percentile_interval,
+)
+from semiseg.report.aggregate import NEITHER, UPPER_BOUND, ImageIntervals, ReportTable, TableNumbers
 from semiseg.report.context import PageContext
-from semiseg.report.differences import ImageIntervals
 from semiseg.results import Result
 
 _VERSION = 1  # of the intervals that are kept; another one measures anew
 
 
-def thresholds_of(page: PageContext, result: Result) -> dict[str, dict[str, list[float | None]]] | None:
-    """AP of a run in percent, "bbox" and "segm" -> class -> at IoU 0.5, 0.55, ... 0.95 (`matching.IOU_THRESHOLDS`).
+def thresholds_of(page: PageContext, result: Result) -> dict[str, list[float | None]] | None:
+    """Mask AP of a run in percent, class -> at IoU 0.5, 0.55, ... 0.95 (`matching.IOU_THRESHOLDS`).
 
-    An AP is None for a class without objects, the whole where it cannot be measured; "segm" is missing where objects
-    have no masks.
+    An AP is None for a class without objects, the whole where it cannot be measured.
     """
 
     def measure() -> dict[str, dict[str, list[float | None]]] | None:
-        by_type = page.stored.matches(result)
-        if by_type is None:
+        matches = page.stored.matches(result)
+        if matches is None:
             return None
+        lines = zip(matches.classes, average_precision(matches).tolist(), strict=True)
         return {
-            iou_type: {
-                name: [None if math.isnan(value) else round(value, 3) for value in line]
-                for name, line in zip(matches.classes, average_precision(matches).tolist(), strict=True)
-            }
-            for iou_type, matches in by_type.items()
+            "segm": {name: [None if math.isnan(value) else round(value, 3) for value in line] for name, line in lines}
         }
 
-    return page.measured.get("thresholds", result.trained_as, measure)
+    return (page.measured.get("thresholds", result.trained_as, measure) or {}).get("segm")
 
 
 def with_image_intervals(page: PageContext) -> list[TableNumbers]:
@@ -57,38 +59,27 @@ class _Resamples:
 
     def __init__(self, page: PageContext, table: ReportTable, resampled: dict[str, Numbers]) -> None:
         """`resampled`: `Result.trained_as` -> (resamples, C) AP of every class; shared between tables."""
-        self._page, self._resampled = page, resampled
-        groups = {"all": table.seen + table.unseen, "unseen": table.unseen, "seen": table.seen}
-        self._groups = {name: classes for name, classes in groups.items() if classes}
-        results = page.report.results
-        self._runs = {
-            row.name: {seed: run for seed in page.report.seeds if (run := results.get((table.name, row.name, seed)))}
-            for row in table.rows
-        }
+        self._page, self._groups, self._resampled = page, table.groups, resampled
+        self._runs: dict[str, dict[int, Result]] = {row.name: {} for row in table.rows}
+        for row, seed, run in page.report.cells(table):
+            self._runs[row][seed] = run
         digest = hashlib.sha256(json.dumps(self._groups).encode()).hexdigest()[:12]
         self._settings = f"v{_VERSION}, {RESAMPLES} resamples, classes {digest}"
 
     def added_to(self, numbers: TableNumbers) -> TableNumbers:
-        cells = {(row, group): interval for row in self._runs for group, interval in self._kept((row,)).items()}
-        differences = {
-            (first, second, group): interval
-            for first, second in combinations(self._runs, 2)
-            for group, interval in self._kept((second, first)).items()
-        }
-        differences |= {
-            (second, first, group): (-high, -low) for (first, second, group), (low, high) in differences.items()
-        }
-        shares = {}
+        intervals: dict[tuple[str, ...], Mapping[str, Interval]] = {(row,): self._kept((row,)) for row in self._runs}
+        if not any(intervals.values()):
+            return numbers
+        for first, second in combinations(self._runs, 2):
+            intervals[first, second] = self._kept((second, first))
+            intervals[second, first] = {group: (-high, -low) for group, (low, high) in intervals[first, second].items()}
         if "unseen" in self._groups and {NEITHER, UPPER_BOUND} <= set(self._runs):
             for row in self._runs.keys() - {NEITHER, UPPER_BOUND}:
-                if (interval := self._kept((row, NEITHER, UPPER_BOUND)).get("unseen")) is not None:
-                    shares[row] = interval
-        if not cells:
-            return numbers
+                intervals[row, NEITHER, UPPER_BOUND] = self._kept((row, NEITHER, UPPER_BOUND))
         images = next(run.metrics["images"] for runs in self._runs.values() for run in runs.values())
-        return numbers.with_images(ImageIntervals(images, RESAMPLES, cells, differences, shares))
+        return numbers.with_images(ImageIntervals(images, RESAMPLES, intervals))
 
-    def _kept(self, rows: Sequence[str]) -> dict[str, tuple[float, float]]:
+    def _kept(self, rows: Sequence[str]) -> Mapping[str, Interval]:
         """Group -> interval of a row, of the difference of two, or of the share of the gap; empty if not measurable."""
         seeds = sorted(set.intersection(*(set(self._runs[row]) for row in rows)))
         if not seeds:
@@ -116,7 +107,7 @@ class _Resamples:
 
     def _samples(self, result: Result) -> Numbers | None:
         """(resamples, groups) of one run."""
-        matches = (self._page.stored.matches(result) or {}).get("segm")
+        matches = self._page.stored.matches(result)
         if matches is None or not set(self._groups["all"]) <= set(matches.classes):
             return None
         key = result.trained_as

@@ -100,6 +100,8 @@ class Study(Section):
             where = f"table {table.name!r}"
             if not re.fullmatch(r"[\w-]+", table.name, re.ASCII):
                 raise ValueError(f"{where}: a table's name is of letters, digits, '_' and '-'")
+            if len(set(table.rows)) < len(table.rows):
+                raise ValueError(f"{where}: a row is there twice")
             unknown = [name for name in table.rows if name not in rows]
             unknown += [name for pair in table.compare for name in pair if name not in table.rows]
             if unknown:
