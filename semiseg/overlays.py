@@ -35,24 +35,16 @@ class Drawn:
     """One object to draw.
 
     Attributes:
-        box_xyxy: original pixels.
+        box_xywh: original pixels, as COCO files have it.
         rle: COCO's compressed RLE, of the original's size; None = no mask.
         text: beside the box.
-        colour: None = one that differs from those of boxes it touches.
+        colour: None = one that differs from those of boxes it overlaps.
     """
 
-    box_xyxy: tuple[float, float, float, float]
+    box_xywh: Sequence[float]
     rle: Mapping[str, Any] | None
     text: str
     colour: Colour | None = None
-
-    @classmethod
-    def of_coco(
-        cls, box_xywh: Sequence[float], rle: Mapping[str, Any] | None, text: str, colour: Colour | None = None
-    ) -> Drawn:
-        """One with a box as COCO files have it."""
-        x, y, width, height = box_xywh
-        return cls((x, y, x + width, y + height), rle, text, colour)
 
 
 def drawing_size(original_hw: tuple[int, int]) -> tuple[int, int]:
@@ -77,7 +69,7 @@ def draw_detections(
 
     Masks and boxes of better detections lie over those of worse ones; labels are moved so that they neither leave the
     picture nor, where there is room, cover one another. A colour that is not given follows from the place in the list
-    and the boxes before it: it differs from those of better detections whose boxes touch its own, as far as there are
+    and the boxes before it: it differs from those of better detections whose boxes overlap its own, as far as there are
     colours.
 
     Args:
@@ -87,7 +79,7 @@ def draw_detections(
         smallest_text: height of letters in pixels; on large pictures they are larger.
     """
     scale_x, scale_y = picture.width / original_hw[1], picture.height / original_hw[0]
-    boxes = [_scaled(item.box_xyxy, scale_x, scale_y, picture.size) for item in detections]
+    boxes = [_scaled(item.box_xywh, scale_x, scale_y, picture.size) for item in detections]
     colours = [item.colour or chosen for item, chosen in zip(detections, choose_colours(boxes), strict=True)]
     line = max(round(min(picture.size) / 450), 1)
     drawing = picture.copy()
@@ -102,24 +94,24 @@ def draw_detections(
 
 
 def choose_colours(boxes: Sequence[Box]) -> list[Colour]:
-    """A colour for each box: the next in turn that no box before it has which touches it, or else the next."""
+    """A colour for each box: the next in turn that no box before it has which overlaps it, or else the next."""
     chosen: list[int] = []
     for index, box in enumerate(boxes):
-        taken = {chosen[other] for other in range(index) if _touch(box, boxes[other])}
+        taken = {chosen[other] for other in range(index) if _overlap(box, boxes[other])}
         turns = [(index + shift) % len(COLOURS) for shift in range(len(COLOURS))]
         chosen.append(next((colour for colour in turns if colour not in taken), turns[0]))
     return [COLOURS[colour] for colour in chosen]
 
 
-def _touch(a: Box, b: Box) -> bool:
-    return a[0] <= b[2] and b[0] <= a[2] and a[1] <= b[3] and b[1] <= a[3]
+def _overlap(a: Box, b: Box) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def _scaled(box: Sequence[float], scale_x: float, scale_y: float, size_wh: tuple[int, int]) -> Box:
+def _scaled(box_xywh: Sequence[float], scale_x: float, scale_y: float, size_wh: tuple[int, int]) -> Box:
     """Whole pixels of the drawing, at least one, inside it."""
-    x0 = min(max(round(box[0] * scale_x), 0), size_wh[0] - 1)
-    y0 = min(max(round(box[1] * scale_y), 0), size_wh[1] - 1)
-    x1, y1 = min(round(box[2] * scale_x), size_wh[0]), min(round(box[3] * scale_y), size_wh[1])
+    x, y, width, height = box_xywh
+    x0, y0 = min(max(round(x * scale_x), 0), size_wh[0] - 1), min(max(round(y * scale_y), 0), size_wh[1] - 1)
+    x1, y1 = min(round((x + width) * scale_x), size_wh[0]), min(round((y + height) * scale_y), size_wh[1])
     return x0, y0, max(x1, x0 + 1), max(y1, y0 + 1)
 
 
@@ -129,7 +121,7 @@ def _paint_mask(drawing: Image.Image, rle: Mapping[str, Any], colour: Colour, *,
     if width == 0 or height == 0:
         return
     scale_x, scale_y = drawing.width / rle["size"][1], drawing.height / rle["size"][0]
-    box = _scaled((x, y, x + width, y + height), scale_x, scale_y, drawing.size)
+    box = _scaled((x, y, width, height), scale_x, scale_y, drawing.size)
     part = np.ascontiguousarray(rle_codec.decode(rle)[y : y + height, x : x + width]) * np.uint8(255)
     scaled = Image.fromarray(part).resize((box[2] - box[0], box[3] - box[1]), Image.Resampling.BILINEAR)
     inside = ImageOps.expand(scaled.point(lambda value: 255 * (value >= 128)), line)
@@ -172,12 +164,8 @@ def place_label(size_wh: tuple[int, int], box: Box, placed: Sequence[Box], pictu
     for x, y in corners:
         x, y = max(min(x, picture_wh[0] - width), 0), max(min(y, picture_wh[1] - height), 0)
         places.append((x, y, x + width, y + height))
-    free = (label for label in places if not any(_cover(label, other) for other in placed))
+    free = (label for label in places if not any(_overlap(label, other) for other in placed))
     return next(free, places[0])
-
-
-def _cover(a: Box, b: Box) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def fitted(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
@@ -189,15 +177,11 @@ def fitted(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
 
 
 def written_name(name: str, category_id: Any) -> str:
-    """A class name as drawings show it: of a script that the font has not, `class` and the category's id."""
-    return name if can_write(name) else f"class {category_id}"
-
-
-def can_write(text: str) -> bool:
-    """Whether the font has a sign for every letter of the text."""
+    """A class name as drawings show it: where the font lacks a sign for one of its letters, `class` and its id."""
     font = load_font(16)
     unknown = bytes(font.getmask("\U0010ffff"))
-    return all(letter.isspace() or bytes(font.getmask(letter)) != unknown for letter in text)
+    written = all(letter.isspace() or bytes(font.getmask(letter)) != unknown for letter in name)
+    return name if written else f"class {category_id}"
 
 
 @functools.cache

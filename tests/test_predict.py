@@ -28,12 +28,12 @@ from semiseg.overlays import (
     COLOURS,
     LARGEST_SIDE,
     Drawn,
-    can_write,
     choose_colours,
     draw_detections,
     drawing_size,
     place_label,
     prepare_drawing,
+    written_name,
 )
 from tests.coco_files import make_coco, picture
 from tests.model_folders import make_model
@@ -326,7 +326,7 @@ def test_drawings_have_readable_sizes() -> None:
 def drawn_square(size_hw: tuple[int, int], x0: int, y0: int, x1: int, y1: int, text: str = "cat 0.50") -> Drawn:
     mask = torch.zeros(1, *size_hw, dtype=torch.bool)
     mask[0, y0:y1, x0:x1] = True
-    return Drawn((x0, y0, x1, y1), encode_masks(mask)[0], text)
+    return Drawn((x0, y0, x1 - x0, y1 - y0), encode_masks(mask)[0], text)
 
 
 def test_a_mask_is_tinted_where_it_is() -> None:
@@ -351,7 +351,7 @@ def test_any_size_can_be_drawn(size_hw: tuple[int, int]) -> None:
     height, width = size_hw
     image = np.zeros((height, width, 3), dtype=np.uint8)
     instances = [drawn_square(size_hw, 0, 0, width, height, "a very long name of a class " * 9), Drawn(
-        (width, height, width, height), encode_masks(torch.zeros(1, height, width, dtype=torch.bool))[0], ""
+        (width, height, 0, 0), encode_masks(torch.zeros(1, height, width, dtype=torch.bool))[0], ""
     )]  # fmt: skip
     drawing = draw_detections(prepare_drawing(image), size_hw, instances)
     assert (drawing.height, drawing.width) == drawing_size(size_hw)
@@ -383,8 +383,8 @@ def test_colours_of_touching_boxes_differ() -> None:
 
 
 def test_names_that_the_font_cannot_write_become_numbers(model: Path, folder: Path) -> None:
-    assert can_write("potted plant, Größe, Кошка 0.5")
-    assert not can_write("照片")
+    assert written_name("potted plant, Größe, Кошка 0.5", 3) == "potted plant, Größe, Кошка 0.5"
+    assert written_name("照片", 3) == "class 3"
     info = make_model(folder / "other", class_names=("cat", "照片"), category_ids=(4, 9))
     assert predict_files.written_names(info) == ["cat", "class 9"]
 

@@ -37,7 +37,6 @@ from semiseg.report.pictures import (
     detected_objects,
     draw_pictures,
     image_gains,
-    other_row,
     truth_objects,
     worst_failures,
 )
@@ -162,18 +161,23 @@ def test_gains_count_what_was_not_found_as_nothing() -> None:
 def test_images_are_chosen_once_by_group_and_ties_by_id(study: ReportInput) -> None:
     assert study.val_annotations is not None
     truth = load_ground_truth(study.val_annotations)
-    drawn = [image.image_id for image in choose_images(truth, {}, {}, seed=3)]
+    drawn = list(choose_images(truth, {}, {}, seed=3))
     assert len(set(drawn)) == 4
     left = [image for image in range(12) if image not in drawn]
     gains = dict.fromkeys(reversed(left), 0.25) | {left[5]: 0.5, left[0]: -0.1, left[7]: -0.3} | {drawn[0]: 0.9}
     failures = {"box": left[5], "leak": left[3], "other": drawn[0]}
     chosen = choose_images(truth, gains, failures, seed=3)
-    groups = {group: [c.image_id for c in chosen if c.group == group] for group in (RANDOM, GAIN, LOSS, FAILURE)}
+    groups = {
+        group: [image for image, words in chosen.items() if words.startswith(group)]
+        for group in (RANDOM, GAIN, LOSS, FAILURE)
+    }
     assert groups == {RANDOM: drawn, GAIN: [left[5], left[1], left[2]], LOSS: [left[7], left[0]], FAILURE: [left[3]]}
-    assert chosen[0].label == f"random (+90), image {drawn[0]}"
-    assert chosen[1].label == f"random, image {drawn[1]}"
-    assert chosen[-1].label == f"worst failure (leak), image {left[3]}"
-    assert choose_images(truth, dict.fromkeys(range(12), 0.0), {}, seed=3)[4:] == []  # neither a gain nor a loss
+    assert list(chosen) == [image for group in groups.values() for image in group]
+    assert chosen[drawn[0]] == f"random (+90), image {drawn[0]}"
+    assert chosen[drawn[1]] == f"random, image {drawn[1]}"
+    assert chosen[left[3]] == f"worst failure (leak), image {left[3]}"
+    # neither a gain nor a loss
+    assert list(choose_images(truth, dict.fromkeys(range(12), 0.0), {}, seed=3)) == drawn
 
 
 def test_the_main_row_lacks_masks(study: ReportInput) -> None:
@@ -181,9 +185,6 @@ def test_the_main_row_lacks_masks(study: ReportInput) -> None:
     assert numbers.main_row(NAMES) == "projection+pairwise"
     assert numbers.main_row(["neither", "full-masks"]) == "neither"
     assert numbers.main_row(["full-masks"]) == "full-masks"
-    assert other_row(TABLE, "projection+pairwise", NAMES) == "neither"
-    assert other_row(TABLE, "neither", NAMES) == "projection+pairwise"
-    assert other_row(TABLE, "neither", ["neither"]) is None
 
 
 def test_a_detection_has_the_colour_of_its_object_in_every_row(study: ReportInput) -> None:
@@ -232,7 +233,7 @@ def test_the_folder_of_another_training_of_the_same_run_is_not_measured(study: R
     failures = failure_section(page, page.tables[0])
     assert "| projection+pairwise | 1 | " in unpadded(failures[2])
     assert failures[3].startswith("Without projection+pairwise seed 0: ")
-    assert draw_pictures(page.report, page.tables[0], page.stored).png is None
+    assert draw_pictures(page.report, page.tables[0], page.stored)[0] is None
     page.measured.save()
     assert "projection+pairwise-0." not in (tmp_path / "measured.json").read_text()
 
@@ -242,7 +243,7 @@ def test_a_validation_set_without_objects_has_no_pictures(study: ReportInput, tm
     content = json.loads(study.val_annotations.read_text())
     (tmp_path / "val.json").write_text(json.dumps({**content, "annotations": []}))
     page = page_of(replace(study, val_annotations=tmp_path / "val.json"), tmp_path)
-    assert draw_pictures(page.report, page.tables[0], page.stored).note == "the validation set has no objects"
+    assert draw_pictures(page.report, page.tables[0], page.stored) == (None, "the validation set has no objects")
 
 
 def test_nothing_found_has_no_failures_and_pictures_without_gains(tmp_path: Path) -> None:
@@ -250,9 +251,16 @@ def test_nothing_found_has_no_failures_and_pictures_without_gains(tmp_path: Path
     page = page_of(study, tmp_path / "report")
     text = unpadded("\n\n".join(failure_section(page, page.tables[0])))
     assert "| neither | 2 | 0 (0 %) | 0 | 0 | 0 | 0 | 0 | 0 |" in text
-    pictures = draw_pictures(study, page.tables[0], page.stored)
-    assert pictures.png is not None
-    assert draw_pictures(study, page.tables[0], page.stored).png == pictures.png
+    content, caption = draw_pictures(study, page.tables[0], page.stored)
+    assert content is not None
+    assert draw_pictures(study, page.tables[0], page.stored) == (content, caption)
+    assert "gain and loss of projection+pairwise against neither in the mean mask IoU of their objects" in caption
+    rows = {key: run for key, run in study.results.items() if key[1] != "projection+pairwise"}
+    some = replace(study, results=rows)
+    assert "of neither against full-masks in" in draw_pictures(some, table_numbers(some, TABLE), page.stored)[1]
+    rows = {key: run for key, run in study.results.items() if key[1] == "neither"}
+    alone = replace(study, results=rows)
+    assert "against" not in draw_pictures(alone, table_numbers(alone, TABLE), page.stored)[1]
 
 
 def test_what_is_missing_for_pictures_is_said_in_one_sentence(study: ReportInput, tmp_path: Path) -> None:
@@ -264,13 +272,13 @@ def test_what_is_missing_for_pictures_is_said_in_one_sentence(study: ReportInput
         "cannot be read": replace(study, val_images=tmp_path),
     }
     for sentence, incomplete in cases.items():
-        pictures = draw_pictures(incomplete, numbers, StoredDetections(incomplete))
-        assert pictures.png is None
-        assert sentence in pictures.note
-        assert str(tmp_path) not in pictures.note
+        content, note = draw_pictures(incomplete, numbers, StoredDetections(incomplete))
+        assert content is None
+        assert sentence in note
+        assert str(tmp_path) not in note
     unrecorded = replace(study, results={})
-    pictures = draw_pictures(unrecorded, table_numbers(unrecorded, TABLE), StoredDetections(unrecorded))
-    assert pictures.note == "none of its runs is recorded"
+    told = draw_pictures(unrecorded, table_numbers(unrecorded, TABLE), StoredDetections(unrecorded))
+    assert told == (None, "none of its runs is recorded")
 
 
 def test_the_worst_failure_of_each_cause() -> None:

@@ -195,7 +195,7 @@ def _draw(item: _ImageFile, results: Sequence[dict[str, Any]], info: ModelInfo, 
     drawn = []
     for result in results:
         text = f"{names[result['category_id']]} {result['score']:.2f}"
-        drawn.append(Drawn.of_coco(result["bbox"], result["segmentation"], text))
+        drawn.append(Drawn(result["bbox"], result["segmentation"], text))
     content = io.BytesIO()
     picture = draw_detections(item.picture, item.original_hw, drawn)
     picture.save(content, format="JPEG", quality=JPEG_QUALITY, subsampling=0)  # full colour: text stays sharp

@@ -52,12 +52,10 @@ def failure_counts(truth: COCO, matches: pd.DataFrame) -> dict[str, list[int]]:
         matches: `match_instances` of a run.
     """
     causes = causes_of_failure(matches)
-    counts = {}
-    for category, lines in matches.groupby("category"):
-        own = causes.loc[lines.index]
-        detected = int((lines["detection"] >= 0).sum())
-        counts[class_name(truth, category)] = [len(lines), detected, *(int((own == cause).sum()) for cause in CAUSES)]
-    return counts
+    columns = {"instances": 1, "found": matches["detection"] >= 0, **{cause: causes == cause for cause in CAUSES}}
+    counts = pd.DataFrame(columns, index=matches.index).groupby(matches["category"]).sum()
+    names = [class_name(truth, category) for category in counts.index]
+    return dict(zip(names, counts.to_numpy().tolist(), strict=True))
 
 
 def failure_section(page: PageContext, numbers: TableNumbers) -> list[str]:

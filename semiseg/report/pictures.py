@@ -7,10 +7,9 @@ most (IoU at least 0.5), or grey if it overlaps none.
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,95 +24,61 @@ from semiseg.report.context import PageContext, StoredDetections
 from semiseg.report.failures import CAUSES, causes_of_failure, class_name
 from semiseg.report.figures import png
 from semiseg.report.tables import signed
-from semiseg.results import Result
 
 RANDOM, GAIN, LOSS, FAILURE = "random", "largest gain", "largest loss", "worst failure"
 RANDOM_IMAGES, EXTREME_IMAGES = 4, 3
 SCORE_THRESHOLD = 0.4
 UNMATCHED = (187, 187, 187)
 _TILE, _GAP, _LINE = 200, 8, 16  # pixels: width of a picture, room around it, height of a line of words
-_Value = TypeVar("_Value")
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """A drawn picture and its caption; or None and, in one sentence, why there is none."""
-
-    png: bytes | None
-    note: str
-
-
-@dataclass(frozen=True)
-class ChosenImage:
-    """One validation image to show.
-
-    Attributes:
-        group: RANDOM, GAIN, LOSS or FAILURE.
-        detail: its gain in points of IoU, or the cause of the failure.
-    """
-
-    image_id: Any
-    group: str
-    detail: str = ""
-
-    @property
-    def label(self) -> str:
-        """What stands above it."""
-        return f"{self.group}{f' ({self.detail})' if self.detail else ''}, image {self.image_id}"
 
 
 def picture_section(page: PageContext, numbers: TableNumbers) -> list[str]:
     """Ground truth and all rows side by side."""
-    name, pictures = numbers.table.name, draw_pictures(page.report, numbers, page.stored)
+    name, (content, note) = numbers.table.name, draw_pictures(page.report, numbers, page.stored)
     alt = f"ground truth and detections, {name}"
-    shown = page.figures.show(f"{name}_pictures", pictures.png, alt=alt, caption=pictures.note, absent=pictures.note)
-    return ["### Pictures", *shown]
+    return ["### Pictures", *page.figures.show(f"{name}_pictures", content, alt=alt, caption=note, absent=note)]
 
 
-def draw_pictures(report: ReportInput, numbers: TableNumbers, stored: StoredDetections) -> Pictures:
-    """Draws the images of `choose_images` for all rows of one seed, or says in one sentence what is missing for it."""
+def draw_pictures(report: ReportInput, numbers: TableNumbers, stored: StoredDetections) -> tuple[bytes | None, str]:
+    """The images of `choose_images` for all rows of one seed, as PNG with its caption, or None and what is missing.
+
+    The seed is the one with the most recorded rows, the first of equals.
+    """
     table = numbers.table
-    try:
-        seed, runs = runs_of_one_seed(report, table)
-        main = numbers.main_row(runs)
-        other = other_row(table, main, runs)
-        truth = _required(stored.truth, "the validation set with its masks is")
-        if not pick_images(truth, seed=report.picture_seed):
-            raise UserError("the validation set has no objects")
-        # A picture without a row would replace a better one of an earlier report: all of them are needed.
-        detections = {
-            row: _required(stored.of(run), "the run folders with the detections are") for row, run in runs.items()
-        }
-        own, others = (
-            None if row is None else judged(table, truth, _required(stored.instances(runs[row]), "detections are"))
-            for row in (main, other)
-        )
-        gains = {} if own is None or others is None else image_gains(own, others)
-        failures = {} if own is None else worst_failures(own)
-        chosen = choose_images(truth, gains, failures, seed=report.picture_seed)
-        strips = []
-        for image in chosen:
-            pixels = read_image(report.val_images, truth, image.image_id)
-            annotations = [a for a in truth.imgToAnns[image.image_id] if not a["iscrowd"]]
-            columns = {"ground truth": truth_objects(truth, annotations)}
-            for row in table.rows:
-                if row.name in detections:
-                    on_image = [result for result in detections[row.name] if result["image_id"] == image.image_id]
-                    columns[row.label] = detected_objects(annotations, on_image)
-            strips.append((image.label, [(label, _tile(pixels, objects)) for label, objects in columns.items()]))
-    except UserError as error:
-        return Pictures(None, str(error))
+    recorded = {seed: {row: run for row, of, run in report.cells(table) if of == seed} for seed in report.seeds}
+    seed, runs = max(recorded.items(), key=lambda item: len(item[1]))
+    if not runs:
+        return None, "none of its runs is recorded"
+    truth = stored.truth
+    if truth is None:
+        return None, "the validation set with its masks is not on this machine"
+    if all(annotation["iscrowd"] for annotation in truth.anns.values()):
+        return None, "the validation set has no objects"
+    detections = {row: results for row, run in runs.items() if (results := stored.of(run)) is not None}
+    if len(detections) < len(runs):  # a picture without a row would replace a better one of an earlier report
+        return None, "the run folders with the detections are not on this machine"
+    compared = [numbers.main_row(runs)]
+    compared += [row for row in runs if row not in compared][:1]
+    matches = [frame for row in compared if (frame := stored.instances(runs[row])) is not None]
+    main, *others = (judged(table, truth, frame) for frame in matches)
+    gains = image_gains(main, others[0]) if others else {}
     labels = {row.name: row.label for row in table.rows}
-    return Pictures(contact_sheet(strips), _note(report, table, seed, labels[main], labels.get(other or "", "")))
+    strips = []
+    for image, words in choose_images(truth, gains, worst_failures(main), seed=report.picture_seed).items():
+        try:
+            pixels = read_image(report.val_images, truth, image)
+        except UserError as error:
+            return None, str(error)
+        annotations = [a for a in truth.imgToAnns[image] if not a["iscrowd"]]
+        columns = {"ground truth": truth_objects(truth, annotations)}
+        for row, results in detections.items():
+            on_image = [result for result in results if result["image_id"] == image]
+            columns[labels[row]] = detected_objects(annotations, on_image)
+        strips.append((words, [(label, _tile(pixels, objects)) for label, objects in columns.items()]))
+    return contact_sheet(strips), _note(report, table, seed, *(labels[row] for row in compared))
 
 
-def _required(value: _Value | None, what: str) -> _Value:
-    if value is None:
-        raise UserError(f"{what} not on this machine")
-    return value
-
-
-def _note(report: ReportInput, table: ReportTable, seed: int, main: str, other: str) -> str:
+def _note(report: ReportInput, table: ReportTable, seed: int, main: str, other: str = "") -> str:
     """The rule by which the images were chosen, and how to read the picture."""
     rule = f"Drawn at random with seed {report.picture_seed}"
     if other:
@@ -135,7 +100,7 @@ def truth_objects(truth: COCO, annotations: Sequence[Mapping[str, Any]]) -> list
         category = annotation["category_id"]
         text = written_name(class_name(truth, category), category)
         mask = truth.annToRLE(annotation) if annotation.get("segmentation") else None
-        drawn.append(Drawn.of_coco(annotation["bbox"], mask, text, COLOURS[index % len(COLOURS)]))
+        drawn.append(Drawn(annotation["bbox"], mask, text, COLOURS[index % len(COLOURS)]))
     return drawn
 
 
@@ -149,7 +114,7 @@ def detected_objects(annotations: Sequence[Mapping[str, Any]], results: Sequence
         overlaps = rle.iou(np.array([result["bbox"]], dtype=np.float64), boxes, [0] * len(boxes))
         best = int(np.argmax(overlaps)) if len(boxes) else -1
         colour = COLOURS[best % len(COLOURS)] if best >= 0 and overlaps[0, best] >= 0.5 else UNMATCHED
-        drawn.append(Drawn.of_coco(result["bbox"], result["segmentation"], f"{result['score']:.2f}", colour))
+        drawn.append(Drawn(result["bbox"], result["segmentation"], f"{result['score']:.2f}", colour))
     return drawn
 
 
@@ -183,26 +148,6 @@ def contact_sheet(strips: Sequence[tuple[str, Sequence[tuple[str, Image.Image]]]
     return png(sheet, colours=160)
 
 
-def runs_of_one_seed(report: ReportInput, table: ReportTable) -> tuple[int, dict[str, Result]]:
-    """The seed with the most recorded rows, the first of equals, and the run of each of these rows.
-
-    Raises:
-        UserError: none of the table's runs is recorded.
-    """
-    recorded: dict[int, dict[str, Result]] = {seed: {} for seed in report.seeds}
-    for row, seed, run in report.cells(table):
-        recorded[seed][row] = run
-    seed, runs = max(recorded.items(), key=lambda item: len(item[1]), default=(0, {}))
-    if not runs:
-        raise UserError("none of its runs is recorded")
-    return seed, runs
-
-
-def other_row(table: ReportTable, main: str, among: Collection[str]) -> str | None:
-    """The row that the main one is compared with: the table's first other one; None if there is none."""
-    return next((row.name for row in table.rows if row.name in among and row.name != main), None)
-
-
 def judged(table: ReportTable, truth: COCO, matches: pd.DataFrame) -> pd.DataFrame:
     """The lines of `match_instances` that count: unseen classes, or all where a table has none."""
     if not table.unseen:
@@ -233,29 +178,25 @@ def worst_failures(matches: pd.DataFrame) -> dict[str, Any]:
     return {cause: worst[cause] for cause in CAUSES if cause in worst}
 
 
-def choose_images(
-    truth: COCO, gains: Mapping[Any, float], failures: Mapping[str, Any], *, seed: int
-) -> list[ChosenImage]:
+def choose_images(truth: COCO, gains: Mapping[Any, float], failures: Mapping[str, Any], *, seed: int) -> dict[Any, str]:
     """Images with objects drawn at random, then those of the largest gain, the largest loss and the worst failures.
 
     No image is chosen twice: the groups are filled in this order. Ties go to the smaller id. Only a positive gain is
     a gain, only a negative one a loss.
+
+    Returns:
+        image id -> what stands above it: group, points of IoU gained or the cause of the failure, id.
     """
-    points = {image: signed(100 * gain, 0) for image, gain in gains.items()}
-    chosen = {image: ChosenImage(image, RANDOM, points.get(image, "")) for image in pick_images(truth, seed=seed)}
+    candidates = sorted({a["image_id"] for a in truth.anns.values() if not a["iscrowd"]} & set(truth.imgs))
+    groups = dict.fromkeys(random.Random(seed).sample(candidates, min(RANDOM_IMAGES, len(candidates))), RANDOM)
     for group, sign in ((GAIN, 1), (LOSS, -1)):
-        left = [image for image in sorted(gains) if image not in chosen and sign * gains[image] > 0]
-        for image in sorted(left, key=lambda image: -sign * gains[image])[:EXTREME_IMAGES]:
-            chosen[image] = ChosenImage(image, group, points[image])
+        left = [image for image in sorted(gains) if image not in groups and sign * gains[image] > 0]
+        groups |= dict.fromkeys(sorted(left, key=lambda image: -sign * gains[image])[:EXTREME_IMAGES], group)
+    points = {image: f" ({signed(100 * gain, 0)})" for image, gain in gains.items()}
+    words = {image: f"{group}{points.get(image, '')}" for image, group in groups.items()}
     for cause, image in failures.items():
-        chosen.setdefault(image, ChosenImage(image, FAILURE, cause))
-    return list(chosen.values())
-
-
-def pick_images(truth: COCO, *, seed: int, count: int = RANDOM_IMAGES) -> list[Any]:
-    """Ids of images with at least one object, drawn without replacement; the same for the same file and seed."""
-    candidates = sorted({a["image_id"] for a in truth.dataset["annotations"] if not a["iscrowd"]} & set(truth.imgs))
-    return random.Random(seed).sample(candidates, min(count, len(candidates)))
+        words.setdefault(image, f"{FAILURE} ({cause})")
+    return {image: f"{text}, image {image}" for image, text in words.items()}
 
 
 def read_image(folder: Path | None, truth: COCO, image_id: Any) -> np.ndarray:
