@@ -256,7 +256,7 @@ def test_metrics_survive_json(random_case: tuple[Path, list[dict[str, Any]]]) ->
     metrics = evaluate_detections(path, results, class_names=CLASSES, image_ids=range(20))
     assert Metrics.from_dict(json.loads(json.dumps(metrics.to_dict()))) == metrics
     with pytest.raises(UserError, match="bbox"):
-        Metrics.from_dict({"segm": None})
+        Metrics.from_dict({name: part for name, part in metrics.to_dict().items() if name != "bbox"})
     change: dict[str, Any]
     for change in ({"bbox": 3}, {"segm": []}, {"images": "many"}, {"instances": {"a": None}}, {"bbox": {"groups": {}}}):
         with pytest.raises(UserError, match=f"recorded metrics: '{next(iter(change))}"):

@@ -80,7 +80,6 @@ def slow_lines(truth: COCO, results: list[dict[str, Any]]) -> dict[int, dict[str
         box = square(*result["bbox"])
         lines[item["id"]] = {
             "detection": found[item["id"]],
-            "box_iou": box_iou(result["bbox"], item["bbox"]),
             "mask_iou": (mask & own).sum() / (mask | own).sum(),
             "outside": (mask & ~own).sum() / mask.sum(),
             "recall": (mask & own).sum() / own.sum(),
@@ -128,7 +127,7 @@ def test_crowd_is_no_instance_and_an_object_without_a_mask_has_no_line(tmp_path:
     lines = match_instances(truth, [detection(0, 1, box, square(*box), 0.9)])
     assert list(lines.index) == [3]  # ids are those of load_ground_truth
     assert lines["detection"].tolist() == [-1]
-    assert lines[["score", *SHARES]].isna().all(axis=None)
+    assert lines[[*SHARES]].isna().all(axis=None)
 
 
 def test_nothing_found_nothing_there_and_an_empty_mask(tmp_path: Path) -> None:
@@ -139,5 +138,5 @@ def test_nothing_found_nothing_there_and_an_empty_mask(tmp_path: Path) -> None:
     assert wrong_class["detection"].tolist() == [-1]
     empty = match_instances(truth, [detection(0, 1, box, np.zeros((SIZE, SIZE), bool), 0.9)]).loc[1]
     assert empty["detection"] == 0
-    assert [empty[name] for name in SHARES] == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    assert [empty[name] for name in SHARES] == [0.0, 0.0, 0.0, 0.0, 0.0]
     assert len(match_instances(ground_truth(tmp_path, []), [])) == 0

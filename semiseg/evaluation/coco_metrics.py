@@ -56,16 +56,15 @@ class Metrics:
     """The evaluation of one run, in percent.
 
     Attributes:
-        bbox: box numbers.
-        segm: mask numbers; None if not every ground-truth instance has a mask to compare with.
-        instances: class -> number of ground-truth instances without crowd.
         images: number of evaluated images.
+        instances: class -> number of ground-truth instances without crowd.
+        segm: None if not every ground-truth instance has a mask to compare with.
     """
 
+    images: int
+    instances: Mapping[str, int]
     bbox: TypeMetrics
     segm: TypeMetrics | None
-    instances: Mapping[str, int]
-    images: int
 
     def group(self, iou_type: str, classes: Collection[str]) -> Numbers:
         """Means over any classes, e.g. another split's unseen ones; iou_type is "bbox" or "segm"."""
@@ -74,8 +73,7 @@ class Metrics:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable; `from_dict` restores it exactly."""
-        values = asdict(self)
-        return {"unit": "percent", **{key: values[key] for key in ("images", "instances", "bbox", "segm")}}
+        return {"unit": "percent", **asdict(self)}
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Metrics:
@@ -99,7 +97,7 @@ def evaluate_detections(
     backend: Backend = "pycocotools",
     fingerprint: str | None = None,
 ) -> Metrics:
-    """Evaluates detections, boxes and masks, quietly.
+    """Evaluates detections, boxes and masks, quietly. No detections give 0.
 
     Args:
         annotations_file: COCO instances json: the ground truth.
@@ -107,15 +105,11 @@ def evaluate_detections(
             original image), score in [0, 1], segmentation (RLE of the original image's size). Left unchanged.
         class_names: names of the labels 0..C-1, that is of the categories in the order of their ids.
         image_ids: the images that were looked at, each once; must be exactly the file's.
-        backend: "hotcoco" is faster and gives the same numbers (`precision.py`).
         fingerprint: of the file when it was read before (`Table.fingerprint`); None takes it as it is.
-
-    Returns:
-        Numbers in percent. No detections give 0; a class without ground truth gives None.
 
     Raises:
         UserError: image ids, classes or a detection do not fit the file, the file is not that of `fingerprint`, or the
-            backend is not installed.
+            backend (`precision.py`) is not installed.
     """
     truth = load_ground_truth(annotations_file, fingerprint=fingerprint)
     if (names := names_of_classes(truth)) != list(class_names):
@@ -125,39 +119,31 @@ def evaluate_detections(
         )
     _check_images(truth, image_ids, where=annotations_file)
     check_results(truth, results)
+    counts = Counter(a["category_id"] for a in truth.dataset["annotations"] if not a["iscrowd"])
+    instances = {name: counts[key] for key, name in zip(sorted(truth.cats), class_names, strict=True)}
     if not truth.dataset["annotations"]:  # a test set; pycocotools would take minutes to find nothing
         nothing = TypeMetrics({ALL_CLASSES: _UNMEASURED}, dict.fromkeys(class_names))
-        return Metrics(bbox=nothing, segm=nothing, instances=dict.fromkeys(class_names, 0), images=len(truth.imgs))
-    has_masks = prepare_masks(truth)
-    category_names = dict(zip(sorted(truth.cats), class_names, strict=True))
-    counts = Counter(a["category_id"] for a in truth.dataset["annotations"] if not a["iscrowd"])
-
-    def measured(iou_type: str) -> TypeMetrics:
-        return _type_metrics(coco_precision(truth, results, iou_type, backend=backend), class_names)
-
-    return Metrics(
-        bbox=measured("bbox"),
-        segm=measured("segm") if has_masks else None,
-        instances={name: counts[category] for category, name in category_names.items()},
-        images=len(truth.imgs),
-    )
+        return Metrics(len(truth.imgs), instances, bbox=nothing, segm=nothing)
+    bbox = _type_metrics(coco_precision(truth, results, "bbox", backend=backend), class_names)
+    segm = None
+    if prepare_masks(truth):
+        segm = _type_metrics(coco_precision(truth, results, "segm", backend=backend), class_names)
+    return Metrics(len(truth.imgs), instances, bbox, segm)
 
 
 def group_means(per_class: Mapping[str, Numbers | None], classes: Collection[str]) -> Numbers:
     """Means over those of `classes` that have ground truth: what slicing the precision array over them gives.
 
     Args:
-        per_class: class -> metric -> percent, or None without ground truth (`TypeMetrics.classes`).
-        classes: the group's class names.
+        per_class: `TypeMetrics.classes`.
     """
     unknown = sorted(set(classes) - set(per_class))
     if unknown:
         raise UserError(f"class {unknown[0]!r} was not evaluated; evaluated: {', '.join(per_class)}")
-    group = set(classes)
+    measured = [numbers for name in set(classes) if (numbers := per_class[name]) is not None]
     means: dict[str, float | None] = {}
     for metric in METRIC_NAMES:
-        of_classes = (numbers[metric] for name, numbers in per_class.items() if name in group and numbers is not None)
-        values = [value for value in of_classes if value is not None]
+        values = [value for numbers in measured if (value := numbers[metric]) is not None]
         means[metric] = round(math.fsum(values) / len(values), 10) if values else None
     return means
 

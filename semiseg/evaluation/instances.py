@@ -17,7 +17,7 @@ from pycocotools.coco import COCO
 from semiseg.evaluation.matching import match_cells
 
 FOUND_IOU = 0.5  # of the boxes, from which a detection counts as the object's
-SHARES = ("box_iou", "mask_iou", "outside", "recall", "on_others", "mask_box_iou")
+SHARES = ("mask_iou", "outside", "recall", "on_others", "mask_box_iou")
 
 _Encoding = Mapping[str, Any]
 
@@ -55,46 +55,27 @@ def match_instances(truth: COCO, results: Sequence[Mapping[str, Any]]) -> pd.Dat
 
     Returns:
         One line per instance with a mask, in the order of the file's images and annotations; index: annotation id.
-        Columns: image (id), category (id), detection (index into `results`, -1 = not found), score, and shares in
-        0..1: box_iou; mask_iou; outside: of the predicted mask, outside the instance's mask; recall: of the
-        instance's mask, covered; on_others: of the predicted mask, on the masks of other instances of any class and
-        not on its own; mask_box_iou: IoU of the predicted mask with the detection's own box. NaN where not found;
-        the shares of an empty mask are 0.
+        Columns: image (id), category (id), detection (index into `results`, -1 = not found), and shares in 0..1:
+        mask_iou; outside: of the predicted mask, outside the instance's mask; recall: of the instance's mask, covered;
+        on_others: of the predicted mask, on the masks of other instances of any class and not on its own;
+        mask_box_iou: IoU of the predicted mask with the detection's own box. NaN where not found; the shares of an
+        empty mask are 0.
     """
     finders = {key: index for index, key in enumerate(box_matches(truth, results)) if key is not None}
-    lines: list[dict[str, Any]] = []
+    lines = []
     for image_id in truth.imgs:
         annotations = [a for a in truth.imgToAnns[image_id] if not a["iscrowd"] and a.get("segmentation")]
-        matches = {a["id"]: finders[a["id"]] for a in annotations if a["id"] in finders}
-        lines += _image_lines(truth, annotations, results, matches)
-    frame = pd.DataFrame(lines, columns=["annotation", "image", "category", "detection", "score", *SHARES])
-    return frame.astype({"detection": int, **dict.fromkeys(("score", *SHARES), float)}).set_index("annotation")
-
-
-def _image_lines(
-    truth: COCO,
-    annotations: Sequence[Mapping[str, Any]],
-    results: Sequence[Mapping[str, Any]],
-    matches: Mapping[int, int],
-) -> list[dict[str, Any]]:
-    masks = {a["id"]: truth.annToRLE(a) for a in annotations} if matches else {}
-    lines = []
-    for annotation in annotations:
-        key, detection = annotation["id"], matches.get(annotation["id"], -1)
-        line = {"annotation": key, "image": annotation["image_id"], "category": annotation["category_id"]}
-        line["detection"] = detection
-        if detection >= 0:
-            result = results[detection]
-            others = [mask for other, mask in masks.items() if other != key]
-            line |= {"score": result["score"], "box_iou": _box_iou(result["bbox"], annotation["bbox"])}
-            line |= _mask_shares(result["segmentation"], masks[key], others, result["bbox"])
-        lines.append(line)
-    return lines
-
-
-def _box_iou(first: Sequence[float], second: Sequence[float]) -> float:
-    boxes = (np.array([box], dtype=np.float64) for box in (first, second))
-    return float(rle.iou(*boxes, [0])[0, 0])
+        masks = {a["id"]: truth.annToRLE(a) for a in annotations}
+        for annotation in annotations:
+            key, category = annotation["id"], annotation["category_id"]
+            line = {"annotation": key, "image": image_id, "category": category, "detection": finders.get(key, -1)}
+            if key in finders:
+                others = [mask for other, mask in masks.items() if other != key]
+                result = results[finders[key]]
+                line |= _mask_shares(result["segmentation"], masks[key], others, result["bbox"])
+            lines.append(line)
+    frame = pd.DataFrame(lines, columns=["annotation", "image", "category", "detection", *SHARES])
+    return frame.astype({"detection": int, **dict.fromkeys(SHARES, float)}).set_index("annotation")
 
 
 def _mask_shares(

@@ -19,12 +19,6 @@ from semiseg.results import Result, same_validation_data
 
 Settings = Mapping[str, str]
 
-# What runs of a report should have in common, in words, with what tells it.
-_COMMON: tuple[tuple[str, Callable[[Result], str]], ...] = (
-    ("code (git revisions)", lambda run: run.git_revision or "outside git"),
-    ("versions", lambda run: _versions(run)),
-    ("devices", lambda run: re.sub(r", \d+ threads", "", run.device)),  # threads change the last bits only
-)
 # Settings that say which data and which split; what these hold is in fingerprints and digests.
 _NAMES = ("data.train_", "data.val_images", "data.val_annotations", "data.voc.", "data.hub.", "supervision.split")
 _DATA = {  # format -> the settings that only it reads
@@ -41,8 +35,8 @@ _MOST_NAMED = 6  # runs; more are only counted
 def settings(config: Mapping[str, Any]) -> dict[str, str]:
     """Flat key -> value in words of a recorded configuration, without what a run's identity leaves out.
 
-    Keys that the recording version did not know have their defaults. The seed, paths, workers and logging are left out;
-    names of data files and of the split are kept, since they tell a reader which data these are.
+    Keys that the recording version did not know have their defaults. Names of data files and of the split are kept,
+    since they tell a reader which data these are.
     """
     try:
         values = parse_config(RunConfig, dict(config), where="recorded configuration").model_dump(mode="json")
@@ -64,7 +58,7 @@ def flat_settings(values: Mapping[str, Any]) -> dict[str, str]:
 
 def recorded_values(run: Result) -> dict[str, Any]:
     """The configuration of a run; a record names no path of initial weights, only that there were some."""
-    return {**run.config, **({"init_from": "recorded weights"} if _has_start(run) else {})}
+    return dict(run.config) | ({"init_from": "recorded weights"} if _has_start(run) else {})
 
 
 def _has_start(run: Result) -> bool:
@@ -83,36 +77,33 @@ def identity_settings(run: Result) -> Settings:
 
 
 def run_settings(run: Result, pretraining: Sequence[Result]) -> Settings:
-    """The settings of a run, and as "start..." those of the run that it starts from."""
+    """The settings of a run, in words as "start" what it starts from, and as "start...." the settings of that."""
     values = _result_settings(run)
     init = next((item for item in pretraining if item.run_id == run.init_run), None)
     if init is not None:
-        values |= {f"{_START}.{key}": value for key, value in _result_settings(init).items()}
+        start = _result_settings(init)
+        values[_START] = f"pretraining ({start.get('optim.steps')} steps)"
+        values |= {f"{_START}.{key}": value for key, value in start.items()}
     elif _has_start(run):
         values[_START] = "given weights"
     return values
 
 
 def differing(columns: Sequence[Settings]) -> list[str]:
-    """The keys whose values are not the same in all of these, in their order; a missing start counts as one key."""
+    """The keys whose values are not the same in all of these, in their order.
+
+    Starts are compared by their settings if all are recorded runs, else in words.
+    """
     keys = dict.fromkeys(key for column in columns for key in column)
     different = [key for key in keys if len({column.get(key) for column in columns}) > 1]
-    started = [any(key.startswith(f"{_START}.") for key in column) for column in columns]
-    if any(started) and not all(started):
-        different = [key for key in different if key.partition(".")[0] != _START] + [_START]
-    return different
+    if all(any(key.startswith(f"{_START}.") for key in column) for column in columns):
+        return [key for key in different if key != _START]
+    return [key for key in different if not key.startswith(f"{_START}.")]
 
 
 def unmeant(columns: Sequence[Settings]) -> list[str]:
     """Those of the differing settings that are neither supervision nor mask losses, nor mere names of data."""
     return [key for key in differing(columns) if not key.startswith((*_MEANT, *_NAMES))]
-
-
-def _value(column: Settings, key: str) -> str:
-    if key == _START and key not in column:
-        steps = column.get(f"{_START}.optim.steps")
-        return "—" if steps is None else f"pretraining ({steps} steps)"
-    return column.get(key, "—")
 
 
 def _shortened(text: str) -> str:
@@ -130,17 +121,22 @@ def row_settings(report: ReportInput, table: ReportTable) -> dict[str, list[tupl
 def warnings(report: ReportInput) -> list[str]:
     """What a reader must know before the numbers: missing cells, and runs that do not belong together."""
     runs = [*report.runs(), *report.pretraining_results]
-    mixed = [
-        f"**Mixed {what}.** {_runs_by(key, runs)}. Numbers of different {what} are not strictly comparable."
-        for what, key in _COMMON
-        if len({key(run) for run in runs}) > 1
-    ]
+    same_validation = all(same_validation_data(runs[0], run) for run in runs)
+    common: dict[str, Callable[[Result], str]] = {
+        "training data" if same_validation else "data": lambda run: run.data_fingerprint,
+        "code (git revisions)": lambda run: run.git_revision or "outside git",
+        "versions": _versions,
+        "devices": lambda run: re.sub(r", \d+ threads", "", run.device),  # threads change the last bits only
+    }
     return [
         *(text for table in report.tables for text in _incomplete(report, table)),
         *report.notes,
-        *_data_warning(runs),
         *(text for table in report.tables for text in _configuration_warnings(report, table)),
-        *mixed,
+        *(
+            f"**Mixed {what}.** {_runs_by(key, runs)}. Numbers of different {what} are not strictly comparable."
+            for what, key in common.items()
+            if len({key(run) for run in runs}) > 1
+        ),
         *(text for table in report.tables for text in _split_warning(report, table)),
     ]
 
@@ -156,14 +152,6 @@ def _incomplete(report: ReportInput, table: ReportTable) -> list[str]:
     if report.run_command:
         text += f" {code(report.run_command)} fills them, then {code(report.report_command)}."
     return [text]
-
-
-def _data_warning(runs: Sequence[Result]) -> list[str]:
-    if len({run.data_fingerprint for run in runs}) <= 1:
-        return []
-    what = "training data" if all(same_validation_data(runs[0], run) for run in runs) else "data"
-    values = _runs_by(lambda run: run.data_fingerprint, runs)
-    return [f"**Mixed {what}.** {values}. Numbers of different {what} are not strictly comparable."]
 
 
 def _configuration_warnings(report: ReportInput, table: ReportTable) -> list[str]:
@@ -201,10 +189,8 @@ def _split_warning(report: ReportInput, table: ReportTable) -> list[str]:
 
 def _settings_by(keys: Iterable[str], columns: Sequence[tuple[str, Settings]]) -> str:
     """ "`optim.batch_size` (`16`: neither, projection; `8`: full-masks)"."""
-    return "; ".join(
-        f"{code(key)} ({_by_value((_shortened(_value(column, key)), name) for name, column in columns)})"
-        for key in keys
-    )
+    values = {key: [(_shortened(column.get(key, "—")), name) for name, column in columns] for key in keys}
+    return "; ".join(f"{code(key)} ({_by_value(pairs)})" for key, pairs in values.items())
 
 
 def _runs_by(key: Callable[[Result], str], runs: Sequence[Result]) -> str:
@@ -279,7 +265,7 @@ def differences_section(report: ReportInput) -> list[str]:
         headings = ("setting", *(row.label for row in table.rows if row.name in rows))
         lines = []
         for key in keys:
-            values = ("; ".join(dict.fromkeys(_value(column, key) for _, column in runs)) for runs in rows.values())
+            values = ("; ".join(dict.fromkeys(column.get(key, "—") for _, column in runs)) for runs in rows.values())
             lines.append([key, *map(_shortened, values)])
         if keys:
             blocks.append(f"Where the rows of {name} differ, beyond the seed:")

@@ -35,7 +35,6 @@ def beside_printed(
     """
     table = numbers.table
     headings, lines = list(shown.headings), table_cells(numbers.summary, table, shown)
-    sets = _evaluation_sets(printed[printed["table"] == table.published], [row.name for row in table.rows])
     whose = "printed, difference" if report.paper_data else f"{data_name(printed, table)}, printed"
     for index, column in enumerate(shown.columns, start=shown.texts + 1):
         group, _, metric = column.partition("_")
@@ -48,9 +47,11 @@ def beside_printed(
                 text += f", {number(mean - float(text), sign=True)}"
             if text:
                 line[index] += f" ({text})"
-    if sets:
+    # Rows of one table may be measured on different images.
+    sets = [_printed_value(printed, table.published, row.name, "all", "evaluation_set") for row in table.rows]
+    if len({name for name in sets if name}) > 1:
         headings.append("printed for")
-        lines = [[*line, sets.get(row.name, "—")] for row, line in zip(table.rows, lines, strict=True)]
+        lines = [[*line, name or "—"] for line, name in zip(lines, sets, strict=True)]
     return headings, lines
 
 
@@ -95,14 +96,6 @@ def _context(report: ReportInput, rows: pd.DataFrame, data: str) -> str:
         f"In parentheses: the printed number. **The {data} numbers are from another data set** "
         f"({escape_markdown(where)}), network and schedule: context for the order and size of the steps, no goal."
     )
-
-
-def _evaluation_sets(rows: pd.DataFrame, names: list[str]) -> dict[str, str]:
-    """Row -> what its printed numbers are for, where rows of a table differ in the images that they are measured on."""
-    ours = rows[rows["row"].isin(names)]
-    if "evaluation_set" not in ours or ours["evaluation_set"].nunique() < 2:
-        return {}
-    return dict(zip(ours["row"], ours["evaluation_set"], strict=True))
 
 
 def _notes(printed: pd.DataFrame, table: ReportTable) -> list[str]:
