@@ -51,7 +51,7 @@ def numbers_of(table: ReportTable, classes: pd.DataFrame) -> TableNumbers:
     unseen = classes.loc[[*table.unseen]].mean() if table.unseen else np.nan
     summary = pd.DataFrame({"row": classes.columns, "unseen_AP": unseen, "all_AP": classes.mean()})
     nothing = pd.DataFrame()
-    return TableNumbers(table, nothing, summary, nothing, classes, gaps=(), differences=())
+    return TableNumbers(table, nothing, summary, nothing, classes)
 
 
 def drawn(figure: object) -> Figure:

@@ -137,7 +137,7 @@ def test_latex_holds_together_whatever_the_names_are(unseen: tuple[str, ...]) ->
 
 def numbers_of(table: ReportTable, values: list[dict[str, float]]) -> TableNumbers:
     summary = summary_of(table, values)
-    return TableNumbers(table, summary, summary, summary, summary, (), ())
+    return TableNumbers(table, summary, summary, summary, summary)
 
 
 def input_of(table: ReportTable, *, paper_data: bool) -> ReportInput:

@@ -123,6 +123,10 @@ def resampled(report: ReportInput, row: str, seed: int) -> np.ndarray:
     return means_of_groups(class_bootstrap(matches), matches.classes, list(GROUPS.values()))
 
 
+def share_of(numbers: TableNumbers, row: str) -> Interval | None:
+    return next(gap.image_interval for gap in numbers.gaps if gap.row == row)
+
+
 def percentiles(samples: np.ndarray) -> object:
     """What equals an interval up to the decimals that a page keeps."""
     low, high = np.percentile(samples, [2.5, 97.5])
@@ -150,7 +154,7 @@ def test_intervals_are_the_percentiles_of_paired_resamples(
     rows = {row: np.mean([resampled(report, row, seed) for seed in report.seeds], axis=0) for row in SHIFT}
     for column, group in enumerate(GROUPS):
         for row in SHIFT:
-            assert numbers.images.of(row, group=group) == percentiles(rows[row][:, column])
+            assert numbers.interval(row, group=group) == percentiles(rows[row][:, column])
         step = numbers.between(NEITHER, BEST, group)
         assert step.image_interval == percentiles((rows[BEST] - rows[NEITHER])[:, column])
         back = numbers.between(BEST, NEITHER, group).image_interval
@@ -159,8 +163,8 @@ def test_intervals_are_the_percentiles_of_paired_resamples(
         assert (-high, -low) == step.image_interval
     gap = (rows[UPPER_BOUND] - rows[NEITHER])[:, 1]
     assert np.percentile(gap, 2.5) > 0
-    assert {row for row in SHIFT if numbers.images.share(row) is not None} == {"projection", BEST}
-    assert numbers.images.share(BEST) == percentiles(100 * (rows[BEST] - rows[NEITHER])[:, 1] / gap)
+    assert {row for row in SHIFT if share_of(numbers, row) is not None} == {"projection", BEST}
+    assert share_of(numbers, BEST) == percentiles(100 * (rows[BEST] - rows[NEITHER])[:, 1] / gap)
     (difference,) = [d for d in numbers.differences if (d.first, d.second, d.group) == (NEITHER, BEST, "unseen")]
     assert difference.image_interval == numbers.between(NEITHER, BEST, "unseen").image_interval
 
@@ -171,7 +175,7 @@ def test_a_share_of_a_gap_that_may_be_nothing_has_no_interval(one_seed: ReportIn
     }
     (numbers,) = with_image_intervals(context(replace(one_seed, results=swapped), tmp_path))
     assert numbers.images is not None
-    assert not any(numbers.images.share(row) for row in SHIFT)
+    assert not any(share_of(numbers, row) for row in SHIFT)
     assert numbers.between(NEITHER, UPPER_BOUND, "unseen").image_interval == (0, 0)
     assert numbers.between(NEITHER, UPPER_BOUND, "unseen").resolved is False
 
@@ -256,7 +260,7 @@ def test_a_row_without_detections_leaves_the_others_theirs(one_seed: ReportInput
     folders = {run_id: path for run_id, path in one_seed.run_folders.items() if run_id != gone}
     (numbers,) = with_image_intervals(context(replace(one_seed, run_folders=folders), tmp_path))
     assert numbers.images is not None
-    assert numbers.images.of(BEST, group="all") is None
+    assert numbers.interval(BEST, group="all") is None
     assert numbers.between(NEITHER, BEST, "all").resolved is None
     assert numbers.between(NEITHER, "projection", "all").image_interval is not None
     assert f"| {BEST.replace('_', '')} | — | — | — |" in unpadded(uncertainty_section(numbers)[-1])
@@ -319,7 +323,7 @@ def test_what_is_not_resolved_is_marked_wherever_it_is_named(three_seeds: Report
     (numbers,) = with_image_intervals(context(three_seeds, tmp_path))
     around = (-1.0, 1.0)
     pairs = [(NEITHER, "projection"), (NEITHER, BEST), (BEST, UPPER_BOUND), (NEITHER, UPPER_BOUND)]
-    vague = numbers.with_images(intervals_with(numbers, {pair: {"unseen": around} for pair in pairs}))
+    vague = replace(numbers, images=intervals_with(numbers, {pair: {"unseen": around} for pair in pairs}))
     text = answer([vague])
     assert ", the step is not resolved over images, what is left to full-masks is not resolved over images" in text
     assert "the gap itself" in (gap_caution(vague) or "")
@@ -334,14 +338,14 @@ def test_what_is_not_resolved_is_marked_wherever_it_is_named(three_seeds: Report
 def test_one_seed_is_judged_over_images_and_the_page_says_so(one_seed: ReportInput, tmp_path: Path) -> None:
     (numbers,) = with_image_intervals(context(one_seed, tmp_path))
     assert numbers.images is not None
-    low, high = numbers.images.share(BEST) or (0, 0)
+    low, high = share_of(numbers, BEST) or (0, 0)
     assert f" % [{low:.0f}, {high:.0f}] (" in answer([numbers])
     assert answer([numbers]).endswith("over images; one seed: differences over seeds are not resolved).")
     section = difference_section(one_seed, numbers, pd.DataFrame())
     assert "95 % over seeds" not in section[2]
     assert "resolved over images only: higher" in section[2]
     cells = uncertainty_section(numbers)
-    low, high = numbers.images.of(BEST, group="seen") or (0, 0)
+    low, high = numbers.interval(BEST, group="seen") or (0, 0)
     assert f"{numbers.mean(BEST, 'seen_AP'):.1f} \\[{low:.1f}, {high:.1f}\\] |" in cells[-1]
     assert f"{RESAMPLES} resamples of the {IMAGES} images" in cells[1]
 

@@ -219,6 +219,8 @@ class GapClosed:
     Attributes:
         start, reached, goal: mean unseen AP of neither, the row and full-masks over the seeds that all three have.
         per_seed: percent for each of these seeds whose own gap is positive.
+        image_interval: 95 % interval of the percentage over resampled validation images, where it was measured and the
+            gap itself is resolved over them.
     """
 
     row: str
@@ -226,6 +228,7 @@ class GapClosed:
     reached: float
     goal: float
     per_seed: tuple[float, ...]
+    image_interval: Interval | None = None
 
     @property
     def percent(self) -> float | None:
@@ -291,8 +294,7 @@ class Difference:
     def resolved(self) -> bool | None:
         """Whether every interval that there is leaves out 0; None when there is none.
 
-        With fewer than three seeds the interval over images stands alone, and what it resolves it resolves for these
-        networks only.
+        What the interval over images resolves alone, with fewer than three seeds, it resolves for these networks only.
         """
         if self.interval is None and self.image_interval is None:
             return None
@@ -309,13 +311,11 @@ class Difference:
         if not self.resolved:
             return f"not resolved over {' and '.join(self.unresolved_over)}"
         direction = "higher" if (self.mean or 0) > 0 else "lower"
-        if self.interval is None:
-            return f"resolved over images only: {direction}"
-        return f"resolved: {direction}"
+        return f"resolved: {direction}" if self.interval is not None else f"resolved over images only: {direction}"
 
 
 def difference(measured: pd.DataFrame, first: str, second: str, *, group: str) -> Difference:
-    """Paired over the seeds that both rows have; `measured` is from `aggregate.measurements`."""
+    """Paired over the seeds that both rows have; `measured` is from `measurements`."""
     values = measured.pivot(index="seed", columns="row", values=f"{group}_AP")
     if first not in values or second not in values:
         return Difference(first, second, group, ())
@@ -337,29 +337,15 @@ class ImageIntervals:
     resamples: int
     intervals: Mapping[tuple[str, ...], Mapping[str, Interval]]
 
-    def of(self, *rows: str, group: str) -> Interval | None:
-        """The interval of these rows; None where it was not measured."""
-        return self.intervals.get(rows, {}).get(group)
-
-    def share(self, row: str) -> Interval | None:
-        """That of the percentage of the gap that a row closes."""
-        return self.of(row, NEITHER, UPPER_BOUND, group="unseen")
-
-    def beside(self, item: Difference) -> Difference:
-        """The same difference with its interval over images, if there is one."""
-        return replace(item, image_interval=self.of(item.first, item.second, group=item.group))
-
 
 @dataclass(frozen=True)
 class TableNumbers:
     """Everything that a report says of one table in numbers.
 
     Attributes:
-        measured, boxes: `measurements` of masks and of boxes. summary, box_summary: the same over seeds.
+        measured: `measurements` of masks. summary, box_summary: of masks and of boxes over seeds (`summarise`).
         classes: `class_measurements`.
-        gaps: of every row that has the runs for it, in the table's order.
-        differences: of `compared_pairs`, on unseen and on all classes.
-        images: 95 % intervals over validation images; None where they were not measured, or not asked for.
+        images: None where they were not measured, or not asked for.
     """
 
     table: ReportTable
@@ -367,8 +353,6 @@ class TableNumbers:
     summary: pd.DataFrame
     box_summary: pd.DataFrame
     classes: pd.DataFrame
-    gaps: tuple[GapClosed, ...]
-    differences: tuple[Difference, ...]
     images: ImageIntervals | None = None
 
     def mean(self, row: str, column: str) -> float | None:
@@ -392,30 +376,31 @@ class TableNumbers:
         means = {row.name: mean for row in candidates if (mean := self.mean(row.name, column)) is not None}
         return max(means, key=lambda name: means[name]) if means else candidates[0].name
 
+    def interval(self, *rows: str, group: str) -> Interval | None:
+        """The interval over images that these rows have in `ImageIntervals.intervals`."""
+        return None if self.images is None else self.images.intervals.get(rows, {}).get(group)
+
     def between(self, first: str, second: str, group: str) -> Difference:
         """Of any two rows."""
         step = difference(self.measured, first, second, group=group)
-        return step if self.images is None else self.images.beside(step)
+        return replace(step, image_interval=self.interval(first, second, group=group))
 
-    def with_images(self, images: ImageIntervals) -> TableNumbers:
-        """The same with the intervals over images, in the differences too."""
-        return replace(self, images=images, differences=tuple(images.beside(item) for item in self.differences))
+    @property
+    def differences(self) -> list[Difference]:
+        """Of `compared_pairs`, on unseen and on all classes."""
+        groups = ("unseen", "all") if self.table.unseen else ("all",)
+        return [self.between(*pair, group) for group in groups for pair in compared_pairs(self.table)]
+
+    @property
+    def gaps(self) -> list[GapClosed]:
+        """Of every row that has the runs for it, in the table's order."""
+        gaps = [gap for row in self.table.rows if (gap := gap_closed(self.measured, row.name)) is not None]
+        shares = (self.interval(gap.row, NEITHER, UPPER_BOUND, group="unseen") for gap in gaps)
+        return [replace(gap, image_interval=share) for gap, share in zip(gaps, shares, strict=True)]
 
 
 def table_numbers(report: ReportInput, table: ReportTable) -> TableNumbers:
     """Aggregates the recorded runs of one table."""
-    measured = measurements(report, table)
-    gaps = (gap_closed(measured, row.name) for row in table.rows)
-    return TableNumbers(
-        table=table,
-        measured=measured,
-        summary=summarise(measured, table),
-        box_summary=summarise(measurements(report, table, iou_type="bbox"), table),
-        classes=class_measurements(report, table),
-        gaps=tuple(gap for gap in gaps if gap is not None),
-        differences=tuple(
-            difference(measured, first, second, group=group)
-            for group in (("unseen", "all") if table.unseen else ("all",))
-            for first, second in compared_pairs(table)
-        ),
-    )
+    measured, boxes = (measurements(report, table, iou_type=iou_type) for iou_type in ("segm", "bbox"))
+    summary, box_summary = summarise(measured, table), summarise(boxes, table)
+    return TableNumbers(table, measured, summary, box_summary, class_measurements(report, table))

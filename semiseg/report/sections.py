@@ -11,7 +11,6 @@ from semiseg.report.aggregate import (
     BEST,
     NEITHER,
     UPPER_BOUND,
-    GapClosed,
     ReportInput,
     ReportRow,
     ReportTable,
@@ -57,7 +56,7 @@ def answer(tables: Sequence[TableNumbers]) -> str:
     if asked:
         text = f"of the gap between neither and full-masks on unseen classes projection + pairwise closes {text}"
     notes = []
-    if any(_share_interval(numbers, BEST) for numbers in asked):
+    if any(gap.row == BEST and gap.image_interval for numbers in asked for gap in numbers.gaps):
         notes.append("in brackets: 95 % interval over images")
     if max((int(numbers.summary["seeds"].max()) for numbers in asked or tables), default=0) == 1:
         notes.append("one seed: differences over seeds are not resolved")
@@ -81,7 +80,10 @@ def _gap_clause(numbers: TableNumbers) -> str:
     values = f"{gap.start:.1f} → {gap.reached:.1f} AP, full-masks {gap.goal:.1f}"
     if gap.percent is None:
         return f"{where} nothing: there is no gap, full-masks is not above neither ({values})"
-    text = f"{where} {_share_closed(gap, numbers)} ({values})"
+    share = whole_percent(gap.percent)
+    if gap.image_interval is not None:
+        share += " [{:.0f}, {:.0f}]".format(*gap.image_interval).replace("-", MINUS)
+    text = f"{where} {share} ({values})"
     steps = {"the step": (NEITHER, BEST), "what is left to full-masks": (BEST, UPPER_BOUND)}
     for words, pair in steps.items():
         step = numbers.between(*pair, "unseen")
@@ -89,16 +91,6 @@ def _gap_clause(numbers: TableNumbers) -> str:
             text += f", {words} is {step.reading}"
     caution = gap_caution(numbers)
     return text if caution is None else f"{text}, but {caution}"
-
-
-def _share_closed(gap: GapClosed, numbers: TableNumbers) -> str:
-    """The percentage of the gap that a row closes, in brackets its interval over images: "63 % [58, 68]"."""
-    text, ends = whole_percent(gap.percent or 0.0), _share_interval(numbers, gap.row)
-    return text if ends is None else f"{text} [{ends[0]:.0f}, {ends[1]:.0f}]".replace("-", MINUS)
-
-
-def _share_interval(numbers: TableNumbers, row: str) -> Interval | None:
-    return None if numbers.images is None else numbers.images.share(row)
 
 
 def gap_caution(numbers: TableNumbers) -> str | None:
@@ -167,15 +159,14 @@ def _gap_section(numbers: TableNumbers) -> list[str]:
     text = "The gap is full-masks minus neither on unseen classes, over the seeds that both and the row have."
     if caution := gap_caution(numbers):
         text += f" **Note:** {caution}; shares of it say little."
-    shares = {gap.row: _share_interval(numbers, gap.row) for gap in numbers.gaps}
-    measured = any(shares.values())
+    measured = any(gap.image_interval for gap in numbers.gaps)
     lines = []
     for gap in numbers.gaps:
         share = "no gap" if gap.percent is None else whole_percent(gap.percent)
         if gap.percent is not None and len(gap.per_seed) > 1:
             share += f" ± {pd.Series(gap.per_seed).std(ddof=1):.0f}"
         gain = number(gap.reached - gap.start, sign=True)
-        interval = [_range(shares[gap.row], sign=False, digits=0)] if measured else []
+        interval = [_range(gap.image_interval, sign=False, digits=0)] if measured else []
         lines.append([labels[gap.row], number(gap.start), number(gap.reached), gain, share, *interval])
     headings = ("row", "neither AP", "row AP", "gain", "gap closed", *(["95 % over images"] if measured else []))
     return [heading, text, markdown_table(headings, lines)]
@@ -195,7 +186,7 @@ def uncertainty_section(numbers: TableNumbers) -> list[str]:
     groups = _groups(numbers)
     lines = []
     for row in numbers.table.rows:
-        intervals = {group: images.of(row.name, group=group) for group in groups}
+        intervals = {group: numbers.interval(row.name, group=group) for group in groups}
         means = [
             f"{number(numbers.mean(row.name, f'{group}_AP'))} [{ends[0]:.1f}, {ends[1]:.1f}]" if ends else "—"
             for group, ends in intervals.items()

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -77,7 +78,7 @@ class _Resamples:
             for row in self._runs.keys() - {NEITHER, UPPER_BOUND}:
                 intervals[row, NEITHER, UPPER_BOUND] = self._kept((row, NEITHER, UPPER_BOUND))
         images = next(run.metrics["images"] for runs in self._runs.values() for run in runs.values())
-        return numbers.with_images(ImageIntervals(images, RESAMPLES, intervals))
+        return replace(numbers, images=ImageIntervals(images, RESAMPLES, intervals))
 
     def _kept(self, rows: Sequence[str]) -> Mapping[str, Interval]:
         """Group -> interval of a row, of the difference of two, or of the share of the gap; empty if not measurable."""
