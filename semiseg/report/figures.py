@@ -6,7 +6,7 @@ import io
 import math
 import textwrap
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,12 +82,6 @@ def wrapped(text: str, width: int = 12) -> str:
     return textwrap.fill(plain(text), width, break_long_words=False)
 
 
-def shortened(text: str, width: int = 40) -> str:
-    """A label of at most `width` letters, the last of them "…" where it was longer."""
-    text = " ".join(text.split())
-    return plain(text if len(text) <= width else f"{text[: width - 1].rstrip()}…")
-
-
 def row_styles(tables: Sequence[ReportTable]) -> Styles:
     """How each row is drawn in every chart of a page; lines that cross differ by more than their colour."""
     count = len(ROW_COLOURS)
@@ -111,13 +105,6 @@ def _panels(count: int, *, across: int, size: tuple[float, float], sharey: bool 
     for panel in panels[count:]:
         panel.set_visible(False)
     return figure, panels[:count]
-
-
-def _legend(figure: Figure, panels: Iterable[Axes]) -> None:
-    """One legend for all panels, outside of them, each label once."""
-    entries = [panel.get_legend_handles_labels() for panel in panels]
-    handles = {label: handle for pair in entries for handle, label in zip(*pair, strict=True)}
-    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=3)
 
 
 def _fill(colour: str, *, pale: bool) -> dict[str, Any]:
@@ -227,12 +214,14 @@ def training_figure(table: ReportTable, curves: Mapping[str, Sequence[TrainingCu
         for label, name, line in drawn:
             marks: dict[str, Any] = {"marker": "o", "markersize": 3.5} if drawn is validated else {}
             panel.plot(
-                line.index.to_numpy(), line.to_numpy(), label=shortened(label), linewidth=1.1, **styles[name], **marks
+                line.index.to_numpy(), line.to_numpy(), label=wrapped(label, 40), linewidth=1.1, **styles[name], **marks
             )
         panel.set_title(heading)
         panel.margins(x=0.03)
         panel.set_xlabel("step")
-    _legend(figure, panels)
+    entries = [panel.get_legend_handles_labels() for panel in panels]
+    handles = {label: handle for pair in entries for handle, label in zip(*pair, strict=True)}  # each label once
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=3)
     return chart(figure)
 
 

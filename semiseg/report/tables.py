@@ -98,13 +98,12 @@ def best_cells(summary: pd.DataFrame, table: ReportTable, shown: Layout) -> froz
     Rows with every mask are no competitors of rows that lack some (`left_out`). A column with a single competitor has
     no best one.
     """
-    bounds = left_out(table)
-    rows = [index for index, row in enumerate(table.rows) if row.name not in bounds]
+    competing = [row.name not in left_out(table) for row in table.rows]
     best: set[tuple[int, int]] = set()
     for index, column in enumerate(shown.columns, start=shown.texts + 1):
-        values = {row: float(f"{value:.1f}") for row in rows if not math.isnan(value := summary[column].iloc[row])}
-        if len(values) > 1:
-            best |= {(row, index) for row, value in values.items() if value == max(values.values())}
+        printed = summary.loc[competing, column].dropna().map("{:.1f}".format).astype(float)
+        if len(printed) > 1:
+            best |= {(int(row), index) for row in printed.index[printed == printed.max()]}
     return frozenset(best)
 
 
@@ -148,10 +147,7 @@ def markdown_table(
     Args:
         bold: (line, column) of cells whose number, up to the first space, is bold.
     """
-    escaped = [
-        [_formed(escape_markdown(cell), "**{}**", bold=(row, column) in bold) for column, cell in enumerate(line)]
-        for row, line in enumerate(lines)
-    ]
+    escaped = _emphasised([[escape_markdown(cell) for cell in line] for line in lines], "**{}**", bold)
     frame = pd.DataFrame(escaped, columns=[escape_markdown(heading) for heading in headings])
     sides = ["left" if column < texts else "right" for column in range(len(headings))]
     return f"{frame.to_markdown(index=False, tablefmt='pipe', colalign=sides, disable_numparse=True)}\n"
@@ -169,15 +165,8 @@ def text_table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def latex_table(table: ReportTable, shown: Layout, lines: Iterable[Sequence[str]], *, bold: Cells = frozenset()) -> str:
-    """A booktabs tabular, to be set in a table environment of one's own.
-
-    Args:
-        bold: as in `markdown_table`.
-    """
-    escaped = [
-        [_formed(escape_latex(cell), r"\textbf{{{}}}", bold=(row, column) in bold) for column, cell in enumerate(line)]
-        for row, line in enumerate(lines)
-    ]
+    """A booktabs tabular, to be set in a table environment of one's own; `bold` as in `markdown_table`."""
+    escaped = _emphasised([[escape_latex(cell) for cell in line] for line in lines], r"\textbf{{{}}}", bold)
     for line in escaped:
         if line[0].startswith(("[", "*")):  # behind the end of a line they would be taken as its options
             line[0] = f"{{}}{line[0]}"
@@ -191,10 +180,12 @@ def latex_table(table: ReportTable, shown: Layout, lines: Iterable[Sequence[str]
     )
 
 
-def _formed(cell: str, form: str, *, bold: bool) -> str:
-    """The cell; if bold, its number in a form, and what follows it, such as "± 0.3", as it is."""
-    value, space, rest = cell.partition(" ")
-    return f"{form.format(value)}{space}{rest}" if bold else cell
+def _emphasised(lines: list[list[str]], form: str, bold: Cells) -> list[list[str]]:
+    """The lines with the number of each bold cell in a form, and what follows it, such as "± 0.3", as it is."""
+    for row, column in bold:
+        value, space, rest = lines[row][column].partition(" ")
+        lines[row][column] = f"{form.format(value)}{space}{rest}"
+    return lines
 
 
 def escape_markdown(text: str) -> str:
