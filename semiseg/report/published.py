@@ -7,8 +7,11 @@ from pathlib import Path
 import pandas as pd
 
 from semiseg.errors import UserError
+from semiseg.evaluation.coco_metrics import METRIC_NAMES
 from semiseg.report.aggregate import TABLE_METRICS, UPPER_BOUND, ReportInput, ReportTable, TableNumbers
 from semiseg.report.tables import Layout, escape_markdown, number, table_cells
+
+_COLUMNS = ("table", "row", "classes", *METRIC_NAMES, "method", "backbone", "schedule", "evaluation_set", "note")
 
 
 def read_published(path: Path) -> pd.DataFrame:
@@ -19,8 +22,7 @@ def read_published(path: Path) -> pd.DataFrame:
         raise UserError(f"{path}: no such file") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a readable CSV: {error}") from None
-    missing = [name for name in ("table", "row", "classes", *TABLE_METRICS, "note") if name not in frame]
-    if missing:
+    if missing := [name for name in _COLUMNS if name not in frame]:
         raise UserError(f"{path}: column {missing[0]!r} is missing")
     return frame
 
@@ -77,52 +79,44 @@ def printed_difference(printed: pd.DataFrame, table: str | None, first: str, sec
 
 def data_name(printed: pd.DataFrame, table: ReportTable) -> str:
     """The data set of a table's printed numbers: "COCO" or "VOC"; "COCO" for a table of our own."""
-    if "evaluation_set" not in printed:
-        return "COCO"
     sets = printed.loc[printed["table"] == table.published, "evaluation_set"]
     names = {str(text).split()[0].upper() for text in sets if text}
     return names.pop() if len(names) == 1 else "COCO"
 
 
 def _context(report: ReportInput, rows: pd.DataFrame, data: str) -> str:
-    where = ", ".join(
-        " / ".join(dict.fromkeys(value for value in rows[name] if value))
-        for name in ("backbone", "schedule", "evaluation_set")
-        if name in rows and any(rows[name])
-    )
+    values = (filter(None, rows[name].unique()) for name in ("backbone", "schedule", "evaluation_set"))
+    where = escape_markdown(", ".join(filter(None, map(" / ".join, values))))
     if report.paper_data:
-        return f"In parentheses: the printed number, for {escape_markdown(where)}, and ours minus it."
+        return f"In parentheses: the printed number, for {where}, and ours minus it."
     return (
-        f"In parentheses: the printed number. **The {data} numbers are from another data set** "
-        f"({escape_markdown(where)}), network and schedule: context for the order and size of the steps, no goal."
+        f"In parentheses: the printed number. **The {data} numbers are from another data set** ({where}), network and "
+        "schedule: context for the order and size of the steps, no goal."
     )
 
 
 def _notes(printed: pd.DataFrame, table: ReportTable) -> list[str]:
     rows = printed[printed["table"] == table.published]
     names = {row.name for row in table.rows}
-    about: dict[str, list[str]] = {}
-    for _, line in rows[rows["row"].isin(names)].iterrows():
-        if line["note"]:
-            classes = f" ({line['classes']})" if table.unseen else ""
-            about.setdefault(line["note"], []).append(f"{line['row']}{classes}")
-    notes = [f"{', '.join(names)}: {note}" for note, names in about.items()]
-    others = [
-        f"{line['method']} ({', '.join(line[name] for name in ('backbone', 'schedule', 'note') if line[name])}): "
-        + " / ".join(line[name] or "—" for name in TABLE_METRICS)
-        for _, line in rows[~rows["row"].isin(names)].iterrows()
-        if {"method", "backbone", "schedule"} <= set(rows)
-    ]
+    ours, others = rows[rows["row"].isin(names)], rows[~rows["row"].isin(names)]
+    notes = []
+    for note, lines in ours[ours["note"] != ""].groupby("note", sort=False):
+        about = lines["row"] + (" (" + lines["classes"] + ")" if table.unseen else "")
+        notes.append(f"{', '.join(about)}: {note}")
     dice = [_printed_value(printed, "2", "dice", "all", metric) for metric in TABLE_METRICS]
     if UPPER_BOUND in names and not (rows["row"] == UPPER_BOUND).any() and all(dice):
         notes.append(
             f"full-masks: not in the paper's table; for all classes its Table 2 prints {' / '.join(dice)} with Dice "
             "on all masks"
         )
-    return notes + [f"not trained here: {text}" for text in others]
+    for _, line in others.iterrows():
+        how = ", ".join(line[name] for name in ("backbone", "schedule", "note") if line[name])
+        values = " / ".join(line[name] or "—" for name in TABLE_METRICS)
+        notes.append(f"not trained here: {line['method']} ({how}): {values}")
+    return notes
 
 
 def _printed_value(printed: pd.DataFrame, table: str | None, row: str, group: str, metric: str) -> str:
     """A printed number of a row, "" if it is not in the paper."""
     line = printed[(printed["table"] == table) & (printed["row"] == row) & (printed["classes"] == group)]
-    return "" if line.empty or metric not in line else str(line.iloc[0][metric])
+    return "" if line.empty else str(line.iloc[0][metric])
