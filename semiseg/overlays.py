@@ -1,7 +1,6 @@
 """Detections drawn over their image, for `predict` and for the pictures of reports: masks, outlines, boxes, labels.
 
-Frames: original = the image that boxes and masks refer to; drawing = the picture that comes out, the same image scaled
-so that text can be read on small images and large ones stay small.
+Frames: original = the image that boxes and masks refer to; drawing = the picture that comes out, the same image scaled.
 """
 
 from __future__ import annotations
@@ -67,10 +66,8 @@ def draw_detections(
 ) -> Image.Image:
     """A new picture with the detections on it.
 
-    Masks and boxes of better detections lie over those of worse ones; labels are moved so that they neither leave the
-    picture nor, where there is room, cover one another. A colour that is not given follows from the place in the list
-    and the boxes before it: it differs from those of better detections whose boxes overlap its own, as far as there are
-    colours.
+    Better detections lie over worse ones; labels are moved so that they neither leave the picture nor, where there is
+    room, cover one another.
 
     Args:
         picture: the image, of `prepare_drawing` or of any other size.
@@ -152,10 +149,7 @@ def _write_labels(
 
 
 def place_label(size_wh: tuple[int, int], box: Box, placed: Sequence[Box], picture_wh: tuple[int, int]) -> Box:
-    """Where a label of that size goes: above its box, below it, in it, beside it; the first place without a label.
-
-    Every place is moved into the picture; where all are taken, the first is used.
-    """
+    """Where a label of that size goes in the picture: the first of places above, below and in its box that is free."""
     width, height = size_wh
     x0, y0, x1, y1 = box
     corners = [(x0, y0 - height), (x0, y1), (x0, y0), (x1 - width, y0 - height), (x1 - width, y1), (x0, y1 - height)]

@@ -140,7 +140,6 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> ReportInput:
         run_folders={run_id: folder / "runs" / run_id for run_id in runs},
         val_annotations=annotations,
         val_images=folder,
-        picture_seed=3,
     )
 
 
@@ -228,7 +227,7 @@ def test_the_page_says_what_it_must(report: Path) -> None:
         assert len(re.findall(pattern, text)) == 1, printed
     assert "35.6 / 56.3 / 37.8" in text  # the paper's own upper bound, Table 2
     assert "box-supervised (unseen): printed identical to Table 6 although the unseen classes differ" in text
-    assert "Drawn at random with seed 3" in text
+    assert "Drawn at random with seed 0" in text
     assert "semiseg train 'a b'" in text
     for digest in ("`d6`", "`d7`", "`data1`", "`abc123`"):
         assert digest in text

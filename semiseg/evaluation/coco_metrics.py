@@ -132,11 +132,7 @@ def evaluate_detections(
 
 
 def group_means(per_class: Mapping[str, Numbers | None], classes: Collection[str]) -> Numbers:
-    """Means over those of `classes` that have ground truth: what slicing the precision array over them gives.
-
-    Args:
-        per_class: `TypeMetrics.classes`.
-    """
+    """Means of `TypeMetrics.classes` over those that have ground truth: what slicing the precision array would give."""
     unknown = sorted(set(classes) - set(per_class))
     if unknown:
         raise UserError(f"class {unknown[0]!r} was not evaluated; evaluated: {', '.join(per_class)}")
@@ -195,11 +191,7 @@ def names_of_classes(truth: COCO) -> list[str]:
 
 
 def prepare_masks(truth: COCO) -> bool:
-    """Whether masks can be evaluated: every instance but crowd has one; a crowd without gets its box, as in training.
-
-    Args:
-        truth: from `load_ground_truth`; its crowd annotations are changed.
-    """
+    """Whether every instance but crowd has a mask; if so, a crowd without one gets its box, as in training."""
     if not all(a.get("segmentation") for a in truth.dataset["annotations"] if not a["iscrowd"]):
         return False
     for annotation in truth.dataset["annotations"]:

@@ -1,8 +1,4 @@
-"""Which detection found each ground-truth instance, and how the masks of the two differ.
-
-`coco_metrics.py` says how good a run is; this says what became of each instance. Works on run-length encodings: no
-mask is decoded.
-"""
+"""Which detection found each ground-truth instance, and how the masks of the two differ; no mask is decoded."""
 
 from __future__ import annotations
 
@@ -27,9 +23,7 @@ def box_matches(truth: COCO, results: Sequence[Mapping[str, Any]]) -> list[int |
 
     It is the matching of pycocotools on boxes at IoU 0.5, so that no object is found twice.
 
-    Args:
-        truth: from `coco_metrics.load_ground_truth`.
-        results: COCO results; only image_id, category_id, bbox and score are read. Image ids must be the file's.
+    Arguments are those of `matching.match_cells`.
 
     Returns:
         one annotation id per detection; None for one without an object, for one that lies on a crowd region, and for
@@ -48,10 +42,7 @@ def match_instances(truth: COCO, results: Sequence[Mapping[str, Any]]) -> pd.Dat
 
     Crowd regions are no instances. Instances without a mask take part in the matching, but have no line.
 
-    Args:
-        truth: of `coco_metrics.load_ground_truth`.
-        results: COCO results that fit it (`coco_metrics.check_results`): image_id, category_id, bbox (x, y, w, h in
-            pixels), score, segmentation (RLE of the image's size).
+    Arguments are those of `matching.match_cells`; the results fit the truth (`coco_metrics.check_results`).
 
     Returns:
         One line per instance with a mask, in the order of the file's images and annotations; index: annotation id.

@@ -53,8 +53,7 @@ def coco_precision(truth: COCO, results: Results, iou_type: str, *, backend: Bac
         backend: "hotcoco" gives the same array, and a `UserError` where a part of the images shows that it does not.
 
     Returns:
-        (T IoU thresholds, R recalls, C classes by id, A areas, 1) in 0..1; -1 where a class has no ground truth of
-        the area.
+        (T IoU thresholds, R recalls, C classes by id, A areas, 1) in 0..1; -1 without ground truth of the area.
     """
     images = sorted(truth.imgs)
     if backend == "pycocotools":

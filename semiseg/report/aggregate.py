@@ -108,7 +108,6 @@ class ReportInput:
         notes: what else a reader must know before the numbers, a sentence or two each, in Markdown.
         run_folders: run id -> folder with log.jsonl and detections.json; folders may be gone.
         val_annotations, val_images: for the pictures; may be None or gone.
-        picture_seed: draws the images that the pictures show.
     """
 
     study: str
@@ -130,7 +129,6 @@ class ReportInput:
     run_folders: Mapping[str, Path] = field(default_factory=dict)
     val_annotations: Path | None = None
     val_images: Path | None = None
-    picture_seed: int = 0
 
     def cells(self, table: ReportTable) -> list[tuple[str, int, Result]]:
         """(row name, seed, run) of every recorded cell of a table, in the order of rows and seeds."""
@@ -256,8 +254,7 @@ class Difference:
 
     Attributes:
         values: one difference per seed measured for both rows.
-        image_interval: 95 % interval of the mean over resampled validation images, for the networks as they are; None
-            where it was not measured.
+        image_interval: 95 % interval of the mean over resampled validation images; None where it was not measured.
     """
 
     first: str
@@ -363,10 +360,8 @@ class TableNumbers:
     def main_row(self, among: Collection[str]) -> str:
         """The row that the page is about: the method, else the best one by the table's main AP.
 
-        Rows that have every mask, and the first row, with which others are compared, count only if there is no other.
-
-        Args:
-            among: names of rows to choose from, at least one.
+        Of the rows named by `among`, those that have every mask, and the first row of the table, with which others are
+        compared, count only if there is no other.
         """
         rows = [row for row in self.table.rows if row.name in among]
         lacking = [row for row in rows if not row.every_mask] or rows

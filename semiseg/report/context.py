@@ -30,14 +30,10 @@ _SAME = 0.01  # AP; detections whose AP differs more from the recorded one are n
 
 @dataclass
 class FigureFiles:
-    """Writes figures into the report's folder and gives the Markdown that shows them.
-
-    Attributes:
-        earlier: blocks of the page that was there before, if it is of the same runs.
-    """
+    """Writes figures into the report's folder and gives the Markdown that shows them."""
 
     folder: Path
-    earlier: Sequence[str] = ()
+    earlier: Sequence[str] = ()  # blocks of the page that was there before, if it is of the same runs
 
     def show(self, name: str, png: bytes | None, *, alt: str, caption: str = "", absent: str = "") -> list[str]:
         """Blocks that show a figure, written as `name`.png.
@@ -162,18 +158,11 @@ class StoredDetections:
 
 @dataclass
 class PageContext:
-    """One report being written.
-
-    Attributes:
-        report: what it is made from.
-        tables: the numbers of its tables.
-        printed: the paper's numbers.
-        figures, measured: the report's folder, by kind of file.
-    """
+    """One report being written."""
 
     report: ReportInput
     tables: Sequence[TableNumbers]
-    printed: pd.DataFrame
+    printed: pd.DataFrame  # the paper's numbers (`published.py`)
     figures: FigureFiles
     measured: Measured
 

@@ -46,11 +46,7 @@ def causes_of_failure(matches: pd.DataFrame) -> pd.Series:
 
 
 def failure_counts(truth: COCO, matches: pd.DataFrame) -> dict[str, list[int]]:
-    """Class -> number of instances, of found ones, and of failures by cause in the order of CAUSES.
-
-    Args:
-        matches: `match_instances` of a run.
-    """
+    """Class -> number of instances, of found ones, and of failures by cause, of `match_instances` of a run."""
     causes = causes_of_failure(matches)
     columns = {"instances": 1, "found": matches["detection"] >= 0, **{cause: causes == cause for cause in CAUSES}}
     counts = pd.DataFrame(columns, index=matches.index).groupby(matches["category"]).sum()
@@ -68,7 +64,8 @@ def failure_section(page: PageContext, numbers: TableNumbers) -> list[str]:
         if (counts := _kept_counts(page, run)) is None:
             missing.append(f"{escape_markdown(labels[row])} seed {seed}")
         else:
-            counted[row].append(_sums(table, counts))
+            judged = [values for name, values in counts.items() if not table.unseen or name in table.unseen]
+            counted[row].append(np.array(judged, dtype=np.int64).reshape(-1, 2 + len(CAUSES)).sum(0))
     lines = [[row.label, *_cells(counted[row.name])] for row in table.rows]
     gone = f"Without {', '.join(missing)}: the detections of these runs are not on this machine."
     return [
@@ -85,13 +82,6 @@ def _kept_counts(page: PageContext, run: Result) -> dict[str, list[int]] | None:
         return None if truth is None or matches is None else failure_counts(truth, matches)
 
     return page.measured.get("failures", f"{run.trained_as}/{_VERSION}", measure)
-
-
-def _sums(table: ReportTable, counts: Mapping[str, Sequence[int]]) -> np.ndarray:
-    """Instances, found ones and failures by cause, summed over the classes that count."""
-    wanted = [values for name, values in counts.items() if not table.unseen or name in table.unseen]
-    sums: np.ndarray = np.array(wanted, dtype=np.int64).reshape(-1, 2 + len(CAUSES)).sum(0)
-    return sums
 
 
 def _cells(runs: Sequence[np.ndarray]) -> list[str]:

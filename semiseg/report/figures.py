@@ -44,10 +44,7 @@ _SEEDS: dict[str, Any] = {"marker": "o", "linestyle": "none", "color": "white", 
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A figure of inches, drawn off screen, with letters of other scripts where a font for them is installed.
-
-    For functions under `matplotlib.rc_context(fname=STYLE)`.
-    """
+    """A figure of inches, for functions under `rc_context(fname=STYLE)`; with fonts of other scripts if installed."""
     installed = {font.name for font in matplotlib.font_manager.fontManager.ttflist}
     matplotlib.rcParams["font.family"] = [name for name in _FONTS if name in installed] or ["sans-serif"]
     figure = Figure(figsize=(width, height))
@@ -193,11 +190,7 @@ class TrainingCurves:
 
 @rc_context(fname=STYLE)
 def training_figure(table: ReportTable, curves: Mapping[str, Sequence[TrainingCurves]], styles: Styles) -> bytes | None:
-    """Unweighted loss terms and, where measured on the way, validation mask AP over steps; one line per run.
-
-    Args:
-        curves: row name -> its runs. None is returned if they hold no losses.
-    """
+    """Unweighted loss terms and, where measured on the way, validation mask AP over steps; None without any losses."""
     runs = [(row, curve) for row in table.rows for curve in curves.get(row.name, ())]
     lines: dict[str, list[tuple[str, str, pd.Series]]] = {}  # heading of a panel -> label, row, line
     for row, curve in runs:

@@ -21,15 +21,7 @@ _STYLE = Path(__file__).with_name("page.css")
 
 
 def render_page(text: str, folder: Path) -> str:
-    """The page of a report.
-
-    The words are those of the Markdown: CommonMark with GitHub's tables; raw HTML is shown as the letters it is.
-    Images are embedded.
-
-    Args:
-        text: report.md.
-        folder: where it lies: its images are looked for there.
-    """
+    """The page of report.md: CommonMark with GitHub's tables, images of `folder` embedded; raw HTML stays letters."""
     markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
     markdown.use(anchors_plugin, max_level=3, slug_func=_slug)
     markdown.add_render_rule("image", _image)

@@ -55,10 +55,9 @@ SECTIONS: tuple[Callable[[PageContext, TableNumbers], list[str]], ...] = (
 
 
 def build_report(report: ReportInput, *, out: Path, published: Path) -> Path:
-    """Writes the report of a study; cells without a run stay empty and are named.
+    """Writes the report of a study into a folder; cells without a run stay empty and are named.
 
     Args:
-        out: the report's folder, e.g. `reports/shapes`; other files in it are left alone.
         published: CSV of the printed numbers (`reports/published/boxinst.csv`).
 
     Returns:

@@ -26,7 +26,7 @@ from semiseg.report.figures import png
 from semiseg.report.tables import signed
 
 RANDOM, GAIN, LOSS, FAILURE = "random", "largest gain", "largest loss", "worst failure"
-RANDOM_IMAGES, EXTREME_IMAGES = 4, 3
+RANDOM_IMAGES, EXTREME_IMAGES, PICTURE_SEED = 4, 3, 0
 SCORE_THRESHOLD = 0.4
 UNMATCHED = (187, 187, 187)
 _TILE, _GAP, _LINE = 200, 8, 16  # pixels: width of a picture, room around it, height of a line of words
@@ -64,7 +64,7 @@ def draw_pictures(report: ReportInput, numbers: TableNumbers, stored: StoredDete
     gains = image_gains(main, others[0]) if others else {}
     labels = {row.name: row.label for row in table.rows}
     strips = []
-    for image, words in choose_images(truth, gains, worst_failures(main), seed=report.picture_seed).items():
+    for image, words in choose_images(truth, gains, worst_failures(main), seed=PICTURE_SEED).items():
         try:
             pixels = read_image(report.val_images, truth, image)
         except UserError as error:
@@ -75,12 +75,12 @@ def draw_pictures(report: ReportInput, numbers: TableNumbers, stored: StoredDete
             on_image = [result for result in results if result["image_id"] == image]
             columns[labels[row]] = detected_objects(annotations, on_image)
         strips.append((words, [(label, _tile(pixels, objects)) for label, objects in columns.items()]))
-    return contact_sheet(strips), _note(report, table, seed, *(labels[row] for row in compared))
+    return contact_sheet(strips), _note(table, seed, *(labels[row] for row in compared))
 
 
-def _note(report: ReportInput, table: ReportTable, seed: int, main: str, other: str = "") -> str:
+def _note(table: ReportTable, seed: int, main: str, other: str = "") -> str:
     """The rule by which the images were chosen, and how to read the picture."""
-    rule = f"Drawn at random with seed {report.picture_seed}"
+    rule = f"Drawn at random with seed {PICTURE_SEED}"
     if other:
         objects = "objects of unseen classes" if table.unseen else "objects"
         rule += (
@@ -127,11 +127,7 @@ def _tile(image: np.ndarray, objects: Sequence[Drawn]) -> Image.Image:
 
 
 def contact_sheet(strips: Sequence[tuple[str, Sequence[tuple[str, Image.Image]]]]) -> bytes:
-    """A PNG of pictures in lines, each line with words above it and each picture with a title.
-
-    Args:
-        strips: words and titled pictures of every line.
-    """
+    """A PNG of lines of pictures: the words above each line, and its pictures with their titles."""
     heights = [max(picture.height for _, picture in tiles) for _, tiles in strips]
     width = max(sum(picture.width + _GAP for _, picture in tiles) for _, tiles in strips) + _GAP
     sheet = Image.new("RGB", (width, sum(heights) + (2 * _LINE + _GAP) * len(strips) + _GAP), "white")
@@ -157,35 +153,24 @@ def judged(table: ReportTable, truth: COCO, matches: pd.DataFrame) -> pd.DataFra
 
 
 def image_gains(main: pd.DataFrame, other: pd.DataFrame) -> dict[Any, float]:
-    """Image id -> how much higher the mean mask IoU of its instances is for `main`; not found counts as 0.
-
-    Args:
-        main, other: lines of `match_instances`, judged, of the same instances.
-    """
+    """Image id -> how much higher the mean mask IoU of its `judged` instances is for `main`; not found counts as 0."""
     difference = main["mask_iou"].fillna(0.0) - other["mask_iou"].fillna(0.0)
     # Rounded, so that equal images are equal whatever the order of the additions.
     return {image: round(float(np.mean(values)), 9) for image, values in difference.groupby(main["image"])}
 
 
 def worst_failures(matches: pd.DataFrame) -> dict[str, Any]:
-    """Cause -> image of the failed mask with the lowest IoU, ties by annotation id; without causes that have none.
-
-    Args:
-        matches: lines of `match_instances`, judged.
-    """
+    """Cause -> image of the failed mask with the lowest IoU of those `judged`, ties by annotation id."""
     failed = matches.assign(cause=causes_of_failure(matches)).sort_index().sort_values("mask_iou", kind="stable")
     worst = failed[failed["cause"] != ""].groupby("cause")["image"].first()
     return {cause: worst[cause] for cause in CAUSES if cause in worst}
 
 
 def choose_images(truth: COCO, gains: Mapping[Any, float], failures: Mapping[str, Any], *, seed: int) -> dict[Any, str]:
-    """Images with objects drawn at random, then those of the largest gain, the largest loss and the worst failures.
+    """Id of each chosen image -> what stands above it: group, points of IoU gained or the cause of the failure, id.
 
-    No image is chosen twice: the groups are filled in this order. Ties go to the smaller id. Only a positive gain is
-    a gain, only a negative one a loss.
-
-    Returns:
-        image id -> what stands above it: group, points of IoU gained or the cause of the failure, id.
+    Images with objects drawn at random, then those of the largest gain, the largest loss and the worst failures. No
+    image is chosen twice: the groups are filled in this order. Ties go to the smaller id.
     """
     candidates = sorted({a["image_id"] for a in truth.anns.values() if not a["iscrowd"]} & set(truth.imgs))
     groups = dict.fromkeys(random.Random(seed).sample(candidates, min(RANDOM_IMAGES, len(candidates))), RANDOM)

@@ -142,11 +142,7 @@ def whole_percent(value: float) -> str:
 def markdown_table(
     headings: Sequence[str], lines: Iterable[Sequence[str]], *, texts: int = 1, bold: Cells = frozenset()
 ) -> str:
-    """A GitHub table; cells are escaped; the first `texts` columns are left-aligned, the others right-aligned.
-
-    Args:
-        bold: (line, column) of cells whose number, up to the first space, is bold.
-    """
+    """A GitHub table; cells are escaped; the first `texts` columns are left-aligned; in `bold` cells the number is."""
     escaped = _emphasised([[escape_markdown(cell) for cell in line] for line in lines], "**{}**", bold)
     frame = pd.DataFrame(escaped, columns=[escape_markdown(heading) for heading in headings])
     sides = ["left" if column < texts else "right" for column in range(len(headings))]
