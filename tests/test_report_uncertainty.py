@@ -20,7 +20,6 @@ from semiseg.report.aggregate import (
     NEITHER,
     UPPER_BOUND,
     Difference,
-    ImageIntervals,
     ReportInput,
     ReportRow,
     ReportTable,
@@ -149,8 +148,7 @@ def test_intervals_are_the_percentiles_of_paired_resamples(
 ) -> None:
     report: ReportInput = request.getfixturevalue(which)
     (numbers,) = with_image_intervals(context(report, tmp_path))
-    assert numbers.images is not None
-    assert (numbers.images.images, numbers.images.resamples) == (IMAGES, RESAMPLES)
+    assert numbers.intervals
     rows = {row: np.mean([resampled(report, row, seed) for seed in report.seeds], axis=0) for row in SHIFT}
     for column, group in enumerate(GROUPS):
         for row in SHIFT:
@@ -174,7 +172,7 @@ def test_a_share_of_a_gap_that_may_be_nothing_has_no_interval(one_seed: ReportIn
         key: one_seed.results[TABLE.name, NEITHER if key[1] == UPPER_BOUND else key[1], 0] for key in one_seed.results
     }
     (numbers,) = with_image_intervals(context(replace(one_seed, results=swapped), tmp_path))
-    assert numbers.images is not None
+    assert numbers.intervals
     assert not any(share_of(numbers, row) for row in SHIFT)
     assert numbers.between(NEITHER, UPPER_BOUND, "unseen").image_interval == (0, 0)
     assert numbers.between(NEITHER, UPPER_BOUND, "unseen").resolved is False
@@ -205,14 +203,14 @@ def test_every_run_is_matched_once_and_not_again_without_its_folder(
     page = context(one_seed, tmp_path)
     page.tables = [*page.tables, *page.tables]
     first, second = with_image_intervals(page)
-    assert first.images == second.images
+    assert first.intervals == second.intervals
     curves = [thresholds_of(page, run) for run in one_seed.runs()]
     assert calls == ["segm"] * 4
     page.measured.save()
     content = (tmp_path / "measured.json").read_bytes()
     assert str(tmp_path).encode() not in content
     later = context(replace(one_seed, run_folders={}, val_annotations=None), tmp_path)
-    assert with_image_intervals(later)[0].images == first.images
+    assert with_image_intervals(later)[0].intervals == first.intervals
     assert [thresholds_of(later, run) for run in one_seed.runs()] == curves
     later.measured.save()
     assert (tmp_path / "measured.json").read_bytes() == content
@@ -250,7 +248,7 @@ def test_without_detections_the_page_says_what_it_said(one_seed: ReportInput, tm
     (numbers,) = with_image_intervals(page)
     assert numbers is page.tables[0]
     assert thresholds_of(page, one_seed.runs()[0]) is None
-    assert uncertainty_section(numbers) == []
+    assert uncertainty_section(one_seed, numbers) == []
     assert answer([numbers]).endswith("(one seed: differences over seeds are not resolved).")
     assert "no claim" in difference_section(one_seed, numbers, pd.DataFrame())[-1]
 
@@ -259,11 +257,11 @@ def test_a_row_without_detections_leaves_the_others_theirs(one_seed: ReportInput
     gone = one_seed.results[TABLE.name, BEST, 0].run_id
     folders = {run_id: path for run_id, path in one_seed.run_folders.items() if run_id != gone}
     (numbers,) = with_image_intervals(context(replace(one_seed, run_folders=folders), tmp_path))
-    assert numbers.images is not None
+    assert numbers.intervals
     assert numbers.interval(BEST, group="all") is None
     assert numbers.between(NEITHER, BEST, "all").resolved is None
     assert numbers.between(NEITHER, "projection", "all").image_interval is not None
-    assert f"| {BEST.replace('_', '')} | — | — | — |" in unpadded(uncertainty_section(numbers)[-1])
+    assert f"| {BEST.replace('_', '')} | — | — | — |" in unpadded(uncertainty_section(one_seed, numbers)[-1])
 
 
 @pytest.mark.parametrize("content", ["[", "[]", '[{"image_id": 0}]', '{"a": 1}'])
@@ -314,16 +312,16 @@ def test_a_difference_is_resolved_only_if_every_interval_leaves_out_zero(
     assert found.reading == words
 
 
-def intervals_with(numbers: TableNumbers, changed: dict[tuple[str, ...], dict[str, Interval]]) -> ImageIntervals:
-    assert numbers.images is not None
-    return replace(numbers.images, intervals={**numbers.images.intervals, **changed})
+def intervals_with(numbers: TableNumbers, changed: dict[tuple[str, ...], dict[str, Interval]]) -> TableNumbers:
+    assert numbers.intervals
+    return replace(numbers, intervals={**numbers.intervals, **changed})
 
 
 def test_what_is_not_resolved_is_marked_wherever_it_is_named(three_seeds: ReportInput, tmp_path: Path) -> None:
     (numbers,) = with_image_intervals(context(three_seeds, tmp_path))
     around = (-1.0, 1.0)
     pairs = [(NEITHER, "projection"), (NEITHER, BEST), (BEST, UPPER_BOUND), (NEITHER, UPPER_BOUND)]
-    vague = replace(numbers, images=intervals_with(numbers, {pair: {"unseen": around} for pair in pairs}))
+    vague = intervals_with(numbers, {pair: {"unseen": around} for pair in pairs})
     text = answer([vague])
     assert ", the step is not resolved over images, what is left to full-masks is not resolved over images" in text
     assert "the gap itself" in (gap_caution(vague) or "")
@@ -337,14 +335,14 @@ def test_what_is_not_resolved_is_marked_wherever_it_is_named(three_seeds: Report
 
 def test_one_seed_is_judged_over_images_and_the_page_says_so(one_seed: ReportInput, tmp_path: Path) -> None:
     (numbers,) = with_image_intervals(context(one_seed, tmp_path))
-    assert numbers.images is not None
+    assert numbers.intervals
     low, high = share_of(numbers, BEST) or (0, 0)
     assert f" % [{low:.0f}, {high:.0f}] (" in answer([numbers])
     assert answer([numbers]).endswith("over images; one seed: differences over seeds are not resolved).")
     section = difference_section(one_seed, numbers, pd.DataFrame())
     assert "95 % over seeds" not in section[2]
     assert "resolved over images only: higher" in section[2]
-    cells = uncertainty_section(numbers)
+    cells = uncertainty_section(one_seed, numbers)
     low, high = numbers.interval(BEST, group="seen") or (0, 0)
     assert f"{numbers.mean(BEST, 'seen_AP'):.1f} \\[{low:.1f}, {high:.1f}\\] |" in cells[-1]
     assert f"{RESAMPLES} resamples of the {IMAGES} images" in cells[1]

@@ -9,6 +9,7 @@ evaluate some of the images at hand and must agree to the last bit.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -31,16 +32,11 @@ CHECKED_IMAGES = 8  # at most, and at most one in 20: pycocotools' share of the 
 
 def require_backend(backend: Backend) -> None:
     """A `UserError` unless the backend is installed; to be called before work whose end needs it."""
-    if backend == "pycocotools":
-        return
-    try:
-        import hotcoco
-    except ImportError:
+    if backend == "hotcoco" and importlib.util.find_spec("hotcoco") is None:
         raise UserError(
             "the fast evaluation needs the package hotcoco: pip install 'semiseg[fast]', or leave it out "
             "(no --fast, runtime.fast_evaluation = false)"
-        ) from None
-    del hotcoco
+        )
 
 
 def coco_precision(truth: COCO, results: Results, iou_type: str, *, backend: Backend = "pycocotools") -> Precision:

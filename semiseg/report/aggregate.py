@@ -134,13 +134,8 @@ class ReportInput:
         """(row name, seed, run) of every recorded cell of a table, in the order of rows and seeds."""
         keys = [(table.name, row.name, seed) for row in table.rows for seed in self.seeds]
         return [
-            (row, seed, self.results[name, row, seed]) for name, row, seed in keys if (name, row, seed) in self.results
+            (row, seed, run) for name, row, seed in keys if (run := self.results.get((name, row, seed))) is not None
         ]
-
-    def missing(self, table: ReportTable) -> list[tuple[str, int]]:
-        """(row name, seed) of the cells without a recorded run."""
-        cells = [(row.name, seed) for row in table.rows for seed in self.seeds]
-        return [cell for cell in cells if (table.name, *cell) not in self.results]
 
     def runs(self) -> list[Result]:
         """The runs behind the cells, each once, in the order of tables, rows and seeds."""
@@ -320,29 +315,16 @@ def difference(measured: pd.DataFrame, first: str, second: str, *, group: str) -
 
 
 @dataclass(frozen=True)
-class ImageIntervals:
-    """95 % intervals over resampled validation images, of one table.
-
-    Attributes:
-        images, resamples: how many.
-        intervals: rows -> class group -> interval. Of (row,): the mean AP over seeds; of (first, second): the mean of
-            second minus first over the seeds that both have; of (row, neither, full-masks): the percentage of the gap
-            on unseen classes that the row closes, where the gap itself is resolved over images.
-    """
-
-    images: int
-    resamples: int
-    intervals: Mapping[tuple[str, ...], Mapping[str, Interval]]
-
-
-@dataclass(frozen=True)
 class TableNumbers:
     """Everything that a report says of one table in numbers.
 
     Attributes:
         measured: `measurements` of masks. summary, box_summary: of masks and of boxes over seeds (`summarise`).
         classes: `class_measurements`.
-        images: None where they were not measured, or not asked for.
+        intervals: 95 % intervals over resampled validation images, as far as measured: rows -> class group -> interval.
+            Of (row,): the mean AP over seeds; of (first, second): the mean of second minus first over the seeds that
+            both have; of (row, neither, full-masks): the percentage of the gap on unseen classes that the row closes,
+            where the gap itself is resolved over images.
     """
 
     table: ReportTable
@@ -350,7 +332,7 @@ class TableNumbers:
     summary: pd.DataFrame
     box_summary: pd.DataFrame
     classes: pd.DataFrame
-    images: ImageIntervals | None = None
+    intervals: Mapping[tuple[str, ...], Mapping[str, Interval]] = field(default_factory=dict)
 
     def mean(self, row: str, column: str) -> float | None:
         """A number of the summary, e.g. column "unseen_AP"; None if it was not measured."""
@@ -372,8 +354,8 @@ class TableNumbers:
         return max(means, key=lambda name: means[name]) if means else candidates[0].name
 
     def interval(self, *rows: str, group: str) -> Interval | None:
-        """The interval over images that these rows have in `ImageIntervals.intervals`."""
-        return None if self.images is None else self.images.intervals.get(rows, {}).get(group)
+        """That of `intervals`; None where it was not measured."""
+        return self.intervals.get(rows, {}).get(group)
 
     def between(self, first: str, second: str, group: str) -> Difference:
         """Of any two rows."""

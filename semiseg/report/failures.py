@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from pycocotools.coco import COCO
 
-from semiseg.report.aggregate import ReportTable, TableNumbers
+from semiseg.report.aggregate import TableNumbers
 from semiseg.report.context import PageContext
 from semiseg.report.tables import escape_markdown, markdown_table
 from semiseg.results import Result
@@ -67,10 +67,16 @@ def failure_section(page: PageContext, numbers: TableNumbers) -> list[str]:
             judged = [values for name, values in counts.items() if not table.unseen or name in table.unseen]
             counted[row].append(np.array(judged, dtype=np.int64).reshape(-1, 2 + len(CAUSES)).sum(0))
     lines = [[row.label, *_cells(counted[row.name])] for row in table.rows]
+    whose = "Objects of unseen classes" if table.unseen else "Objects"
+    rules = "; ".join(f"**{cause}**: {rule}" for cause, rule in CAUSES.items())
+    text = (
+        f"{whose} whose box was found (IoU of at least 0.5) but whose mask has an IoU below 0.5, by the first of these "
+        f"rules that applies: {rules}. Means over the runs; in brackets the share of all, found and failed objects."
+    )
     gone = f"Without {', '.join(missing)}: the detections of these runs are not on this machine."
     return [
         "### Failures",
-        _rules(table),
+        text,
         markdown_table(("row", "runs", "found", "failed", *CAUSES), lines),
         *([gone] if missing else []),
     ]
@@ -97,12 +103,3 @@ def _cells(runs: Sequence[np.ndarray]) -> list[str]:
 def _with_share(count: float, of: float) -> str:
     number = f"{count:.1f}".removesuffix(".0")
     return f"{number} ({100 * count / of:.0f} %)" if of else number
-
-
-def _rules(table: ReportTable) -> str:
-    whose = "Objects of unseen classes" if table.unseen else "Objects"
-    rules = "; ".join(f"**{cause}**: {rule}" for cause, rule in CAUSES.items())
-    return (
-        f"{whose} whose box was found (IoU of at least 0.5) but whose mask has an IoU below 0.5, by the first of these "
-        f"rules that applies: {rules}. Means over the runs; in brackets the share of all, found and failed objects."
-    )

@@ -73,12 +73,16 @@ def build_report(report: ReportInput, *, out: Path, published: Path) -> Path:
     page.tables = with_image_intervals(page)
     for numbers in page.tables:
         _write_tables(numbers, out / "tables")
+    measured = {numbers.table.name: numbers.measured for numbers in page.tables}
+    bars = ap_figure(report.tables, measured) if any(len(frame) for frame in measured.values()) else None
+    groups = "on unseen and on all classes" if any(table.unseen for table in report.tables) else "on all classes"
+    caption = "Mask AP in percent; error bars: standard deviation over seeds, dots: single seeds."
     blocks = [
         f"# {escape_markdown(report.title)}",
         f"**Question.** {escape_markdown(report.question)}",
         f"**Answer.** {answer(page.tables)}",
         *(f"> {warning}" for warning in warnings(report)),
-        *_overview(page),
+        *page.figures.show("ap", bars, alt=f"mask AP of every row {groups}", caption=caption),
         *(block for numbers in page.tables for section in SECTIONS for block in section(page, numbers)),
         *protocol(report),
         *provenance(report),
@@ -137,12 +141,3 @@ def _write_tables(numbers: TableNumbers, folder: Path) -> None:
     best = best_cells(numbers.summary, table, shown)
     write_text(folder / f"{table.name}.md", markdown_table(shown.headings, cells, texts=shown.texts, bold=best))
     write_text(folder / f"{table.name}.tex", latex_table(table, shown, cells, bold=best))
-
-
-def _overview(page: PageContext) -> list[str]:
-    """The figure of all tables."""
-    tables, measured = page.report.tables, {numbers.table.name: numbers.measured for numbers in page.tables}
-    bars = ap_figure(tables, measured) if any(len(frame) for frame in measured.values()) else None
-    groups = "on unseen and on all classes" if any(table.unseen for table in tables) else "on all classes"
-    caption = "Mask AP in percent; error bars: standard deviation over seeds, dots: single seeds."
-    return page.figures.show("ap", bars, alt=f"mask AP of every row {groups}", caption=caption)

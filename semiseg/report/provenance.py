@@ -142,13 +142,14 @@ def warnings(report: ReportInput) -> list[str]:
 
 
 def _incomplete(report: ReportInput, table: ReportTable) -> list[str]:
-    by_row: dict[str, list[str]] = {}
-    for row, seed in report.missing(table):
-        by_row.setdefault(row, []).append(str(seed))
-    if not by_row:
+    cells = []
+    for row in table.rows:
+        seeds = [str(seed) for seed in report.seeds if (table.name, row.name, seed) not in report.results]
+        if seeds:
+            cells.append(f"{code(row.name)} seed {', '.join(seeds)}")
+    if not cells:
         return []
-    cells = "; ".join(f"{code(row)} seed {', '.join(seeds)}" for row, seeds in by_row.items())
-    text = f"**Incomplete.** {escape_markdown(table.name)} lacks {cells}."
+    text = f"**Incomplete.** {escape_markdown(table.name)} lacks {'; '.join(cells)}."
     if report.run_command:
         text += f" {code(report.run_command)} fills them, then {code(report.report_command)}."
     return [text]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from semiseg.evaluation.matching import IOU_THRESHOLDS, Interval
+from semiseg.evaluation.matching import IOU_THRESHOLDS, RESAMPLES, Interval
 from semiseg.report.aggregate import (
     BEST,
     NEITHER,
@@ -143,7 +143,7 @@ def table_section(page: PageContext, numbers: TableNumbers) -> list[str]:
         markdown_table(headings, cells, texts=shown.texts, bold=best),
         *published_section(report, numbers, page.printed),
         *_gap_section(numbers),
-        *uncertainty_section(numbers),
+        *uncertainty_section(report, numbers),
         *difference_section(report, numbers, page.printed),
         *_box_section(numbers),
     ]
@@ -178,10 +178,9 @@ def _range(interval: Interval | None, *, sign: bool = True, digits: int = 1) -> 
     return " … ".join(signed(end, digits) if sign else f"{end:.{digits}f}".replace("-", MINUS) for end in interval)
 
 
-def uncertainty_section(numbers: TableNumbers) -> list[str]:
+def uncertainty_section(report: ReportInput, numbers: TableNumbers) -> list[str]:
     """The AP of every row with its interval over images; nothing where it was not measured."""
-    images = numbers.images
-    if images is None:
+    if not numbers.intervals:
         return []
     groups = _groups(numbers)
     lines = []
@@ -192,10 +191,9 @@ def uncertainty_section(numbers: TableNumbers) -> list[str]:
             for group, ends in intervals.items()
         ]
         lines.append([row.label, *means])
-    text = (
-        f"In brackets the 95 % interval over {images.resamples} resamples of the {images.images} images with "
-        "replacement, of the mean over seeds."
-    )
+    images = report.cells(numbers.table)[0][-1].metrics["images"]
+    drawn = f"{RESAMPLES} resamples of the {images} images with replacement"
+    text = f"In brackets the 95 % interval over {drawn}, of the mean over seeds."
     return ["### Uncertainty over validation images", text, markdown_table(("row", *groups.values()), lines)]
 
 

@@ -24,7 +24,7 @@ from semiseg.evaluation.matching import (
     means_of_groups,
     percentile_interval,
 )
-from semiseg.report.aggregate import NEITHER, UPPER_BOUND, ImageIntervals, ReportTable, TableNumbers
+from semiseg.report.aggregate import NEITHER, UPPER_BOUND, ReportTable, TableNumbers
 from semiseg.report.context import PageContext
 from semiseg.results import Result
 
@@ -77,8 +77,7 @@ class _Resamples:
         if "unseen" in self._groups and {NEITHER, UPPER_BOUND} <= set(self._runs):
             for row in self._runs.keys() - {NEITHER, UPPER_BOUND}:
                 intervals[row, NEITHER, UPPER_BOUND] = self._kept((row, NEITHER, UPPER_BOUND))
-        images = next(run.metrics["images"] for runs in self._runs.values() for run in runs.values())
-        return replace(numbers, images=ImageIntervals(images, RESAMPLES, intervals))
+        return replace(numbers, intervals=intervals)
 
     def _kept(self, rows: Sequence[str]) -> Mapping[str, Interval]:
         """Group -> interval of a row, of the difference of two, or of the share of the gap; empty if not measurable."""
