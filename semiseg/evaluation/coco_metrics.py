@@ -2,7 +2,6 @@
 
 Each IoU type is evaluated once; a group's numbers are the means of its classes', as in an evaluation of its own with
 `params.catIds`, because classes never influence each other there. All numbers are in **percent**; None = not measured.
-COCO's ids and xywh boxes exist only here and in `data/coco.py`.
 """
 
 from __future__ import annotations

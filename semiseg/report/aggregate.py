@@ -79,9 +79,9 @@ class ReportTable:
     varied: tuple[str, ...] = ()
 
     @property
-    def main_group(self) -> str:
-        """The class group that the table is about: "unseen", "all" where no class is."""
-        return "unseen" if self.unseen else "all"
+    def main_groups(self) -> tuple[str, ...]:
+        """The class groups that the table is about, the first of all "unseen", where there are such."""
+        return ("unseen", "all") if self.unseen else ("all",)
 
     @property
     def groups(self) -> dict[str, tuple[str, ...]]:
@@ -155,9 +155,9 @@ def measurements(report: ReportInput, table: ReportTable, *, iou_type: str = "se
     lines = []
     for row, seed, result in report.cells(table):
         line: dict[str, object] = {"row": row, "seed": seed}
+        metrics = recorded_metrics(result)
         for group, classes in table.groups.items():
-            numbers = recorded_metrics(result).group(iou_type, classes)
-            line |= {f"{group}_{metric}": value for metric, value in numbers.items()}
+            line |= {f"{group}_{metric}": value for metric, value in metrics.group(iou_type, classes).items()}
         lines.append(line)
     return pd.DataFrame(lines, columns=["row", "seed", *_MEASURED]).astype(dict.fromkeys(_MEASURED, float))
 
@@ -212,8 +212,7 @@ class GapClosed:
     Attributes:
         start, reached, goal: mean unseen AP of neither, the row and full-masks over the seeds that all three have.
         per_seed: percent for each of these seeds whose own gap is positive.
-        image_interval: 95 % interval of the percentage over resampled validation images, where it was measured and the
-            gap itself is resolved over them.
+        image_interval: 95 % interval of the percentage over images, where the gap itself is resolved over them.
     """
 
     row: str
@@ -231,10 +230,7 @@ class GapClosed:
 
 def gap_closed(measured: pd.DataFrame, row: str) -> GapClosed | None:
     """None if neither, full-masks or the row itself was not measured with a common seed."""
-    values = measured.pivot(index="seed", columns="row", values="unseen_AP")
-    if not {NEITHER, UPPER_BOUND, row} <= set(values.columns):
-        return None
-    common = values[list(dict.fromkeys((NEITHER, UPPER_BOUND, row)))].dropna()
+    common = _paired(measured, NEITHER, UPPER_BOUND, row, group="unseen")
     if common.empty:
         return None
     gaps = common[UPPER_BOUND] - common[NEITHER]
@@ -308,10 +304,14 @@ class Difference:
 
 def difference(measured: pd.DataFrame, first: str, second: str, *, group: str) -> Difference:
     """Paired over the seeds that both rows have; `measured` is from `measurements`."""
+    values = _paired(measured, first, second, group=group)
+    return Difference(first, second, group, tuple(values[second] - values[first]))
+
+
+def _paired(measured: pd.DataFrame, *rows: str, group: str) -> pd.DataFrame:
+    """AP of these rows (columns) by seed, of the seeds that all of them have."""
     values = measured.pivot(index="seed", columns="row", values=f"{group}_AP")
-    if first not in values or second not in values:
-        return Difference(first, second, group, ())
-    return Difference(first, second, group, tuple((values[second] - values[first]).dropna()))
+    return values.reindex(columns=list(dict.fromkeys(rows))).dropna()
 
 
 @dataclass(frozen=True)
@@ -349,7 +349,7 @@ class TableNumbers:
         lacking = [row for row in rows if not row.every_mask] or rows
         others = [row for row in lacking if row != self.table.rows[0]] or lacking
         candidates = [row for row in rows if row.name == BEST] or others
-        column = f"{self.table.main_group}_AP"
+        column = f"{self.table.main_groups[0]}_AP"
         means = {row.name: mean for row in candidates if (mean := self.mean(row.name, column)) is not None}
         return max(means, key=lambda name: means[name]) if means else candidates[0].name
 
@@ -365,8 +365,8 @@ class TableNumbers:
     @property
     def differences(self) -> list[Difference]:
         """Of `compared_pairs`, on unseen and on all classes."""
-        groups = ("unseen", "all") if self.table.unseen else ("all",)
-        return [self.between(*pair, group) for group in groups for pair in compared_pairs(self.table)]
+        pairs = compared_pairs(self.table)
+        return [self.between(*pair, group) for group in self.table.main_groups for pair in pairs]
 
     @property
     def gaps(self) -> list[GapClosed]:

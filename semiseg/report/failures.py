@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import pandas as pd
 from pycocotools.coco import COCO
 
 from semiseg.report.aggregate import TableNumbers
-from semiseg.report.context import PageContext
+from semiseg.report.context import PageContext, StoredDetections
 from semiseg.report.tables import escape_markdown, markdown_table
 from semiseg.results import Result
 from semiseg.splits import normalise
@@ -61,7 +62,9 @@ def failure_section(page: PageContext, numbers: TableNumbers) -> list[str]:
     counted: dict[str, list[np.ndarray]] = {row.name: [] for row in table.rows}
     missing = []
     for row, seed, run in report.cells(table):
-        if (counts := _kept_counts(page, run)) is None:
+        key = f"{run.trained_as}/{_VERSION}"
+        counts = page.measured.get("failures", key, functools.partial(_counts, page.stored, run))
+        if counts is None:
             missing.append(f"{escape_markdown(labels[row])} seed {seed}")
         else:
             judged = [values for name, values in counts.items() if not table.unseen or name in table.unseen]
@@ -82,12 +85,9 @@ def failure_section(page: PageContext, numbers: TableNumbers) -> list[str]:
     ]
 
 
-def _kept_counts(page: PageContext, run: Result) -> dict[str, list[int]] | None:
-    def measure() -> dict[str, list[int]] | None:
-        truth, matches = page.stored.truth, page.stored.instances(run)
-        return None if truth is None or matches is None else failure_counts(truth, matches)
-
-    return page.measured.get("failures", f"{run.trained_as}/{_VERSION}", measure)
+def _counts(stored: StoredDetections, run: Result) -> dict[str, list[int]] | None:
+    truth, matches = stored.truth, stored.instances(run)
+    return None if truth is None or matches is None else failure_counts(truth, matches)
 
 
 def _cells(runs: Sequence[np.ndarray]) -> list[str]:

@@ -29,9 +29,8 @@ from semiseg.errors import UserError
 from semiseg.report.aggregate import UPPER_BOUND, ReportTable, TableNumbers
 
 # Okabe and Ito 2008: distinguishable with any colour vision.
-BLUE, ORANGE, GREEN, SKY = "#0072B2", "#E69F00", "#009E73", "#56B4E9"
-VERMILLION, PURPLE, GREY, BLACK = "#D55E00", "#CC79A7", "#8C8C8C", "#000000"
-ROW_COLOURS = (GREY, SKY, BLUE, ORANGE, GREEN, BLACK, VERMILLION, PURPLE)
+GREY, BLACK = "#8C8C8C", "#000000"
+ROW_COLOURS = (GREY, "#56B4E9", "#0072B2", "#E69F00", "#009E73", BLACK, "#D55E00", "#CC79A7")
 
 STYLE = Path(__file__).with_name("charts.mplstyle")
 _FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Hiragino Sans", "Yu Gothic")

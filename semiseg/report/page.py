@@ -114,7 +114,7 @@ def beside_recorded(report: ReportInput, recorded: ReportInput) -> str:
     for table in report.tables:
         if table.name not in others:
             continue
-        value, spread = f"{table.main_group}_AP", f"{table.main_group}_AP_std"
+        value, spread = f"{table.main_groups[0]}_AP", f"{table.main_groups[0]}_AP_std"
         own = table_numbers(report, table).summary[["row", value]]
         both = own.merge(others[table.name][["row", value, spread]], on="row", suffixes=("", "_recorded")).dropna()
         labels = {row.name: row.label for row in table.rows}
@@ -123,7 +123,7 @@ def beside_recorded(report: ReportInput, recorded: ReportInput) -> str:
             for row, ap, mean, std in both.itertuples(index=False)
         ]
         if lines:
-            texts.append(f"{table.title}\n{text_table(('row', f'{table.main_group} AP', 'recorded', ''), lines)}")
+            texts.append(f"{table.title}\n{text_table(('row', f'{table.main_groups[0]} AP', 'recorded', ''), lines)}")
     return "\n".join(texts)
 
 

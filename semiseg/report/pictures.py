@@ -1,8 +1,4 @@
-"""Side-by-side pictures: ground truth and every row's detections on the same validation images.
-
-An object keeps its colour across the columns: a detection takes the colour of the ground-truth box that it overlaps
-most (IoU at least 0.5), or grey if it overlaps none.
-"""
+"""Ground truth and every row's detections side by side on the same images; an object keeps its colour across rows."""
 
 from __future__ import annotations
 
@@ -148,8 +144,7 @@ def judged(table: ReportTable, truth: COCO, matches: pd.DataFrame) -> pd.DataFra
     """The lines of `match_instances` that count: unseen classes, or all where a table has none."""
     if not table.unseen:
         return matches
-    wanted = {category for category in truth.cats if class_name(truth, category) in table.unseen}
-    return matches[matches["category"].isin(wanted)]
+    return matches[matches["category"].map(lambda category: class_name(truth, category)).isin(table.unseen)]
 
 
 def image_gains(main: pd.DataFrame, other: pd.DataFrame) -> dict[Any, float]:

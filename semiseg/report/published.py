@@ -8,7 +8,7 @@ import pandas as pd
 
 from semiseg.errors import UserError
 from semiseg.evaluation.coco_metrics import METRIC_NAMES
-from semiseg.report.aggregate import TABLE_METRICS, UPPER_BOUND, ReportInput, ReportTable, TableNumbers
+from semiseg.report.aggregate import TABLE_METRICS, UPPER_BOUND, Difference, ReportInput, ReportTable, TableNumbers
 from semiseg.report.tables import Layout, escape_markdown, number, table_cells
 
 _COLUMNS = ("table", "row", "classes", *METRIC_NAMES, "method", "backbone", "schedule", "evaluation_set", "note")
@@ -71,10 +71,10 @@ def published_section(report: ReportInput, numbers: TableNumbers, printed: pd.Da
     ]
 
 
-def printed_difference(printed: pd.DataFrame, table: str | None, first: str, second: str, group: str) -> str:
-    """`second` minus `first` in printed AP, "—" if the paper has not both."""
-    values = [_printed_value(printed, table, row, group, "AP") for row in (first, second)]
-    return number(float(values[1]) - float(values[0]), sign=True) if all(values) else "—"
+def printed_difference(printed: pd.DataFrame, table: str, item: Difference) -> str:
+    """The same difference in printed AP, "—" if the paper has not both."""
+    first, second = (_printed_value(printed, table, row, item.group, "AP") for row in (item.first, item.second))
+    return number(float(second) - float(first), sign=True) if first and second else "—"
 
 
 def data_name(printed: pd.DataFrame, table: ReportTable) -> str:

@@ -206,38 +206,31 @@ def _groups(numbers: TableNumbers) -> dict[str, str]:
 
 def difference_section(report: ReportInput, numbers: TableNumbers, printed: pd.DataFrame) -> list[str]:
     """Every compared pair of rows: the difference, its intervals and whether it is resolved."""
-    table = numbers.table
-    if not numbers.differences:
+    table, differences = numbers.table, numbers.differences
+    if not differences:
         return []
     labels = {row.name: row.label for row in table.rows}
     columns = {
-        "difference": [f"{labels[item.second]} − {labels[item.first]}" for item in numbers.differences],  # noqa: RUF001
-        "classes": [item.group for item in numbers.differences],
-        "AP": [number(item.mean, item.std, sign=True) for item in numbers.differences],
-        "95 % over seeds": [_range(item.interval) for item in numbers.differences],
-        "95 % over images": [_range(item.image_interval) for item in numbers.differences],
-        "reading": [item.reading for item in numbers.differences],
+        "difference": [f"{labels[item.second]} − {labels[item.first]}" for item in differences],  # noqa: RUF001
+        "classes": [item.group for item in differences],
+        "AP": [number(item.mean, item.std, sign=True) for item in differences],
+        "95 % over seeds": [_range(item.interval) for item in differences],
+        "95 % over images": [_range(item.image_interval) for item in differences],
+        "reading": [item.reading for item in differences],
     }
     if not table.unseen:
         del columns["classes"]
     columns = {name: cells for name, cells in columns.items() if set(cells) != {"—"}}  # intervals that nothing has
     if table.published:
         whose = "printed" if report.paper_data else f"{data_name(printed, table)}, printed"
-        columns[whose] = [
-            printed_difference(printed, table.published, item.first, item.second, item.group)
-            for item in numbers.differences
-        ]
+        columns[whose] = [printed_difference(printed, table.published, item) for item in differences]
     text = (
         "Differences of AP, paired by seed: mean ± standard deviation. A difference is called resolved if every 95 % "
         "interval that there is leaves out 0: over seeds (Student's t, at least three) and over validation images (the "
         "same resamples for both rows; about these networks alone). No correction for the number of pairs."
     )
-    lines = list(map(list, zip(*columns.values(), strict=True)))
-    return [
-        "### Which differences are resolved",
-        text,
-        markdown_table(list(columns), lines, texts=1 + bool(table.unseen)),
-    ]
+    shown = markdown_table(list(columns), zip(*columns.values(), strict=True), texts=2 if table.unseen else 1)
+    return ["### Which differences are resolved", text, shown]
 
 
 def _box_section(numbers: TableNumbers) -> list[str]:
@@ -272,7 +265,7 @@ def threshold_section(page: PageContext, numbers: TableNumbers) -> list[str]:
     for row, _, result in page.report.cells(table):
         if (by_class := thresholds_of(page, result)) is not None:
             line: dict[str, object] = {"row": row}
-            for group in _unseen_and_all(table):
+            for group in table.main_groups:
                 means = _threshold_means(by_class, table.groups[group])
                 line |= {f"{group}: IoU {threshold:.1f}": means[threshold] for threshold in _PRINTED_THRESHOLDS}
             lines.append(line)
@@ -282,10 +275,6 @@ def threshold_section(page: PageContext, numbers: TableNumbers) -> list[str]:
     cells = number_cells(table, over_seeds(pd.DataFrame(lines), table), headings[1:])
     text = "Mask AP in percent by the IoU that a match takes."
     return ["### AP against IoU threshold", text, markdown_table(headings, cells)]
-
-
-def _unseen_and_all(table: ReportTable) -> tuple[str, ...]:
-    return ("unseen", "all") if table.unseen else ("all",)
 
 
 def _threshold_means(by_class: Mapping[str, Sequence[float | None]], classes: Sequence[str]) -> dict[float, float]:
@@ -306,7 +295,7 @@ def size_section(_: PageContext, numbers: TableNumbers) -> list[str]:
     if not measured:
         return []
     columns = {
-        f"{group}_{size}": f"{group}: {words}" for group in _unseen_and_all(table) for size, words in measured.items()
+        f"{group}_{size}": f"{group}: {words}" for group in table.main_groups for size, words in measured.items()
     }
     text = "Mask AP in percent by mask area: small below 32² pixels of the original image, medium below 96², large."
     cells = number_cells(table, summary, list(columns))
