@@ -198,8 +198,7 @@ def test_the_fingerprint_of_the_validation_data_decides_where_it_is_recorded() -
     new, same, other = coco("new", "d1", "v1"), coco("same", "d2", "v1"), coco("other", "d3", "v2")
     older, unknown = coco("older", "d1", None), coco("unknown", "d4", None)
     assert row_names(compared(new, same)) == ["new", "same"]
-    # The older record has the data of a run whose validation data is known, and so that of all.
-    assert row_names(compared(older, same, new)) == ["older", "same", "new"]
+    assert row_names(compared(older, new)) == ["older", "new"]  # of all the same data
     for refused in ((new, other), (older, same), (new, unknown)):
         with pytest.raises(UserError, match="not measured on the same validation data, as far as their records say"):
             compared(*refused)
@@ -277,8 +276,31 @@ def test_folders_of_semiseg_train(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=rf"result\.json: not a result of this version \('{next(iter(change))}': "):
             run_of_folder(path.parent)
     (tmp_path / "runs" / "mine" / "result.json").write_text('{"metrics": {}}')
-    with pytest.raises(UserError, match="are not those of a finished run"):
+    with pytest.raises(
+        UserError, match=r"mine/result\.json: not the result of a finished run: 'data_fingerprint' is missing"
+    ):
         run_of_folder(tmp_path / "runs" / "mine")
+
+
+def test_a_damaged_configuration_is_a_sentence_that_names_its_file(tmp_path: Path) -> None:
+    path = train_folder(tmp_path / "runs" / "mine") / "config.json"
+    values = json.loads(path.read_text())
+    config = values["config"]
+    held: Any
+    for damaged, told in {
+        "none": "not the configuration that a run writes beside its result",
+        "text": "not the configuration that a run writes beside its result",
+        "supervision": "'supervision': Input should be a valid dictionary",
+        "model": "'model': Input should be a valid dictionary",
+        "seed": "'seed': Input should be a valid integer",
+    }.items():
+        held = {"none": None, "text": "abc"}.get(damaged, {**config, damaged: "x"})
+        path.write_text(json.dumps(values | {"config": held}))
+        with pytest.raises(UserError, match=rf"^\S*mine/config\.json: {told}"):
+            run_of_folder(path.parent)
+    path.write_text(json.dumps({name: value for name, value in values.items() if name != "config"}))
+    with pytest.raises(UserError, match=r"config\.json: not the configuration that a run writes beside its result"):
+        run_of_folder(path.parent)
 
 
 def test_runs_are_found_by_id_row_and_folder() -> None:

@@ -22,7 +22,16 @@ from semiseg.errors import UserError
 from semiseg.results import Result, latest, read
 from semiseg.studies.file import Study, load_study, study_runs
 from semiseg.studies.identity import PlannedRun, matching_results, plan
-from semiseg.studies.machines import Machine, Share, child_environment, last_step, launch_command, reason, share_of
+from semiseg.studies.machines import (
+    LaunchFile,
+    Machine,
+    Share,
+    child_environment,
+    last_step,
+    launch_command,
+    reason,
+    share_of,
+)
 from semiseg.studies.run import Execution, StudyProgress, run_missing
 from semiseg.studies.status import run_status, runs_to_do
 from tests.study_files import write_study
@@ -347,7 +356,7 @@ def test_interrupting_saves_and_the_same_command_continues(
     handlers = signal.getsignal(number)
     threading.Thread(target=interrupt_when_it_trains, daemon=True).start()
     with pytest.raises(KeyboardInterrupt, match="the same command continues"):
-        run(study, launch=launch)
+        run(study, launch=LaunchFile(launch))
     assert signal.getsignal(number) == handlers
     assert not psutil.pid_exists(first_call(slow)["pid"])
     assert run_status(slow, {}).state == "started"
@@ -524,8 +533,8 @@ def test_several_processes_go_through_accelerate(tmp_path: Path, monkeypatch: py
         "        time.sleep(0.01)\n"
         "    os.kill(os.getpid(), 11)\n"
     )
-    share = share_of(Machine(cores=4, gpus=()), slot=0, side_by_side=1, processes=2)
-    assert share == Share(processes=2, threads=2, gpus=())
+    share = share_of(Machine(cores=4, gpus=()), slot=0, side_by_side=1, launch=LaunchFile(processes=2))
+    assert share == Share(LaunchFile(processes=2), threads=2, gpus=())
     command = launch_command((sys.executable, str(script)), [str(tmp_path)], share=share)
     done = subprocess.run(command, env=child_environment(share, threads=0), capture_output=True, text=True)
     assert reason(done.returncode, done.stderr) == "killed by SIGSEGV (segmentation fault)"
@@ -534,17 +543,18 @@ def test_several_processes_go_through_accelerate(tmp_path: Path, monkeypatch: py
 
 def test_shares_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     gpus = Machine(cores=16, gpus=("0", "1", "2", "3"))
-    assert [share_of(gpus, slot=slot, side_by_side=2, processes=2).gpus for slot in (0, 1)] == [("0", "1"), ("2", "3")]
-    assert share_of(gpus, slot=5, side_by_side=8, processes=1) == Share(1, 2, ("1",))
-    assert share_of(Machine(2, ()), slot=0, side_by_side=4, processes=1).threads == 1
+    one, two = LaunchFile(), LaunchFile(processes=2)
+    assert [share_of(gpus, slot=slot, side_by_side=2, launch=two).gpus for slot in (0, 1)] == [("0", "1"), ("2", "3")]
+    assert share_of(gpus, slot=5, side_by_side=8, launch=one) == Share(one, 2, ("1",))
+    assert share_of(Machine(2, ()), slot=0, side_by_side=4, launch=one).threads == 1
     with pytest.raises(UserError, match="--processes 5: there are 4 GPUs"):
-        share_of(gpus, slot=0, side_by_side=1, processes=5)
+        share_of(gpus, slot=0, side_by_side=1, launch=LaunchFile(processes=5))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert child_environment(Share(1, 4, ("2", "3")), threads=0)["CUDA_VISIBLE_DEVICES"] == "2,3"
-    assert child_environment(Share(1, 4, ()), threads=0)["OMP_NUM_THREADS"] == "4"
-    assert child_environment(Share(1, 4, ()), threads=3)["OMP_NUM_THREADS"] == "3"
+    assert child_environment(Share(one, 4, ("2", "3")), threads=0)["CUDA_VISIBLE_DEVICES"] == "2,3"
+    assert child_environment(Share(one, 4, ()), threads=0)["OMP_NUM_THREADS"] == "4"
+    assert child_environment(Share(one, 4, ()), threads=3)["OMP_NUM_THREADS"] == "3"
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    assert child_environment(Share(1, 4, ()), threads=0)["OMP_NUM_THREADS"] == "2"
+    assert child_environment(Share(one, 4, ()), threads=0)["OMP_NUM_THREADS"] == "2"
 
 
 def test_durations_for_people() -> None:

@@ -157,18 +157,17 @@ def test_a_launch_file_starts_each_run(project: Path) -> None:
     shipped = read_launch_file("eight_gpus")
     assert (shipped.path, shipped.processes, shipped.machines) == (find("launch", "eight_gpus"), 8, 1)
     eight = Machine(cores=16, gpus=tuple("01234567"))
-    share = share_of(eight, slot=1, side_by_side=2, processes=4, launch=path)
+    share = share_of(eight, slot=1, side_by_side=2, launch=read_launch_file("mine.yaml"))
     assert (share.gpus, share.threads) == (("4", "5", "6", "7"), 2)
     assert launch_command(("python", "-m", "semiseg"), ["train", "x"], share=share) == [
         "python", "-m", "accelerate.commands.launch", "--config_file", "mine.yaml", "-m", "semiseg", "train", "x",
     ]  # fmt: skip
-    one = read_launch_file("one_gpu")
-    alone = share_of(eight, slot=1, side_by_side=2, processes=one.processes, launch=one.path)
+    alone = share_of(eight, slot=1, side_by_side=2, launch=read_launch_file("one_gpu"))
     assert launch_command(("python", "-m", "semiseg"), ["train", "x"], share=alone) == [
         "python", "-m", "semiseg", "train", "x",
     ]  # fmt: skip
     with pytest.raises(UserError, match=r"mine\.yaml: num_processes 4: there are 2 GPUs"):
-        share_of(Machine(8, ("0", "1")), slot=0, side_by_side=1, processes=4, launch=path)
+        share_of(Machine(8, ("0", "1")), slot=0, side_by_side=1, launch=read_launch_file("mine.yaml"))
 
 
 def test_a_single_process_gets_what_its_launch_file_sets(project: Path) -> None:
@@ -220,8 +219,8 @@ def test_several_machines_are_told_what_to_type_and_the_study_records_what_has_e
             "-m", "semiseg", "train", f"{folder}/train.json", "--out", folder, "--resume",
         ]  # fmt: skip
         train(item)
-    launch = read_launch_file("two.yaml")
-    assert lines_to_type(planned, launch, results=results, how=Execution(typed=("semiseg", "run"))) == []
+    how = Execution(launch=read_launch_file("two.yaml"), typed=("semiseg", "run"))
+    assert lines_to_type(planned, results=results, how=how) == []
     assert set(latest(read(results))) == {item.run_id for item in planned}
 
 
@@ -263,7 +262,7 @@ def test_an_interrupted_study_of_two_processes_leaves_none_and_continues_to_the_
     assert saved < STEPS
     assert f"stopped after step {saved} of {STEPS}" in (folder / "output.txt").read_text()
 
-    how = Execution(processes=2, machine=Machine(2, ()))
+    how = Execution(launch=LaunchFile(processes=2), machine=Machine(2, ()))
     run_missing(planned, name="study", results=Path("results.jsonl"), how=how, stream=io.StringIO())
     assert [line["step"] for line in read_log(folder / "log.jsonl")] == list(range(1, STEPS + 1))
     subprocess.run([sys.executable, "-c", UNDISTURBED, folder / "train.json", str(free_port())], check=True)

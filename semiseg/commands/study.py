@@ -70,8 +70,8 @@ def run(
     planned = plan(loaded, only=only or (), processes=processes)
     require_folder(folder)
     results, typed = folder / RESULTS_NAME, ("semiseg", *sys.argv[1:])
-    how = Execution(jobs=jobs, processes=processes, launch=file.path, reproduce=reproduce, typed=typed)
-    if file.machines > 1 and (lines := lines_to_type(planned, file, results=results, how=how)):
+    how = Execution(jobs=jobs, launch=file, reproduce=reproduce, typed=typed)
+    if file.machines > 1 and (lines := lines_to_type(planned, results=results, how=how)):
         typer.echo("\n".join(lines))
         return
     if not run_missing(planned, name=loaded.name, results=results, how=how):
@@ -139,7 +139,7 @@ def _launch_file(name: str | None, processes: int) -> LaunchFile:
     from semiseg.studies.machines import LaunchFile, read_launch_file
 
     if name is None:
-        return LaunchFile(None, processes, machines=1)
+        return LaunchFile(processes=processes)
     if processes > 1:
         raise UserError(
             f"--processes {processes}: the number of processes is that of --launch {name}; give one of the two"

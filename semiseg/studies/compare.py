@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path, PurePath
 
-from semiseg.config import RunConfig
+from semiseg.config import RunConfig, parse_recorded
 from semiseg.config.read import digest, parse_config, read_json
 from semiseg.errors import UserError, near_hint
 from semiseg.report.aggregate import ReportInput, ReportTable
 from semiseg.report.provenance import identity_settings, recorded_values, run_settings, unmeant
-from semiseg.results import RESULT_NAME, Result, read
+from semiseg.results import RESULT_NAME, Result, read, same_validation_data
 from semiseg.splits import ClassSplit, load_split
 from semiseg.studies.file import PRETRAIN_ROW, StudyRow
 from semiseg.studies.identity import REPORTS_FOLDER, RESULTS_NAME, RUNS_FOLDER
@@ -58,17 +58,13 @@ class RecordedRun:
         return ":".join(part for part in (self.result.study, self.result.row, self.split) if part)
 
     @property
-    def name(self) -> str:
-        """STUDY:ROW[:SPLIT]:SEED."""
-        return f"{self.row_name}:{self.result.seed}"
-
-    @property
-    def finished(self) -> float:
-        """When, in seconds since 1970."""
-        return datetime.fromisoformat(self.result.finished).timestamp()
+    def config(self) -> RunConfig:
+        """Its configuration; a UserError if what is recorded is none."""
+        where = f"{self.record}, run {self.result.run_id}"
+        return parse_config(RunConfig, recorded_values(self.result), where=where)
 
     def __str__(self) -> str:
-        return f"{self.name} ({self.result.run_id})"
+        return f"{self.row_name}:{self.result.seed} ({self.result.run_id})"
 
 
 def run_of_folder(folder: Path) -> RecordedRun:
@@ -77,45 +73,47 @@ def run_of_folder(folder: Path) -> RecordedRun:
     Raises:
         UserError: the folder holds no finished run, or its files are not whole.
     """
-    path = folder / RESULT_NAME
+    path, config_path = folder / RESULT_NAME, folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder}: holds no finished run: there is no {RESULT_NAME} in it")
-    values, run = read_json(path), read_json(folder / "config.json")
+    values, run = read_json(path), read_json(config_path)
     study = read_json(folder / "identity.json") if (folder / "identity.json").is_file() else {}
     try:
-        settings, inputs = dict(run["identity"]), run["inputs"]
-        config = {name: value for name, value in run["config"].items() if name != "init_from"}
-        cut = {name: settings.pop(name) for name in ("normalised_together",) if name in settings}
+        settings, inputs, recorded = (dict(run[name]) for name in ("identity", "inputs", "config"))
         digests = {"split": inputs["split"], "data": inputs["data"], "init": inputs["init_from"]}
-        identity = study.get("identity") or {"config": digest(settings), **digests, **cut}
-        about = {
-            "run_id": study.get("run_id") or digest(identity),
-            "identity": identity,
-            "study": study.get("study", ""),
-            "row": study.get("row") or folder.resolve().name,
-            "split": (config.get("supervision") or {}).get("split"),
-            "split_digest": values.get("split_digest"),
-            "seed": config["seed"],
-            "config": config,
-            "init_run": study.get("init"),
-            "command": [values["command"]],
-        }
-        return RecordedRun(finished_result(path, values, about), folder, path)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        reason = f"its {RESULT_NAME} and config.json are not those of a finished run ({error})"
-        raise UserError(f"{folder}: {reason}") from None
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{config_path}: not the configuration that a run writes beside its result") from None
+    config = parse_recorded(recorded, where=str(config_path))
+    cut = {name: settings.pop(name) for name in ("normalised_together",) if name in settings}
+    identity = study.get("identity") or {"config": digest(settings), **digests, **cut}
+    about = {
+        "run_id": study.get("run_id") or digest(identity),
+        "identity": identity,
+        "study": study.get("study", ""),
+        "row": study.get("row") or folder.resolve().name,
+        "split": config.supervision.split,
+        "split_digest": values.get("split_digest"),
+        "seed": config.seed,
+        "config": {name: value for name, value in recorded.items() if name != "init_from"},
+        "init_run": study.get("init"),
+        "command": [values.get("command", "")],
+    }
+    return RecordedRun(finished_result(path, values, about), folder, path)
 
 
 def known_runs() -> list[RecordedRun]:
     """Every run of the records in `reports/*/`, each once per study, the newest of it."""
     folders = {path.name.rpartition("-")[2]: path for path in sorted(RUNS_FOLDER.glob("*/*-*")) if path.is_dir()}
-    newest: dict[tuple[str, str], RecordedRun] = {}
-    for record in sorted(REPORTS_FOLDER.glob(f"*/{RESULTS_NAME}")):
-        for result in read(record):
-            run = RecordedRun(result, folders.get(result.run_id), record)
-            key = (result.study, result.run_id)
-            newest[key] = max(run, newest.get(key, run), key=lambda run: run.finished)
-    return sorted(newest.values(), key=lambda run: run.finished)
+    records = {record: read(record) for record in sorted(REPORTS_FOLDER.glob(f"*/{RESULTS_NAME}"))}
+    runs = [
+        RecordedRun(item, folders.get(item.run_id), record) for record, results in records.items() for item in results
+    ]
+    newest = {(run.result.study, run.result.run_id): run for run in sorted(runs, key=_finished)}
+    return sorted(newest.values(), key=_finished)
+
+
+def _finished(run: RecordedRun) -> datetime:
+    return datetime.fromisoformat(run.result.finished)
 
 
 def find_runs(name: str, known: Sequence[RecordedRun]) -> list[RecordedRun]:
@@ -140,7 +138,7 @@ def find_runs(name: str, known: Sequence[RecordedRun]) -> list[RecordedRun]:
         rows = [run for run in known if run.result.row != PRETRAIN_ROW]
         names = dict.fromkeys(f"{run.result.study}:{run.result.row}" for run in rows)
         recorded = f" Recorded: {', '.join(names) or 'none'}"
-        hint = near_hint(name, [*names, *(run.name for run in rows)], otherwise=recorded)
+        hint = near_hint(name, [*names, *(f"{run.row_name}:{run.result.seed}" for run in rows)], otherwise=recorded)
         raise UserError(
             f"{name}: neither the folder of a run, nor the beginning of a recorded run's id, nor "
             f"STUDY:ROW[:SPLIT][:SEED].{hint}"
@@ -161,12 +159,12 @@ def comparison(
         UserError: validation data or classes differ, or there is no such split.
     """
     classes = _common_classes(runs)
-    _require_same_validation_data(runs)
     initial_runs = {run.result.init_run for run in runs}
-    starts = {run.result.run_id: run.result for run in known if run.result.run_id in initial_runs}
+    starts = {run.result.run_id: run for run in known if run.result.run_id in initial_runs}
+    start_results = [run.result for run in starts.values()]
     rows = _rows(runs, starts)
-    configs = {name: _config(of_row[0].result) for name, of_row in rows.items()}
-    settings = [run_settings(of_row[0].result, list(starts.values())) for of_row in rows.values()]
+    configs = {name: of_row[0].config for name, of_row in rows.items()}
+    settings = [run_settings(of_row[0].result, start_results) for of_row in rows.values()]
     groups, notes = _split_of(runs, classes, split)
     unnamed = StudyRow(name="row")
     table = ReportTable(
@@ -189,7 +187,7 @@ def comparison(
         results={(TABLE, name, run.result.seed): replace(run.result, row=name) for name in rows for run in rows[name]},
         run_command="",
         report_command=shlex.join(command),
-        pretraining_results=tuple(starts.values()),
+        pretraining_results=tuple(start_results),
         records=tuple(dict.fromkeys(f"`{run.record}`" for run in runs)),
         notes=notes,
         run_folders={run.result.run_id: run.folder for run in runs if run.folder is not None},
@@ -197,43 +195,28 @@ def comparison(
     )
 
 
-def _config(result: Result) -> RunConfig:
-    return parse_config(RunConfig, recorded_values(result), where=f"recorded run {result.run_id}")
-
-
-def _require_same_validation_data(runs: Sequence[RecordedRun]) -> None:
-    """Raises UserError if not all were measured on the same images and objects.
-
-    A record from before validation data had a fingerprint has that of another run with all the same data.
-    """
-    results = [run.result for run in runs]
-    known = {result.data_fingerprint: result.val_fingerprint for result in results if result.val_fingerprint}
-    validation = [
-        result.val_fingerprint or known.get(result.data_fingerprint, result.data_fingerprint) for result in results
-    ]
-    other = next((index for index, fingerprint in enumerate(validation) if fingerprint != validation[0]), None)
-    if other is not None:
-        raise UserError(
-            f"{runs[0]} and {runs[other]} were not measured on the same validation data, as far as their records say "
-            f"({_fingerprints(results[0])}; {_fingerprints(results[other])}), so that their numbers cannot stand side "
-            "by side"
-        )
-
-
-def _fingerprints(result: Result) -> str:
-    return f"validation {result.val_fingerprint or 'unknown'}, data {result.data_fingerprint}"
-
-
 def _common_classes(runs: Sequence[RecordedRun]) -> tuple[str, ...]:
-    lists = [tuple(run.result.metrics.get("instances", ())) for run in runs]
-    for run, classes in zip(runs, lists, strict=True):
-        if classes != lists[0]:
-            differing = ", ".join(sorted(set(classes) ^ set(lists[0]))) or "their order"
+    """The classes of the runs; a UserError unless all were measured on the same images, objects and classes."""
+    first = runs[0].result
+    classes = tuple(first.metrics.get("instances", ()))
+    for run in runs:
+        own = tuple(run.result.metrics.get("instances", ()))
+        if own != classes:
+            differing = ", ".join(sorted({*own} ^ {*classes})) or "their order"
             raise UserError(f"{runs[0]} and {run} have different classes: they differ in {differing}")
-    return lists[0]
+        if not same_validation_data(first, run.result):
+            fingerprints = "; ".join(
+                f"validation {result.val_fingerprint or 'unknown'}, data {result.data_fingerprint}"
+                for result in (first, run.result)
+            )
+            raise UserError(
+                f"{runs[0]} and {run} were not measured on the same validation data, as far as their records say "
+                f"({fingerprints}), so that their numbers cannot stand side by side"
+            )
+    return classes
 
 
-def _rows(runs: Sequence[RecordedRun], starts: Mapping[str, Result]) -> dict[str, list[RecordedRun]]:
+def _rows(runs: Sequence[RecordedRun], starts: Mapping[str, RecordedRun]) -> dict[str, list[RecordedRun]]:
     """Name of the row -> its runs by seed: those of one configuration, in the order of their first run.
 
     A seed that a configuration has twice, trained anew, is a row of its own. Rows are called as they were recorded;
@@ -242,22 +225,21 @@ def _rows(runs: Sequence[RecordedRun], starts: Mapping[str, Result]) -> dict[str
     trained: Counter[tuple[str, int]] = Counter()
     groups: dict[tuple[str, int], list[RecordedRun]] = {}
     for run in runs:
-        key = _configuration_key(run.result, starts)
+        key = _configuration_key(run, starts)
         trained[key, run.result.seed] += 1
         groups.setdefault((key, trained[key, run.result.seed]), []).append(run)
     rows = [sorted(group, key=lambda run: run.result.seed) for group in groups.values()]
     names = [row[0].result.row for row in rows]
-    names = [row[0].row_name if names.count(name) > 1 else name for name, row in zip(names, rows, strict=True)]
-    names = [
-        f"{name} {row[0].short_id}" if names.count(name) > 1 else name for name, row in zip(names, rows, strict=True)
-    ]
+    for longer in ("{0.row_name}", "{0.row_name} {0.short_id}"):
+        alike = [name for name in names if names.count(name) > 1]
+        names = [longer.format(row[0]) if name in alike else name for name, row in zip(names, rows, strict=True)]
     return dict(zip(names, rows, strict=True))
 
 
-def _configuration_key(result: Result, starts: Mapping[str, Result]) -> str:
+def _configuration_key(run: RecordedRun, starts: Mapping[str, RecordedRun]) -> str:
     """Digest of everything that can change the numbers of a run, but for its seed."""
-    start = starts.get(result.init_run or "")
-    split = result.split_digest if result.config.get("supervision", {}).get("source") == "split" else None
+    result, start = run.result, starts.get(run.result.init_run or "")
+    split = result.split_digest if run.config.supervision.source == "split" else None
     init = result.identity.get("init") if start is None else _configuration_key(start, starts)
     return digest([identity_settings(result), split, result.data_fingerprint, init])
 
@@ -281,9 +263,9 @@ def _split_of(
     )
 
 
-def _pretraining(runs: Sequence[RecordedRun], starts: Mapping[str, Result]) -> RunConfig | None:
+def _pretraining(runs: Sequence[RecordedRun], starts: Mapping[str, RecordedRun]) -> RunConfig | None:
     """What all runs start from, if it is one pretraining but for its seed."""
-    kinds = {digest(identity_settings(start)) for start in starts.values()}
+    kinds = {digest(identity_settings(start.result)): start for start in starts.values()}
     if len(kinds) != 1 or any(run.result.init_run not in starts for run in runs):
         return None
-    return _config(next(iter(starts.values())))
+    return next(iter(kinds.values())).config

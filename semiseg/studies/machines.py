@@ -1,7 +1,6 @@
 """A run as processes: its share of the machine, its start, its end and why it failed; accelerate's launch files.
 
-On one machine the study starts its runs itself. Several machines have nobody who could start all of them: there the
-study writes what each run is, says what to type on every machine, and records what has ended.
+On one machine the study starts its runs itself; on several it says what to type on each, and records what has ended.
 """
 
 from __future__ import annotations
@@ -32,24 +31,34 @@ from semiseg.studies.identity import PlannedRun, write_run_files
 
 @dataclass(frozen=True)
 class Machine:
-    """What the runs share: cores that this process may use, and ids for CUDA_VISIBLE_DEVICES (none: the CPU only)."""
+    """What the runs share: cores that this process may use, ids for CUDA_VISIBLE_DEVICES (none: the CPU only)."""
 
     cores: int
     gpus: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Share:
-    """What one run gets of the machine: processes that train it together, threads of each, ids of GPUs.
+class LaunchFile:
+    """What a study needs to know of a launch file, or of the number of processes where there is none.
 
     Attributes:
-        launch: accelerate's configuration file that starts several processes; None = by their number alone.
+        processes: of a run, on all machines together.
+        environment: what accelerate's launcher would set of it for a single process, which is started without one.
     """
 
-    processes: int
+    path: Path | None = None
+    processes: int = 1
+    machines: int = 1
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one run gets of the machine: threads of each of its processes, and ids of GPUs."""
+
+    launch: LaunchFile
     threads: int
     gpus: tuple[str, ...]
-    launch: Path | None = None
 
 
 def this_machine() -> Machine:
@@ -65,79 +74,54 @@ def this_machine() -> Machine:
     return Machine(available_cores(), tuple(ids)[:count])
 
 
-def share_of(machine: Machine, *, slot: int, side_by_side: int, processes: int, launch: Path | None = None) -> Share:
+def share_of(machine: Machine, *, slot: int, side_by_side: int, launch: LaunchFile) -> Share:
     """Equal shares; more runs than groups of GPUs share them in turn.
 
     Args:
         slot: 0..side_by_side - 1, the place of the run among those that go at the same time.
     """
+    processes = launch.processes
     threads = max(1, machine.cores // (side_by_side * processes))
     if not machine.gpus:
-        return Share(processes, threads, (), launch)
+        return Share(launch, threads, ())
     if processes > len(machine.gpus):
-        asked = f"--processes {processes}" if launch is None else f"{launch}: num_processes {processes}"
+        asked = f"{launch.path}: num_processes {processes}" if launch.path else f"--processes {processes}"
         raise UserError(f"{asked}: there are {len(machine.gpus)} GPUs, one process uses one")
     first = slot % (len(machine.gpus) // processes) * processes
-    return Share(processes, threads, machine.gpus[first : first + processes], launch)
+    return Share(launch, threads, machine.gpus[first : first + processes])
 
 
 def launch_command(command: Sequence[str], arguments: Sequence[str], *, share: Share) -> list[str]:
-    """The command line of a run; several processes go through accelerate.
+    """The command line of a run, of a command such as (python, "-m", "semiseg") and its arguments.
 
-    One does not: accelerate's launcher of one process passes no signal on.
-
-    Args:
-        command: python and what it runs, such as (python, "-m", "semiseg").
+    Several processes go through accelerate. One does not: accelerate's launcher of one process passes no signal on.
     """
-    if share.processes == 1:
+    if share.launch.processes == 1:
         return [*command, *arguments]
-    if share.launch is not None:
-        settings = ["--config_file", str(share.launch)]
+    if share.launch.path is not None:
+        settings = ["--config_file", str(share.launch.path)]
     else:
         # `--cpu` would start a single process without a word, so gloo is asked for as in `child_environment`. Port 0
         # is a free one, which lets several such runs go side by side.
-        settings = ["--multi_gpu", "--num_processes", str(share.processes), "--num_machines", "1"]
+        settings = ["--multi_gpu", "--num_processes", str(share.launch.processes), "--num_machines", "1"]
         settings += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     return [command[0], "-m", "accelerate.commands.launch", *settings, *command[1:], *arguments]
 
 
 def child_environment(share: Share, *, threads: int) -> dict[str, str]:
-    """The environment of a run; a smaller OMP_NUM_THREADS of the user's own stays.
-
-    Args:
-        threads: wanted by the configuration, 0 = the share's.
-    """
+    """The environment of a run with so many threads, 0 = the share's or a smaller OMP_NUM_THREADS of the user's own."""
     own = os.environ.get("OMP_NUM_THREADS", "")
     limit = min(share.threads, int(own)) if own.isdecimal() and int(own) else share.threads
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads or limit), "PYTHONUNBUFFERED": "1"}
     if share.gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(share.gpus)
-    elif share.processes > 1:
+    elif share.launch.processes > 1:
         environment["ACCELERATE_USE_CPU"] = "true"
     return environment
 
 
-@dataclass(frozen=True)
-class LaunchFile:
-    """What a study needs to know of a launch file, or of the number of processes where there is none.
-
-    Attributes:
-        processes: of all machines together.
-        environment: what accelerate's launcher would set of it for a single process, which is started without one.
-    """
-
-    path: Path | None
-    processes: int
-    machines: int
-    environment: dict[str, str] = field(default_factory=dict)
-
-
 def read_launch_file(name_or_path: str) -> LaunchFile:
-    """Reads a launch file, found by `project.find`, with accelerate's own reader.
-
-    Raises:
-        UserError: no such file, or one that accelerate does not take, or for something else than plain processes.
-    """
+    """Reads a launch file, found by `project.find`, with accelerate's own reader; it must start plain processes."""
     path = find("launch", name_or_path)
     # Takes seconds, as it imports torch: only who names a file waits for it.
     from accelerate.commands.config.config_args import load_config_from_file
@@ -167,13 +151,15 @@ def read_launch_file(name_or_path: str) -> LaunchFile:
 
 def lines_for_machines(runs: Sequence[PlannedRun], launch: LaunchFile) -> list[str]:
     """What to type on every machine to train these runs; writes the files that they need. Nothing for no run."""
+    if not runs:
+        return []
     launcher = ["accelerate", "launch", "--config_file", str(launch.path), "--machine_rank", "RANK", "-m", "semiseg"]
-    about = [
+    return [
         f"# {len(runs)} runs on {launch.machines} machines: in this folder, on each machine, in this order, with "
         "RANK 0 on that of main_process_ip;",
         "# afterwards the same 'semiseg run' records them and reports",
+        *(shlex.join([*launcher, *write_run_files(run)]) for run in runs),
     ]
-    return [*about, *(shlex.join([*launcher, *write_run_files(run)]) for run in runs)] if runs else []
 
 
 OUTPUT_NAME = "output.txt"
@@ -197,11 +183,7 @@ class Child:
     def __init__(
         self, run: PlannedRun, *, command: Sequence[str], share: Share, slot: int, grace_seconds: float
     ) -> None:
-        """Starts the run; a UserError if another process is training it.
-
-        Args:
-            grace_seconds: that an interrupted run has for its checkpoint.
-        """
+        """Starts the run, which has `grace_seconds` for its checkpoint; a UserError if another process trains it."""
         self.run, self.slot, self.started = run, slot, time.monotonic()
         self.output = run.folder / OUTPUT_NAME
         self._mark = uuid.uuid4().hex
@@ -267,7 +249,9 @@ def reason(code: int, output: str) -> str:
     refused = [item for item in codes if item == 2]
     code = (killed or refused or codes or [code])[-1]
     if code < 0:
-        return _killed_by(-code)
+        name = {-item.value: item.name for item in signal.Signals}.get(code, f"signal {-code}")
+        likely = ": the memory was probably not enough" if name == "SIGKILL" else ""
+        return f"killed by {name} ({(signal.strsignal(-code) or 'unknown').lower()}){likely}"
     # Not splitlines: a path in a sentence may hold U+2028.
     lines = [line.rstrip() for line in re.split("[\r\n]", _RANK.sub("", output)) if line.strip()]
     errors = _EXCEPTION.findall("\n".join(lines))
@@ -275,17 +259,8 @@ def reason(code: int, output: str) -> str:
         return f"it ended with {errors[0 if codes else -1]}"
     sentences = [line.removeprefix("semiseg: ") for line in lines if line.startswith("semiseg: ")]
     sentences = [line for line in sentences if line != "interrupted"] or sentences
-    if sentences:
-        return sentences[-1]
-    return " | ".join(lines[-4:]) or f"it ended with exit code {code} without a word"
-
-
-def _killed_by(number: int) -> str:
-    names = {item.value: item.name for item in signal.Signals}
-    name = names.get(number, f"signal {number}")
-    meaning = (signal.strsignal(number) or "unknown").lower()
-    likely = ": the memory was probably not enough" if name == "SIGKILL" else ""
-    return f"killed by {name} ({meaning}){likely}"
+    without = f"it ended with exit code {code} without a word"
+    return sentences[-1] if sentences else " | ".join(lines[-4:]) or without
 
 
 def last_step(log: Path) -> tuple[int, int] | None:

@@ -34,7 +34,7 @@ class Execution:
 
     Attributes:
         jobs: independent runs side by side.
-        processes, launch: of each run, see `machines.Share`.
+        launch: of each run.
         reproduce: train also what is recorded but was not trained in this folder.
         typed: the command that the user typed, for the record.
         command: what runs the command line of a child.
@@ -43,8 +43,7 @@ class Execution:
     """
 
     jobs: int = 1
-    processes: int = 1
-    launch: Path | None = None
+    launch: LaunchFile = field(default_factory=LaunchFile)
     reproduce: bool = False
     typed: tuple[str, ...] = ()
     command: tuple[str, ...] = (sys.executable, "-m", "semiseg")
@@ -75,9 +74,9 @@ def run_missing(
     return todo
 
 
-def lines_to_type(planned: Sequence[PlannedRun], file: LaunchFile, *, results: Path, how: Execution) -> list[str]:
+def lines_to_type(planned: Sequence[PlannedRun], *, results: Path, how: Execution) -> list[str]:
     """What to type on several machines, whose runs nobody can start from one of them; nothing if all are done."""
-    return lines_for_machines(_todo(planned, results, how), file)
+    return lines_for_machines(_todo(planned, results, how), how.launch)
 
 
 def _todo(planned: Sequence[PlannedRun], results: Path, how: Execution) -> list[PlannedRun]:
@@ -90,23 +89,17 @@ def _todo(planned: Sequence[PlannedRun], results: Path, how: Execution) -> list[
 
 @dataclass
 class _Study:
-    """The state of one call of `run_missing`.
-
-    Attributes:
-        failures: run_id -> why it failed.
-        skipped: how many runs were not begun, since what they start from failed.
-        pretrainings, rows: how many runs the whole plan has of each.
-    """
+    """The state of one call of `run_missing`."""
 
     how: Execution
     results: Path
     progress: StudyProgress
     waiting: list[PlannedRun]
-    pretrainings: int
+    pretrainings: int  # that the whole plan has, and rows
     rows: int
     running: list[Child] = field(default_factory=list)
-    failures: dict[str, str] = field(default_factory=dict)
-    skipped: int = 0
+    failures: dict[str, str] = field(default_factory=dict)  # run_id -> why it failed
+    skipped: int = 0  # not begun, since what they start from failed
 
     def run(self) -> None:
         with StopOnSignal() as stop:
@@ -139,13 +132,14 @@ class _Study:
                 self._start(run)
 
     def _start(self, run: PlannedRun) -> None:
-        slot = min(set(range(self.how.jobs)) - {child.slot for child in self.running})
         how = self.how
+        slot = min(set(range(how.jobs)) - {child.slot for child in self.running})
         together = min(how.jobs, self.pretrainings if run.row == PRETRAIN_ROW else self.rows)
-        share = share_of(how.machine, slot=slot, side_by_side=together, processes=how.processes, launch=how.launch)
+        share = share_of(how.machine, slot=slot, side_by_side=together, launch=how.launch)
         try:
-            child = Child(run, command=how.command, share=share, slot=slot, grace_seconds=how.grace_seconds)
-            self.running.append(child)
+            self.running.append(
+                Child(run, command=how.command, share=share, slot=slot, grace_seconds=how.grace_seconds)
+            )
         except UserError as error:
             self.failures[run.run_id] = f"{run.label}: {error}"
 
@@ -191,9 +185,12 @@ class StudyProgress:
     """
 
     def __init__(self, runs: Sequence[PlannedRun], *, name: str, line_seconds: float, stream: TextIO) -> None:
+        planned = {run.run_id: planned_steps(run.config) for run in runs}
+        longest = max((steps for steps in planned.values() if steps is not None), default=1000)
         self._name = name
         self._images = {run.run_id: run.config.optim.batch_size for run in runs}  # of a step
-        self._steps = {run.run_id: (0, planned_steps(run.config)) for run in runs}  # done, and in all if that is known
+        # Steps done, and in all; one of unknown length is as long as the longest until its log says more.
+        self._steps = {run_id: (0, longest if steps is None else steps) for run_id, steps in planned.items()}
         self._first: dict[str, int] = {}  # step of a run at the first look, done in an earlier attempt
         self._ended = 0
         self._line_seconds = line_seconds
@@ -223,7 +220,7 @@ class StudyProgress:
     def end(self, child: Child, *, message: str, finished: bool) -> None:
         """A run has ended, and one line says how."""
         step, steps = self._steps[child.run.run_id]
-        last = (steps or step) if finished else step  # a failed run's missing steps are no longer ahead
+        last = steps if finished else step  # a failed run's missing steps are no longer ahead
         self._steps[child.run.run_id] = last, last
         self._ended += 1
         self.say(message)
@@ -237,26 +234,19 @@ class StudyProgress:
         self._bar.stop()
 
     def _images_done(self) -> tuple[int, int]:
-        """Images of all steps that are done, and of all steps; a run of unknown length is as long as the longest."""
-        longest = max((steps for _, steps in self._steps.values() if steps is not None), default=1000)
-        done = sum(self._images[run_id] * step for run_id, (step, _) in self._steps.items())
-        total = sum(
-            self._images[run_id] * (longest if steps is None else steps) for run_id, (_, steps) in self._steps.items()
-        )
-        return done, total
-
-    def _stage(self, run: PlannedRun) -> str:
-        if run.run_id not in self._first:
-            return f"{run.label} starts"
-        step, steps = self._steps[run.run_id]
-        return f"{run.label} evaluates" if step == steps else f"{run.label} step {step} of {steps}"
+        """Images of all steps that are done, and of all steps."""
+        sizes = [(self._images[run_id], *steps) for run_id, steps in self._steps.items()]
+        return sum(images * step for images, step, _ in sizes), sum(images * steps for images, _, steps in sizes)
 
     def _line(self, running: Sequence[Child]) -> str:
-        """All of it in one line."""
         line = f"{self._name}: {self._ended} of {len(self._steps)} runs done"
         done, total = self._images_done()
         now = done - sum(self._images[run_id] * step for run_id, step in self._first.items())
         if now > 0:  # before the first step there is no rate
             line += f", about {format_seconds((total - done) * (time.monotonic() - self._started) / now)} left"
-        stages = ", ".join(self._stage(child.run) for child in running)
-        return f"{line}; {stages}" if stages else line
+        stages = []
+        for run in [child.run for child in running]:
+            step, steps = self._steps[run.run_id]
+            stage = "evaluates" if step == steps else f"step {step} of {steps}"
+            stages.append(f"{run.label} {stage if run.run_id in self._first else 'starts'}")
+        return f"{line}; {', '.join(stages)}" if stages else line
