@@ -277,7 +277,7 @@ def test_folders_of_semiseg_train(tmp_path: Path) -> None:
             run_of_folder(path.parent)
     (tmp_path / "runs" / "mine" / "result.json").write_text('{"metrics": {}}')
     with pytest.raises(
-        UserError, match=r"mine/result\.json: not the result of a finished run: 'data_fingerprint' is missing"
+        UserError, match=r"mine/result\.json: not a result of this version \('data_fingerprint': Field required"
     ):
         run_of_folder(tmp_path / "runs" / "mine")
 

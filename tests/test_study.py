@@ -184,7 +184,13 @@ def test_errors_in_study_files(project: Path, old: str, new: str, told: str) -> 
 
 
 def test_overrides_that_a_study_cannot_take(project: Path) -> None:
-    for overrides, told in ((["seed=3"], "--seeds"), (["rows.seed=3"], "--seeds")):
+    for overrides, told in (
+        (["seed=3"], "--seeds"),
+        (["rows.seed=3"], "--seeds"),
+        (["rows=3"], r"--set rows=3: expected the form rows\.a\.b=value$"),
+        (["pretrain"], r"--set pretrain: expected the form pretrain\.a\.b=value$"),
+        (["rows.=3"], r"--set rows\.=3: expected the form rows\.a\.b=value$"),
+    ):
         with pytest.raises(UserError, match=told):
             load_study("study", overrides)
     Path("experiments/study.toml").write_text(STUDY.replace("[pretrain]\noptim.steps = 4", ""))
@@ -210,6 +216,15 @@ def test_a_base_is_a_table_of_settings_in_a_file_of_its_own(project: Path) -> No
         path.unlink()
     with pytest.raises(UserError, match=r"elsewhere\.toml: no such base of settings: .* Available: .*shapes"):
         load_study("study")
+    for wrong, told in {
+        settings.replace("steps", "stps"): r"unknown key 'optim\.stps'\. Did you mean 'steps'\?",
+        settings.replace("99", "'x'"): r"'optim\.steps': .* valid integer .*\(value: 'x'\)",
+    }.items():
+        Path("elsewhere.toml").write_text(wrong)
+        with pytest.raises(UserError, match=r"^elsewhere\.toml: " + told):
+            load_study("study")
+    Path("elsewhere.toml").write_text(settings.replace("steps = 99,", ""))  # a part; the study sets the steps
+    assert ids(load_study("study", seeds=[0])) == before
 
 
 def test_missing_data_are_named(project: Path) -> None:

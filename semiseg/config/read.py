@@ -102,6 +102,17 @@ def parse_config(kind: type[Config], values: dict[str, Any], *, where: str, over
         raise UserError("; ".join(sentences)) from None
 
 
+def check_settings(kind: type[BaseModel], values: dict[str, Any], *, where: str) -> None:
+    """Refuses settings that are wrong whatever they are laid under; what only the whole can tell passes."""
+    _refuse_unusable(values, where)
+    try:
+        kind.model_validate(values)
+    except ValidationError as error:
+        wrong = [_explain(kind, item, where, ()) for item in error.errors() if item["type"] != "value_error"]
+        if wrong:
+            raise UserError("; ".join(wrong)) from None
+
+
 def _source(path: str, where: str, overrides: Sequence[str]) -> str:
     """The override that gave the value at a path, or where all other values are from."""
     names = path.split(".")

@@ -1,9 +1,8 @@
 """A study file -> the runs that it asks for.
 
-A study lists only what differs from the defaults: `base`, a table of settings or the name of a shipped one, `set` for
-what differs from that, both for all runs; `set` per row; and optionally `[pretrain]`, one training on boxes alone per
-seed whose weights all rows of that seed start from. Rows that do not depend on the class split (all masks, boxes only)
-are there once and read for every table.
+A study lists only what differs from the defaults: `base` and `set` for all runs, `set` per row, and optionally
+`[pretrain]`, one training on boxes alone per seed whose weights all rows of that seed start from. Rows that do not
+depend on the class split (all masks, boxes only) are there once and read for every table.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from semiseg.config import RunConfig, Section, Seed, parse_run
-from semiseg.config.read import apply_overrides, merge, parse_config, read_toml
+from semiseg.config.read import apply_overrides, check_settings, merge, parse_config, read_toml
 from semiseg.errors import UserError, near_hint
 from semiseg.project import find
 
@@ -39,14 +38,8 @@ class StudyRow(Section):
     name: Name
     label: str = ""
     set: dict[str, Any] = Field(default_factory=dict)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_former_keys(cls, values: Any) -> Any:
-        """Study files of before say whether a row uses BoxInst's terms; reports read it off its configuration."""
-        if not isinstance(values, dict):
-            return values
-        return {key: value for key, value in values.items() if key not in ("projection", "pairwise")}
+    projection: Any = None  # in study files of before, as is pairwise: reports read them off the row's configuration
+    pairwise: Any = None
 
 
 class StudyTable(Section):
@@ -71,8 +64,7 @@ class Study(Section):
     base: configuration values of every run; a file names them instead by `base = "shapes"`, a path or the name of a
         file in `experiments/bases/`.
     set: values of every run, laid over the base.
-    reference: a study of the same rows and tables with several seeds, whose recorded means a run of this one is set
-        beside at its end.
+    reference: a study of the same rows with several seeds, whose means a run of this one is set beside at its end.
     """
 
     name: Name
@@ -123,8 +115,8 @@ class StudyRun:
     """A run as the study file alone tells it, before any data or split has been looked at.
 
     Attributes:
-        row: name of the row, or `PRETRAIN_ROW`.
-        split: name of the class split, None if the run does not depend on one.
+        row: `PRETRAIN_ROW` for the pretraining.
+        split: None if the run does not depend on one.
         init: the run whose weights it starts from.
     """
 
@@ -155,7 +147,9 @@ def load_study(name_or_path: str, overrides: Sequence[str] = (), *, seeds: Seque
     if seeds is not None:
         values["seeds"] = list(seeds)
     if isinstance(values.get("base"), str):
-        values["base"] = read_toml(find("bases", values["base"]))
+        base = find("bases", values["base"])
+        values["base"] = read_toml(base)
+        check_settings(RunConfig, values["base"], where=str(base))
     study = parse_config(Study, values, where=str(path))
     if study.reference is not None:
         find("experiments", study.reference)  # said before the trainings rather than after
@@ -165,11 +159,13 @@ def load_study(name_or_path: str, overrides: Sequence[str] = (), *, seeds: Seque
 def _lay_over(study: Study, overrides: Sequence[str]) -> Study:
     parts: dict[str, list[str]] = {"pretrain": [], "rows": [], "": []}
     for item in overrides:
-        head, _, tail = item.partition(".")
+        head, dot, tail = item.partition("=")[0].partition(".")
         scope = head.strip() if head.strip() in ("pretrain", "rows") else ""
-        parts[scope].append(tail if scope else item)
-        if parts[scope][-1].partition("=")[0].strip() == "seed":
+        if scope and not tail.strip():
+            raise UserError(f"--set {item}: expected the form {scope}.a.b=value")
+        if (tail if scope else head + dot).strip() == "seed":
             raise UserError(f"--set {item}: the seeds of a study are set with '--seeds'")
+        parts[scope].append(item.partition(".")[2] if scope else item)
     pretrain = study.pretrain
     if parts["pretrain"] and pretrain is None:
         raise UserError(f"--set pretrain.{parts['pretrain'][0]}: study {study.name!r} has no [pretrain]")
@@ -181,10 +177,7 @@ def _lay_over(study: Study, overrides: Sequence[str]) -> Study:
 
 
 def study_cells(study: Study, *, only: Sequence[str] = ()) -> dict[CellKey, StudyRun]:
-    """The run that each cell of the study's tables reads, of `only` these rows if any are named.
-
-    Several cells may read the same run.
-    """
+    """The run that each cell of the study's tables reads, of `only` these rows if any are named; cells may share it."""
     rows = {row.name: row for row in study.rows}
     for name in only:
         if name not in rows:

@@ -1,8 +1,6 @@
 """The identity of a study's runs: what was done already, where it lies, which recorded results belong to the study.
 
-A run's identity is the digest of (configuration without paths, split, seed, data, initial run; where a trained norm is
-batch norm, how many images are normalised together). Equal identities are the same run, which is never trained twice;
-different ones never share a folder.
+Equal identities are the same run, which is never trained twice; different ones never share a folder.
 """
 
 from __future__ import annotations
@@ -36,7 +34,7 @@ class PlannedRun(StudyRun):
     """A run as so many processes execute it: its `init_from` is the initial run's model folder.
 
     Attributes:
-        run_id: digest of `identity`, which is that of `run_identity`; equal ids are the same run.
+        run_id: digest of `identity`, which is that of `run_identity`.
         init_run: run_id of the initial run, or None.
         folder: where it is trained; another study's folder if the same run lies there.
     """
@@ -60,8 +58,7 @@ def run_identity(
 
     Args:
         run: as so many processes execute it, see `fitted_run`.
-        data, split, weights: give the digests of data, of a run's class split, and of the file that `init_from` names;
-            also for the run that this one starts from.
+        data, split, weights: give the digests of data, of a run's class split, and of the file that `init_from` names.
 
     Returns:
         {"config", "split", "data", "init"} as digests, and "normalised_together" where the cut of a step matters.
@@ -80,11 +77,7 @@ def run_identity(
 
 
 def fitted_run(run: StudyRun, processes: int) -> StudyRun:
-    """The run, and the one that it starts from, as so many processes execute them.
-
-    Raises:
-        UserError: a batch has no equal shares for so many processes.
-    """
+    """The run and the one that it starts from, as so many processes execute them; a UserError if they cannot."""
     init = None if run.init is None else fitted_run(run.init, processes)
     return replace(run, config=fit_to_processes(run.config, processes), init=init)
 
@@ -122,20 +115,6 @@ def write_run_files(run: PlannedRun) -> list[str]:
     write_text(run.folder / "identity.json", json.dumps(about, indent=1, ensure_ascii=False) + "\n")
     write_text(run.folder / "train.json", run.config.model_dump_json(indent=1) + "\n")
     return ["train", str(run.folder / "train.json"), "--out", str(run.folder), "--resume"]
-
-
-def missing_data(study: Study, *, only: Sequence[str] = ()) -> str | None:
-    """What is missing of the study's data and where it is looked for, in a sentence; None if nothing is.
-
-    Without it runs have no identity, so that nobody can tell which of them are done.
-    """
-    runs = study_runs(study, only=only)
-    try:
-        for run in runs:
-            data_digest(run.config.data)
-    except UserError as error:
-        return str(error)
-    return None
 
 
 def class_names(config: DataConfig) -> tuple[str, ...]:
@@ -213,11 +192,7 @@ def matching_results(study: Study, results: Iterable[Result]) -> dict[RunKey, Re
 
 
 def _is_result_of(result: Result, run: StudyRun, recorded_data: Mapping[str, Any]) -> bool:
-    """Whether a result is the run's.
-
-    Args:
-        recorded_data: run_id -> digest of its data, of all results: of the one that this run starts from.
-    """
+    """Whether a result is the run's; `recorded_data` has the digest of the data of every recorded run_id."""
     own, classes = _named_data(run.config.data), list(result.metrics.get("instances", ()))
 
     def data(config: DataConfig) -> str:

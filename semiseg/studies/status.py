@@ -15,18 +15,14 @@ from semiseg.errors import UserError
 from semiseg.report.tables import text_table
 from semiseg.results import RESULT_NAME, Result, checked, latest, read
 from semiseg.studies.file import PRETRAIN_ROW, Study, StudyRun, study_runs
-from semiseg.studies.identity import (
-    RESULTS_NAME,
-    PlannedRun,
-    fitted_run,
-    missing_data,
-    plan,
-    planned_steps,
-)
+from semiseg.studies.identity import RESULTS_NAME, PlannedRun, data_digest, fitted_run, plan, planned_steps
 from semiseg.studies.machines import last_step
 
 ALONE = "one after the other, by the step as the newest recorded runs of these rows took on"
-_FROM_RESULT = ("data_fingerprint", "metrics", "steps", "seconds", "device", "versions", "git_revision", "finished")
+_FROM_RESULT = (
+    "data_fingerprint", "metrics", "steps", "seconds", "device", "versions", "git_revision", "finished", "processes",
+    "val_fingerprint",
+)  # fmt: skip
 WITHOUT_DATA = "which of them are done cannot be told without the data"
 
 
@@ -48,7 +44,6 @@ class RunStatus:
     finished: str | None = None
 
     def __str__(self) -> str:
-        """The state in a table."""
         if self.finished is not None:
             return f"{self.state} {datetime.fromisoformat(self.finished).astimezone():%Y-%m-%d %H:%M}"
         return self.state if self.steps is None else f"step {self.step} of {self.steps}"
@@ -67,11 +62,7 @@ def run_status(run: PlannedRun, recorded: Mapping[str, Result]) -> RunStatus:
 
 
 def finished_values(run: PlannedRun) -> dict[str, Any]:
-    """What the run's folder says of its end.
-
-    Raises:
-        UserError: nothing, or nothing that is whole.
-    """
+    """What the run's folder says of its end; a UserError if that is nothing, or nothing whole."""
     path = run.folder / RESULT_NAME
     if not path.is_file():
         raise UserError(f"{path}: the run ended without a readable result")
@@ -100,19 +91,13 @@ def read_result(run: PlannedRun, *, typed: Sequence[str]) -> Result:
 
 def finished_result(path: Path, values: Mapping[str, Any], about: Mapping[str, Any]) -> Result:
     """The record of a run, of what `path`, its result.json, holds and what else is known about it."""
-    missing = [name for name in _FROM_RESULT if name not in values]
-    if missing:
-        raise UserError(f"{path}: not the result of a finished run: {missing[0]!r} is missing")
-    fields = {name: values[name] for name in _FROM_RESULT}
-    optional = {"processes": values.get("processes", 1), "val_fingerprint": values.get("val_fingerprint")}
-    return checked({**about, **fields, **optional}, where=str(path))
+    return checked({**about, **{name: values[name] for name in _FROM_RESULT if name in values}}, where=str(path))
 
 
 def runs_to_do(planned: Sequence[PlannedRun], recorded: Mapping[str, Result], *, reproduce: bool) -> list[PlannedRun]:
     """The rows that are missing, and before them the pretrainings that these start from and whose weights are missing.
 
-    Args:
-        reproduce: what is only recorded counts as missing.
+    With `reproduce` what is only recorded counts as missing.
     """
 
     def is_missing(run: PlannedRun) -> bool:
@@ -159,9 +144,12 @@ def _statuses(
     study: Study, results: Sequence[Result], *, only: Sequence[str], processes: int
 ) -> tuple[list[RunStatus], str | None]:
     """The study's runs with their states, and what is missing of the data, without which the states are unknown."""
-    missing = missing_data(study, only=only)
-    if missing is not None:
-        return [RunStatus(fitted_run(run, processes), "unknown") for run in study_runs(study, only=only)], missing
+    runs = study_runs(study, only=only)
+    try:
+        for run in runs:
+            data_digest(run.config.data)
+    except UserError as missing:
+        return [RunStatus(fitted_run(run, processes), "unknown") for run in runs], str(missing)
     recorded = latest(results)
     return [run_status(run, recorded) for run in plan(study, only=only, processes=processes)], None
 
