@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from semiseg import __version__
-from semiseg.commands import compare, convert, data, predict, split, study, train
+from semiseg.commands import convert, data, predict, split, study, train
 from semiseg.errors import UserError
 from semiseg.files import FULL
 
@@ -81,7 +81,7 @@ VERBS: dict[typer.Typer, dict[str, Callable[..., None]]] = {
         "run": study.run,
         "status": study.status,
         "report": study.report,
-        "compare": compare.compare,
+        "compare": study.compare,
     },
 }
 app.add_typer(splits, name="split", help="Class splits: which classes have masks and which only boxes.")

@@ -246,8 +246,23 @@ def test_bad_input(model: Path, folder: Path) -> None:
     assert not (folder / "out").exists()
     save(folder / "out" / "overlays" / "a.jpg")
     before = (folder / "out" / "overlays" / "a.jpg").read_bytes()
-    assert "its overlay would replace it" in predict(model, "out/overlays", "--out", "out", code=2)
+    held = "which is to be predicted; give another folder as --out"
+    assert f"out: holds out/overlays/a.jpg, {held}" in predict(model, "out/overlays", "--out", "out", code=2)
     assert (folder / "out" / "overlays" / "a.jpg").read_bytes() == before
+    files = sorted(folder.rglob("*"))
+    assert f".: holds a.png, {held}" in predict(model, "a.png", "--out", ".", code=2)
+    assert sorted(folder.rglob("*")) == files
+
+
+@pytest.mark.parametrize("options", [[], ["--no-overlays"]])
+def test_a_second_prediction_leaves_no_drawing_of_the_first(model: Path, folder: Path, options: list[str]) -> None:
+    for name in ("a", "b/c", "d/c"):
+        save(folder / f"{name}.png")
+    predict(model, "a.png", "b", "d", "--out", "out")
+    (folder / "out" / "overlays" / "notes.txt").write_text("mine")
+    predict(model, "a.png", "--out", "out", *options)
+    left = sorted(path.name for path in (folder / "out" / "overlays").rglob("*") if path.is_file())
+    assert left == (["notes.txt"] if options else ["a.jpg", "notes.txt"])
 
 
 def test_scores(model: Path, folder: Path) -> None:

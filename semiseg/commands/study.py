@@ -1,4 +1,4 @@
-"""`semiseg run`, `status` and `report`: studies."""
+"""`semiseg run`, `status` and `report`: studies; `semiseg compare`: any finished runs side by side."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import typer
 
 from semiseg.errors import UserError
 from semiseg.files import require_folder
+from semiseg.project import find
 
 if TYPE_CHECKING:
     from semiseg.studies.file import Study
@@ -120,6 +121,52 @@ def report(study: StudyName, overrides: Overrides = None, seeds: Seeds = None, o
     _report(loaded, folder, record=record, command=_command(study, overrides, seeds, out))
 
 
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN", help="Folder of a run, its id, or STUDY:ROW[:SPLIT][:SEED]."),
+    ],
+    split: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SPLIT",
+            help="Class split whose unseen and seen classes are shown apart, or 'none'. Default: that of the runs.",
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the report. Default: reports/compare/<ids>.")] = None,
+) -> None:
+    """Compare finished runs, of one study or of several, and write a report.
+
+    The numbers come from the records in reports/*/results.jsonl or from the folders of the runs; nothing is trained.
+    Runs that differ only in their seed are one row, with mean and standard deviation. Runs whose validation data
+    differ are refused. The beginning of an id is enough; STUDY:ROW means all its runs. Ids stand in the reports and
+    in 'semiseg status STUDY'.
+
+    Examples:
+
+    semiseg compare shapes_seeds:box-supervised shapes_table3:projection
+
+    semiseg compare runs/mine a201527f c3f73351 --split shapes_few_seen
+    """
+    from semiseg.config.read import digest
+    from semiseg.report.page import build_report, report_text
+    from semiseg.studies.compare import comparison, find_runs, known_runs
+
+    known = known_runs()
+    chosen = {run.result.run_id: run for name in runs for run in find_runs(name, known)}
+    if len(chosen) < 2:
+        raise UserError(f"{' '.join(runs)}: is one run; a comparison needs two or more")
+    ids = [run.short_id for run in chosen.values()]
+    folder_name = "-".join(ids if len(ids) <= 6 else [*ids[:5], f"{len(ids)}runs", digest(ids, 6)])
+    folder = out or Path("reports") / "compare" / folder_name
+    require_folder(folder)
+    command = ["semiseg", "compare", *runs, *_typed({"--split": split, "--out": out})]
+    report = comparison(list(chosen.values()), known, split=split, command=command)
+    path = build_report(report, out=folder, published=find("published", "boxinst"))
+    notes = [note.replace("**", "").replace("`", "'") + "\n" for note in report.notes]
+    typer.echo("\n".join([report_text(report), *notes, _written(path)]))
+
+
 def _load(study: str, overrides: list[str] | None, seeds: str | None, out: Path | None) -> tuple[Study, Path]:
     """The study, and the folder of its record and report."""
     from semiseg.studies.file import load_study
@@ -151,12 +198,19 @@ def _launch_file(name: str | None, processes: int) -> LaunchFile:
 
 def _command(study: str, overrides: list[str] | None, seeds: str | None, out: Path | None) -> list[str]:
     changes = [part for item in overrides or [] for part in ("--set", item)]
-    given = [part for name, value in (("--seeds", seeds), ("--out", out)) if value for part in (name, str(value))]
-    return ["semiseg", "run", study, *changes, *given]
+    return ["semiseg", "run", study, *changes, *_typed({"--seeds": seeds, "--out": out})]
+
+
+def _typed(options: dict[str, object]) -> list[str]:
+    return [part for name, value in options.items() if value for part in (name, str(value))]
+
+
+def _written(path: Path) -> str:
+    return f"report: {path}\nto open: {path.with_name('index.html')}"
 
 
 def _report(study: Study, folder: Path, *, record: Path, command: list[str]) -> None:
     from semiseg.studies.report import build
 
     text, path = build(study, folder, record=record, command=command)
-    typer.echo(f"\n{text}\nreport: {path}\nto open: {path.with_name('index.html')}")
+    typer.echo(f"\n{text}\n{_written(path)}")

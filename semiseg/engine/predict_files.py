@@ -91,10 +91,10 @@ def predict_files(
         report: is given a sentence for each file that cannot be read; the others are done all the same.
 
     Raises:
-        UserError: an overlay would replace one of the images, or a file that is there is none of a prediction.
+        UserError: the folder holds one of the images, or a file of these names that is none of a prediction.
         KeyboardInterrupt: with both files written for the images done so far.
     """
-    _require_predictions(out)
+    _prepare_folder(out, files)
     overlays = [] if options.drawn_score is None else _overlay_paths(files, out / OVERLAYS_NAME)
     bar = tqdm(total=len(files), desc="predicting", unit="image", disable=not progress, file=sys.stderr)
     outcome, images, drawings, stopped = Outcome(), list[dict[str, Any]](), list[Future[None]](), False
@@ -133,12 +133,18 @@ def predict_files(
     return outcome
 
 
-def _require_predictions(out: Path) -> None:
-    """Refuses a folder whose files of these names are not a prediction's: they would be lost."""
+def _prepare_folder(out: Path, files: Sequence[Path]) -> None:
+    """Removes the drawings of a prediction before; refuses a folder in which something else would be lost."""
+    drawings = (out / OVERLAYS_NAME).resolve()
+    for path in files:
+        if path.resolve().parent == out.resolve() or drawings in path.resolve().parents:
+            raise UserError(f"{out}: holds {path}, which is to be predicted; give another folder as --out")
     present = [out / name for name in (RESULTS_NAME, IMAGES_NAME) if (out / name).exists()]
     with suppress(UserError):
         values = read_json(out / IMAGES_NAME) if present else {}
         if not present or (values.get("annotations") == [] and {"images", "categories"} <= values.keys()):
+            for drawing in drawings.rglob("*.jpg") if present else ():
+                drawing.unlink()
             return
     raise UserError(f"{present[0]}: is not of a prediction, and would be lost; give another folder as --out")
 
@@ -208,11 +214,7 @@ def written_names(info: ModelInfo) -> list[str]:
 
 
 def _overlay_paths(files: Sequence[Path], folder: Path) -> list[Path]:
-    overlays = [folder / name for name in overlay_names(files)]
-    replaced = {os.path.realpath(path) for path in files} & {os.path.realpath(path) for path in overlays}
-    if replaced:
-        raise UserError(f"{min(replaced)}: its overlay would replace it; choose another --out")
-    return overlays
+    return [folder / name for name in overlay_names(files)]
 
 
 def overlay_names(files: Sequence[Path]) -> list[str]:
