@@ -15,13 +15,17 @@ class UserNotice(UserWarning):
 
 
 def near_hint(name: str, known: Iterable[str], *, otherwise: str | None = None) -> str:
-    """The end of an error about an unknown name, after a blank: the nearest known one, else all of them.
+    """The end of an error about an unknown name, after a blank: the nearest known one, else `otherwise` or all of them.
 
-    Args:
-        otherwise: said instead of all of them.
+    Case, underscores and hyphens do not matter for what is near.
     """
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    plain = {_plain(item): item for item in known}
+    near = difflib.get_close_matches(_plain(name), plain, n=1, cutoff=0.5)
     if near:
-        return f" Did you mean {near[0]!r}?"
+        return f" Did you mean {plain[near[0]]!r}?"
     return f" Known: {', '.join(known) or 'none'}." if otherwise is None else otherwise
+
+
+def _plain(name: str) -> str:
+    return name.casefold().replace("_", " ").replace("-", " ").strip()

@@ -39,16 +39,11 @@ _SETTLED: set[Path] = set()  # folders whose leftovers this process has removed:
 
 
 def require_folder(path: Path) -> None:
-    """Looks, before any work, whether files can be written into a folder that may not exist yet.
-
-    Raises:
-        UserError: it or a folder above it is a file, or writing is not permitted.
-    """
+    """A UserError, before any work, if no files can be written into a folder, which need not exist yet."""
     existing = next(part for part in (path, *path.absolute().parents) if part.exists())
     if not existing.is_dir():
-        raise UserError(
-            f"{path}: is no folder" if existing == path else f"{path}: no folder can be made: {existing} is a file"
-        )
+        reason = "is no folder" if existing == path else f"no folder can be made: {existing} is a file"
+        raise UserError(f"{path}: {reason}")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"{existing}: no permission to write there")
 
@@ -85,15 +80,10 @@ def lock(path: Path, *, waiting: str | None = None, refused: str | None = None) 
 
 
 def make_once(folder: Path, make: Callable[[], None], *, ready: Callable[[], bool], waiting: str) -> bool:
-    """Calls `make` unless the folder is ready; of processes that ask at once one makes it, and the others wait for it.
+    """Calls `make` unless the folder is ready, and says whether it did.
 
-    What killed processes left beside the folder is removed. Where the file system has no locks, each makes it.
-
-    Args:
-        waiting: said while another process is at work.
-
-    Returns:
-        Whether it was made here.
+    Of processes that ask at once one makes it, and the others say `waiting` and wait for it; where the file system has
+    no locks, each makes it. What killed processes left beside the folder is removed.
     """
     parent, path = folder.parent, folder.parent / ".lock"
     settle(parent)
@@ -120,8 +110,7 @@ def make_once(folder: Path, make: Callable[[], None], *, ready: Callable[[], boo
 def _acquire(path: Path, *, warn: bool = False, wait: bool = False) -> FileLock | None:
     """Makes and locks a file until `_release` or the end of the process; None where the file system has no locks.
 
-    Raises:
-        TimeoutError: another process holds it, without `wait`.
+    A TimeoutError if another process holds it and it is not to be waited for.
     """
     from filelock import FileLock  # not above: only who writes waits for it
 
@@ -157,7 +146,13 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
     if parent.resolve() not in _SETTLED:
         settle(parent)
         _SETTLED.add(parent.resolve())
-    folder, file = _make_hidden(parent)
+    while True:
+        folder = parent / f"{_HIDDEN}{uuid.uuid4().hex}"
+        folder.mkdir()
+        with suppress(FileNotFoundError, TimeoutError):  # another process settled it before it was locked
+            file = _acquire(folder / _LOCK)
+            (folder / _LOCK).touch()  # it is not made where there are no locks
+            break
     try:
         yield folder
     finally:
@@ -168,8 +163,7 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
 def settle(parent: Path) -> None:
     """Ends what killed processes left of their writing in `parent`: a replaced folder is put back, the rest removed.
 
-    Whoever finds that there is nothing to write asks for it too: a process killed at its last moment leaves the whole
-    file and, beside it, its hidden folder.
+    Also for who finds that there is nothing to write: a process killed at its last moment leaves its hidden folder.
     """
     for folder in parent.glob(f"{_HIDDEN}*"):
         if not _HIDDEN_NAME.fullmatch(folder.name) or folder.is_symlink():
@@ -179,17 +173,6 @@ def settle(parent: Path) -> None:
                 folder.rmdir()  # its process was killed before it had locked it, or when all else was removed
             elif file := _acquire(folder / _LOCK):
                 _dissolve(folder, file)
-
-
-def _make_hidden(parent: Path) -> tuple[Path, FileLock | None]:
-    while True:
-        folder = parent / f"{_HIDDEN}{uuid.uuid4().hex}"
-        folder.mkdir()
-        with suppress(FileNotFoundError, TimeoutError):  # another process settled it before it was locked
-            file = _acquire(folder / _LOCK)
-            if file is None:
-                (folder / _LOCK).touch()
-            return folder, file
 
 
 def _dissolve(folder: Path, file: FileLock | None) -> None:
@@ -221,7 +204,7 @@ def writing_errors(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a UTF-8 file as `whole_file` does."""
+    """Writes a text as UTF-8, as `whole_file` does."""
     write_bytes(path, text.encode("utf-8"))
 
 
@@ -249,11 +232,9 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
 def whole_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
     """A temporary folder to write into, which gets the name `folder` at the end of the block; else nothing is left.
 
-    Whenever this is interrupted, `folder` is what it was or whole, also after a power cut. With `replace`, a process
-    killed between the two renames leaves the old folder aside: `settle` puts it back.
-
-    Args:
-        replace: take the place of a folder that is there; else, if another process has made it meanwhile, its is kept.
+    Whenever this is interrupted, `folder` is what it was or whole, also after a power cut. With `replace` it takes the
+    place of a folder that is there, which `settle` puts back if the process is killed between the two renames; else, if
+    another process has made the folder meanwhile, that is kept.
     """
     with writing_errors(folder), temporary_folder(folder.parent) as hidden:
         new = hidden / "new"

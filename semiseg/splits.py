@@ -14,7 +14,6 @@ Names compare after Unicode normalisation (NFC) and trimming; case and underscor
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import statistics
 import unicodedata
@@ -27,7 +26,7 @@ from pydantic import ConfigDict, Field
 
 from semiseg.config import Section
 from semiseg.config.read import digest, parse_config, read_toml
-from semiseg.errors import UserError
+from semiseg.errors import UserError, near_hint
 from semiseg.files import write_text
 from semiseg.project import find
 
@@ -41,8 +40,8 @@ class ClassSplit:
     Attributes:
         fractions: class -> share of its instances that keep their mask, in [0, 1]; 0 for exactly the unseen classes.
         seed: of the draw of instances where a fraction lies between 0 and 1.
-        dataset: the data set that the split is written for, as a hint in messages.
-        drawn_seed: seed of the draw of the seen classes, or None if they were named.
+        dataset: that the split is written for.
+        drawn_seed: of the draw of the seen classes, or None if they were named.
     """
 
     name: str
@@ -119,10 +118,7 @@ def load_split(name_or_path: str, class_names: Sequence[str]) -> ClassSplit:
 def make_split(file: SplitFile, class_names: Sequence[str], *, where: str | None = None) -> ClassSplit:
     """Builds a checked split of either side or both, and of mask fractions of the seen classes.
 
-    With fractions alone every class is seen, unless its fraction is 0.
-
-    Args:
-        where: place named in errors; the split's name if None.
+    With fractions alone every class is seen, unless its fraction is 0. Errors name `where`, or the split.
     """
     written_for = f" (the split is written for {file.dataset})" if where and file.dataset else ""
     where = where or f"split {file.name!r}"
@@ -142,12 +138,11 @@ def make_split(file: SplitFile, class_names: Sequence[str], *, where: str | None
     shares = {item: given.get(item, fraction.default) for item in allowed}
     if not any(shares.values()):
         raise UserError(f"{where}: every fraction is 0: a split needs at least one class with masks")
-    if not sides:
-        sides = {"seen": [item for item in allowed if shares[item] > 0.0]}
-        sides["unseen"] = [item for item in allowed if item not in sides["seen"]]
-    else:
-        for side, other in (("seen", "unseen"), ("unseen", "seen")):
-            sides.setdefault(side, [item for item in allowed if item not in sides.get(other, ())])
+    are_listed = bool(sides)
+    sides = sides or {"seen": [item for item in allowed if shares[item] > 0.0]}
+    for side, other in (("seen", "unseen"), ("unseen", "seen")):
+        sides.setdefault(side, [item for item in allowed if item not in sides.get(other, ())])
+    if are_listed:
         _check_sides(sides, allowed, shares, given, where)
     return ClassSplit(
         name=file.name,
@@ -161,15 +156,14 @@ def make_split(file: SplitFile, class_names: Sequence[str], *, where: str | None
 
 
 def draw_seen(class_names: Sequence[str], *, count: int, seed: int) -> list[str]:
-    """Draws `count` seen classes; a larger count of the same seed is a superset, whatever the order of the names.
+    """Draws `count` seen classes, ranked by a hash of seed and name: the same on every machine and in every order.
 
-    Classes are ranked by a hash of seed and name, so that the draw is the same on every machine and version.
+    A larger count of the same seed is a superset.
     """
     names = [normalise(name) for name in class_names]
     if not 0 < count < len(names):
-        raise UserError(
-            f"--seen {count}: expected a number from 1 to {len(names) - 1}, as there are {len(names)} classes"
-        )
+        allowed = f"a number from 1 to {len(names) - 1}, as there are {len(names)} classes"
+        raise UserError(f"--seen {count}: expected {allowed}")
     chosen = set(sorted(names, key=lambda name: _stable_hash(f"{seed}:{name}"))[:count])
     return [name for name in names if name in chosen]
 
@@ -204,9 +198,7 @@ def _check_names(names: Sequence[str], allowed: Sequence[str], where: str, writt
             f"a split of another data set{written_for}? Allowed: {', '.join(allowed)}"
         )
     if unknown:
-        keys = {_suggestion_key(item): item for item in allowed}
-        near = difflib.get_close_matches(_suggestion_key(unknown[0]), list(keys), n=1)
-        hint = f" Did you mean {keys[near[0]]!r}?" if near else ""
+        hint = near_hint(unknown[0], allowed, otherwise="")
         raise UserError(f"{where}: unknown class {unknown[0]!r}{written_for}.{hint} Allowed: {', '.join(allowed)}")
     doubled = [name for name in names if names.count(name) > 1]
     if doubled:
@@ -220,33 +212,25 @@ def _check_sides(
     given: Mapping[str, float],
     where: str,
 ) -> None:
-    """Raises UserError if the sides are not a partition of the classes, or contradict the mask fractions.
-
-    Args:
-        shares: of every class; given: of those that have one of their own.
-    """
+    """Raises UserError if the sides are not a partition of the classes, or contradict the shares, given or default."""
     for side, names in sides.items():
         if not names:
             raise UserError(f"{where}: {side!r} would be empty: a split needs at least one class on each side")
     for name in allowed:
         seen, unseen = name in sides["seen"], name in sides["unseen"]
         if seen and unseen:
-            raise UserError(f"{where}: class {name!r} is both seen and unseen; allowed is one side per class")
-        if not seen and not unseen:
-            raise UserError(
-                f"{where}: class {name!r} is neither seen nor unseen; list one side only to get the complement"
-                f" (classes: {', '.join(allowed)})"
+            reason = "both seen and unseen; allowed is one side per class"
+        elif not seen and not unseen:
+            reason = (
+                f"neither seen nor unseen; list one side to get the complement (classes: {', '.join(allowed)})"
             )
-        if seen and shares[name] == 0.0:
-            raise UserError(f"{where}: class {name!r} is seen but its mask fraction is 0; list it as unseen")
-        if unseen and given.get(name, 0.0) > 0.0:
-            raise UserError(
-                f"{where}: class {name!r} is unseen but its mask fraction is {given[name]}; list it as seen"
-            )
-
-
-def _suggestion_key(name: str) -> str:
-    return " ".join(normalise(name).casefold().replace("_", " ").replace("-", " ").split())
+        elif seen and shares[name] == 0.0:
+            reason = "seen but its mask fraction is 0; list it as unseen"
+        elif unseen and given.get(name, 0.0) > 0.0:
+            reason = f"unseen but its mask fraction is {given[name]}; list it as seen"
+        else:
+            continue
+        raise UserError(f"{where}: class {name!r} is {reason}")
 
 
 def _stable_hash(text: str) -> int:

@@ -1,9 +1,12 @@
 """The configuration of a run: its tables, their identity, and reading them."""
 
-from semiseg.config.data import DataConfig
 from semiseg.config.model import InferenceConfig, ModelConfig
 from semiseg.config.run import (
+    DataConfig,
+    ObjectiveConfig,
+    OptimConfig,
     RunConfig,
+    RuntimeConfig,
     learns_masks,
     load_run_config,
     parse_recorded,
@@ -11,7 +14,6 @@ from semiseg.config.run import (
     refuse_frozen_random_weights,
 )
 from semiseg.config.section import Section, Seed, Side
-from semiseg.config.training import ObjectiveConfig, OptimConfig, RuntimeConfig
 
 __all__ = [
     "DataConfig",
