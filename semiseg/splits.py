@@ -221,9 +221,7 @@ def _check_sides(
         if seen and unseen:
             reason = "both seen and unseen; allowed is one side per class"
         elif not seen and not unseen:
-            reason = (
-                f"neither seen nor unseen; list one side to get the complement (classes: {', '.join(allowed)})"
-            )
+            reason = f"neither seen nor unseen; list one side to get the complement (classes: {', '.join(allowed)})"
         elif seen and shares[name] == 0.0:
             reason = "seen but its mask fraction is 0; list it as unseen"
         elif unseen and given.get(name, 0.0) > 0.0:

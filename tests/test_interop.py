@@ -220,7 +220,10 @@ def test_a_converted_folder_computes_what_the_original_does_and_can_be_evaluated
 
     out = tmp_path / "models" / "converted"
     told = run(path, out, "--short-side", "64", "--long-side", "96")
-    assert "resnet50, deformable blocks 0, 3, 6, ... of res3 to res5, BiFPN (repeats 1, channels 64), 8 mask" in told
+    assert "released.pth: resnet50, bifpn, 80 classes\n" in told
+    lines = told.splitlines()
+    for line in ("backbone.deformable_interval = 3", "neck.repeats = 1", "mask_head.feature_channels = 8"):
+        assert line in lines
     assert "mask_head._iter, mask_head.sizes_of_interest, num_batches_tracked of frozen norms (1)\n" in told
     assert sorted(file.name for file in out.iterdir()) == ["config.json", "model.safetensors"]
 

@@ -56,11 +56,9 @@ def adelaidet(
 def _check_out(out: Path) -> None:
     """Only a new or empty folder or a model folder may be written; anything else would be lost."""
     require_folder(out.absolute().parent)
-    if not out.exists():
-        return
-    if not out.is_dir():
+    if out.is_file():
         raise UserError(f"{out}: is a file, expected a model folder to write")
-    names = {path.name for path in out.iterdir()}
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
     if names and names != {WEIGHTS_NAME, "config.json"}:
         raise UserError(f"{out}: holds other things than a model, which would be lost; give a new folder")
     if names:  # of a model, but others use the same names
@@ -91,32 +89,22 @@ def _classes(count: int, annotations: Path | None, checkpoint: Path) -> tuple[tu
 
 
 def _summary(converted: Converted, checkpoint: Path, out: Path) -> str:
+    """What was read and dropped, and the TOML lines of what differs from the defaults but for the initial weights."""
     config = converted.config
-    backbone, neck = config.backbone, config.neck
-    assert isinstance(backbone, ResNetBackbone)
-    interval = backbone.deformable_interval
-    blocks = "every block" if interval == 1 else f"blocks 0, {interval}, {2 * interval}, ..."
-    deformable = f", deformable {blocks} of res3 to res5" if interval else ""
-    pyramid = f"BiFPN (repeats {neck.repeats}, " if neck.kind == "bifpn" else "FPN ("
+    assert isinstance(config.backbone, ResNetBackbone)
     counters = [key for key in converted.dropped if key.startswith("backbone.") and "num_batches_tracked" in key]
     dropped = [key for key in converted.dropped if key not in counters]
     dropped += [f"num_batches_tracked of frozen norms ({len(counters)})"] if counters else []
+    usual = leaves(ModelConfig().model_dump(mode="json"))
+    values = leaves(config.model_dump(mode="json", exclude={"backbone": {"weights"}}))
     lines = [
-        f"{checkpoint}: resnet{backbone.depth}{deformable}, {pyramid}channels {neck.channels}), "
-        f"{config.mask_head.feature_channels} mask channels, {converted.num_classes} classes",
+        f"{checkpoint}: resnet{config.backbone.depth}, {config.neck.kind}, {converted.num_classes} classes",
         f"dropped, since only training needs it: {', '.join(dropped) or 'nothing'}",
         f"written to {out}; a training that starts from it needs",
         "",
         f"init_from = {json.dumps(str(out), ensure_ascii=False)}",
         "",
         "[model]",
-        *model_lines(config),
+        *(f"{name} = {json.dumps(value)}" for name, value in values.items() if value != usual.get(name)),
     ]
     return "\n".join(lines)
-
-
-def model_lines(config: ModelConfig) -> list[str]:
-    """TOML lines of what differs from the defaults, without the backbone's initial weights."""
-    usual = leaves(ModelConfig().model_dump(mode="json"))
-    values = leaves(config.model_dump(mode="json", exclude={"backbone": {"weights"}}))
-    return [f"{name} = {json.dumps(value)}" for name, value in values.items() if value != usual.get(name)]
