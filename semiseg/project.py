@@ -23,11 +23,7 @@ _FOLDERS: dict[Kind, tuple[str, str, str]] = {
 def find(kind: Kind, name: str) -> Path:
     """The file that `name` means: a path, else a file of the working project, else of the packaged copy.
 
-    The suffix may be left out. The working project is the current folder with its `splits/`, `experiments/` and
-    `reports/published/`.
-
-    Raises:
-        UserError: no such file; the message lists the available names.
+    The suffix may be left out. The working project is the current folder. If there is none: a UserError with the names.
     """
     folder, suffix, noun = _FOLDERS[kind]
     file_name = name if name.endswith(suffix) else name + suffix

@@ -37,12 +37,11 @@ class Result:
     Attributes:
         run_id: digest of `identity`, which is that of `studies.identity.run_identity`.
         row: `pretrain` is the detector pretraining shared by a seed's rows.
-        split: name of the class split, or None if the run does not depend on one.
+        split: name of the class split; None if the run does not depend on one.
         config: the resolved `RunConfig` as plain values, without paths of initial weights; under today's keys.
         data_fingerprint: digest of the data's content, as the run itself found it.
         metrics: `evaluation.coco_metrics.Metrics.to_dict()`: percent, per class and group, "bbox" and "segm".
         seconds: of training and evaluation.
-        command: what the user typed.
         finished: ISO 8601 time with zone.
         init_run: run_id of the run whose weights this one started from, or None.
         val_fingerprint: digest of the validation annotations alone; None in records from before it was kept.
@@ -81,10 +80,9 @@ _RESULT = TypeAdapter(Result)
 
 
 def checked(values: Any, *, where: str) -> Result:
-    """The result of plain values, as JSON holds them; half a character, as in an argument that is not UTF-8, is "?".
+    """The result of plain values, as JSON holds them; a UserError that names `where` and what is wrong with them.
 
-    Raises:
-        UserError: a value is missing, unknown or of another type; names it after `where`.
+    Half a character, as in an argument that is not UTF-8, is "?".
     """
     if not isinstance(values, dict):
         raise UserError(f"{where}: not a result of this version (no table)")
@@ -105,10 +103,7 @@ def _json(values: Any) -> bytes:
 def append(path: Path, result: Result) -> bool:
     """Adds a result in one write that has reached the disk; False if this very result is recorded already.
 
-    The same run trained again (on another machine) is a new line; `latest` reads the newest.
-
-    Raises:
-        UserError: the result could not be read again; nothing is written.
+    The same run trained again is a new line. A result that could not be read again is a UserError, and not written.
     """
     result = checked(asdict(result), where=f"run {result.run_id}")
     if any((item.run_id, item.finished) == (result.run_id, result.finished) for item in read(path)):
@@ -129,10 +124,7 @@ def append(path: Path, result: Result) -> bool:
 def read(path: Path) -> list[Result]:
     """All results in the order of writing; [] if there is no such file.
 
-    A line cut off by an interruption, or damaged so that its end is missed, is left out with a warning.
-
-    Raises:
-        UserError: a line that is damaged in another way, or no result of this version; names file and line.
+    A line cut off by an interruption is left out with a warning; one that is damaged in another way is a UserError.
     """
     results = []
     for number, values in read_json_lines(path):

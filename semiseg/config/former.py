@@ -83,10 +83,7 @@ def leaves(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
 
 
 def with_present_keys(values: Any) -> Any:
-    """A recorded configuration under today's keys; one of today, or what is none, is returned as it is.
-
-    Former keys that its kinds do not read are left out.
-    """
+    """A recorded configuration under today's keys, without what its kinds do not read; one of today as it is."""
     try:
         return _moved(values) if isinstance(values["model"]["backbone"], str) else values
     except (AttributeError, KeyError, TypeError, ValueError):  # damaged: whoever reads it says where
@@ -119,10 +116,7 @@ def as_recorded(values: dict[str, Any], changed: dict[str, Any]) -> dict[str, An
     """The values of a run under the names of its identity.
 
     Sections and kinds that came after the first recorded runs are in it where they are not at their defaults.
-
-    Args:
-        values: nested values of all sections.
-        changed: those of them that are not the defaults of their section and kind.
+    `changed` are those of `values` that are not the defaults of their section and kind.
     """
     result = {name: dict(values[name]) for name in _FIRST_SECTIONS} | {"seed": values["seed"]}
     for part in _PARTS:
@@ -148,12 +142,9 @@ def as_recorded(values: dict[str, Any], changed: dict[str, Any]) -> dict[str, An
 def without_unread(identity: dict[str, Any], *, initial: bool) -> dict[str, Any]:
     """An identity in which every key that nothing reads, under the kinds that are chosen, has one fixed value.
 
-    So it does not depend on them. Any values would do; these are what the recorded runs have, which so keep their
-    identities. For their sake `ADDED_LATER` is left out here, too.
-
-    Args:
-        identity: of `RunConfig.identity`, or of a version of it that kept these keys; changed in place.
-        initial: of `RunConfig.identity`.
+    Any values would do; these are what the recorded runs have, which so keep their identities. For their sake
+    `ADDED_LATER` is left out here, too. `identity` is of `RunConfig.identity`, or of a version of it that kept these
+    keys, and changed in place.
     """
     data, supervision, objective, model, optim = (
         identity[name] for name in ("data", "supervision", "objective", "model", "optim")

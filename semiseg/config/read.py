@@ -57,11 +57,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     """(number of the line, its value) of every line that is not blank; nothing if there is no such file.
 
-    The value of a line that is no JSON is the ValueError that says why. Lines end at "\\n" alone: a text may hold other
-    signs that end a line elsewhere, such as U+2028.
-
-    Raises:
-        UserError: the file cannot be read.
+    The value of a line that is no JSON is the ValueError that says why. Lines end at "\\n" alone, not at U+2028.
     """
     try:
         lines = path.read_bytes().split(b"\n")
@@ -98,13 +94,11 @@ def parse_config(kind: type[Config], values: dict[str, Any], *, where: str, over
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        sentences = [_explain(kind, item, where, overrides) for item in error.errors()]
-        raise UserError("; ".join(sentences)) from None
+        raise UserError("; ".join(_explain(kind, item, where, overrides) for item in error.errors())) from None
 
 
 def check_settings(kind: type[BaseModel], values: dict[str, Any], *, where: str) -> None:
     """Refuses settings that are wrong whatever they are laid under; what only the whole can tell passes."""
-    _refuse_unusable(values, where)
     try:
         kind.model_validate(values)
     except ValidationError as error:
@@ -142,9 +136,7 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str], *, partial
     """A copy of `values` with each `a.b=c` set, later ones last; c is read as a TOML value, or as text if it is none.
 
     Another `kind` begins its table anew, since it has other keys, but for those that overrides of their own have given.
-
-    Args:
-        partial: `values` are to be laid over others, so that a table without a kind may be of any.
+    Where `values` are partial, to be laid over others, a table without a kind may be of any.
     """
     result = copy.deepcopy(values)
     given: set[str] = set()  # paths that have overrides of their own
@@ -173,9 +165,7 @@ def merge(base: dict[str, Any], change: dict[str, Any], above: str = "") -> dict
     """`base` with the tables of `change` laid over it, key by key; lists and values are replaced whole.
 
     A table of another `kind` is replaced whole, too: it has other keys. One of `base` that names none has the usual.
-
-    Raises:
-        UserError: a key is a table in one of them and a value in the other.
+    A key that is a table in one of them and a value in the other is a UserError.
     """
     usual = USUAL_KINDS.get(above[:-1], change.get("kind"))
     result = {} if "kind" in change and base.get("kind", usual) != change["kind"] else dict(base)

@@ -233,14 +233,10 @@ def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 def parse_run(
     values: dict[str, Any], *, where: str, overrides: Sequence[str] = (), initial_run: bool = False
 ) -> RunConfig:
-    """The configuration of a run that is to be trained; see `parse_recorded` for that of a recorded one.
+    """The configuration of a run that is to be trained, by `parse_config`; random weights must not stay frozen.
 
     Args:
-        where, overrides: see `parse_config`.
         initial_run: the run will start from the weights of another one, although it does not say so itself.
-
-    Raises:
-        UserError: what `parse_config` refuses, and random weights that would never be trained.
     """
     config = parse_config(RunConfig, values, where=where, overrides=overrides)
     if not initial_run:
