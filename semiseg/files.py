@@ -58,11 +58,8 @@ def lock_folder(folder: Path) -> AbstractContextManager[None]:
 def lock(path: Path, *, waiting: str | None = None, refused: str | None = None) -> Iterator[None]:
     """Locks a file, which is there only so long, until the end of the block or of this process, however it ends.
 
-    On a file system without locks it goes on without one, with a warning. Where another process holds it:
-
-    Args:
-        waiting: said before it is waited for.
-        refused: said as a UserError, without waiting; with neither it is a TimeoutError.
+    Where another process holds it, `waiting` is said and it is waited for, or `refused` is a UserError; with neither it
+    is a TimeoutError. On a file system without locks it goes on without one, with a warning.
     """
     try:
         file = _acquire(path, warn=True)

@@ -37,7 +37,6 @@ class Result:
     Attributes:
         run_id: digest of `identity`, which is that of `studies.identity.run_identity`.
         row: `pretrain` is the detector pretraining shared by a seed's rows.
-        split: name of the class split; None if the run does not depend on one.
         config: the resolved `RunConfig` as plain values, without paths of initial weights; under today's keys.
         data_fingerprint: digest of the data's content, as the run itself found it.
         metrics: `evaluation.coco_metrics.Metrics.to_dict()`: percent, per class and group, "bbox" and "segm".

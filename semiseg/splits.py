@@ -35,22 +35,16 @@ _HASH_RANGE = 2**64
 
 @dataclass(frozen=True)
 class ClassSplit:
-    """Which classes have masks (seen) and which only boxes (unseen): together the data set's, in its order.
-
-    Attributes:
-        fractions: class -> share of its instances that keep their mask, in [0, 1]; 0 for exactly the unseen classes.
-        seed: of the draw of instances where a fraction lies between 0 and 1.
-        dataset: that the split is written for.
-        drawn_seed: of the draw of the seen classes, or None if they were named.
-    """
+    """Which classes have masks (seen) and which only boxes (unseen): together the data set's, in its order."""
 
     name: str
     seen: tuple[str, ...]
     unseen: tuple[str, ...]
+    # Class -> share of its instances that keep their mask, in [0, 1]; 0 for exactly the unseen classes.
     fractions: Mapping[str, float]
-    seed: int = 0
-    dataset: str | None = None
-    drawn_seed: int | None = None
+    seed: int = 0  # of the draw of instances where a fraction lies between 0 and 1
+    dataset: str | None = None  # that the split is written for
+    drawn_seed: int | None = None  # of the draw of the seen classes; None if they were named
 
     def keeps_mask(self, class_name: str, annotation_id: int) -> bool:
         """Whether this instance keeps its mask; a larger fraction keeps a superset (nested without lists)."""
@@ -103,11 +97,7 @@ def normalise(name: str) -> str:
 
 
 def load_split(name_or_path: str, class_names: Sequence[str]) -> ClassSplit:
-    """Reads a split file, found by `project.find`, and checks it against the classes of a data set.
-
-    Raises:
-        UserError: unknown, doubled or overlapping class, empty side, split of another data set.
-    """
+    """Reads a split file, found by `project.find`, and checks it against the classes of a data set."""
     path = find("splits", name_or_path)
     file = parse_config(SplitFile, {"name": path.stem, **read_toml(path)}, where=str(path))
     if file.seen is None and file.unseen is None and file.fraction is None:

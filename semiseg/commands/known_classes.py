@@ -22,11 +22,7 @@ COCO_CATEGORY_IDS = tuple(sorted(set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68
 
 
 def classes_of(dataset: str | None, annotations: Path | None) -> tuple[str, ...]:
-    """The classes of an annotation file, else of a known data set.
-
-    Raises:
-        UserError: neither is given, or the data set is not known.
-    """
+    """The classes of an annotation file, else of a known data set; a UserError if neither is given."""
     if annotations is not None:
         from semiseg.data.coco import read_coco
 

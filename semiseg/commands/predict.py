@@ -88,10 +88,7 @@ def find_images(arguments: Sequence[str]) -> list[Path]:
     """The files that the arguments mean, each once, in the order of the arguments, those of one sorted by name.
 
     A file is taken whatever it is called; of a folder the files with an image's ending, not those of folders in it; a
-    pattern (`*`, `?`, `[...]`, `**` for folders at any depth) stands for all that it matches, as in a shell.
-
-    Raises:
-        UserError: an argument means nothing.
+    pattern (`*`, `?`, `[...]`, `**`) stands for all that it matches. An argument that means nothing is a UserError.
     """
     files: dict[str, Path] = {}
     for argument in arguments:

@@ -14,6 +14,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from semiseg.config.section import Layers, PositiveInt, Probability, Section, Side
 
 Norm = Literal["bn", "sync_bn", "gn", "frozen_bn"]
+Deviation = Annotated[float, Field(gt=0)]
 BIFPN_STRIDES = (8, 16, 32, 64, 128)
 
 
@@ -27,21 +28,15 @@ def _kind(default: str) -> Callable[[Any], Any]:
 
 
 class ResNetBackbone(Section):
-    """torchvision's ResNet; the defaults are the paper's.
-
-    weights: `imagenet` (torchvision's), `random`, or a path to a state dict.
-    frozen_stages: how many of (stem + first stage, second, ...) are not trained; 1 is the paper's.
-    stride_in_1x1: bottlenecks stride in their first 1x1 (the reference's weights), not in the 3x3 (torchvision's).
-    deformable_interval: the 3x3 of every so many bottlenecks of C3..C5 is deformable; 0 = none.
-    """
+    """torchvision's ResNet; the defaults are the paper's."""
 
     kind: Literal["resnet"] = "resnet"
     depth: Literal[18, 34, 50, 101] = 50
-    weights: str = "imagenet"
+    weights: str = "imagenet"  # torchvision's; or `random`, or a path to a state dict
     norm: Norm = "frozen_bn"
-    frozen_stages: Annotated[int, Field(ge=0, le=4)] = 1
-    stride_in_1x1: bool = False
-    deformable_interval: Annotated[int, Field(ge=0)] = 0
+    frozen_stages: Annotated[int, Field(ge=0, le=4)] = 1  # of (stem + first stage, second, ...), not trained
+    stride_in_1x1: bool = False  # bottlenecks stride in their first 1x1 (the reference's), not in the 3x3
+    deformable_interval: Annotated[int, Field(ge=0)] = 0  # the 3x3 of every so many of C3..C5; 0 = none
 
     @model_validator(mode="after")
     def _bottlenecks_are_there(self) -> ResNetBackbone:
@@ -52,14 +47,11 @@ class ResNetBackbone(Section):
 
 
 class SmallBackbone(Section):
-    """Two blocks per stage, of these `widths`, for Shapes: learns from random weights in minutes on a CPU.
-
-    weights: `random`, or a path to a state dict.
-    """
+    """Two blocks per stage, of these `widths`, for Shapes: learns from random weights in minutes on a CPU."""
 
     kind: Literal["small"] = "small"
     widths: Annotated[list[PositiveInt], Field(min_length=4, max_length=4)] = [24, 48, 96, 160]
-    weights: str = "random"
+    weights: str = "random"  # or a path to a state dict
     norm: Norm = "bn"
     frozen_stages: Annotated[int, Field(ge=0, le=4)] = 0
 
@@ -87,19 +79,14 @@ class BiFPNNeck(Section):
 
 
 class FCOSDetector(Section):
-    """FCOS: one box for each location of each level.
-
-    strides: of the levels that predict.
-    level_ranges: boundaries of max(l, t, r, b) in pixels between consecutive levels, one fewer than levels.
-    centre_radius: locations within so many strides of an object's centre learn it.
-    """
+    """FCOS: one box for each location of each level."""
 
     kind: Literal["fcos"] = "fcos"
-    strides: list[PositiveInt] = [8, 16, 32, 64, 128]
-    level_ranges: list[PositiveInt] = [64, 128, 256, 512]
+    strides: list[PositiveInt] = [8, 16, 32, 64, 128]  # of the levels that predict
+    level_ranges: list[PositiveInt] = [64, 128, 256, 512]  # max(l, t, r, b) in pixels between consecutive levels
     tower_convs: Layers = 4
     tower_groups: PositiveInt = 32
-    centre_radius: Annotated[float, Field(gt=0)] = 1.5
+    centre_radius: Annotated[float, Field(gt=0)] = 1.5  # in strides: locations so near an object's centre learn it
 
     @model_validator(mode="after")
     def _levels_fit(self) -> FCOSDetector:
@@ -115,23 +102,18 @@ class FCOSDetector(Section):
 
 
 class DynamicMaskHead(Section):
-    """CondInst's: a branch of mask features, shared by an image, on which each object has filters of its own.
-
-    branch_*: the convolutions that make the features. feature_channels, feature_stride: of the features.
-    stride: of the mask logits. channels, layers: of the filters.
-    max_positives: positives of an image whose mask is predicted in a step, shared out over its objects.
-    """
+    """CondInst's: a branch of mask features, shared by an image, on which each object has filters of its own."""
 
     kind: Literal["dynamic"] = "dynamic"
-    branch_channels: PositiveInt = 128
+    branch_channels: PositiveInt = 128  # of the convolutions that make the features
     branch_convs: Layers = 4
     branch_norm: Norm = "bn"
     feature_channels: PositiveInt = 16
     feature_stride: PositiveInt = 8
-    stride: PositiveInt = 4
-    channels: PositiveInt = 8
+    stride: PositiveInt = 4  # of the mask logits
+    channels: PositiveInt = 8  # of the filters, and layers
     layers: Annotated[Layers, Field(ge=1)] = 3
-    max_positives: PositiveInt = 64
+    max_positives: PositiveInt = 64  # of an image whose mask is predicted in a step, shared out over its objects
 
     @model_validator(mode="after")
     def _strides_fit(self) -> DynamicMaskHead:
@@ -154,11 +136,7 @@ class ModelConfig(Section):
     detector: FCOSDetector = FCOSDetector()
     mask_head: DynamicMaskHead = DynamicMaskHead()
     pixel_mean: Annotated[list[float], Field(min_length=3, max_length=3)] = [123.675, 116.28, 103.53]
-    pixel_std: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, max_length=3)] = [
-        58.395,
-        57.12,
-        57.375,
-    ]
+    pixel_std: Annotated[list[Deviation], Field(min_length=3, max_length=3)] = [58.395, 57.12, 57.375]
 
     @model_validator(mode="after")
     def _parts_fit(self) -> ModelConfig:
@@ -182,12 +160,9 @@ class ModelConfig(Section):
 
 
 class InferenceConfig(Section):
-    """How images become detections: their size, and which candidates are kept. No training reads it.
+    """How images become detections: their size, and which candidates are kept. No training reads it."""
 
-    short_side, long_side: of the resized image in pixels; the longer side never exceeds long_side.
-    """
-
-    short_side: Side = 800
+    short_side: Side = 800  # of the resized image in pixels; the longer side never exceeds long_side
     long_side: Side = 1333
     score_threshold: Probability = 0.05
     candidates_per_level: PositiveInt = 1000

@@ -51,15 +51,12 @@ class HubConfig(Section):
 
 
 class DataConfig(Section):
-    """Where images and annotations are and how they become batches.
-
-    `root` holds the data set and its Arrow cache. For COCO the four names are relative to `root`. `hf:OWNER/NAME` is a
-    data set on the Hugging Face Hub, `hf:FOLDER` one of the same form on disk.
-    """
+    """Where images and annotations are and how they become batches."""
 
     format: Literal["shapes", "coco", "voc"] = "coco"
+    # Holds the data set and its Arrow cache; `hf:OWNER/NAME` is one of the Hugging Face Hub, `hf:FOLDER` one on disk.
     root: str = "data/coco"
-    train_images: str = "train2017"
+    train_images: str = "train2017"  # of COCO, as the next three: relative to the root
     train_annotations: str = "annotations/instances_train2017.json"
     val_images: str = "val2017"
     val_annotations: str = "annotations/instances_val2017.json"
@@ -75,13 +72,12 @@ class DataConfig(Section):
 class SupervisionConfig(Section):
     """Which training instances keep their mask.
 
-    source: `split` (classes of `split`'s seen side keep theirs, by its mask fraction where it gives one),
-        `masks` (every annotated mask), `boxes` (none), `as_annotated` (an instance uses the mask it has).
-    split: name or path of a class split; also defines the seen and unseen class groups of the evaluation.
+    `split`: those of its seen classes, by its mask fractions. `masks`: all that are annotated; `as_annotated` likewise,
+    where some objects have none. `boxes`: none.
     """
 
     source: Literal["split", "masks", "boxes", "as_annotated"] = "as_annotated"
-    split: str | None = None
+    split: str | None = None  # name or path; also defines the seen and unseen classes of the evaluation
 
     @model_validator(mode="after")
     def _split_is_named(self) -> SupervisionConfig:
@@ -91,9 +87,9 @@ class SupervisionConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    """Which mask loss an instance gets, by its supervision, and the constants of the BoxInst losses (METHOD section 2).
+    """Which mask loss an instance gets, by its supervision, and the constants of the BoxInst losses (docs/METHOD.md).
 
-    box: `box_as_mask` trains the Dice loss on the filled box (the first row of the paper's Table 3).
+    `box_as_mask` trains the Dice loss on the filled box (the first row of the paper's Table 3).
     """
 
     mask: Literal["dice", "labelled"] = "dice"
@@ -105,19 +101,15 @@ class ObjectiveConfig(Section):
 
 
 class OptimConfig(Section):
-    """Optimiser and schedule; the defaults are the paper's 1x. Exactly one of steps and epochs gives the length.
-
-    schedule: `step` divides the rate by ten at `milestones` (fractions of the run); `one_cycle` rises and falls
-        along a cosine. warmup_steps only for `step`; None = 1000, at most a ninth of the run.
-    """
+    """Optimiser and schedule; the defaults are the paper's 1x. Exactly one of steps and epochs gives the length."""
 
     optimizer: Literal["sgd", "adamw"] = "sgd"
     learning_rate: Annotated[float, Field(gt=0)] = 0.01
     momentum: Probability = 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    schedule: Literal["step", "one_cycle", "constant"] = "step"
-    milestones: list[Probability] = [2 / 3, 8 / 9]
-    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    schedule: Literal["step", "one_cycle", "constant"] = "step"  # one_cycle rises and falls along a cosine
+    milestones: list[Probability] = [2 / 3, 8 / 9]  # fractions of the run at which `step` divides the rate by ten
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None  # of `step`; None = 1000, at most a ninth of the run
     warmup_factor: Annotated[float, Field(gt=0, le=1)] = 0.001
     steps: PositiveInt | None = None
     epochs: Annotated[float, Field(gt=0)] | None = None
@@ -148,10 +140,7 @@ class RuntimeConfig(Section):
     images_per_process: at most so many images at once in a process, the rest in accumulation parts; 0 = no limit.
         Batch norm normalises those together, so that another limit may be another run (docs/MACHINES.md).
     batch_rule: `keep` takes `optim.batch_size` whatever the number of processes. `linear` takes images_per_process
-        times the number of processes, with the learning rate in proportion and as many images in all: another run,
-        with numbers of its own.
-    compile: the network is compiled by torch before the first step, which takes minutes; for GPUs.
-    fast_evaluation: the COCO numbers come from hotcoco (`pip install 'semiseg[fast]'`): the same ones, sooner.
+        times the number of processes, with the learning rate in proportion and as many images in all: another run.
     """
 
     workers: Annotated[int, Field(ge=0)] = 2
@@ -163,10 +152,10 @@ class RuntimeConfig(Section):
     evaluate_every: Annotated[int, Field(ge=0)] = 0  # steps; 0 = only at the end
     tensorboard: bool = True
     channels_last: bool = True
-    compile: bool = False
+    compile: bool = False  # by torch, before the first step, which takes minutes; for GPUs
     images_per_process: Annotated[int, Field(ge=0)] = 0
     batch_rule: Literal["keep", "linear"] = "keep"
-    fast_evaluation: bool = False
+    fast_evaluation: bool = False  # by hotcoco (`pip install 'semiseg[fast]'`): the same numbers, sooner
 
     @model_validator(mode="after")
     def _linear_rule_knows_its_share(self) -> RuntimeConfig:
@@ -176,10 +165,7 @@ class RuntimeConfig(Section):
 
 
 class RunConfig(Section):
-    """Everything that one training run needs.
-
-    init_from: path of a checkpoint or model folder whose weights the run starts from (weights only).
-    """
+    """Everything that one training run needs."""
 
     data: DataConfig = DataConfig()
     supervision: SupervisionConfig = SupervisionConfig()
@@ -189,16 +175,14 @@ class RunConfig(Section):
     optim: OptimConfig = OptimConfig(steps=90_000)
     runtime: RuntimeConfig = RuntimeConfig()
     seed: Seed = 0
-    init_from: str | None = None
+    init_from: str | None = None  # checkpoint or model folder whose weights the run starts from
 
     def identity(self, *, initial: bool = False) -> dict[str, Any]:
         """What can change the numbers of the run: the config without paths, workers, logging and the split's name.
 
         A file of backbone weights is named by its content, a key that nothing reads has a fixed value. The caller adds
-        the digests of split, data and `init_from`, and `engine.processes.normalised_together`.
-
-        Args:
-            initial: the run starts from the weights of another one, so that those of its backbone are not read.
+        the digests of split, data and `init_from`, and `engine.processes.normalised_together`. `initial`: the run
+        starts from the weights of another one, so that those of its backbone are not read.
         """
         left_out = {"runtime", "init_from"}
         values = as_recorded(
@@ -233,11 +217,7 @@ def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 def parse_run(
     values: dict[str, Any], *, where: str, overrides: Sequence[str] = (), initial_run: bool = False
 ) -> RunConfig:
-    """The configuration of a run that is to be trained, by `parse_config`; random weights must not stay frozen.
-
-    Args:
-        initial_run: the run will start from the weights of another one, although it does not say so itself.
-    """
+    """The configuration of a run to train, by `parse_config`; without `initial_run` no random weights stay frozen."""
     config = parse_config(RunConfig, values, where=where, overrides=overrides)
     if not initial_run:
         refuse_frozen_random_weights(config, where=where)

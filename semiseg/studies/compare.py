@@ -31,16 +31,11 @@ NO_SPLIT = "none"
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """A finished run.
-
-    Attributes:
-        folder: with its detections, or None if it is not here.
-        record: the file that the result was read from.
-    """
+    """A finished run."""
 
     result: Result
-    folder: Path | None
-    record: Path
+    folder: Path | None  # with its detections; None if it is not here
+    record: Path  # the file that the result was read from
 
     @property
     def short_id(self) -> str:
@@ -68,11 +63,7 @@ class RecordedRun:
 
 
 def run_of_folder(folder: Path) -> RecordedRun:
-    """The finished run in a folder, of a study or of `semiseg train`.
-
-    Raises:
-        UserError: the folder holds no finished run, or its files are not whole.
-    """
+    """The finished run in a folder, of a study or of `semiseg train`; a UserError if there is none that is whole."""
     path, config_path = folder / RESULT_NAME, folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder}: holds no finished run: there is no {RESULT_NAME} in it")
@@ -117,11 +108,7 @@ def _finished(run: RecordedRun) -> datetime:
 
 
 def find_runs(name: str, known: Sequence[RecordedRun]) -> list[RecordedRun]:
-    """The run of `known_runs` that `name` means, or all runs of a row.
-
-    Raises:
-        UserError: no such run, with the nearest name, or an id that is not whole and begins several.
-    """
+    """The run of `known_runs` that `name` means, or all runs of a row; a UserError if it is none or not clear which."""
     if name and Path(name).is_dir():
         return [run_of_folder(Path(name))]
     if ":" in name:
@@ -149,14 +136,11 @@ def find_runs(name: str, known: Sequence[RecordedRun]) -> list[RecordedRun]:
 def comparison(
     runs: Sequence[RecordedRun], known: Sequence[RecordedRun], *, split: str | None, command: Sequence[str]
 ) -> ReportInput:
-    """The report of runs side by side.
+    """The report of runs side by side; a UserError if their validation data or classes differ.
 
     Args:
         known: where the runs that these start from are looked up.
         split: name of the class split for the groups, `none` for no groups, None = that of the runs.
-
-    Raises:
-        UserError: validation data or classes differ, or there is no such split.
     """
     classes = _common_classes(runs)
     initial_runs = {run.result.init_run for run in runs}

@@ -29,51 +29,39 @@ Name = Annotated[str, Field(min_length=1, pattern=r"^[^./\\\p{Cc}][^/\\\p{Cc}]*$
 
 
 class StudyRow(Section):
-    """One row of the tables.
-
-    label: what people read in tables and figures; the name if empty.
-    set: configuration values laid over the study's base. Unless it names another source, supervision is the split's.
-    """
+    """One row of the tables. Unless `set` names another source, its supervision is the split's."""
 
     name: Name
-    label: str = ""
-    set: dict[str, Any] = Field(default_factory=dict)
+    label: str = ""  # what people read in tables and figures; the name if empty
+    set: dict[str, Any] = Field(default_factory=dict)  # configuration values laid over those of the study
     projection: Any = None  # in study files of before, as is pairwise: reports read them off the row's configuration
     pairwise: Any = None
 
 
 class StudyTable(Section):
-    """One table: its rows under one split.
-
-    split: key of the study's `[splits]`; its unseen and seen classes are the column groups.
-    number: of the printed table beside which it is shown (or the name of the ablation), or None.
-    compare: pairs of rows whose difference the report shows, second minus first; empty = the usual ones.
-    """
+    """One table: its rows under one split."""
 
     name: Name
     title: str
-    split: str | None = None
-    number: int | Literal["tau", "neighbourhood"] | None = None
+    split: str | None = None  # key of the study's `[splits]`; its unseen and seen classes are the column groups
+    number: int | Literal["tau", "neighbourhood"] | None = None  # of the printed table beside which it is shown
     rows: list[str] = Field(min_length=1)
+    # Pairs of rows whose difference the report shows, second minus first; empty = the usual ones.
     compare: list[Annotated[list[str], Field(min_length=2, max_length=2)]] = Field(default_factory=list)
 
 
 class Study(Section):
-    """A study file; `name` is the file's name unless it says otherwise.
-
-    base: configuration values of every run; a file names them instead by `base = "shapes"`, a path or the name of a
-        file in `experiments/bases/`.
-    set: values of every run, laid over the base.
-    reference: a study of the same rows with several seeds, whose means a run of this one is set beside at its end.
-    """
+    """A study file; `name` is the file's name unless it says otherwise."""
 
     name: Name
     title: str
     question: str = ""
     seeds: list[Seed] = Field(default=[0], min_length=1)
+    # A study of the same rows with several seeds, whose means a run of this one is set beside at its end.
     reference: str | None = None
+    # Values of every run; a file may name them instead, by a path or the name of a file in `experiments/bases/`.
     base: dict[str, Any] = Field(default_factory=dict)
-    set: dict[str, Any] = Field(default_factory=dict)
+    set: dict[str, Any] = Field(default_factory=dict)  # laid over the base
     pretrain: dict[str, Any] | None = None
     splits: dict[str, str] = Field(default_factory=dict)
     rows: list[StudyRow] = Field(min_length=1)
@@ -112,19 +100,13 @@ class Study(Section):
 
 @dataclass(frozen=True)
 class StudyRun:
-    """A run as the study file alone tells it, before any data or split has been looked at.
+    """A run as the study file alone tells it, before any data or split has been looked at."""
 
-    Attributes:
-        row: `PRETRAIN_ROW` for the pretraining.
-        split: None if the run does not depend on one.
-        init: the run whose weights it starts from.
-    """
-
-    row: str
-    split: str | None
+    row: str  # `PRETRAIN_ROW` for the pretraining
+    split: str | None  # None if the run does not depend on one
     seed: int
     config: RunConfig
-    init: StudyRun | None = None
+    init: StudyRun | None = None  # the run whose weights it starts from
 
     @property
     def key(self) -> RunKey:
@@ -137,10 +119,9 @@ class StudyRun:
 
 
 def load_study(name_or_path: str, overrides: Sequence[str] = (), *, seeds: Sequence[int] | None = None) -> Study:
-    """Reads a study file and lays overrides over it; `seeds` replace the study's.
+    """Reads a study file; `seeds` replace the study's.
 
-    Args:
-        overrides: `a.b=c` changes a value of every run; `pretrain.a.b=c` and `rows.a.b=c` of the pretraining or rows.
+    An override `a.b=c` changes a value of every run; `pretrain.a.b=c` and `rows.a.b=c` of the pretraining or rows.
     """
     path = find("experiments", name_or_path)
     values = {"name": path.stem, **read_toml(path)}

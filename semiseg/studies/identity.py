@@ -31,19 +31,13 @@ RESULTS_NAME = "results.jsonl"  # the record of a study
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedRun(StudyRun):
-    """A run as so many processes execute it: its `init_from` is the initial run's model folder.
+    """A run as so many processes execute it: its `init_from` is the initial run's model folder."""
 
-    Attributes:
-        run_id: digest of `identity`, which is that of `run_identity`.
-        init_run: run_id of the initial run, or None.
-        folder: where it is trained; another study's folder if the same run lies there.
-    """
-
-    run_id: str
-    identity: dict[str, Any]
+    run_id: str  # digest of `identity`
+    identity: dict[str, Any]  # of `run_identity`
     study: str
-    init_run: str | None
-    folder: Path
+    init_run: str | None  # run_id of the initial run
+    folder: Path  # where it is trained; another study's folder if the same run lies there
 
 
 def run_identity(
@@ -54,14 +48,11 @@ def run_identity(
     weights: Callable[[str], str],
     processes: int = 1,
 ) -> dict[str, Any]:
-    """What can change the numbers of a run, and nothing else; the digest of this is its run_id.
+    """What can change the numbers of a `fitted_run`, and nothing else; the digest of this is its run_id.
 
-    Args:
-        run: as so many processes execute it, see `fitted_run`.
-        data, split, weights: give the digests of data, of a run's class split, and of the file that `init_from` names.
-
-    Returns:
-        {"config", "split", "data", "init"} as digests, and "normalised_together" where the cut of a step matters.
+    `data`, `split` and `weights` give the digests of data, of a run's class split, and of the file that `init_from`
+    names. {"config", "split", "data", "init"} are digests; "normalised_together" is there where the cut of a step
+    matters.
     """
     if run.init is not None:
         init: str | None = digest(run_identity(run.init, data=data, split=split, weights=weights, processes=processes))

@@ -39,16 +39,12 @@ class Machine:
 
 @dataclass(frozen=True)
 class LaunchFile:
-    """What a study needs to know of a launch file, or of the number of processes where there is none.
-
-    Attributes:
-        processes: of a run, on all machines together.
-        environment: what accelerate's launcher would set of it for a single process, which is started without one.
-    """
+    """What a study needs to know of a launch file, or of the number of processes where there is none."""
 
     path: Path | None = None
-    processes: int = 1
+    processes: int = 1  # of a run, on all machines together
     machines: int = 1
+    # What accelerate's launcher would set of it for a single process, which is started without one.
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -75,11 +71,7 @@ def this_machine() -> Machine:
 
 
 def share_of(machine: Machine, *, slot: int, side_by_side: int, launch: LaunchFile) -> Share:
-    """Equal shares; more runs than groups of GPUs share them in turn.
-
-    Args:
-        slot: 0..side_by_side - 1, the place of the run among those that go at the same time.
-    """
+    """Equal shares, for the run at index `slot` of those side by side; more runs than groups of GPUs take turns."""
     processes = launch.processes
     threads = max(1, machine.cores // (side_by_side * processes))
     if not machine.gpus:

@@ -39,11 +39,7 @@ _IN_WORDS = {"supervision.source", "supervision.split", "objective.mask", "objec
 
 
 def build(study: Study, folder: Path, *, record: Path, command: Sequence[str]) -> tuple[str, Path]:
-    """Builds the report of a study in a folder from `record/results.jsonl`: its tables as text, the path of the page.
-
-    Args:
-        command: what trains the study's runs, for the page.
-    """
+    """Builds a study's report in a folder from `record/results.jsonl`: its tables as text, the path of the page."""
     report = report_input(study, record, command=command)
     return report_text(report), build_report(report, out=folder, published=find("published", PUBLISHED))
 
@@ -76,11 +72,7 @@ def beside_reference(study: Study, folder: Path) -> str:
 
 
 def report_input(study: Study, folder: Path, *, command: Sequence[str]) -> ReportInput:
-    """Everything that the report of a study is made from, with the record in a folder.
-
-    Args:
-        command: what trains the study's runs; () if that is not to be said.
-    """
+    """Everything that the report of a study is made from; `folder` has its record, `command` trains its runs."""
     matching = matching_results(study, read(folder / RESULTS_NAME))
     cells = study_cells(study)
     pretrainings = list({run.init.key: run.init for run in cells.values() if run.init is not None}.values())

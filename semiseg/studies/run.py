@@ -30,27 +30,17 @@ from semiseg.studies.status import read_result, runs_to_do
 
 @dataclass(frozen=True)
 class Execution:
-    """How a study is executed; nothing here is part of a run's identity.
+    """How a study is executed; nothing here is part of a run's identity."""
 
-    Attributes:
-        jobs: independent runs side by side.
-        launch: of each run.
-        reproduce: train also what is recorded but was not trained in this folder.
-        typed: the command that the user typed, for the record.
-        command: what runs the command line of a child.
-        grace_seconds: an interrupted run's time for its checkpoint.
-        line_seconds: between two lines of progress where there is no terminal.
-    """
-
-    jobs: int = 1
-    launch: LaunchFile = field(default_factory=LaunchFile)
-    reproduce: bool = False
-    typed: tuple[str, ...] = ()
-    command: tuple[str, ...] = (sys.executable, "-m", "semiseg")
+    jobs: int = 1  # independent runs side by side
+    launch: LaunchFile = field(default_factory=LaunchFile)  # of each run
+    reproduce: bool = False  # train also what is recorded but was not trained in this folder
+    typed: tuple[str, ...] = ()  # the command that the user typed, for the record
+    command: tuple[str, ...] = (sys.executable, "-m", "semiseg")  # what runs the command line of a child
     machine: Machine = field(default_factory=this_machine)
     poll_seconds: float = 0.2
-    grace_seconds: float = 60.0
-    line_seconds: float = 20.0
+    grace_seconds: float = 60.0  # an interrupted run's time for its checkpoint
+    line_seconds: float = 20.0  # between two lines of progress where there is no terminal
 
 
 def run_missing(

@@ -28,20 +28,13 @@ WITHOUT_DATA = "which of them are done cannot be told without the data"
 
 @dataclass(frozen=True)
 class RunStatus:
-    """Where a run stands.
+    """Where a run stands: "recorded" is finished, but its folder is not here."""
 
-    Attributes:
-        run: a `PlannedRun`, unless its state is unknown: without the data it has no identity.
-        state: "recorded" is finished, but its folder is not here.
-        step, steps: of a started run whose log has begun, else None.
-        finished: ISO time of the end of a finished run.
-    """
-
-    run: StudyRun
+    run: StudyRun  # a `PlannedRun`, unless its state is unknown: without the data it has no identity
     state: Literal["done", "recorded", "started", "missing", "unknown"]
-    step: int | None = None
+    step: int | None = None  # of a started run whose log has begun, and steps
     steps: int | None = None
-    finished: str | None = None
+    finished: str | None = None  # ISO time of the end
 
     def __str__(self) -> str:
         if self.finished is not None:
@@ -75,11 +68,7 @@ def finished_values(run: PlannedRun) -> dict[str, Any]:
 
 
 def read_result(run: PlannedRun, *, typed: Sequence[str]) -> Result:
-    """The record of a finished run of a study, from its folder.
-
-    Raises:
-        UserError: the result is missing or not whole, or the split was changed while it trained.
-    """
+    """The record of a finished run of a study, from its folder; the split must not have changed while it trained."""
     path, values = run.folder / RESULT_NAME, finished_values(run)
     if run.split is not None and values.get("split_digest") != run.identity["split"]:
         raise UserError(f"{path}: the class split {run.split!r} was changed while the run trained; remove {run.folder}")
