@@ -91,7 +91,7 @@ JOBS = {
     "photo": Job("predict model photo.png --out predictions"),
     "status": Job("status shapes --out page"),
     "dry-run": Job("run study --dry-run"),
-    "split": Job("split check few coco/instances.json"),
+    "split": Job("split show few coco/instances.json"),
 }
 
 

@@ -71,7 +71,7 @@ def root(
 
 
 VERBS: dict[typer.Typer, dict[str, Callable[..., None]]] = {
-    splits: {"list": split.list_splits, "show": split.show, "make": split.make, "check": split.check},
+    splits: {"list": split.list_splits, "show": split.show, "make": split.make},
     data_sets: {"check": data.check, "shapes": data.shapes, "affinity": data.affinity},
     conversions: {"adelaidet": convert.adelaidet},
     app: {

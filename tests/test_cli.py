@@ -67,7 +67,7 @@ def test_help_answers_without_what_takes_long_to_import() -> None:
 
 
 def test_every_verb_has_help_with_an_example() -> None:
-    verbs: list[tuple[str, ...]] = [("split", name) for name in ("list", "show", "make", "check")]
+    verbs: list[tuple[str, ...]] = [("split", name) for name in ("list", "show", "make")]
     verbs += [("data", name) for name in ("check", "shapes", "affinity")]
     verbs += [(name,) for name in ("train", "evaluate", "predict", "run", "status", "report")]
     for verb in verbs:
@@ -116,24 +116,27 @@ def test_split_list_names_the_files(folder: Path) -> None:
     assert "splits/own.toml" in call("split", "list")
 
 
-def test_split_check_counts_every_class(annotations: Path) -> None:
+def test_split_show_counts_every_class(annotations: Path) -> None:
     Path("mine.toml").write_text('seen = ["cat"]')
-    lines = [line.split() for line in call("split", "check", "mine", str(annotations)).splitlines()]
+    text = call("split", "show", "mine", str(annotations))
+    lines = [line.split() for line in text.splitlines()]
     #                 class  side  instances  mask  box  crowd
-    assert lines[1:4] == [
+    assert lines[4:7] == [
         ["cat", "seen", "2", "1", "1", "1"],
         ["dog", "unseen", "1", "0", "1", "0"],
         ["all", "3", "1", "2", "1"],
     ]
-    assert call("split", "show", "mine", str(annotations)).splitlines()[1] == "seen (masks): cat"
+    assert text.splitlines()[1] == "seen (masks): cat"
+    assert text.endswith(f"seen, but without a single mask in {annotations}: no class\n")
 
 
-def test_split_check_says_what_does_not_fit(annotations: Path) -> None:
-    told = call("split", "check", "coco_voc20_seen", str(annotations), code=2)
+def test_split_show_says_what_does_not_fit(annotations: Path) -> None:
+    told = call("split", "show", "coco_voc20_seen", str(annotations), code=2)
     assert "coco_voc20_seen.toml: 'seen': unknown class 'person'" in told
     assert "(the split is written for coco)" in told
     Path("none.toml").write_text('seen = ["dog"]\n[fraction]\ndog = 0.0001')
-    assert "without a single mask" in call("split", "check", "none", str(annotations))
+    text = call("split", "show", "none", str(annotations))
+    assert text.endswith(f"seen, but without a single mask in {annotations}: dog\n")
     assert call("split", "show", "none", code=2).startswith("semiseg: none.toml: no data set is named")
 
 

@@ -1,4 +1,4 @@
-"""`semiseg split`: list, show, make and check class splits."""
+"""`semiseg split`: list, show and make class splits."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def list_splits() -> None:
 
 def show(
     split: SplitName,
-    annotations: Annotated[Path | None, typer.Argument(help="COCO json to count instances in.")] = None,
+    annotations: Annotated[Path | None, typer.Argument(help="COCO json that the split must fit.")] = None,
 ) -> None:
     """Show which classes are seen and unseen.
 
-    With an annotation file also a table of instances per class.
+    With an annotation file, which the split must fit, also a table of instances per class.
 
     Example: semiseg split show coco_voc20_seen data/coco/annotations/instances_val2017.json
     """
@@ -56,23 +56,7 @@ def show(
     loaded = load_split(split, classes)
     typer.echo(_describe(loaded))
     if annotations is not None:
-        _show_counts(loaded, annotations)
-
-
-def check(
-    split: SplitName, annotations: Annotated[Path, typer.Argument(help="COCO json that the split must fit.")]
-) -> None:
-    """Check a split against an annotation file.
-
-    Prints a table of instances per class.
-
-    Example: semiseg split check my_split data/coco/annotations/instances_train2017.json
-    """
-    loaded = load_split(split, classes_of(None, annotations))
-    without = _show_counts(loaded, annotations)
-    if without:
-        typer.echo(f"note: seen, but without a single mask in {annotations}: {', '.join(without)}")
-    typer.echo(f"{find('splits', split)} fits {annotations}: {len(loaded.seen)} seen, {len(loaded.unseen)} unseen")
+        typer.echo(_counts(loaded, annotations))
 
 
 def make(
@@ -146,8 +130,8 @@ def _describe(split: ClassSplit) -> str:
     return "\n".join(lines)
 
 
-def _show_counts(split: ClassSplit, annotations: Path) -> list[str]:
-    """Prints how many instances a training under the split sees; the seen classes without a single mask."""
+def _counts(split: ClassSplit, annotations: Path) -> str:
+    """How many instances of each class a training under the split sees, and seen classes without a single mask."""
     from semiseg.data.coco import image_records, read_coco
     from semiseg.report.tables import text_table
 
@@ -164,8 +148,9 @@ def _show_counts(split: ClassSplit, annotations: Path) -> list[str]:
     for name, side, classes in (*rows, ("all", "", coco.class_names)):
         masks, boxes, crowd = (sum(counts[c, kind] for c in classes) for kind in ("with mask", "box only", "crowd"))
         lines.append([name, side, *map(str, (masks + boxes, masks, boxes, crowd))])
-    typer.echo(text_table(("class", "side", "instances", "with mask", "box only", "crowd"), lines), nl=False)
-    return [name for name in split.seen if counts[name, "with mask"] == 0]
+    table = text_table(("class", "side", "instances", "with mask", "box only", "crowd"), lines)
+    without = [name for name in split.seen if counts[name, "with mask"] == 0]
+    return f"{table}seen, but without a single mask in {annotations}: {', '.join(without) or 'no class'}"
 
 
 def _names(values: Sequence[str] | None, classes: Sequence[str]) -> list[str] | None:
