@@ -24,15 +24,11 @@ __all__ = ["ClassSplit", "Detections", "LoadedModel", "RunConfig", "UserError", 
 
 
 def load_model(folder: str | Path, *, device: str | torch.device | None = None) -> LoadedModel:
-    """Loads a trained model, for `detect`.
+    """Loads a trained model, for `detect`: the network in evaluation mode with `class_names`, `device` and `info`.
 
     Args:
-        folder: a model folder (`model.safetensors` and `config.json`, from a training or a conversion), or the folder
-            of a finished run.
+        folder: a model folder (from a training or a conversion), or the folder of a finished run.
         device: such as "cpu" or "cuda:1"; None = the GPU if there is one, else the CPU.
-
-    Returns:
-        the network in evaluation mode with `class_names`, `device` and `info` (category ids, resize rule, thresholds).
 
     Raises:
         UserError: no model folder, a damaged one, or no such device on this machine.
@@ -54,7 +50,6 @@ def detect(
     padded to a multiple of 32, share a forward pass, as many at a time as about 4 million pixels.
 
     Args:
-        model: of `load_model`.
         images: a list of (3, H, W) uint8 RGB tensors on any device; sizes may differ.
         output_sizes: (height, width) for each image, to which its boxes and masks are scaled; None = its own size.
         score_threshold: in [0, 1]; keeps detections whose class probability x centreness is greater. The `scores` that
@@ -97,15 +92,13 @@ def train(
         config: a `RunConfig`, its values as nested dicts, or the path of a TOML file with them.
         out: the run's folder; None = `runs/api-` and a digest of the configuration.
         resume: continue from the latest checkpoint in the folder; False refuses a folder that has one.
-        progress: show progress bars.
 
     Returns:
         the contents of the run's `result.json`, and the run's folder as `folder`, which `load_model` takes. Under
         `accelerate launch` only on the main process; elsewhere just `folder`.
 
     Raises:
-        UserError: a configuration or data that is not valid, or a folder that holds another run or what
-            no run wrote.
+        UserError: a configuration or data that is not valid, or a folder that holds something else than this run.
         KeyboardInterrupt: after SIGINT or SIGTERM, with a checkpoint written; the same call continues.
     """
     if isinstance(config, str | Path):

@@ -3,10 +3,7 @@
 * What is written lies in a hidden folder `.semiseg-` and 32 digits beside its place until it is whole and on the disk;
   then it is renamed. A kill, a full disk or a power cut leaves what was there before, or all of the new.
 * A hidden folder belongs to the process that holds the lock on its file `lock`. One whose lock is free is what a killed
-  process left; the next that writes there removes it. Nothing else is ever removed, whatever it is called.
-* A folder that takes the place of another needs two renames. Between them the old one lies in the hidden folder, and
-  whoever removes that puts it back first.
-* What stands in the way (no space, a limit, no permission) is one sentence that names the file or folder.
+  process left; the next that writes there removes it, but puts back an old folder that was being replaced.
 """
 
 from __future__ import annotations

@@ -32,42 +32,30 @@ RESULT_NAME = "result.json"  # of a run: the engine writes it last, so that a fo
 
 @dataclass(frozen=True)
 class Result:
-    """One finished run; `checked` looks whether its values are of these types, which Python does not.
-
-    Attributes:
-        run_id: digest of `identity`, which is that of `studies.identity.run_identity`.
-        row: `pretrain` is the detector pretraining shared by a seed's rows.
-        config: the resolved `RunConfig` as plain values, without paths of initial weights; under today's keys.
-        data_fingerprint: digest of the data's content, as the run itself found it.
-        metrics: `evaluation.coco_metrics.Metrics.to_dict()`: percent, per class and group, "bbox" and "segm".
-        seconds: of training and evaluation.
-        finished: ISO 8601 time with zone.
-        init_run: run_id of the run whose weights this one started from, or None.
-        val_fingerprint: digest of the validation annotations alone; None in records from before it was kept.
-    """
+    """One finished run; `checked` looks whether its values are of these types, which Python does not."""
 
     __pydantic_config__ = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
-    run_id: Annotated[str, Field(min_length=1)]
+    run_id: Annotated[str, Field(min_length=1)]  # digest of `identity`, see `studies.identity.run_identity`
     study: str
-    row: str
+    row: str  # `pretrain`: the detector pretraining shared by a seed's rows
     split: str | None
     split_digest: str | None
     seed: Annotated[int, Field(ge=0, lt=2**32)]
-    config: Mapping[str, Any]
+    config: Mapping[str, Any]  # `RunConfig` as plain values under today's keys, without paths of initial weights
     identity: Mapping[str, Any]
-    data_fingerprint: str
-    metrics: Mapping[str, Any]
+    data_fingerprint: str  # digest of the data's content, as the run itself found it
+    metrics: Mapping[str, Any]  # of `evaluation.coco_metrics.Metrics.to_dict()`, in percent
     steps: Annotated[int, Field(ge=0, lt=2**63)]
-    seconds: Annotated[float, Field(ge=0)]
+    seconds: Annotated[float, Field(ge=0)]  # of training and evaluation
     device: str
     versions: Mapping[str, str]
     git_revision: str | None
     command: Sequence[str]
-    finished: Annotated[str, AfterValidator(_checked_time)]
-    init_run: str | None = None
+    finished: Annotated[str, AfterValidator(_checked_time)]  # ISO 8601 with zone
+    init_run: str | None = None  # run_id of the run whose weights this one started from
     processes: Annotated[int, Field(ge=1, lt=2**63)] = 1
-    val_fingerprint: str | None = None
+    val_fingerprint: str | None = None  # of the validation annotations; None in records from before it was kept
 
     @property
     def trained_as(self) -> str:

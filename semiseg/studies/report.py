@@ -142,10 +142,7 @@ def _row(study: Study, name: str, config: RunConfig) -> ReportRow:
 
 
 def report_row(name: str, label: str, meaning: str, config: RunConfig) -> ReportRow:
-    """A row of a report, with the terms of BoxInst that objects without a mask get, or all of them in place of Dice.
-
-    Where every object has a mask and Dice the question of terms does not arise.
-    """
+    """A row of a report, with the terms of BoxInst that objects without a mask get, or all of them in place of Dice."""
     every_mask = config.supervision.source == "masks"
     if every_mask:
         projection = pairwise = "yes" if config.objective.mask == "labelled" else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -59,12 +60,11 @@ def finished_values(run: PlannedRun) -> dict[str, Any]:
     path = run.folder / RESULT_NAME
     if not path.is_file():
         raise UserError(f"{path}: the run ended without a readable result")
-    try:
+    with suppress(UserError, KeyError, TypeError, ValueError):
         values = read_json(path)
         datetime.fromisoformat(values["finished"])
-    except (UserError, KeyError, TypeError, ValueError):
-        raise UserError(f"{path}: not a readable result; remove it, and the run is evaluated again") from None
-    return values
+        return values
+    raise UserError(f"{path}: not a readable result; remove it, and the run is evaluated again")
 
 
 def read_result(run: PlannedRun, *, typed: Sequence[str]) -> Result:
@@ -91,9 +91,8 @@ def runs_to_do(planned: Sequence[PlannedRun], recorded: Mapping[str, Result], *,
 
     def is_missing(run: PlannedRun) -> bool:
         state = run_status(run, recorded).state
-        if state == "recorded":
-            return reproduce or run.row == PRETRAIN_ROW  # a record holds no weights to start from
-        return state != "done"
+        is_done = state == "recorded" and run.row != PRETRAIN_ROW and not reproduce  # a record holds no weights
+        return state != "done" and not is_done
 
     rows = [run for run in planned if run.row != PRETRAIN_ROW and is_missing(run)]
     needed = {run.init_run for run in rows}
