@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from semiseg.config import RunConfig, load_run_config, parse_run, refuse_frozen_random_weights
+from semiseg.config import RunConfig, load_run_config, parse_run
 from semiseg.config.read import digest
+from semiseg.config.run import refuse_frozen_random_weights
 from semiseg.engine import predict
 from semiseg.engine.predict import LoadedModel
 from semiseg.errors import UserError
@@ -46,8 +47,7 @@ def detect(
     """Detects the instances in each image.
 
     The network sees the images as they are: nothing is resized, so give them at the scale of the training
-    (`model.info.inference.short_side`). An image's result does not depend on the others; images of the same size,
-    padded to a multiple of 32, share a forward pass, as many at a time as about 4 million pixels.
+    (`model.info.inference.short_side`). An image's result does not depend on the others.
 
     Args:
         images: a list of (3, H, W) uint8 RGB tensors on any device; sizes may differ.
@@ -56,9 +56,9 @@ def detect(
             are returned are the square roots of that product, so 0.05 keeps scores above 0.224.
 
     Returns:
-        one `Detections` for each image, in the order of the images, on the CPU: `boxes` (N, 4) xyxy float32 in output
-        pixels, `scores` (N,) float32 descending, `labels` (N,) int64 index into `model.class_names`, `masks`
-        (N, height, width) bool. At most `model.info.inference.max_detections` each. An empty list gives an empty list.
+        one `Detections` for each image, on the CPU: `boxes` (N, 4) xyxy float32 in output pixels, `scores` (N,) float32
+        descending, `labels` (N,) int64 index into `model.class_names`, `masks` (N, height, width) bool. At most
+        `model.info.inference.max_detections` each.
 
     Raises:
         TypeError, ValueError: something else than described; the message names the image.

@@ -123,11 +123,8 @@ def _acquire(path: Path, *, warn: bool = False, wait: bool = False) -> FileLock 
 
 
 def _release(path: Path, file: FileLock | None) -> None:
-    """Removes the file and ends its lock, in this order: who has opened it meanwhile finds it gone and makes another.
-
-    Windows removes no file that is open; there filelock does it afterwards.
-    """
-    with suppress(OSError):
+    """Removes the file and ends its lock, in this order: who has opened it meanwhile sees it gone and makes another."""
+    with suppress(OSError):  # Windows removes no file that is open; there filelock does it afterwards
         path.unlink()
     if file is not None:
         file.release()

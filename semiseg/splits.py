@@ -24,8 +24,8 @@ from pathlib import Path
 import tomlkit
 from pydantic import ConfigDict, Field
 
-from semiseg.config import Section
 from semiseg.config.read import digest, parse_config, read_toml
+from semiseg.config.section import Section
 from semiseg.errors import UserError, near_hint
 from semiseg.files import write_text
 from semiseg.project import find

@@ -34,7 +34,7 @@ from semiseg.studies.machines import (
     read_launch_file,
     share_of,
 )
-from semiseg.studies.run import Execution, lines_to_type, run_missing
+from semiseg.studies.run import Execution, run_missing, runs_to_train
 from semiseg.studies.status import read_result
 from tests.distributed_worker import free_port
 from tests.study_files import write_study
@@ -220,7 +220,7 @@ def test_several_machines_are_told_what_to_type_and_the_study_records_what_has_e
         ]  # fmt: skip
         train(item)
     how = Execution(launch=read_launch_file("two.yaml"), typed=("semiseg", "run"))
-    assert lines_to_type(planned, results=results, how=how) == []
+    assert runs_to_train(planned, results=results, how=how) == []
     assert set(latest(read(results))) == {item.run_id for item in planned}
 
 

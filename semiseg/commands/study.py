@@ -58,8 +58,9 @@ def run(
     semiseg run shapes --only neither --seeds 0,1,2 --set optim.steps=200 --out reports/trial
     """
     from semiseg.studies.identity import RESULTS_NAME, plan
+    from semiseg.studies.machines import lines_for_machines
     from semiseg.studies.report import beside_reference
-    from semiseg.studies.run import Execution, lines_to_type, run_missing
+    from semiseg.studies.run import Execution, run_missing, runs_to_train
     from semiseg.studies.status import dry_run_text, run_status
 
     loaded, folder = _load(study, overrides, seeds, out)
@@ -72,8 +73,8 @@ def run(
     require_folder(folder)
     results, typed = folder / RESULTS_NAME, ("semiseg", *sys.argv[1:])
     how = Execution(jobs=jobs, launch=file, reproduce=reproduce, typed=typed)
-    if file.machines > 1 and (lines := lines_to_type(planned, results=results, how=how)):
-        typer.echo("\n".join(lines))
+    if file.machines > 1 and (todo := runs_to_train(planned, results=results, how=how)):
+        typer.echo("\n".join(lines_for_machines(todo, file)))
         return
     if not run_missing(planned, name=loaded.name, results=results, how=how):
         typer.echo(f"nothing to train: all {len(planned)} runs are done")

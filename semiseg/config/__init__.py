@@ -11,9 +11,7 @@ from semiseg.config.run import (
     load_run_config,
     parse_recorded,
     parse_run,
-    refuse_frozen_random_weights,
 )
-from semiseg.config.section import Section, Seed, Side
 
 __all__ = [
     "DataConfig",
@@ -23,12 +21,8 @@ __all__ = [
     "OptimConfig",
     "RunConfig",
     "RuntimeConfig",
-    "Section",
-    "Seed",
-    "Side",
     "learns_masks",
     "load_run_config",
     "parse_recorded",
     "parse_run",
-    "refuse_frozen_random_weights",
 ]

@@ -22,9 +22,10 @@ from pydantic import model_validator
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from semiseg.config import InferenceConfig, ModelConfig, Section
+from semiseg.config import InferenceConfig, ModelConfig
 from semiseg.config.former import leaves, with_present_keys
 from semiseg.config.read import file_digest, parse_config
+from semiseg.config.section import Section
 from semiseg.engine.logs import LOG_NAME, read_log
 from semiseg.errors import UserError
 from semiseg.files import settle, whole_file, whole_folder, write_text

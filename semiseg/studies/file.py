@@ -16,8 +16,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from semiseg.config import RunConfig, Section, Seed, parse_run
+from semiseg.config import RunConfig, parse_run
 from semiseg.config.read import apply_overrides, check_settings, merge, parse_config, read_toml
+from semiseg.config.section import Section, Seed
 from semiseg.errors import UserError, near_hint
 from semiseg.project import find
 

@@ -142,9 +142,7 @@ def read_launch_file(name_or_path: str) -> LaunchFile:
 
 
 def lines_for_machines(runs: Sequence[PlannedRun], launch: LaunchFile) -> list[str]:
-    """What to type on every machine to train these runs; writes the files that they need. Nothing for no run."""
-    if not runs:
-        return []
+    """What to type on every machine to train these runs, as nobody can start them from one; writes their files."""
     launcher = ["accelerate", "launch", "--config_file", str(launch.path), "--machine_rank", "RANK", "-m", "semiseg"]
     return [
         f"# {len(runs)} runs on {launch.machines} machines: in this folder, on each machine, in this order, with "

@@ -24,7 +24,7 @@ from semiseg.errors import UserError
 from semiseg.results import RESULT_NAME, ap_in_words, append, latest, read
 from semiseg.studies.file import PRETRAIN_ROW
 from semiseg.studies.identity import PlannedRun, planned_steps
-from semiseg.studies.machines import Child, LaunchFile, Machine, last_step, lines_for_machines, share_of, this_machine
+from semiseg.studies.machines import Child, LaunchFile, Machine, last_step, share_of, this_machine
 from semiseg.studies.status import read_result, runs_to_do
 
 
@@ -48,11 +48,10 @@ def run_missing(
 ) -> list[PlannedRun]:
     """Runs what is missing and records it in `results`; the runs that were trained now.
 
-    Raises:
-        UserError: runs failed (the others have been finished first), or a run is being trained elsewhere.
-        KeyboardInterrupt: SIGINT or SIGTERM; the running ones were given time to write a checkpoint.
+    Where runs fail it is a UserError, after the others have been finished; SIGINT or SIGTERM is a KeyboardInterrupt,
+    after the running ones had time to write a checkpoint.
     """
-    todo = _todo(planned, results, how)
+    todo = runs_to_train(planned, results=results, how=how)
     if todo:
         for config in {digest(run.config.data.model_dump()): run.config.data for run in todo}.values():
             ensure_files(config)  # here, where people see how far it is
@@ -64,12 +63,7 @@ def run_missing(
     return todo
 
 
-def lines_to_type(planned: Sequence[PlannedRun], *, results: Path, how: Execution) -> list[str]:
-    """What to type on several machines, whose runs nobody can start from one of them; nothing if all are done."""
-    return lines_for_machines(_todo(planned, results, how), how.launch)
-
-
-def _todo(planned: Sequence[PlannedRun], results: Path, how: Execution) -> list[PlannedRun]:
+def runs_to_train(planned: Sequence[PlannedRun], *, results: Path, how: Execution) -> list[PlannedRun]:
     """What is missing; first records what has ended without being: an earlier call was killed, or it ran on its own."""
     for run in planned:
         if (run.folder / RESULT_NAME).is_file():
