@@ -66,7 +66,7 @@ def page(name: str, ap: dict[str, float], folder: Path, **changes: Any) -> str:
     study = load_study(name, **changes)
     classes = COCO_CLASSES if name.startswith("coco") else tuple(SHAPES_CLASSES)
     record(study, folder, ap, classes=classes)
-    _, path = build(study, folder, record=folder, command=["semiseg", "run", name])
+    _, path = build(report_input(study, folder, command=["semiseg", "run", name]), folder)
     return unpadded(path.read_text(encoding="utf-8"))
 
 
@@ -158,7 +158,7 @@ def test_table_5_is_beside_voc_numbers(tmp_path: Path) -> None:
     report = report_input(study, tmp_path, command=["semiseg", "run", "voc_table5"])
     assert report.paper_data
     assert [table.published for table in report.tables] == ["5"]
-    _, path = build(study, tmp_path, record=tmp_path, command=["semiseg", "run", "voc_table5"])
+    _, path = build(report_input(study, tmp_path, command=["semiseg", "run", "voc_table5"]), tmp_path)
     text = unpadded(path.read_text(encoding="utf-8"))
     assert "31.0 (32.2, −1.2) | 51.0 (58.1, −7.1) | 31.0 (31.0, +0.0) |" in text  # noqa: RUF001
     assert "SDI (VGG-16): — / 44.8 / 16.3" in text

@@ -11,7 +11,6 @@ import typer
 
 from semiseg.errors import UserError
 from semiseg.files import require_folder
-from semiseg.project import find
 
 if TYPE_CHECKING:
     from semiseg.studies.file import Study
@@ -150,8 +149,8 @@ def compare(
     semiseg compare runs/mine a201527f c3f73351 --split shapes_few_seen
     """
     from semiseg.config.read import digest
-    from semiseg.report.page import build_report, report_text
     from semiseg.studies.compare import comparison, find_runs, known_runs
+    from semiseg.studies.report import build
 
     known = known_runs()
     chosen = {run.result.run_id: run for name in runs for run in find_runs(name, known)}
@@ -163,9 +162,9 @@ def compare(
     require_folder(folder)
     command = ["semiseg", "compare", *runs, *_typed({"--split": split, "--out": out})]
     report = comparison(list(chosen.values()), known, split=split, command=command)
-    path = build_report(report, out=folder, published=find("published", "boxinst"))
+    text, path = build(report, folder)
     notes = [note.replace("**", "").replace("`", "'") + "\n" for note in report.notes]
-    typer.echo("\n".join([report_text(report), *notes, _written(path)]))
+    typer.echo("\n".join([text, *notes, _written(path)]))
 
 
 def _load(study: str, overrides: list[str] | None, seeds: str | None, out: Path | None) -> tuple[Study, Path]:
@@ -211,7 +210,7 @@ def _written(path: Path) -> str:
 
 
 def _report(study: Study, folder: Path, *, record: Path, command: list[str]) -> None:
-    from semiseg.studies.report import build
+    from semiseg.studies.report import build, report_input
 
-    text, path = build(study, folder, record=record, command=command)
+    text, path = build(report_input(study, record, command=command), folder)
     typer.echo(f"\n{text}\n{_written(path)}")

@@ -38,9 +38,8 @@ _BOX_LOSS = {
 _IN_WORDS = {"supervision.source", "supervision.split", "objective.mask", "objective.box"}
 
 
-def build(study: Study, folder: Path, *, record: Path, command: Sequence[str]) -> tuple[str, Path]:
-    """Builds a study's report in a folder from `record/results.jsonl`: its tables as text, the path of the page."""
-    report = report_input(study, record, command=command)
+def build(report: ReportInput, folder: Path) -> tuple[str, Path]:
+    """Builds a report in a folder: its tables as text, the path of the page."""
     return report_text(report), build_report(report, out=folder, published=find("published", PUBLISHED))
 
 
@@ -192,20 +191,16 @@ def data_sentence(data: DataConfig) -> str:
 
 def schedule_sentence(configs: Sequence[RunConfig]) -> str:
     """Length, optimiser, backbone and mask losses; what differs between the rows is left to their own description."""
-    images = _each(config.optim.batch_size for config in configs)
-    parts = [
-        f"{_each(_length(config) for config in configs)} of {images} images",
-        _each(config.optim.optimizer for config in configs),
-        f"rate {_each(f'{config.optim.learning_rate:g}' for config in configs)} "
-        f"({_each(config.optim.schedule for config in configs)})",
-    ]
     backbones = [config.model.backbone for config in configs]
-    model = [
-        f"backbone {_each(f'resnet{one.depth}' if one.kind == 'resnet' else one.kind for one in backbones)}",
-        f"masks at stride {_each(config.model.mask_head.stride for config in configs)}",
-        f"τ = {_each(f'{config.objective.affinity_threshold:g}' for config in configs)}",
-    ]
-    return f"{', '.join(parts)}; {', '.join(model)}."
+    return (
+        f"{_each(_length(config) for config in configs)} of {_each(config.optim.batch_size for config in configs)} "
+        f"images, {_each(config.optim.optimizer for config in configs)}, "
+        f"rate {_each(f'{config.optim.learning_rate:g}' for config in configs)} "
+        f"({_each(config.optim.schedule for config in configs)}); "
+        f"backbone {_each(f'resnet{one.depth}' if one.kind == 'resnet' else one.kind for one in backbones)}, "
+        f"masks at stride {_each(config.model.mask_head.stride for config in configs)}, "
+        f"τ = {_each(f'{config.objective.affinity_threshold:g}' for config in configs)}."
+    )
 
 
 def _each(values: Iterable[Any]) -> str:

@@ -155,10 +155,6 @@ class _Study:
         with suppress(KeyboardInterrupt):  # a second signal ends the wait
             while any(child.poll() is None for child in self.running) and time.monotonic() < deadline:
                 time.sleep(self.how.poll_seconds)
-        for child in self.running:
-            if child.poll() == 0:  # it ended well while it was being stopped
-                with suppress(UserError):
-                    append(self.results, read_result(child.run, typed=self.how.typed))
 
 
 class StudyProgress:
