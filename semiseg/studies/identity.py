@@ -51,8 +51,7 @@ def run_identity(
     """What can change the numbers of a `fitted_run`, and nothing else; the digest of this is its run_id.
 
     `data`, `split` and `weights` give the digests of data, of a run's class split, and of the file that `init_from`
-    names. {"config", "split", "data", "init"} are digests; "normalised_together" is there where the cut of a step
-    matters.
+    names; "normalised_together" is there where the cut of a step matters.
     """
     if run.init is not None:
         init: str | None = digest(run_identity(run.init, data=data, split=split, weights=weights, processes=processes))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -90,9 +89,9 @@ def runs_to_do(planned: Sequence[PlannedRun], recorded: Mapping[str, Result], *,
     """
 
     def is_missing(run: PlannedRun) -> bool:
-        state = run_status(run, recorded).state
-        is_done = state == "recorded" and run.row != PRETRAIN_ROW and not reproduce  # a record holds no weights
-        return state != "done" and not is_done
+        # A record holds no weights for others to start from.
+        enough = ("done",) if reproduce or run.row == PRETRAIN_ROW else ("done", "recorded")
+        return run_status(run, recorded).state not in enough
 
     rows = [run for run in planned if run.row != PRETRAIN_ROW and is_missing(run)]
     needed = {run.init_run for run in rows}
@@ -103,8 +102,8 @@ def status_text(study: Study, folder: Path, *, processes: int) -> str:
     """Every run with its state, by the record in a folder; without the data the runs alone, and what is missing."""
     results = read(folder / RESULTS_NAME)
     statuses, missing = _statuses(study, results, only=(), processes=processes)
-    counts = Counter(status.state for status in statuses)
-    total = ", ".join(f"{counts[state]} {state}" for state in ("done", "recorded", "started", "missing"))
+    states = [status.state for status in statuses]
+    total = ", ".join(f"{states.count(state)} {state}" for state in ("done", "recorded", "started", "missing"))
     if missing is not None:
         total = f"{len(statuses)} runs; {WITHOUT_DATA}: {missing}"
     return f"{_table(statuses, results, processes)[0]}{study.name}: {total}"
