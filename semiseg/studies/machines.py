@@ -249,8 +249,9 @@ def reason(code: int, output: str) -> str:
         return f"it ended with {errors[0 if codes else -1]}"
     sentences = [line.removeprefix("semiseg: ") for line in lines if line.startswith("semiseg: ")]
     sentences = [line for line in sentences if line != "interrupted"] or sentences
-    without = f"it ended with exit code {code} without a word"
-    return sentences[-1] if sentences else " | ".join(lines[-4:]) or without
+    if sentences:
+        return sentences[-1]
+    return " | ".join(lines[-4:]) or f"it ended with exit code {code} without a word"
 
 
 def last_step(log: Path) -> tuple[int, int] | None:
