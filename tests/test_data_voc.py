@@ -15,8 +15,7 @@ from typer.testing import CliRunner
 
 from semiseg.cli import app
 from semiseg.data.coco import read_coco
-from semiseg.data.voc import ensure_voc, voc_files
-from semiseg.data.voc_objects import VOC_CLASSES
+from semiseg.data.voc import VOC_CLASSES, ensure_voc, voc_files
 from semiseg.errors import UserError
 from semiseg.evaluation.coco_metrics import evaluate_detections
 from semiseg.splits import load_split

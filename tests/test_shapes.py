@@ -37,7 +37,7 @@ from semiseg.data.shapes import (
     ensure_shapes,
     make_shapes,
 )
-from semiseg.data.shapes_outlines import FAMILIES, SAMPLES, UNIT, Draws, Outline, fill
+from semiseg.data.shapes_drawing import FAMILIES, SAMPLES, UNIT, Draws, Outline, fill
 from semiseg.errors import UserError
 
 PICTURES = 60

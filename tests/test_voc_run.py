@@ -10,8 +10,7 @@ import pytest
 from semiseg.config import RunConfig
 from semiseg.config.model import ResNetBackbone
 from semiseg.config.read import merge, parse_config
-from semiseg.data.voc import voc_files
-from semiseg.data.voc_objects import VOC_CLASSES
+from semiseg.data.voc import VOC_CLASSES, voc_files
 from semiseg.engine.build import build_data, train_dataset
 from semiseg.engine.logs import read_log
 from semiseg.engine.run import execute_run

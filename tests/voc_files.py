@@ -16,7 +16,7 @@ from xml.sax.saxutils import escape
 import numpy as np
 from PIL import Image
 
-from semiseg.data.voc_objects import VOC_CLASSES
+from semiseg.data.voc import VOC_CLASSES
 from tests.coco_files import ellipse, picture
 
 SIZE_HW = (60, 80)

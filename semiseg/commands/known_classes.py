@@ -34,7 +34,7 @@ def classes_of(dataset: str | None, annotations: Path | None) -> tuple[str, ...]
 
         return SHAPES_CLASSES
     if dataset == "voc":
-        from semiseg.data.voc_objects import VOC_CLASSES
+        from semiseg.data.voc import VOC_CLASSES
 
         return VOC_CLASSES
     unknown = f"data set {dataset!r} is not known by name (known: coco, shapes, voc)"

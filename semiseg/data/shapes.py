@@ -26,8 +26,7 @@ from tqdm import tqdm
 
 from semiseg.config.read import digest
 from semiseg.data.coco import annotation
-from semiseg.data.shapes_outlines import FAMILIES, Draws, Outline, Patch, fill
-from semiseg.data.shapes_paint import Frame, Palette, add_noise, paint_background, paint_double, paint_object
+from semiseg.data.shapes_drawing import FAMILIES, Draws, Frame, Patch, Picture, fill, turned
 from semiseg.data.workers import START_METHOD, available_cores, live_as_long_as_the_main_process
 from semiseg.errors import UserError
 from semiseg.files import make_once, settle, whole_folder
@@ -125,7 +124,8 @@ def _draw_picture(index: int, *, folder: Path, image_size: int, seed: int) -> An
     # Not compressed: the pictures are noise, and half of a picture's way into a batch was taking it apart.
     Image.fromarray(pixels).save(folder / _file_name(index), compress_level=0)
     # Beyond COCO, `visible` is the visible share of the whole object.
-    return [annotation(o.label + 1, o.visible) | {"visible": round(o.visible_share, 4)} for o in objects]
+    shares = [round(int(item.visible.sum()) / item.full_area, 4) for item in objects]
+    return [annotation(o.label + 1, o.visible) | {"visible": s} for o, s in zip(objects, shares, strict=True)]
 
 
 def _file_name(index: int) -> str:
@@ -164,22 +164,16 @@ class SceneObject:
     visible: NDArray[np.bool_]  # (H, W), the pixels that show it; those of different objects are disjoint
     full_area: int  # pixels of the whole object, parts outside the image included
 
-    @property
-    def visible_share(self) -> float:
-        """The number of the visible pixels over that of the whole object."""
-        return int(self.visible.sum()) / self.full_area
-
 
 def compose(seed: int, index: int, size: int) -> tuple[NDArray[np.uint8], list[SceneObject]]:
     """Picture `index` of the data set with this seed: (size, size, 3) RGB and its objects, from back to front."""
     draws = Draws(seed, index)
     objects = _place_objects(draws, size)
-    palette = Palette(draws)
-    pixels = paint_background(draws, palette, size)
-    doubled = [paint_double(draws, palette, pixels, o.patch) if draws.chance(DOUBLED) else None for o in objects]
-    for item, colour in zip(objects, doubled, strict=True):
-        paint_object(draws, palette, pixels, item.patch, item.frame, family=SHAPES_CLASSES[item.label], colour=colour)
-    return add_noise(draws, pixels), objects
+    picture = Picture(draws, size)
+    colours = [picture.add_double(item.patch) if draws.chance(DOUBLED) else None for item in objects]
+    for item, colour in zip(objects, colours, strict=True):
+        picture.add_object(item.patch, item.frame, family=SHAPES_CLASSES[item.label], colour=colour)
+    return picture.finished(), objects
 
 
 def _place_objects(draws: Draws, size: int) -> list[SceneObject]:
@@ -202,32 +196,23 @@ def _place_objects(draws: Draws, size: int) -> list[SceneObject]:
 
 
 def _draw_object(draws: Draws, size: int, label: int, side: float) -> SceneObject:
-    outline = FAMILIES[SHAPES_CLASSES[label]](draws)
-    flip = draws.uniform(0.8, 1.0) * draws.choice((-1.0, 1.0))  # and stretch, of the y axis
+    """An object whose outline is stretched, turned, and scaled so that its box's longer side is `side`."""
+    shape = FAMILIES[SHAPES_CLASSES[label]](draws)
+    stretch = draws.uniform(0.8, 1.0) * draws.choice((-1.0, 1.0))  # of the y axis, or its mirror image
     angle = math.radians(draws.uniform(*ANGLES))
     margin = INSIDE * side
     centre = draws.uniform(margin, size - margin), draws.uniform(margin, size - margin)
-    outline, frame = _positioned(outline, angle, flip, side, centre)
-    whole = fill(outline)
-    patch = whole.inside((size, size))
-    visible = np.zeros((size, size), dtype=np.bool_)
-    visible[patch.window] = patch.mask
-    return SceneObject(label, frame, patch, visible, int(whole.mask.sum()))
-
-
-def _positioned(
-    outline: Outline, angle: float, flip: float, side: float, centre: tuple[float, float]
-) -> tuple[Outline, Frame]:
-    """The outline with its y axis scaled by `flip`, turned, and scaled so that its box's longer side is `side`."""
-    cosine, sine = math.cos(angle), math.sin(angle)
-    x_axis, y_axis = np.array((cosine, sine)), np.array((-sine, cosine)) * flip
-    turned = outline.mapped(lambda ring: ring[:, :1] * x_axis + ring[:, 1:] * y_axis)
-    points = np.concatenate(turned.solids)
+    outline = shape.mapped(lambda ring: turned(ring, angle, stretch))
+    points = np.concatenate(outline.solids)
     low, high = points.min(axis=0), points.max(axis=0)
     scale = side / float((high - low).max())
     shift = np.array(centre) - scale * (low + high) / 2
-    frame = Frame(float(shift[0]), float(shift[1]), cosine, sine, scale, math.copysign(1.0, flip))
-    return turned.mapped(lambda ring: ring * scale + shift), frame
+    whole = fill(outline.mapped(lambda ring: ring * scale + shift))
+    patch = whole.inside((size, size))
+    visible = np.zeros((size, size), dtype=np.bool_)
+    visible[patch.window] = patch.mask
+    frame = Frame(float(shift[0]), float(shift[1]), angle, scale, math.copysign(1.0, stretch))
+    return SceneObject(label, frame, patch, visible, int(whole.mask.sum()))
 
 
 def _try_to_place(candidate: SceneObject, placed: list[SceneObject], share: float) -> bool:
