@@ -24,12 +24,12 @@ from benchmarks.measure import Close, Place, Row, Side, Sizes, Task
 from semiseg.data.dataset import InstanceDataset, build_rule
 from semiseg.data.loader import StepBatches, build_loader
 from semiseg.data.table import load_table
-from semiseg.data.transforms import TrainTransform
+from semiseg.data.transforms import Resize
 from semiseg.structures.inputs import Batch
 
 CLASSES = 80
 OUTLINE_POINTS = 24
-TRANSFORM = TrainTransform(short_sides=[640, 672, 704, 736, 768, 800], long_side=1333, flip=0.5)
+TRANSFORM = Resize(short_sides=[640, 672, 704, 736, 768, 800], long_side=1333, flip=0.5)
 
 
 def prepare(side: Side, sizes: Sizes, place: Place) -> Task:

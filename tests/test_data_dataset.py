@@ -18,12 +18,12 @@ from semiseg.data.dataset import InstanceDataset, Source, build_rule
 from semiseg.data.loader import load_batch
 from semiseg.data.rasterise import outlines_to_rle, read_cells
 from semiseg.data.table import load_table
-from semiseg.data.transforms import EvalTransform, TrainTransform
+from semiseg.data.transforms import Resize
 from semiseg.errors import UserError
 from semiseg.structures.inputs import Batch, Sample, Supervision, Targets, empty_batch, grid_size, pad_images
 from tests.coco_files import CocoFiles, KeepClasses, encode, make_coco
 
-TRAIN = TrainTransform(short_sides=(48, 64, 72), long_side=120, flip=0.5)
+TRAIN = Resize(short_sides=(48, 64, 72), long_side=120, flip=0.5)
 BOX, MASK = int(Supervision.BOX), int(Supervision.MASK)
 KEYS = [(row, seed) for row in range(4) for seed in range(5)]
 
@@ -82,7 +82,7 @@ def test_source_split_needs_a_split() -> None:
 
 def test_values_of_a_sample(tmp_path: Path) -> None:
     files = make_coco(tmp_path)
-    sample = make_dataset(files, transform=EvalTransform(short_side=128, long_side=200), stride=4)[0, 0]
+    sample = make_dataset(files, transform=Resize([128], 200), stride=4)[0, 0]
     annotations = files.content["annotations"]
     assert sample.image.shape == (3, 128, 160)  # 64 x 80, doubled
     for box, annotation in zip(sample.boxes_xyxy.tolist(), annotations[:4], strict=True):
@@ -104,7 +104,7 @@ def test_values_of_a_sample(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("short_side", "expected"), [(64, 10), (72, 11), (40, 6)])  # int(10 * new / 64)
 def test_bottom_rows_scale_with_the_image(tmp_path: Path, short_side: int, expected: int) -> None:
-    data = make_dataset(make_coco(tmp_path), transform=EvalTransform(short_side, 999))
+    data = make_dataset(make_coco(tmp_path), transform=Resize([short_side], 999))
     assert data[0, 0].bottom_rows_without_affinity == expected
 
 
@@ -113,7 +113,7 @@ def test_boxes_come_from_the_annotation_not_from_the_mask(tmp_path: Path) -> Non
         content["annotations"][0]["bbox"] = [1, 2, 30, 40]
         content["annotations"][1]["segmentation"] = encode(np.zeros((64, 80), bool), compressed=False)
 
-    sample = make_dataset(make_coco(tmp_path).rewrite(change), transform=EvalTransform(64, 80))[0, 0]
+    sample = make_dataset(make_coco(tmp_path).rewrite(change), transform=Resize([64], 80))[0, 0]
     assert sample.boxes_xyxy[0].tolist() == [1, 2, 31, 42]
     assert sample.supervision.tolist() == [MASK, MASK, MASK, BOX]  # an empty mask does not drop the instance
     assert not sample.masks[1].any()
@@ -254,7 +254,7 @@ def test_withheld_masks_are_not_even_decoded(tmp_path: Path, monkeypatch: pytest
 
 
 def test_collate_pads_and_shifts_indices(tmp_path: Path) -> None:
-    data = make_dataset(make_coco(tmp_path), transform=EvalTransform(40, 100), stride=4)
+    data = make_dataset(make_coco(tmp_path), transform=Resize([40], 100), stride=4)
     keys = [(2, 0), (0, 0), (3, 0)]  # 40 x 80, 40 x 50, 50 x 40
     samples, batch = [data[key] for key in keys], load_batch(data, keys, size_divisor=32)
     assert batch.images.shape == (3, 3, 64, 96)
@@ -289,7 +289,7 @@ def test_a_batch_written_in_place_is_that_of_its_samples(
     tmp_path: Path, short_sides: tuple[int, ...], flip: float
 ) -> None:
     files = make_coco(tmp_path)
-    transform = TrainTransform(short_sides, long_side=300, flip=flip)
+    transform = Resize(short_sides, long_side=300, flip=flip)
     table = load_table(files.annotations, files.images, cache=tmp_path / "cache")
     data = InstanceDataset(table, rule=build_rule("masks", None), transform=transform, mask_stride=4)
     keys = [(row, seed) for seed in range(3) for row in range(len(data))]

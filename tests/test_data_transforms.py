@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from semiseg.data.rasterise import outlines_to_rle
-from semiseg.data.transforms import EvalTransform, Geometry, TrainTransform, resized_size
+from semiseg.data.transforms import Geometry, Resize, resized_size
 from tests.coco_files import ellipse, encode, picture
 from tests.full_masks import rle_to_mask, sample_cells
 
@@ -37,7 +37,7 @@ def rasterised(geometry: Geometry, outline: list[float]) -> np.ndarray:
 )
 def test_resized_size(size_hw: tuple[int, int], short_side: int, long_side: int, expected: tuple[int, int]) -> None:
     assert resized_size(size_hw, short_side, long_side) == expected
-    assert EvalTransform(short_side, long_side)(size_hw, 5) == Geometry(size_hw, expected, False)
+    assert Resize([short_side], long_side)(size_hw, 5) == Geometry(size_hw, expected, False)
 
 
 def test_points_and_boxes_scale_by_the_exact_ratio_of_each_side() -> None:
@@ -132,7 +132,7 @@ def test_polygon_and_rle_of_one_shape_give_nearly_the_same_cells(flipped: bool, 
 
 
 def test_the_choice_comes_from_the_seed_alone() -> None:
-    transform = TrainTransform(short_sides=(64, 72, 80), long_side=120, flip=0.25)
+    transform = Resize(short_sides=(64, 72, 80), long_side=120, flip=0.25)
     chosen = [transform((60, 90), seed) for seed in range(2000)]
     torch.manual_seed(5)
     np.random.seed(5)  # noqa: NPY002 (the global generators shall not matter)

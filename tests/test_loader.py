@@ -30,7 +30,7 @@ from semiseg.data.loader import (
     mixed_seed,
 )
 from semiseg.data.table import load_table
-from semiseg.data.transforms import TrainTransform
+from semiseg.data.transforms import Resize
 from semiseg.data.workers import StartMethod
 from semiseg.engine.processes import normalised_together, parts_per_step
 from semiseg.errors import UserError
@@ -179,7 +179,7 @@ def make_dataset(files: CocoFiles) -> InstanceDataset:
     return InstanceDataset(
         load_table(files.annotations, files.images, cache=files.annotations.parent / "cache"),
         rule=build_rule("split", KeepClasses(("cat", "dog"))),
-        transform=TrainTransform(short_sides=(48, 56, 64), long_side=99, flip=0.5),
+        transform=Resize(short_sides=(48, 56, 64), long_side=99, flip=0.5),
         mask_stride=2,
         bottom_rows_without_affinity=10,
     )

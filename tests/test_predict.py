@@ -21,7 +21,7 @@ from semiseg.commands.predict import find_images
 from semiseg.data.images import read_image
 from semiseg.engine import predict_files
 from semiseg.engine.predict import encode_masks, find_instances
-from semiseg.engine.predict_files import overlay_names
+from semiseg.engine.predict_files import overlay_paths
 from semiseg.engine.run import evaluate_run
 from semiseg.errors import UserError
 from semiseg.overlays import (
@@ -202,12 +202,15 @@ def test_names(model: Path, folder: Path) -> None:
         "y/photo.jpg",
     ]
     assert load(Path("out/images.json"))["images"][0]["file_name"] == "x/Größe 照片.png"
-    files = [Path("p/a.png"), Path("p/b.png")]
-    assert overlay_names(files) == ["a.jpg", "b.jpg"]
-    assert overlay_names([*files, Path("p/q/a.png")]) == ["a.jpg", "b.jpg", "q/a.jpg"]
-    assert overlay_names([*files, Path("p/a.tif")]) == ["a.png.jpg", "b.png.jpg", "a.tif.jpg"]
-    assert overlay_names([*files, Path("p/A.png")]) == ["000001.jpg", "000002.jpg", "000003.jpg"]
-    assert overlay_names([Path("p") / f"{'é' * 120}.png"]) == ["000001.jpg"]
+
+    def names(*files: str) -> list[str]:
+        return [path.relative_to("o").as_posix() for path in overlay_paths([Path(file) for file in files], Path("o"))]
+
+    assert names("p/a.png", "p/b.png") == ["a.jpg", "b.jpg"]
+    assert names("p/a.png", "p/b.png", "p/q/a.png") == ["a.jpg", "b.jpg", "q/a.jpg"]
+    for alike in ("p/a.tif", "p/A.png"):
+        assert names("p/a.png", "p/b.png", alike) == ["000001.jpg", "000002.jpg", "000003.jpg"]
+    assert names(f"p/{'é' * 120}.png") == ["000001.jpg"]
 
 
 def test_which_files_arguments_mean(folder: Path) -> None:

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from semiseg.config import RunConfig
 from semiseg.data.dataset import withhold
 from semiseg.data.loader import load_batch
-from semiseg.data.transforms import TrainTransform
+from semiseg.data.transforms import Resize
 from semiseg.engine import train as training
 from semiseg.engine.build import RunData, build_data, build_objective, build_training_loader, train_dataset
 from semiseg.engine.evaluate import predict_batch, score_table
@@ -83,7 +83,7 @@ def from_split_file_to_batch(config: RunConfig, data: RunData) -> Batch:
         assert instances.supervision[number] == (Supervision.MASK if seen else Supervision.BOX)
         assert (number in instances.mask_instance) == seen
     # 3 transforms: geometry chosen from the sample's seed, applied to image, boxes and masks alike -> Sample
-    geometry = TrainTransform(short_sides=[64], long_side=64, flip=0.5)((row["height"], row["width"]), 7)
+    geometry = Resize(short_sides=[64], long_side=64, flip=0.5)((row["height"], row["width"]), 7)
     samples = [dataset[index, 7] for index in range(4)]
     assert samples[0].image.shape == (3, *geometry.input_hw)
     assert torch.equal(samples[0].boxes_xyxy, geometry.boxes(instances.boxes_xyxy))

@@ -80,7 +80,7 @@ def predict(
     done = f"{_counted(outcome.images, 'image')}, {_counted(outcome.detections, 'detection')}"
     typer.echo(f"{done}, {time.perf_counter() - began:.1f} s; written to {out}{drawn}")
     if outcome.unreadable:
-        typer.echo(f"semiseg: {_counted(len(outcome.unreadable), 'file')} could not be read", err=True)
+        typer.echo(f"semiseg: {_counted(outcome.unreadable, 'file')} could not be read", err=True)
         raise typer.Exit(1)
 
 

@@ -88,12 +88,12 @@ Transform = Callable[[tuple[int, int], int], Geometry]
 
 
 @dataclass(frozen=True)
-class TrainTransform:
-    """Multi-scale resize and horizontal flip."""
+class Resize:
+    """Resize, of several scales for a training, and horizontal flip; with one scale and no flip nothing is chance."""
 
     short_sides: Sequence[int]  # one of them is drawn for each sample
     long_side: int  # upper limit of the longer side, in pixels
-    flip: float  # probability of the horizontal flip
+    flip: float = 0.0  # probability of the horizontal flip
 
     def __call__(self, size_hw: tuple[int, int], seed: int) -> Geometry:
         # random.random() is the one draw whose values Python promises to keep between versions.
@@ -101,17 +101,6 @@ class TrainTransform:
         short_side = self.short_sides[int(generator.random() * len(self.short_sides))]
         flipped = generator.random() < self.flip
         return Geometry(size_hw, resized_size(size_hw, short_side, self.long_side), flipped)
-
-
-@dataclass(frozen=True)
-class EvalTransform:
-    """Resize without chance; the seed is ignored."""
-
-    short_side: int
-    long_side: int
-
-    def __call__(self, size_hw: tuple[int, int], seed: int) -> Geometry:
-        return Geometry(size_hw, resized_size(size_hw, self.short_side, self.long_side), flipped=False)
 
 
 def resized_size(size_hw: tuple[int, int], short_side: int, long_side: int) -> tuple[int, int]:

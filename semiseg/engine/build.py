@@ -10,7 +10,7 @@ from semiseg.data.dataset import InstanceDataset, build_rule
 from semiseg.data.loader import BatchLoader, StepBatches, build_loader, eval_batches
 from semiseg.data.sources import cache_folder, ensure_files
 from semiseg.data.table import Table, load_table
-from semiseg.data.transforms import EvalTransform, TrainTransform
+from semiseg.data.transforms import Resize
 from semiseg.engine.processes import parts_per_step
 from semiseg.engine.step import TrainStep
 from semiseg.errors import UserError
@@ -105,9 +105,7 @@ def train_dataset(config: RunConfig, data: RunData) -> InstanceDataset:
     return InstanceDataset(
         data.train,
         rule=build_rule(config.supervision.source, data.split),
-        transform=TrainTransform(
-            short_sides=config.data.short_sides, long_side=config.data.long_side, flip=config.data.flip
-        ),
+        transform=Resize(short_sides=config.data.short_sides, long_side=config.data.long_side, flip=config.data.flip),
         mask_stride=mask_stride(config.model),
         bottom_rows_without_affinity=config.data.bottom_rows_without_affinity,
     )
@@ -152,7 +150,7 @@ def build_evaluation_loader(
     dataset = InstanceDataset(
         table,
         rule=build_rule("boxes", None),
-        transform=EvalTransform(short_side=short_side, long_side=long_side),
+        transform=Resize([short_side], long_side),
         mask_stride=mask_stride,
     )
     batches = eval_batches(len(dataset), batch_size=batch_size, processes=processes, rank=rank)

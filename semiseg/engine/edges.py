@@ -23,7 +23,7 @@ from tqdm import tqdm
 from semiseg.data.coco import CocoFile, image_records, read_coco
 from semiseg.data.dataset import InstanceDataset, build_rule
 from semiseg.data.table import FEATURES, Table
-from semiseg.data.transforms import EvalTransform, Geometry, Transform
+from semiseg.data.transforms import Geometry, Resize, Transform
 from semiseg.errors import UserError
 from semiseg.losses.affinity import colour_affinity, neighbour_inside, neighbour_offsets
 from semiseg.losses.boxinst import box_cells
@@ -119,7 +119,7 @@ def measure_edges(
     Raises:
         UserError: bad annotations, an image that is missing or damaged, or no mask to measure with.
     """
-    transform: Transform = EvalTransform(short_side=short_side, long_side=long_side) if short_side else _Stored()
+    transform: Transform = Resize([short_side], long_side) if short_side else _Stored()
     coco = read_coco(annotations)
     chosen = sorted(coco.images, key=lambda image: image["id"])[:max_images]
     samples = _samples(replace(coco, images=chosen), images, transform, stride=stride, bottom_rows=bottom_rows)

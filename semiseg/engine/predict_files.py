@@ -14,7 +14,7 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from semiseg.config.read import read_json
 from semiseg.data.images import read_image
-from semiseg.data.transforms import EvalTransform
+from semiseg.data.transforms import Resize
 from semiseg.engine.checkpoint import ModelInfo, write_json
 from semiseg.engine.predict import LoadedModel, coco_results, find_instances
 from semiseg.errors import UserError
@@ -51,12 +51,12 @@ class PredictOptions:
 
 @dataclass
 class Outcome:
-    """What has been done: images, their detections, how many of these are drawn, and why files could not be read."""
+    """How many images were predicted, their detections, how many of these are drawn, and files that were not read."""
 
     images: int = 0
     detections: int = 0
     drawn: int = 0
-    unreadable: list[UserError] = field(default_factory=list)
+    unreadable: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,9 @@ class _ImageFile:
     """One file's image, ready for the network and, unless there are no overlays, for drawing."""
 
     entry: dict[str, Any]  # COCO's, of the original
+    original_hw: tuple[int, int]
     input: Tensor  # (3, H, W) uint8
     picture: Image.Image | None
-
-    @property
-    def original_hw(self) -> tuple[int, int]:
-        return self.entry["height"], self.entry["width"]
 
 
 def predict_files(
@@ -95,39 +92,43 @@ def predict_files(
         KeyboardInterrupt: with both files written for the images done so far.
     """
     _prepare_folder(out, files)
-    overlays = [] if options.drawn_score is None else _overlay_paths(files, out / OVERLAYS_NAME)
+    overlays = [] if options.drawn_score is None else overlay_paths(files, out / OVERLAYS_NAME)
     bar = tqdm(total=len(files), desc="predicting", unit="image", disable=not progress, file=sys.stderr)
     outcome, images, drawings, stopped = Outcome(), list[dict[str, Any]](), list[Future[None]](), False
-    with bar, whole_file(out / RESULTS_NAME) as file:
+    with bar, whole_file(out / RESULTS_NAME) as file, ThreadPoolExecutor(options.workers) as pool:
         try:
-            with ThreadPoolExecutor(options.workers) as pool:
-                for batch in _read_ahead(files, options, pool):
-                    for error in (item for item in batch if isinstance(item, UserError)):
-                        outcome.unreadable.append(error)
+            for batch in _read_ahead(files, options, pool):
+                readable = []
+                for reading in batch:
+                    try:
+                        readable.append(reading.result())
+                    except UserError as error:
+                        outcome.unreadable += 1
                         with tqdm.external_write_mode(file=sys.stderr):
                             report(str(error))
-                    readable = [item for item in batch if isinstance(item, _ImageFile)]
-                    batch_results = _predict(model, readable, options)
-                    wait(drawings)  # those of a batch are made while the next one is predicted
-                    for item, results in zip(readable, batch_results, strict=True):
-                        for result in results:  # to disk as they come, one a line
-                            file.write((",\n" if outcome.detections else "[\n").encode() + json.dumps(result).encode())
-                            outcome.detections += 1
-                        images.append(item.entry)
-                        outcome.images += 1
-                        if options.drawn_score is not None:
-                            visible = [result for result in results if result["score"] >= options.drawn_score]
-                            outcome.drawn += len(visible)
-                            overlay = overlays[item.entry["id"] - 1]
-                            drawings.append(pool.submit(_draw, item, visible, model.info, overlay))
-                    bar.update(len(batch))
+                batch_results = _predict(model, readable, options)
+                wait(drawings)  # those of a batch are made while the next one is predicted
+                for item, results in zip(readable, batch_results, strict=True):
+                    for result in results:  # to disk as they come, one a line
+                        file.write((",\n" if outcome.detections else "[\n").encode() + json.dumps(result).encode())
+                        outcome.detections += 1
+                    images.append(item.entry)
+                    outcome.images += 1
+                    if options.drawn_score is not None:
+                        visible = [result for result in results if result["score"] >= options.drawn_score]
+                        outcome.drawn += len(visible)
+                        overlay = overlays[item.entry["id"] - 1]
+                        drawings.append(pool.submit(_draw, item, visible, model.info, overlay))
+                bar.update(len(batch))
         except KeyboardInterrupt:
             stopped = True
         for drawing in drawings:
             drawing.result()  # raises what stopped it
         file.write(b"\n]\n" if outcome.detections else b"[]\n")
         file.flush()
-        write_json(out / IMAGES_NAME, {"images": images, "annotations": [], "categories": _categories(model.info)})
+        pairs = zip(model.info.category_ids, model.info.class_names, strict=True)
+        categories = [{"id": category_id, "name": name} for category_id, name in pairs]
+        write_json(out / IMAGES_NAME, {"images": images, "annotations": [], "categories": categories})
     if stopped:
         raise KeyboardInterrupt(f"stopped after {outcome.images} of {len(files)} images, whose results are in {out}")
     return outcome
@@ -151,33 +152,25 @@ def _prepare_folder(out: Path, files: Sequence[Path]) -> None:
 
 def _read_ahead(
     files: Sequence[Path], options: PredictOptions, pool: ThreadPoolExecutor
-) -> Iterator[list[_ImageFile | UserError]]:
+) -> Iterator[list[Future[_ImageFile]]]:
     """Yields the files in batches; while one is used, the next is read."""
-    ahead: list[Future[_ImageFile | UserError]] = []
+    ahead: list[Future[_ImageFile]] = []
     for start in range(0, len(files) + options.batch_size, options.batch_size):
         batch = enumerate(files[start : start + options.batch_size], start=start + 1)
         current, ahead = ahead, [pool.submit(_read, image_id, path, options) for image_id, path in batch]
         if current:
-            yield [future.result() for future in current]
+            yield current
 
 
-def _read(image_id: int, path: Path, options: PredictOptions) -> _ImageFile | UserError:
-    try:
-        image = read_image(path, upright=True)
-    except UserError as error:
-        return error
+def _read(image_id: int, path: Path, options: PredictOptions) -> _ImageFile:
+    image = read_image(path, upright=True)
     height, width = image.shape[1:]
-    geometry = EvalTransform(short_side=options.short_side, long_side=options.long_side)((height, width), 0)
+    geometry = Resize([options.short_side], options.long_side)((height, width), 0)
     picture = None if options.drawn_score is None else prepare_drawing(image.permute(1, 2, 0).numpy())
     # Names that are not UTF-8 stay readable in the JSON, if not openable.
     name = os.fsencode(path.as_posix()).decode("utf-8", errors="backslashreplace")
     entry = {"id": image_id, "file_name": name, "width": width, "height": height}
-    return _ImageFile(entry, geometry.image(image), picture)
-
-
-def _categories(info: ModelInfo) -> list[dict[str, Any]]:
-    pairs = zip(info.category_ids, info.class_names, strict=True)
-    return [{"id": category_id, "name": name} for category_id, name in pairs]
+    return _ImageFile(entry, (height, width), geometry.image(image), picture)
 
 
 def _predict(model: LoadedModel, batch: Sequence[_ImageFile], options: PredictOptions) -> list[list[dict[str, Any]]]:
@@ -213,27 +206,16 @@ def written_names(info: ModelInfo) -> list[str]:
     return list(map(written_name, info.class_names, info.category_ids))
 
 
-def _overlay_paths(files: Sequence[Path], folder: Path) -> list[Path]:
-    return [folder / name for name in overlay_names(files)]
+def overlay_paths(files: Sequence[Path], folder: Path) -> list[Path]:
+    """Each file's overlay, different for all: its path from the files' common folder, `photo.jpg` for photo.png.
 
-
-def overlay_names(files: Sequence[Path]) -> list[str]:
-    """Name of each file's overlay, different for all: `photo.jpg` for photo.png.
-
-    Where two files have the same name, all keep their folders from their common one on; where also those are the same
-    (photo.png beside photo.tif), the suffix; where a name is too long or not unlike all others, all are numbers.
+    Where two are alike (photo.png beside photo.tif) or one is too long, all are numbers.
     """
     paths = [Path(os.path.abspath(path)) for path in files]
     common = os.path.commonpath([path.parent for path in paths])
-    relative = [path.relative_to(common) for path in paths]
-    forms = (
-        [path.stem for path in paths],
-        [str(path.with_suffix("")) for path in relative],
-        [str(path) for path in relative],
-    )
-    for names in forms:
-        # Different also for file systems that ignore case and forms of accents, and not too long for any.
-        alike = {unicodedata.normalize("NFC", name).casefold() for name in names}
-        if len(alike) == len(names) and all(len(os.fsencode(Path(name).name)) <= LONGEST_NAME for name in names):
-            return [f"{name}.jpg" for name in names]
-    return [f"{number:06d}.jpg" for number in range(1, len(files) + 1)]
+    names = [path.relative_to(common).with_suffix("").as_posix() for path in paths]
+    # Different also for file systems that ignore case and forms of accents, and not too long for any.
+    alike = {unicodedata.normalize("NFC", name).casefold() for name in names}
+    if len(alike) < len(names) or any(len(os.fsencode(Path(name).name)) > LONGEST_NAME for name in names):
+        names = [f"{number:06d}" for number in range(1, len(files) + 1)]
+    return [folder / f"{name}.jpg" for name in names]
