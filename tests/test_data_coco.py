@@ -90,7 +90,7 @@ def test_useless_boxes_are_dropped_and_counted(tmp_path: Path, box: list[float],
     files = edit(make_coco(tmp_path), "annotations", 3, bbox=box)
     assert [item["annotation_id"] for item in first_objects(files)][:4] == [1, 2, 3, 17]
     (finding,) = check_annotations(files.annotations, None).findings
-    assert (finding.kind, finding.severity, finding.count) == (kind, "dropped", 1)
+    assert (finding.kind, finding.kind.severity, finding.count) == (kind, "dropped", 1)
     assert "annotation 4" in finding.examples[0]
 
 
@@ -250,7 +250,7 @@ def test_a_file_without_objects_is_an_error_of_the_check(tmp_path: Path) -> None
     assert crowd["iscrowd"] == 1
     for listed in ([], [crowd]):
         (finding,) = check_annotations(make_coco(tmp_path, annotations=listed).annotations, None).findings
-        assert (finding.kind, finding.severity) == (Kind.NO_OBJECTS, "error")
+        assert (finding.kind, finding.kind.severity) == (Kind.NO_OBJECTS, "error")
 
 
 @pytest.mark.parametrize("form", ["polygon", "rle"])
@@ -269,7 +269,7 @@ def test_a_mask_that_lies_outside_its_box_is_a_notice(tmp_path: Path, form: str)
     annotations.append({**empty, "segmentation": encode(np.zeros(SIZE, bool), compressed=True)})
     report = check_annotations(make_coco(tmp_path, annotations=annotations).annotations, None)
     (finding,) = report.findings
-    assert (finding.kind, finding.severity, finding.count) == (Kind.MASK_OUTSIDE_BOX, "notice", 4)
+    assert (finding.kind, finding.kind.severity, finding.count) == (Kind.MASK_OUTSIDE_BOX, "notice", 4)
     assert finding.examples[0].startswith("annotation 2: ")
     assert report.errors == ()
 

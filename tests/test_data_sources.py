@@ -68,7 +68,7 @@ def test_missing_parts_name_the_archives(coco: Path) -> None:
     config = DataConfig(root="coco")
     (coco / "train2017").rename(coco / "elsewhere")
     assert complaint(config) == (
-        f"coco: train2017 is missing: download {SITE}/zips/train2017.zip and unpack it into coco, "
+        f"coco: not there: train2017; download {SITE}/zips/train2017.zip and unpack there, "
         "or name another folder with '--set data.root=DIR'"
     )
     assert list(ensure_files(config, ["val"])) == ["val"]
@@ -78,26 +78,27 @@ def test_missing_parts_name_the_archives(coco: Path) -> None:
         path.unlink()  # an empty folder is as good as none
     told = complaint(config)
     assert told == (
-        "coco: train2017, annotations/instances_train2017.json, val2017 and annotations/instances_val2017.json are "
-        f"missing: download {SITE}/zips/train2017.zip, {SITE}/annotations/annotations_trainval2017.zip and "
-        f"{SITE}/zips/val2017.zip and unpack them into coco, or name another folder with '--set data.root=DIR'"
+        "coco: not there: train2017, annotations/instances_train2017.json, "
+        "val2017, annotations/instances_val2017.json; "
+        f"download {SITE}/zips/train2017.zip, {SITE}/annotations/annotations_trainval2017.zip, "
+        f"{SITE}/zips/val2017.zip and unpack there, or name another folder with '--set data.root=DIR'"
     )
     assert "\n" not in told
 
 
 def test_missing_parts_of_other_names_name_the_keys(coco: Path) -> None:
     assert complaint(DataConfig(root="coco", train_images="mine")) == (
-        "coco: mine is missing: put it there, or change data.root or data.train_images"
+        "coco: not there: mine; put that there, or change data.root or data.train_images"
     )
     told = complaint(
         DataConfig(root="coco", val_annotations="val2017", val_images="annotations/instances_val2017.json")
     )
-    assert re.search(r"are missing: put them there, or change data\.root or data\.val_images and data\.val_annot", told)
+    assert re.search(r"; put that there, or change data\.root or data\.val_images, data\.val_annotations$", told)
 
 
 def test_every_verb_says_the_same(coco: Path) -> None:
     (coco / "train2017").rename(coco / "elsewhere")
-    told = "coco: train2017 is missing: download"
+    told = "coco: not there: train2017; download"
     assert f"semiseg: {told}" in call("run", "coco_voc_splits", "--set", "data.root=coco", code=2)
     assert told in call("status", "coco_voc_splits", "--set", "data.root=coco", code=0)  # lists the runs all the same
     Path("run.toml").write_text('data = {root = "coco"}\noptim = {steps = 1}\n')

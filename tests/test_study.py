@@ -230,7 +230,7 @@ def test_a_base_is_a_table_of_settings_in_a_file_of_its_own(project: Path) -> No
 def test_missing_data_are_named(project: Path) -> None:
     Path("coco/train.json").unlink()
     with pytest.raises(
-        UserError, match=r"coco: train\.json is missing: put it there, or change .*data\.train_annotations"
+        UserError, match=r"coco: not there: .*train\.json; put that there, or change .*data\.train_annotations"
     ):
         plan(load_study("study"))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from pycocotools import mask as coco_mask
 
 from semiseg.data.coco import image_records, read_coco
 from semiseg.data.images import decoding_problem, image_problems
-from semiseg.data.problems import Kind, Problem, Severity, describe_missing_masks
+from semiseg.data.problems import Kind, Problem, describe_missing_masks
 from semiseg.errors import UserError
 
 EXAMPLES = 3
@@ -32,15 +31,6 @@ class Finding:
     count: int
     examples: tuple[str, ...]
 
-    @classmethod
-    def of(cls, problems: Sequence[Problem]) -> Finding:
-        examples = (f"{problem.where}: {problem.text}" for problem in problems[:EXAMPLES])
-        return cls(problems[0].kind, len(problems), tuple(examples))
-
-    @property
-    def severity(self) -> Severity:
-        return self.kind.severity
-
 
 @dataclass(frozen=True)
 class CheckReport:
@@ -53,7 +43,7 @@ class CheckReport:
     @property
     def errors(self) -> tuple[Finding, ...]:
         """The findings that training refuses."""
-        return tuple(finding for finding in self.findings if finding.severity == "error")
+        return tuple(finding for finding in self.findings if finding.kind.severity == "error")
 
     def render(self) -> str:
         """The report as text, errors first."""
@@ -61,7 +51,7 @@ class CheckReport:
         if self.contents:
             lines.append("  " + ", ".join(f"{count} {name}" for name, count in self.contents.items()))
         for severity, meaning in MEANING.items():
-            findings = [finding for finding in self.findings if finding.severity == severity]
+            findings = [finding for finding in self.findings if finding.kind.severity == severity]
             if findings:
                 lines.append(f"{severity} ({meaning}):")
             for finding in findings:
@@ -89,31 +79,34 @@ def check_annotations(annotations: Path, images: Path | None) -> CheckReport:
         raise UserError(f"{annotations}: no such annotation file")
     if images is not None and not images.is_dir():
         raise UserError(f"{images}: no such image folder")
-    problems: dict[Kind, list[Problem]] = {kind: [] for kind in Kind}
-
-    def collect(problem: Problem) -> None:
-        problems[problem.kind].append(problem)
+    problems: list[Problem] = []
 
     contents: dict[str, int] = {}
     try:
-        coco = read_coco(annotations, report=collect)
+        coco = read_coco(annotations, report=problems.append)
     except UserError as error:  # nothing can be read past this
-        collect(Problem(Kind.FILE, "file", str(error).removeprefix(f"{annotations}: ")))
+        problems.append(Problem(Kind.FILE, "file", str(error).removeprefix(f"{annotations}: ")))
     else:
         contents = {"images": len(coco.images), "classes": len(coco.class_names)}
         contents |= dict.fromkeys(("with mask", "box only", "crowd"), 0)
-        for record in image_records(coco, report=collect):
+        for record in image_records(coco, report=problems.append):
             for item in record["objects"]:
                 contents["crowd" if item["is_crowd"] else "with mask" if item["has_mask"] else "box only"] += 1
                 if item["has_mask"] and _mask_misses_box(item, (record["height"], record["width"])):
                     text = "the mask does not touch the box; is one of them of another object?"
-                    collect(Problem(Kind.MASK_OUTSIDE_BOX, f"annotation {item['annotation_id']}", text))
+                    problems.append(Problem(Kind.MASK_OUTSIDE_BOX, f"annotation {item['annotation_id']}", text))
         if not contents["with mask"] + contents["box only"]:
-            collect(Problem(Kind.NO_OBJECTS, "annotations", "no object is left to learn from; a crowd region is none"))
+            problems.append(
+                Problem(Kind.NO_OBJECTS, "annotations", "no object is left to learn from; a crowd region is none")
+            )
         if images is not None:
-            for problem in image_problems(coco.images, images, decoding_problem, title="decoding"):
-                collect(problem)
-    return CheckReport(annotations, contents, tuple(Finding.of(alike) for alike in problems.values() if alike))
+            problems += image_problems(coco.images, images, decoding_problem, title="decoding")
+    findings = []
+    for kind in Kind:
+        alike = [f"{problem.where}: {problem.text}" for problem in problems if problem.kind is kind]
+        if alike:
+            findings.append(Finding(kind, len(alike), tuple(alike[:EXAMPLES])))
+    return CheckReport(annotations, contents, tuple(findings))
 
 
 def _mask_misses_box(item: dict[str, Any], size_hw: tuple[int, int]) -> bool:

@@ -6,7 +6,7 @@ The only place that looks at `data.format` and `data.root`.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -121,13 +121,13 @@ def _require_coco(config: DataConfig, sets: Sequence[SetName]) -> None:
     missing = {key: path for key in keys if not _is_there(Path(config.root) / (path := getattr(config, key)), key)}
     if not missing:
         return
-    text = f"{config.root}: {_listed(missing.values())} {'is' if len(missing) == 1 else 'are'} missing: "
+    text = f"{config.root}: not there: {', '.join(missing.values())}; "
     if all(path == DataConfig.model_fields[key].default for key, path in missing.items()):
-        archives = list(dict.fromkeys(OFFICIAL_ARCHIVES[key] for key in missing))
-        text += f"download {_listed(archives)} and unpack {_them(archives)} into {config.root}, or name another folder"
-        raise UserError(f"{text} with '--set data.root=DIR'")
-    keys = [f"data.{key}" for key in missing]
-    raise UserError(f"{text}put {_them(keys)} there, or change data.root or {_listed(keys)}")
+        archives = ", ".join(dict.fromkeys(OFFICIAL_ARCHIVES[key] for key in missing))
+        text += f"download {archives} and unpack there, or name another folder with '--set data.root=DIR'"
+    else:
+        text += f"put that there, or change data.root or {', '.join(f'data.{key}' for key in missing)}"
+    raise UserError(text)
 
 
 def _is_there(path: Path, key: str) -> bool:
@@ -138,12 +138,3 @@ def _is_there(path: Path, key: str) -> bool:
         return False
     with os.scandir(path) as entries:  # a listing of all images would take seconds
         return next(entries, None) is not None
-
-
-def _listed(names: Iterable[str]) -> str:
-    *most, last = names
-    return f"{', '.join(most)} and {last}" if most else last
-
-
-def _them(names: Sequence[str]) -> str:
-    return "it" if len(names) == 1 else "them"

@@ -6,10 +6,9 @@ The mask grid has a stride s: cell (i, j) stands for the input pixel (s*i + s//2
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from semiseg.structures.grids import MaskGrid, Regions
 from semiseg.structures.masks import EncodedMasks
+from semiseg.structures.transfer import map_tensors
 
 
 class Supervision(IntEnum):
@@ -140,7 +140,7 @@ class Targets:
         return self.masks
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Targets:
-        return _move(self, device, non_blocking)
+        return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
 
 @dataclass(frozen=True)
@@ -171,30 +171,12 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The batch on that device, its images contiguous there: results do not depend on the loader's layout."""
-        moved = _move(self, device, non_blocking)
+        moved = map_tensors(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
         return replace(moved, images=moved.images.contiguous())
 
     def pin_memory(self) -> Batch:
         """Called by the DataLoader when `pin_memory` is on."""
-        return _map_tensors(self, lambda tensor: tensor.pin_memory())
-
-
-_Tensors = TypeVar("_Tensors", bound="EncodedMasks | Targets | Batch")
-
-
-def _map_tensors(value: _Tensors, function: Callable[[Tensor], Tensor]) -> _Tensors:
-    changed: dict[str, Any] = {}
-    for field in fields(value):
-        item = getattr(value, field.name)
-        if isinstance(item, Tensor):
-            changed[field.name] = function(item)
-        elif isinstance(item, (Targets, EncodedMasks)):
-            changed[field.name] = _map_tensors(item, function)
-    return replace(value, **changed)
-
-
-def _move(value: _Tensors, device: torch.device | str, non_blocking: bool) -> _Tensors:
-    return _map_tensors(value, lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return map_tensors(self, lambda tensor: tensor.pin_memory())
 
 
 def pad_images(images: Sequence[Tensor], size_divisor: int) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,10 @@
-"""Sending structures from the host to a device without waiting for it."""
+"""The tensors of a structure, all at once; sending them from the host to a device without waiting for it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -11,24 +12,30 @@ from torch import Tensor
 Structure = TypeVar("Structure")
 
 
+def map_tensors(structure: Structure, function: Callable[[Tensor], Tensor]) -> Structure:
+    """The same structure (dataclasses, dictionaries and tuples of tensors and other values) with its tensors mapped."""
+    mapped: Any = structure
+    if isinstance(mapped, Tensor):
+        mapped = function(mapped)
+    elif isinstance(mapped, tuple):
+        mapped = tuple(map_tensors(value, function) for value in mapped)
+    elif isinstance(mapped, dict):
+        mapped = {key: map_tensors(value, function) for key, value in mapped.items()}
+    elif is_dataclass(mapped) and not isinstance(mapped, type):
+        values = {field.name: map_tensors(getattr(mapped, field.name), function) for field in fields(mapped)}
+        mapped = replace(mapped, **values)
+    return cast(Structure, mapped)
+
+
 def send(structure: Structure, device: torch.device) -> Structure:
-    """The same structure (dataclasses, dictionaries and tuples of tensors and of what else they hold).
+    """The same structure on that device, see `map_tensors`.
 
     On a GPU the copies are queued behind the work at hand and the host goes on: memory that is not pinned yet is
     pinned first, since a copy from other memory would make the host wait. On the CPU nothing is copied.
     """
-    return structure if device.type == "cpu" else _send(structure, device)
 
-
-def _send(item: Any, device: torch.device) -> Any:
-    if isinstance(item, Tensor):
-        pinned = item.pin_memory() if device.type == "cuda" and item.device.type == "cpu" else item
+    def copied(tensor: Tensor) -> Tensor:
+        pinned = tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
         return pinned.to(device, non_blocking=True)
-    if isinstance(item, tuple):
-        return tuple(_send(value, device) for value in item)
-    if isinstance(item, dict):
-        return {key: _send(value, device) for key, value in item.items()}
-    if is_dataclass(item) and not isinstance(item, type):
-        changed = {field.name: _send(getattr(item, field.name), device) for field in fields(item)}
-        return replace(item, **changed)
-    return item
+
+    return structure if device.type == "cpu" else map_tensors(structure, copied)
