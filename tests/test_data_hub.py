@@ -330,10 +330,13 @@ def renamed(rows: Dataset, **names: str) -> Dataset:
         (lambda: renamed(dataset(range(2)), objects="things"), "no column 'objects'; there are: image, things"),
         (lambda: dataset(range(2)).remove_columns("image").add_column("image", ["a", "b"]), "'image' is Value.*Image"),
         (lambda: dataset(range(2), category=Value("int64")), "'objects.category' is Value.*ClassLabel or string"),
-        (lambda: dataset(range(2), segmentation=Value("string"), mask="x"), "'objects.segmentation' is .*polygons"),
-        (lambda: dataset(range(2)).add_column("image_id", ["a", "b"]), "'image_id' is .*expected an integer"),
-        (lambda: dataset(range(2)).add_column("image_id", [3, 3]), "row 1: image_id 3 is used twice"),
-        (lambda: dataset(range(2)).add_column("image_id", [3, None]), "row 1: 'image_id' is null"),
+        (
+            lambda: dataset(range(2), segmentation=Value("string"), mask="x"),
+            "annotation 1: 'segmentation' is .*polygons",
+        ),
+        (lambda: dataset(range(2)).add_column("image_id", ["a", "b"]), "row 0: 'image_id' is 'a', expected an integer"),
+        (lambda: dataset(range(2)).add_column("image_id", [3, 3]), r"images\[1\]: image id 3 .*is used twice"),
+        (lambda: dataset(range(2)).add_column("image_id", [3, None]), "row 1: 'image_id' is None, expected an integer"),
         (
             lambda: dataset(range(2)).add_column("width", [HEIGHT] * 2).add_column("height", [WIDTH] * 2),
             "row 0: the image is 32 x 24 .*, but its columns say 24 x 32",

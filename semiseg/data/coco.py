@@ -53,6 +53,11 @@ def read_coco(path: Path, *, report: Reporter | None = None, annotations_require
     """
     report = report or stop_at_errors(path)
     raw, digest = _parse(path, SECTIONS if annotations_required else ("images", "categories"))
+    return coco_file(raw, path, digest, report)
+
+
+def coco_file(raw: dict[str, Any], path: Path, digest: str, report: Reporter) -> CocoFile:
+    """The content of an instances file, whose sections are lists; what has a problem is reported and left out."""
     categories = _categories(raw["categories"], report)
     images = _images(raw["images"], report)
     image_ids = {image["id"] for image in images}

@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
-from datasets import ClassLabel, Dataset, Features, LargeList, List, Value
+from datasets import ClassLabel, Dataset, Features, Value
 from PIL import Image
 from tqdm import tqdm
 
 from semiseg.config.read import digest
+from semiseg.data.coco import coco_file, image_records
 from semiseg.data.images import open_image
+from semiseg.data.problems import stop_at_errors
 from semiseg.errors import UserError
 from semiseg.files import settle, whole_folder
 from semiseg.splits import normalise
@@ -36,22 +38,6 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # Formats of Pillow whose files are kept as they are; images of others are stored as PNG.
 SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tif"}
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
-
-REQUIRED = ("image", "objects.bbox", "objects.category")
-# column -> (kinds of `_kind`, these in words); columns of other names are ignored
-_COLUMNS: dict[str, tuple[tuple[str, ...], str]] = {
-    "image": (("Image",), "Image"),
-    **dict.fromkeys(("image_id", "width", "height", "objects.id"), (("int",), "an integer")),
-    "objects.bbox": (("list of int", "list of float"), "a list of four numbers, x, y, width, height"),
-    "objects.category": (("ClassLabel", "string"), "ClassLabel or string"),
-    # Free JSON can mix both forms; the values are checked when the table is made.
-    "objects.segmentation": (
-        ("list of list of int", "list of list of float", "RLE", "Json"),
-        "a list of polygons (each a list of numbers) or an RLE (a struct of size and counts)",
-    ),
-    "objects.iscrowd": (("int", "bool", "ClassLabel"), "0, 1, or a truth value"),
-    "objects.area": (("int", "float"), "a number"),
-}
 
 
 class _NotReachable(UserError):
@@ -110,7 +96,7 @@ def ensure_hub(name: str, *, train_split: str, val_split: str) -> Path:
     splits = {}
     for kind, spec in (("train", train_split), ("val", val_split)):
         rows, title = _part(loaded, spec, f"{kind}_split", name), f"hf:{name}, split {spec!r}"
-        splits[kind] = _Split(rows, _check_columns(rows.features, title), title)
+        splits[kind] = _Split(rows, _class_names(rows.features, title), title)
     folder = conversions / digest([CONVERTER_VERSION, *(split.rows._fingerprint for split in splits.values())], 16)
     settle(conversions)
     if not folder.is_dir():
@@ -165,43 +151,19 @@ def _part(loaded: Mapping[str, Dataset], spec: str, key: str, name: str) -> Data
     return rows
 
 
-def _check_columns(features: Features, title: str) -> list[str] | None:
-    """The names of the `ClassLabel` of the objects, if that is their type; a column of another one is an error."""
-    columns = dict(features)
-    if "objects" not in columns:
-        raise UserError(f"{title}: no column 'objects'; there are: {', '.join(sorted(columns))}")
-    objects = columns.pop("objects")
-    if isinstance(objects, List | LargeList) and isinstance(objects.feature, dict):
-        fields = objects.feature
-    elif isinstance(objects, dict) and all(isinstance(field, List | LargeList) for field in objects.values()):
-        fields = {name: field.feature for name, field in objects.items()}
-    else:
-        raise _wrong_type("objects", objects, "a struct of lists or a list of structs", title)
-    columns |= {f"objects.{name}": field for name, field in fields.items()}
-    for name, (kinds, expected) in _COLUMNS.items():
-        if name in columns and _kind(columns[name]) not in kinds:
-            raise _wrong_type(name, columns[name], expected, title)
-        if name in REQUIRED and name not in columns:
-            raise UserError(f"{title}: no column {name!r}; there are: {', '.join(sorted(columns))}")
-    category = columns["objects.category"]
+def _class_names(features: Features, title: str) -> list[str] | None:
+    """The names of the `ClassLabel` of the objects, if that is their type."""
+    for name in ("image", "objects"):
+        if name not in features:
+            raise UserError(f"{title}: no column {name!r}; there are: {', '.join(sorted(features))}")
+    if not isinstance(features["image"], datasets.Image):
+        raise UserError(f"{title}: the column 'image' is {features['image']}, expected Image")
+    fields = getattr(features["objects"], "feature", features["objects"])  # of a list of structs, or a struct of lists
+    category = fields.get("category") if isinstance(fields, dict) else None
+    category = getattr(category, "feature", category)
+    if not isinstance(category, ClassLabel) and category not in (Value("string"), Value("large_string")):
+        raise UserError(f"{title}: the column 'objects.category' is {category}, expected ClassLabel or string")
     return list(category.names) if isinstance(category, ClassLabel) else None
-
-
-def _kind(feature: Any) -> str:
-    """The type of a column, without its bits."""
-    if isinstance(feature, List | LargeList):
-        return f"list of {_kind(feature.feature)}"
-    if isinstance(feature, Value):
-        return str(feature.dtype).rstrip("0123456789").removeprefix("large_").removeprefix("u")
-    if isinstance(feature, dict):
-        return "RLE" if {"size", "counts"} <= set(feature) else "struct"
-    return type(feature).__name__
-
-
-def _wrong_type(name: str, feature: Any, expected: str, title: str) -> UserError:
-    text = str(feature)
-    text = text if len(text) <= 120 else f"{text[:117]}..."
-    return UserError(f"{title}: the column {name!r} is {text}, expected {expected}")
 
 
 def _convert(splits: Mapping[str, _Split], folder: Path) -> None:
@@ -220,6 +182,8 @@ def _convert(splits: Mapping[str, _Split], folder: Path) -> None:
     names = first.class_names
     if names is None:
         names = sorted({item["category"] for _, items in contents.values() for item in items})
+    if not names:
+        raise UserError(f"{first.title}: no object has a category")
     ids = {name: number for number, name in enumerate(names, start=1)}
     for kind, (images, items) in contents.items():
         for item in items:
@@ -227,45 +191,44 @@ def _convert(splits: Mapping[str, _Split], folder: Path) -> None:
             item["category_id"] = ids[category] if isinstance(category, str) else category + 1
         categories = [{"id": number, "name": name} for number, name in enumerate(names, start=1)]
         content = {"annotations": items, "categories": categories, "images": images}
+        report = stop_at_errors(splits[kind].title)
+        for _ in image_records(coco_file(content, Path(kind), "", report), report=report):
+            pass  # what a training would refuse is no conversion
         (folder / f"{kind}.json").write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 
 def _convert_split(split: _Split, folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Writes the images of a split into a folder; COCO's images, and annotations with a `category` without id."""
-    images: dict[int, dict[str, Any]] = {}
+    images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     rows = split.rows.cast_column("image", datasets.Image(decode=False))
     for index, row in enumerate(tqdm(rows, desc=split.title, unit=" images", delay=1, disable=None)):
         where = f"{split.title}, row {index}"
-        image = _store_image(row, index + 1, folder, where)
-        if image["id"] in images:
-            raise UserError(f"{where}: image_id {image['id']} is used twice")
-        images[image["id"]] = image
+        images.append(_store_image(row, index + 1, folder, where))
         for item in _objects(row["objects"], where):
-            annotations.append(_annotation(item, len(annotations) + 1, image["id"], split.class_names, where))
-    return list(images.values()), annotations
+            annotations.append(_annotation(item, len(annotations) + 1, images[-1]["id"], split.class_names, where))
+    return images, annotations
 
 
 def _objects(objects: Any, where: str) -> list[dict[str, Any]]:
     """One dictionary per object, from either layout."""
-    if not isinstance(objects, dict):
-        if None in (objects or ()):
-            raise UserError(f"{where}: an object is null")
-        return list(objects or ())
-    columns = {name: values for name, values in objects.items() if values is not None}
-    lengths = {name: len(values) for name, values in columns.items()}
-    if len(set(lengths.values())) > 1 or (lengths and not {"bbox", "category"} <= set(lengths)):
-        raise UserError(f"{where}: the lists of 'objects' differ in length: {lengths}")
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    items = objects or []
+    if isinstance(objects, dict):
+        columns = {name: values for name, values in objects.items() if values is not None}
+        lengths = {name: len(values) for name, values in columns.items()}
+        if len(set(lengths.values())) > 1:
+            raise UserError(f"{where}: the lists of 'objects' differ in length: {lengths}")
+        items = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    if not all(isinstance(item, dict) for item in items):
+        raise UserError(f"{where}: 'objects' is {items}, expected a struct of lists or a list of structs")
+    return list(items)
 
 
 def _annotation(
     item: Mapping[str, Any], number: int, image_id: int, class_names: list[str] | None, where: str
 ) -> dict[str, Any]:
     """COCO's form of an object, with a name or an index of `class_names` as `category`; what is null is left out."""
-    if item.get("id", number) is None:
-        raise UserError(f"{where}: 'objects.id' is null; leave the column out, or number every object")
-    category = item["category"]
+    category = item.get("category")
     if isinstance(category, str):
         category = normalise(category)
     elif category is None or class_names is None or not 0 <= category < len(class_names):
@@ -278,7 +241,12 @@ def _annotation(
             segmentation = {**segmentation, "counts": counts.decode("ascii", errors="replace")}
         if counts is None:  # a struct of nulls
             segmentation = None
-    annotation = {"id": item.get("id", number), "bbox": item["bbox"], "iscrowd": int(item.get("iscrowd") or 0)}
+    is_crowd = item.get("iscrowd") or 0
+    annotation = {
+        "id": item.get("id", number),
+        "bbox": item.get("bbox"),
+        "iscrowd": int(is_crowd) if isinstance(is_crowd, bool) else is_crowd,
+    }
     if item.get("area") is not None:
         annotation["area"] = item["area"]
     if segmentation:
@@ -292,8 +260,8 @@ def _store_image(row: Mapping[str, Any], number: int, folder: Path, where: str) 
     Pixels are taken as stored, without EXIF rotation, as everywhere.
     """
     image_id = row.get("image_id", number)
-    if image_id is None:
-        raise UserError(f"{where}: 'image_id' is null; leave the column out, or number every image")
+    if type(image_id) is not int:
+        raise UserError(f"{where}: 'image_id' is {image_id!r}, expected an integer")
     stored = row["image"] or {}
     try:
         content = stored.get("bytes") or Path(stored.get("path") or "").read_bytes()

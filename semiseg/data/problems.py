@@ -80,11 +80,11 @@ def describe_missing_masks(without: int, objects: int) -> str:
     )
 
 
-def stop_at_errors(path: Path) -> Reporter:
-    """A reporter that raises `UserError` naming file, place, value and allowed values; ignores what is no error."""
+def stop_at_errors(source: Path | str) -> Reporter:
+    """A reporter that raises `UserError` naming source, place, value and allowed values; ignores what is no error."""
 
     def report(problem: Problem) -> None:
         if problem.kind.severity == "error":
-            raise UserError(f"{path}: {problem.where}: {problem.text}")
+            raise UserError(f"{source}: {problem.where}: {problem.text}")
 
     return report
