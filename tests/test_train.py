@@ -190,8 +190,8 @@ def test_a_signal_while_data_do_not_come_saves_and_the_run_continues_exactly(
     execute_run(config, out=tmp_path / "whole", progress=False)
     data, out = build_data(config), tmp_path / "cut"
     loader = build_training_loader(config, data, steps=4, start_step=0, processes=1, rank=0, pin_memory=False)
-    assert loader.batch_sampler is not None
-    keys = list(loader.batch_sampler)
+    assert loader.sampler is not None
+    keys = list(loader.sampler)
     image = data.train.images_folder / data.train.rows[keys[2][0][0]]["file_name"]  # of the third step, new in it
 
     def open_or_wait(file: Path) -> Image.Image:

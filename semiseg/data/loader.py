@@ -185,11 +185,7 @@ class _Batches(Dataset[Batch | _Packed | UserError]):
     size_divisor: int
     images_since_return: int = 0  # of freed memory
 
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitems__(self, keys: list[Key]) -> Batch | _Packed | UserError:
-        """What DataLoader calls for the keys of a batch."""
+    def __getitem__(self, keys: list[Key]) -> Batch | _Packed | UserError:
         try:
             batch = load_batch(self.dataset, keys, size_divisor=self.size_divisor)
             if get_worker_info() is None:
@@ -203,11 +199,6 @@ class _Batches(Dataset[Batch | _Packed | UserError]):
             self.images_since_return = 0
             return_freed_memory()
         return packed
-
-
-def _as_loaded(batch: Any) -> Any:
-    """In place of DataLoader's own collation: `_Batches` gives whole batches, not lists of samples."""
-    return batch
 
 
 class BatchLoader(DataLoader[Batch | _Packed | UserError]):
@@ -285,8 +276,8 @@ def build_loader(
         }
     return BatchLoader(
         _Batches(dataset, size_divisor),
-        batch_sampler=batches,
-        collate_fn=_as_loaded,
+        batch_size=None,  # an item of this data set is a batch already
+        sampler=batches,
         num_workers=workers,
         pin_memory=pin_memory,
         **settings,

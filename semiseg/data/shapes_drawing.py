@@ -249,10 +249,15 @@ def fill(outline: Outline) -> Patch:
     left, top = np.floor(points.min(axis=0)).astype(int)
     columns, rows = np.floor(points.max(axis=0)).astype(int) + 1 - (left, top)
     fixed = [np.rint((ring - (left, top)) * (SAMPLES * UNIT)).astype(np.int64) for ring in rings]
-    row, column, sign = _crossings(np.concatenate(fixed), np.concatenate([np.roll(ring, -1, axis=0) for ring in fixed]))
-    # From a crossing on, every sample of the row counts.
+    starts, ends = np.concatenate(fixed), np.concatenate([np.roll(ring, -1, axis=0) for ring in fixed])
+    centres = np.arange(rows * SAMPLES) * UNIT + UNIT // 2  # of the samples' rows and columns
+    edge, row = np.nonzero((starts[:, 1:] <= centres) != (ends[:, 1:] <= centres))
+    (x, y), (dx, dy) = starts[edge].T, (ends - starts)[edge].T
+    # The first sample column at or right of the crossing; from there on, every sample of the row counts. y runs down,
+    # so a ring of positive area goes down on its right side: +1 where an edge goes up.
+    column = -(-((x - UNIT // 2) * dy + (centres[row] - y) * dx) // (UNIT * dy))
     width = columns * SAMPLES + 1
-    steps = np.bincount(row // SAMPLES * width + column, sign, minlength=rows * width)
+    steps = np.bincount(row // SAMPLES * width + column, np.where(dy > 0, -1, 1), minlength=rows * width)
     windings = np.cumsum(steps.reshape(rows, width), axis=1)[:, :-1]  # of the samples, added up in each pixel row
     counts = windings.reshape(rows, columns, SAMPLES).sum(axis=2)
     return Patch(int(top), int(left), np.clip(counts, 0, SAMPLES * SAMPLES).astype(np.uint8))
@@ -262,25 +267,6 @@ def _area(ring: Ring) -> float:
     """Twice the signed area."""
     x, y = ring.T
     return float(np.sum(x * np.roll(y, -1) - y * np.roll(x, -1)))
-
-
-def _crossings(
-    starts: NDArray[np.int64], ends: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Where edges cross sample rows: row, first sample column at or right of the crossing, direction."""
-    down = ends[:, 1] > starts[:, 1]
-    upper, lower = np.where(down[:, None], starts, ends), np.where(down[:, None], ends, starts)
-    half = UNIT // 2  # sample r has its centre at r * UNIT + half
-    first, last = (-((half - end[:, 1]) // UNIT) for end in (upper, lower))
-    counts = last - first
-    edge = np.repeat(np.arange(len(counts)), counts)
-    row = np.arange(len(edge)) - np.repeat(np.cumsum(counts) - counts, counts) + first[edge]
-    dx, dy = (lower - upper)[edge].T
-    x0, y0 = upper[edge].T
-    numerator = (x0 - half) * dy + (row * UNIT + half - y0) * dx
-    column = -(-numerator // (UNIT * dy))
-    # y runs down, so a ring of positive area goes down on its right side: +1 where an edge goes up.
-    return row, column, np.where(down[edge], -1, 1)
 
 
 @dataclass(frozen=True)

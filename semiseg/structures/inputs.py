@@ -180,15 +180,7 @@ class Batch:
 
 
 def pad_images(images: Sequence[Tensor], size_divisor: int) -> tuple[Tensor, Tensor]:
-    """Stacks images of different sizes, padded right and bottom with 0.
-
-    Args:
-        images: B tensors (3, H_i, W_i) uint8, in any memory layout.
-        size_divisor: the padded height and width divide by it.
-
-    Returns:
-        (B, 3, H, W) uint8, contiguous, and the unpadded sizes (B, 2) int64 as (height, width).
-    """
+    """B images (3, H_i, W_i) uint8 of any memory layout as a contiguous `empty_batch`, and their sizes (B, 2) int64."""
     sizes_hw = [(image.shape[-2], image.shape[-1]) for image in images]
     stacked, places = empty_batch(sizes_hw, size_divisor, device=images[0].device)
     for place, image in zip(places, images, strict=True):
@@ -209,10 +201,8 @@ def empty_batch(
     Args:
         sizes_hw: (height, width) of B images.
         size_divisor: the padded height and width divide by it.
-        channels_last: the memory layout: the three colours of a pixel side by side, as images are decoded. False:
-            contiguous.
+        channels_last: the three colours of a pixel side by side in memory, as images are decoded; else contiguous.
         shared: in memory that another process can be given without a copy; on the CPU only.
-        device: where it lies.
 
     Returns:
         (B, 3, H, W) uint8, the padding 0, and B views of it, (3, H_i, W_i): the images' places.
