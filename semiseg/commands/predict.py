@@ -77,7 +77,7 @@ def predict(
     )
     outcome = predict_files(loaded, files, out=out, options=options, progress=shows_bars(progress), report=_report)
     drawn = f"; of these {outcome.drawn} reach --drawn-score {drawn_score:g} and are drawn" if overlays else ""
-    done = f"{_counted(outcome.images, 'image')}, {_counted(outcome.detections, 'detection')}"
+    done = f"{_counted(len(outcome.images), 'image')}, {_counted(outcome.detections, 'detection')}"
     typer.echo(f"{done}, {time.perf_counter() - began:.1f} s; written to {out}{drawn}")
     if outcome.unreadable:
         typer.echo(f"semiseg: {_counted(outcome.unreadable, 'file')} could not be read", err=True)

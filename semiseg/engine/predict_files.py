@@ -14,7 +14,7 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +51,9 @@ class PredictOptions:
 
 @dataclass
 class Outcome:
-    """How many images were predicted, their detections, how many of these are drawn, and files that were not read."""
+    """The images that were predicted, and how many detections, drawn ones of these, and files that cannot be read."""
 
-    images: int = 0
+    images: list[dict[str, Any]] = field(default_factory=list)  # COCO's entries
     detections: int = 0
     drawn: int = 0
     unreadable: int = 0
@@ -81,20 +81,17 @@ def predict_files(
     """Predicts every file that can be read; writes `results.json`, `images.json` and `overlays/` into a folder.
 
     An image's id is its index in the list of files, from 1. EXIF orientation is applied: boxes and masks are in the
-    frame of the upright image, whose size `images.json` states.
-
-    Args:
-        out: is made if need be; files of the same names in it are replaced.
-        report: is given a sentence for each file that cannot be read; the others are done all the same.
+    frame of the upright image, whose size `images.json` states. Files of the same names in `out` are replaced; at a
+    KeyboardInterrupt, too, they are written for the images done so far. `report` is given a sentence for each file that
+    cannot be read.
 
     Raises:
         UserError: the folder holds one of the images, or a file of these names that is none of a prediction.
-        KeyboardInterrupt: with both files written for the images done so far.
     """
     _prepare_folder(out, files)
-    overlays = [] if options.drawn_score is None else overlay_paths(files, out / OVERLAYS_NAME)
+    overlays = {} if options.drawn_score is None else dict(enumerate(overlay_paths(files, out / OVERLAYS_NAME), 1))
     bar = tqdm(total=len(files), desc="predicting", unit="image", disable=not progress, file=sys.stderr)
-    outcome, images, drawings, stopped = Outcome(), list[dict[str, Any]](), list[Future[None]](), False
+    outcome, drawings, stopped = Outcome(), list[Future[None]](), False
     with bar, whole_file(out / RESULTS_NAME) as file, ThreadPoolExecutor(options.workers) as pool:
         try:
             for batch in _read_ahead(files, options, pool):
@@ -112,13 +109,11 @@ def predict_files(
                     for result in results:  # to disk as they come, one a line
                         file.write((",\n" if outcome.detections else "[\n").encode() + json.dumps(result).encode())
                         outcome.detections += 1
-                    images.append(item.entry)
-                    outcome.images += 1
+                    outcome.images.append(item.entry)
                     if options.drawn_score is not None:
                         visible = [result for result in results if result["score"] >= options.drawn_score]
                         outcome.drawn += len(visible)
-                        overlay = overlays[item.entry["id"] - 1]
-                        drawings.append(pool.submit(_draw, item, visible, model.info, overlay))
+                        drawings.append(pool.submit(_draw, item, visible, model.info, overlays[item.entry["id"]]))
                 bar.update(len(batch))
         except KeyboardInterrupt:
             stopped = True
@@ -126,11 +121,13 @@ def predict_files(
             drawing.result()  # raises what stopped it
         file.write(b"\n]\n" if outcome.detections else b"[]\n")
         file.flush()
-        pairs = zip(model.info.category_ids, model.info.class_names, strict=True)
-        categories = [{"id": category_id, "name": name} for category_id, name in pairs]
-        write_json(out / IMAGES_NAME, {"images": images, "annotations": [], "categories": categories})
+        classes = zip(model.info.category_ids, model.info.class_names, strict=True)
+        categories = [{"id": category_id, "name": name} for category_id, name in classes]
+        write_json(out / IMAGES_NAME, {"images": outcome.images, "annotations": [], "categories": categories})
     if stopped:
-        raise KeyboardInterrupt(f"stopped after {outcome.images} of {len(files)} images, whose results are in {out}")
+        raise KeyboardInterrupt(
+            f"stopped after {len(outcome.images)} of {len(files)} images, whose results are in {out}"
+        )
     return outcome
 
 
