@@ -70,8 +70,7 @@ class CheckReport:
 def check_annotations(annotations: Path, images: Path | None) -> CheckReport:
     """Checks a COCO instances file and, where their folder is given, decodes every image in full.
 
-    Raises:
-        UserError: the file or the image folder does not exist; everything else is a finding.
+    A file or an image folder that does not exist is a `UserError`; everything else is a finding.
     """
     if annotations.is_dir():
         raise UserError(f"{annotations}: is a folder, expected a COCO json")

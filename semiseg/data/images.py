@@ -101,10 +101,7 @@ def image_problems(
 
 
 def require_sizes(entries: Sequence[dict[str, Any]], folder: Path) -> None:
-    """Compares the size in every image's header with the annotations; nothing is decoded.
-
-    The error names the first image that is of another size, or no image, and says how many there are.
-    """
+    """Compares the size in every image's header with the annotations; the error names the first that is wrong."""
     problems = list(image_problems(entries, folder, check_header, title="sizes of images"))
     if not problems:
         return

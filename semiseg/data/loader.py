@@ -260,7 +260,7 @@ def build_loader(
     """Fetches the batches of `batches`, bit for bit the same for any number of workers.
 
     Args:
-        size_divisor: height and width of a padded batch divide by it.
+        size_divisor: see `load_batch`.
         workers: processes that read ahead; 0 = in this process.
         start_method: of the workers; None = the platform's own.
     """

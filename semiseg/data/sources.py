@@ -38,11 +38,7 @@ class AnnotatedImages(NamedTuple):
 
 
 def ensure_files(config: DataConfig, sets: Sequence[SetName] = BOTH) -> dict[str, AnnotatedImages]:
-    """Those `sets` of a data configuration, drawn or converted on first use.
-
-    Raises:
-        UserError: something is not there; the message says what to download and where to put it.
-    """
+    """Those `sets` of a data configuration, drawn or converted on first use, or a `UserError`: what to download."""
     if (hub_name := _hub_name(config)) is not None:
         folder = _ensure_hub(hub_name, config.hub.train_split, config.hub.val_split)
         return {name: AnnotatedImages(folder / f"{name}.json", folder / name) for name in sets}
