@@ -58,6 +58,9 @@ def test_losses_and_weights_do_not_depend_on_processes_and_parts(
     assert one["losses"].shape[0] == STEPS
     torch.testing.assert_close(other["losses"], one["losses"], rtol=1e-6, atol=1e-7)
     assert largest(other["weights"] - one["weights"]) <= 1e-6 * largest(one["weights"])
+    if norm == "learned":
+        torch.testing.assert_close(other["gate"], one["gate"], rtol=1e-6, atol=0)
+        assert one["gate"][1:].sum() > 140
 
 
 @pytest.mark.parametrize("processes", [2, 4])

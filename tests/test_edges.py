@@ -146,7 +146,7 @@ def test_sees_what_training_sees(files: CocoFiles, tmp_path: Path) -> None:
         WholeMap(4, (batch.images.shape[-2] // 4, batch.images.shape[-1] // 4)),
     )
     instances = instance_terms(batch.targets, grid, objective=objective)
-    edges = loss_edges(batch, batch.targets.image_index, instances, objective=objective)["pairwise"]
+    edges = loss_edges(batch, batch.targets, instances, objective=objective)["pairwise"]
     targets = with_masks.targets
     assert targets is not None
     counting = positive = 0

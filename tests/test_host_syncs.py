@@ -31,7 +31,12 @@ from tests.tiny import tiny_config
 CUDA, CPU = torch.device("cuda:0"), torch.device("cpu")
 SIDE, CLASSES = 64, 5
 MIXED = [Supervision.BOX, Supervision.MASK, Supervision.MASK, Supervision.BOX, Supervision.BOX]
-OBJECTIVES = [("dice", "projection+pairwise"), ("labelled", "projection+pairwise"), ("dice", "box_as_mask")]
+OBJECTIVES = [
+    ("dice", "projection+pairwise"),
+    ("labelled", "projection+pairwise"),
+    ("dice", "projection+learned"),
+    ("dice", "box_as_mask"),
+]
 
 
 def make_batch(supervision: list[Supervision]) -> Batch:
@@ -56,6 +61,10 @@ def make_batch(supervision: list[Supervision]) -> Batch:
             mask_stride=4,
         ),
     )
+
+
+def objective_of(mask: str, box: str) -> dict[str, str]:
+    return {"mask": mask, "box": box, "affinity": "learned" if box == "projection+learned" else "colour"}
 
 
 class Transfers(TorchDispatchMode):
@@ -140,7 +149,7 @@ def plan_of(mode: FakeTensorMode, step: TrainStep, batch: Batch, device: torch.d
 def test_a_step_reads_nothing_back(
     mode: FakeTensorMode, tmp_path: Path, mask: str, box: str, supervision: list[Supervision]
 ) -> None:
-    config = tiny_config(tmp_path, objective={"mask": mask, "box": box})
+    config = tiny_config(tmp_path, objective=objective_of(mask, box))
     step = fake_step(mode, config, CUDA)
     with plan_of(mode, step, make_batch(supervision), CUDA) as (batch, plan, transfers, sent):
         assert sent > 0
@@ -150,10 +159,10 @@ def test_a_step_reads_nothing_back(
         assert terms.total.device == CUDA
 
 
-@pytest.mark.parametrize(("mask", "box"), OBJECTIVES[:2])
+@pytest.mark.parametrize(("mask", "box"), OBJECTIVES[:3])
 def test_nor_does_its_backward(mode: FakeTensorMode, tmp_path: Path, mask: str, box: str) -> None:
     """On the CPU, since autograd asks a GPU for its queue; what would be read back raises there too."""
-    config = tiny_config(tmp_path, objective={"mask": mask, "box": box})
+    config = tiny_config(tmp_path, objective=objective_of(mask, box))
     step = fake_step(mode, config, CPU)
     with plan_of(mode, step, make_batch(MIXED), CPU) as (batch, plan, _, _):
         step(batch, plan, plan.counts, warmup=0.5, processes=1).total.backward()

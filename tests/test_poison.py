@@ -15,15 +15,15 @@ from torch import Tensor
 from semiseg.config import RunConfig
 from semiseg.data.shapes import SHAPES_CLASSES, ensure_shapes
 from semiseg.engine.build import build_data, build_step, build_training_loader
-from semiseg.losses.terms import LOSS_NAMES
 from semiseg.splits import load_split
 from semiseg.structures.inputs import Batch
+from tests.distributed_worker import LEARNED, half_open
 from tests.tiny import TINY, tiny_config
 
 SHAPES = TINY["data"]["shapes"]
 
 
-def make_data(root: Path, *, poisoned: bool) -> RunConfig:
+def make_data(root: Path, *, poisoned: bool, objective: dict[str, str] | None = None) -> RunConfig:
     """Shapes as a COCO data set in which every fifth annotation is a crowd; poisoned: unseen masks are noise."""
     split = load_split("shapes_few_seen", SHAPES_CLASSES)
     folder = ensure_shapes(root, images=SHAPES["train_images"], image_size=64, seed=SHAPES["train_seed"])
@@ -47,7 +47,7 @@ def make_data(root: Path, *, poisoned: bool) -> RunConfig:
         "val_annotations": str((folder / "annotations.json").relative_to(root)),
         "val_images": str((folder / "images").relative_to(root)),
     }
-    return tiny_config(root, data=data)
+    return tiny_config(root, data=data, objective=objective or {})
 
 
 def everything(config: RunConfig) -> tuple[list[Batch], list[float], Tensor]:
@@ -56,12 +56,14 @@ def everything(config: RunConfig) -> tuple[list[Batch], list[float], Tensor]:
     )
     torch.manual_seed(3)
     module = build_step(config, num_classes=len(SHAPES_CLASSES)).train()
+    if module.affinity is not None:
+        half_open(module.affinity)
     batches, losses = list(loader), []
     for batch in batches:
         plan = module.plan(batch)
         terms = module(batch, plan, plan.counts, warmup=1.0, processes=1)
         terms.total.backward()
-        losses += [float(terms.weighted[name].detach()) for name in LOSS_NAMES]
+        losses += [float(terms.weighted[name].detach()) for name in module.loss_names]
     return batches, losses, torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
 
 
@@ -69,9 +71,10 @@ def with_source(config: RunConfig, source: str) -> RunConfig:
     return config.model_copy(update={"supervision": config.supervision.model_copy(update={"source": source})})
 
 
-def test_withheld_masks_change_nothing(tmp_path: Path) -> None:
-    clean = everything(make_data(tmp_path / "clean", poisoned=False))
-    poisoned = everything(make_data(tmp_path / "poisoned", poisoned=True))
+@pytest.mark.parametrize("objective", [{}, LEARNED], ids=["colour", "learned"])
+def test_withheld_masks_change_nothing(tmp_path: Path, objective: dict[str, str]) -> None:
+    clean = everything(make_data(tmp_path / "clean", poisoned=False, objective=objective))
+    poisoned = everything(make_data(tmp_path / "poisoned", poisoned=True, objective=objective))
     for mine, theirs in zip(clean[0], poisoned[0], strict=True):
         assert mine.image_ids == theirs.image_ids
         assert torch.equal(mine.images, theirs.images)

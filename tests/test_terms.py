@@ -10,12 +10,16 @@ import torch
 from torch import Tensor
 
 from benchmarks import straightforward as plain
+from semiseg.losses.affinity import neighbour_offsets
+from semiseg.losses.boxinst import box_cells
+from semiseg.losses.learned import LearnedEdges, affinity_targets, edges_of_one_box
 from semiseg.losses.terms import (
     COUNT_NAMES,
     DETECTION_LOSSES,
     LOSS_NAMES,
     MASK_LOSSES,
     TERMS,
+    Affinity,
     BoxObjective,
     LossTerms,
     MaskObjective,
@@ -36,8 +40,13 @@ R, C = 6, 3
 
 
 def objective(mask: MaskObjective = "dice", box: BoxObjective = "projection+pairwise") -> Objective:
-    return Objective(mask=mask, box=box, affinity_threshold=0.3, affinity_size=3, affinity_dilation=2)
+    affinity: Affinity = "learned" if box == "projection+learned" else "colour"
+    return Objective(
+        mask=mask, box=box, affinity_threshold=0.3, affinity_size=3, affinity_dilation=2, affinity=affinity
+    )
 
+
+TRUST = 0.25  # in learned edges, where the objective has them
 
 # Image, box, quota. Number 3 has no cell on the grid; number 6 is there to be given an empty mask.
 INSTANCES = [
@@ -83,8 +92,12 @@ def make_batch(supervision: list[Supervision], instances: list[int] | None = Non
 def prepare(batch: Batch, goal: Objective) -> MaskTargets:
     assert batch.targets is not None
     instances = instance_terms(batch.targets, WholeMap(STRIDE, GRID), objective=goal)
-    edges = loss_edges(batch, batch.targets.image_index, instances, objective=goal)
-    return MaskTargets(**vars(instances), objective=goal, masks=batch.targets.masks, edges=edges)
+    edges = loss_edges(batch, batch.targets, instances, objective=goal)
+    affinity = None
+    if goal.affinity == "learned":
+        grid = WholeMap(STRIDE, GRID)
+        affinity = affinity_targets(batch, batch.targets, instances.cells, grid, size=3, dilation=2)
+    return MaskTargets(**vars(instances), objective=goal, masks=batch.targets.masks, edges=edges, affinity=affinity)
 
 
 class Step:
@@ -106,6 +119,7 @@ class Step:
         self.mask_logits = MaskLogits(self.logits, image, instance, grid=WholeMap(STRIDE, GRID))
         self.assignment = self.assign(image, instance)
         self.outputs = self.predict(dtype)
+        self.edge_logits = self.draw(9, 2, 4, *GRID).to(dtype)
 
     def rounded_boxes(self) -> list[list[float]]:
         return [[round(value, 1) for value in box] for box in self.targets.boxes_xyxy.tolist()]
@@ -146,11 +160,29 @@ class Step:
             own if counts is None else counts,
             warmup=warmup,
             processes=processes,
+            learned=LearnedEdges(self.edge_logits, torch.tensor(TRUST)) if goal.affinity == "learned" else None,
         )
 
 
 def mask_total(terms: LossTerms) -> Tensor:
-    return torch.stack([terms.weighted[name] for name in MASK_LOSSES]).sum()
+    return torch.stack(
+        [terms.weighted[name] for name in (*MASK_LOSSES, "pairwise_learned") if name in terms.weighted]
+    ).sum()
+
+
+def of_all_neighbours(labels: Tensor, size: int, dilation: int) -> Tensor:
+    """Labels (B, K / 2, h, w) of edges at one end -> (B, K, h, w) of every cell and neighbour, 0 beyond the grid."""
+    height, width = labels.shape[-2:]
+    offsets = neighbour_offsets(size, dilation)
+    result = labels.new_zeros(len(labels), len(offsets), height, width)
+    for k, (down, right) in enumerate(offsets):
+        for row in range(height):
+            for column in range(width):
+                if 0 <= row + down < height and 0 <= column + right < width:
+                    first = k < len(offsets) // 2
+                    place = (row, column) if first else (row + down, column + right)
+                    result[:, k, row, column] = labels[:, k if first else len(offsets) - 1 - k, *place]
+    return result
 
 
 def slow_mask_loss(step: Step, goal: Objective, warmup: float) -> Tensor:
@@ -171,6 +203,10 @@ def slow_mask_loss(step: Step, goal: Objective, warmup: float) -> Tensor:
     ]
     per_mask, pairs, pair_count = torch.zeros(()).double(), torch.zeros(()).double(), 0
     labelled, labelled_count, all_masks, box_masks = torch.zeros(()).double(), 0, 0, 0
+    learned, learned_count, trust = torch.zeros(()).double(), 0, TRUST if goal.affinity == "learned" else 0.0
+    cells = box_cells(targets.boxes_xyxy, stride=STRIDE, grid_hw=GRID)
+    alone = edges_of_one_box(batch, targets, cells, WholeMap(STRIDE, GRID), size=3, dilation=2)
+    labels = of_all_neighbours(step.edge_logits.sigmoid(), 3, 2)
     for q, n in enumerate(step.mask_logits.instance_index.tolist()):
         logits, of_image = step.logits[q : q + 1], similar[int(targets.image_index[n])][None]
         box = plain.box_mask(targets.boxes_xyxy[n], GRID, STRIDE).double()[None]
@@ -192,12 +228,19 @@ def slow_mask_loss(step: Step, goal: Objective, warmup: float) -> Tensor:
                 per_mask = per_mask + plain.dice(logits.sigmoid(), box).sum()
             else:
                 per_mask = per_mask + plain.projection(logits, box).sum()
-            if goal.box == "projection+pairwise":
+            if goal.box in ("projection+pairwise", "projection+learned"):
                 total, number = plain.pairwise_sums(logits, box, of_image >= 0.3, size=3, dilation=2)
                 pairs, pair_count = pairs + total.sum(), pair_count + int(number)
+            if goal.box == "projection+learned":
+                edges = alone[int(targets.image_index[n])] & box[0].bool()
+                same = plain.edge_losses(logits, size=3, dilation=2)[0][edges]
+                y = labels[int(targets.image_index[n])][edges]
+                each = (1 - y) * same - y * torch.log1p(-torch.exp(-same))
+                learned, learned_count = learned + each.sum(), learned_count + len(each)
         all_masks += 1
     share = box_masks / max(all_masks, 1)
-    loss = per_mask / max(all_masks, 1) + share * warmup * pairs / max(pair_count, 1)
+    pairwise = (1 - trust) * pairs / max(pair_count, 1) + 2 * trust * learned / max(learned_count, 1)
+    loss = per_mask / max(all_masks, 1) + share * warmup * pairwise
     return loss + (1 - share) * warmup * labelled / max(labelled_count, 1)
 
 
@@ -205,7 +248,7 @@ def test_the_table_is_complete() -> None:
     expected = {(BOX, name) for name in get_args(BoxObjective)}
     expected |= {(kind, name) for kind in (MASK, PSEUDO) for name in get_args(MaskObjective)}
     assert set(TERMS) == expected
-    assert {name for terms in TERMS.values() for name in terms} == set(MASK_LOSSES)
+    assert {name for terms in TERMS.values() for name in terms} == {*MASK_LOSSES, "pairwise_learned"}
     assert (*DETECTION_LOSSES, *MASK_LOSSES) == LOSS_NAMES
 
 
@@ -220,7 +263,7 @@ def test_a_mixed_batch_equals_the_formula_in_a_plain_loop(mask: MaskObjective, b
     (mine,) = torch.autograd.grad(mask_total(terms), step.logits, retain_graph=True)
     (theirs,) = torch.autograd.grad(expected, step.logits)
     torch.testing.assert_close(mine, theirs, rtol=1e-7, atol=1e-10)
-    assert set(terms.weighted) == set(terms.unweighted) == set(LOSS_NAMES)
+    assert tuple(terms.weighted) == tuple(terms.unweighted) == goal.loss_names
     torch.testing.assert_close(terms.total, sum(terms.weighted.values()), rtol=1e-12, atol=0)
 
 

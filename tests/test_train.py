@@ -67,11 +67,11 @@ def losses_and_gradients(module: TrainStep, parts: list[Batch], *, processes: in
     module.zero_grad()
     plans = [module.plan(part) for part in parts]
     counts = torch.stack([plan.counts for plan in plans]).sum(0)
-    total = torch.zeros(len(LOSS_NAMES), dtype=torch.float64)
+    total = torch.zeros(len(module.loss_names), dtype=torch.float64)
     for part, plan in zip(parts, plans, strict=True):
         terms = module(part, plan, counts, warmup=0.7, processes=processes)
         terms.total.backward()
-        total += torch.stack([terms.weighted[name].detach() for name in LOSS_NAMES]).double()
+        total += torch.stack([terms.weighted[name].detach() for name in module.loss_names]).double()
     gradient = torch.cat([p.grad.flatten() for p in module.parameters() if p.requires_grad and p.grad is not None])
     return total, gradient
 

@@ -128,7 +128,7 @@ def from_batch_to_loss(config: RunConfig, model: Segmenter, batch: Batch) -> Non
     # 9 losses.terms: supervision x objective -> terms
     objective = build_objective(config.objective)
     instances = instance_terms(targets, model.mask_grid(targets.boxes_xyxy, (64, 64)), objective=objective)
-    edges = loss_edges(batch, targets.image_index, instances, objective=objective)
+    edges = loss_edges(batch, targets, instances, objective=objective)
     prepared = MaskTargets(**vars(instances), objective=objective, masks=targets.masks, edges=edges)
     counts = term_counts(assignment, targets, prepared, quotas)
     terms = compute_losses(outputs, assignment, mask_logits, targets, prepared, counts, warmup=1.0, processes=1)

@@ -89,15 +89,25 @@ class SupervisionConfig(Section):
 class ObjectiveConfig(Section):
     """Which mask loss an instance gets, by its supervision, and the constants of the BoxInst losses (docs/METHOD.md).
 
-    `box_as_mask` trains the Dice loss on the filled box (the first row of the paper's Table 3).
+    `box_as_mask` trains the Dice loss on the filled box (the first row of the paper's Table 3). `projection+learned`
+    replaces colour's edges by those that the masks of other instances have taught.
     """
 
     mask: Literal["dice", "labelled"] = "dice"
-    box: Literal["none", "projection", "projection+pairwise", "box_as_mask"] = "projection+pairwise"
+    box: Literal["none", "projection", "projection+pairwise", "projection+learned", "box_as_mask"] = (
+        "projection+pairwise"
+    )
+    affinity: Literal["colour", "learned"] = "colour"  # `learned` adds the branch that learns edges from masks
     affinity_threshold: Probability = 0.3
     affinity_size: Literal[3, 5, 7] = 3
     affinity_dilation: Annotated[int, Field(ge=1, le=64)] = 2
     pairwise_warmup_steps: Annotated[int, Field(ge=0)] | None = None
+
+    @model_validator(mode="after")
+    def _learned_edges_are_learned(self) -> ObjectiveConfig:
+        if self.box == "projection+learned" and self.affinity != "learned":
+            raise ValueError("box = 'projection+learned' needs affinity = 'learned', the branch that learns the edges")
+        return self
 
 
 class OptimConfig(Section):

@@ -15,6 +15,7 @@ from semiseg.engine.processes import parts_per_step
 from semiseg.engine.step import TrainStep
 from semiseg.errors import UserError
 from semiseg.losses.terms import Objective
+from semiseg.models.affinity import AffinityBranch
 from semiseg.models.build import build_model, mask_stride
 from semiseg.models.segmenter import Segmenter
 from semiseg.splits import ClassSplit, load_split
@@ -66,6 +67,7 @@ def build_objective(config: ObjectiveConfig) -> Objective:
         affinity_threshold=config.affinity_threshold,
         affinity_size=config.affinity_size,
         affinity_dilation=config.affinity_dilation,
+        affinity=config.affinity,
     )
 
 
@@ -84,7 +86,21 @@ def build_step(config: RunConfig, *, num_classes: int) -> TrainStep:
         objective=build_objective(config.objective),
         centre_radius=config.model.detector.centre_radius,
         max_mask_positives=config.model.mask_head.max_positives,
+        affinity=_build_affinity(config, model),
     )
+
+
+def _build_affinity(config: RunConfig, model: Segmenter) -> AffinityBranch | None:
+    """The branch of learned affinity, after all other parts: those have the same first weights with and without it."""
+    head, objective = model.mask_head, config.objective
+    if objective.affinity == "colour":
+        return None
+    if head.edge_channels is None:
+        raise UserError(f"objective.affinity = 'learned': a mask head of kind {config.model.mask_head.kind!r} has none")
+    stride = mask_stride(config.model)
+    assert stride is not None
+    edges = objective.affinity_size**2 // 2
+    return AffinityBranch(head.edge_channels, factor=head.edge_stride // stride, edges=edges)
 
 
 def compile_network(model: Segmenter, *, backend: str = "inductor") -> None:

@@ -35,6 +35,7 @@ def write_nonfinite_step(out: Path, state: TrainState, parts: list[Batch], count
             "config": state.config.model_dump_json(),
             "num_classes": state.step_module.model.num_classes,
             "model": state.step_module.model.state_dict(),
+            "affinity": state.step_module.affinity.state_dict() if state.step_module.affinity is not None else {},
             "step": state.step,
             "steps": state.steps,
             "processes": state.accelerator.num_processes,
@@ -59,6 +60,8 @@ def replay_step(path: Path) -> str:
     config = without_initial_weights(parse_recorded(json.loads(saved["config"]), where=str(path)))
     step_module = build_step(config, num_classes=saved["num_classes"])
     step_module.model.load_state_dict(saved["model"])
+    if step_module.affinity is not None:
+        step_module.affinity.load_state_dict(saved["affinity"])
     step_module.train()
     warmup = pairwise_warmup(saved["step"], saved["steps"], warmup_steps=config.objective.pairwise_warmup_steps)
     lines = [f"step {saved['step'] + 1} of {saved['steps']} on images {saved['image_ids']}"]

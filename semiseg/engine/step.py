@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from semiseg.losses.learned import AffinityTargets, LearnedEdges, affinity_targets
 from semiseg.losses.terms import (
-    COUNT_NAMES,
-    LOSS_NAMES,
+    InstanceTerms,
     LossTerms,
     MaskTargets,
     Objective,
@@ -26,7 +26,9 @@ from semiseg.losses.terms import (
     loss_edges,
     loss_sizes,
     term_counts,
+    whole_map,
 )
+from semiseg.models.affinity import AffinityBranch
 from semiseg.models.detectors.assign import assign
 from semiseg.models.detectors.sample import mask_quotas, sample_positives, sums_by_image
 from semiseg.models.segmenter import Segmenter
@@ -60,18 +62,24 @@ class TrainStep(nn.Module):
     Mask heads with parameters of their own work under data parallelism because they are called inside `forward`.
 
     Attributes:
+        affinity: the branch that learns which edges separate instances, where the objective wants one.
         loss_names, count_names: of what `forward` and `plan` return; the same for every part and process of a run.
     """
 
-    loss_names = LOSS_NAMES
-    count_names = COUNT_NAMES
-
     def __init__(
-        self, model: Segmenter, *, objective: Objective, centre_radius: float, max_mask_positives: int
+        self,
+        model: Segmenter,
+        *,
+        objective: Objective,
+        centre_radius: float,
+        max_mask_positives: int,
+        affinity: AffinityBranch | None = None,
     ) -> None:
         super().__init__()
         self.model = model
+        self.affinity = affinity
         self.objective = objective
+        self.loss_names, self.count_names = objective.loss_names, objective.count_names
         self.centre_radius = centre_radius
         self.max_mask_positives = max_mask_positives
 
@@ -115,7 +123,8 @@ class TrainStep(nn.Module):
             **vars(instances),
             objective=self.objective,
             masks=targets.masks_on(instances.grid),
-            edges=loss_edges(batch, targets.image_index, instances, objective=self.objective),
+            edges=loss_edges(batch, targets, instances, objective=self.objective),
+            affinity=self._affinity_targets(batch, targets, instances),
             sizes=sizes,
         )
         counts = term_counts(assignment, targets, wanted, quotas)
@@ -135,6 +144,11 @@ class TrainStep(nn.Module):
         outputs = self.model(batch.images, batch.image_sizes_hw)
         queries = sample_positives(outputs, plan.assignment, targets, plan.quotas, counts=plan.queries)
         mask_logits = self.model.predict_masks(outputs, queries)
+        learned = None
+        if self.affinity is not None and plan.mask_targets.affinity is not None:
+            colours = plan.mask_targets.affinity
+            logits = self.affinity(self.model.mask_head.edge_features(outputs), colours.lab, colours.distances)
+            learned = LearnedEdges(logits, self.affinity.trust())
         return compute_losses(
             outputs,
             plan.assignment,
@@ -144,7 +158,15 @@ class TrainStep(nn.Module):
             counts,
             warmup=warmup,
             processes=processes,
+            learned=learned,
         )
+
+    def _affinity_targets(self, batch: Batch, targets: Targets, instances: InstanceTerms) -> AffinityTargets | None:
+        if self.affinity is None:
+            return None
+        size, dilation = self.objective.affinity_size, self.objective.affinity_dilation
+        grid = whole_map(instances.grid)
+        return affinity_targets(batch, targets, instances.cells, grid, size=size, dilation=dilation)
 
 
 def _targets(batch: Batch) -> Targets:

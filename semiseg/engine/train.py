@@ -51,6 +51,7 @@ from semiseg.engine.replay import write_nonfinite_step
 from semiseg.engine.session import same_on_all_ranks
 from semiseg.engine.step import StepPlan, TrainStep
 from semiseg.errors import UserError, UserNotice
+from semiseg.losses.learned import COLOUR_COUNTS
 from semiseg.models.segmenter import Segmenter
 from semiseg.structures.inputs import Batch
 
@@ -126,7 +127,7 @@ def prepare(config: RunConfig, data: RunData, accelerator: Accelerator) -> Train
         step_module.to(memory_format=torch.channels_last)
     if config.runtime.compile:
         compile_network(step_module.model)
-    optimizer = build_optimizer(step_module.model, config.optim, scaled=accelerator.scaler is not None)
+    optimizer = build_optimizer(step_module, config.optim, scaled=accelerator.scaler is not None)
     wrapped, prepared = accelerator.prepare(step_module, optimizer)
     decay = config.optim.ema_decay
     ema = None
@@ -265,10 +266,23 @@ def optimizer_step(state: TrainState, parts: list[Batch], *, out: Path, stop: St
         _stop_nonfinite(state, parts, counts, weighted, what, out)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
+    _observe_edges(state, losses, counts)
     if state.ema is not None:
         state.ema.update_parameters(state.step_module.model)
     state.step += 1
     return StepReport(losses, weighted, counts, stopped)
+
+
+def _observe_edges(state: TrainState, losses: Tensor, counts: Tensor) -> None:
+    """Tells the branch of learned affinity how it and colour judged the whole step's edges; nothing is read back."""
+    module = state.step_module
+    if module.affinity is None:
+        return
+    mean = losses[module.loss_names.index("affinity")]
+    if state.accelerator.num_processes > 1:
+        mean = state.accelerator.reduce(mean, reduction="mean")
+    first = module.count_names.index("affinity")
+    module.affinity.observe(mean * counts[first], counts[first + 1 : first + 1 + len(COLOUR_COUNTS)])
 
 
 def _forward_backward(
@@ -324,8 +338,10 @@ def _what_broke(
     # The gradient at hand is that of all processes: whose share of it broke it is seen without the exchange.
     state.optimizer.zero_grad(set_to_none=True)
     _forward_backward(state, sent, plans, counts, exchange=False)
-    parameters = dict(state.step_module.model.named_parameters())
-    names = [name for name, p in parameters.items() if p.grad is not None and not torch.isfinite(p.grad).all()]
+    parameters = state.step_module.named_parameters()
+    names = [
+        name.removeprefix("model.") for name, p in parameters if p.grad is not None and not torch.isfinite(p.grad).all()
+    ]
     if any(gather_object([bool(names)])):
         return f"the gradient is not finite ({len(names)} parameters, first {names[0]})" if names else None
     return "the norm of the gradient is not finite"
@@ -414,6 +430,8 @@ def restore(state: TrainState, folder: Path) -> None:
 
 def _load(state: TrainState, saved: dict[str, Any]) -> None:
     state.step_module.model.load_state_dict(saved["model"])
+    if state.step_module.affinity is not None:
+        state.step_module.affinity.load_state_dict(saved["affinity"])
     state.optimizer.load_state_dict(saved["optimizer"])
     if state.accelerator.scaler is not None and saved["scaler"]:
         state.accelerator.scaler.load_state_dict(saved["scaler"])
@@ -426,9 +444,10 @@ def _load(state: TrainState, saved: dict[str, Any]) -> None:
 def _save(state: TrainState, out: Path) -> None:
     """Writes a checkpoint on the main process; the others wait, so that none runs ahead of a stop."""
     if state.accelerator.is_main_process:
-        scaler = state.accelerator.scaler
+        scaler, affinity = state.accelerator.scaler, state.step_module.affinity
         saved = {
             "model": state.step_module.model.state_dict(),
+            "affinity": affinity.state_dict() if affinity is not None else {},
             "optimizer": state.optimizer.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else {},
             "ema": state.ema.module.state_dict() if state.ema is not None else {},

@@ -172,12 +172,25 @@ def edges_of(colours: Tensor, inside: Tensor, *, size: int, dilation: int, thres
     return edges
 
 
+def lab_distances(lab: Tensor, *, size: int, dilation: int) -> Tensor:
+    """|Lab_i - Lab_j| of each cell i and its first K / 2 neighbours j (B, K / 2, h, w), 0 where j is not in the grid.
+
+    The other neighbours' edges are the same ones, seen from their other ends.
+    """
+    offsets = neighbour_offsets(size, dilation)
+    result = lab.new_zeros(len(lab), len(offsets) // 2, *_grid(lab))
+    for k, offset in enumerate(offsets[: len(offsets) // 2]):
+        here, there = overlap(_grid(lab), offset)
+        result[:, k][here] = (lab[:, :, *here[1:]] - lab[:, :, *there[1:]]).square_().sum(1).sqrt_()
+    return result
+
+
 def _pairs(
     lab: Tensor, offsets: list[tuple[int, int]]
 ) -> Iterator[tuple[int, tuple[slice, ...], tuple[slice, ...], Tensor]]:
     """Every pair of neighbours once: number k of the offset, index of the cells, of their neighbours, and their S."""
     for k, offset in enumerate(offsets[: len(offsets) // 2]):
-        here, there = _overlap(_grid(lab), offset)
+        here, there = overlap(_grid(lab), offset)
         distance = (lab[:, :, *here[1:]] - lab[:, :, *there[1:]]).square_().sum(1).sqrt_()
         yield k, here, there, distance.mul_(-0.5).exp_()
 
@@ -186,7 +199,7 @@ def _grid(maps: Tensor) -> tuple[int, int]:
     return maps.shape[-2], maps.shape[-1]
 
 
-def _overlap(grid_hw: tuple[int, int], offset: tuple[int, int]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+def overlap(grid_hw: tuple[int, int], offset: tuple[int, int]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
     """Index of the cells (B, h, w) whose neighbour at `offset` is in the grid, and the index of those neighbours."""
     here = [slice(max(0, -step), max(0, length - step)) for length, step in zip(grid_hw, offset, strict=True)]
     there = [slice(max(0, step), max(0, length + step)) for length, step in zip(grid_hw, offset, strict=True)]

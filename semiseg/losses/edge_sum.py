@@ -6,7 +6,7 @@ Letters: Q masks, K neighbours, T cells of all boxes with a margin around each, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -105,22 +105,27 @@ class EdgeSum(torch.autograd.Function):
         edges: Tensor,
         image_index: Tensor,
         masks: Tensor | None,
+        different: Tensor | None,
         size: int,
         dilation: int,
         total_cells: int,
     ) -> Tensor:
-        """logits (Q, h, w), cells (Q, 4), edges (B, K, h, w) bool, image_index (Q,), masks (Q, h, w) bool -> (Q,)."""
+        """The sums (Q,), of arguments as in `boxinst.edge_sums`."""
         area, offsets = logits.shape[1] * logits.shape[2], neighbour_offsets(size, dilation)
         if max(logits.numel(), edges.numel(), total_cells) < 2**31:  # half the traffic of what is half the work
             cells, image_index = cells.int(), image_index.int()
         patches = _unroll(cells, size // 2 * dilation, (logits.shape[1], logits.shape[2]), total_cells)
         number = torch.arange(len(logits), device=cells.device, dtype=cells.dtype)
         centre = patches.place(number * area)
-        bits = _pack(edges).index_select(0, patches.place(image_index * area))
+        of_image = patches.place(image_index * area)
+        bits = _pack(edges).index_select(0, of_image)
         bits = bits.mul_(patches.in_box)  # edges from the margin do not count
         values = at_least_float32(logits.reshape(-1).index_select(0, centre))
         label = None if masks is None else masks.reshape(-1).view(torch.uint8).index_select(0, centre)
-        total, slope = _sum_pairs(_Cells.of(values, bits, label), patches, offsets)
+        soft = None
+        if different is not None:  # (B, K / 2, h, w) -> K / 2 lists, of the edges that `_sum_pairs` looks at
+            soft = [maps.reshape(-1).index_select(0, of_image).to(values.dtype) for maps in different.unbind(1)]
+        total, slope = _sum_pairs(_Cells.of(values, bits, label), patches, offsets, soft)
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(patches.row, centre, slope)
             ctx.shape, ctx.dtype, ctx.rows_per_patch = logits.shape, logits.dtype, patches.rows_per_patch
@@ -135,7 +140,7 @@ class EdgeSum(torch.autograd.Function):
         gradient = slope.new_zeros(ctx.shape.numel())
         factor = upstream.repeat_interleave(ctx.rows_per_patch).index_select(0, row)
         gradient.index_add_(0, centre, factor.mul_(slope))  # margins outside the grid add 0 to its border
-        return gradient.reshape(ctx.shape).to(ctx.dtype), None, None, None, None, None, None, None
+        return gradient.reshape(ctx.shape).to(ctx.dtype), *[None] * 8
 
 
 def _pack(edges: Tensor) -> Tensor:
@@ -177,6 +182,10 @@ class _Cells:
         """A part of the lists, not copied."""
         return self._map(lambda values: values[part])
 
+    def negated(self) -> _Cells:
+        """Those of the opposite logits."""
+        return replace(self, logit=-self.logit, up=self.down, down=self.up)
+
     def _map(self, function: Callable[[Tensor], Tensor]) -> _Cells:
         return _Cells(
             logit=function(self.logit),
@@ -192,10 +201,13 @@ def _tail(values: Tensor) -> Tensor:
     return values.abs().neg_().exp_().log1p_()
 
 
-def _sum_pairs(own: _Cells, patches: _Patches, offsets: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+def _sum_pairs(
+    own: _Cells, patches: _Patches, offsets: Sequence[tuple[int, int]], soft: Sequence[Tensor] | None
+) -> tuple[Tensor, Tensor]:
     """Of each cell the loss of the edges to its neighbours above and to the left, and the whole derivative: (T,) each.
 
-    The other half of the neighbours are the same pairs seen from their other end.
+    The other half of the neighbours are the same pairs seen from their other end. `soft` are K / 2 lists (T,): how
+    much those edges are to be different, in [0, 1].
     """
     total, slope = torch.zeros_like(own.logit), torch.zeros_like(own.logit)
     count, last = len(total), len(offsets) - 1
@@ -209,7 +221,7 @@ def _sum_pairs(own: _Cells, patches: _Patches, offsets: Sequence[tuple[int, int]
             here, there = slice(max(0, -column), count - max(0, column)), slice(max(0, column), count + min(0, column))
             a, b = own.cut(here), others.cut(there)
             weight = ((a.edges >> k) & 1).add_((b.edges >> (last - k)) & 1).to(total.dtype)
-            value, by_a, by_b = _edge_loss(a, b)
+            value, by_a, by_b = _edge_loss(a, b) if soft is None else _soft_edge_loss(a, b, soft[k][here])
             total[here].addcmul_(value, weight)
             slope[here].addcmul_(by_a, weight)
             pulled[there].addcmul_(by_b, weight)
@@ -237,3 +249,10 @@ def _edge_loss(a: _Cells, b: _Cells) -> tuple[Tensor, Tensor, Tensor]:
     by_a = (down_both * a.up).sub_(up_both * a.down)
     by_b = (down_both * up).sub_(up_both * down)
     return value, by_a, by_b if sign is None else by_b.mul_(sign)
+
+
+def _soft_edge_loss(a: _Cells, b: _Cells, different: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """-(1 - y) log P(same) - y log P(different) with y = `different`, and the derivatives by both logits: (T,) each."""
+    same = _edge_loss(a, b)
+    value, by_a, by_b = _edge_loss(a, b.negated())
+    return same[0].lerp_(value, different), same[1].lerp_(by_a, different), same[2].lerp_(by_b.neg_(), different)

@@ -26,13 +26,21 @@ from semiseg.losses.boxinst import (
 )
 from semiseg.losses.detection import detection_losses
 from semiseg.losses.dice import at_least_float32, dice_loss
+from semiseg.losses.learned import (
+    COLOUR_COUNTS,
+    AffinityTargets,
+    LearnedEdges,
+    affinity_loss,
+    edges_of_one_box,
+)
 from semiseg.losses.regions import region_cells, region_edges, region_inside
 from semiseg.structures.grids import MaskGrid, WholeMap
 from semiseg.structures.inputs import Batch, Supervision, Targets
 from semiseg.structures.outputs import Assignment, DenseOutputs, MaskLogits
 
 MaskObjective = Literal["dice", "labelled"]
-BoxObjective = Literal["none", "projection", "projection+pairwise", "box_as_mask"]
+BoxObjective = Literal["none", "projection", "projection+pairwise", "projection+learned", "box_as_mask"]
+Affinity = Literal["colour", "learned"]
 
 # Supervision of the instance and the objective for that supervision -> the mask losses that the instance gets.
 TERMS: Mapping[tuple[Supervision, str], tuple[str, ...]] = {
@@ -43,6 +51,7 @@ TERMS: Mapping[tuple[Supervision, str], tuple[str, ...]] = {
     (Supervision.BOX, "none"): (),
     (Supervision.BOX, "projection"): ("projection",),
     (Supervision.BOX, "projection+pairwise"): ("projection", "pairwise"),
+    (Supervision.BOX, "projection+learned"): ("projection", "pairwise", "pairwise_learned"),
     (Supervision.BOX, "box_as_mask"): ("dice",),  # on the filled box: the first row of the paper's Table 3
 }
 
@@ -54,6 +63,11 @@ LOSS_NAMES = DETECTION_LOSSES + MASK_LOSSES
 # of the same name sum over: masks, masks, edges, edges.
 COUNT_NAMES = ("positives", "box_positives", "centreness", "masks", "box_masks", "mask_masks", *MASK_LOSSES)
 
+EDGE_LOSSES = ("pairwise", "pairwise_labelled", "pairwise_learned")
+
+# With learned affinity there are two losses more, which sum over edges, and counts of the colour rule's answers.
+LEARNED_LOSSES = ("pairwise_learned", "affinity")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
@@ -64,6 +78,17 @@ class Objective:
     affinity_threshold: float
     affinity_size: int
     affinity_dilation: int
+    affinity: Affinity = "colour"
+
+    @property
+    def loss_names(self) -> tuple[str, ...]:
+        """Of all losses of a step, in their order."""
+        return LOSS_NAMES if self.affinity == "colour" else (*LOSS_NAMES, *LEARNED_LOSSES)
+
+    @property
+    def count_names(self) -> tuple[str, ...]:
+        """Of what `term_counts` gives, in its order."""
+        return COUNT_NAMES if self.affinity == "colour" else (*COUNT_NAMES, *LEARNED_LOSSES, *COLOUR_COUNTS)
 
     def terms_of(self, supervision: Supervision) -> tuple[str, ...]:
         return TERMS[supervision, self.box if supervision == Supervision.BOX else self.mask]
@@ -107,12 +132,14 @@ class MaskTargets(InstanceTerms):
         masks: (M, h, w) bool, only of instances with a mask.
         edges: (B, K, h, w) bool, the edges that count for the edge loss of this name; keys as in `chosen`. On regions
             (N, K, h, w).
+        affinity: what learned affinity learns from; None without it.
         sizes: see `loss_sizes`; None = they are read back from the device when they are needed.
     """
 
     objective: Objective
     masks: Tensor
     edges: dict[str, Tensor]
+    affinity: AffinityTargets | None = None
     sizes: Mapping[str, int] | None = None
 
     def edge_index(self, image: Tensor, instance: Tensor) -> Tensor:
@@ -122,7 +149,7 @@ class MaskTargets(InstanceTerms):
 
 @dataclass(frozen=True)
 class LossTerms:
-    """The losses of one part of a step, by the names in `LOSS_NAMES`, all of them always there.
+    """The losses of one part of a step, by `Objective.loss_names`, all of them always there.
 
     Attributes:
         unweighted: scalars, the mean of each loss over what it sums over; without warm-up or mixing shares.
@@ -134,7 +161,7 @@ class LossTerms:
 
     @property
     def total(self) -> Tensor:
-        return torch.stack([self.weighted[name] for name in LOSS_NAMES]).sum()
+        return torch.stack(list(self.weighted.values())).sum()
 
 
 def instance_terms(targets: Targets, grid: MaskGrid, *, objective: Objective) -> InstanceTerms:
@@ -160,18 +187,16 @@ def instance_terms(targets: Targets, grid: MaskGrid, *, objective: Objective) ->
     )
 
 
-def loss_edges(
-    batch: Batch, image_index: Tensor, instances: InstanceTerms, *, objective: Objective
-) -> dict[str, Tensor]:
+def loss_edges(batch: Batch, targets: Targets, instances: InstanceTerms, *, objective: Objective) -> dict[str, Tensor]:
     """`MaskTargets.edges`, on the batch's device, without a transfer to the host; only of losses that someone gets.
 
     Args:
         batch: its images are looked at where an instance gets `pairwise`.
-        image_index: (N,) the image of each instance.
-        instances: what `instance_terms` gives of the batch's targets, on the batch's device.
+        targets: the batch's.
+        instances: what `instance_terms` gives of them, on the batch's device.
         objective: the study's.
     """
-    grid = instances.grid
+    grid, image_index = instances.grid, targets.image_index
     of_images = (batch.image_sizes_hw, batch.bottom_rows_without_affinity)
     size, dilation, threshold = objective.affinity_size, objective.affinity_dilation, objective.affinity_threshold
     if isinstance(grid, WholeMap):
@@ -185,7 +210,18 @@ def loss_edges(
         edges["pairwise"] = coloured(size=size, dilation=dilation, threshold=threshold)
     if "pairwise_labelled" in instances.chosen:
         edges["pairwise_labelled"] = inside(size=size, dilation=dilation)
+    if "pairwise_learned" in instances.chosen:
+        edges["pairwise_learned"] = edges_of_one_box(
+            batch, targets, instances.cells, whole_map(grid), size=size, dilation=dilation
+        )
     return edges
+
+
+def whole_map(grid: MaskGrid) -> WholeMap:
+    """The grid, of which learned affinity needs that it is an image's, not an instance's own."""
+    if not isinstance(grid, WholeMap):
+        raise TypeError(f"learned affinity needs masks on one grid for all instances, not on {type(grid).__name__}")
+    return grid
 
 
 def loss_sizes(instances: InstanceTerms, quotas: Tensor, *, objective: Objective) -> dict[str, int]:
@@ -199,7 +235,7 @@ def loss_sizes(instances: InstanceTerms, quotas: Tensor, *, objective: Objective
         quotas: (N,) int64, how many positives of each instance get a mask.
     """
     around = patch_cells(instances.cells, size=objective.affinity_size, dilation=objective.affinity_dilation)
-    numbers = {"dice": quotas, "pairwise": quotas * around, "pairwise_labelled": quotas * around}
+    numbers = {"dice": quotas} | dict.fromkeys(EDGE_LOSSES, quotas * around)
     return {name: int((numbers[name] * instances.chosen[name]).sum()) for name in numbers if name in instances.chosen}
 
 
@@ -224,9 +260,10 @@ def term_counts(assignment: Assignment, targets: Targets, prepared: MaskTargets,
         quotas: (N,) int64, how many positives of each instance get a mask.
 
     Returns:
-        (len(COUNT_NAMES),) float64: `positives` and those of box-supervised instances; the sum of the centreness
-        targets; `masks` P, sampled positives that get any mask loss, of which `box_masks` P_box are box-supervised
-        and `mask_masks` are not; and the number that each mask loss sums over, all counted per sampled positive.
+        (len(objective.count_names),) float64: `positives` and those of box-supervised instances; the sum of the
+        centreness targets; `masks` P, sampled positives that get any mask loss, of which `box_masks` P_box are
+        box-supervised and `mask_masks` are not; and the number that each mask loss sums over, all counted per sampled
+        positive. With learned affinity also the known edges of all images, and `COLOUR_COUNTS` of these.
     """
     box = prepared.box_only
     used = quotas * prepared.used
@@ -238,14 +275,18 @@ def term_counts(assignment: Assignment, targets: Targets, prepared: MaskTargets,
         "box_masks": (used * box).sum(),
         "mask_masks": (used * ~box).sum(),
     }
-    for name in MASK_LOSSES:
+    for name in (*MASK_LOSSES, "pairwise_learned"):
         each = quotas * prepared.chosen[name] if name in prepared.chosen else quotas.new_zeros(1)
         if name in prepared.edges:
             instances = torch.arange(len(quotas), device=quotas.device)
             index = prepared.edge_index(targets.image_index, instances)
             each = each * edge_counts(prepared.cells, prepared.edges[name], index)
         counts[name] = each.sum()
-    return torch.stack([counts[name].double() for name in COUNT_NAMES])
+    if prepared.affinity is not None:
+        counts["affinity"] = prepared.affinity.known.sum()
+        colour = prepared.affinity.colour_counts(prepared.objective.affinity_threshold)
+        counts |= zip(COLOUR_COUNTS, colour, strict=True)
+    return torch.stack([counts[name].double() for name in prepared.objective.count_names])
 
 
 def compute_losses(
@@ -258,6 +299,7 @@ def compute_losses(
     *,
     warmup: float,
     processes: int,
+    learned: LearnedEdges | None = None,
 ) -> LossTerms:
     """All losses of one accumulation part on one process, as its share of the whole optimizer step.
 
@@ -268,47 +310,58 @@ def compute_losses(
         centreness                 = S / max(n.positives / p, 1)
         unweighted mask loss t     = p S_t / max(n.t, 1), n.t masks for dice and projection, edges otherwise
         weighted dice, projection  = (n.t / max(n.masks, 1)) unweighted
-        weighted pairwise          = warmup (n.box_masks / max(n.masks, 1)) unweighted
+        weighted pairwise          = (1 - r) warmup (n.box_masks / max(n.masks, 1)) unweighted
         weighted pairwise_labelled = warmup (n.mask_masks / max(n.masks, 1)) unweighted
+        weighted pairwise_learned  = 2 r warmup (n.box_masks / max(n.masks, 1)) unweighted
+        affinity                   = p S / max(n.affinity, 1)
 
     so that (sum of dice + sum of projection) / P + (P_box / P) pairwise is METHOD's mixed loss. Sums over the parts
     of a step and means over its processes (which data parallelism takes of gradients) give the values of the step.
     Pseudo masks scale their sums by their weight and count as one. Deviation: the labelled edges, for which the
     method names no weight, take the same kind of share and warm-up as the coloured ones (docs/NUMERICS.md).
+    r = `learned.trust` is how far learned labels replace colour's, 0 without them.
 
     Args:
         mask_logits: one per sampled positive, on the grid of its instance.
         prepared: `mask_targets` of the same batch.
-        counts: (len(COUNT_NAMES),) of the whole step.
+        counts: (len(objective.count_names),) of the whole step.
         warmup: factor of the edge losses in [0, 1]: min(step / W, 1) with step from 1.
         processes: number of processes that share the step.
+        learned: the branch's prediction for the batch, exactly where `prepared.affinity` is given.
 
     Returns:
-        Every loss of `LOSS_NAMES`, 0 where nothing is there to sum. Their total carries a graph through the masks
-        even then.
+        Every loss of the objective, 0 where nothing is there to sum. Their total carries a graph through the masks
+        and the branch even then.
     """
-    sums = detection_losses(outputs, assignment, targets.labels) | _mask_sums(mask_logits, prepared)
-    count = dict(zip(COUNT_NAMES, counts.unbind(), strict=True))
+    sums = detection_losses(outputs, assignment, targets.labels) | _mask_sums(mask_logits, prepared, learned)
+    count = dict(zip(prepared.objective.count_names, counts.unbind(), strict=True))
     positives = (count["positives"] / processes).clamp(min=1)
     factors = {
         "classification": 1 / positives,
         "box": 1 / (count["centreness"] / processes).clamp(min=1e-6),
         "centreness": 1 / positives,
-    } | {name: processes / count[name].clamp(min=1) for name in MASK_LOSSES}
-    shares = {
-        "dice": count["dice"],
-        "projection": count["projection"],
-        "pairwise": warmup * count["box_masks"],
-        "pairwise_labelled": warmup * count["mask_masks"],
     }
     masks = count["masks"].clamp(min=1)
-    unweighted = {name: sums[name] * factors[name].to(sums[name].dtype) for name in LOSS_NAMES}
-    weighted = {name: unweighted[name] for name in DETECTION_LOSSES}
-    weighted |= {name: unweighted[name] * (shares[name] / masks).to(sums[name].dtype) for name in MASK_LOSSES}
+    colour = warmup * count["box_masks"]
+    shares = {
+        "dice": count["dice"] / masks,
+        "projection": count["projection"] / masks,
+        "pairwise": colour / masks,
+        "pairwise_labelled": warmup * count["mask_masks"] / masks,
+    }
+    if learned is not None:
+        shares["pairwise"] = (1 - learned.trust) * colour / masks
+        shares["pairwise_learned"] = 2 * learned.trust * colour / masks
+    names = prepared.objective.loss_names
+    factors |= {name: processes / count[name].clamp(min=1) for name in names if name not in factors}
+    unweighted = {name: sums[name] * factors[name].to(sums[name].dtype) for name in names}
+    weighted = {
+        name: value * shares[name].to(value.dtype) if name in shares else value for name, value in unweighted.items()
+    }
     return LossTerms(unweighted=unweighted, weighted=weighted)
 
 
-def _mask_sums(mask_logits: MaskLogits, prepared: MaskTargets) -> dict[str, Tensor]:
+def _mask_sums(mask_logits: MaskLogits, prepared: MaskTargets, learned: LearnedEdges | None) -> dict[str, Tensor]:
     logits, image, instance = mask_logits.logits, mask_logits.image_index, mask_logits.instance_index
     if not _same_cells(mask_logits.grid, prepared.grid):
         raise ValueError(f"the mask logits' grid {mask_logits.grid} is not that of the masks, {prepared.grid}")
@@ -318,11 +371,14 @@ def _mask_sums(mask_logits: MaskLogits, prepared: MaskTargets) -> dict[str, Tens
     if len(logits) and "projection" in prepared.chosen:
         sums["projection"] = _projection_sum(logits, instance, prepared)
     for name in prepared.edges if len(logits) else ():
-        sums[name] = _edge_sum(name, logits, image, instance, prepared)
+        labels = learned.labels if name == "pairwise_learned" and learned is not None else None
+        sums[name] = _edge_sum(name, logits, image, instance, prepared, labels)
     # One loss with a graph is enough, and a graph for nothing costs a map of zeros. Without any, the masks take part in
     # the 0 (those of no queries are on the graph, too), so that no process waits for a gradient that never comes.
     zero = at_least_float32(logits.new_zeros(()) if sums else logits[:0].sum())
-    return dict.fromkeys(MASK_LOSSES, zero) | sums
+    if prepared.affinity is not None and learned is not None:
+        sums["affinity"] = affinity_loss(learned.logits, prepared.affinity)
+    return dict.fromkeys((*MASK_LOSSES, "pairwise_learned"), zero) | sums
 
 
 def _same_cells(one: MaskGrid, other: MaskGrid) -> bool:
@@ -360,12 +416,14 @@ def _projection_sum(logits: Tensor, instance: Tensor, prepared: MaskTargets) -> 
     return torch.where(prepared.chosen["projection"][instance], each, 0).sum()
 
 
-def _edge_sum(name: str, logits: Tensor, image: Tensor, instance: Tensor, prepared: MaskTargets) -> Tensor:
+def _edge_sum(
+    name: str, logits: Tensor, image: Tensor, instance: Tensor, prepared: MaskTargets, labels: Tensor | None
+) -> Tensor:
     cells = (prepared.cells * prepared.chosen[name][:, None])[instance]  # those of other instances become empty
     edges, objective = prepared.edges[name], prepared.objective
     total = None if prepared.sizes is None else prepared.sizes[name]
     size, dilation = objective.affinity_size, objective.affinity_dilation
-    masks = None if name == "pairwise" else prepared.masks[prepared.mask_row[instance]]
+    masks = prepared.masks[prepared.mask_row[instance]] if name == "pairwise_labelled" else None
     index = prepared.edge_index(image, instance)
-    each = edge_sums(logits, cells, edges, index, masks, size=size, dilation=dilation, total_cells=total)
+    each = edge_sums(logits, cells, edges, index, masks, labels, size=size, dilation=dilation, total_cells=total)
     return (each * prepared.weight[instance]).sum()

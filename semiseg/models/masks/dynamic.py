@@ -36,10 +36,12 @@ class DynamicInputs:
         filter_features: (B, R, F'), from which the filters of a location and its neighbours are computed when a mask
             is wanted there.
         mask_features: (B, F, h, w) shared by all instances of an image.
+        wide_features: (B, F'', h, w) what these were reduced from; None outside a training of masks.
     """
 
     filter_features: Tensor
     mask_features: Tensor
+    wide_features: Tensor | None = None
 
     def __post_init__(self) -> None:
         require(self.filter_features.ndim == 3, "filter_features must be (B, R, F')")
@@ -71,7 +73,8 @@ class DynamicMasks(MaskHead):
     ) -> None:
         super().__init__()
         self.level_strides = tuple(level_strides)
-        self.feature_stride = self.level_strides[0]
+        self.feature_stride = self.edge_stride = self.level_strides[0]
+        self.edge_channels = branch.channels
         self.stride = stride
         self.filter_shapes = filter_shapes(branch.out_channels, dynamic_channels, dynamic_layers)
         self.controller = _controller(channels, num_filter_numbers(self.filter_shapes))
@@ -95,9 +98,16 @@ class DynamicMasks(MaskHead):
         if self.training and not self.learns:
             batch, _, height, width = taken[0].shape
             features = taken[0].new_zeros(batch, self.branch.out_channels, height, width)
-        else:
-            features = self.branch(taken)
-        return DynamicInputs(flatten_levels(box_towers), features)
+            return DynamicInputs(flatten_levels(box_towers), features)
+        features, wide = self.branch(taken)
+        return DynamicInputs(flatten_levels(box_towers), features, wide if self.training else None)
+
+    def edge_features(self, outputs: DenseOutputs) -> Tensor:
+        """The branch's features before they are reduced to few channels."""
+        inputs: DynamicInputs = outputs.mask_inputs
+        if inputs.wide_features is None:
+            raise ValueError("features of edges exist in a training of masks alone")
+        return inputs.wide_features
 
     def grid(self, boxes_xyxy: Tensor, padded_size_hw: tuple[int, int]) -> WholeMap:
         """The whole padded map at `stride`, whatever the boxes."""
@@ -165,7 +175,7 @@ class MaskBranch(nn.Module):
         self, in_channels: int, *, num_levels: int, channels: int, convs: int, out_channels: int, norm: Norm
     ) -> None:
         super().__init__()
-        self.out_channels = out_channels
+        self.out_channels, self.channels = out_channels, channels
         make_norm = norm_layer(norm)
         self.refine = nn.ModuleList(
             Conv2dNormActivation(in_channels, channels, norm_layer=make_norm) for _ in range(num_levels)
@@ -178,13 +188,13 @@ class MaskBranch(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def forward(self, levels: Sequence[Tensor]) -> Tensor:
-        """(B, out_channels, h, w) at the stride of the first of `levels`."""
+    def forward(self, levels: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """(B, out_channels, h, w) at the stride of the first of `levels`, and the (B, channels, h, w) it is made of."""
         total = self.refine[0](levels[0])
         for number in range(1, len(self.refine)):
             total = total + aligned_upsample(self.refine[number](levels[number]), 2**number)
-        features: Tensor = self.tower(total)
-        return features
+        wide: Tensor = self.tower[:-1](total)
+        return self.tower[-1](wide), wide
 
 
 def filter_shapes(mask_channels: int, dynamic_channels: int, num_layers: int) -> list[tuple[int, int]]:

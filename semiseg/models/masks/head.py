@@ -13,7 +13,14 @@ from semiseg.structures.outputs import DenseOutputs, MaskLogits, MaskQueries
 
 
 class MaskHead(nn.Module, ABC):
-    """From the levels of the pyramid and the features of the detector to the masks of the queries."""
+    """From the levels of the pyramid and the features of the detector to the masks of the queries.
+
+    Attributes:
+        edge_channels: of `edge_features`; None = this head has none. edge_stride: input pixels per cell of theirs.
+    """
+
+    edge_channels: int | None = None
+    edge_stride: int = 1
 
     @abstractmethod
     def forward(self, levels: Mapping[int, Tensor], box_towers: Sequence[Tensor]) -> Any:
@@ -35,6 +42,10 @@ class MaskHead(nn.Module, ABC):
         Without queries the result is (0, h, w) and still on the graph of every parameter of this head, so that no
         process of several waits for a gradient that never comes.
         """
+
+    def edge_features(self, outputs: DenseOutputs) -> Tensor:
+        """(B, `edge_channels`, h, w) of the whole images, of a forward in training, for learned affinity."""
+        raise NotImplementedError(f"{type(self).__name__} has no features of the whole image")
 
     @abstractmethod
     def freeze(self) -> None:

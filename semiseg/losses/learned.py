@@ -1,0 +1,166 @@
+"""Edges whose labels are learned: from masks, where they are known, for instances that have a box alone.
+
+An edge joins a cell to one of its first K / 2 neighbours (in the row above or to the left; see `affinity`). The branch
+of `models/affinity.py` predicts for every edge of an image the logit of "different": that some instance has exactly one
+of its two cells. It learns where masks say so; its labels then take the place of colour's (docs/METHOD.md).
+
+Letters: B images, N instances, M masks, K neighbours, (h, w) the mask grid of the padded batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from semiseg.losses.affinity import downsample_images, lab_distances, neighbour_offsets, overlap, rgb_to_lab
+from semiseg.losses.boxinst import box_cells
+from semiseg.structures.grids import WholeMap
+from semiseg.structures.inputs import Batch, Supervision, Targets
+
+# Of the edges with a known label, by the colour rule's answer and the label: what the rule's likelihood follows from.
+COLOUR_COUNTS = ("alike_same", "alike_different", "unlike_same", "unlike_different")
+
+
+@dataclass(frozen=True)
+class AffinityTargets:
+    """What the branch sees of a batch's colours and learns from its masks; on the batch's device.
+
+    Attributes:
+        lab: (B, 3, h, w) float32, the cells' colours.
+        distances: (B, K / 2, h, w) float32, between the colours of an edge's cells.
+        known: (B, K / 2, h, w) bool, the edges whose label the masks tell: both cells in the image, at least one in
+            the box of an instance with a mask, none in that of one without or of a crowd. (An edge into such a box may
+            be the boundary of its object: taught as "same", the branch would not see those of unseen classes.)
+        different: (B, K / 2, h, w) bool, the labels; without meaning elsewhere.
+    """
+
+    lab: Tensor
+    distances: Tensor
+    known: Tensor
+    different: Tensor
+
+    def colour_counts(self, threshold: float) -> Tensor:
+        """(4,) int64, the numbers of `COLOUR_COUNTS` where edges with an affinity of at least `threshold` are alike."""
+        alike = self.distances.mul(-0.5).exp_() >= threshold
+        kind = 2 * ~alike + 1 * self.different
+        return torch.stack([((kind == number) & self.known).sum() for number in range(4)])
+
+
+@dataclass(frozen=True)
+class LearnedEdges:
+    """What the branch says of a batch.
+
+    Attributes:
+        logits: (B, K / 2, h, w) of "different", on the graph.
+        trust: scalar in [0, 1], how far its labels replace those of colour.
+    """
+
+    logits: Tensor
+    trust: Tensor
+
+    @property
+    def labels(self) -> Tensor:
+        """(B, K / 2, h, w) float32 in [0, 1], how much the edges are to be different; without gradient."""
+        return self.logits.detach().float().sigmoid()
+
+
+@torch.no_grad()
+def affinity_targets(
+    batch: Batch, targets: Targets, cells: Tensor, grid: WholeMap, *, size: int, dilation: int
+) -> AffinityTargets:
+    """Colours, known edges and their labels; without a transfer to the host.
+
+    Args:
+        cells: (N, 4) boxes on the grid, see `boxinst.box_cells`.
+        size, dilation: of the neighbourhood.
+    """
+    lab = rgb_to_lab(downsample_images(batch.images, stride=grid.stride))
+    boxed = targets.supervision == Supervision.BOX
+    of_masks = _cover(cells, targets.image_index, (~boxed).long(), len(lab), grid) > 0
+    unknown = _cover(cells, targets.image_index, boxed.long(), len(lab), grid) + _crowds(targets, len(lab), grid) > 0
+    inside = _inside(batch, grid)
+    codes = _codes(targets, grid, len(lab))
+    shape = (len(lab), size * size // 2, *grid.size_hw)
+    known = torch.zeros(shape, dtype=torch.bool, device=lab.device)
+    different = torch.zeros_like(known)
+    for k, offset in enumerate(neighbour_offsets(size, dilation)[: shape[1]]):
+        here, there = overlap(grid.size_hw, offset)
+        usable = inside & ~unknown
+        known[:, k][here] = usable[here] & usable[there] & (of_masks[here] | of_masks[there])
+        different[:, k][here] = codes[here] != codes[there]
+    return AffinityTargets(lab, lab_distances(lab, size=size, dilation=dilation), known, different)
+
+
+@torch.no_grad()
+def edges_of_one_box(
+    batch: Batch, targets: Targets, cells: Tensor, grid: WholeMap, *, size: int, dilation: int
+) -> Tensor:
+    """Whether the k-th edge of a cell concerns one box alone: (B, K, h, w) bool.
+
+    The cell lies in one box, whatever its instance's supervision; its neighbour, in the image as well, lies in no other
+    (nor in a crowd's): between two objects it is not known whose mask an edge should cut.
+    """
+    count = len(batch.images)
+    ones = torch.ones_like(targets.image_index)
+    number = _cover(cells, targets.image_index, ones, count, grid) + _crowds(targets, count, grid)
+    # The sum of the instances' numbers is the instance's own where there is one.
+    owner = _cover(cells, targets.image_index, ones.cumsum(0), count, grid)
+    inside = _inside(batch, grid)
+    edges = torch.zeros(count, size * size - 1, *grid.size_hw, dtype=torch.bool, device=cells.device)
+    for k, offset in enumerate(neighbour_offsets(size, dilation)):
+        here, there = overlap(grid.size_hw, offset)
+        shared = (number[there] == 1) & (owner[here] == owner[there])
+        alone = (number[here] == 1) & (shared | (number[there] == 0))
+        edges[:, k][here] = alone & inside[here] & inside[there]
+    return edges
+
+
+def affinity_loss(logits: Tensor, wanted: AffinityTargets) -> Tensor:
+    """The sum of the cross entropies of the known edges, in float32.
+
+    Args:
+        logits: (B, K / 2, h, w) of "different".
+    """
+    each = F.binary_cross_entropy_with_logits(logits.float(), wanted.different.float(), reduction="none")
+    return each.mul(wanted.known).sum()
+
+
+def _cover(cells: Tensor, image_index: Tensor, value: Tensor, images: int, grid: WholeMap) -> Tensor:
+    """(B, h, w) int64: of every cell the sum of the values (N,) of the boxes (N, 4) of its image that contain it."""
+    height, width = grid.size_hw
+    corners = cells.new_zeros(images, height + 1, width + 1)
+    row0, row1, column0, column1 = cells.unbind(1)
+    for row, column, sign in ((row0, column0, 1), (row0, column1, -1), (row1, column0, -1), (row1, column1, 1)):
+        corners.index_put_((image_index, row, column), sign * value, accumulate=True)
+    return corners.cumsum(1).cumsum(2)[:, :height, :width]
+
+
+def _crowds(targets: Targets, images: int, grid: WholeMap) -> Tensor:
+    """(B, h, w) int64: how many crowd boxes a cell is in."""
+    cells = box_cells(targets.crowd_boxes_xyxy, stride=grid.stride, grid_hw=grid.size_hw)
+    return _cover(cells, targets.crowd_image_index, torch.ones_like(targets.crowd_image_index), images, grid)
+
+
+def _inside(batch: Batch, grid: WholeMap) -> Tensor:
+    """(B, h, w) bool: the cells in the unpadded image, above the rows whose colours are not to be trusted."""
+    rows, columns = (
+        torch.arange(side, device=batch.images.device) * grid.stride + grid.stride // 2 for side in grid.size_hw
+    )
+    row_in = rows < (batch.image_sizes_hw[:, 0] - batch.bottom_rows_without_affinity)[:, None]
+    return row_in[:, :, None] & (columns < batch.image_sizes_hw[:, 1:])[:, None, :]
+
+
+def _codes(targets: Targets, grid: WholeMap, images: int) -> Tensor:
+    """(B, h, w) int64 that differ between two cells of an image if and only if some mask has exactly one of them.
+
+    Each mask adds a number of its own, drawn by a fixed rule: two sets of masks have equal sums with a chance of 2^-64.
+    """
+    masks = targets.masks_on(grid)
+    mixed = torch.arange(1, len(masks) + 1, device=masks.device) * -7046029254386353131
+    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):  # splitmix64's constants
+        mixed = (mixed ^ (mixed >> shift)) * factor
+    codes = torch.zeros(images, *grid.size_hw, dtype=torch.int64, device=masks.device)
+    return codes.index_add_(0, targets.image_index[targets.mask_instance], masks * mixed[:, None, None])

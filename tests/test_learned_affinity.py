@@ -1,0 +1,352 @@
+"""Learned affinity: edges and labels cell by cell, its losses beside plain loops, its gate, and a training with it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck
+
+from benchmarks import straightforward as plain
+from semiseg.config import RunConfig
+from semiseg.engine import train as training
+from semiseg.engine.checkpoint import load_tensors
+from semiseg.engine.logs import read_log
+from semiseg.engine.run import execute_run
+from semiseg.errors import UserError
+from semiseg.losses.affinity import neighbour_offsets
+from semiseg.losses.boxinst import box_cells, edge_sums
+from semiseg.losses.learned import COLOUR_COUNTS, AffinityTargets, affinity_loss, affinity_targets, edges_of_one_box
+from semiseg.losses.terms import COUNT_NAMES, LOSS_NAMES
+from semiseg.models.affinity import AffinityBranch
+from semiseg.structures.grids import WholeMap
+from semiseg.structures.inputs import Batch, Supervision, Targets
+from tests.distributed_worker import LEARNED, half_open
+from tests.test_losses_boxinst import CELLS, IMAGE_INDEX, box_masks, random_edges, random_logits, random_masks
+from tests.test_terms import BOX, GRID, MASK, MIXED, STRIDE, make_batch, of_all_neighbours
+from tests.test_train import first_batches, fresh_step, losses_and_gradients, without_instances
+from tests.tiny import tiny_config
+
+MAP = WholeMap(STRIDE, GRID)
+
+
+def random_labels(size: int) -> Tensor:
+    """(B, K / 2, h, w) in [0, 1] for the boxes of `test_losses_boxinst`."""
+    shape = (2, size * size // 2, *random_logits().shape[1:])
+    return torch.rand(shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("size", "dilation"), [(3, 1), (3, 2), (5, 1), (5, 2)])
+def test_edges_with_labels_cost_what_their_ends_are_apart(size: int, dilation: int) -> None:
+    logits, edges, labels = random_logits().requires_grad_(), random_edges(size, dilation), random_labels(size)
+    sums = edge_sums(logits, CELLS, edges, IMAGE_INDEX, different=labels, size=size, dilation=dilation)
+    counts = (edges[IMAGE_INDEX] & box_masks()[:, None].bool()).nonzero(as_tuple=True)
+    same = plain.edge_losses(logits, size=size, dilation=dilation)[counts]
+    y = of_all_neighbours(labels, size, dilation)[IMAGE_INDEX][counts]
+    each = (1 - y) * same - y * torch.log1p(-torch.exp(-same))
+    expected = torch.zeros(len(logits), dtype=torch.float64).index_add(0, counts[0], each)
+    torch.testing.assert_close(sums, expected, rtol=1e-10, atol=1e-11)
+    factors = torch.arange(1.0, 6, dtype=torch.float64)
+    (mine,) = torch.autograd.grad((sums * factors).sum(), logits)
+    (theirs,) = torch.autograd.grad((expected * factors).sum(), logits)
+    torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-11)
+
+
+def test_labels_that_are_right_make_the_loss_of_labelled_edges() -> None:
+    logits, masks, edges = random_logits(scale=12), random_masks(), random_edges(3, 2)
+    one = torch.zeros(1, dtype=torch.int64)
+    for n in range(len(logits)):
+        wrong = torch.zeros(1, 4, *logits.shape[1:], dtype=torch.bool)
+        for k, (down, right) in enumerate(neighbour_offsets(3, 2)[:4]):
+            moved = torch.roll(masks[n], (-down, -right), (0, 1))  # what comes round from the other side has no edge
+            wrong[0, k] = masks[n] ^ moved
+        of_image = edges[IMAGE_INDEX[n]][None]
+        arguments = logits[n][None], CELLS[n][None], of_image, one
+        labelled = edge_sums(*arguments, masks[n][None], size=3, dilation=2)
+        learned = edge_sums(*arguments, different=wrong.double(), size=3, dilation=2)
+        torch.testing.assert_close(learned, labelled, rtol=1e-12, atol=1e-13)
+
+
+def test_gradcheck_of_soft_edges() -> None:
+    labels, edges = random_labels(3), random_edges(3, 2)
+
+    def loss(logits: Tensor) -> Tensor:
+        return edge_sums(logits, CELLS, edges, IMAGE_INDEX, different=labels, size=3, dilation=2)
+
+    assert gradcheck(loss, (random_logits().requires_grad_(),))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_extreme_soft_edges_stay_finite(dtype: torch.dtype) -> None:
+    logits = random_logits(scale=1e4, dtype=dtype).requires_grad_()
+    labels = random_labels(3).round().float()
+    sums = edge_sums(logits, CELLS, random_edges(3, 2), IMAGE_INDEX, different=labels, size=3, dilation=2)
+    assert sums.dtype == torch.float32
+    sums.sum().backward()
+    assert torch.isfinite(sums).all()
+    assert logits.grad is not None
+    assert torch.isfinite(logits.grad).all()
+
+
+def with_crowd(batch: Batch) -> tuple[Batch, Targets]:
+    assert batch.targets is not None
+    crowd = torch.tensor([[20.0, 0.0, 31.0, 8.0]])
+    targets = replace(batch.targets, crowd_boxes_xyxy=crowd, crowd_image_index=torch.tensor([1]))
+    return replace(batch, targets=targets), targets
+
+
+def prepared(batch: Batch, targets: Targets, size: int, dilation: int) -> tuple[AffinityTargets, Tensor]:
+    cells = box_cells(targets.boxes_xyxy, stride=STRIDE, grid_hw=GRID)
+    return (
+        affinity_targets(batch, targets, cells, MAP, size=size, dilation=dilation),
+        edges_of_one_box(batch, targets, cells, MAP, size=size, dilation=dilation),
+    )
+
+
+def cell_by_cell(batch: Batch, targets: Targets, size: int, dilation: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`known`, `different` where known, and the edges of one box, from the words of their definitions."""
+    offsets = neighbour_offsets(size, dilation)
+    known = torch.zeros(2, len(offsets), *GRID, dtype=torch.bool)
+    different, alone = known.clone(), known.clone()
+    boxes = [plain.box_mask(box, GRID, STRIDE).bool() for box in targets.boxes_xyxy]
+    crowds = [plain.box_mask(box, GRID, STRIDE).bool() for box in targets.crowd_boxes_xyxy]
+    masks = dict(zip(targets.mask_instance.tolist(), targets.masks, strict=True))
+    for image in range(2):
+        mine = [n for n, of in enumerate(targets.image_index.tolist()) if of == image]
+        here = [crowd for crowd, of in zip(crowds, targets.crowd_image_index.tolist(), strict=True) if of == image]
+        height, width = batch.image_sizes_hw[image].tolist()
+        height -= int(batch.bottom_rows_without_affinity[image])
+
+        def inside(cell: tuple[int, int], height: int = height, width: int = width) -> bool:
+            row, column = cell
+            return (
+                0 <= row < GRID[0]
+                and 0 <= column < GRID[1]
+                and row * STRIDE + STRIDE // 2 < height
+                and column * STRIDE + STRIDE // 2 < width
+            )
+
+        for k, (down, right) in enumerate(offsets):
+            for row in range(GRID[0]):
+                for column in range(GRID[1]):
+                    a, b = (row, column), (row + down, column + right)
+                    if not (inside(a) and inside(b)):
+                        continue
+                    around = [{n for n in mine if boxes[n][cell]} for cell in (a, b)]
+                    crowded = [any(crowd[cell] for crowd in here) for cell in (a, b)]
+                    place = (image, k, row, column)
+                    either = around[0] | around[1]
+                    if any(n in masks for n in either) and all(n in masks for n in either) and not any(crowded):
+                        known[place] = True
+                        different[place] = any(bool(masks[n][a] ^ masks[n][b]) for n in mine if n in masks)
+                    alone[place] = len(around[0]) == 1 and around[1] <= around[0] and not any(crowded)
+    return known, different, alone
+
+
+@pytest.mark.parametrize(("size", "dilation"), [(3, 1), (3, 2), (5, 1)])
+@pytest.mark.parametrize("supervision", [MIXED, [MASK] * 7, [BOX] * 7, [MASK, BOX, BOX, MASK, MASK, MASK, BOX]])
+def test_known_edges_and_their_labels(size: int, dilation: int, supervision: list[Supervision]) -> None:
+    batch, targets = with_crowd(make_batch(supervision))
+    found, alone = prepared(batch, targets, size, dilation)
+    known, different, of_one_box = cell_by_cell(batch, targets, size, dilation)
+    half = size * size // 2
+    assert torch.equal(found.known, known[:, :half])
+    assert torch.equal(found.different & found.known, different[:, :half])
+    assert torch.equal(alone, of_one_box)
+    assert of_one_box.any()
+    assert known.any() == (MASK in supervision)
+
+
+def test_overlapping_masks_separate_only_where_one_of_them_ends() -> None:
+    batch = make_batch([MASK] * 7)
+    assert batch.targets is not None
+    masks = torch.zeros_like(batch.targets.masks)
+    masks[0, :, :4], masks[1, :, 2:6] = True, True  # of image 0; the columns 2 and 3 are in both
+    targets = replace(batch.targets, masks=masks)
+    found, _ = prepared(batch, targets, 3, 1)
+    to_the_left = found.different[0, 3, 4]  # offset (0, -1)
+    assert to_the_left.tolist() == [False, False, True, False, True, False, True, False]
+
+
+def test_colour_counts_are_the_rules_answers() -> None:
+    batch, targets = with_crowd(make_batch(MIXED))
+    found, _ = prepared(batch, targets, 3, 2)
+    similar = [
+        plain.similarity(
+            batch.images[b], tuple(batch.image_sizes_hw[b].tolist()), bottom=0, stride=STRIDE, size=3, dilation=2
+        )
+        for b in range(2)
+    ]
+    alike = (torch.stack(similar) >= 0.3)[:, :4]
+    expected = [
+        int((found.known & answer & truth).sum())
+        for answer in (alike, ~alike)
+        for truth in (~found.different, found.different)
+    ]
+    assert found.colour_counts(0.3).tolist() == expected
+    assert min(expected) > 0
+
+
+def test_the_branchs_loss_is_the_cross_entropy_of_the_known_edges() -> None:
+    batch, targets = with_crowd(make_batch(MIXED))
+    found, _ = prepared(batch, targets, 3, 2)
+    logits = torch.randn(found.known.shape, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    each = [
+        -(logits[place].sigmoid() if found.different[place] else 1 - logits[place].sigmoid()).log()
+        for place in map(tuple, found.known.nonzero().tolist())
+    ]
+    torch.testing.assert_close(affinity_loss(logits, found), torch.stack(each).sum(), rtol=1e-5, atol=0)
+    affinity_loss(logits, replace(found, known=torch.zeros_like(found.known))).backward()
+    assert logits.grad is not None
+    assert not logits.grad.any()
+
+
+# The gate -------------------------------------------------------------------------------------------------------------
+
+
+def gate(cross_entropy_per_edge: float, answers: list[float], *, steps: int = 5) -> float:
+    branch = AffinityBranch(4, factor=1, edges=4)
+    assert branch.trust() == 0, "nothing is known yet"
+    for _ in range(steps):
+        branch.observe(torch.tensor(cross_entropy_per_edge * sum(answers)), torch.tensor(answers))
+    return float(branch.trust())
+
+
+def test_the_gate_opens_as_far_as_the_branch_is_better_than_colour() -> None:
+    colour = [800.0, 100.0, 20.0, 80.0]
+    surest = sum(-n * torch.tensor(n / pair).log() for n, pair in zip(colour, (900, 900, 100, 100), strict=True))
+    per_edge = float(surest) / 1000
+    assert gate(per_edge, colour) == pytest.approx(0, abs=1e-6)
+    assert gate(2 * per_edge, colour) == 0, "worse than colour"
+    assert gate(0.6931, colour) == 0, "a branch that says 1/2 everywhere teaches nothing"
+    assert gate(0.85 * per_edge, colour) == pytest.approx(0.5, abs=1e-5)
+    assert gate(0.1 * per_edge, colour) == 1
+    assert gate(0.85 * per_edge, [10 * n for n in colour]) == pytest.approx(0.5, abs=1e-5), "whatever the number"
+
+
+def test_the_gate_stays_shut_without_edges_or_where_colour_is_always_right() -> None:
+    assert gate(0.0, [0.0, 0.0, 0.0, 0.0]) == 0
+    assert gate(0.01, [900.0, 0.0, 0.0, 100.0]) == 0
+
+
+def test_the_gate_forgets() -> None:
+    branch = AffinityBranch(4, factor=1, edges=4)
+    answers = torch.tensor([50.0, 50.0, 50.0, 50.0])
+    for _ in range(20):
+        branch.observe(torch.tensor(300.0), answers)
+    assert branch.trust() == 0
+    for _ in range(500):
+        branch.observe(torch.tensor(10.0), answers)
+    assert branch.trust() == 1
+
+
+# A training -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("shapes")
+
+
+def learned_config(root: Path, **sections: Any) -> RunConfig:
+    return tiny_config(root, objective=LEARNED, **sections)
+
+
+def half_opened(config: RunConfig) -> Any:
+    module = fresh_step(config)
+    assert module.affinity is not None
+    half_open(module.affinity)
+    assert float(module.affinity.trust()) == pytest.approx(0.5, abs=1e-5)
+    return module
+
+
+def test_shut_it_is_projection_and_pairwise_to_the_bit(root: Path) -> None:
+    parts = first_batches(tiny_config(root), 1)
+    without, module = fresh_step(tiny_config(root)), fresh_step(learned_config(root))
+    losses, gradient = losses_and_gradients(without, parts)
+    assert set(without.state_dict()) == {name for name in module.state_dict() if not name.startswith("affinity.")}
+    plan = module.plan(parts[0])
+    terms = module(parts[0], plan, plan.counts, warmup=0.7, processes=1)
+    assert [float(terms.weighted[name].detach()) for name in LOSS_NAMES] == losses.tolist()
+    assert float(terms.weighted["pairwise_learned"].detach()) == 0
+    assert float(terms.weighted["affinity"].detach()) > 0
+    assert plan.counts[: len(COUNT_NAMES)].tolist() == without.plan(parts[0]).counts.tolist()
+    module.zero_grad()
+    (terms.total - terms.weighted["affinity"]).backward()
+    mine = torch.cat([p.grad.flatten() for p in module.model.parameters() if p.grad is not None])
+    torch.testing.assert_close(mine, gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_open_it_takes_colours_place(root: Path) -> None:
+    parts = first_batches(learned_config(root), 1)
+    module = fresh_step(learned_config(root))
+    plan = module.plan(parts[0])
+    shut = module(parts[0], plan, plan.counts, warmup=0.7, processes=1).weighted
+    terms = half_opened(learned_config(root))(parts[0], plan, plan.counts, warmup=0.7, processes=1)
+    share = float(plan.counts[COUNT_NAMES.index("box_masks")] / plan.counts[COUNT_NAMES.index("masks")])
+    assert 0 < share < 1
+    torch.testing.assert_close(terms.weighted["pairwise"], 0.5 * shut["pairwise"], rtol=1e-4, atol=0)
+    expected = 2 * 0.5 * 0.7 * share * terms.unweighted["pairwise_learned"]
+    torch.testing.assert_close(terms.weighted["pairwise_learned"], expected, rtol=1e-4, atol=0)
+    assert float(expected.detach()) > 0
+
+
+def test_accumulation_changes_neither_losses_nor_gradients_of_learned_edges(root: Path) -> None:
+    whole, halves = learned_config(root), learned_config(root, optim={"accumulation": 2})
+    module = half_opened(whole)
+    losses, gradient = losses_and_gradients(module, first_batches(whole, 1))
+    split_losses, split_gradient = losses_and_gradients(module, first_batches(halves, 1))
+    assert len(losses) == len(LOSS_NAMES) + 2
+    torch.testing.assert_close(split_losses, losses, rtol=1e-6, atol=1e-6)
+    assert float((split_gradient - gradient).abs().max()) <= 1e-6 * float(gradient.abs().max())
+
+
+@pytest.mark.parametrize("empty", [[0], [0, 1, 2, 3]])
+def test_learned_edges_of_images_without_instances(root: Path, empty: list[int]) -> None:
+    config = learned_config(root)
+    module = half_opened(config)
+    losses, _ = losses_and_gradients(module, [without_instances(first_batches(config, 1)[0], empty)])
+    assert torch.isfinite(losses).all()
+    for name, parameter in module.named_parameters():
+        assert parameter.grad is not None, f"{name} got no gradient: it would hang data parallelism"
+        assert torch.isfinite(parameter.grad).all()
+
+
+def test_a_training_resumes_with_its_gate(root: Path, tmp_path: Path) -> None:
+    config = learned_config(root, runtime={"checkpoint_every": 2, "log_every": 1})
+    execute_run(config, out=tmp_path / "whole", progress=False)
+    original = training.optimizer_step
+
+    def cut_off(state, parts, **keywords):  # type: ignore[no-untyped-def]
+        if state.step == 3:
+            raise RuntimeError("cut off")
+        return original(state, parts, **keywords)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "optimizer_step", cut_off)
+        with pytest.raises(RuntimeError, match="cut off"):
+            execute_run(config, out=tmp_path / "cut", progress=False)
+    execute_run(config, out=tmp_path / "cut", progress=False)
+    whole, cut = (load_tensors(tmp_path / name / "checkpoints" / "step_00000004.pt") for name in ("whole", "cut"))
+    for part in ("model", "affinity"):
+        assert all(torch.equal(value, cut[part][name]) for name, value in whole[part].items()), part
+    seen = [sum(line["counts"][name] for name in COLOUR_COUNTS) for line in read_log(tmp_path / "cut" / "log.jsonl")]
+    decayed = sum(count * 0.98 ** (3 - step) for step, count in enumerate(seen))
+    assert float(whole["affinity"]["sums"][1:].sum()) == pytest.approx(decayed, rel=1e-6)
+    model = load_tensors_of_model(tmp_path / "whole" / "model")
+    assert not [name for name in model if "affinity" in name], "the branch is a part of the training alone"
+
+
+def load_tensors_of_model(folder: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def test_learned_edges_need_the_branch(root: Path) -> None:
+    with pytest.raises(UserError, match=r"box = 'projection\+learned' needs affinity = 'learned'"):
+        tiny_config(root, objective={"box": "projection+learned"})
