@@ -8,16 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from torch.autograd import gradcheck
 
 from benchmarks import straightforward as plain
 from semiseg.config import RunConfig
 from semiseg.engine import train as training
+from semiseg.engine.build import build_data
 from semiseg.engine.checkpoint import load_tensors
 from semiseg.engine.logs import read_log
 from semiseg.engine.run import execute_run
-from semiseg.errors import UserError
+from semiseg.errors import UserError, UserNotice
 from semiseg.losses.affinity import neighbour_offsets
 from semiseg.losses.boxinst import box_cells, edge_sums
 from semiseg.losses.learned import COLOUR_COUNTS, AffinityTargets, affinity_loss, affinity_targets, edges_of_one_box
@@ -350,3 +352,15 @@ def load_tensors_of_model(folder: Path) -> dict[str, Tensor]:
 def test_learned_edges_need_the_branch(root: Path) -> None:
     with pytest.raises(UserError, match=r"box = 'projection\+learned' needs affinity = 'learned'"):
         tiny_config(root, objective={"box": "projection+learned"})
+
+
+def test_without_a_mask_it_says_so_and_colour_stays(root: Path, tmp_path: Path) -> None:
+    config = learned_config(root, supervision={"source": "boxes", "split": None})
+    with pytest.warns(UserNotice, match="no training instance has a mask, so that all edges are colour's"):
+        state = training.prepare(config, build_data(config), Accelerator(cpu=True))
+    state.wrapped.train()
+    report = training.optimizer_step(state, first_batches(config, 1), out=tmp_path)
+    weighted = dict(zip(state.step_module.loss_names, report.weighted.tolist(), strict=True))
+    assert weighted["affinity"] == weighted["pairwise_learned"] == 0 < weighted["pairwise"]
+    assert state.step_module.affinity is not None
+    assert float(state.step_module.affinity.trust()) == 0

@@ -106,6 +106,11 @@ class InstanceDataset(torch.utils.data.Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.table.rows)
 
+    def has_masks(self) -> bool:
+        """Whether the rule leaves any instance its mask; looks no further than the first."""
+        names = self.table.class_names
+        return any(withhold(row["objects"], class_names=names, rule=self.rule).masks for row in self.table.rows)
+
     def __getitem__(self, key: Key) -> Sample:
         """Raises `UserError` if the image is missing, damaged or not of the size that the annotations state."""
         sample, read = self.sample(key)

@@ -29,6 +29,7 @@ from semiseg.engine.build import (
     build_step,
     build_training_loader,
     compile_network,
+    train_dataset,
     without_initial_weights,
 )
 from semiseg.engine.checkpoint import (
@@ -123,6 +124,10 @@ def prepare(config: RunConfig, data: RunData, accelerator: Accelerator) -> Train
         if afresh and accelerator.is_main_process:
             message = f"{config.init_from} has other classes: {', '.join(afresh)} start afresh"
             warnings.warn(message, UserNotice, stacklevel=2)
+    main = accelerator.is_main_process
+    if main and step_module.affinity is not None and not train_dataset(config, data).has_masks():
+        message = "objective.affinity = 'learned': no training instance has a mask, so that all edges are colour's"
+        warnings.warn(message, UserNotice, stacklevel=2)
     if config.runtime.channels_last:
         step_module.to(memory_format=torch.channels_last)
     if config.runtime.compile:
