@@ -81,14 +81,13 @@ def affinity_targets(
     boxed = targets.supervision == Supervision.BOX
     of_masks = _cover(cells, targets.image_index, (~boxed).long(), len(lab), grid) > 0
     unknown = _cover(cells, targets.image_index, boxed.long(), len(lab), grid) + _crowds(targets, len(lab), grid) > 0
-    inside = _inside(batch, grid)
+    usable = _inside(batch, grid) & ~unknown
     codes = _codes(targets, grid, len(lab))
     shape = (len(lab), size * size // 2, *grid.size_hw)
     known = torch.zeros(shape, dtype=torch.bool, device=lab.device)
     different = torch.zeros_like(known)
     for k, offset in enumerate(neighbour_offsets(size, dilation)[: shape[1]]):
         here, there = overlap(grid.size_hw, offset)
-        usable = inside & ~unknown
         known[:, k][here] = usable[here] & usable[there] & (of_masks[here] | of_masks[there])
         different[:, k][here] = codes[here] != codes[there]
     return AffinityTargets(lab, lab_distances(lab, size=size, dilation=dilation), known, different)
