@@ -25,6 +25,7 @@ from semiseg.report.provenance import differing, run_settings
 from semiseg.results import Result, read
 from semiseg.studies.file import Study, load_study, study_runs
 from semiseg.studies.identity import PlannedRun, matching_results, plan, write_run_files
+from tests.distributed_worker import LEARNED
 from tests.recorded_runs import recorded_run
 from tests.study_files import write_study
 from tests.tiny import tiny_config
@@ -291,6 +292,10 @@ def test_keys_that_nothing_reads_change_neither_training_nor_identity(
         ({"objective": {"box": "projection", "mask": "labelled"}}, {"objective": {"affinity_size": 5}}),
         ({"objective": {"box": "projection+pairwise"}}, {"objective": {"affinity_threshold": 0.9}}),
         ({"objective": {"box": "none"}}, {"objective": {"mask": "labelled"}}),
+        ({"objective": {"box": "none"}}, {"objective": {"affinity": "learned"}}),
+        ({"objective": LEARNED}, {"objective": {"affinity_threshold": 0.9}}),
+        ({"objective": LEARNED}, {"objective": {"affinity_size": 5}}),
+        ({"objective": LEARNED}, {"objective": {"box": "projection+pairwise"}}),
         ({"model": BIFPN}, {"model": {"neck.norm": "gn", "neck.kind": "bifpn"}}),
         ({}, {"model": {"backbone.widths": [8, 8, 16, 24]}}),
     ],

@@ -364,3 +364,13 @@ def test_without_a_mask_it_says_so_and_colour_stays(root: Path, tmp_path: Path) 
     assert weighted["affinity"] == weighted["pairwise_learned"] == 0 < weighted["pairwise"]
     assert state.step_module.affinity is not None
     assert float(state.step_module.affinity.trust()) == 0
+
+
+def test_a_detector_alone_has_no_edges(root: Path) -> None:
+    config = tiny_config(
+        root, supervision={"source": "boxes", "split": None}, objective={"box": "none", "affinity": "learned"}
+    )
+    module = fresh_step(config)
+    assert module.affinity is None
+    losses, _ = losses_and_gradients(module, first_batches(config, 1))
+    assert len(losses) == len(LOSS_NAMES)

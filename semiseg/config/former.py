@@ -151,7 +151,7 @@ def without_unread(identity: dict[str, Any], *, initial: bool) -> dict[str, Any]
         identity[name] for name in ("data", "supervision", "objective", "model", "optim")
     )
     from_masks = supervision["source"] != "boxes"
-    coloured = objective["box"] == "projection+pairwise"
+    coloured = objective["box"] == "projection+pairwise" or objective.get("affinity") == "learned"
     edges = coloured or (from_masks and objective["mask"] == "labelled")
     step, bifpn = optim["schedule"] == "step", model.get("neck") == "bifpn"
     for section, key, is_read, value in (

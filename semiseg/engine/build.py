@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from semiseg.config import ObjectiveConfig, RunConfig, learns_masks
+from semiseg.config import ModelConfig, ObjectiveConfig, RunConfig, learns_masks
 from semiseg.config.read import digest
 from semiseg.data.dataset import InstanceDataset, build_rule
 from semiseg.data.loader import BatchLoader, StepBatches, build_loader, eval_batches
@@ -79,26 +79,25 @@ def without_initial_weights(config: RunConfig) -> RunConfig:
 def build_step(config: RunConfig, *, num_classes: int) -> TrainStep:
     """The model with its assignment and losses."""
     model = build_model(config.model, num_classes=num_classes)
+    objective = build_objective(config.objective)
     if not learns_masks(config):
         model.freeze_masks()
+        objective = replace(objective, affinity="colour")
     return TrainStep(
         model,
-        objective=build_objective(config.objective),
+        objective=objective,
         centre_radius=config.model.detector.centre_radius,
         max_mask_positives=config.model.mask_head.max_positives,
-        affinity=_build_affinity(config, model),
+        # After all other parts: those have the same first weights with and without it.
+        affinity=_build_affinity(config.model, model, objective) if objective.affinity == "learned" else None,
     )
 
 
-def _build_affinity(config: RunConfig, model: Segmenter) -> AffinityBranch | None:
-    """The branch of learned affinity, after all other parts: those have the same first weights with and without it."""
-    head, objective = model.mask_head, config.objective
-    if objective.affinity == "colour":
-        return None
-    if head.edge_channels is None:
-        raise UserError(f"objective.affinity = 'learned': a mask head of kind {config.model.mask_head.kind!r} has none")
-    stride = mask_stride(config.model)
-    assert stride is not None
+def _build_affinity(config: ModelConfig, model: Segmenter, objective: Objective) -> AffinityBranch:
+    head, stride = model.mask_head, mask_stride(config)
+    if head.edge_channels is None or stride is None:
+        kind = config.mask_head.kind
+        raise UserError(f"objective.affinity = 'learned' needs a mask head with features of whole images, not {kind!r}")
     edges = objective.affinity_size**2 // 2
     return AffinityBranch(head.edge_channels, factor=head.edge_stride // stride, edges=edges)
 

@@ -341,17 +341,7 @@ def compute_losses(
         "box": 1 / (count["centreness"] / processes).clamp(min=1e-6),
         "centreness": 1 / positives,
     }
-    masks = count["masks"].clamp(min=1)
-    colour = warmup * count["box_masks"]
-    shares = {
-        "dice": count["dice"] / masks,
-        "projection": count["projection"] / masks,
-        "pairwise": colour / masks,
-        "pairwise_labelled": warmup * count["mask_masks"] / masks,
-    }
-    if learned is not None:
-        shares["pairwise"] = (1 - learned.trust) * colour / masks
-        shares["pairwise_learned"] = 2 * learned.trust * colour / masks
+    shares = _shares(count, warmup, learned)
     names = prepared.objective.loss_names
     factors |= {name: processes / count[name].clamp(min=1) for name in names if name not in factors}
     unweighted = {name: sums[name] * factors[name].to(sums[name].dtype) for name in names}
@@ -359,6 +349,22 @@ def compute_losses(
         name: value * shares[name].to(value.dtype) if name in shares else value for name, value in unweighted.items()
     }
     return LossTerms(unweighted=unweighted, weighted=weighted)
+
+
+def _shares(count: Mapping[str, Tensor], warmup: float, learned: LearnedEdges | None) -> dict[str, Tensor]:
+    """What the unweighted mask losses are weighted with, see `compute_losses`."""
+    masks = count["masks"].clamp(min=1)
+    edges = warmup * count["box_masks"]
+    shares = {
+        "dice": count["dice"] / masks,
+        "projection": count["projection"] / masks,
+        "pairwise": edges / masks,
+        "pairwise_labelled": warmup * count["mask_masks"] / masks,
+    }
+    if learned is not None:
+        shares["pairwise"] = (1 - learned.trust) * edges / masks
+        shares["pairwise_learned"] = 2 * learned.trust * edges / masks
+    return shares
 
 
 def _mask_sums(mask_logits: MaskLogits, prepared: MaskTargets, learned: LearnedEdges | None) -> dict[str, Tensor]:

@@ -32,6 +32,7 @@ _BOX_LOSS = {
     "none": "no mask loss",
     "projection": "BoxInst's projection term",
     "projection+pairwise": "BoxInst's projection and pairwise terms",
+    "projection+learned": "BoxInst's projection and pairwise terms, the edges learned from the masks",
     "box_as_mask": "Dice with the filled box as mask",
 }
 # What the words for a row's supervision say already; everything else in `set` follows as it is written.
