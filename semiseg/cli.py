@@ -72,7 +72,7 @@ def root(
 
 VERBS: dict[typer.Typer, dict[str, Callable[..., None]]] = {
     splits: {"list": split.list_splits, "show": split.show, "make": split.make},
-    data_sets: {"check": data.check, "shapes": data.shapes, "affinity": data.affinity},
+    data_sets: {"check": data.check, "shapes": data.shapes},
     conversions: {"adelaidet": convert.adelaidet},
     app: {
         "train": train.train,
@@ -85,7 +85,7 @@ VERBS: dict[typer.Typer, dict[str, Callable[..., None]]] = {
     },
 }
 app.add_typer(splits, name="split", help="Class splits: which classes have masks and which only boxes.")
-app.add_typer(data_sets, name="data", help="Data sets: check one, draw Shapes, measure one.")
+app.add_typer(data_sets, name="data", help="Data sets: check one, draw Shapes.")
 app.add_typer(conversions, name="convert", help="Checkpoints of other implementations become model folders.")
 for group, verbs in VERBS.items():
     for name, verb in verbs.items():

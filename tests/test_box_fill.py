@@ -15,8 +15,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from examples.analysis.box_fill import main, measure_box_fill
+from examples.analysis.edges import EdgeShare, Neighbourhood, measure_edges
 from semiseg.data.shapes import ensure_shapes
-from semiseg.engine.edges import EdgeShare, Neighbourhood, measure_edges
 from semiseg.errors import UserError
 
 

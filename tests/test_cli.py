@@ -68,7 +68,7 @@ def test_help_answers_without_what_takes_long_to_import() -> None:
 
 def test_every_verb_has_help_with_an_example() -> None:
     verbs: list[tuple[str, ...]] = [("split", name) for name in ("list", "show", "make")]
-    verbs += [("data", name) for name in ("check", "shapes", "affinity")]
+    verbs += [("data", name) for name in ("check", "shapes")]
     verbs += [(name,) for name in ("train", "evaluate", "predict", "run", "status", "report")]
     for verb in verbs:
         text = call(*verb, "--help")

@@ -11,17 +11,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from typer.testing import CliRunner
 
 from benchmarks import straightforward as plain
-from semiseg.cli import app
+from examples.analysis.edges import EdgeMeasurement, Neighbourhood, main, measure_edges
 from semiseg.config import RunConfig
 from semiseg.config.read import parse_config
 from semiseg.data.images import read_image
 from semiseg.data.loader import load_batch
 from semiseg.data.table import load_table
 from semiseg.engine.build import RunData, build_objective, train_dataset
-from semiseg.engine.edges import EdgeMeasurement, Neighbourhood, measure_edges
 from semiseg.errors import UserError
 from semiseg.losses.terms import instance_terms, loss_edges
 from semiseg.structures.grids import WholeMap
@@ -195,18 +193,20 @@ def test_a_missing_image_is_named(tmp_path: Path) -> None:
         measure(files)
 
 
-def test_the_verb_prints_and_writes_the_numbers(files: CocoFiles, tmp_path: Path) -> None:
+def test_the_script_prints_and_writes_the_numbers(
+    files: CocoFiles, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "numbers.json"
-    arguments = ["data", "affinity", str(files.annotations), str(files.images), "--stride", "2", "--json", str(out)]
-    result = CliRunner().invoke(app, [*arguments, "--threshold", "0.1", "--threshold", "0", "--bottom-rows", "10"])
-    assert result.exit_code == 0, result.output
+    arguments = [str(files.annotations), str(files.images), "--stride", "2", "--json", str(out)]
+    main([*arguments, "--threshold", "0.1", "0", "--bottom-rows", "10"])
+    output = capsys.readouterr().out
     written = json.loads(out.read_text())
     assert [(item["size"], item["dilation"], item["threshold"]) for item in written["shares"]] == [
         (size, dilation, threshold) for size in (3, 5) for dilation in (1, 2) for threshold in (0.0, 0.1)
     ]
     found = measure(files, stride=2, bottom_rows=10, neighbourhoods=[Neighbourhood(5, 2)], thresholds=[0.1]).shares[0]
     assert written["shares"][-1]["positive"] == found.positive
-    line = next(line for line in result.output.splitlines() if line.startswith("5 x 5, dilation 2") and "0.1" in line)
+    line = next(line for line in output.splitlines() if line.startswith("5 x 5, dilation 2") and "0.1" in line)
     assert f"{100 * found.positive:.1f} %" in line
 
 
@@ -220,6 +220,5 @@ def test_the_verb_prints_and_writes_the_numbers(files: CocoFiles, tmp_path: Path
     ],
 )
 def test_impossible_options_are_told(files: CocoFiles, option: list[str], told: str) -> None:
-    result = CliRunner().invoke(app, ["data", "affinity", str(files.annotations), str(files.images), *option])
-    assert result.exit_code == 2
-    assert told in result.output
+    with pytest.raises(UserError, match=told):
+        main([str(files.annotations), str(files.images), *option])

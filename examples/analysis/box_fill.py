@@ -2,7 +2,7 @@
 
     python -m examples.analysis.box_fill data/coco/annotations/instances_val2017.json --max-images 500
 
-What its colours give away is measured by `semiseg data affinity`.
+What its colours give away is measured by `examples/analysis/edges.py`.
 """
 
 from __future__ import annotations
