@@ -36,7 +36,7 @@ class DynamicInputs:
         filter_features: (B, R, F'), from which the filters of a location and its neighbours are computed when a mask
             is wanted there.
         mask_features: (B, F, h, w) shared by all instances of an image.
-        wide_features: (B, F'', h, w) what these were reduced from; None outside a training of masks.
+        wide_features: (B, F'', h, w) what these were reduced from; None in a training without masks.
     """
 
     filter_features: Tensor
@@ -100,13 +100,13 @@ class DynamicMasks(MaskHead):
             features = taken[0].new_zeros(batch, self.branch.out_channels, height, width)
             return DynamicInputs(flatten_levels(box_towers), features)
         features, wide = self.branch(taken)
-        return DynamicInputs(flatten_levels(box_towers), features, wide if self.training else None)
+        return DynamicInputs(flatten_levels(box_towers), features, wide)
 
     def edge_features(self, outputs: DenseOutputs) -> Tensor:
         """The branch's features before they are reduced to few channels."""
         inputs: DynamicInputs = outputs.mask_inputs
         if inputs.wide_features is None:
-            raise ValueError("features of edges exist in a training of masks alone")
+            raise ValueError("a training without masks has no features of edges")
         return inputs.wide_features
 
     def grid(self, boxes_xyxy: Tensor, padded_size_hw: tuple[int, int]) -> WholeMap:
