@@ -27,6 +27,7 @@ from semiseg.losses.terms import COUNT_NAMES, LOSS_NAMES
 from semiseg.models.affinity import AffinityBranch
 from semiseg.structures.grids import WholeMap
 from semiseg.structures.inputs import Batch, Supervision, Targets
+from semiseg.studies.report import report_row
 from tests.distributed_worker import LEARNED, half_open
 from tests.test_losses_boxinst import CELLS, IMAGE_INDEX, box_masks, random_edges, random_logits, random_masks
 from tests.test_terms import BOX, GRID, MASK, MIXED, STRIDE, make_batch, of_all_neighbours
@@ -374,3 +375,8 @@ def test_a_detector_alone_has_no_edges(root: Path) -> None:
     assert module.affinity is None
     losses, _ = losses_and_gradients(module, first_batches(config, 1))
     assert len(losses) == len(LOSS_NAMES)
+
+
+def test_a_report_says_that_the_edges_are_learned(root: Path) -> None:
+    row = report_row("learned", "projection + learned affinity", "M.", learned_config(root))
+    assert (row.projection, row.pairwise) == ("yes", "learned")

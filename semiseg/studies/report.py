@@ -149,6 +149,8 @@ def report_row(name: str, label: str, meaning: str, config: RunConfig) -> Report
     else:
         box = config.objective.box
         projection, pairwise = ("yes" if term in box else "no" for term in ("projection", "pairwise"))
+        if box == "projection+learned":
+            pairwise = "learned"
     return ReportRow(name, projection, pairwise, label=label, meaning=meaning, every_mask=every_mask)
 
 
