@@ -239,11 +239,16 @@ def test_finished_run_is_not_trained_again_and_a_folder_holds_one_run(root: Path
 def test_accumulation_changes_neither_losses_nor_gradients(root: Path) -> None:
     whole = tiny_config(root)
     halves = tiny_config(root, optim={"accumulation": 2})
-    module = fresh_step(whole)
+    same_in_two_parts(fresh_step(whole), whole, halves)
+
+
+def same_in_two_parts(module: TrainStep, whole: RunConfig, halves: RunConfig) -> None:
+    """Losses and gradients of a step of four images, and of the same in two parts."""
     losses, gradient = losses_and_gradients(module, first_batches(whole, 1))
     parts = first_batches(halves, 1)
     assert len(parts) == 2
     assert parts[0].images.shape[0] == 2
+    assert len(losses) == len(module.loss_names)
     split_losses, split_gradient = losses_and_gradients(module, parts)
     torch.testing.assert_close(split_losses, losses, rtol=1e-6, atol=1e-6)
     assert float((split_gradient - gradient).abs().max()) <= 1e-6 * float(gradient.abs().max())

@@ -91,10 +91,16 @@ def neighbour_inside(
     Returns:
         (B, K, h, w) bool.
     """
-    rows, columns = (torch.arange(side, device=image_sizes_hw.device) * stride + stride // 2 for side in grid_hw)
-    row_in = rows < (image_sizes_hw[:, 0] - bottom_rows)[:, None]  # (B, h)
-    column_in = columns < image_sizes_hw[:, 1:]  # (B, w)
+    row_in, column_in = rows_and_columns_inside(image_sizes_hw, bottom_rows, stride=stride, grid_hw=grid_hw)
     return inside_of_neighbours(row_in, column_in, size=size, dilation=dilation)
+
+
+def rows_and_columns_inside(
+    image_sizes_hw: Tensor, bottom_rows: Tensor, *, stride: int, grid_hw: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Which rows (B, h) and columns (B, w) of the grid are inside, in the sense of `neighbour_inside`."""
+    rows, columns = (torch.arange(side, device=image_sizes_hw.device) * stride + stride // 2 for side in grid_hw)
+    return rows < (image_sizes_hw[:, 0] - bottom_rows)[:, None], columns < image_sizes_hw[:, 1:]
 
 
 def inside_of_neighbours(row_in: Tensor, column_in: Tensor, *, size: int, dilation: int) -> Tensor:
@@ -128,7 +134,8 @@ def colour_affinity(
     lab = rgb_to_lab(downsample_images(images, stride=stride))
     offsets = neighbour_offsets(size, dilation)
     result = lab.new_zeros(lab.shape[0], len(offsets), *_grid(lab))
-    for k, here, there, similar in _pairs(lab, offsets):
+    for k, here, there, distance in _pairs(lab, offsets):
+        similar = similarity(distance)
         result[:, k][here] = similar
         result[:, -1 - k][there] = similar  # the same edge seen from its other end
     return result * neighbour_inside(
@@ -165,8 +172,8 @@ def edges_of(colours: Tensor, inside: Tensor, *, size: int, dilation: int, thres
         colours: (B, 3, h, w) uint8 RGB of each cell.
     """
     lab, edges = rgb_to_lab(colours), inside
-    for k, here, there, similar in _pairs(lab, neighbour_offsets(size, dilation)):
-        counts = similar >= threshold
+    for k, here, there, distance in _pairs(lab, neighbour_offsets(size, dilation)):
+        counts = similarity(distance) >= threshold
         edges[:, k][here].logical_and_(counts)
         edges[:, -1 - k][there].logical_and_(counts)
     return edges
@@ -179,20 +186,24 @@ def lab_distances(lab: Tensor, *, size: int, dilation: int) -> Tensor:
     """
     offsets = neighbour_offsets(size, dilation)
     result = lab.new_zeros(len(lab), len(offsets) // 2, *_grid(lab))
-    for k, offset in enumerate(offsets[: len(offsets) // 2]):
-        here, there = overlap(_grid(lab), offset)
-        result[:, k][here] = (lab[:, :, *here[1:]] - lab[:, :, *there[1:]]).square_().sum(1).sqrt_()
+    for k, here, _, distance in _pairs(lab, offsets):
+        result[:, k][here] = distance
     return result
+
+
+def similarity(distances: Tensor) -> Tensor:
+    """S = exp(-d / 2) of distances d between Lab colours."""
+    return distances.mul(-0.5).exp_()
 
 
 def _pairs(
     lab: Tensor, offsets: list[tuple[int, int]]
 ) -> Iterator[tuple[int, tuple[slice, ...], tuple[slice, ...], Tensor]]:
-    """Every pair of neighbours once: number k of the offset, index of the cells, of their neighbours, and their S."""
+    """Every pair of neighbours once: number k of the offset, index of cells and neighbours, their distance."""
     for k, offset in enumerate(offsets[: len(offsets) // 2]):
         here, there = overlap(_grid(lab), offset)
         distance = (lab[:, :, *here[1:]] - lab[:, :, *there[1:]]).square_().sum(1).sqrt_()
-        yield k, here, there, distance.mul_(-0.5).exp_()
+        yield k, here, there, distance
 
 
 def _grid(maps: Tensor) -> tuple[int, int]:

@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from semiseg.losses.affinity import downsample_images, lab_distances, neighbour_offsets, overlap, rgb_to_lab
+from semiseg.losses.affinity import (
+    downsample_images,
+    lab_distances,
+    neighbour_offsets,
+    overlap,
+    rgb_to_lab,
+    rows_and_columns_inside,
+    similarity,
+)
 from semiseg.losses.boxinst import box_cells
 from semiseg.structures.grids import WholeMap
 from semiseg.structures.inputs import Batch, Supervision, Targets
@@ -44,7 +52,7 @@ class AffinityTargets:
 
     def colour_counts(self, threshold: float) -> Tensor:
         """(4,) int64, the numbers of `COLOUR_COUNTS` where edges with an affinity of at least `threshold` are alike."""
-        alike = self.distances.mul(-0.5).exp_() >= threshold
+        alike = similarity(self.distances) >= threshold
         kind = 2 * ~alike + 1 * self.different
         return torch.stack([((kind == number) & self.known).sum() for number in range(4)])
 
@@ -145,11 +153,9 @@ def _crowds(targets: Targets, images: int, grid: WholeMap) -> Tensor:
 
 def _inside(batch: Batch, grid: WholeMap) -> Tensor:
     """(B, h, w) bool: the cells in the unpadded image, above the rows whose colours are not to be trusted."""
-    rows, columns = (
-        torch.arange(side, device=batch.images.device) * grid.stride + grid.stride // 2 for side in grid.size_hw
-    )
-    row_in = rows < (batch.image_sizes_hw[:, 0] - batch.bottom_rows_without_affinity)[:, None]
-    return row_in[:, :, None] & (columns < batch.image_sizes_hw[:, 1:])[:, None, :]
+    sizes_hw, bottom = batch.image_sizes_hw, batch.bottom_rows_without_affinity
+    row_in, column_in = rows_and_columns_inside(sizes_hw, bottom, stride=grid.stride, grid_hw=grid.size_hw)
+    return row_in[:, :, None] & column_in[:, None, :]
 
 
 def _codes(targets: Targets, grid: WholeMap, images: int) -> Tensor:
