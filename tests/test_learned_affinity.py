@@ -22,7 +22,7 @@ from semiseg.engine.run import execute_run
 from semiseg.errors import UserError, UserNotice
 from semiseg.losses.affinity import neighbour_offsets
 from semiseg.losses.boxinst import box_cells, edge_sums
-from semiseg.losses.learned import COLOUR_COUNTS, AffinityTargets, affinity_loss, affinity_targets, edges_of_one_box
+from semiseg.losses.learned import COLOUR_COUNTS, AffinityTargets, LearnedEdges, affinity_loss, affinity_targets
 from semiseg.losses.terms import COUNT_NAMES, LOSS_NAMES
 from semiseg.models.affinity import AffinityBranch
 from semiseg.structures.grids import WholeMap
@@ -46,7 +46,7 @@ def random_labels(size: int) -> Tensor:
 @pytest.mark.parametrize(("size", "dilation"), [(3, 1), (3, 2), (5, 1), (5, 2)])
 def test_edges_with_labels_cost_what_their_ends_are_apart(size: int, dilation: int) -> None:
     logits, edges, labels = random_logits().requires_grad_(), random_edges(size, dilation), random_labels(size)
-    sums = edge_sums(logits, CELLS, edges, IMAGE_INDEX, different=labels, size=size, dilation=dilation)
+    sums = edge_sums(logits, CELLS, edges, IMAGE_INDEX, costs=(1 - labels, labels), size=size, dilation=dilation)
     counts = (edges[IMAGE_INDEX] & box_masks()[:, None].bool()).nonzero(as_tuple=True)
     same = plain.edge_losses(logits, size=size, dilation=dilation)[counts]
     y = of_all_neighbours(labels, size, dilation)[IMAGE_INDEX][counts]
@@ -70,7 +70,7 @@ def test_labels_that_are_right_make_the_loss_of_labelled_edges() -> None:
         of_image = edges[IMAGE_INDEX[n]][None]
         arguments = logits[n][None], CELLS[n][None], of_image, one
         labelled = edge_sums(*arguments, masks[n][None], size=3, dilation=2)
-        learned = edge_sums(*arguments, different=wrong.double(), size=3, dilation=2)
+        learned = edge_sums(*arguments, costs=(1 - wrong.double(), wrong.double()), size=3, dilation=2)
         torch.testing.assert_close(learned, labelled, rtol=1e-12, atol=1e-13)
 
 
@@ -78,7 +78,7 @@ def test_gradcheck_of_soft_edges() -> None:
     labels, edges = random_labels(3), random_edges(3, 2)
 
     def loss(logits: Tensor) -> Tensor:
-        return edge_sums(logits, CELLS, edges, IMAGE_INDEX, different=labels, size=3, dilation=2)
+        return edge_sums(logits, CELLS, edges, IMAGE_INDEX, costs=(1 - labels, labels), size=3, dilation=2)
 
     assert gradcheck(loss, (random_logits().requires_grad_(),))
 
@@ -87,7 +87,7 @@ def test_gradcheck_of_soft_edges() -> None:
 def test_extreme_soft_edges_stay_finite(dtype: torch.dtype) -> None:
     logits = random_logits(scale=1e4, dtype=dtype).requires_grad_()
     labels = random_labels(3).round().float()
-    sums = edge_sums(logits, CELLS, random_edges(3, 2), IMAGE_INDEX, different=labels, size=3, dilation=2)
+    sums = edge_sums(logits, CELLS, random_edges(3, 2), IMAGE_INDEX, costs=(1 - labels, labels), size=3, dilation=2)
     assert sums.dtype == torch.float32
     sums.sum().backward()
     assert torch.isfinite(sums).all()
@@ -102,12 +102,9 @@ def with_crowd(batch: Batch) -> tuple[Batch, Targets]:
     return replace(batch, targets=targets), targets
 
 
-def prepared(batch: Batch, targets: Targets, size: int, dilation: int) -> tuple[AffinityTargets, Tensor]:
+def prepared(batch: Batch, targets: Targets, size: int, dilation: int, threshold: float = 0.3) -> AffinityTargets:
     cells = box_cells(targets.boxes_xyxy, stride=STRIDE, grid_hw=GRID)
-    return (
-        affinity_targets(batch, targets, cells, MAP, size=size, dilation=dilation),
-        edges_of_one_box(batch, targets, cells, MAP, size=size, dilation=dilation),
-    )
+    return affinity_targets(batch, targets, cells, MAP, size=size, dilation=dilation, threshold=threshold)
 
 
 def cell_by_cell(batch: Batch, targets: Targets, size: int, dilation: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,7 +143,7 @@ def cell_by_cell(batch: Batch, targets: Targets, size: int, dilation: int) -> tu
                     if any(n in masks for n in either) and all(n in masks for n in either) and not any(crowded):
                         known[place] = True
                         different[place] = any(bool(masks[n][a] ^ masks[n][b]) for n in mine if n in masks)
-                    alone[place] = len(around[0]) == 1 and around[1] <= around[0] and not any(crowded)
+                    alone[place] = len(either) == 1 and not any(crowded)
     return known, different, alone
 
 
@@ -154,13 +151,12 @@ def cell_by_cell(batch: Batch, targets: Targets, size: int, dilation: int) -> tu
 @pytest.mark.parametrize("supervision", [MIXED, [MASK] * 7, [BOX] * 7, [MASK, BOX, BOX, MASK, MASK, MASK, BOX]])
 def test_known_edges_and_their_labels(size: int, dilation: int, supervision: list[Supervision]) -> None:
     batch, targets = with_crowd(make_batch(supervision))
-    found, alone = prepared(batch, targets, size, dilation)
-    known, different, of_one_box = cell_by_cell(batch, targets, size, dilation)
-    half = size * size // 2
-    assert torch.equal(found.known, known[:, :half])
-    assert torch.equal(found.different & found.known, different[:, :half])
-    assert torch.equal(alone, of_one_box)
-    assert of_one_box.any()
+    found = prepared(batch, targets, size, dilation)
+    known, different, alone = (each[:, : size * size // 2] for each in cell_by_cell(batch, targets, size, dilation))
+    assert torch.equal(found.known, known)
+    assert torch.equal(found.different & found.known, different)
+    assert torch.equal(found.of_one_box, alone)
+    assert alone.any()
     assert known.any() == (MASK in supervision)
 
 
@@ -170,14 +166,14 @@ def test_overlapping_masks_separate_only_where_one_of_them_ends() -> None:
     masks = torch.zeros_like(batch.targets.masks)
     masks[0, :, :4], masks[1, :, 2:6] = True, True  # of image 0; the columns 2 and 3 are in both
     targets = replace(batch.targets, masks=masks)
-    found, _ = prepared(batch, targets, 3, 1)
+    found = prepared(batch, targets, 3, 1)
     to_the_left = found.different[0, 3, 4]  # offset (0, -1)
     assert to_the_left.tolist() == [False, False, True, False, True, False, True, False]
 
 
 def test_colour_counts_are_the_rules_answers() -> None:
     batch, targets = with_crowd(make_batch(MIXED))
-    found, _ = prepared(batch, targets, 3, 2)
+    found = prepared(batch, targets, 3, 2)
     similar = [
         plain.similarity(
             batch.images[b], tuple(batch.image_sizes_hw[b].tolist()), bottom=0, stride=STRIDE, size=3, dilation=2
@@ -190,13 +186,13 @@ def test_colour_counts_are_the_rules_answers() -> None:
         for answer in (alike, ~alike)
         for truth in (~found.different, found.different)
     ]
-    assert found.colour_counts(0.3).tolist() == expected
+    assert found.colour_counts().tolist() == expected
     assert min(expected) > 0
 
 
 def test_the_branchs_loss_is_the_cross_entropy_of_the_known_edges() -> None:
     batch, targets = with_crowd(make_batch(MIXED))
-    found, _ = prepared(batch, targets, 3, 2)
+    found = prepared(batch, targets, 3, 2)
     logits = torch.randn(found.known.shape, generator=torch.Generator().manual_seed(1)).requires_grad_()
     each = [
         -(logits[place].sigmoid() if found.different[place] else 1 - logits[place].sigmoid()).log()
@@ -267,21 +263,24 @@ def half_opened(config: RunConfig) -> Any:
     return module
 
 
-def test_shut_it_is_projection_and_pairwise_to_the_bit(root: Path) -> None:
+def test_shut_it_is_projection_and_pairwise(root: Path) -> None:
     parts = first_batches(tiny_config(root), 1)
     without, module = fresh_step(tiny_config(root)), fresh_step(learned_config(root))
     losses, gradient = losses_and_gradients(without, parts)
     assert set(without.state_dict()) == {name for name in module.state_dict() if not name.startswith("affinity.")}
     plan = module.plan(parts[0])
     terms = module(parts[0], plan, plan.counts, warmup=0.7, processes=1)
-    assert [float(terms.weighted[name].detach()) for name in LOSS_NAMES] == losses.tolist()
-    assert float(terms.weighted["pairwise_learned"].detach()) == 0
+    mine = {name: float(value.detach()) for name, value in terms.weighted.items()}
+    assert mine.pop("pairwise_learned") == pytest.approx(float(losses[LOSS_NAMES.index("pairwise")]), rel=1e-6)
+    assert [mine[name] for name in LOSS_NAMES if name != "pairwise"] == [
+        loss for name, loss in zip(LOSS_NAMES, losses.tolist(), strict=True) if name != "pairwise"
+    ]
     assert float(terms.weighted["affinity"].detach()) > 0
     assert plan.counts[: len(COUNT_NAMES)].tolist() == without.plan(parts[0]).counts.tolist()
     module.zero_grad()
     (terms.total - terms.weighted["affinity"]).backward()
-    mine = torch.cat([p.grad.flatten() for p in module.model.parameters() if p.grad is not None])
-    torch.testing.assert_close(mine, gradient, rtol=1e-5, atol=1e-7)
+    gradients = torch.cat([p.grad.flatten() for p in module.model.parameters() if p.grad is not None])
+    torch.testing.assert_close(gradients, gradient, rtol=1e-5, atol=1e-7)
 
 
 def test_open_it_takes_colours_place(root: Path) -> None:
@@ -292,10 +291,36 @@ def test_open_it_takes_colours_place(root: Path) -> None:
     terms = half_opened(learned_config(root))(parts[0], plan, plan.counts, warmup=0.7, processes=1)
     share = float(plan.counts[COUNT_NAMES.index("box_masks")] / plan.counts[COUNT_NAMES.index("masks")])
     assert 0 < share < 1
-    torch.testing.assert_close(terms.weighted["pairwise"], 0.5 * shut["pairwise"], rtol=1e-4, atol=0)
-    expected = 2 * 0.5 * 0.7 * share * terms.unweighted["pairwise_learned"]
+    expected = 0.7 * share * terms.unweighted["pairwise_learned"]
     torch.testing.assert_close(terms.weighted["pairwise_learned"], expected, rtol=1e-4, atol=0)
-    assert float(expected.detach()) > 0
+    assert float(expected.detach()) != float(shut["pairwise_learned"].detach())
+    assert float(terms.weighted["pairwise"]) == 0
+
+
+def test_costs_of_edges_are_shares_of_means_that_the_branch_moves() -> None:
+    batch, targets = with_crowd(make_batch(MIXED))
+    wanted = prepared(batch, targets, 3, 2)
+    shape = wanted.known.shape
+    logits = torch.randn(shape, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    numbers = torch.tensor(50.0), torch.tensor(20.0)
+    same, different = LearnedEdges(logits, torch.tensor(0.25)).costs(wanted, *numbers)
+    assert not same.requires_grad
+    assert not different.requires_grad
+    kinds = set()
+    for place in map(tuple, torch.ones(shape).nonzero().tolist()):
+        y, alike, own = (
+            float(logits.detach()[place].sigmoid()),
+            bool(wanted.alike[place]),
+            bool(wanted.of_one_box[place]),
+        )
+        kinds.add((alike, own))
+        coloured = (0.75 if own else 1.0) / 50 * alike
+        assert float(same[place]) == pytest.approx(coloured + 2 * 0.25 * (1 - y) / 20 * own, rel=1e-5)
+        assert float(different[place]) == pytest.approx(2 * 0.25 * y / 20 * own, rel=1e-5)
+    assert len(kinds) == 4
+    same, different = LearnedEdges(logits, torch.tensor(0.0)).costs(wanted, *numbers)
+    assert torch.equal(same, wanted.alike / torch.tensor(50.0))
+    assert not different.any()
 
 
 def test_accumulation_changes_neither_losses_nor_gradients_of_learned_edges(root: Path) -> None:
@@ -359,7 +384,7 @@ def test_without_a_mask_it_says_so_and_colour_stays(root: Path, tmp_path: Path) 
     state.wrapped.train()
     report = training.optimizer_step(state, first_batches(config, 1), out=tmp_path)
     weighted = dict(zip(state.step_module.loss_names, report.weighted.tolist(), strict=True))
-    assert weighted["affinity"] == weighted["pairwise_learned"] == 0 < weighted["pairwise"]
+    assert weighted["affinity"] == weighted["pairwise"] == 0 < weighted["pairwise_learned"]
     assert state.step_module.affinity is not None
     assert float(state.step_module.affinity.trust()) == 0
 

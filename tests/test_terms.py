@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks import straightforward as plain
 from semiseg.losses.affinity import neighbour_offsets
 from semiseg.losses.boxinst import box_cells
-from semiseg.losses.learned import LearnedEdges, affinity_targets, edges_of_one_box
+from semiseg.losses.learned import AffinityTargets, LearnedEdges, affinity_targets
 from semiseg.losses.terms import (
     COUNT_NAMES,
     DETECTION_LOSSES,
@@ -92,12 +92,16 @@ def make_batch(supervision: list[Supervision], instances: list[int] | None = Non
 def prepare(batch: Batch, goal: Objective) -> MaskTargets:
     assert batch.targets is not None
     instances = instance_terms(batch.targets, WholeMap(STRIDE, GRID), objective=goal)
-    edges = loss_edges(batch, batch.targets, instances, objective=goal)
-    affinity = None
-    if goal.affinity == "learned":
-        grid = WholeMap(STRIDE, GRID)
-        affinity = affinity_targets(batch, batch.targets, instances.cells, grid, size=3, dilation=2)
+    affinity = affinity_of(batch) if goal.affinity == "learned" else None
+    edges = loss_edges(batch, batch.targets, instances, affinity, objective=goal)
     return MaskTargets(**vars(instances), objective=goal, masks=batch.targets.masks, edges=edges, affinity=affinity)
+
+
+def affinity_of(batch: Batch) -> AffinityTargets:
+    assert batch.targets is not None
+    cells = box_cells(batch.targets.boxes_xyxy, stride=STRIDE, grid_hw=GRID)
+    grid = WholeMap(STRIDE, GRID)
+    return affinity_targets(batch, batch.targets, cells, grid, size=3, dilation=2, threshold=0.3)
 
 
 class Step:
@@ -204,8 +208,7 @@ def slow_mask_loss(step: Step, goal: Objective, warmup: float) -> Tensor:
     per_mask, pairs, pair_count = torch.zeros(()).double(), torch.zeros(()).double(), 0
     labelled, labelled_count, all_masks, box_masks = torch.zeros(()).double(), 0, 0, 0
     learned, learned_count, trust = torch.zeros(()).double(), 0, TRUST if goal.affinity == "learned" else 0.0
-    cells = box_cells(targets.boxes_xyxy, stride=STRIDE, grid_hw=GRID)
-    alone = edges_of_one_box(batch, targets, cells, WholeMap(STRIDE, GRID), size=3, dilation=2)
+    alone = of_all_neighbours(affinity_of(batch).of_one_box.float(), 3, 2).bool()
     labels = of_all_neighbours(step.edge_logits.sigmoid(), 3, 2)
     for q, n in enumerate(step.mask_logits.instance_index.tolist()):
         logits, of_image = step.logits[q : q + 1], similar[int(targets.image_index[n])][None]
@@ -229,8 +232,10 @@ def slow_mask_loss(step: Step, goal: Objective, warmup: float) -> Tensor:
             else:
                 per_mask = per_mask + plain.projection(logits, box).sum()
             if goal.box in ("projection+pairwise", "projection+learned"):
-                total, number = plain.pairwise_sums(logits, box, of_image >= 0.3, size=3, dilation=2)
-                pairs, pair_count = pairs + total.sum(), pair_count + int(number)
+                own = alone[int(targets.image_index[n])][None]
+                for where, factor in ((own, 1 - trust), (~own, 1.0)):
+                    total, number = plain.pairwise_sums(logits, box, (of_image >= 0.3) & where, size=3, dilation=2)
+                    pairs, pair_count = pairs + factor * total.sum(), pair_count + int(number)
             if goal.box == "projection+learned":
                 edges = alone[int(targets.image_index[n])] & box[0].bool()
                 same = plain.edge_losses(logits, size=3, dilation=2)[0][edges]
@@ -239,7 +244,7 @@ def slow_mask_loss(step: Step, goal: Objective, warmup: float) -> Tensor:
                 learned, learned_count = learned + each.sum(), learned_count + len(each)
         all_masks += 1
     share = box_masks / max(all_masks, 1)
-    pairwise = (1 - trust) * pairs / max(pair_count, 1) + 2 * trust * learned / max(learned_count, 1)
+    pairwise = pairs / max(pair_count, 1) + 2 * trust * learned / max(learned_count, 1)
     loss = per_mask / max(all_masks, 1) + share * warmup * pairwise
     return loss + (1 - share) * warmup * labelled / max(labelled_count, 1)
 

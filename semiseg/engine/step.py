@@ -119,12 +119,13 @@ class TrainStep(nn.Module):
 
         assignment, instances, quotas = send((assignment, instances, quotas), batch.images.device)
         targets = _targets(batch)
+        affinity = self._affinity_targets(batch, targets, instances)
         wanted = MaskTargets(
             **vars(instances),
             objective=self.objective,
             masks=targets.masks_on(instances.grid),
-            edges=loss_edges(batch, targets, instances, objective=self.objective),
-            affinity=self._affinity_targets(batch, targets, instances),
+            edges=loss_edges(batch, targets, instances, affinity, objective=self.objective),
+            affinity=affinity,
             sizes=sizes,
         )
         counts = term_counts(assignment, targets, wanted, quotas)
@@ -164,9 +165,15 @@ class TrainStep(nn.Module):
     def _affinity_targets(self, batch: Batch, targets: Targets, instances: InstanceTerms) -> AffinityTargets | None:
         if self.affinity is None:
             return None
-        size, dilation = self.objective.affinity_size, self.objective.affinity_dilation
-        grid = whole_map(instances.grid)
-        return affinity_targets(batch, targets, instances.cells, grid, size=size, dilation=dilation)
+        return affinity_targets(
+            batch,
+            targets,
+            instances.cells,
+            whole_map(instances.grid),
+            size=self.objective.affinity_size,
+            dilation=self.objective.affinity_dilation,
+            threshold=self.objective.affinity_threshold,
+        )
 
 
 def _targets(batch: Batch) -> Targets:

@@ -7,8 +7,6 @@ Source: METHOD section 2; BoxInst (arXiv 2012.02310), section 3.2.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -132,13 +130,8 @@ def colour_affinity(
         (B, K, h, w) float32 in [0, 1], on the device of the images, without gradient.
     """
     lab = rgb_to_lab(downsample_images(images, stride=stride))
-    offsets = neighbour_offsets(size, dilation)
-    result = lab.new_zeros(lab.shape[0], len(offsets), *_grid(lab))
-    for k, here, there, distance in _pairs(lab, offsets):
-        similar = similarity(distance)
-        result[:, k][here] = similar
-        result[:, -1 - k][there] = similar  # the same edge seen from its other end
-    return result * neighbour_inside(
+    similar = similarity(lab_distances(lab, size=size, dilation=dilation))
+    return from_both_ends(similar, size=size, dilation=dilation) * neighbour_inside(
         image_sizes_hw, bottom_rows, stride=stride, grid_hw=_grid(lab), size=size, dilation=dilation
     )
 
@@ -158,25 +151,17 @@ def affinity_edges(
 
     Arguments as for `colour_affinity`; threshold in [0, 1]. Returns (B, K, h, w) bool.
     """
-    colours = downsample_images(images, stride=stride)
+    lab = rgb_to_lab(downsample_images(images, stride=stride))
     inside = neighbour_inside(
-        image_sizes_hw, bottom_rows, stride=stride, grid_hw=_grid(colours), size=size, dilation=dilation
+        image_sizes_hw, bottom_rows, stride=stride, grid_hw=_grid(lab), size=size, dilation=dilation
     )
-    return edges_of(colours, inside, size=size, dilation=dilation, threshold=threshold)
+    return edges_of(lab, inside, size=size, dilation=dilation, threshold=threshold)
 
 
-def edges_of(colours: Tensor, inside: Tensor, *, size: int, dilation: int, threshold: float) -> Tensor:
-    """Those of the edges `inside` (B, K, h, w) bool, changed in place, whose cells' colours are alike.
-
-    Args:
-        colours: (B, 3, h, w) uint8 RGB of each cell.
-    """
-    lab, edges = rgb_to_lab(colours), inside
-    for k, here, there, distance in _pairs(lab, neighbour_offsets(size, dilation)):
-        counts = similarity(distance) >= threshold
-        edges[:, k][here].logical_and_(counts)
-        edges[:, -1 - k][there].logical_and_(counts)
-    return edges
+def edges_of(lab: Tensor, inside: Tensor, *, size: int, dilation: int, threshold: float) -> Tensor:
+    """Those of the edges `inside` (B, K, h, w) bool, changed in place, whose cells' colours (B, 3, h, w) are alike."""
+    alike = similarity(lab_distances(lab, size=size, dilation=dilation)) >= threshold
+    return inside.logical_and_(from_both_ends(alike, size=size, dilation=dilation))
 
 
 def lab_distances(lab: Tensor, *, size: int, dilation: int) -> Tensor:
@@ -186,24 +171,25 @@ def lab_distances(lab: Tensor, *, size: int, dilation: int) -> Tensor:
     """
     offsets = neighbour_offsets(size, dilation)
     result = lab.new_zeros(len(lab), len(offsets) // 2, *_grid(lab))
-    for k, here, _, distance in _pairs(lab, offsets):
-        result[:, k][here] = distance
+    for k, offset in enumerate(offsets[: len(offsets) // 2]):
+        here, there = overlap(_grid(lab), offset)
+        result[:, k][here] = (lab[:, :, *here[1:]] - lab[:, :, *there[1:]]).square_().sum(1).sqrt_()
+    return result
+
+
+def from_both_ends(edges: Tensor, *, size: int, dilation: int) -> Tensor:
+    """Values (B, K / 2, h, w) of edges to the first neighbours -> (B, K, h, w) of the edges to all of them."""
+    result = edges.new_zeros(len(edges), 2 * edges.shape[1], *_grid(edges))
+    for k, offset in enumerate(neighbour_offsets(size, dilation)[: edges.shape[1]]):
+        here, there = overlap(_grid(edges), offset)
+        result[:, k][here] = edges[:, k][here]
+        result[:, -1 - k][there] = edges[:, k][here]
     return result
 
 
 def similarity(distances: Tensor) -> Tensor:
     """S = exp(-d / 2) of distances d between Lab colours."""
     return distances.mul(-0.5).exp_()
-
-
-def _pairs(
-    lab: Tensor, offsets: list[tuple[int, int]]
-) -> Iterator[tuple[int, tuple[slice, ...], tuple[slice, ...], Tensor]]:
-    """Every pair of neighbours once: number k of the offset, index of cells and neighbours, their distance."""
-    for k, offset in enumerate(offsets[: len(offsets) // 2]):
-        here, there = overlap(_grid(lab), offset)
-        distance = (lab[:, :, *here[1:]] - lab[:, :, *there[1:]]).square_().sum(1).sqrt_()
-        yield k, here, there, distance
 
 
 def _grid(maps: Tensor) -> tuple[int, int]:

@@ -173,7 +173,7 @@ def edge_sums(
     edges: Tensor,
     image_index: Tensor,
     masks: Tensor | None = None,
-    different: Tensor | None = None,
+    costs: tuple[Tensor, Tensor] | None = None,
     *,
     size: int,
     dilation: int,
@@ -181,8 +181,8 @@ def edge_sums(
 ) -> Tensor:
     """The sums (Q,) of `pairwise_loss` alone, or of `labelled_pairwise_loss` where `masks` are given.
 
-    Where `different` is given, (B, K / 2, h, w) in [0, 1], an edge of that label y costs -(1 - y) log P(same)
-    - y log P(different); entry k is of the edge to a cell's k-th neighbour, in the row above or to the left.
+    Where `costs` are given, two of (B, K / 2, h, w) at least 0, an edge costs - first log P(same) - second
+    log P(different); entry k is of the edge to a cell's k-th neighbour, in the row above or to the left.
     """
     if edges.shape[1:] != (size * size - 1, *logits.shape[1:]) or edges.dtype != torch.bool:
         raise ValueError(
@@ -190,5 +190,5 @@ def edge_sums(
         )
     if total_cells is None:
         total_cells = int(patch_cells(cells, size=size, dilation=dilation).sum())
-    sums: Tensor = EdgeSum.apply(logits, cells, edges, image_index, masks, different, size, dilation, total_cells)
+    sums: Tensor = EdgeSum.apply(logits, cells, edges, image_index, masks, costs, size, dilation, total_cells)
     return sums

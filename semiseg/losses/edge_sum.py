@@ -105,7 +105,7 @@ class EdgeSum(torch.autograd.Function):
         edges: Tensor,
         image_index: Tensor,
         masks: Tensor | None,
-        different: Tensor | None,
+        costs: tuple[Tensor, Tensor] | None,
         size: int,
         dilation: int,
         total_cells: int,
@@ -122,10 +122,13 @@ class EdgeSum(torch.autograd.Function):
         bits = bits.mul_(patches.in_box)  # edges from the margin do not count
         values = at_least_float32(logits.reshape(-1).index_select(0, centre))
         label = None if masks is None else masks.reshape(-1).view(torch.uint8).index_select(0, centre)
-        soft = None
-        if different is not None:  # (B, K / 2, h, w) -> K / 2 lists, of the edges that `_sum_pairs` looks at
-            soft = [maps.reshape(-1).index_select(0, of_image).to(values.dtype) for maps in different.unbind(1)]
-        total, slope = _sum_pairs(_Cells.of(values, bits, label), patches, offsets, soft)
+        mixed = None
+        if costs is not None:  # (B, K / 2, h, w) each -> K / 2 pairs of lists, of the edges that `_sum_pairs` looks at
+            same, different = (
+                [maps.reshape(-1).index_select(0, of_image) for maps in kind.unbind(1)] for kind in costs
+            )
+            mixed = list(zip(same, different, strict=True))
+        total, slope = _sum_pairs(_Cells.of(values, bits, label), patches, offsets, mixed)
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(patches.row, centre, slope)
             ctx.shape, ctx.dtype, ctx.rows_per_patch = logits.shape, logits.dtype, patches.rows_per_patch
@@ -202,12 +205,12 @@ def _tail(values: Tensor) -> Tensor:
 
 
 def _sum_pairs(
-    own: _Cells, patches: _Patches, offsets: Sequence[tuple[int, int]], soft: Sequence[Tensor] | None
+    own: _Cells, patches: _Patches, offsets: Sequence[tuple[int, int]], mixed: Sequence[tuple[Tensor, Tensor]] | None
 ) -> tuple[Tensor, Tensor]:
     """Of each cell the loss of the edges to its neighbours above and to the left, and the whole derivative: (T,) each.
 
-    The other half of the neighbours are the same pairs seen from their other end. `soft` are K / 2 lists (T,): how
-    much those edges are to be different, in [0, 1].
+    The other half of the neighbours are the same pairs seen from their other end. `mixed` are K / 2 pairs of lists
+    (T,): the costs of those edges, see `boxinst.edge_sums`.
     """
     total, slope = torch.zeros_like(own.logit), torch.zeros_like(own.logit)
     count, last = len(total), len(offsets) - 1
@@ -221,7 +224,9 @@ def _sum_pairs(
             here, there = slice(max(0, -column), count - max(0, column)), slice(max(0, column), count + min(0, column))
             a, b = own.cut(here), others.cut(there)
             weight = ((a.edges >> k) & 1).add_((b.edges >> (last - k)) & 1).to(total.dtype)
-            value, by_a, by_b = _edge_loss(a, b) if soft is None else _soft_edge_loss(a, b, soft[k][here])
+            value, by_a, by_b = (
+                _edge_loss(a, b) if mixed is None else _mixed_edge_loss(a, b, mixed[k][0][here], mixed[k][1][here])
+            )
             total[here].addcmul_(value, weight)
             slope[here].addcmul_(by_a, weight)
             pulled[there].addcmul_(by_b, weight)
@@ -251,8 +256,9 @@ def _edge_loss(a: _Cells, b: _Cells) -> tuple[Tensor, Tensor, Tensor]:
     return value, by_a, by_b if sign is None else by_b.mul_(sign)
 
 
-def _soft_edge_loss(a: _Cells, b: _Cells, different: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """-(1 - y) log P(same) - y log P(different) with y = `different`, and the derivatives by both logits: (T,) each."""
-    same = _edge_loss(a, b)
-    value, by_a, by_b = _edge_loss(a, b.negated())
-    return same[0].lerp_(value, different), same[1].lerp_(by_a, different), same[2].lerp_(by_b.neg_(), different)
+def _mixed_edge_loss(a: _Cells, b: _Cells, same: Tensor, different: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """- same log P(same) - different log P(different), and the derivatives by both logits: (T,) each."""
+    alike, apart = _edge_loss(a, b), _edge_loss(a, b.negated())
+    value, by_a, by_b = (one.mul_(same) for one in alike)
+    value.addcmul_(apart[0], different)
+    return value, by_a.addcmul_(apart[1], different), by_b.addcmul_(apart[2], different, value=-1)

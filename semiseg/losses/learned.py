@@ -25,6 +25,7 @@ from semiseg.losses.affinity import (
     similarity,
 )
 from semiseg.losses.boxinst import box_cells
+from semiseg.losses.dice import at_least_float32
 from semiseg.structures.grids import WholeMap
 from semiseg.structures.inputs import Batch, Supervision, Targets
 
@@ -34,26 +35,31 @@ COLOUR_COUNTS = ("alike_same", "alike_different", "unlike_same", "unlike_differe
 
 @dataclass(frozen=True)
 class AffinityTargets:
-    """What the branch sees of a batch's colours and learns from its masks; on the batch's device.
+    """What the branch sees of a batch's colours, learns from its masks and may teach its boxes; on the batch's device.
 
     Attributes:
         lab: (B, 3, h, w) float32, the cells' colours.
         distances: (B, K / 2, h, w) float32, between the colours of an edge's cells.
+        alike: (B, K / 2, h, w) bool, the edges that are "same" by the colour rule, wherever they are.
         known: (B, K / 2, h, w) bool, the edges whose label the masks tell: both cells in the image, at least one in
             the box of an instance with a mask, none in that of one without or of a crowd. (An edge into such a box may
             be the boundary of its object: taught as "same", the branch would not see those of unseen classes.)
         different: (B, K / 2, h, w) bool, the labels; without meaning elsewhere.
+        of_one_box: (B, K / 2, h, w) bool, the edges that concern one box alone, whatever its instance's supervision:
+            a cell of it and another, which is in it or in no box, both in the image and in no crowd's box. (Between
+            two objects it is not known whose mask an edge should cut.)
     """
 
     lab: Tensor
     distances: Tensor
+    alike: Tensor
     known: Tensor
     different: Tensor
+    of_one_box: Tensor
 
-    def colour_counts(self, threshold: float) -> Tensor:
-        """(4,) int64, the numbers of `COLOUR_COUNTS` where edges with an affinity of at least `threshold` are alike."""
-        alike = similarity(self.distances) >= threshold
-        kind = 2 * ~alike + 1 * self.different
+    def colour_counts(self) -> Tensor:
+        """(4,) int64, the numbers of `COLOUR_COUNTS`."""
+        kind = 2 * ~self.alike + 1 * self.different
         return torch.stack([((kind == number) & self.known).sum() for number in range(4)])
 
 
@@ -69,60 +75,57 @@ class LearnedEdges:
     logits: Tensor
     trust: Tensor
 
-    @property
-    def labels(self) -> Tensor:
-        """(B, K / 2, h, w) float32 in [0, 1], how much the edges are to be different; without gradient."""
-        return self.logits.detach().float().sigmoid()
+    def costs(self, wanted: AffinityTargets, coloured: Tensor, learned: Tensor) -> tuple[Tensor, Tensor]:
+        """What each edge of a box-only instance costs where its ends are predicted different, and where alike.
+
+        With r = `trust` and the branch's probability y of "different", (1 - r) for alike colours, and where it
+        concerns one box alone 2 r (1 - y) and 2 r y more; 1 for alike colours elsewhere, of which the branch says
+        nothing. Each kind as a mean.
+
+        Args:
+            coloured, learned: scalars, the step's numbers of edges with alike colours and of edges of one box.
+
+        Returns:
+            Two of (B, K / 2, h, w), at least float32, see `boxinst.edge_sums`; without gradient.
+        """
+        y = at_least_float32(self.logits.detach()).sigmoid()
+        own = wanted.of_one_box * (2 * self.trust / learned.clamp(min=1)).to(y.dtype)
+        by_colour = wanted.alike * (1 - self.trust * wanted.of_one_box) / coloured.clamp(min=1).to(y.dtype)
+        return by_colour + own * (1 - y), own * y
 
 
 @torch.no_grad()
 def affinity_targets(
-    batch: Batch, targets: Targets, cells: Tensor, grid: WholeMap, *, size: int, dilation: int
+    batch: Batch, targets: Targets, cells: Tensor, grid: WholeMap, *, size: int, dilation: int, threshold: float
 ) -> AffinityTargets:
-    """Colours, known edges and their labels; without a transfer to the host.
+    """Colours, known edges and their labels, edges of one box; without a transfer to the host.
 
     Args:
         cells: (N, 4) boxes on the grid, see `boxinst.box_cells`.
-        size, dilation: of the neighbourhood.
+        size, dilation: of the neighbourhood. threshold: of the colour rule.
     """
     lab = rgb_to_lab(downsample_images(batch.images, stride=grid.stride))
-    boxed = targets.supervision == Supervision.BOX
-    of_masks = _cover(cells, targets.image_index, (~boxed).long(), len(lab), grid) > 0
-    unknown = _cover(cells, targets.image_index, boxed.long(), len(lab), grid) + _crowds(targets, len(lab), grid) > 0
-    usable = _inside(batch, grid) & ~unknown
-    codes = _codes(targets, grid, len(lab))
-    shape = (len(lab), size * size // 2, *grid.size_hw)
-    known = torch.zeros(shape, dtype=torch.bool, device=lab.device)
-    different = torch.zeros_like(known)
-    for k, offset in enumerate(neighbour_offsets(size, dilation)[: shape[1]]):
-        here, there = overlap(grid.size_hw, offset)
-        known[:, k][here] = usable[here] & usable[there] & (of_masks[here] | of_masks[there])
-        different[:, k][here] = codes[here] != codes[there]
-    return AffinityTargets(lab, lab_distances(lab, size=size, dilation=dilation), known, different)
-
-
-@torch.no_grad()
-def edges_of_one_box(
-    batch: Batch, targets: Targets, cells: Tensor, grid: WholeMap, *, size: int, dilation: int
-) -> Tensor:
-    """Whether the k-th edge of a cell concerns one box alone: (B, K, h, w) bool.
-
-    The cell lies in one box, whatever its instance's supervision; its neighbour, in the image as well, lies in no other
-    (nor in a crowd's): between two objects it is not known whose mask an edge should cut.
-    """
-    count = len(batch.images)
-    ones = torch.ones_like(targets.image_index)
-    number = _cover(cells, targets.image_index, ones, count, grid) + _crowds(targets, count, grid)
+    distances = lab_distances(lab, size=size, dilation=dilation)
+    boxed, image_index = targets.supervision == Supervision.BOX, targets.image_index
+    numbers = torch.arange(1, len(boxed) + 1, device=lab.device)
+    of_masks, of_boxes, owner = (
+        _cover(cells, image_index, value, len(lab), grid) for value in ((~boxed).long(), boxed.long(), numbers)
+    )
+    usable = _inside(batch, grid) & (_crowds(targets, len(lab), grid) == 0)
     # The sum of the instances' numbers is the instance's own where there is one.
-    owner = _cover(cells, targets.image_index, ones.cumsum(0), count, grid)
-    inside = _inside(batch, grid)
-    edges = torch.zeros(count, size * size - 1, *grid.size_hw, dtype=torch.bool, device=cells.device)
-    for k, offset in enumerate(neighbour_offsets(size, dilation)):
+    number = of_masks + of_boxes
+    codes = _codes(targets, grid, len(lab))
+    known, different, of_one_box = (torch.zeros_like(distances, dtype=torch.bool) for _ in range(3))
+    for k, offset in enumerate(neighbour_offsets(size, dilation)[: distances.shape[1]]):
         here, there = overlap(grid.size_hw, offset)
-        shared = (number[there] == 1) & (owner[here] == owner[there])
-        alone = (number[here] == 1) & (shared | (number[there] == 0))
-        edges[:, k][here] = alone & inside[here] & inside[there]
-    return edges
+        inside = usable[here] & usable[there]
+        known[:, k][here] = inside & (of_masks[here] + of_masks[there] > 0) & (of_boxes[here] + of_boxes[there] == 0)
+        different[:, k][here] = codes[here] != codes[there]
+        alone = (number[here] <= 1) & (number[there] <= 1) & (number[here] + number[there] > 0)
+        nobody_elses = (owner[here] == owner[there]) | (number[here] + number[there] == 1)
+        of_one_box[:, k][here] = inside & alone & nobody_elses
+    alike = similarity(distances) >= threshold
+    return AffinityTargets(lab, distances, alike, known, different, of_one_box)
 
 
 def affinity_loss(logits: Tensor, wanted: AffinityTargets) -> Tensor:

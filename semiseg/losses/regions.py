@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import roi_align
 
-from semiseg.losses.affinity import edges_of, inside_of_neighbours
+from semiseg.losses.affinity import edges_of, inside_of_neighbours, rgb_to_lab
 from semiseg.structures.grids import Regions
 
 
@@ -55,4 +55,4 @@ def region_edges(
     where = torch.cat([image_index[:, None].to(regions.boxes_xyxy.dtype), regions.boxes_xyxy], dim=1)
     colours = roi_align(images.float(), where, regions.size_hw, aligned=True).to(torch.uint8)  # truncated, as means are
     inside = region_inside(regions, image_index, image_sizes_hw, bottom_rows, size=size, dilation=dilation)
-    return edges_of(colours, inside, size=size, dilation=dilation, threshold=threshold)
+    return edges_of(rgb_to_lab(colours), inside, size=size, dilation=dilation, threshold=threshold)

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from semiseg.losses.affinity import affinity_edges, neighbour_inside
+from semiseg.losses.affinity import affinity_edges, from_both_ends, neighbour_inside
 from semiseg.losses.boxinst import (
     box_cells,
     cell_profiles,
@@ -31,7 +31,6 @@ from semiseg.losses.learned import (
     AffinityTargets,
     LearnedEdges,
     affinity_loss,
-    edges_of_one_box,
 )
 from semiseg.losses.regions import region_cells, region_edges, region_inside
 from semiseg.structures.grids import MaskGrid, WholeMap
@@ -187,13 +186,21 @@ def instance_terms(targets: Targets, grid: MaskGrid, *, objective: Objective) ->
     )
 
 
-def loss_edges(batch: Batch, targets: Targets, instances: InstanceTerms, *, objective: Objective) -> dict[str, Tensor]:
+def loss_edges(
+    batch: Batch,
+    targets: Targets,
+    instances: InstanceTerms,
+    affinity: AffinityTargets | None = None,
+    *,
+    objective: Objective,
+) -> dict[str, Tensor]:
     """`MaskTargets.edges`, on the batch's device, without a transfer to the host; only of losses that someone gets.
 
     Args:
         batch: its images are looked at where an instance gets `pairwise`.
         targets: the batch's.
         instances: what `instance_terms` gives of them, on the batch's device.
+        affinity: of the same batch, where an instance gets `pairwise_learned`.
         objective: the study's.
     """
     grid, image_index = instances.grid, targets.image_index
@@ -206,14 +213,16 @@ def loss_edges(batch: Batch, targets: Targets, instances: InstanceTerms, *, obje
         coloured = partial(region_edges, batch.images, grid, image_index, *of_images)
         inside = partial(region_inside, grid, image_index, *of_images)
     edges = {}
-    if "pairwise" in instances.chosen:
+    if affinity is not None and "pairwise_learned" in instances.chosen:
+        alike, of_one_box = (
+            from_both_ends(each, size=size, dilation=dilation) for each in (affinity.alike, affinity.of_one_box)
+        )
+        edges["pairwise"] = alike.logical_and_(inside(size=size, dilation=dilation))
+        edges["pairwise_learned"] = of_one_box
+    elif "pairwise" in instances.chosen:
         edges["pairwise"] = coloured(size=size, dilation=dilation, threshold=threshold)
     if "pairwise_labelled" in instances.chosen:
         edges["pairwise_labelled"] = inside(size=size, dilation=dilation)
-    if "pairwise_learned" in instances.chosen:
-        edges["pairwise_learned"] = edges_of_one_box(
-            batch, targets, instances.cells, whole_map(grid), size=size, dilation=dilation
-        )
     return edges
 
 
@@ -284,8 +293,7 @@ def term_counts(assignment: Assignment, targets: Targets, prepared: MaskTargets,
         counts[name] = each.sum()
     if prepared.affinity is not None:
         counts["affinity"] = prepared.affinity.known.sum()
-        colour = prepared.affinity.colour_counts(prepared.objective.affinity_threshold)
-        counts |= zip(COLOUR_COUNTS, colour, strict=True)
+        counts |= zip(COLOUR_COUNTS, prepared.affinity.colour_counts(), strict=True)
     return torch.stack([counts[name].double() for name in prepared.objective.count_names])
 
 
@@ -310,16 +318,17 @@ def compute_losses(
         centreness                 = S / max(n.positives / p, 1)
         unweighted mask loss t     = p S_t / max(n.t, 1), n.t masks for dice and projection, edges otherwise
         weighted dice, projection  = (n.t / max(n.masks, 1)) unweighted
-        weighted pairwise          = (1 - r) warmup (n.box_masks / max(n.masks, 1)) unweighted
+        weighted pairwise          = warmup (n.box_masks / max(n.masks, 1)) unweighted
         weighted pairwise_labelled = warmup (n.mask_masks / max(n.masks, 1)) unweighted
-        weighted pairwise_learned  = 2 r warmup (n.box_masks / max(n.masks, 1)) unweighted
+        weighted pairwise_learned  = warmup (n.box_masks / max(n.masks, 1)) p S
         affinity                   = p S / max(n.affinity, 1)
 
     so that (sum of dice + sum of projection) / P + (P_box / P) pairwise is METHOD's mixed loss. Sums over the parts
     of a step and means over its processes (which data parallelism takes of gradients) give the values of the step.
     Pseudo masks scale their sums by their weight and count as one. Deviation: the labelled edges, for which the
     method names no weight, take the same kind of share and warm-up as the coloured ones (docs/NUMERICS.md).
-    r = `learned.trust` is how far learned labels replace colour's, 0 without them.
+    With learned labels `pairwise_learned` is a mean of costs (`LearnedEdges.costs`) in place of `pairwise`, which it
+    equals as long as these are not trusted.
 
     Args:
         mask_logits: one per sampled positive, on the grid of its instance.
@@ -333,16 +342,18 @@ def compute_losses(
         Every loss of the objective, 0 where nothing is there to sum. Their total carries a graph through the masks
         and the branch even then.
     """
-    sums = detection_losses(outputs, assignment, targets.labels) | _mask_sums(mask_logits, prepared, learned)
     count = dict(zip(prepared.objective.count_names, counts.unbind(), strict=True))
+    sums = detection_losses(outputs, assignment, targets.labels) | _mask_sums(mask_logits, prepared, count, learned)
     positives = (count["positives"] / processes).clamp(min=1)
     factors = {
         "classification": 1 / positives,
         "box": 1 / (count["centreness"] / processes).clamp(min=1e-6),
         "centreness": 1 / positives,
     }
-    shares = _shares(count, warmup, learned)
+    shares = _shares(count, warmup)
     names = prepared.objective.loss_names
+    if learned is not None:
+        factors["pairwise_learned"] = counts.new_tensor(processes)  # each of its costs is a share of a mean already
     factors |= {name: processes / count[name].clamp(min=1) for name in names if name not in factors}
     unweighted = {name: sums[name] * factors[name].to(sums[name].dtype) for name in names}
     weighted = {
@@ -351,23 +362,22 @@ def compute_losses(
     return LossTerms(unweighted=unweighted, weighted=weighted)
 
 
-def _shares(count: Mapping[str, Tensor], warmup: float, learned: LearnedEdges | None) -> dict[str, Tensor]:
+def _shares(count: Mapping[str, Tensor], warmup: float) -> dict[str, Tensor]:
     """What the unweighted mask losses are weighted with, see `compute_losses`."""
     masks = count["masks"].clamp(min=1)
-    edges = warmup * count["box_masks"]
-    shares = {
+    of_boxes = warmup * count["box_masks"] / masks
+    return {
         "dice": count["dice"] / masks,
         "projection": count["projection"] / masks,
-        "pairwise": edges / masks,
+        "pairwise": of_boxes,
         "pairwise_labelled": warmup * count["mask_masks"] / masks,
+        "pairwise_learned": of_boxes,
     }
-    if learned is not None:
-        shares["pairwise"] = (1 - learned.trust) * edges / masks
-        shares["pairwise_learned"] = 2 * learned.trust * edges / masks
-    return shares
 
 
-def _mask_sums(mask_logits: MaskLogits, prepared: MaskTargets, learned: LearnedEdges | None) -> dict[str, Tensor]:
+def _mask_sums(
+    mask_logits: MaskLogits, prepared: MaskTargets, count: Mapping[str, Tensor], learned: LearnedEdges | None
+) -> dict[str, Tensor]:
     logits, image, instance = mask_logits.logits, mask_logits.image_index, mask_logits.instance_index
     if not _same_cells(mask_logits.grid, prepared.grid):
         raise ValueError(f"the mask logits' grid {mask_logits.grid} is not that of the masks, {prepared.grid}")
@@ -376,9 +386,13 @@ def _mask_sums(mask_logits: MaskLogits, prepared: MaskTargets, learned: LearnedE
         sums["dice"] = _dice_sum(logits, instance, prepared)
     if len(logits) and "projection" in prepared.chosen:
         sums["projection"] = _projection_sum(logits, instance, prepared)
-    for name in prepared.edges if len(logits) else ():
-        labels = learned.labels if name == "pairwise_learned" and learned is not None else None
-        sums[name] = _edge_sum(name, logits, image, instance, prepared, labels)
+    if len(logits) and learned is not None and "pairwise_learned" in prepared.edges:
+        sums["pairwise_learned"] = _learned_sum(logits, image, instance, prepared, count, learned)
+    elif len(logits) and "pairwise" in prepared.edges:
+        sums["pairwise"] = _edge_sum("pairwise", logits, image, instance, prepared, prepared.edges["pairwise"])
+    if len(logits) and "pairwise_labelled" in prepared.edges:
+        edges = prepared.edges["pairwise_labelled"]
+        sums["pairwise_labelled"] = _edge_sum("pairwise_labelled", logits, image, instance, prepared, edges)
     # One loss with a graph is enough, and a graph for nothing costs a map of zeros. Without any, the masks take part in
     # the 0 (those of no queries are on the graph, too), so that no process waits for a gradient that never comes.
     zero = at_least_float32(logits.new_zeros(()) if sums else logits[:0].sum())
@@ -422,14 +436,35 @@ def _projection_sum(logits: Tensor, instance: Tensor, prepared: MaskTargets) -> 
     return torch.where(prepared.chosen["projection"][instance], each, 0).sum()
 
 
+def _learned_sum(
+    logits: Tensor,
+    image: Tensor,
+    instance: Tensor,
+    prepared: MaskTargets,
+    count: Mapping[str, Tensor],
+    learned: LearnedEdges,
+) -> Tensor:
+    """Colour's edges and the learned ones in one pass, since both need the same of every cell."""
+    assert prepared.affinity is not None
+    edges = prepared.edges["pairwise"] | prepared.edges["pairwise_learned"]
+    costs = learned.costs(prepared.affinity, count["pairwise"], count["pairwise_learned"])
+    return _edge_sum("pairwise_learned", logits, image, instance, prepared, edges, costs)
+
+
 def _edge_sum(
-    name: str, logits: Tensor, image: Tensor, instance: Tensor, prepared: MaskTargets, labels: Tensor | None
+    name: str,
+    logits: Tensor,
+    image: Tensor,
+    instance: Tensor,
+    prepared: MaskTargets,
+    edges: Tensor,
+    costs: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     cells = (prepared.cells * prepared.chosen[name][:, None])[instance]  # those of other instances become empty
-    edges, objective = prepared.edges[name], prepared.objective
+    objective = prepared.objective
     total = None if prepared.sizes is None else prepared.sizes[name]
     size, dilation = objective.affinity_size, objective.affinity_dilation
     masks = prepared.masks[prepared.mask_row[instance]] if name == "pairwise_labelled" else None
     index = prepared.edge_index(image, instance)
-    each = edge_sums(logits, cells, edges, index, masks, labels, size=size, dilation=dilation, total_cells=total)
+    each = edge_sums(logits, cells, edges, index, masks, costs, size=size, dilation=dilation, total_cells=total)
     return (each * prepared.weight[instance]).sum()
