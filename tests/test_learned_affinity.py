@@ -314,12 +314,12 @@ def test_costs_of_edges_are_shares_of_means_that_the_branch_moves() -> None:
             bool(wanted.of_one_box[place]),
         )
         kinds.add((alike, own))
-        coloured = (0.75 if own else 1.0) / 50 * alike
-        assert float(same[place]) == pytest.approx(coloured + 2 * 0.25 * (1 - y) / 20 * own, rel=1e-5)
-        assert float(different[place]) == pytest.approx(2 * 0.25 * y / 20 * own, rel=1e-5)
+        coloured = (0.75 if own else 1.0) * 20 / 50 * alike
+        assert float(same[place]) == pytest.approx(coloured + 2 * 0.25 * (1 - y) * own, rel=1e-5)
+        assert float(different[place]) == pytest.approx(2 * 0.25 * y * own, rel=1e-5)
     assert len(kinds) == 4
     same, different = LearnedEdges(logits, torch.tensor(0.0)).costs(wanted, *numbers)
-    assert torch.equal(same, wanted.alike / torch.tensor(50.0))
+    assert torch.equal(same, wanted.alike * torch.tensor(0.4))
     assert not different.any()
 
 

@@ -80,7 +80,7 @@ class LearnedEdges:
 
         With r = `trust` and the branch's probability y of "different", (1 - r) for alike colours, and where it
         concerns one box alone 2 r (1 - y) and 2 r y more; 1 for alike colours elsewhere, of which the branch says
-        nothing. Each kind as a mean.
+        nothing. Their sum is to be divided by `learned`: colour's costs are scaled so that each kind is a mean.
 
         Args:
             coloured, learned: scalars, the step's numbers of edges with alike colours and of edges of one box.
@@ -89,9 +89,9 @@ class LearnedEdges:
             Two of (B, K / 2, h, w), at least float32, see `boxinst.edge_sums`; without gradient.
         """
         y = at_least_float32(self.logits.detach()).sigmoid()
-        own = wanted.of_one_box * (2 * self.trust / learned.clamp(min=1)).to(y.dtype)
-        by_colour = wanted.alike * (1 - self.trust * wanted.of_one_box) / coloured.clamp(min=1).to(y.dtype)
-        return by_colour + own * (1 - y), own * y
+        own = wanted.of_one_box * self.trust.to(y.dtype)
+        by_colour = wanted.alike * (1 - own) * (learned.clamp(min=1) / coloured.clamp(min=1)).to(y.dtype)
+        return by_colour + 2 * own * (1 - y), 2 * own * y
 
 
 @torch.no_grad()

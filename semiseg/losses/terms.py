@@ -320,15 +320,14 @@ def compute_losses(
         weighted dice, projection  = (n.t / max(n.masks, 1)) unweighted
         weighted pairwise          = warmup (n.box_masks / max(n.masks, 1)) unweighted
         weighted pairwise_labelled = warmup (n.mask_masks / max(n.masks, 1)) unweighted
-        weighted pairwise_learned  = warmup (n.box_masks / max(n.masks, 1)) p S
+        weighted pairwise_learned  = warmup (n.box_masks / max(n.masks, 1)) unweighted
         affinity                   = p S / max(n.affinity, 1)
 
     so that (sum of dice + sum of projection) / P + (P_box / P) pairwise is METHOD's mixed loss. Sums over the parts
     of a step and means over its processes (which data parallelism takes of gradients) give the values of the step.
     Pseudo masks scale their sums by their weight and count as one. Deviation: the labelled edges, for which the
     method names no weight, take the same kind of share and warm-up as the coloured ones (docs/NUMERICS.md).
-    With learned labels `pairwise_learned` is a mean of costs (`LearnedEdges.costs`) in place of `pairwise`, which it
-    equals as long as these are not trusted.
+    `pairwise_learned` takes the place of `pairwise`, which it equals until learned labels are trusted.
 
     Args:
         mask_logits: one per sampled positive, on the grid of its instance.
@@ -352,8 +351,6 @@ def compute_losses(
     }
     shares = _shares(count, warmup)
     names = prepared.objective.loss_names
-    if learned is not None:
-        factors["pairwise_learned"] = counts.new_tensor(processes)  # each of its costs is a share of a mean already
     factors |= {name: processes / count[name].clamp(min=1) for name in names if name not in factors}
     unweighted = {name: sums[name] * factors[name].to(sums[name].dtype) for name in names}
     weighted = {
