@@ -98,6 +98,7 @@ class ObjectiveConfig(Section):
         "projection+pairwise"
     )
     affinity: Literal["colour", "learned"] = "colour"  # `learned` adds the branch that learns edges from masks
+    level_set: Annotated[float, Field(ge=0)] = 0.0  # weight of the level set loss on an instance's box; 0 = without
     affinity_threshold: Probability = 0.3
     affinity_size: Literal[3, 5, 7] = 3
     affinity_dilation: Annotated[int, Field(ge=1, le=64)] = 2

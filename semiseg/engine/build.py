@@ -68,6 +68,7 @@ def build_objective(config: ObjectiveConfig) -> Objective:
         affinity_size=config.affinity_size,
         affinity_dilation=config.affinity_dilation,
         affinity=config.affinity,
+        level_set=config.level_set,
     )
 
 

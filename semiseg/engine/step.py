@@ -21,6 +21,7 @@ from semiseg.losses.terms import (
     LossTerms,
     MaskTargets,
     Objective,
+    cell_colours,
     compute_losses,
     instance_terms,
     loss_edges,
@@ -126,6 +127,7 @@ class TrainStep(nn.Module):
             masks=targets.masks_on(instances.grid),
             edges=loss_edges(batch, targets, instances, affinity, objective=self.objective),
             affinity=affinity,
+            lab=cell_colours(batch, instances, affinity),
             sizes=sizes,
         )
         counts = term_counts(assignment, targets, wanted, quotas)

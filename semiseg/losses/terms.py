@@ -14,7 +14,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from semiseg.losses.affinity import affinity_edges, from_both_ends, neighbour_inside
+from semiseg.losses.affinity import (
+    affinity_edges,
+    downsample_images,
+    from_both_ends,
+    neighbour_inside,
+    rgb_to_lab,
+)
 from semiseg.losses.boxinst import (
     box_cells,
     cell_profiles,
@@ -32,6 +38,7 @@ from semiseg.losses.learned import (
     LearnedEdges,
     affinity_loss,
 )
+from semiseg.losses.level_set import level_set_loss
 from semiseg.losses.regions import region_cells, region_edges, region_inside
 from semiseg.structures.grids import MaskGrid, WholeMap
 from semiseg.structures.inputs import Batch, Supervision, Targets
@@ -78,19 +85,28 @@ class Objective:
     affinity_size: int
     affinity_dilation: int
     affinity: Affinity = "colour"
+    level_set: float = 0.0
 
     @property
     def loss_names(self) -> tuple[str, ...]:
         """Of all losses of a step, in their order."""
-        return LOSS_NAMES if self.affinity == "colour" else (*LOSS_NAMES, *LEARNED_LOSSES)
+        return (*LOSS_NAMES, *self._optional, *(LEARNED_LOSSES if self.affinity == "learned" else ()))
 
     @property
     def count_names(self) -> tuple[str, ...]:
         """Of what `term_counts` gives, in its order."""
-        return COUNT_NAMES if self.affinity == "colour" else (*COUNT_NAMES, *LEARNED_LOSSES, *COLOUR_COUNTS)
+        learned = (*LEARNED_LOSSES, *COLOUR_COUNTS) if self.affinity == "learned" else ()
+        return (*COUNT_NAMES, *self._optional, *learned)
 
     def terms_of(self, supervision: Supervision) -> tuple[str, ...]:
-        return TERMS[supervision, self.box if supervision == Supervision.BOX else self.mask]
+        if supervision != Supervision.BOX:
+            return TERMS[supervision, self.mask]
+        terms = TERMS[supervision, self.box]
+        return (*terms, *self._optional) if "projection" in terms else terms
+
+    @property
+    def _optional(self) -> tuple[str, ...]:
+        return ("level_set",) if self.level_set > 0 else ()
 
 
 @dataclass(frozen=True)
@@ -132,6 +148,7 @@ class MaskTargets(InstanceTerms):
         edges: (B, K, h, w) bool, the edges that count for the edge loss of this name; keys as in `chosen`. On regions
             (N, K, h, w).
         affinity: what learned affinity learns from; None without it.
+        lab: (B, 3, h, w) the cells' colours, where an instance gets `level_set`.
         sizes: see `loss_sizes`; None = they are read back from the device when they are needed.
     """
 
@@ -139,6 +156,7 @@ class MaskTargets(InstanceTerms):
     masks: Tensor
     edges: dict[str, Tensor]
     affinity: AffinityTargets | None = None
+    lab: Tensor | None = None
     sizes: Mapping[str, int] | None = None
 
     def edge_index(self, image: Tensor, instance: Tensor) -> Tensor:
@@ -226,6 +244,15 @@ def loss_edges(
     return edges
 
 
+def cell_colours(batch: Batch, instances: InstanceTerms, affinity: AffinityTargets | None) -> Tensor | None:
+    """`MaskTargets.lab`."""
+    if "level_set" not in instances.chosen:
+        return None
+    if affinity is not None:
+        return affinity.lab
+    return rgb_to_lab(downsample_images(batch.images, stride=whole_map(instances.grid).stride))
+
+
 def whole_map(grid: MaskGrid) -> WholeMap:
     """The grid, of which learned affinity needs that it is an image's, not an instance's own."""
     if not isinstance(grid, WholeMap):
@@ -284,7 +311,7 @@ def term_counts(assignment: Assignment, targets: Targets, prepared: MaskTargets,
         "box_masks": (used * box).sum(),
         "mask_masks": (used * ~box).sum(),
     }
-    for name in (*MASK_LOSSES, "pairwise_learned"):
+    for name in (*MASK_LOSSES, "pairwise_learned", "level_set"):
         each = quotas * prepared.chosen[name] if name in prepared.chosen else quotas.new_zeros(1)
         if name in prepared.edges:
             instances = torch.arange(len(quotas), device=quotas.device)
@@ -349,7 +376,7 @@ def compute_losses(
         "box": 1 / (count["centreness"] / processes).clamp(min=1e-6),
         "centreness": 1 / positives,
     }
-    shares = _shares(count, warmup)
+    shares = _shares(count, warmup, prepared.objective)
     names = prepared.objective.loss_names
     factors |= {name: processes / count[name].clamp(min=1) for name in names if name not in factors}
     unweighted = {name: sums[name] * factors[name].to(sums[name].dtype) for name in names}
@@ -359,7 +386,7 @@ def compute_losses(
     return LossTerms(unweighted=unweighted, weighted=weighted)
 
 
-def _shares(count: Mapping[str, Tensor], warmup: float) -> dict[str, Tensor]:
+def _shares(count: Mapping[str, Tensor], warmup: float, objective: Objective) -> dict[str, Tensor]:
     """What the unweighted mask losses are weighted with, see `compute_losses`."""
     masks = count["masks"].clamp(min=1)
     of_boxes = warmup * count["box_masks"] / masks
@@ -369,6 +396,7 @@ def _shares(count: Mapping[str, Tensor], warmup: float) -> dict[str, Tensor]:
         "pairwise": of_boxes,
         "pairwise_labelled": warmup * count["mask_masks"] / masks,
         "pairwise_learned": of_boxes,
+        "level_set": objective.level_set * of_boxes,
     }
 
 
@@ -390,12 +418,15 @@ def _mask_sums(
     if len(logits) and "pairwise_labelled" in prepared.edges:
         edges = prepared.edges["pairwise_labelled"]
         sums["pairwise_labelled"] = _edge_sum("pairwise_labelled", logits, image, instance, prepared, edges)
+    if len(logits) and prepared.lab is not None:
+        each = level_set_loss(logits, prepared.cells[instance], prepared.lab, image)
+        sums["level_set"] = torch.where(prepared.chosen["level_set"][instance], each, 0).sum()
     # One loss with a graph is enough, and a graph for nothing costs a map of zeros. Without any, the masks take part in
     # the 0 (those of no queries are on the graph, too), so that no process waits for a gradient that never comes.
     zero = at_least_float32(logits.new_zeros(()) if sums else logits[:0].sum())
     if prepared.affinity is not None and learned is not None:
         sums["affinity"] = affinity_loss(learned.logits, prepared.affinity)
-    return dict.fromkeys((*MASK_LOSSES, "pairwise_learned"), zero) | sums
+    return dict.fromkeys((*MASK_LOSSES, "pairwise_learned", "level_set"), zero) | sums
 
 
 def _same_cells(one: MaskGrid, other: MaskGrid) -> bool:
