@@ -15,12 +15,12 @@ from PIL import Image
 
 from semiseg.data import dataset as dataset_module
 from semiseg.data.dataset import InstanceDataset, Source, build_rule
-from semiseg.data.loader import load_batch
+from semiseg.data.images import read_image
 from semiseg.data.rasterise import outlines_to_rle, read_cells
 from semiseg.data.table import load_table
 from semiseg.data.transforms import Resize
 from semiseg.errors import UserError
-from semiseg.structures.inputs import Batch, Sample, Supervision, Targets, empty_batch, grid_size, pad_images
+from semiseg.structures.inputs import Batch, Supervision, Targets, empty_batch, grid_size, pad_images
 from tests.coco_files import CocoFiles, KeepClasses, encode, make_coco
 
 TRAIN = Resize(short_sides=(48, 64, 72), long_side=120, flip=0.5)
@@ -47,11 +47,22 @@ def make_dataset(
     )
 
 
+def batch_of(data: InstanceDataset, *keys: tuple[int, int]) -> Batch:
+    """Images as they are where there is one: its batch is not padded."""
+    return data.batch(keys, size_divisor=1)
+
+
+def targets_of(data: InstanceDataset, *keys: tuple[int, int]) -> Targets:
+    targets = batch_of(data, *keys).targets
+    assert targets is not None
+    return targets
+
+
 def same(first: Any, second: Any) -> bool:
     """Bit for bit, through nested structures."""
     if isinstance(first, torch.Tensor):
         return first.dtype == second.dtype and torch.equal(first, second)
-    if isinstance(first, Sample | Batch | Targets):
+    if isinstance(first, Batch | Targets):
         return all(same(getattr(first, field.name), getattr(second, field.name)) for field in fields(first))
     return bool(first == second)
 
@@ -68,7 +79,7 @@ def same(first: Any, second: Any) -> bool:
     ],
 )
 def test_rules(tmp_path: Path, source: Source, split: KeepClasses | None, expected: list[int]) -> None:
-    sample = make_dataset(make_coco(tmp_path), source, split)[0, 0]
+    sample = targets_of(make_dataset(make_coco(tmp_path), source, split), (0, 0))
     assert sample.supervision.tolist() == expected
     assert sample.mask_instance.tolist() == [index for index, kind in enumerate(expected) if kind == MASK]
     assert sample.labels.tolist() == [0, 1, 2, 3]
@@ -82,9 +93,10 @@ def test_source_split_needs_a_split() -> None:
 
 def test_values_of_a_sample(tmp_path: Path) -> None:
     files = make_coco(tmp_path)
-    sample = make_dataset(files, transform=Resize([128], 200), stride=4)[0, 0]
-    annotations = files.content["annotations"]
-    assert sample.image.shape == (3, 128, 160)  # 64 x 80, doubled
+    batch = batch_of(make_dataset(files, transform=Resize([128], 200), stride=4), (0, 0))
+    annotations, sample = files.content["annotations"], batch.targets
+    assert sample is not None
+    assert batch.images.shape == (1, 3, 128, 160)  # 64 x 80, doubled
     for box, annotation in zip(sample.boxes_xyxy.tolist(), annotations[:4], strict=True):
         x, y, width, height = annotation["bbox"]
         assert box == [2 * x, 2 * y, 2 * (x + width), 2 * (y + height)]
@@ -92,7 +104,7 @@ def test_values_of_a_sample(tmp_path: Path) -> None:
     assert sample.crowd_boxes_xyxy[0, :2].tolist() == [2 * crowd[0], 2 * crowd[1]]
     assert sample.masks.shape == (3, 32, 40)
     assert sample.masks.any((1, 2)).all()
-    assert sample.bottom_rows_without_affinity == 20
+    assert batch.bottom_rows_without_affinity.tolist() == [20]
     # Each mask lies in its box: cell centres are 4 * index + 2.
     for mask, box in zip(sample.masks, sample.boxes_xyxy, strict=False):
         rows, columns = mask.nonzero().T * 4 + 2
@@ -105,7 +117,7 @@ def test_values_of_a_sample(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("short_side", "expected"), [(64, 10), (72, 11), (40, 6)])  # int(10 * new / 64)
 def test_bottom_rows_scale_with_the_image(tmp_path: Path, short_side: int, expected: int) -> None:
     data = make_dataset(make_coco(tmp_path), transform=Resize([short_side], 999))
-    assert data[0, 0].bottom_rows_without_affinity == expected
+    assert batch_of(data, (0, 0)).bottom_rows_without_affinity.tolist() == [expected]
 
 
 def test_boxes_come_from_the_annotation_not_from_the_mask(tmp_path: Path) -> None:
@@ -113,7 +125,7 @@ def test_boxes_come_from_the_annotation_not_from_the_mask(tmp_path: Path) -> Non
         content["annotations"][0]["bbox"] = [1, 2, 30, 40]
         content["annotations"][1]["segmentation"] = encode(np.zeros((64, 80), bool), compressed=False)
 
-    sample = make_dataset(make_coco(tmp_path).rewrite(change), transform=Resize([64], 80))[0, 0]
+    sample = targets_of(make_dataset(make_coco(tmp_path).rewrite(change), transform=Resize([64], 80)), (0, 0))
     assert sample.boxes_xyxy[0].tolist() == [1, 2, 31, 42]
     assert sample.supervision.tolist() == [MASK, MASK, MASK, BOX]  # an empty mask does not drop the instance
     assert not sample.masks[1].any()
@@ -125,12 +137,13 @@ def test_an_image_without_boxes_and_one_with_only_crowd(tmp_path: Path) -> None:
         content["annotations"] = [crowd]
 
     data = make_dataset(make_coco(tmp_path).rewrite(change))
-    only_crowd, empty = data[0, 0], data[1, 0]
+    only_crowd, empty = targets_of(data, (0, 0)), targets_of(data, (1, 0))
     assert only_crowd.boxes_xyxy.shape == empty.boxes_xyxy.shape == (0, 4)
     assert len(only_crowd.crowd_boxes_xyxy) == 1
     assert len(empty.crowd_boxes_xyxy) == 0
-    assert empty.masks.shape == (0, *grid_size((empty.image.shape[1], empty.image.shape[2]), 2))
-    batch = load_batch(data, [(1, 0), (0, 0), (1, 0)], size_divisor=32)
+    height, width = batch_of(data, (1, 0)).images.shape[2:]
+    assert empty.masks.shape == (0, *grid_size((height, width), 2))
+    batch = data.batch([(1, 0), (0, 0), (1, 0)], size_divisor=32)
     targets = batch.targets
     assert targets is not None
     assert targets.num_instances == 0
@@ -140,10 +153,10 @@ def test_an_image_without_boxes_and_one_with_only_crowd(tmp_path: Path) -> None:
 
 def test_the_sample_is_a_function_of_its_key(tmp_path: Path) -> None:
     data = make_dataset(make_coco(tmp_path))
-    first = [data[key] for key in KEYS]
+    first = [batch_of(data, key) for key in KEYS]
     torch.manual_seed(1)
-    assert all(same(data[key], sample) for key, sample in zip(reversed(KEYS), reversed(first), strict=True))
-    assert len({sample.image.shape for sample in first[:5]}) > 1
+    assert all(same(batch_of(data, key), sample) for key, sample in zip(reversed(KEYS), reversed(first), strict=True))
+    assert len({sample.images.shape for sample in first[:5]}) > 1
 
 
 def test_a_bad_image_is_named(tmp_path: Path) -> None:
@@ -151,10 +164,10 @@ def test_a_bad_image_is_named(tmp_path: Path) -> None:
     data = make_dataset(files)
     Image.new("RGB", (80, 65)).save(files.images / "002.png")
     with pytest.raises(UserError, match=r"002\.png: the image is 80 x 65 .* say 80 x 64"):
-        data[1, 0]
+        batch_of(data, (1, 0))
     (files.images / "002.png").unlink()
     with pytest.raises(UserError, match=r"002\.png: no such image file"):
-        data[1, 0]
+        batch_of(data, (1, 0))
 
 
 # ---- the poison test ---------------------------------------------------------------------------------------------
@@ -213,9 +226,9 @@ def test_withheld_masks_do_not_reach_a_batch(
     poisoned = poison(clean, tmp_path / "poisoned", is_withheld(source, split), how)
     assert poisoned.content != clean.content
     first, second = (make_dataset(files, source, split) for files in (clean, poisoned))
-    pairs = [(first[key], second[key]) for key in KEYS]
+    pairs = [(batch_of(first, key), batch_of(second, key)) for key in KEYS]
     assert all(same(a, b) for a, b in pairs)
-    assert same(load_batch(first, KEYS, size_divisor=32), load_batch(second, KEYS, size_divisor=32))
+    assert same(first.batch(KEYS, size_divisor=32), second.batch(KEYS, size_divisor=32))
 
 
 def test_the_poison_would_be_seen(tmp_path: Path) -> None:
@@ -223,7 +236,7 @@ def test_the_poison_would_be_seen(tmp_path: Path) -> None:
     clean = make_coco(tmp_path / "clean")
     poisoned = poison(clean, tmp_path / "poisoned", is_withheld("split", KeepClasses(("cat",))), "rle")
     first, second = (make_dataset(files, "masks") for files in (clean, poisoned))
-    assert sum(not same(first[key], second[key]) for key in KEYS) == len(KEYS)
+    assert sum(not same(batch_of(first, key), batch_of(second, key)) for key in KEYS) == len(KEYS)
 
 
 def test_withheld_masks_are_not_even_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,11 +255,12 @@ def test_withheld_masks_are_not_even_decoded(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(dataset_module, "outlines_to_rle", rasterise)
     monkeypatch.setattr(dataset_module, "read_cells", read_some)
     files = make_coco(tmp_path)
-    make_dataset(files, "boxes")[0, 0]
+    batch_of(make_dataset(files, "boxes"), (0, 0))
     assert (rasterised, read) == ([], [])
-    make_dataset(files, "split", KeepClasses(("dog", "fish")))[0, 0]  # dog 2 is an RLE; fish is box-only and crowd
+    data = make_dataset(files, "split", KeepClasses(("dog", "fish")))
+    batch_of(data, (0, 0))  # dog 2 is an RLE; fish is box-only and crowd
     assert (rasterised, read) == ([], [1])
-    make_dataset(files, "split", KeepClasses(("cat",)))[0, 0]  # cat 1 is an outline
+    batch_of(make_dataset(files, "split", KeepClasses(("cat",))), (0, 0))  # cat 1 is an outline
     assert (rasterised, read) == ([1], [1, 1])
 
 
@@ -256,7 +270,7 @@ def test_withheld_masks_are_not_even_decoded(tmp_path: Path, monkeypatch: pytest
 def test_collate_pads_and_shifts_indices(tmp_path: Path) -> None:
     data = make_dataset(make_coco(tmp_path), transform=Resize([40], 100), stride=4)
     keys = [(2, 0), (0, 0), (3, 0)]  # 40 x 80, 40 x 50, 50 x 40
-    samples, batch = [data[key] for key in keys], load_batch(data, keys, size_divisor=32)
+    samples, batch = [batch_of(data, key) for key in keys], data.batch(keys, size_divisor=32)
     assert batch.images.shape == (3, 3, 64, 96)
     assert batch.image_sizes_hw.tolist() == [[40, 80], [40, 50], [50, 40]]
     assert batch.image_ids == (3, 1, 4)
@@ -270,17 +284,18 @@ def test_collate_pads_and_shifts_indices(tmp_path: Path) -> None:
     assert targets.crowd_image_index.tolist() == [1]
     first = 0
     for number, sample in enumerate(samples):
-        height, width = sample.image.shape[1:]
-        assert torch.equal(batch.images[number, :, :height, :width], sample.image)
+        height, width = sample.images.shape[2:]
+        assert torch.equal(batch.images[number, :, :height, :width], sample.images[0])
         assert not batch.images[number, :, height:].any()
         assert not batch.images[number, :, :, width:].any()
-        count, rows, columns = sample.masks.shape
+        assert sample.targets is not None
+        count, rows, columns = sample.targets.masks.shape
         stacked = targets.masks[first : first + count]
-        assert torch.equal(stacked[:, :rows, :columns], sample.masks)
-        assert stacked.sum() == sample.masks.sum()
+        assert torch.equal(stacked[:, :rows, :columns], sample.targets.masks)
+        assert stacked.sum() == sample.targets.masks.sum()
         first += count
     for name in ("boxes_xyxy", "labels", "supervision"):
-        assert torch.equal(getattr(targets, name), torch.cat([getattr(sample, name) for sample in samples]))
+        assert torch.equal(getattr(targets, name), torch.cat([getattr(sample.targets, name) for sample in samples]))
 
 
 @pytest.mark.parametrize("flip", [0.0, 0.5, 1.0])
@@ -293,11 +308,13 @@ def test_a_batch_written_in_place_is_that_of_its_samples(
     table = load_table(files.annotations, files.images, cache=tmp_path / "cache")
     data = InstanceDataset(table, rule=build_rule("masks", None), transform=transform, mask_stride=4)
     keys = [(row, seed) for seed in range(3) for row in range(len(data))]
-    batch = load_batch(data, keys, size_divisor=32)
-    for slot, size, sample in zip(batch.images, batch.image_sizes_hw, [data[key] for key in keys], strict=True):
-        height, width = sample.image.shape[1:]
+    batch = data.batch(keys, size_divisor=32)
+    for slot, size, (row, seed) in zip(batch.images, batch.image_sizes_hw, keys, strict=True):
+        image = read_image(files.images / table.rows[row]["file_name"])
+        image = transform((image.shape[1], image.shape[2]), seed).image(image)
+        height, width = image.shape[1:]
         assert size.tolist() == [height, width]
-        assert torch.equal(slot[:, :height, :width], sample.image)
+        assert torch.equal(slot[:, :height, :width], image)
         assert not slot[:, height:].any()
         assert not slot[:, :, width:].any()
 

@@ -13,7 +13,6 @@ from torchvision.transforms.v2 import functional
 
 from semiseg.data.dataset import InstanceDataset, build_rule
 from semiseg.data.images import read_image
-from semiseg.data.loader import load_batch
 from semiseg.data.rasterise import cell_centres, outlines_to_rle, read_cells, run_lengths
 from semiseg.data.table import load_table
 from semiseg.data.transforms import Geometry
@@ -158,8 +157,8 @@ def test_batches_are_those_of_the_plain_way(tmp_path: Path, stride: int, flipped
     for input_hw in (*INPUTS, None):
         transform = OneGeometry(input_hw, flipped)
         data = InstanceDataset(table, rule=build_rule("masks", None), transform=transform, mask_stride=stride)
-        samples = [data[row, 0] for row in range(len(SIZES))]
-        batch = load_batch(data, [(row, 0) for row in range(len(SIZES))], size_divisor=16)
+        keys = [(row, 0) for row in range(len(SIZES))]
+        samples, batch = [data.batch([key], size_divisor=1) for key in keys], data.batch(keys, size_divisor=16)
         assert batch.targets is not None
         assert batch.images.is_contiguous(memory_format=torch.channels_last)
         arrived = batch.to("cpu")
@@ -169,12 +168,13 @@ def test_batches_are_those_of_the_plain_way(tmp_path: Path, stride: int, flipped
         for row, sample in enumerate(samples):
             geometry = transform(SIZES[row], 0)
             image = image_the_plain_way(files.images / table.rows[row]["file_name"], geometry)
-            assert torch.equal(sample.image, image)
+            assert torch.equal(sample.images[0], image)
+            assert sample.targets is not None
             padded = torch.zeros_like(batch.images[row])
             padded[:, : image.shape[1], : image.shape[2]] = image
             assert torch.equal(batch.images[row], padded)
             annotations = [a for a in files.content["annotations"] if a["image_id"] == row + 1]
-            for cells, annotation in zip(sample.masks, annotations, strict=True):
+            for cells, annotation in zip(sample.targets.masks, annotations, strict=True):
                 expected = torch.from_numpy(cells_the_plain_way(annotation, geometry, stride))
                 assert torch.equal(cells, expected)
                 whole = torch.zeros_like(batch.targets.masks[0])

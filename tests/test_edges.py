@@ -17,7 +17,6 @@ from examples.analysis.edges import EdgeMeasurement, Neighbourhood, main, measur
 from semiseg.config import RunConfig
 from semiseg.config.read import parse_config
 from semiseg.data.images import read_image
-from semiseg.data.loader import load_batch
 from semiseg.data.table import load_table
 from semiseg.engine.build import RunData, build_objective, train_dataset
 from semiseg.errors import UserError
@@ -137,7 +136,7 @@ def test_sees_what_training_sees(files: CocoFiles, tmp_path: Path) -> None:
         config.model_copy(update={"supervision": config.supervision.model_copy(update={"source": "masks"})}),
         RunData(table, table, None),
     )
-    batch, with_masks = (load_batch(data, [(0, 0), (1, 0)], size_divisor=32) for data in (boxes, masks))
+    batch, with_masks = (data.batch([(0, 0), (1, 0)], size_divisor=32) for data in (boxes, masks))
     assert batch.targets is not None
     objective, grid = (
         build_objective(config.objective),

@@ -17,7 +17,7 @@ from semiseg.losses.boxinst import box_cells
 from semiseg.losses.regions import region_cells, region_edges, region_inside
 from semiseg.models.paste import paste_masks
 from semiseg.structures.grids import Regions
-from semiseg.structures.masks import EncodedMasks, joined
+from semiseg.structures.masks import EncodedMasks
 
 ORIGINAL, INPUT = (30, 41), (48, 65)
 
@@ -42,10 +42,10 @@ def kept_masks() -> list[Mask]:
 def test_encoded_masks_have_the_cells_that_a_worker_samples(flipped: bool) -> None:
     geometry = Geometry(ORIGINAL, INPUT, flipped)
     masks = kept_masks()
-    encoded = joined([_encoded(masks[:2], geometry), _encoded([], geometry), _encoded(masks[2:], geometry)])
+    encoded = _encoded([masks[:2], [], masks[2:]], [geometry] * 3)
     assert len(encoded) == len(masks)
     for stride in (1, 2, 4):
-        wanted = _cells(masks, geometry, stride)
+        wanted = _cells([masks], [geometry], stride, INPUT)
         height, width = wanted.shape[1:]
         rows, columns = (torch.arange(n) * stride + stride // 2 + 0.5 for n in (height, width))
         found = encoded.at(rows.expand(len(masks), -1), columns.expand(len(masks), -1))
@@ -173,8 +173,8 @@ def test_full_regions_are_their_boxes() -> None:
 
 def test_encoded_masks_follow_their_regions() -> None:
     """A box of pixels 10..19 x 5..14 on regions that hold it, half of it and none of it."""
-    outline = [[10.0, 5.0, 20.0, 5.0, 20.0, 15.0, 10.0, 15.0]]
-    encoded: EncodedMasks = _encoded([outline] * 3, Geometry((30, 40), (30, 40), False))
+    outline = [10.0, 5.0, 20.0, 5.0, 20.0, 15.0, 10.0, 15.0]
+    encoded: EncodedMasks = _encoded([[[outline]] * 3], [Geometry((30, 40), (30, 40), False)])
     grid = Regions(torch.tensor([[10.0, 5.0, 20.0, 15.0], [0.0, 5.0, 20.0, 15.0], [21.0, 16.0, 40.0, 30.0]]), (5, 4))
     found = encoded.at(*grid.centres())
     assert found[0].all()

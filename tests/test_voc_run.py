@@ -85,10 +85,11 @@ def test_masks_where_segmented_and_boxes_elsewhere_are_trained_together(root: Pa
     values["supervision"] = {"source": "as_annotated"}
     config = parse_config(RunConfig, values, where="voc")
     data = build_data(config)
-    samples = {
-        sample.image_id: sample for sample in (train_dataset(config, data)[k, 0] for k in range(len(data.train)))
-    }
+    batches = [train_dataset(config, data).batch([(row, 0)], size_divisor=1) for row in range(len(data.train))]
+    samples = {batch.image_ids[0]: batch.targets for batch in batches}
     segmented, boxes = samples[2007000001], samples[2008000005]
+    assert segmented is not None
+    assert boxes is not None
     assert segmented.supervision.tolist() == [Supervision.MASK, Supervision.MASK]
     assert boxes.supervision.tolist() == [Supervision.BOX]
     assert (len(segmented.masks), len(boxes.masks), len(boxes.crowd_boxes_xyxy)) == (2, 0, 1)

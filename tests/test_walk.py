@@ -12,7 +12,6 @@ from accelerate import Accelerator
 
 from semiseg.config import RunConfig
 from semiseg.data.dataset import withhold
-from semiseg.data.loader import load_batch
 from semiseg.data.transforms import Resize
 from semiseg.engine import train as training
 from semiseg.engine.build import RunData, build_data, build_objective, build_training_loader, train_dataset
@@ -82,16 +81,16 @@ def from_split_file_to_batch(config: RunConfig, data: RunData) -> Batch:
         seen = data.train.class_names[label] in split.seen
         assert instances.supervision[number] == (Supervision.MASK if seen else Supervision.BOX)
         assert (number in instances.mask_instance) == seen
-    # 3 transforms: geometry chosen from the sample's seed, applied to image, boxes and masks alike -> Sample
+    # 3 transforms: geometry chosen from the sample's seed, applied to image, boxes and masks alike
     geometry = Resize(short_sides=[64], long_side=64, flip=0.5)((row["height"], row["width"]), 7)
-    samples = [dataset[index, 7] for index in range(4)]
-    assert samples[0].image.shape == (3, *geometry.input_hw)
-    assert torch.equal(samples[0].boxes_xyxy, geometry.boxes(instances.boxes_xyxy))
-    # 4 collate -> Batch
+    # 4 InstanceDataset.batch -> Batch
     keys = [(index, 7) for index in range(4)]
-    batch = load_batch(dataset, keys, size_divisor=config.model.size_divisor).to("cpu")  # contiguous, as in a step
+    batch = dataset.batch(keys, size_divisor=config.model.size_divisor).to("cpu")  # contiguous, as in a step
     assert batch.targets is not None
-    assert batch.targets.num_instances == sum(len(sample.labels) for sample in samples)
+    assert batch.image_sizes_hw[0].tolist() == list(geometry.input_hw)
+    assert torch.equal(batch.targets.boxes_xyxy[batch.targets.image_index == 0], geometry.boxes(instances.boxes_xyxy))
+    alone = [dataset.batch([key], size_divisor=config.model.size_divisor).targets for key in keys]
+    assert batch.targets.num_instances == sum(targets.num_instances for targets in alone if targets is not None)
     assert 0 < len(batch.targets.masks) < batch.targets.num_instances
     return batch
 

@@ -32,7 +32,7 @@ from semiseg.errors import UserError
 from semiseg.files import require_folder, write_text
 from semiseg.losses.affinity import colour_affinity, neighbour_inside, neighbour_offsets
 from semiseg.losses.boxinst import box_cells
-from semiseg.structures.inputs import Sample
+from semiseg.structures.inputs import Batch
 
 _CHUNK = 256  # images whose annotations are prepared together
 
@@ -133,8 +133,9 @@ def measure_edges(
     for sample in tqdm(
         samples, total=len(chosen), desc="measuring edges", unit="img", disable=None if progress else True
     ):
-        instances += len(sample.masks)
-        if len(sample.masks):
+        masks = 0 if sample.targets is None else len(sample.targets.masks)
+        instances += masks
+        if masks:
             counts += torch.stack([_counted(sample, item, at_least, stride=stride) for item in neighbourhoods])
     if not instances:
         raise UserError(f"{annotations}: no instance with a mask in the {len(chosen)} images looked at")
@@ -154,8 +155,8 @@ class _Stored:
         return Geometry(size_hw, size_hw, flipped=False)
 
 
-def _samples(coco: CocoFile, images: Path, transform: Transform, *, stride: int, bottom_rows: int) -> Iterator[Sample]:
-    """The images with every mask, by the data set that trains; without a table on disk."""
+def _samples(coco: CocoFile, images: Path, transform: Transform, *, stride: int, bottom_rows: int) -> Iterator[Batch]:
+    """Every image with all its masks, by the data set that trains; without a table on disk."""
     records = image_records(coco)
     while chunk := list(islice(records, _CHUNK)):
         table = Table(
@@ -174,22 +175,23 @@ def _samples(coco: CocoFile, images: Path, transform: Transform, *, stride: int,
             bottom_rows_without_affinity=bottom_rows,
         )
         for index in range(len(dataset)):
-            yield dataset[index, 0]
+            yield dataset.batch([(index, 0)], size_divisor=1)
 
 
-def _counted(sample: Sample, neighbourhood: Neighbourhood, thresholds: Tensor, *, stride: int) -> Tensor:
+def _counted(image: Batch, neighbourhood: Neighbourhood, thresholds: Tensor, *, stride: int) -> Tensor:
     """(3, T) int64 of one image with masks: edges, those that reach each threshold, those of them truly positive."""
     size, dilation = neighbourhood.size, neighbourhood.dilation
-    sizes_hw, bottom = torch.tensor([sample.image.shape[-2:]]), torch.tensor([sample.bottom_rows_without_affinity])
-    grid_hw = (sample.masks.shape[1], sample.masks.shape[2])
+    sizes_hw, bottom, targets = image.image_sizes_hw, image.bottom_rows_without_affinity, image.targets
+    assert targets is not None
+    grid_hw = (targets.masks.shape[1], targets.masks.shape[2])
     given = {"stride": stride, "size": size, "dilation": dilation}
-    (similar,) = colour_affinity(sample.image[None], sizes_hw, bottom, **given)
+    (similar,) = colour_affinity(image.images, sizes_hw, bottom, **given)
     (inside,) = neighbour_inside(sizes_hw, bottom, grid_hw=grid_hw, **given)
     reach = size // 2 * dilation
     shifts = [(reach + dy, reach + dx) for dy, dx in neighbour_offsets(size, dilation)]
-    boxes = box_cells(sample.boxes_xyxy[sample.mask_instance], stride=stride, grid_hw=grid_hw)
+    boxes = box_cells(targets.boxes_xyxy[targets.mask_instance], stride=stride, grid_hw=grid_hw)
     counts = torch.zeros(3, len(thresholds), dtype=torch.int64)
-    for (row0, row1, column0, column1), mask in zip(boxes.tolist(), sample.masks, strict=True):
+    for (row0, row1, column0, column1), mask in zip(boxes.tolist(), targets.masks, strict=True):
         window = (slice(None), slice(row0, row1), slice(column0, column1))
         padded = torch.nn.functional.pad(mask, (reach, reach, reach, reach))
         neighbours = torch.stack([padded[y + row0 : y + row1, x + column0 : x + column1] for y, x in shifts])

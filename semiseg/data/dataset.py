@@ -1,4 +1,4 @@
-"""A row of the table + the supervision rule -> Sample. THE leak barrier: withheld masks end here.
+"""Rows of the table + the supervision rule -> a batch. THE leak barrier: withheld masks end here.
 
 `withhold` is the only place that decides which masks a training may see. It runs before anything is decoded and
 passes on only what is kept; crowd regions pass on their box alone, for every class.
@@ -7,21 +7,24 @@ passes on only what is kept; crowd regions pass on their box alone, for every cl
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass, replace
+from contextlib import nullcontext
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from semiseg.data.images import read_image
 from semiseg.data.rasterise import cell_centres, outlines_to_rle, read_cells, run_lengths
 from semiseg.data.table import Table
 from semiseg.data.transforms import Geometry, Transform
+from semiseg.data.workers import workers_lack
 from semiseg.errors import UserError
-from semiseg.structures.inputs import Sample, Supervision, grid_size
+from semiseg.structures.inputs import Batch, Supervision, Targets, empty_batch, grid_size
 from semiseg.structures.masks import MASK_BITS, EncodedMasks
 
 Key = tuple[int, int]  # (row index, sample seed)
@@ -90,8 +93,8 @@ def withhold(objects: Sequence[dict[str, Any]], *, class_names: Sequence[str], r
 
 
 @dataclass(frozen=True)
-class InstanceDataset(torch.utils.data.Dataset[Sample]):
-    """Map-style data set: key (row index, sample seed) -> Sample.
+class InstanceDataset:
+    """The images of a table under a supervision rule; a key (row index, sample seed) means one of them.
 
     All chance in a sample comes from its seed, so it is the same on every worker, rank and resume.
     """
@@ -108,59 +111,88 @@ class InstanceDataset(torch.utils.data.Dataset[Sample]):
 
     def has_masks(self) -> bool:
         """Whether the rule leaves any instance its mask; looks no further than the first."""
-        names = self.table.class_names
-        return any(withhold(row["objects"], class_names=names, rule=self.rule).masks for row in self.table.rows)
+        return any(self._withheld(row).masks for row in self.table.rows)
 
-    def __getitem__(self, key: Key) -> Sample:
-        """Raises `UserError` if the image is missing, damaged or not of the size that the annotations state."""
-        sample, read = self.sample(key)
-        return replace(sample, image=read())
+    def _withheld(self, row: dict[str, Any]) -> Instances:
+        return withhold(row["objects"], class_names=self.table.class_names, rule=self.rule)
 
-    def sample(self, key: Key) -> tuple[Sample, Callable[..., Tensor]]:
-        """The sample but for its image, which is blank, and what reads that, see `read_image`."""
-        index, seed = key
-        row = self.table.rows[index]
-        instances = withhold(row["objects"], class_names=self.table.class_names, rule=self.rule)
-        geometry = self.transform((row["height"], row["width"]), seed)
-        bottom = self.bottom_rows_without_affinity * geometry.input_hw[0] // geometry.original_hw[0]
-        sample = Sample(
-            image=torch.zeros((), dtype=torch.uint8).expand(3, *geometry.input_hw),
-            image_id=row["image_id"],
-            boxes_xyxy=geometry.boxes(instances.boxes_xyxy),
-            labels=torch.tensor(instances.labels, dtype=torch.int64),
-            supervision=torch.tensor(instances.supervision, dtype=torch.int64),
-            masks=_cells(instances.masks, geometry, self.mask_stride),
-            encoded=_encoded(instances.masks, geometry) if self.mask_stride is None else None,
-            mask_instance=torch.tensor(instances.mask_instance, dtype=torch.int64),
-            crowd_boxes_xyxy=geometry.boxes(instances.crowd_boxes_xyxy),
-            mask_stride=self.mask_stride,
-            bottom_rows_without_affinity=bottom,
+    def batch(self, keys: Sequence[Key], *, size_divisor: int) -> Batch:
+        """The images of some keys with their instances; height and width of the padded batch divide by `size_divisor`.
+
+        All annotations come first, then image after image is written into the batch while it is in cache. Raises
+        `UserError` if an image is missing, damaged or not of the size that the annotations state.
+        """
+        rows = [self.table.rows[index] for index, _ in keys]
+        instances = [self._withheld(row) for row in rows]
+        geometries = [
+            self.transform((row["height"], row["width"]), seed) for row, (_, seed) in zip(rows, keys, strict=True)
+        ]
+        shared, sizes_hw = get_worker_info() is not None, [geometry.input_hw for geometry in geometries]
+        with workers_lack() if shared else nullcontext():
+            images, views = empty_batch(sizes_hw, size_divisor, channels_last=True, shared=shared)
+        bottom = [self.bottom_rows_without_affinity * item.input_hw[0] // item.original_hw[0] for item in geometries]
+        batch = Batch(
+            images=images,
+            image_sizes_hw=torch.tensor(sizes_hw, dtype=torch.int64),
+            image_ids=tuple(row["image_id"] for row in rows),
+            bottom_rows_without_affinity=torch.tensor(bottom, dtype=torch.int64),
+            targets=_targets(instances, geometries, self.mask_stride, (images.shape[-2], images.shape[-1])),
         )
-        return sample, partial(self.read_image, row["file_name"], geometry)
-
-    def read_image(self, file_name: str, geometry: Geometry, out: Tensor | None = None) -> Tensor:
-        """The image as (3, H, W) uint8 after resize and flip, written to `out` where that is given."""
-        image = read_image(self.table.images_folder / file_name, size_hw=geometry.original_hw)
-        return geometry.image(image, out)
+        for row, geometry, view in zip(rows, geometries, views, strict=True):
+            path = self.table.images_folder / row["file_name"]
+            geometry.image(read_image(path, size_hw=geometry.original_hw), view)
+        return batch
 
 
-def _cells(masks: Sequence[Mask], geometry: Geometry, stride: int | None) -> Tensor:
-    """(M, h, w) bool: each mask at the centres of its cells; a cell whose centre lies beyond the image is False.
+def _targets(
+    images: Sequence[Instances], geometries: Sequence[Geometry], stride: int | None, padded_hw: tuple[int, int]
+) -> Targets:
+    first_instance = accumulate((len(item.labels) for item in images), initial=0)
+    numbers = torch.arange(len(images))
+    mask_instance = [
+        first + index for item, first in zip(images, first_instance, strict=False) for index in item.mask_instance
+    ]
+    return Targets(
+        boxes_xyxy=_boxes([item.boxes_xyxy for item in images], geometries),
+        labels=torch.tensor([label for item in images for label in item.labels], dtype=torch.int64),
+        image_index=numbers.repeat_interleave(torch.tensor([len(item.labels) for item in images])),
+        supervision=torch.tensor([kind for item in images for kind in item.supervision], dtype=torch.int64),
+        masks=_cells([item.masks for item in images], geometries, stride, padded_hw),
+        mask_instance=torch.tensor(mask_instance, dtype=torch.int64),
+        mask_weight=torch.ones(len(mask_instance)),
+        crowd_boxes_xyxy=_boxes([item.crowd_boxes_xyxy for item in images], geometries),
+        crowd_image_index=numbers.repeat_interleave(torch.tensor([len(item.crowd_boxes_xyxy) for item in images])),
+        mask_stride=stride,
+        encoded=_encoded([item.masks for item in images], geometries) if stride is None else None,
+    )
+
+
+def _boxes(boxes_xyxy: Sequence[np.ndarray], geometries: Sequence[Geometry]) -> Tensor:
+    """The boxes of each image, one after the other: (N, 4) float32 input pixels."""
+    return torch.cat([item.boxes(boxes) for boxes, item in zip(boxes_xyxy, geometries, strict=True)])
+
+
+def _cells(
+    masks: Sequence[Sequence[Mask]], geometries: Sequence[Geometry], stride: int | None, padded_hw: tuple[int, int]
+) -> Tensor:
+    """(M, h, w) bool: the masks of each image at the centres of the batch's cells; False beyond the image.
 
     Outlines are rasterised at the input's resolution. An RLE is read at the original pixels that hold the centres.
     Without a stride there are no cells.
     """
+    count = sum(map(len, masks))
     if stride is None:
-        return torch.zeros(len(masks), 0, 0, dtype=torch.bool)
-    rows, columns = (cell_centres(side, stride) for side in geometry.input_hw)
-    cells = torch.zeros(len(masks), *grid_size(geometry.input_hw, stride), dtype=torch.bool)
-    inside = cells.numpy()[:, : len(rows), : len(columns)]
-    rles = _rles(masks, geometry)
-    outlined = [index for index, mask in enumerate(masks) if not isinstance(mask, bytes)]
-    inside[outlined] = read_cells([rles[index] for index in outlined], geometry.input_hw, rows=rows, columns=columns)
-    encoded = [index for index, mask in enumerate(masks) if isinstance(mask, bytes)]
-    rows, columns = geometry.source_rows(rows), geometry.source_columns(columns)
-    inside[encoded] = read_cells([rles[index] for index in encoded], geometry.original_hw, rows=rows, columns=columns)
+        return torch.zeros(count, 0, 0, dtype=torch.bool)
+    cells = torch.zeros(count, *grid_size(padded_hw, stride), dtype=torch.bool)
+    for part, own, geometry in zip(cells.split([len(own) for own in masks]), masks, geometries, strict=True):
+        rows, columns = (cell_centres(side, stride) for side in geometry.input_hw)
+        inside = part.numpy()[:, : len(rows), : len(columns)]
+        rles = _rles(own, geometry)
+        drawn = [index for index, mask in enumerate(own) if not isinstance(mask, bytes)]
+        inside[drawn] = read_cells([rles[index] for index in drawn], geometry.input_hw, rows=rows, columns=columns)
+        stored = [index for index, mask in enumerate(own) if isinstance(mask, bytes)]
+        rows, columns = geometry.source_rows(rows), geometry.source_columns(columns)
+        inside[stored] = read_cells([rles[index] for index in stored], geometry.original_hw, rows=rows, columns=columns)
     return cells
 
 
@@ -173,11 +205,15 @@ def _rles(masks: Sequence[Mask], geometry: Geometry) -> list[bytes]:
     ]
 
 
-def _encoded(masks: Sequence[Mask], geometry: Geometry) -> EncodedMasks:
-    """The masks as they are, on the rasters of `_rles`."""
-    outlined = torch.tensor([not isinstance(mask, bytes) for mask in masks], dtype=torch.bool)
-    original, size = torch.tensor(geometry.original_hw), torch.tensor(geometry.input_hw)
-    lengths, bounds = run_lengths(_rles(masks, geometry))
+def _encoded(masks: Sequence[Sequence[Mask]], geometries: Sequence[Geometry]) -> EncodedMasks:
+    """The masks of each image as they are, on the rasters of `_rles`."""
+    rles = [rle for own, geometry in zip(masks, geometries, strict=True) for rle in _rles(own, geometry)]
+    outlined = torch.tensor([not isinstance(mask, bytes) for own in masks for mask in own], dtype=torch.bool)
+    counts = torch.tensor([len(own) for own in masks])
+    original = torch.tensor([item.original_hw for item in geometries]).repeat_interleave(counts, dim=0)
+    size = torch.tensor([item.input_hw for item in geometries]).repeat_interleave(counts, dim=0)
+    flipped = torch.tensor([item.flipped for item in geometries]).repeat_interleave(counts)
+    lengths, bounds = run_lengths(rles)
     changes = np.zeros_like(lengths)
     for index, (first, end) in enumerate(pairwise(bounds)):
         # The last run ends with the raster, where nothing is asked for.
@@ -185,6 +221,6 @@ def _encoded(masks: Sequence[Mask], geometry: Geometry) -> EncodedMasks:
     return EncodedMasks(
         changes=torch.from_numpy(changes),
         raster_hw=torch.where(outlined[:, None], size, original),
-        input_hw=size.expand(len(masks), 2).clone(),
-        flipped=~outlined & geometry.flipped,
+        input_hw=size,
+        flipped=~outlined & flipped,
     )

@@ -13,15 +13,13 @@ import multiprocessing
 import pickle
 import signal
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
-from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from semiseg.data.dataset import InstanceDataset, Key
@@ -34,8 +32,7 @@ from semiseg.data.workers import (
     workers_lack,
 )
 from semiseg.errors import UserError
-from semiseg.structures.inputs import Batch, Sample, Targets, empty_batch, grid_size
-from semiseg.structures.masks import joined
+from semiseg.structures.inputs import Batch
 
 IMAGES_PER_RETURN = 32  # after so many a worker gives back the memory that it has freed
 SPARE_FILES = 48  # that must still open where a batch is passed on: two for each of its tensors, and sockets
@@ -103,51 +100,6 @@ def mixed_seed(purpose: str, *numbers: int) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
-def load_batch(dataset: InstanceDataset, keys: Sequence[Key], *, size_divisor: int) -> Batch:
-    """The batch of the samples `dataset[key]`, without a copy of each image on the way, and with the same errors.
-
-    All annotations come first, then image after image is written into the batch while it is in cache. Height and width
-    of the padded batch divide by `size_divisor`.
-    """
-    samples, readers = zip(*(dataset.sample(key) for key in keys), strict=True)
-    sizes_hw = [(sample.image.shape[-2], sample.image.shape[-1]) for sample in samples]
-    shared = get_worker_info() is not None
-    with workers_lack() if shared else nullcontext():
-        images, views = empty_batch(sizes_hw, size_divisor, channels_last=True, shared=shared)
-    batch = Batch(
-        images=images,
-        image_sizes_hw=torch.tensor(sizes_hw, dtype=torch.int64),
-        image_ids=tuple(sample.image_id for sample in samples),
-        bottom_rows_without_affinity=torch.tensor([s.bottom_rows_without_affinity for s in samples]),
-        targets=_targets(samples, dataset.mask_stride, (images.shape[-2], images.shape[-1])),
-    )
-    for read, view in zip(readers, views, strict=True):
-        read(out=view)
-    return batch
-
-
-def _targets(samples: Sequence[Sample], stride: int | None, padded_hw: tuple[int, int]) -> Targets:
-    height, width = (0, 0) if stride is None else grid_size(padded_hw, stride)
-    masks = [functional.pad(m, (0, width - m.shape[2], 0, height - m.shape[1])) for m in (s.masks for s in samples)]
-    counts = torch.tensor([len(sample.labels) for sample in samples])
-    first_instance = (counts.cumsum(0) - counts).tolist()
-    crowd_counts = torch.tensor([len(sample.crowd_boxes_xyxy) for sample in samples])
-    image_numbers = torch.arange(len(samples))
-    return Targets(
-        boxes_xyxy=torch.cat([sample.boxes_xyxy for sample in samples]),
-        labels=torch.cat([sample.labels for sample in samples]),
-        image_index=image_numbers.repeat_interleave(counts),
-        supervision=torch.cat([sample.supervision for sample in samples]),
-        masks=torch.cat(masks),
-        mask_instance=torch.cat([s.mask_instance + first for s, first in zip(samples, first_instance, strict=True)]),
-        mask_weight=torch.ones(sum(map(len, masks))),
-        crowd_boxes_xyxy=torch.cat([sample.crowd_boxes_xyxy for sample in samples]),
-        crowd_image_index=image_numbers.repeat_interleave(crowd_counts),
-        mask_stride=stride,
-        encoded=joined([s.encoded for s in samples if s.encoded is not None]) if stride is None else None,
-    )
-
-
 @dataclass(frozen=True)
 class _Packed:
     """A batch as it leaves its worker: its tensors in shared memory, the rest and the handles of that as bytes.
@@ -187,7 +139,7 @@ class _Batches(Dataset[Batch | _Packed | UserError]):
 
     def __getitem__(self, keys: list[Key]) -> Batch | _Packed | UserError:
         try:
-            batch = load_batch(self.dataset, keys, size_divisor=self.size_divisor)
+            batch = self.dataset.batch(keys, size_divisor=self.size_divisor)
             if get_worker_info() is None:
                 return batch
             with workers_lack(SPARE_FILES):
@@ -260,7 +212,7 @@ def build_loader(
     """Fetches the batches of `batches`, bit for bit the same for any number of workers.
 
     Args:
-        size_divisor: see `load_batch`.
+        size_divisor: see `InstanceDataset.batch`.
         workers: processes that read ahead; 0 = in this process.
         start_method: of the workers; None = the platform's own.
     """

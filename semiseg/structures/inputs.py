@@ -1,4 +1,4 @@
-"""What goes into the model and the losses: Supervision, Sample, Targets, Batch.
+"""What goes into the model and the losses: Supervision, Targets, Batch.
 
 Frames: boxes are xyxy in absolute pixels of the *input* (the resized, unpadded image); images are RGB uint8.
 The mask grid has a stride s: cell (i, j) stands for the input pixel (s*i + s//2, s*j + s//2) in (row, column) order.
@@ -39,53 +39,6 @@ def grid_size(size_hw: tuple[int, int], stride: int) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One image with its instances, after the class split and the transforms.
-
-    Attributes:
-        image: (3, H, W) uint8, RGB, unpadded.
-        image_id: COCO's image id.
-        boxes_xyxy: (N, 4) float32, input pixels.
-        labels: (N,) int64 in 0..C-1.
-        supervision: (N,) int64, values of `Supervision`.
-        masks: (M, h, w) bool on the mask grid of this image, (h, w) = grid_size((H, W), mask_stride).
-        mask_instance: (M,) int64, the instance of each mask; exactly the instances whose supervision is not BOX.
-        crowd_boxes_xyxy: (K, 4) float32: regions that are neither object nor background.
-        mask_stride: stride of the mask grid in input pixels; None = every mask has a grid of its own: then `masks` is
-            (M, 0, 0), and `encoded` has them.
-        bottom_rows_without_affinity: input rows at the bottom whose colours are not to be trusted (COCO: 10 rows of
-            the original image, scaled; METHOD section 2).
-    """
-
-    image: Tensor
-    image_id: int
-    boxes_xyxy: Tensor
-    labels: Tensor
-    supervision: Tensor
-    masks: Tensor
-    mask_instance: Tensor
-    crowd_boxes_xyxy: Tensor
-    mask_stride: int | None
-    bottom_rows_without_affinity: int = 0
-    encoded: EncodedMasks | None = None
-
-    def __post_init__(self) -> None:
-        require(self.image.dtype == torch.uint8 and self.image.ndim == 3, "image must be (3, H, W) uint8")
-        count = self.boxes_xyxy.shape[0]
-        require(self.boxes_xyxy.shape == (count, 4), "boxes_xyxy must be (N, 4)")
-        require(self.labels.shape == (count,), "labels must be (N,)")
-        require(self.supervision.shape == (count,), "supervision must be (N,)")
-        size_hw = (self.image.shape[-2], self.image.shape[-1])
-        grid_hw = (0, 0) if self.mask_stride is None else grid_size(size_hw, self.mask_stride)
-        expected = (self.mask_instance.shape[0], *grid_hw)
-        require(tuple(self.masks.shape) == expected, f"masks must be {expected}, not {tuple(self.masks.shape)}")
-        require((self.encoded is None) == (self.mask_stride is not None), "encoded masks, or a stride")
-        with_mask = (self.supervision != Supervision.BOX).nonzero()[:, 0]
-        require(torch.equal(self.mask_instance.sort().values, with_mask), "one mask per mask-supervised instance")
-        require(self.crowd_boxes_xyxy.ndim == 2 and self.crowd_boxes_xyxy.shape[1] == 4, "crowd boxes must be (K, 4)")
-
-
-@dataclass(frozen=True)
 class Targets:
     """The ground truth of a batch, flat over its images.
 
@@ -94,12 +47,13 @@ class Targets:
         labels: (N,) int64 in 0..C-1.
         image_index: (N,) int64 in 0..B-1, ascending.
         supervision: (N,) int64, values of `Supervision`.
-        masks: (M, h, w) bool on the mask grid of the *padded* batch.
+        masks: (M, h, w) bool on the mask grid of the *padded* batch, (h, w) = grid_size(padded size, mask_stride).
         mask_instance: (M,) int64, index into the N instances; exactly those whose supervision is not BOX.
         mask_weight: (M,) float32, weight of each mask in its loss (1 for annotated masks).
-        crowd_boxes_xyxy: (K, 4) float32, input pixels.
+        crowd_boxes_xyxy: (K, 4) float32, input pixels: regions that are neither object nor background.
         crowd_image_index: (K,) int64 in 0..B-1.
-        mask_stride, encoded: see `Sample`.
+        mask_stride: stride of the mask grid in input pixels; None = every mask has a grid of its own: then `masks` is
+            (M, 0, 0), and `encoded` has them.
     """
 
     boxes_xyxy: Tensor
@@ -152,7 +106,8 @@ class Batch:
             size divisor. From a loader they are channels last in memory, as decoded; `to` makes them contiguous.
         image_sizes_hw: (B, 2) int64, height and width before padding.
         image_ids: COCO's image ids, one per image.
-        bottom_rows_without_affinity: (B,) int64, see `Sample`.
+        bottom_rows_without_affinity: (B,) int64, input rows at the bottom whose colours are not to be trusted (COCO:
+            10 rows of the original image, scaled; METHOD section 2).
         targets: the ground truth, or None for prediction.
     """
 

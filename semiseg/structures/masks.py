@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,16 +61,3 @@ def _source(points: Tensor, size: Tensor, raster: Tensor, flipped: Tensor | None
     scale = raster.float() / size.float()  # in float32, as `Geometry.source_rows` has it
     source = ((pixel.float() + 0.5) * scale).long()
     return source.clamp_(min=0).minimum(raster - 1), inside
-
-
-def joined(masks: Sequence[EncodedMasks]) -> EncodedMasks:
-    """The masks of several images as those of one batch."""
-    starts = [0]
-    for one in masks:
-        starts.append(starts[-1] + len(one))
-    return EncodedMasks(
-        changes=torch.cat([one.changes + (start << MASK_BITS) for one, start in zip(masks, starts, strict=False)]),
-        raster_hw=torch.cat([one.raster_hw for one in masks]),
-        input_hw=torch.cat([one.input_hw for one in masks]),
-        flipped=torch.cat([one.flipped for one in masks]),
-    )
