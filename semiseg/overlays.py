@@ -31,19 +31,12 @@ Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in drawing pixels, half open
 
 @dataclass(frozen=True)
 class Drawn:
-    """One object to draw.
+    """One object to draw."""
 
-    Attributes:
-        box_xywh: original pixels, as COCO files have it.
-        rle: COCO's compressed RLE, of the original's size; None = no mask.
-        text: beside the box.
-        colour: None = one that differs from those of boxes it overlaps.
-    """
-
-    box_xywh: Sequence[float]
-    rle: Mapping[str, Any] | None
-    text: str
-    colour: Colour | None = None
+    box_xywh: Sequence[float]  # original pixels, as COCO files have it
+    rle: Mapping[str, Any] | None  # COCO's compressed RLE, of the original's size; None = no mask
+    text: str  # beside the box
+    colour: Colour | None = None  # None = one that differs from those of boxes it overlaps
 
 
 def drawing_size(original_hw: tuple[int, int]) -> tuple[int, int]:

@@ -23,16 +23,11 @@ from semiseg.splits import ClassSplit, load_split
 
 @dataclass(frozen=True)
 class RunData:
-    """The tables of a run and the class split that its supervision and its class groups follow.
+    """The tables of a run and the class split that its supervision and its class groups follow."""
 
-    Attributes:
-        train, val: one row per image; the same classes in the same order.
-        split: None when the run names none.
-    """
-
-    train: Table
-    val: Table
-    split: ClassSplit | None
+    train: Table  # one row per image
+    val: Table  # of the same classes in the same order
+    split: ClassSplit | None  # None when the run names none
 
     @property
     def fingerprint(self) -> str:

@@ -47,19 +47,12 @@ BATCHES_SEEN = ".num_batches_tracked"  # counter of `bn` and `sync_bn`; nothing 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a model folder says of its model beside the weights.
+    """What a model folder says of its model beside the weights."""
 
-    Attributes:
-        config: the parts of the network and its normalisation.
-        inference: image size and limits of its validation.
-        class_names: name of each label.
-        category_ids: id of each label in the annotation file that it was trained on.
-    """
-
-    config: ModelConfig
-    inference: InferenceConfig
-    class_names: tuple[str, ...]
-    category_ids: tuple[int, ...]
+    config: ModelConfig  # the parts of the network and its normalisation
+    inference: InferenceConfig  # image size and limits of its validation
+    class_names: tuple[str, ...]  # name of each label
+    category_ids: tuple[int, ...]  # id of each label in the annotation file that it was trained on
 
 
 class _Description(Section):

@@ -25,15 +25,10 @@ from semiseg.structures.inputs import Batch
 
 
 class Predictions(NamedTuple):
-    """What was predicted on all processes together; on other processes than the main one both are empty.
+    """What was predicted on all processes together; on other processes than the main one both are empty."""
 
-    Attributes:
-        results: detections as COCO results, by image, best first.
-        image_ids: the images that were looked at, each as often as it was, also those without detections.
-    """
-
-    results: list[dict[str, Any]]
-    image_ids: list[int]
+    results: list[dict[str, Any]]  # detections as COCO results, by image, best first
+    image_ids: list[int]  # the images that were looked at, each as often as it was, also those without detections
 
 
 def predict_table(

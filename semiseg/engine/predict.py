@@ -33,17 +33,11 @@ FORWARD_PIXELS = 2**22
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A trained network with what its model folder says of it.
+    """A trained network with what its model folder says of it."""
 
-    Attributes:
-        network: in evaluation mode, its parameters without gradients.
-        info: class names, category ids, resize rule and thresholds.
-        device: where the network is.
-    """
-
-    network: Segmenter
-    info: ModelInfo
-    device: torch.device
+    network: Segmenter  # in evaluation mode, its parameters without gradients
+    info: ModelInfo  # class names, category ids, resize rule and thresholds
+    device: torch.device  # where the network is
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -53,23 +47,15 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class ImageDetections:
-    """The detections of one image, best first, with their masks still to be made.
+    """The detections of one image, best first, with their masks still to be made."""
 
-    Attributes:
-        number: of the image in the list that was given.
-        output_hw: height and width that boxes and masks are scaled to.
-        boxes_xyxy: (N, 4) float32, output pixels, clipped to the output.
-        scores: (N,) float32 in [0, 1], descending.
-        labels: (N,) int64 in 0..C-1.
-        masks: yields (numbers (M,) int64, masks (M, height, width) bool) a few at a time, so that memory does not grow
-            with N. The numbers count the detections.
-    """
-
-    number: int
-    output_hw: tuple[int, int]
-    boxes_xyxy: Tensor
-    scores: Tensor
-    labels: Tensor
+    number: int  # of the image in the list that was given
+    output_hw: tuple[int, int]  # height and width that boxes and masks are scaled to
+    boxes_xyxy: Tensor  # (N, 4) float32, output pixels, clipped to the output
+    scores: Tensor  # (N,) float32 in [0, 1], descending
+    labels: Tensor  # (N,) int64 in 0..C-1
+    # Yields (numbers (M,) int64, masks (M, height, width) bool) a few at a time, so that memory does not grow with N.
+    # The numbers count the detections.
     masks: Iterator[tuple[Tensor, Tensor]]
 
 

@@ -39,31 +39,22 @@ _UNMEASURED: Numbers = dict.fromkeys(METRIC_NAMES)
 
 @dataclass(frozen=True)
 class TypeMetrics:
-    """The numbers of one IoU type (boxes or masks), in percent.
+    """The numbers of one IoU type (boxes or masks), in percent."""
 
-    Attributes:
-        groups: "all" -> metric (`METRIC_NAMES`) -> percent; None without ground truth. Old records have others.
-        classes: class -> the same, or None for a class without ground truth (crowd does not count).
-    """
-
+    # "all" -> metric (`METRIC_NAMES`) -> percent; None without ground truth. Old records have others.
     groups: Mapping[str, Numbers]
+    # Class -> the same, or None for a class without ground truth (crowd does not count)
     classes: Mapping[str, Numbers | None]
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """The evaluation of one run, in percent.
+    """The evaluation of one run, in percent."""
 
-    Attributes:
-        images: number of evaluated images.
-        instances: class -> number of ground-truth instances without crowd.
-        segm: None if not every ground-truth instance has a mask to compare with.
-    """
-
-    images: int
-    instances: Mapping[str, int]
+    images: int  # number of evaluated images
+    instances: Mapping[str, int]  # class -> number of ground-truth instances without crowd
     bbox: TypeMetrics
-    segm: TypeMetrics | None
+    segm: TypeMetrics | None  # None if not every ground-truth instance has a mask to compare with
 
     def group(self, iou_type: str, classes: Collection[str]) -> Numbers:
         """Means over any classes, e.g. another split's unseen ones; iou_type is "bbox" or "segm"."""

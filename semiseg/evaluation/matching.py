@@ -36,32 +36,21 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True, eq=False)
 class ClassMatches:
-    """The detections of one class, at most 100 of an image, in falling order of their scores.
+    """The detections of one class, at most 100 of an image, in falling order of their scores."""
 
-    Attributes:
-        image: (D,) whose they are: numbers of images in the order of their ids.
-        matched: (T, D) bool, whether an object was found at an IoU threshold, crowd among them.
-        ignored: (T, D) bool, whether it counts neither as found nor as wrong: it was matched with crowd.
-    """
-
-    image: Counts
-    matched: NDArray[np.bool_]
+    image: Counts  # (D,) whose they are: numbers of images in the order of their ids
+    matched: NDArray[np.bool_]  # (T, D) bool, whether an object was found at an IoU threshold, crowd among them
+    # (T, D) bool, whether it counts neither as found nor as wrong: it was matched with crowd
     ignored: NDArray[np.bool_]
 
 
 @dataclass(frozen=True, eq=False)
 class Matches:
-    """The matching of one run, for one IoU type and objects of all sizes.
+    """The matching of one run, for one IoU type and objects of all sizes."""
 
-    Attributes:
-        classes: names in the order of the category ids.
-        detections: of every class.
-        positives: (C, N) objects that are not crowd, by class and image.
-    """
-
-    classes: tuple[str, ...]
-    detections: tuple[ClassMatches, ...]
-    positives: Counts
+    classes: tuple[str, ...]  # names in the order of the category ids
+    detections: tuple[ClassMatches, ...]  # of every class
+    positives: Counts  # (C, N) objects that are not crowd, by class and image
 
     def __post_init__(self) -> None:
         for name, detections, objects in zip(self.classes, self.detections, self.positives, strict=True):

@@ -27,19 +27,12 @@ STEM = "backbone.conv1.weight"
 
 @dataclass(frozen=True)
 class Converted:
-    """A released checkpoint as weights and configuration of this package.
+    """A released checkpoint as weights and configuration of this package."""
 
-    Attributes:
-        weights: the state dict of `build_model(config, num_classes=num_classes)`, float32.
-        config: of the network; its backbone's `weights` is "random", since nothing else is to be loaded.
-        num_classes: C.
-        dropped: keys of the file that only training needs.
-    """
-
-    weights: dict[str, Tensor]
-    config: ModelConfig
-    num_classes: int
-    dropped: tuple[str, ...]
+    weights: dict[str, Tensor]  # the state dict of `build_model(config, num_classes=num_classes)`, float32
+    config: ModelConfig  # of the network; its backbone's `weights` is "random", since nothing else is to be loaded
+    num_classes: int  # C
+    dropped: tuple[str, ...]  # keys of the file that only training needs
 
 
 def convert_checkpoint(path: Path) -> Converted:

@@ -34,48 +34,33 @@ _RESOLVES_NOTHING = {1: "one seed cannot resolve small differences", 2: "two see
 
 @dataclass(frozen=True)
 class ReportRow:
-    """One row of a table.
+    """One row of a table."""
 
-    Attributes:
-        name: as in the CSV, e.g. "projection+pairwise".
-        projection, pairwise: "yes", "no" or "" (does not apply): which terms box-supervised instances get.
-        label: what people read in tables and figures.
-        meaning: what the row trains with, in words.
-        every_mask: whether it has the mask of every object: a bound for rows that lack some.
-    """
-
-    name: str
-    projection: str
-    pairwise: str
-    label: str
-    meaning: str = ""
-    every_mask: bool = False
+    name: str  # as in the CSV, e.g. "projection+pairwise"
+    projection: str  # "yes", "no" or "" (does not apply): whether box-supervised instances get this term
+    pairwise: str  # likewise
+    label: str  # what people read in tables and figures
+    meaning: str = ""  # what the row trains with, in words
+    every_mask: bool = False  # whether it has the mask of every object: a bound for rows that lack some
 
 
 @dataclass(frozen=True)
 class ReportTable:
-    """One table: rows measured on the class groups of one split.
+    """One table: rows measured on the class groups of one split."""
 
-    Attributes:
-        name: also its file name: letters, digits, "_" and "-".
-        split, split_digest: "" where the rows do not depend on a split; then every class is a seen one.
-        seen, unseen: class names with masks and with boxes only.
-        published: number or name of the paper's table whose printed numbers stand beside ours, as in the CSV; or None.
-        compare: pairs of rows whose difference is shown; empty = the usual ones (`compared_pairs`).
-        alike: whether the rows differ in supervision and mask losses alone, not in network, data or schedule.
-        varied: settings in which the rows are meant to differ beside these, such as "model.backbone".
-    """
-
-    name: str
+    name: str  # also its file name: letters, digits, "_" and "-"
     title: str
-    split: str
-    split_digest: str
-    seen: tuple[str, ...]
-    unseen: tuple[str, ...]
+    split: str  # "" where the rows do not depend on a split; then every class is a seen one
+    split_digest: str  # likewise
+    seen: tuple[str, ...]  # class names with masks
+    unseen: tuple[str, ...]  # with boxes only
+    # Number or name of the paper's table whose printed numbers stand beside ours, as in the CSV; or None
     published: str | None
     rows: tuple[ReportRow, ...]
+    # Pairs of rows whose difference is shown; empty = the usual ones (`compared_pairs`)
     compare: tuple[tuple[str, str], ...] = ()
-    alike: bool = True
+    alike: bool = True  # whether the rows differ in supervision and mask losses alone, not in network, data or schedule
+    # Settings in which the rows are meant to differ beside these, such as "model.backbone"
     varied: tuple[str, ...] = ()
 
     @property
@@ -92,42 +77,29 @@ class ReportTable:
 
 @dataclass(frozen=True)
 class ReportInput:
-    """All that a report is made from; the caller has read it from the study and its recorded results.
-
-    Attributes:
-        question: one sentence.
-        seeds: those the study asks for.
-        results: (table name, row name, seed) -> the run that fills this cell; missing keys are missing cells.
-        pretraining_results: runs whose weights the rows start from, for the provenance.
-        data, schedule: protocol in words, a sentence or two each.
-        pretraining: the detector that the rows start from, in words, or None if there is none.
-        initial: the weights that the rows start from if there is no such detector.
-        paper_data: whether these are the data of the printed numbers.
-        run_command, report_command: what fills missing cells ("" if nothing does) and what rebuilds the report.
-        records: the files that the results were read from, as the page names them.
-        notes: what else a reader must know before the numbers, a sentence or two each, in Markdown.
-        run_folders: run id -> folder with log.jsonl and detections.json; folders may be gone.
-        val_annotations, val_images: for the pictures; may be None or gone.
-    """
+    """All that a report is made from; the caller has read it from the study and its recorded results."""
 
     study: str
     title: str
-    question: str
-    seeds: tuple[int, ...]
+    question: str  # one sentence
+    seeds: tuple[int, ...]  # those the study asks for
     tables: tuple[ReportTable, ...]
+    # (table name, row name, seed) -> the run that fills this cell; missing keys are missing cells
     results: Mapping[tuple[str, str, int], Result]
-    data: str
-    schedule: str
-    pretraining: str | None
-    run_command: str
-    report_command: str
-    pretraining_results: tuple[Result, ...] = ()
-    initial: str = "random weights"
-    paper_data: bool = False
+    data: str  # in words for the protocol, a sentence or two
+    schedule: str  # likewise
+    pretraining: str | None  # the detector that the rows start from, in words, or None if there is none
+    run_command: str  # what fills missing cells; "" if nothing does
+    report_command: str  # what rebuilds the report
+    pretraining_results: tuple[Result, ...] = ()  # runs whose weights the rows start from, for the provenance
+    initial: str = "random weights"  # the weights that the rows start from if there is no such detector
+    paper_data: bool = False  # whether these are the data of the printed numbers
+    # The files that the results were read from, as the page names them
     records: tuple[str, ...] = ("`results.jsonl` beside this file",)
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # what else a reader must know before the numbers, a sentence or two each, in Markdown
+    # Run id -> folder with log.jsonl and detections.json; folders may be gone
     run_folders: Mapping[str, Path] = field(default_factory=dict)
-    val_annotations: Path | None = None
+    val_annotations: Path | None = None  # for the pictures, as is the other; may be None or gone
     val_images: Path | None = None
 
     def cells(self, table: ReportTable) -> list[tuple[str, int, Result]]:
@@ -207,19 +179,14 @@ def compared_pairs(table: ReportTable) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class GapClosed:
-    """How much of the way from `neither` to `full-masks` on unseen classes a row goes.
-
-    Attributes:
-        start, reached, goal: mean unseen AP of neither, the row and full-masks over the seeds that all three have.
-        per_seed: percent for each of these seeds whose own gap is positive.
-        image_interval: 95 % interval of the percentage over images, where the gap itself is resolved over them.
-    """
+    """How much of the way from `neither` to `full-masks` on unseen classes a row goes."""
 
     row: str
-    start: float
-    reached: float
-    goal: float
-    per_seed: tuple[float, ...]
+    start: float  # mean unseen AP of neither over the seeds that neither, the row and full-masks have
+    reached: float  # of the row
+    goal: float  # of full-masks
+    per_seed: tuple[float, ...]  # percent for each of these seeds whose own gap is positive
+    # 95 % interval of the percentage over images, where the gap itself is resolved over them
     image_interval: Interval | None = None
 
     @property
@@ -241,17 +208,13 @@ def gap_closed(measured: pd.DataFrame, row: str) -> GapClosed | None:
 
 @dataclass(frozen=True)
 class Difference:
-    """`second` minus `first` in one metric, seed by seed.
-
-    Attributes:
-        values: one difference per seed measured for both rows.
-        image_interval: 95 % interval of the mean over resampled validation images; None where it was not measured.
-    """
+    """`second` minus `first` in one metric, seed by seed."""
 
     first: str
     second: str
     group: str
-    values: tuple[float, ...]
+    values: tuple[float, ...]  # one difference per seed measured for both rows
+    # 95 % interval of the mean over resampled validation images; None where it was not measured
     image_interval: Interval | None = None
 
     @property
@@ -316,22 +279,17 @@ def _paired(measured: pd.DataFrame, *rows: str, group: str) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class TableNumbers:
-    """Everything that a report says of one table in numbers.
-
-    Attributes:
-        measured: `measurements` of masks. summary, box_summary: of masks and of boxes over seeds (`summarise`).
-        classes: `class_measurements`.
-        intervals: 95 % intervals over resampled validation images, as far as measured: rows -> class group -> interval.
-            Of (row,): the mean AP over seeds; of (first, second): the mean of second minus first over the seeds that
-            both have; of (row, neither, full-masks): the percentage of the gap on unseen classes that the row closes,
-            where the gap itself is resolved over images.
-    """
+    """Everything that a report says of one table in numbers."""
 
     table: ReportTable
-    measured: pd.DataFrame
-    summary: pd.DataFrame
-    box_summary: pd.DataFrame
-    classes: pd.DataFrame
+    measured: pd.DataFrame  # `measurements` of masks
+    summary: pd.DataFrame  # these over seeds (`summarise`)
+    box_summary: pd.DataFrame  # the same of boxes
+    classes: pd.DataFrame  # `class_measurements`
+    # 95 % intervals over resampled validation images, as far as measured: rows -> class group -> interval. Of (row,):
+    # the mean AP over seeds; of (first, second): the mean of second minus first over the seeds that both have; of (row,
+    # neither, full-masks): the percentage of the gap on unseen classes that the row closes, where the gap itself is
+    # resolved over images.
     intervals: Mapping[tuple[str, ...], Mapping[str, Interval]] = field(default_factory=dict)
 
     def mean(self, row: str, column: str) -> float | None:

@@ -176,14 +176,10 @@ def sorted_classes(numbers: TableNumbers) -> list[str]:
 
 @dataclass(frozen=True)
 class TrainingCurves:
-    """What a run's log holds.
+    """What a run's log holds."""
 
-    Attributes:
-        losses: unweighted; index step, one column per term.
-        mask_ap: mask AP on all validation classes in percent, index step; empty where it was measured at the end only.
-    """
-
-    losses: pd.DataFrame
+    losses: pd.DataFrame  # unweighted; index step, one column per term
+    # Mask AP on all validation classes in percent, index step; empty where it was measured at the end only
     mask_ap: pd.Series
 
 

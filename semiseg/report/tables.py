@@ -34,17 +34,11 @@ Cells = Collection[tuple[int, int]]  # line and column of a table
 
 @dataclass(frozen=True)
 class Layout:
-    """Which columns of a table people see.
+    """Which columns of a table people see."""
 
-    Attributes:
-        terms: whether the columns of the two terms are shown.
-        columns: of the summary.
-        grouped: whether there are several class groups, which the headings then name.
-    """
-
-    terms: bool
-    columns: tuple[str, ...]
-    grouped: bool
+    terms: bool  # whether the columns of the two terms are shown
+    columns: tuple[str, ...]  # of the summary
+    grouped: bool  # whether there are several class groups, which the headings then name
 
     @property
     def texts(self) -> int:
