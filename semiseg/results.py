@@ -27,6 +27,14 @@ def _checked_time(text: str) -> str:
     return text
 
 
+def _with_instances(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The classes of a run are read off its metrics without looking at the rest of them."""
+    counts = metrics.get("instances")
+    if not isinstance(counts, dict) or not all(type(count) is int for count in counts.values()):
+        raise ValueError(f"'instances' is {json.dumps(counts)[:80]}, allowed: a table of class = number of objects")
+    return metrics
+
+
 RESULT_NAME = "result.json"  # of a run: the engine writes it last, so that a folder with it is finished
 
 
@@ -45,7 +53,8 @@ class Result:
     config: Mapping[str, Any]  # `RunConfig` as plain values under today's keys, without paths of initial weights
     identity: Mapping[str, Any]
     data_fingerprint: str  # digest of the data's content, as the run itself found it
-    metrics: Mapping[str, Any]  # of `evaluation.coco_metrics.Metrics.to_dict()`, in percent
+    # of `evaluation.coco_metrics.Metrics.to_dict()`, in percent
+    metrics: Annotated[Mapping[str, Any], AfterValidator(_with_instances)]
     steps: Annotated[int, Field(ge=0, lt=2**63)]
     seconds: Annotated[float, Field(ge=0)]  # of training and evaluation
     device: str

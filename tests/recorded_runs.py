@@ -21,7 +21,7 @@ def recorded_run(row: str, seed: int = 0, **changes: Any) -> Result:
         "config": {},
         "identity": {},
         "data_fingerprint": "data1",
-        "metrics": {},
+        "metrics": {"instances": {}},
         "steps": 10,
         "seconds": 60.0,
         "device": "cpu",

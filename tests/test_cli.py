@@ -12,13 +12,13 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from semiseg import __version__, cli
+from semiseg import __version__, cli, project
 from semiseg.cli import app
 from semiseg.commands import study as study_commands
 from semiseg.commands.known_classes import COCO_CLASSES
 from semiseg.data.shapes import SHAPES_CLASSES
 from semiseg.errors import UserError
-from semiseg.project import find
+from semiseg.project import find, packaged_root
 from semiseg.studies.file import load_study
 
 REPOSITORY = Path(__file__).parent.parent
@@ -252,6 +252,23 @@ def test_a_study_names_a_reference_that_is_there(folder: Path) -> None:
     (folder / "mine.toml").write_text(text.replace('reference = "shapes_seeds"', 'reference = "shapes_sedes"'))
     with pytest.raises(UserError, match=r"shapes_sedes: no such study.*Did you mean 'shapes_seeds'"):
         load_study("mine.toml")
+
+
+def test_printed_numbers_that_are_not_there_are_said_before_any_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = find("experiments", "shapes").read_text(encoding="utf-8").replace("number = 6", "number = 66")
+    for name in ("bases", "splits"):
+        shutil.copytree(packaged_root() / ("experiments" if name == "bases" else "") / name, folder / name)
+    (folder / "mine.toml").write_text(text.replace('base = "shapes"', 'base = "bases/shapes"'))
+    told = call("run", "mine.toml", "--out", "out", code=2)
+    assert "study 'mine', table 'table6': 'number' is 66, which" in told
+    assert "boxinst.csv does not hold: 2, tau" in told
+    (folder / "mine.toml").write_text((folder / "mine.toml").read_text().replace('reference = "shapes_seeds"', ""))
+    monkeypatch.setattr(project, "packaged_root", lambda: folder / "nowhere")
+    assert "boxinst: no such table of printed numbers" in call("run", "mine.toml", "--out", "out", code=2)
+    assert not (folder / "runs").exists()
+    assert not (folder / "out").exists()
 
 
 def test_train_needs_a_config_and_a_folder(folder: Path) -> None:

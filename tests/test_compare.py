@@ -386,3 +386,12 @@ def test_bad_input_is_one_sentence_and_exit_code_2() -> None:
         assert told in outcome.output
         assert outcome.output.count("\n") == 1
     assert not Path("reports/compare").exists()
+    path = Path("reports/first/results.jsonl")
+    values = json.loads(path.read_text().splitlines()[0])
+    values["metrics"]["instances"] = ["a_ring"]
+    path.write_text(path.read_text() + json.dumps(values) + "\n")
+    outcome = CliRunner().invoke(app, ["compare", "first:r", "first:o"])
+    assert outcome.exit_code == 2
+    assert outcome.output.startswith(
+        f"semiseg: {path}, line 3: not a result of this version ('metrics': 'instances' is"
+    )

@@ -213,7 +213,15 @@ texts = st.text(
 @given(names=st.lists(st.tuples(texts, texts, st.integers(0, 2**32 - 1), st.none() | texts), max_size=4))
 def test_results_with_any_text_are_recorded_once_and_read_back(names: list[tuple[str, str, int, str | None]]) -> None:
     results: list[Result] = [
-        replace(RESULT, run_id=str(number), row=row, seed=seed, split=split, command=[name], metrics={name: {row: 1.5}})
+        replace(
+            RESULT,
+            run_id=str(number),
+            row=row,
+            seed=seed,
+            split=split,
+            command=[name],
+            metrics={name: {row: 1.5}, "instances": {name: 3}},
+        )
         for number, (row, name, seed, split) in enumerate(names)
     ]
     with tempfile.TemporaryDirectory() as folder:

@@ -26,7 +26,7 @@ from semiseg.report.aggregate import (
     summarise,
     table_numbers,
 )
-from semiseg.report.page import beside_recorded
+from semiseg.report.page import report_text
 from semiseg.report.published import read_published
 from semiseg.report.sections import answer, gap_caution
 from semiseg.report.tables import (
@@ -321,11 +321,16 @@ def test_a_seed_stands_beside_the_recorded_means_and_is_marked_beyond_two_deviat
     # "cross" and "猫", 2 above it, are unseen: means 21 and 41 with deviations 1 and 10.
     recorded = report_of({"neither": [19.0, 20.0, 21.0], "full-masks": [30.0, 40.0, 50.0], "projection": [9.0]})
     own = report_of({"neither": [22.1], "full-masks": [59.0], "projection": [9.0], "box-supervised": [9.0]})
-    told = beside_recorded(own, recorded).splitlines()
-    assert told[0] == TABLE.title
-    assert [line.split() for line in told[2:]] == [
-        ["neither", "23.1", "21.0", "±", "1.0", "!"],
-        ["full-masks", "60.0", "41.0", "±", "10.0"],
-    ]
+    plain = report_text(own).splitlines()
+    told = report_text(own, recorded).splitlines()
+    assert [line[: len(alone)] for line, alone in zip(told, plain, strict=False)] == plain
+    behind = [line[len(alone) :].split() for line, alone in zip(told, plain, strict=False)]
+    marks = dict(zip([row.name for row in TABLE.rows], behind[2:], strict=True))
+    assert behind[1] == ["recorded", "unseen", "AP"]
+    assert marks["neither"] == ["21.0", "±", "1.0", "!"]
+    assert marks["full-masks"] == ["41.0", "±", "10.0"]
+    assert marks["projection"] == ["10.0"]  # of one seed
+    assert marks["box-supervised"] == ["—"]
+    assert told[-1].startswith("recorded: mean ± deviation over 3 seeds of ")
     other = replace(TABLE, name="table7")
-    assert beside_recorded(own, report_of({"neither": [19.0, 20.0]}, table=other)) == ""
+    assert report_text(own, report_of({"neither": [19.0, 20.0]}, table=other)).startswith(report_text(own))

@@ -65,6 +65,10 @@ def test_the_same_result_is_recorded_once_and_a_newer_one_wins(tmp_path: Path) -
     [
         ({"identity": 3}, "'identity': .*object .*3"),
         ({"metrics": None}, "'metrics': .*object .*None"),
+        ({"metrics": {}}, "'metrics': 'instances' is null, allowed: a table of class = number of objects"),
+        ({"metrics": {"instances": 5}}, "'metrics': 'instances' is 5, allowed"),
+        ({"metrics": {"instances": ["a"]}}, r"'metrics': 'instances' is \["),
+        ({"metrics": {"instances": {"a": "x"}}}, "'metrics': 'instances' is "),
         ({"finished": "yesterday"}, "'finished': .*yesterday"),
         ({"finished": "2025-01-01T00:00:00"}, "'finished': expected a time with its zone"),  # could not be compared
         ({"finished": 5}, "'finished': .*string"),

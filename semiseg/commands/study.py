@@ -13,6 +13,7 @@ from semiseg.errors import UserError
 from semiseg.files import require_folder
 
 if TYPE_CHECKING:
+    from semiseg.report.aggregate import ReportInput
     from semiseg.studies.file import Study
     from semiseg.studies.machines import LaunchFile
 
@@ -58,7 +59,7 @@ def run(
     """
     from semiseg.studies.identity import RESULTS_NAME, plan
     from semiseg.studies.machines import lines_for_machines
-    from semiseg.studies.report import beside_reference
+    from semiseg.studies.report import check_printed, reference_input
     from semiseg.studies.run import Execution, run_missing, runs_to_train
     from semiseg.studies.status import dry_run_text, run_status
 
@@ -68,6 +69,7 @@ def run(
     if dry_run:
         typer.echo(dry_run_text(loaded, folder, only=only or (), processes=processes, reproduce=reproduce))
         return
+    check_printed(loaded)  # said before the trainings rather than after
     planned = plan(loaded, only=only or (), processes=processes)
     require_folder(folder)
     results, typed = folder / RESULTS_NAME, ("semiseg", *sys.argv[1:])
@@ -79,10 +81,8 @@ def run(
         typer.echo(f"nothing to train: all {len(planned)} runs are done")
         if not reproduce and any(run_status(item, {}).state != "done" for item in planned):
             typer.echo("(some of them were recorded elsewhere; '--reproduce' trains them here)")
-    _report(loaded, folder, record=folder, command=_command(study, overrides, seeds, out))
-    text = "" if overrides else beside_reference(loaded, folder)
-    if text:
-        typer.echo(f"\n{text}")
+    recorded = None if overrides else reference_input(loaded)
+    _report(loaded, folder, record=folder, command=_command(study, overrides, seeds, out), recorded=recorded)
 
 
 def status(
@@ -209,8 +209,10 @@ def _written(path: Path) -> str:
     return f"report: {path}\nto open: {path.with_name('index.html')}"
 
 
-def _report(study: Study, folder: Path, *, record: Path, command: list[str]) -> None:
+def _report(
+    study: Study, folder: Path, *, record: Path, command: list[str], recorded: ReportInput | None = None
+) -> None:
     from semiseg.studies.report import build, report_input
 
-    text, path = build(report_input(study, record, command=command), folder)
+    text, path = build(report_input(study, record, command=command), folder, recorded=recorded)
     typer.echo(f"\n{text}\n{_written(path)}")

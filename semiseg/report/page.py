@@ -94,36 +94,31 @@ def build_report(report: ReportInput, *, out: Path, published: Path) -> Path:
     return out / "report.md"
 
 
-def report_text(report: ReportInput) -> str:
-    """The tables as aligned text for the terminal, one after the other with its title."""
+def report_text(report: ReportInput, recorded: ReportInput | None = None) -> str:
+    """The tables as aligned text for the terminal, one after the other with its title.
+
+    With another record of them, behind every row stand mean ± deviation of its AP over the seeds there, on unseen
+    classes where there are such, and a mark where ours is further away than two deviations.
+    """
+    recorded_tables = {} if recorded is None else {table.name: table for table in recorded.tables}
     texts = []
     for table in report.tables:
         summary = table_numbers(report, table).summary
         shown = layout(table, summary)
-        texts.append(f"{table.title}\n{text_table(shown.headings, table_cells(summary, table, shown))}")
-    return "\n".join(texts)
-
-
-def beside_recorded(report: ReportInput, recorded: ReportInput) -> str:
-    """AP of every row beside its mean ± deviation over the seeds of another record of these tables, for the terminal.
-
-    What lies further than two deviations from the mean is marked. "" where no row has both.
-    """
-    others = {table.name: table_numbers(recorded, table).summary for table in recorded.tables}
-    texts = []
-    for table in report.tables:
-        if table.name not in others:
-            continue
-        value, spread = f"{table.main_groups[0]}_AP", f"{table.main_groups[0]}_AP_std"
-        own = table_numbers(report, table).summary[["row", value]]
-        both = own.merge(others[table.name][["row", value, spread]], on="row", suffixes=("", "_recorded")).dropna()
-        labels = {row.name: row.label for row in table.rows}
-        lines = [
-            [labels[row], number(ap), number(mean, std), "!" if abs(ap - mean) > 2 * std else ""]
-            for row, ap, mean, std in both.itertuples(index=False)
-        ]
-        if lines:
-            texts.append(f"{table.title}\n{text_table(('row', f'{table.main_groups[0]} AP', 'recorded', ''), lines)}")
+        headings, lines = list(shown.headings), table_cells(summary, table, shown)
+        if recorded is not None and table.name in recorded_tables:
+            column = f"{table.main_groups[0]}_AP"
+            others = table_numbers(recorded, recorded_tables[table.name]).summary.set_index("row")
+            others = others[[column, f"{column}_std"]].reindex(summary["row"])
+            headings += [f"recorded {table.main_groups[0]} AP", ""]
+            for line, own, (mean, std) in zip(lines, summary[column], others.to_numpy(), strict=True):
+                line += [number(mean, std), "!" if abs(own - mean) > 2 * std else ""]
+        texts.append(f"{table.title}\n{text_table(headings, lines)}")
+    if recorded is not None:
+        texts.append(
+            f"recorded: mean ± deviation over {len(recorded.seeds)} seeds of {recorded.study} (one seed moves by "
+            "several AP with processor and chance; '!' is further away than two deviations)\n"
+        )
     return "\n".join(texts)
 
 

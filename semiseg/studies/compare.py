@@ -182,9 +182,9 @@ def comparison(
 def _common_classes(runs: Sequence[RecordedRun]) -> tuple[str, ...]:
     """The classes of the runs; a UserError unless all were measured on the same images, objects and classes."""
     first = runs[0].result
-    classes = tuple(first.metrics.get("instances", ()))
+    classes = tuple(first.metrics["instances"])
     for run in runs:
-        own = tuple(run.result.metrics.get("instances", ()))
+        own = tuple(run.result.metrics["instances"])
         if own != classes:
             differing = ", ".join(sorted({*own} ^ {*classes})) or "their order"
             raise UserError(f"{runs[0]} and {run} have different classes: they differ in {differing}")

@@ -183,7 +183,7 @@ def matching_results(study: Study, results: Iterable[Result]) -> dict[RunKey, Re
 
 def _is_result_of(result: Result, run: StudyRun, recorded_data: Mapping[str, Any]) -> bool:
     """Whether a result is the run's; `recorded_data` has the digest of the data of every recorded run_id."""
-    own, classes = _named_data(run.config.data), list(result.metrics.get("instances", ()))
+    own, classes = _named_data(run.config.data), list(result.metrics["instances"])
 
     def data(config: DataConfig) -> str:
         is_own = _named_data(config) == own

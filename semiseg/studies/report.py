@@ -12,8 +12,9 @@ from semiseg.data.sources import expected_files
 from semiseg.errors import UserError
 from semiseg.project import find
 from semiseg.report.aggregate import UPPER_BOUND, ReportInput, ReportRow, ReportTable
-from semiseg.report.page import beside_recorded, build_report, report_text
+from semiseg.report.page import build_report, report_text
 from semiseg.report.provenance import differing, flat_settings, settings, unmeant
+from semiseg.report.published import read_published
 from semiseg.results import read
 from semiseg.splits import ClassSplit, load_split
 from semiseg.studies.file import CellKey, Study, StudyRow, StudyRun, StudyTable, load_study, study_cells
@@ -39,9 +40,19 @@ _BOX_LOSS = {
 _IN_WORDS = {"supervision.source", "supervision.split", "objective.mask", "objective.box"}
 
 
-def build(report: ReportInput, folder: Path) -> tuple[str, Path]:
-    """Builds a report in a folder: its tables as text, the path of the page."""
-    return report_text(report), build_report(report, out=folder, published=find("published", PUBLISHED))
+def build(report: ReportInput, folder: Path, *, recorded: ReportInput | None = None) -> tuple[str, Path]:
+    """Builds a report in a folder: its tables as text, beside those of another record; the path of the page."""
+    return report_text(report, recorded), build_report(report, out=folder, published=find("published", PUBLISHED))
+
+
+def check_printed(study: Study) -> None:
+    """A UserError if the printed numbers that a table of the study names are not there; to be called before runs."""
+    path = find("published", PUBLISHED)
+    known = list(dict.fromkeys(read_published(path)["table"]))
+    for table in study.tables:
+        if table.number is not None and str(table.number) not in known:
+            where = f"study {study.name!r}, table {table.name!r}"
+            raise UserError(f"{where}: 'number' is {table.number}, which {path} does not hold: {', '.join(known)}")
 
 
 def record_folder(study: Study, folder: Path) -> Path:
@@ -54,21 +65,12 @@ def record_folder(study: Study, folder: Path) -> Path:
     raise UserError(f"{named}: no recorded results; 'semiseg run {study.name}' makes them")
 
 
-def beside_reference(study: Study, folder: Path) -> str:
-    """What a run gave beside the means over seeds that its study names, as text; "" where they are not at hand."""
-    if study.reference is None:
-        return ""
-    reference = load_study(study.reference)
-    record = REPORTS_FOLDER / reference.name
-    if not (record / RESULTS_NAME).is_file():
-        return ""
-    text = beside_recorded(report_input(study, folder, command=()), report_input(reference, record, command=()))
-    if not text:
-        return ""
-    return (
-        f"beside the means ± deviations over {len(reference.seeds)} seeds in {record} (one seed moves by several AP "
-        f"with processor and chance; '!' is further away than two deviations):\n\n{text}"
-    )
+def reference_input(study: Study) -> ReportInput | None:
+    """What the study that a study names as its reference has recorded; None where that is not at hand."""
+    reference = None if study.reference is None else load_study(study.reference)
+    if reference is None or not (REPORTS_FOLDER / reference.name / RESULTS_NAME).is_file():
+        return None
+    return report_input(reference, REPORTS_FOLDER / reference.name, command=())
 
 
 def report_input(study: Study, folder: Path, *, command: Sequence[str]) -> ReportInput:
