@@ -76,7 +76,8 @@ def detect(
         sizes = [_size(size, f"output_sizes[{number}]") for number, size in enumerate(output_sizes)]
     if not 0 <= score_threshold <= 1:
         raise ValueError(f"score_threshold must be in [0, 1], not {score_threshold!r}")
-    return predict.detect_images(model, images, output_sizes=sizes, score_threshold=score_threshold)
+    limits = model.info.inference.model_copy(update={"score_threshold": score_threshold})
+    return predict.each_image(model.network, images, predict.collected, output_sizes=sizes, limits=limits)
 
 
 def train(

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from semiseg.cli import app
 from semiseg.commands.predict import find_images
 from semiseg.data.images import read_image
+from semiseg.engine import predict as predict_module
 from semiseg.engine import predict_files
 from semiseg.engine.predict import encode_masks, find_instances
 from semiseg.engine.predict_files import overlay_paths
@@ -117,7 +118,7 @@ def test_resize_options(model: Path, folder: Path, monkeypatch: pytest.MonkeyPat
         seen.extend(tuple(image.shape[1:]) for image in images)
         return find_instances(network, images, **options)
 
-    monkeypatch.setattr(predict_files, "find_instances", note)
+    monkeypatch.setattr(predict_module, "find_instances", note)
     for options in ([], ["--short-side", 128], ["--short-side", 128, "--long-side", 150], ["--long-side", 45]):
         predict(model, "a.png", "--out", "out", *map(str, options))
     assert seen == [(64, 96), (128, 192), (100, 150), (30, 45)]
@@ -309,7 +310,7 @@ def test_an_interruption_leaves_whole_files(model: Path, folder: Path, monkeypat
             raise KeyboardInterrupt
         return find_instances(network, images, **options)
 
-    monkeypatch.setattr(predict_files, "find_instances", stop)
+    monkeypatch.setattr(predict_module, "find_instances", stop)
     told = predict(model, "images", "--out", "out", "--batch", "2", code=130)
     assert told == "semiseg: stopped after 4 of 5 images, whose results are in out\n"
     assert {result["image_id"] for result in load(folder / "out" / "results.json")} == {1, 2, 3, 4}
@@ -324,7 +325,7 @@ def test_a_failure_leaves_nothing_half_written(model: Path, folder: Path, monkey
     def fail(*_: object, **__: object) -> Iterator[Any]:
         raise ZeroDivisionError("a fault")
 
-    monkeypatch.setattr(predict_files, "find_instances", fail)
+    monkeypatch.setattr(predict_module, "find_instances", fail)
     assert isinstance(
         CliRunner().invoke(app, ["predict", str(model), "a.png", "--out", "out"]).exception, ZeroDivisionError
     )

@@ -15,8 +15,8 @@ from semiseg.data.dataset import withhold
 from semiseg.data.transforms import Resize
 from semiseg.engine import train as training
 from semiseg.engine.build import RunData, build_data, build_objective, build_training_loader, train_dataset
-from semiseg.engine.evaluate import predict_batch, score_table
-from semiseg.evaluation.coco_metrics import Metrics
+from semiseg.engine.evaluate import predict_batch
+from semiseg.evaluation.coco_metrics import Metrics, evaluate_detections
 from semiseg.losses.terms import MaskTargets, compute_losses, instance_terms, loss_edges, term_counts
 from semiseg.models.build import build_model
 from semiseg.models.detectors.assign import assign
@@ -166,7 +166,12 @@ def from_model_to_printed_number(
         for row in data.val.rows
         for item in row["objects"]
     ]
-    metrics = score_table(perfect, data.val, image_ids=list(data.val.original_sizes_hw()))
+    metrics = evaluate_detections(
+        data.val.annotations_file,
+        perfect,
+        class_names=data.val.class_names,
+        image_ids=list(data.val.original_sizes_hw()),
+    )
     # 14 results: one appended line per finished run
     append(folder / "results.jsonl", recorded(config, data, metrics))
     stored = read(folder / "results.jsonl")

@@ -1,13 +1,12 @@
-"""Predicting a table and scoring it: every image once over all processes, gathered once, official COCO evaluation."""
+"""Predicting a table: every image once over all processes, gathered once."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from tqdm import tqdm
@@ -15,11 +14,8 @@ from tqdm import tqdm
 from semiseg.config import InferenceConfig
 from semiseg.data.loader import BatchLoader
 from semiseg.data.table import Table
-from semiseg.engine.checkpoint import write_json
-from semiseg.engine.predict import coco_results, find_instances
+from semiseg.engine.predict import coco_results, each_image
 from semiseg.engine.session import gather_to_main
-from semiseg.evaluation.coco_metrics import Metrics, evaluate_detections
-from semiseg.evaluation.precision import Backend
 from semiseg.models.segmenter import Segmenter
 from semiseg.structures.inputs import Batch
 
@@ -56,7 +52,7 @@ def predict_table(
     bar = tqdm(
         loader, desc="predicting", unit="batch", disable=not (progress and accelerator.is_main_process), file=sys.stderr
     )
-    with torch.inference_mode(), accelerator.autocast():
+    with accelerator.autocast():
         for batch in bar:
             results += predict_batch(model, batch.to(accelerator.device), sizes, table.category_ids, limits=limits)
             image_ids += batch.image_ids
@@ -77,41 +73,12 @@ def predict_batch(
 
     The padding that larger neighbours brought is taken away again: see `predict.find_instances`.
     """
-    sizes = batch.image_sizes_hw.tolist()
-    detections = find_instances(
+    sizes, ids = batch.image_sizes_hw.tolist(), batch.image_ids
+    by_image = each_image(
         model,
         [image[:, :height, :width] for image, (height, width) in zip(batch.images, sizes, strict=True)],
-        output_sizes=[output_sizes[image_id] for image_id in batch.image_ids],
+        lambda detections: coco_results(detections, image_id=ids[detections.number], category_ids=category_ids),
+        output_sizes=[output_sizes[image_id] for image_id in ids],
         limits=limits,
     )
-    by_image = {
-        item.number: coco_results(item, image_id=batch.image_ids[item.number], category_ids=category_ids)
-        for item in detections
-    }
-    return [result for number in sorted(by_image) for result in by_image[number]]
-
-
-def score_table(
-    results: list[dict[str, Any]], table: Table, *, image_ids: Collection[int], backend: Backend = "pycocotools"
-) -> Metrics:
-    """Official box and mask AP of the results, for all classes and for each of them.
-
-    The annotations are read again; a `UserError` if they are no longer those of the table.
-
-    Args:
-        image_ids: the images that were looked at; must be the table's, each once.
-        backend: which package matches and accumulates; the numbers are the same.
-    """
-    return evaluate_detections(
-        table.annotations_file,
-        results,
-        class_names=table.class_names,
-        image_ids=image_ids,
-        backend=backend,
-        fingerprint=table.fingerprint,
-    )
-
-
-def save_detections(path: Path, results: list[dict[str, Any]]) -> None:
-    """Writes the results in COCO's own format."""
-    write_json(path, results)
+    return list(chain.from_iterable(by_image))

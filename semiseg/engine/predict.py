@@ -6,10 +6,10 @@ together, since norms that look at the whole map (GroupNorm) would see the paddi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from semiseg.structures.outputs import Detections
 
 # Padded pixels of one forward, or one image: three of 800 x 1333. With ResNet-50 about 1.5 GB.
 FORWARD_PIXELS = 2**22
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -166,26 +167,23 @@ def find_instances(
             )
 
 
-def detect_images(
-    model: LoadedModel, images: Sequence[Tensor], *, output_sizes: Sequence[tuple[int, int]], score_threshold: float
-) -> list[Detections]:
-    """The detections of every image with all their masks, on the CPU, in the order of the images.
-
-    Arguments as for `find_instances`.
-    """
-    results: dict[int, Detections] = {}
+def each_image(
+    network: Segmenter,
+    images: Sequence[Tensor],
+    make: Callable[[ImageDetections], Made],
+    *,
+    output_sizes: Sequence[tuple[int, int]],
+    limits: InferenceConfig,
+) -> list[Made]:
+    """What `make` gives for the detections of each image, in the order of the images; else as `find_instances`."""
     with torch.inference_mode():
-        for detections in find_instances(
-            model.network,
-            images,
-            output_sizes=output_sizes,
-            limits=model.info.inference.model_copy(update={"score_threshold": score_threshold}),
-        ):
-            results[detections.number] = _collected(detections)
-    return [results[number] for number in range(len(images))]
+        instances = find_instances(network, images, output_sizes=output_sizes, limits=limits)
+        made = {detections.number: make(detections) for detections in instances}
+    return [made[number] for number in range(len(images))]
 
 
-def _collected(detections: ImageDetections) -> Detections:
+def collected(detections: ImageDetections) -> Detections:
+    """All detections of an image with their masks, on the CPU. Uses up `detections.masks`."""
     with torch.inference_mode(False):  # ordinary tensors, which a caller may change and differentiate
         boxes, scores, labels = (
             values.cpu().clone() for values in (detections.boxes_xyxy, detections.scores, detections.labels)

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -27,7 +26,7 @@ from semiseg.config.read import read_json
 from semiseg.data.images import read_image
 from semiseg.data.transforms import Resize
 from semiseg.engine.checkpoint import ModelInfo, write_json
-from semiseg.engine.predict import LoadedModel, coco_results, find_instances
+from semiseg.engine.predict import LoadedModel, coco_results, each_image
 from semiseg.errors import UserError
 from semiseg.files import whole_file, write_bytes
 from semiseg.overlays import Drawn, draw_detections, prepare_drawing, written_name
@@ -172,17 +171,14 @@ def _read(image_id: int, path: Path, options: PredictOptions) -> _ImageFile:
 
 def _predict(model: LoadedModel, batch: Sequence[_ImageFile], options: PredictOptions) -> list[list[dict[str, Any]]]:
     """Each image's detections as COCO results."""
-    results: dict[int, list[dict[str, Any]]] = {}
-    with torch.inference_mode():
-        for detections in find_instances(
-            model.network,
-            [item.input for item in batch],
-            output_sizes=[item.original_hw for item in batch],
-            limits=model.info.inference.model_copy(update={"score_threshold": options.score_threshold}),
-        ):
-            image_id, category_ids = batch[detections.number].entry["id"], model.info.category_ids
-            results[detections.number] = coco_results(detections, image_id=image_id, category_ids=category_ids)
-    return [results[index] for index in range(len(batch))]
+    ids, category_ids = [item.entry["id"] for item in batch], model.info.category_ids
+    return each_image(
+        model.network,
+        [item.input for item in batch],
+        lambda detections: coco_results(detections, image_id=ids[detections.number], category_ids=category_ids),
+        output_sizes=[item.original_hw for item in batch],
+        limits=model.info.inference.model_copy(update={"score_threshold": options.score_threshold}),
+    )
 
 
 def _draw(item: _ImageFile, results: Sequence[dict[str, Any]], info: ModelInfo, overlay: Path) -> None:

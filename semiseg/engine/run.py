@@ -29,7 +29,7 @@ from semiseg.engine.checkpoint import (
     load_model_folder,
     write_json,
 )
-from semiseg.engine.evaluate import predict_table, save_detections, score_table
+from semiseg.engine.evaluate import predict_table
 from semiseg.engine.logs import LOG_NAME, read_log, shows_bars
 from semiseg.engine.predict import build_network
 from semiseg.engine.processes import (
@@ -41,7 +41,7 @@ from semiseg.engine.run_folder import adopt_training, check_folder, run_inputs, 
 from semiseg.engine.session import accelerate_for_one_run, same_on_all_ranks, start_accelerator
 from semiseg.engine.train import save_trained, train, trained_model
 from semiseg.errors import UserError, UserNotice
-from semiseg.evaluation.coco_metrics import Metrics
+from semiseg.evaluation.coco_metrics import Metrics, evaluate_detections
 from semiseg.evaluation.precision import Backend, require_backend
 from semiseg.models.build import mask_stride
 from semiseg.models.segmenter import Segmenter
@@ -232,8 +232,15 @@ def evaluate_model(
     if not accelerator.is_main_process:
         return None
     if detections is not None:
-        save_detections(detections, results)
-    return score_table(results, table, image_ids=image_ids, backend=backend)
+        write_json(detections, results)
+    return evaluate_detections(
+        table.annotations_file,
+        results,
+        class_names=table.class_names,
+        image_ids=image_ids,
+        backend=backend,
+        fingerprint=table.fingerprint,
+    )
 
 
 @accelerate_for_one_run()
