@@ -184,15 +184,19 @@ def stop_on_signal(state: training.TrainState, parts: list[Batch], out: Path) ->
 
 def detections_and_stop(root: Path, out: Path) -> dict[str, Any]:
     """Detections of the validation images, then a step whose loss is not finite on the last process."""
-    config = small_run(root, inference={"score_threshold": 0.001})
+    config = small_run(root, inference={"score_threshold": 0.001, "short_side": 64, "long_side": 64})
     accelerator = start_accelerator(config.runtime, seed=config.seed)
     processes, rank = accelerator.num_processes, accelerator.process_index
     data = build_data(config)
     state = training.prepare(config, data, accelerator)
     evaluation = build_evaluation_loader(
-        data.val, short_side=64, long_side=64, mask_stride=4, size_divisor=32, batch_size=1, workers=0,
-        processes=processes, rank=rank,
-    )  # fmt: skip
+        data.val,
+        model=config.model,
+        inference=config.inference,
+        runtime=config.runtime,
+        processes=processes,
+        rank=rank,
+    )
     found, image_ids = predict_table(
         state.step_module.model, evaluation, data.val, accelerator, limits=config.inference, progress=False
     )

@@ -197,7 +197,8 @@ def test_linux_forks_whatever_python_prefers(coco: Path) -> None:
     )
     data = build_data(config)
     training = build_training_loader(config, data, steps=1, start_step=0, processes=1, rank=0, pin_memory=False)
-    sizes = {"short_side": 64, "long_side": 64, "mask_stride": 4, "size_divisor": 32, "batch_size": 1}
-    evaluation = build_evaluation_loader(data.val, workers=1, processes=1, rank=0, **sizes)
+    evaluation = build_evaluation_loader(
+        data.val, model=config.model, inference=config.inference, runtime=config.runtime, processes=1, rank=0
+    )
     for loader in (training, evaluation):
         assert loader.multiprocessing_context.get_start_method() == "fork"

@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -520,12 +522,25 @@ def test_progress_on_a_terminal_is_a_bar(project: Path) -> None:
             return True
 
     stream = Terminal()
-    study = load_study("study", ["optim.steps=30"], seeds=[0])
-    run_missing(plan(study), name="study", results=Path("r.jsonl"), how=execution(jobs=2), stream=stream)
+    children: list[Any] = [
+        SimpleNamespace(run=item) for item in plan(load_study("study", ["optim.steps=30"], seeds=[0]))
+    ]
+    progress = StudyProgress([child.run for child in children], name="study", line_seconds=60, stream=stream)
+    progress.update(children[:1])
+    for child in children[:4]:
+        child.run.folder.mkdir(parents=True)
+        for step in (10, 20):
+            (child.run.folder / "log.jsonl").write_text(json.dumps({"step": step, "steps": 30}) + "\n")
+            progress.update([child])
+        progress.end(child, message=f"{child.run.label} done", finished=True)
+    progress.update(children[4:])
+    progress.close()
     text = stream.getvalue()
     assert "━" in text
     assert "study: 0 of 5 runs done; pretrain-s0 starts" in text
-    assert "study: 4 of 5 runs done, about " in text
+    assert re.search("study: 0 of 5 runs done, about .* left; pretrain-s0 step 20 of 30", text)
+    assert "semiseg: pretrain-s0 done\n" in text
+    assert re.search("study: 4 of 5 runs done, about .* left; .* starts", text)
 
 
 def test_the_last_whole_log_line_counts(tmp_path: Path) -> None:

@@ -109,11 +109,9 @@ def image_records(coco: CocoFile, *, report: Reporter | None = None) -> Iterator
 def annotation(
     category_id: int, mask: np.ndarray | None, box_xywh: Box | None = None, *, is_crowd: bool = False
 ) -> dict[str, Any]:
-    """An annotation as the converters of other data sets write it, without ids.
+    """An annotation as the converters of other data sets write it, without ids; without a box that of the mask.
 
-    Args:
-        mask: (H, W) bool; None if none is known: then the area is that of the box.
-        box_xywh: pixels of the stored image, half-open; it may reach over the image. None = the mask's.
+    The box, in pixels of the stored image, may reach over it. Without a mask, (H, W) bool, the area is the box's.
     """
     segmentation: dict[str, Any] = {}
     if mask is None:

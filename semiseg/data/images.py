@@ -46,9 +46,7 @@ def read_image(path: Path, *, size_hw: tuple[int, int] | None = None, upright: b
         size_hw: the (height, width) of the stored pixels that the annotations state.
         upright: apply the EXIF orientation, as viewers do: for images without annotations.
 
-    Raises:
-        UserError: missing, none of `FORMATS`, truncated, of another size, or of floating-point values, which nothing
-            says the white of.
+    A UserError if it is missing, damaged, of another size, or of floating-point values, whose white nothing says.
     """
     try:
         return _decode(path, size_hw, upright=upright)

@@ -209,13 +209,7 @@ def build_loader(
     pin_memory: bool = False,
     start_method: StartMethod | None = START_METHOD,
 ) -> BatchLoader:
-    """Fetches the batches of `batches`, bit for bit the same for any number of workers.
-
-    Args:
-        size_divisor: see `InstanceDataset.batch`.
-        workers: processes that read ahead; 0 = in this process.
-        start_method: of the workers; None = the platform's own.
-    """
+    """Fetches the batches, bit for bit the same for any number of workers that read ahead; 0 = in this process."""
     # A generator of its own: DataLoader draws a seed at every start, which would shift the global generator.
     settings: dict[str, Any] = {"generator": torch.Generator().manual_seed(0)}
     if workers:

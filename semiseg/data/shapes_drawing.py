@@ -294,8 +294,7 @@ class Picture:
     Objects and clutter share a few colours, so that neighbours sometimes look the same. The background is a gradient
     with large and small noise, blobs, patterned patches and lines in the colours of objects.
 
-    Attributes:
-        pixels: what is painted so far, side by side (3, size, size).
+    `pixels` is what is painted so far, (3, size, size).
     """
 
     def __init__(self, draws: Draws, size: int) -> None:

@@ -96,9 +96,6 @@ def load_table(annotations: Path, images: Path, *, cache: Path, annotations_requ
     Args:
         cache: folder of the Arrow files; the name in it comes from the json's content and the converter's version.
         annotations_required: false also takes a file without the list `annotations`, to predict its images.
-
-    Raises:
-        UserError: bad annotations (the first error); image files not there or, at the conversion, of another size.
     """
     if not images.is_dir():
         raise UserError(f"{images}: no such image folder")

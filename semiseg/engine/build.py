@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from semiseg.config import ModelConfig, ObjectiveConfig, RunConfig, learns_masks
+from semiseg.config import InferenceConfig, ModelConfig, ObjectiveConfig, RunConfig, RuntimeConfig, learns_masks
 from semiseg.config.read import digest
 from semiseg.data.dataset import InstanceDataset, build_rule
 from semiseg.data.loader import BatchLoader, StepBatches, build_loader, eval_batches
 from semiseg.data.sources import cache_folder, ensure_files
 from semiseg.data.table import Table, load_table
 from semiseg.data.transforms import Resize
-from semiseg.engine.processes import parts_per_step
+from semiseg.engine.processes import images_in_evaluation, parts_per_step
 from semiseg.engine.step import TrainStep
 from semiseg.errors import UserError
 from semiseg.losses.terms import Objective
@@ -102,10 +102,6 @@ def compile_network(model: Segmenter, *, backend: str = "inductor") -> None:
     """Has torch compile, in place and when first called, the parts whose work follows from the image size alone.
 
     Names of parameters stay as they are. Masks and losses depend on how many instances there are and are not compiled.
-
-    Args:
-        model: the network.
-        backend: of `torch.compile`.
     """
     for part in model.compiled_parts():
         part.compile(backend=backend)
@@ -148,12 +144,9 @@ def build_training_loader(
 def build_evaluation_loader(
     table: Table,
     *,
-    short_side: int,
-    long_side: int,
-    mask_stride: int | None,
-    size_divisor: int,
-    batch_size: int,
-    workers: int,
+    model: ModelConfig,
+    inference: InferenceConfig,
+    runtime: RuntimeConfig,
     processes: int,
     rank: int,
 ) -> BatchLoader:
@@ -161,8 +154,8 @@ def build_evaluation_loader(
     dataset = InstanceDataset(
         table,
         rule=build_rule("boxes", None),
-        transform=Resize([short_side], long_side),
-        mask_stride=mask_stride,
+        transform=Resize([inference.short_side], inference.long_side),
+        mask_stride=mask_stride(model),
     )
-    batches = eval_batches(len(dataset), batch_size=batch_size, processes=processes, rank=rank)
-    return build_loader(dataset, batches=batches, workers=workers, size_divisor=size_divisor)
+    batches = eval_batches(len(dataset), batch_size=images_in_evaluation(runtime), processes=processes, rank=rank)
+    return build_loader(dataset, batches=batches, workers=runtime.workers, size_divisor=model.size_divisor)

@@ -142,11 +142,7 @@ def named_step(path: Path) -> int:
 def save_model(
     folder: Path, state: dict[str, Tensor], info: ModelInfo, *, score: Mapping[str, Any] | None = None
 ) -> None:
-    """Writes a model folder: `model.safetensors` and `config.json`; an existing one is replaced as a whole.
-
-    Args:
-        score: of these weights, written as `best.json` beside them.
-    """
+    """Writes a model folder, in place of an existing one: its two files, and beside them the score if there is one."""
     with whole_folder(folder, replace=True) as new:
         weights = save({key: value.detach().cpu().contiguous() for key, value in state.items()})
         description = {
@@ -251,10 +247,8 @@ def _unfinished(run: Path) -> str:
 def check_initial(source: Path, config: ModelConfig) -> None:
     """Refuses weights of a network that computes something else, though they may fit in names and shapes.
 
-    A model folder says what network its weights are of; a checkpoint file does not and is not checked.
-
-    Raises:
-        UserError: lists every setting that differs as a line of TOML to paste, and what it is now.
+    The UserError has every setting that differs as a line of TOML to paste. A model folder says what network its
+    weights are of; a checkpoint file does not and is not checked.
     """
     path = weights_file(source)
     if path.name != WEIGHTS_NAME:
@@ -302,10 +296,8 @@ def initial_weights(source: Path) -> dict[str, Tensor]:
 def load_initial(model: nn.Module, weights: dict[str, Tensor], *, where: str) -> list[str]:
     """Copies weights into the model; returns the keys left as they were because the number of classes differs.
 
-    Weights of frozen batch norms fit trained ones and the reverse: what only the latter have is a counter.
-
-    Raises:
-        UserError: if any other key is missing, unknown or of another shape.
+    A UserError if any other key is missing, unknown or of another shape. Weights of frozen batch norms fit trained ones
+    and the reverse: what only the latter have is a counter.
     """
     own, weights = model.state_dict(), with_present_names(weights)
     reshaped = [key for key in own if key in weights and own[key].shape != weights[key].shape]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast
@@ -20,13 +20,6 @@ from semiseg.models.segmenter import Segmenter
 from semiseg.structures.inputs import Batch
 
 
-class Predictions(NamedTuple):
-    """What was predicted on all processes together; on other processes than the main one both are empty."""
-
-    results: list[dict[str, Any]]  # detections as COCO results, by image, best first
-    image_ids: list[int]  # the images that were looked at, each as often as it was, also those without detections
-
-
 def predict_table(
     model: Segmenter,
     loader: BatchLoader,
@@ -35,8 +28,11 @@ def predict_table(
     *,
     limits: InferenceConfig,
     progress: bool,
-) -> Predictions:
-    """Detections of the images of `loader`, this process's share of the table.
+) -> tuple[list[dict[str, Any]], list[int]]:
+    """Detections of the table, of which `loader` has this process's share: COCO results by image, the best first.
+
+    With them the images that were looked at, each as often as it was. On other processes than the main one both are
+    empty.
 
     Masks become RLE chunk by chunk, so that memory does not grow with their number.
     """
@@ -58,7 +54,7 @@ def predict_table(
             image_ids += batch.image_ids
     model.train(was_training)
     results, image_ids = gather_to_main(results), gather_to_main(image_ids)
-    return Predictions(sorted(results, key=lambda item: (item["image_id"], -item["score"])), image_ids)
+    return sorted(results, key=lambda item: (item["image_id"], -item["score"])), image_ids
 
 
 def predict_batch(

@@ -118,14 +118,10 @@ class TrainingLog:
 
 
 class _Lines:
-    """Progress as plain lines on standard error: the first after some seconds, then one a minute.
-
-    Attributes:
-        known: what the last record said, for the next line.
-    """
+    """Progress as plain lines on standard error: the first after some seconds, then one a minute."""
 
     def __init__(self, *, steps: int, start_step: int) -> None:
-        self.known = ""
+        self.known = ""  # what the last record said, for the next line
         self._steps, self._first, self._step = steps, start_step, start_step
         self._began = time.monotonic()
         self._next = self._began + FIRST_LINE_SECONDS

@@ -61,14 +61,7 @@ class ImageDetections:
 
 
 def load_model(folder: Path, *, device: str | torch.device | None = None) -> LoadedModel:
-    """Reads a model folder, or the `model/` of a run's folder.
-
-    Args:
-        device: None = the GPU if there is one, else the CPU.
-
-    Raises:
-        UserError: no model folder, damaged, weights of another network, or no such device.
-    """
+    """Reads a model folder, or the `model/` of a run's folder, for a device, None = the best; see `api.load_model`."""
     chosen = find_device(device)
     weights, info = load_model_folder(folder / "model" if (folder / "model").is_dir() else folder)
     network = build_network(weights, info, where=folder).to(chosen).eval().requires_grad_(False)
@@ -101,15 +94,9 @@ def find_device(name: str | torch.device | None) -> torch.device:
 
 
 def forward_groups(sizes_hw: Sequence[tuple[int, int]], *, size_divisor: int, forward_pixels: int) -> list[list[int]]:
-    """Which images go through the network together: those of equal padded size, as many as memory bears.
+    """Which images, by index, go through the network together: those of equal padded size, in their order.
 
-    Args:
-        sizes_hw: of the images before padding.
-        size_divisor: padded heights and widths divide by it.
-        forward_pixels: padded pixels of a group, unless it is a single image.
-
-    Returns:
-        Numbers of the images; each is in one group, ascending in a group.
+    A group has at most so many padded pixels, or a single image; sizes are those before padding.
     """
     alike: dict[tuple[int, int], list[int]] = {}
     for number, (height, width) in enumerate(sizes_hw):

@@ -82,10 +82,7 @@ def predict_files(
     An image's id is its index in the list of files, from 1. EXIF orientation is applied: boxes and masks are in the
     frame of the upright image, whose size `images.json` states. Files of the same names in `out` are replaced; at a
     KeyboardInterrupt, too, they are written for the images done so far. `report` is given a sentence for each file that
-    cannot be read.
-
-    Raises:
-        UserError: the folder holds one of the images, or a file of these names that is none of a prediction.
+    cannot be read. A UserError if the folder holds one of the images, or such a file that no prediction wrote.
     """
     _prepare_folder(out, files)
     overlays = {} if options.drawn_score is None else dict(enumerate(overlay_paths(files, out / OVERLAYS_NAME), 1))

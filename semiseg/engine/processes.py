@@ -81,10 +81,7 @@ def parts_per_step(config: RunConfig, processes: int) -> int:
     """Accumulation parts in which each process goes through its share of a step.
 
     The smallest number from `optim.accumulation` on that cuts the batch into equal parts of at most
-    `runtime.images_per_process` images (0 = no limit).
-
-    Raises:
-        UserError: the batch has no equal shares for so many processes.
+    `runtime.images_per_process` images (0 = no limit). A UserError if the batch has no equal shares for so many.
     """
     optim, limit = config.optim, config.runtime.images_per_process or config.optim.batch_size
     if _can_share(optim, processes):
@@ -104,14 +101,8 @@ def normalised_together(config: RunConfig, processes: int) -> dict[str, dict[str
     """What the cut of a step adds to a run's identity: over how many images its trained batch norms normalise.
 
     `bn` normalises the images of one process and part, `sync_bn` those of one part over all processes. Other norms look
-    at one image at a time, and frozen ones at none.
-
-    Returns:
-        {"normalised_together": {kind of norm: images}}, without the kinds that see the whole batch in one forward; {}
-        if there is nothing to say.
-
-    Raises:
-        UserError: of `parts_per_step`.
+    at one image at a time, and frozen ones at none. Kinds that see the whole batch in one forward are left out, and {}
+    is that there is nothing to say.
     """
     batch, parts = config.optim.batch_size, parts_per_step(config, processes)
     images = {"bn": batch // parts // processes, "sync_bn": batch // parts}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +23,7 @@ if TYPE_CHECKING:
 
 
 def write_nonfinite_step(out: Path, state: TrainState, parts: list[Batch], counts: Tensor, weighted: Tensor) -> Path:
-    """Writes everything that runs the step again on one CPU: config, weights, batches, global counts.
-
-    Returns:
-        the file, `nonfinite_step_NNNNNNNN_rankR.pt` under `out`.
-    """
+    """Writes what runs the step again on one CPU: config, weights, batches, global counts; the path of the file."""
     path = out / f"nonfinite_step_{state.step + 1:08d}_rank{state.accelerator.process_index}.pt"
     save_tensors(
         path,
@@ -42,18 +38,14 @@ def write_nonfinite_step(out: Path, state: TrainState, parts: list[Batch], count
             "image_ids": [list(batch.image_ids) for batch in parts],
             "losses": dict(zip(state.step_module.loss_names, weighted.tolist(), strict=True)),
             "counts": counts.cpu(),
-            "parts": [_to_values(batch.to("cpu")) for batch in parts],
+            "parts": [asdict(batch.to("cpu")) for batch in parts],
         },
     )
     return path
 
 
 def replay_step(path: Path) -> str:
-    """Runs a written step again, forward and backward, and says in a few lines what is not finite.
-
-    Raises:
-        UserError: if the file is not one of `write_nonfinite_step`.
-    """
+    """Runs a written step again, forward and backward, and says in a few lines what is not finite."""
     saved = load_tensors(path)
     if not {"config", "num_classes", "model", "step", "steps", "processes", "counts", "parts"} <= set(saved):
         raise UserError(f"{path}: not a replay file; its keys are {', '.join(sorted(map(str, saved))[:8])}")
@@ -90,20 +82,8 @@ def _finite(value: Tensor) -> bool:
     return bool(torch.isfinite(value).all())
 
 
-def _to_values(item: Batch | Targets | EncodedMasks) -> dict[str, Any]:
-    values = {field.name: getattr(item, field.name) for field in fields(item)}
-    parts = (Targets, EncodedMasks)
-    return {key: _to_values(value) if isinstance(value, parts) else value for key, value in values.items()}
-
-
 def _from_values(values: dict[str, Any]) -> Batch:
-    targets = values["targets"]
-    if targets is not None and targets.get("encoded") is not None:
-        targets = {**targets, "encoded": EncodedMasks(**targets["encoded"])}
-    return Batch(
-        **{
-            **values,
-            "image_ids": tuple(values["image_ids"]),
-            "targets": None if targets is None else Targets(**targets),
-        }
-    )
+    targets = dict(values["targets"])
+    if targets.get("encoded") is not None:
+        targets["encoded"] = EncodedMasks(**targets["encoded"])
+    return Batch(**{**values, "image_ids": tuple(values["image_ids"]), "targets": Targets(**targets)})

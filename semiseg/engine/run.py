@@ -12,6 +12,7 @@ import time
 import warnings
 from contextlib import nullcontext
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,25 +26,17 @@ from semiseg.data.problems import describe_missing_masks
 from semiseg.data.sources import AnnotatedImages, cache_folder, ensure_files
 from semiseg.data.table import Table, load_table
 from semiseg.engine.build import RunData, build_data, build_evaluation_loader
-from semiseg.engine.checkpoint import (
-    load_model_folder,
-    write_json,
-)
+from semiseg.engine.checkpoint import load_model_folder, write_json
 from semiseg.engine.evaluate import predict_table
 from semiseg.engine.logs import LOG_NAME, read_log, shows_bars
 from semiseg.engine.predict import build_network
-from semiseg.engine.processes import (
-    describe_change,
-    fit_to_processes,
-    images_in_evaluation,
-)
+from semiseg.engine.processes import describe_change, fit_to_processes
 from semiseg.engine.run_folder import adopt_training, check_folder, run_inputs, run_lock
 from semiseg.engine.session import accelerate_for_one_run, same_on_all_ranks, start_accelerator
 from semiseg.engine.train import save_trained, train, trained_model
 from semiseg.errors import UserError, UserNotice
 from semiseg.evaluation.coco_metrics import Metrics, evaluate_detections
 from semiseg.evaluation.precision import Backend, require_backend
-from semiseg.models.build import mask_stride
 from semiseg.models.segmenter import Segmenter
 from semiseg.results import RESULT_NAME
 
@@ -62,11 +55,8 @@ def execute_run(
         progress: show progress bars; None = on a terminal, and plain lines elsewhere.
         command: what was typed, for the record.
 
-    Returns:
-        the contents of `result.json`.
-
-    Raises:
-        UserError: if `out` holds another run, or `resume` is False and it holds an unfinished one.
+    The result is what `result.json` holds. A UserError if `out` holds another run, or an unfinished one that is not to
+    be continued.
     """
     require_backend(_backend(config.runtime))  # said now rather than after the training
     accelerator = start_accelerator(config.runtime, seed=config.seed)
@@ -137,19 +127,15 @@ def _train_and_evaluate(
 ) -> dict[str, Any]:
     started = time.perf_counter()
 
-    def measure(model: Segmenter, *, detections: Path | None = None) -> Metrics | None:
-        return evaluate_model(
-            model,
-            data.val,
-            accelerator,
-            model_config=config.model,
-            inference=config.inference,
-            batch_size=images_in_evaluation(config.runtime),
-            workers=config.runtime.workers,
-            detections=detections,
-            backend=_backend(config.runtime),
-            progress=shows_bars(progress),
-        )
+    measure = partial(
+        evaluate_model,
+        table=data.val,
+        accelerator=accelerator,
+        config=config.model,
+        inference=config.inference,
+        runtime=config.runtime,
+        progress=shows_bars(progress),
+    )
 
     def validate(model: Segmenter) -> dict[str, float] | None:
         metrics = measure(model)
@@ -205,28 +191,19 @@ def _result(
 
 def evaluate_model(
     model: Segmenter,
+    *,
     table: Table,
     accelerator: Accelerator,
-    *,
-    model_config: ModelConfig,
+    config: ModelConfig,
     inference: InferenceConfig,
-    batch_size: int,
-    workers: int,
-    detections: Path | None,
-    backend: Backend,
+    runtime: RuntimeConfig,
     progress: bool,
+    detections: Path | None = None,
 ) -> Metrics | None:
     """Predicts and scores a table; the metrics on the main process, None elsewhere."""
+    processes, rank = accelerator.num_processes, accelerator.process_index
     loader = build_evaluation_loader(
-        table,
-        short_side=inference.short_side,
-        long_side=inference.long_side,
-        mask_stride=mask_stride(model_config),
-        size_divisor=model_config.size_divisor,
-        batch_size=batch_size,
-        workers=workers,
-        processes=accelerator.num_processes,
-        rank=accelerator.process_index,
+        table, model=config, inference=inference, runtime=runtime, processes=processes, rank=rank
     )
     results, image_ids = predict_table(model, loader, table, accelerator, limits=inference, progress=progress)
     if not accelerator.is_main_process:
@@ -238,7 +215,7 @@ def evaluate_model(
         results,
         class_names=table.class_names,
         image_ids=image_ids,
-        backend=backend,
+        backend=_backend(runtime),
         fingerprint=table.fingerprint,
     )
 
@@ -255,15 +232,14 @@ def evaluate_run(
 ) -> Metrics | None:
     """Evaluates a run's folder on its own validation data, or any model folder on the given annotation file.
 
+    The metrics are on the main process, None elsewhere.
+
     Args:
         folder: a run's folder (with `config.json` and `model/`) or a model folder.
         annotations, images: a COCO json and its image folder; needed for a model folder, both or neither. A json
             without annotations, such as COCO's test sets, is only predicted: the metrics are None.
         detections: where to write the detections as COCO results.
         fast: take hotcoco for the numbers, as a run with `runtime.fast_evaluation` does anyway.
-
-    Returns:
-        the metrics on the main process, None elsewhere.
     """
     weights, info = load_model_folder(folder / "model" if (folder / "model").is_dir() else folder)
     if annotations is not None and images is not None:
@@ -276,8 +252,9 @@ def evaluate_run(
         files, cache = ensure_files(config.data, sets=("val",))["val"], cache_folder(config.data)
     else:
         raise UserError(f"{folder}: give both the annotation file and the image folder to evaluate a model folder on")
-    backend: Backend = "hotcoco" if fast else _backend(runtime)
-    require_backend(backend)
+    if fast:
+        runtime = runtime.model_copy(update={"fast_evaluation": True})
+    require_backend(_backend(runtime))
     accelerator = start_accelerator(runtime, seed=seed)
     with accelerator.main_process_first(), accelerator.local_main_process_first():
         table = load_table(files.annotations, files.images, cache=cache, annotations_required=False)
@@ -293,15 +270,13 @@ def evaluate_run(
         _warn_of_missing_masks(table)
     return evaluate_model(
         build_network(weights, info, where=folder).to(accelerator.device),
-        table,
-        accelerator,
-        model_config=info.config,
+        table=table,
+        accelerator=accelerator,
+        config=info.config,
         inference=info.inference,
-        batch_size=images_in_evaluation(runtime),
-        workers=runtime.workers,
-        detections=detections,
-        backend=backend,
+        runtime=runtime,
         progress=progress,
+        detections=detections,
     )
 
 

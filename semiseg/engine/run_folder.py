@@ -54,14 +54,8 @@ def check_folder(
 ) -> None:
     """Looks whether a run may be trained in a folder: a new or empty one, or one of this run.
 
-    A run of which neither weights nor a result are left has not begun, and another one may take its place.
-
-    Args:
-        inputs: of `run_inputs`; None before the data is read.
-        processes: that will train it.
-
-    Raises:
-        UserError: no folder, or it holds another run or what no run wrote, or this run without `resume`.
+    Else a UserError. A run of which neither weights nor a result are left has not begun, and another one may take its
+    place. Without `inputs` (of `run_inputs`), before the data is read, only the configurations are compared.
     """
     require_folder(out)
     path, identity = out / "config.json", _identity(config, processes)
@@ -94,9 +88,6 @@ def _require_nothing_else(out: Path, *, is_run: bool) -> None:
 
     Hidden files are nobody's concern: no run replaces or removes one that it has not written itself. What else a user
     has put beside the files of a run stays, too, if it has another name than these.
-
-    Args:
-        is_run: the folder's `config.json` is that of a run.
     """
     if not out.is_dir():
         return

@@ -36,10 +36,8 @@ def start_accelerator(runtime: RuntimeConfig, *, seed: int) -> Accelerator:
     """One process's view of the run; the same call for one CPU, one GPU and `accelerate launch`.
 
     Threads and seeds are set here, so that whatever is built next is reproducible. What a run computes follows from
-    its configuration alone, never from flags of the launcher.
-
-    Raises:
-        UserError: the launcher, or an Accelerator of this process's own, has another precision than the configuration.
+    its configuration alone, never from flags of the launcher: another precision of the launcher's, or of an Accelerator
+    of this process's own, is a UserError.
     """
     if runtime.threads:
         torch.set_num_threads(runtime.threads)
@@ -115,14 +113,7 @@ def gather_to_main(items: list[Any]) -> list[Any]:
 
 
 def same_on_all_ranks(fact: Fact, *, where: Path | str, remedy: str = "share the folder") -> Fact:
-    """What every process finds, if they find the same.
-
-    Args:
-        where: the folder or the thing in which it was found, for the error.
-
-    Raises:
-        UserError: they do not, on all of them: the machines do not see the same files.
-    """
+    """What every process finds in `where`; a UserError on all of them if machines do not see the same files."""
     values = gather_object([fact])
     if len(set(values)) > 1:
         message = ", ".join(sorted({str(item) for item in values}))

@@ -139,9 +139,7 @@ def load_ground_truth(annotations_file: Path, *, fingerprint: str | None = None)
 
     Annotation ids become 1..n in file order: pycocotools takes a match with an annotation of id 0 for none, and
     published files contain id 0 or text. A missing `iscrowd` is 0, a missing `area` the mask's, else the box's.
-
-    Raises:
-        UserError: the file is missing, no COCO instances file, or its digest does not begin with `fingerprint`.
+    A UserError if the file is missing, no COCO instances file, or its digest does not begin with `fingerprint`.
     """
     try:
         text = annotations_file.read_bytes()

@@ -36,20 +36,12 @@ class Converted:
 
 
 def convert_checkpoint(path: Path) -> Converted:
-    """Reads a released `.pth`, a state dict or one under `model`, and converts it; no code of the file runs.
-
-    Raises:
-        UserError: no such file, not such a file, another network, keys without a counterpart.
-    """
+    """Reads a released `.pth`, see `read_state`, and converts it, see `convert_state`; no code of the file runs."""
     return convert_state(read_state(path), where=str(path))
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """The state dict of a torch file: the table itself, or its entry `model`.
-
-    Raises:
-        UserError: the file cannot be read as tensors and plain values, or holds no state dict.
-    """
+    """The state dict of a torch file: the table itself, or its entry `model`; a UserError if it holds none."""
     try:
         with warnings.catch_warnings():  # torch warns of a pickle's protocol before it refuses it
             warnings.simplefilter("ignore", UserWarning)
@@ -72,15 +64,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 
 def convert_state(state: Mapping[str, Tensor], *, where: str) -> Converted:
-    """Converts a state dict in the released spelling.
-
-    Args:
-        state: key names and tensors of the file.
-        where: the file, for messages.
-
-    Raises:
-        UserError: another network, or keys without a counterpart in the file or in the model.
-    """
+    """Converts a state dict in the released spelling; a UserError of `where` if it is of another network."""
     config, num_classes = recognise(state, where=where)
     with torch.device("meta"):  # names and shapes only
         expected = build_model(config, num_classes=num_classes).state_dict()

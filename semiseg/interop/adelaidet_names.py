@@ -27,15 +27,7 @@ TRAINING_ONLY = re.compile(
 
 
 def file_name(key: str, *, neck: str) -> str:
-    """The name that a parameter or buffer of our model has in a released checkpoint.
-
-    Args:
-        key: of the model's state dict.
-        neck: `fpn` or `bifpn`.
-
-    Raises:
-        AssertionError: a key of a part that these networks do not have.
-    """
+    """The name that a parameter or buffer of our model, with `fpn` or `bifpn`, has in a released checkpoint."""
     for pattern, template in _rules(_backbone_prefix(neck)):
         match = re.fullmatch(pattern, key)
         if match:
@@ -84,14 +76,7 @@ def recognise(state: Mapping[str, Tensor], *, where: str) -> tuple[ModelConfig, 
     """The network that a released checkpoint is of, and its number of classes, from key names and shapes.
 
     Where a key that would say something is absent, the usual size stands in: the comparison of all keys, which comes
-    after this, names it.
-
-    Args:
-        state: names in the released spelling.
-        where: the file, for messages.
-
-    Raises:
-        UserError: not one of these networks, or a variant that our configuration cannot say.
+    after this, names it. A variant that our configuration cannot say is a UserError of `where`.
     """
     _require_parts(state, where)
     neck = "bifpn" if any(key.startswith("backbone.repeated_bifpn.") for key in state) else "fpn"

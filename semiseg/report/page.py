@@ -55,14 +55,7 @@ SECTIONS: tuple[Callable[[PageContext, TableNumbers], list[str]], ...] = (
 
 
 def build_report(report: ReportInput, *, out: Path, published: Path) -> Path:
-    """Writes the report of a study into a folder; cells without a run stay empty and are named.
-
-    Args:
-        published: CSV of the printed numbers (`reports/published/boxinst.csv`).
-
-    Returns:
-        path of report.md; `index.html`, which is written last, lies beside it.
-    """
+    """Writes a report, `index.html` last; the path of report.md. Cells without a run stay empty and are named."""
     page = PageContext(
         report,
         [table_numbers(report, table) for table in report.tables],

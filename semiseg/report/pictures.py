@@ -180,11 +180,7 @@ def choose_images(truth: COCO, gains: Mapping[Any, float], failures: Mapping[str
 
 
 def read_image(folder: Path | None, truth: COCO, image_id: Any) -> np.ndarray:
-    """The pixels of a validation image (H, W, 3) uint8, RGB.
-
-    Raises:
-        UserError: the file is gone or no image; without its path, since the sentence stands on the page.
-    """
+    """The pixels of a validation image (H, W, 3) uint8, RGB; a UserError without its path, as it stands on the page."""
     try:
         Image.init()
         path = (folder or Path()) / truth.imgs[image_id]["file_name"]

@@ -138,9 +138,8 @@ def comparison(
 ) -> ReportInput:
     """The report of runs side by side; a UserError if their validation data or classes differ.
 
-    Args:
-        known: where the runs that these start from are looked up.
-        split: name of the class split for the groups, `none` for no groups, None = that of the runs.
+    What they start from is looked up in `known`. The class groups are the split's; `none` = no groups, None = the split
+    of the runs.
     """
     classes = _common_classes(runs)
     initial_runs = {run.result.init_run for run in runs}
