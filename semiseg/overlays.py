@@ -61,12 +61,8 @@ def draw_detections(
 
     Better detections lie over worse ones; labels are moved so that they neither leave the picture nor, where there is
     room, cover one another.
-
-    Args:
-        picture: the image, of `prepare_drawing` or of any other size.
-        original_hw: the frame of the detections.
-        detections: best first.
-        smallest_text: height of letters in pixels; on large pictures they are larger.
+    The picture may have any size; `original_hw` is the frame of the detections, which come best first. Letters are at
+    least `smallest_text` pixels high.
     """
     scale_x, scale_y = picture.width / original_hw[1], picture.height / original_hw[0]
     boxes = [_scaled(item.box_xywh, scale_x, scale_y, picture.size) for item in detections]

@@ -46,10 +46,8 @@ class CocoFile:
 def read_coco(path: Path, *, report: Reporter | None = None, annotations_required: bool = True) -> CocoFile:
     """Reads an instances file; entries with a problem are reported and left out.
 
-    Args:
-        report: gets every problem; by default the first error is raised as `UserError`, as is a file that is missing,
-            not JSON, or lacks a section, whatever the reporter.
-        annotations_required: false takes a file without the list `annotations` for one of images to be predicted.
+    Without a reporter the first error is a `UserError`, as is in any case a file that is missing, not JSON, or lacks a
+    section; the list `annotations` may be missing where it is not required, for images to be predicted.
     """
     report = report or stop_at_errors(path)
     raw, digest = _parse(path, SECTIONS if annotations_required else ("images", "categories"))

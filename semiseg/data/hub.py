@@ -79,10 +79,8 @@ def ensure_hub(name: str, *, train_split: str, val_split: str) -> Path:
 
     A data set with another fingerprint is converted anew. Where the Hub cannot be reached, the conversion that was
     used last serves, with a warning. Several processes may convert at once: the first to finish is kept.
-
-    Args:
-        name: `OWNER/NAME`, or a folder: what `datasets.load_dataset` reads, or what `save_to_disk` wrote.
-        train_split, val_split: names of splits, or parts of them such as `train[:90%]`.
+    The name is `OWNER/NAME`, or a folder: what `datasets.load_dataset` reads, or what `save_to_disk` wrote; splits may
+    be parts such as `train[:90%]`.
     """
     conversions = hub_folder(name)
     try:

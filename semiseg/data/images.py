@@ -75,11 +75,8 @@ def image_problems(
 ) -> Iterator[Problem]:
     """Looks at the images on all cores, with a progress bar; yields what is wrong in the file's order.
 
-    Args:
-        entries: `images` of the annotation file; `file_name` is relative to `folder`.
-        look: called in threads with each image's path and the (height, width) that the entry states; gives a problem
-            that is no error, or raises `BadValue`.
-        title: of the progress bar.
+    `look` is called in threads with each image's path and the (height, width) that its entry states; it gives a problem
+    that is no error, or raises `BadValue`.
     """
 
     def problem_of(entry: dict[str, Any]) -> Problem | None:

@@ -91,11 +91,9 @@ class Table:
 def load_table(annotations: Path, images: Path, *, cache: Path, annotations_required: bool = True) -> Table:
     """The table of a COCO instances json; converted on first use, with a progress bar.
 
-    Of processes that ask at once one converts, and the others wait for it.
-
-    Args:
-        cache: folder of the Arrow files; the name in it comes from the json's content and the converter's version.
-        annotations_required: false also takes a file without the list `annotations`, to predict its images.
+    Of processes that ask at once one converts, and the others wait for it. The name in the cache comes from the json's
+    content and the converter's version. The first error of the annotations is a UserError, as are missing images and,
+    at the conversion, images of another size; for `annotations_required` see `read_coco`.
     """
     if not images.is_dir():
         raise UserError(f"{images}: no such image folder")

@@ -82,14 +82,10 @@ def ensure_voc(root: Path, image_set: str) -> tuple[Path, Path]:
 
     The json is the same byte for byte wherever and in whichever layout the data lie, since its digest identifies the
     data. Boxes are xywh in pixels of the stored image: VOC's pixels count from 1 and include the last one.
+    `root` holds `VOCdevkit/VOC2012`, or `VOC2012`, or is that; SBD see `SBD_FOLDERS`.
 
-    Args:
-        root: the folder that holds `VOCdevkit/VOC2012`, or `VOC2012`, or is that; SBD see `SBD_FOLDERS`.
-        image_set: see the module.
-
-    Raises:
-        UserError: unknown set; something is missing (what to download and where to put it) or broken (which file);
-            more than 1 % of the masks contradict their objects.
+    A UserError for an unknown set, for what is missing (what to download and where to put it) or broken (which file),
+    or if more than 1 % of the masks contradict their objects.
     """
     annotations, images = voc_files(root, image_set)
     settle(annotations.parent)
@@ -201,9 +197,8 @@ def _coco(records: Sequence[_ImageRecord], image_set: str) -> dict[str, Any]:
 def _voc_record(voc: Path, name: str, *, masks_required: bool, ignored_without_mask: bool) -> _ImageRecord:
     """The objects of an image in the XML's order; "difficult" ones are crowd.
 
-    Args:
-        masks_required: a missing map in `SegmentationObject` is an error; otherwise such an image has boxes only.
-        ignored_without_mask: an object without a pixel in the map is ignored by its box, no instance with a box.
+    Where no masks are required, an image without a map in `SegmentationObject` has boxes only. An object without a
+    pixel in the map is an instance with a box, or ignored by its box.
     """
     size_hw = _image_size(voc / "JPEGImages" / f"{name}.jpg")
     xml = voc / "Annotations" / f"{name}.xml"

@@ -52,11 +52,8 @@ class TrainingLog:
     """Writes one record every so many steps to `log.jsonl` and TensorBoard, and shows how far the run is.
 
     When a run continues from step k, lines of later steps are removed first: they belong to lost work that is
-    about to be done again.
-
-    Args:
-        progress: True shows a bar, False nothing, None a bar on a terminal and a plain line a minute elsewhere, so
-            that the log file of a job on a cluster tells how far it is.
+    about to be done again. `progress`: True shows a bar, False nothing, None a bar on a terminal and a plain line a
+    minute elsewhere, so that the log file of a job on a cluster tells how far it is.
     """
 
     def __init__(self, out: Path, *, steps: int, start_step: int, tensorboard: bool, progress: bool | None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -16,9 +15,8 @@ NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm, nn.LayerNorm)
 def build_optimizer(model: nn.Module, config: OptimConfig, *, scaled: bool = False) -> torch.optim.Optimizer:
     """SGD or AdamW over the trainable parameters; those of norms get no weight decay (METHOD section 3).
 
-    Args:
-        scaled: a scaler (of fp16) will leave out updates. torch's fused SGD does so as well, but if the first is left
-            out, it goes on with a momentum that was never written.
+    `scaled`: a scaler (of fp16) will leave out updates. torch's fused SGD does so as well, but if the first is left
+    out, it goes on with a momentum that was never written.
     """
     norm_parameters = {
         id(parameter)
@@ -42,32 +40,19 @@ def learning_rate(config: OptimConfig, *, step: int, steps: int) -> float:
         return config.learning_rate
     if config.schedule == "one_cycle":
         return config.learning_rate * one_cycle(step, steps)
-    factor = step_schedule(
-        step,
-        steps,
-        milestones=config.milestones,
-        warmup_steps=config.warmup_steps,
-        warmup_factor=config.warmup_factor,
-    )
-    return config.learning_rate * factor
+    return config.learning_rate * _step_factor(config, step, steps)
 
 
-def step_schedule(
-    step: int, steps: int, *, milestones: Sequence[float], warmup_steps: int | None, warmup_factor: float
-) -> float:
-    """Factor of the learning rate at `step` (from 0): linear warm-up, then divided by ten at each milestone.
+def _step_factor(config: OptimConfig, step: int, steps: int) -> float:
+    """Linear warm-up from `warmup_factor`, then divided by ten at each milestone; the paper's 1x: 60 000 and 80 000.
 
-    Args:
-        milestones: fractions of the run; the paper's 1x has 60 000 and 80 000 of 90 000.
-        warmup_steps: None means 1000, at most a ninth of the run, so that short runs leave the warm-up.
-        warmup_factor: factor at step 0.
+    Without `warmup_steps` the warm-up is 1000 steps, at most a ninth of the run, so that short runs leave it.
     """
-    warmup = min(1000, steps // 9) if warmup_steps is None else warmup_steps
-    drops = sum(step >= round(milestone * steps) for milestone in milestones)
-    factor = 0.1**drops
+    warmup = min(1000, steps // 9) if config.warmup_steps is None else config.warmup_steps
+    factor = 0.1 ** sum(step >= round(milestone * steps) for milestone in config.milestones)
     if step < warmup:
-        factor *= warmup_factor + (1 - warmup_factor) * step / warmup
-    return factor
+        factor *= config.warmup_factor + (1 - config.warmup_factor) * step / warmup
+    return float(factor)
 
 
 def one_cycle(step: int, steps: int, *, rise: float = 0.2, start: float = 0.04, end: float = 1e-4) -> float:

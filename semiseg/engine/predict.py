@@ -126,7 +126,6 @@ def find_instances(
         images: (3, H, W) uint8 RGB each, of any sizes; the network sees them as they are.
         output_sizes: (height, width) of boxes and masks, for each image.
         limits: which candidates are kept; its sizes are not read.
-        forward_pixels: see `forward_groups`.
     """
     sizes = [(image.shape[1], image.shape[2]) for image in images]
     device = network.pixel_mean.device

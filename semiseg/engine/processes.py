@@ -24,10 +24,8 @@ def fit_to_processes(config: RunConfig, processes: int) -> RunConfig:
     already follow from the steps. Fitting twice to the same number of processes changes nothing more.
 
     Source: Goyal et al., Accurate, Large Minibatch SGD (2017), section 2.1.
-
-    Raises:
-        UserError: a batch has no equal shares for so many processes, or under "linear" images_per_process does not
-            divide by optim.accumulation.
+    A UserError if a batch has no equal shares for so many processes, or under "linear" images_per_process does not
+    divide by optim.accumulation.
     """
     if config.runtime.batch_rule == "keep":
         parts_per_step(config, processes)

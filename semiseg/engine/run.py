@@ -153,30 +153,23 @@ def _train_and_evaluate(
     metrics = measure(trained_model(state), detections=out / "detections.json")
     if not accelerator.is_main_process or metrics is None:
         return {}
-    result = _result(config, data, accelerator, metrics, steps=state.steps, started=started, out=out)
-    result["command"] = command
+    log = [line for line in read_log(out / LOG_NAME) if "losses" in line]
+    train_seconds = log[-1]["seconds"] if log else 0.0
+    result = {
+        "metrics": metrics.to_dict(),
+        "steps": state.steps,
+        "train_seconds": train_seconds,
+        "seconds": max(train_seconds, round(time.perf_counter() - started, 2)),
+        **_origin(config, data, accelerator),
+        "command": command,
+    }
     write_json(out / RESULT_NAME, result)
     return result
 
 
-def _result(
-    config: RunConfig,
-    data: RunData,
-    accelerator: Accelerator,
-    metrics: Metrics,
-    *,
-    steps: int,
-    started: float,
-    out: Path,
-) -> dict[str, Any]:
-    """The numbers of a finished run and where they come from."""
-    log = [line for line in read_log(out / LOG_NAME) if "losses" in line]
-    train_seconds = log[-1]["seconds"] if log else 0.0
+def _origin(config: RunConfig, data: RunData, accelerator: Accelerator) -> dict[str, Any]:
+    """Where the numbers of a run that is finished now come from."""
     return {
-        "metrics": metrics.to_dict(),
-        "steps": steps,
-        "train_seconds": train_seconds,
-        "seconds": max(train_seconds, round(time.perf_counter() - started, 2)),
         "data_fingerprint": data.fingerprint,
         "val_fingerprint": data.val.fingerprint,
         "split_digest": data.split_digest,

@@ -76,9 +76,9 @@ def coco_evaluation(truth: COCO, results: Results, iou_type: str) -> COCOeval:
     return evaluation
 
 
-def _pycocotools_precision(truth: COCO, results: Results, iou_type: str, image_ids: Sequence[Any]) -> Precision:
-    evaluation = coco_evaluation(truth, results, iou_type)
-    evaluation.params.imgIds = image_ids
+def _precision(evaluation: Any) -> Precision:
+    """That of an evaluation of either package, quietly."""
+    evaluation.params.maxDets = [DETECTIONS_PER_IMAGE]
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation.evaluate()
         evaluation.accumulate()
@@ -86,28 +86,27 @@ def _pycocotools_precision(truth: COCO, results: Results, iou_type: str, image_i
     return precision
 
 
+def _pycocotools_precision(truth: COCO, results: Results, iou_type: str, image_ids: Sequence[Any]) -> Precision:
+    evaluation = coco_evaluation(truth, results, iou_type)
+    evaluation.params.imgIds = image_ids
+    return _precision(evaluation)
+
+
 def _hotcoco_precision(truth: COCO, results: Results, iou_type: str, image_ids: Sequence[Any]) -> Precision:
     import hotcoco
 
     images = {image: index for index, image in enumerate(image_ids, start=1)}
     classes = {category: index for index, category in enumerate(sorted(truth.cats), start=1)}
-    objects = _truth_columns(truth, images, classes, masks=iou_type == "segm")
+    masks = [r["segmentation"] for r in results] if iou_type == "segm" else None
+    objects = _truth_columns(truth, images, classes, masks=masks is not None)
     table = np.array(
         [(images[r["image_id"]], *r["bbox"], r["score"], classes[r["category_id"]]) for r in results], dtype=np.float64
     ).reshape(-1, 7)  # the columns of loadRes
-    if iou_type == "segm":
-        masks = [r["segmentation"] for r in results]
-        predicted = objects.load_res(table, segmentation=masks)
+    predicted = objects.load_res(table, segmentation=masks)
+    if masks is not None:
         areas = np.asarray(hotcoco.mask.area(masks), dtype=np.float64).reshape(-1)
         predicted.update_anns(ids=np.arange(1, len(masks) + 1), area=areas)  # it had the boxes' areas
-    else:
-        predicted = objects.load_res(table)
-    evaluation: Any = hotcoco.COCOeval(objects, predicted, iou_type)
-    evaluation.params.maxDets = [DETECTIONS_PER_IMAGE]
-    evaluation.evaluate()
-    evaluation.accumulate()
-    precision: Precision = evaluation.eval["precision"]
-    return precision
+    return _precision(hotcoco.COCOeval(objects, predicted, iou_type))
 
 
 def _truth_columns(truth: COCO, images: Mapping[Any, int], classes: Mapping[Any, int], *, masks: bool) -> Any:
