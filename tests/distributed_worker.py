@@ -193,7 +193,7 @@ def detections_and_stop(root: Path, out: Path) -> dict[str, Any]:
         data.val,
         model=config.model,
         inference=config.inference,
-        runtime=config.runtime,
+        runtime=config.runtime.model_copy(update={"images_per_process": 1}),
         processes=processes,
         rank=rank,
     )

@@ -33,7 +33,6 @@ def read_cells(rles: Sequence[bytes], size_hw: tuple[int, int], *, rows: np.ndar
 
     Args:
         rles: counts of M compressed RLE whose runs fill the raster exactly.
-        size_hw: (height, width) of the raster.
         rows, columns: (h,) and (w,) int64, in any order, repetitions allowed.
     """
     if not rles:

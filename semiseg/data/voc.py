@@ -1,9 +1,7 @@
 """PASCAL VOC 2012 (and SBD beside it) -> a COCO json per image set, written on first use.
 
-Image sets: the lists of `ImageSets/Segmentation` (`train`, `val`, `trainval`, or any file that lies there), and three
-that are made here for training. These leave out the images of Segmentation/val, on which a training is evaluated:
-`train_aug` (Segmentation/train, and all of SBD with SBD's masks) and `main_train`, `main_trainval` (the lists of
-`ImageSets/Main`, masks where `SegmentationObject` has the image, boxes elsewhere).
+Image sets: the lists of `ImageSets/Segmentation`, and three for training that are made here, without the images of
+Segmentation/val, on which a training is evaluated: `train_aug`, `main_train` and `main_trainval` (docs/DATA.md).
 
 In a map of VOC's `SegmentationObject`, index n is the n-th `object` of the image's XML, 0 is background, and 255 is
 void: the borders of objects, which belong to no mask.

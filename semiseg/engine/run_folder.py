@@ -190,13 +190,11 @@ def _trained_alike(folder: Path, mine: dict[str, Any]) -> Path | None:
 
 def _trained(identity: dict[str, Any]) -> dict[str, Any]:
     """An identity without what only evaluation reads."""
-    return {
-        **identity,
-        **{
-            name: {key: value for key, value in identity[name].items() if f"{name}.{key}" not in INFERENCE_KEYS}
-            for name in ("data", "model")
-        },
+    trained = {
+        name: {key: value for key, value in identity[name].items() if f"{name}.{key}" not in INFERENCE_KEYS}
+        for name in ("data", "model")
     }
+    return identity | trained
 
 
 def _first_difference(recorded: Any, wanted: Any, path: str = "") -> str:

@@ -217,10 +217,8 @@ def read_curves(path: Path, *, final: tuple[int, float | None]) -> TrainingCurve
     """The curves of a run's log.jsonl; None if it cannot be read or holds no losses.
 
     Losses of long logs are averaged in bins, CURVE_POINTS at most. A line cut off by an interruption ends the reading.
-
-    Args:
-        final: the last step and the mask AP recorded after it, percent, which the log does not hold; None where masks
-            could not be measured, and then the log's "mask_AP" is that of boxes and not used.
+    `final`: the last step and the mask AP recorded after it, percent, which the log does not hold; None where masks
+    could not be measured, and then the log's "mask_AP" is that of boxes and not used.
     """
     losses: list[dict[str, Any]] = []
     validations: dict[int, float] = {}
