@@ -64,6 +64,8 @@ class Result:
     finished: Annotated[str, AfterValidator(_checked_time)]  # ISO 8601 with zone
     init_run: str | None = None  # run_id of the run whose weights this one started from
     processes: Annotated[int, Field(ge=1, lt=2**63)] = 1
+    # Of runs with learned affinity, see `engine.edges.edge_quality`: "seen" and "unseen" -> its numbers.
+    edges: Mapping[str, Mapping[str, float]] | None = None
     val_fingerprint: str | None = None  # of the validation annotations; None in records from before it was kept
 
     @property

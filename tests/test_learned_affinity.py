@@ -14,14 +14,16 @@ from torch.autograd import gradcheck
 
 from benchmarks import straightforward as plain
 from semiseg.config import RunConfig
+from semiseg.config.read import read_json
+from semiseg.engine import edges
 from semiseg.engine import train as training
 from semiseg.engine.build import build_data
 from semiseg.engine.checkpoint import load_tensors
 from semiseg.engine.logs import read_log
-from semiseg.engine.run import execute_run
+from semiseg.engine.run import _measure_edges, execute_run
 from semiseg.errors import UserError, UserNotice
 from semiseg.losses.affinity import neighbour_offsets
-from semiseg.losses.boxinst import box_cells, edge_sums
+from semiseg.losses.boxinst import edge_sums
 from semiseg.losses.learned import COLOUR_COUNTS, AffinityTargets, LearnedEdges, affinity_loss, affinity_targets
 from semiseg.losses.terms import COUNT_NAMES, LOSS_NAMES
 from semiseg.models.affinity import AffinityBranch
@@ -103,8 +105,7 @@ def with_crowd(batch: Batch) -> tuple[Batch, Targets]:
 
 
 def prepared(batch: Batch, targets: Targets, size: int, dilation: int, threshold: float = 0.3) -> AffinityTargets:
-    cells = box_cells(targets.boxes_xyxy, stride=STRIDE, grid_hw=GRID)
-    return affinity_targets(batch, targets, cells, MAP, size=size, dilation=dilation, threshold=threshold)
+    return affinity_targets(batch, targets, MAP, size=size, dilation=dilation, threshold=threshold)
 
 
 def cell_by_cell(batch: Batch, targets: Targets, size: int, dilation: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -362,8 +363,61 @@ def test_a_training_resumes_with_its_gate(root: Path, tmp_path: Path) -> None:
     seen = [sum(line["counts"][name] for name in COLOUR_COUNTS) for line in read_log(tmp_path / "cut" / "log.jsonl")]
     decayed = sum(count * 0.98 ** (3 - step) for step, count in enumerate(seen))
     assert float(whole["affinity"]["sums"][1:].sum()) == pytest.approx(decayed, rel=1e-6)
+    numbers = [read_json(tmp_path / name / "result.json")["edges"] for name in ("whole", "cut")]
+    assert numbers[0] == numbers[1]
+    assert set(numbers[0]["unseen"]) == {"edges", "different", "learned_auc", "colour_auc", "calibration_error"}
     model = load_tensors_of_model(tmp_path / "whole" / "model")
     assert not [name for name in model if "affinity" in name], "the branch is a part of the training alone"
+
+
+# Its quality on validation objects ------------------------------------------------------------------------------------
+
+
+def test_quality_is_counted_over_all_pairs_of_edges() -> None:
+    draw = torch.Generator().manual_seed(0)
+    scores = torch.randint(120, 280, (60,), generator=draw)
+    truth = torch.rand(60, generator=draw) < 0.3
+    counts = torch.stack([torch.bincount(scores[truth == kind], minlength=edges.BINS) for kind in (False, True)])
+    pairs = [(a, b) for a in scores[truth].tolist() for b in scores[~truth].tolist()]
+    auc = sum((a > b) + (a == b) / 2 for a, b in pairs) / len(pairs)
+    found = edges._quality(counts.double(), counts.flip(0).double())
+    assert found["learned_auc"] == pytest.approx(100 * auc, abs=1e-3)
+    assert found["colour_auc"] == pytest.approx(100 - 100 * auc, abs=1e-3)
+    assert found["edges"] == 60
+    assert found["different"] == pytest.approx(100 * float(truth.sum()) / 60, abs=1e-3)
+
+
+def test_probabilities_that_come_true_are_calibrated() -> None:
+    logits = ((torch.arange(edges.BINS) + 0.5) / edges.BINS * 2 - 1) * edges.LARGEST_LOGIT
+    y = logits.double().sigmoid()
+    for shift, error in ((0.0, 0.0), (0.1, 10.0)):  # a tenth of all edges are different beyond what is said
+        counts = torch.stack([1 - y - shift, y + shift])
+        assert edges._quality(counts, counts)["calibration_error"] == pytest.approx(error, abs=1e-3)
+
+
+@pytest.mark.parametrize("split", ["shapes_few_seen", None])
+def test_quality_of_the_colours_themselves(root: Path, split: str | None) -> None:
+    """A branch that says what colour says has colour's AUC, of each group; the groups' edges are apart."""
+    source = "split" if split else "masks"
+    config = learned_config(root, supervision={"source": source, "split": split})
+    data, accelerator = build_data(config), Accelerator(cpu=True)
+    module = fresh_step(config)
+    assert module.affinity is not None
+
+    def as_colour(features: Tensor, lab: Tensor, distances: Tensor) -> Tensor:
+        bins = (distances / edges.LARGEST_DISTANCE * edges.BINS).long()
+        return ((bins + 0.5) / edges.BINS * 2 - 1) * edges.LARGEST_LOGIT
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.affinity, "forward", as_colour)
+        found = _measure_edges(config, data, module, accelerator)
+    assert found is not None
+    assert set(found) == ({"seen", "unseen"} if split else {"seen"})
+    for values in found.values():
+        assert values["learned_auc"] == values["colour_auc"] > 60
+        assert values["edges"] > 100
+        assert 0 < values["different"] < 100
+    assert module.training
 
 
 def load_tensors_of_model(folder: Path) -> dict[str, Tensor]:

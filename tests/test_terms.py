@@ -11,7 +11,6 @@ from torch import Tensor
 
 from benchmarks import straightforward as plain
 from semiseg.losses.affinity import neighbour_offsets
-from semiseg.losses.boxinst import box_cells
 from semiseg.losses.learned import AffinityTargets, LearnedEdges, affinity_targets
 from semiseg.losses.terms import (
     COUNT_NAMES,
@@ -99,9 +98,7 @@ def prepare(batch: Batch, goal: Objective) -> MaskTargets:
 
 def affinity_of(batch: Batch) -> AffinityTargets:
     assert batch.targets is not None
-    cells = box_cells(batch.targets.boxes_xyxy, stride=STRIDE, grid_hw=GRID)
-    grid = WholeMap(STRIDE, GRID)
-    return affinity_targets(batch, batch.targets, cells, grid, size=3, dilation=2, threshold=0.3)
+    return affinity_targets(batch, batch.targets, WholeMap(STRIDE, GRID), size=3, dilation=2, threshold=0.3)
 
 
 class Step:

@@ -149,13 +149,16 @@ def build_evaluation_loader(
     runtime: RuntimeConfig,
     processes: int,
     rank: int,
+    with_masks: bool = False,
+    bottom_rows_without_affinity: int = 0,
 ) -> BatchLoader:
-    """Every image of the table once, shared out over the processes; no masks are read."""
+    """Every image of the table once, shared out over the processes; masks are read only where they are asked for."""
     dataset = InstanceDataset(
         table,
-        rule=build_rule("boxes", None),
+        rule=build_rule("masks" if with_masks else "boxes", None),
         transform=Resize([inference.short_side], inference.long_side),
         mask_stride=mask_stride(model),
+        bottom_rows_without_affinity=bottom_rows_without_affinity,
     )
     batches = eval_batches(len(dataset), batch_size=images_in_evaluation(runtime), processes=processes, rank=rank)
     return build_loader(dataset, batches=batches, workers=runtime.workers, size_divisor=model.size_divisor)

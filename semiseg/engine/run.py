@@ -27,12 +27,14 @@ from semiseg.data.sources import AnnotatedImages, cache_folder, ensure_files
 from semiseg.data.table import Table, load_table
 from semiseg.engine.build import RunData, build_data, build_evaluation_loader
 from semiseg.engine.checkpoint import load_model_folder, write_json
+from semiseg.engine.edges import edge_quality
 from semiseg.engine.evaluate import predict_table
 from semiseg.engine.logs import LOG_NAME, read_log, shows_bars
 from semiseg.engine.predict import build_network
 from semiseg.engine.processes import describe_change, fit_to_processes
 from semiseg.engine.run_folder import adopt_training, check_folder, run_inputs, run_lock
 from semiseg.engine.session import accelerate_for_one_run, same_on_all_ranks, start_accelerator
+from semiseg.engine.step import TrainStep
 from semiseg.engine.train import save_trained, train, trained_model
 from semiseg.errors import UserError, UserNotice
 from semiseg.evaluation.coco_metrics import Metrics, evaluate_detections
@@ -151,6 +153,7 @@ def _train_and_evaluate(
     )
     save_trained(state, data, out / "model")
     metrics = measure(trained_model(state), detections=out / "detections.json")
+    edges = _measure_edges(config, data, state.step_module, accelerator)
     if not accelerator.is_main_process or metrics is None:
         return {}
     log = [line for line in read_log(out / LOG_NAME) if "losses" in line]
@@ -162,9 +165,31 @@ def _train_and_evaluate(
         "seconds": max(train_seconds, round(time.perf_counter() - started, 2)),
         **_origin(config, data, accelerator),
         "command": command,
+        "edges": edges,
     }
     write_json(out / RESULT_NAME, result)
     return result
+
+
+def _measure_edges(
+    config: RunConfig, data: RunData, module: TrainStep, accelerator: Accelerator
+) -> dict[str, dict[str, float]] | None:
+    """See `edge_quality`; None without the branch, and where validation objects without a mask hide edges."""
+    if module.affinity is None or data.val.count_objects()[1]:
+        return None
+    names, seen = data.val.class_names, data.split.seen if data.split else data.val.class_names
+    groups = {"seen": [name in seen for name in names], "unseen": [name not in seen for name in names]}
+    loader = build_evaluation_loader(
+        data.val,
+        model=config.model,
+        inference=config.inference,
+        runtime=config.runtime,
+        processes=accelerator.num_processes,
+        rank=accelerator.process_index,
+        with_masks=True,
+        bottom_rows_without_affinity=config.data.bottom_rows_without_affinity,
+    )
+    return edge_quality(module, loader, accelerator, groups=groups)
 
 
 def _origin(config: RunConfig, data: RunData, accelerator: Accelerator) -> dict[str, Any]:

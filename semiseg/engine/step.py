@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from semiseg.losses.learned import AffinityTargets, LearnedEdges, affinity_targets
 from semiseg.losses.terms import (
-    InstanceTerms,
     LossTerms,
     MaskTargets,
     Objective,
@@ -120,7 +119,7 @@ class TrainStep(nn.Module):
 
         assignment, instances, quotas = send((assignment, instances, quotas), batch.images.device)
         targets = _targets(batch)
-        affinity = self._affinity_targets(batch, targets, instances)
+        affinity = self.affinity_targets(batch, targets) if self.affinity is not None else None
         wanted = MaskTargets(
             **vars(instances),
             objective=self.objective,
@@ -164,14 +163,13 @@ class TrainStep(nn.Module):
             learned=learned,
         )
 
-    def _affinity_targets(self, batch: Batch, targets: Targets, instances: InstanceTerms) -> AffinityTargets | None:
-        if self.affinity is None:
-            return None
+    def affinity_targets(self, batch: Batch, targets: Targets) -> AffinityTargets:
+        """What the branch sees of a batch with these targets, and what it learns from it."""
+        size_hw = (batch.images.shape[-2], batch.images.shape[-1])
         return affinity_targets(
             batch,
             targets,
-            instances.cells,
-            whole_map(instances.grid),
+            whole_map(self.model.mask_grid(targets.boxes_xyxy, size_hw)),
             size=self.objective.affinity_size,
             dilation=self.objective.affinity_dilation,
             threshold=self.objective.affinity_threshold,

@@ -96,14 +96,14 @@ class LearnedEdges:
 
 @torch.no_grad()
 def affinity_targets(
-    batch: Batch, targets: Targets, cells: Tensor, grid: WholeMap, *, size: int, dilation: int, threshold: float
+    batch: Batch, targets: Targets, grid: WholeMap, *, size: int, dilation: int, threshold: float
 ) -> AffinityTargets:
     """Colours, known edges and their labels, edges of one box; without a transfer to the host.
 
     Args:
-        cells: (N, 4) boxes on the grid, see `boxinst.box_cells`.
         size, dilation: of the neighbourhood. threshold: of the colour rule.
     """
+    cells = box_cells(targets.boxes_xyxy, stride=grid.stride, grid_hw=grid.size_hw)
     lab = rgb_to_lab(downsample_images(batch.images, stride=grid.stride))
     distances = lab_distances(lab, size=size, dilation=dilation)
     boxed, image_index = targets.supervision == Supervision.BOX, targets.image_index

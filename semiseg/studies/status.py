@@ -21,7 +21,7 @@ from semiseg.studies.machines import last_step
 ALONE = "one after the other, by the step as the newest recorded runs of these rows took on"
 _FROM_RESULT = (
     "data_fingerprint", "metrics", "steps", "seconds", "device", "versions", "git_revision", "finished", "processes",
-    "val_fingerprint",
+    "val_fingerprint", "edges",
 )  # fmt: skip
 WITHOUT_DATA = "which of them are done cannot be told without the data"
 
