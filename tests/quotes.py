@@ -1,6 +1,8 @@
 """What README and docs quote from `reports/`: where it stands, and what the reports say.
 
 python -m tests.quotes     writes the reports' numbers into the documents; `test_quotes` compares them
+
+Functions take the folder `reports/` to read: the working tree's, or a copy of the committed one.
 """
 
 from __future__ import annotations
@@ -16,9 +18,8 @@ from semiseg.data.shapes import SHAPES_CLASSES
 from semiseg.evaluation.coco_metrics import Metrics
 from semiseg.results import read
 from semiseg.splits import load_split
+from tests.committed import PROJECT, WORKING, committed_reports
 
-PROJECT = Path(__file__).parent.parent
-REPORTS = PROJECT / "reports"
 PROCESSORS = {"AVX-512 and AMX": "results.jsonl", "AVX2": "avx2.jsonl"}  # -> record of shapes_seeds
 UNSEEN_CHAIN = ("neither", "projection", "projection + pairwise", "full-masks")
 
@@ -29,12 +30,12 @@ class Quote:
 
     Attributes:
         sentence: as it stands there, `{}` in place of each number.
-        numbers: what stands in their places, in order.
+        numbers: what stands in their places, in order, by the reports.
     """
 
     document: str
     sentence: str
-    numbers: Callable[[], list[str]]
+    numbers: Callable[[Path], list[str]]
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,12 @@ class QuotedTable:
 
     Attributes:
         after: a line of the document, whole or its beginning.
-        lines: of the table.
+        lines: of the table, by the reports.
     """
 
     document: str
     after: str
-    lines: Callable[[], list[str]]
+    lines: Callable[[Path], list[str]]
 
 
 def tables_of(path: Path) -> Iterator[tuple[list[str], list[list[str]]]]:
@@ -60,21 +61,21 @@ def tables_of(path: Path) -> Iterator[tuple[list[str], list[list[str]]]]:
             yield headings, rest
 
 
-def cell(path: str, column: str, *beginning: str) -> str:
+def cell(reports: Path, path: str, column: str, *beginning: str) -> str:
     """The cell below a heading, such as "23.9 ± 3.0", of the line that begins so, in the first table with both.
 
     Args:
-        path: below `reports/`.
+        path: of the page, below `reports`.
     """
-    for headings, lines in tables_of(REPORTS / path):
+    for headings, lines in tables_of(reports / path):
         for line in lines:
             if column in headings and tuple(line[: len(beginning)]) == beginning:
                 return line[headings.index(column)]
     raise ValueError(f"{path}: no line {beginning} with a {column!r}")
 
 
-def bench_lines() -> list[str]:
-    rows = json.loads((REPORTS / "benchmarks/bench.json").read_text(encoding="utf-8"))["rows"]
+def bench_lines(reports: Path) -> list[str]:
+    rows = json.loads((reports / "benchmarks/bench.json").read_text(encoding="utf-8"))["rows"]
     lines = [
         "| row | seconds | straightforward | speed-up | MB over the inputs | straightforward | ratio |",
         "|---|---:|---:|---:|---:|---:|---:|",
@@ -90,9 +91,9 @@ def three_digits(value: float) -> str:
     return f"{value:#.3g}" if value < 100 else f"{value:.0f}"
 
 
-def growth_numbers() -> list[str]:
+def growth_numbers(reports: Path) -> list[str]:
     """How much faster the mask losses are for 1 and 128 instances, and how many points gave the same result."""
-    with (REPORTS / "benchmarks/growth.csv").open(encoding="utf-8") as file:
+    with (reports / "benchmarks/growth.csv").open(encoding="utf-8") as file:
         points = list(csv.DictReader(file))
     assert all(point["same_result"] == "True" for point in points)
     faster = {
@@ -103,18 +104,18 @@ def growth_numbers() -> list[str]:
     return [f"{faster['1']:.0f}", f"{faster['128']:.0f}", str(len(points))]
 
 
-def wide_neighbourhood() -> list[str]:
+def wide_neighbourhood(reports: Path) -> list[str]:
     page, narrow, wide = "shapes_neighbourhood/report.md", "3 x 3, dilation 1", "5 x 5, dilation 2"
     table = "shapes_neighbourhood/tables/neighbourhood.md"
-    difference = cell(page, "AP", f"{wide} − {narrow}").removeprefix("+")
-    return [difference, *(cell(table, "AP", row).split(" ± ")[0] for row in (wide, narrow))]
+    difference = cell(reports, page, "AP", f"{wide} − {narrow}").removeprefix("+")
+    return [difference, *(cell(reports, table, "AP", row).split(" ± ")[0] for row in (wide, narrow))]
 
 
-def processor_lines() -> list[str]:
+def processor_lines(reports: Path) -> list[str]:
     """AP on unseen classes with 3 of 12 seen, by processor and seed."""
     lines = [f"| processor | seed | {' | '.join(UNSEEN_CHAIN)} |", f"|---|---:|{'---:|' * len(UNSEEN_CHAIN)}"]
     for name, record in PROCESSORS.items():
-        for seed, values in unseen_by_seed(REPORTS / "shapes_seeds" / record).items():
+        for seed, values in unseen_by_seed(reports / "shapes_seeds" / record).items():
             lines.append(f"| {name} | {seed} | {' | '.join(f'{value:.1f}' for value in values)} |")
     return lines
 
@@ -136,12 +137,12 @@ def group_ap(metrics: Metrics, classes: Sequence[str]) -> float:
     return value
 
 
-def largest_move() -> list[str]:
+def largest_move(reports: Path) -> list[str]:
     """How far the unseen AP of a run moves with the processor at most, and how much of that is the crescent."""
     unseen = load_split("shapes_few_seen", SHAPES_CLASSES).unseen
     moves = []
     for seed in (0, 1, 2):
-        records = [metrics_of(REPORTS / "shapes_seeds" / record, seed) for record in PROCESSORS.values()]
+        records = [metrics_of(reports / "shapes_seeds" / record, seed) for record in PROCESSORS.values()]
         for one, other in zip(*records, strict=True):
             crescent = (group_ap(other, ["crescent"]) - group_ap(one, ["crescent"])) / len(unseen)
             move = group_ap(other, unseen) - group_ap(one, unseen)
@@ -153,9 +154,9 @@ QUOTES = (
     Quote(
         "README.md",
         "every step of this order is resolved: {}, {}, {} and {} AP on unseen classes; boxes used as masks reach {} AP",
-        lambda: [
-            *(cell("shapes_seeds/tables/table6.md", "unseen AP", row) for row in UNSEEN_CHAIN),
-            cell("shapes_seeds/tables/boxes_as_masks.md", "AP", "boxes used as masks"),
+        lambda reports: [
+            *(cell(reports, "shapes_seeds/tables/table6.md", "unseen AP", row) for row in UNSEEN_CHAIN),
+            cell(reports, "shapes_seeds/tables/boxes_as_masks.md", "AP", "boxes used as masks"),
         ],
     ),
     Quote(
@@ -178,14 +179,14 @@ TABLES = (
     QuotedTable(
         "README.md",
         "Masks for 3 of 12 classes, boxes for all (`reports/shapes/tables/table6.md`",
-        lambda: (REPORTS / "shapes/tables/table6.md").read_text(encoding="utf-8").splitlines(),
+        lambda reports: (reports / "shapes/tables/table6.md").read_text(encoding="utf-8").splitlines(),
     ),
     QuotedTable("docs/NUMERICS.md", "Order of the rows by processor and seed", processor_lines),
     QuotedTable("docs/PERFORMANCE.md", "The full form, `python -m benchmarks --json", bench_lines),
 )
 
 
-def updated(document: str, text: str) -> str:
+def updated(document: str, text: str, reports: Path) -> str:
     """The text of a document with the reports' numbers in it.
 
     Raises:
@@ -193,29 +194,44 @@ def updated(document: str, text: str) -> str:
     """
     for quote in QUOTES:
         if quote.document == document:
-            text = _with_numbers(text, quote)
+            text = _with_numbers(text, quote, quote.numbers(reports))
     for table in TABLES:
         if table.document == document:
-            text = _with_table(text, table)
+            text = _with_table(text, table, table.lines(reports))
     return text
 
 
-def _with_numbers(text: str, quote: Quote) -> str:
+def _with_numbers(text: str, quote: Quote, numbers: Sequence[str]) -> str:
     pattern = r"[\d.]+(?: ± [\d.]+)?".join(map(re.escape, quote.sentence.split("{}")))
     if len(re.findall(pattern, text)) != 1:
         raise ValueError(f"{quote.document}: not there once: {quote.sentence!r}")
-    sentence = quote.sentence.format(*quote.numbers())
+    sentence = quote.sentence.format(*numbers)
     return re.sub(pattern, lambda _: sentence, text)
 
 
-def _with_table(text: str, table: QuotedTable) -> str:
+def _with_table(text: str, table: QuotedTable, quoted: Sequence[str]) -> str:
     lines = text.split("\n")
     starts = [number for number, line in enumerate(lines) if line.startswith(table.after)]
     if len(starts) != 1:
         raise ValueError(f"{table.document}: not there once: {table.after!r}")
     first = next(number for number in range(starts[0], len(lines)) if lines[number].startswith("|"))
     last = next(number for number in range(first, len(lines)) if not lines[number].startswith("|"))
-    return "\n".join([*lines[:first], *table.lines(), *lines[last:]])
+    return "\n".join([*lines[:first], *quoted, *lines[last:]])
+
+
+def quoted_reports(document: str) -> Path:
+    """The reports that a document quotes.
+
+    They are the committed ones, which a clone's own runs do not change, or the working tree's for whoever renews both.
+
+    Raises:
+        ValueError: it quotes neither.
+    """
+    text = (PROJECT / document).read_text(encoding="utf-8")
+    for reports in (committed_reports(), WORKING):
+        if text == updated(document, text, reports):
+            return reports
+    raise ValueError(f"{document}: not what the reports say; python -m tests.quotes writes their numbers into it")
 
 
 def documents() -> list[str]:
@@ -225,4 +241,4 @@ def documents() -> list[str]:
 if __name__ == "__main__":
     for name in documents():
         path = PROJECT / name
-        path.write_text(updated(name, path.read_text(encoding="utf-8")), encoding="utf-8")
+        path.write_text(updated(name, path.read_text(encoding="utf-8"), WORKING), encoding="utf-8")

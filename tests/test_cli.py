@@ -20,6 +20,7 @@ from semiseg.data.shapes import SHAPES_CLASSES
 from semiseg.errors import UserError
 from semiseg.project import find, packaged_root
 from semiseg.studies.file import load_study
+from tests.committed import committed_reports
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -212,7 +213,7 @@ def test_status_without_the_data_lists_the_runs(folder: Path) -> None:
 def test_a_report_elsewhere_reads_the_studys_own_record(folder: Path) -> None:
     own = folder / "reports" / "shapes" / "results.jsonl"
     own.parent.mkdir(parents=True)
-    shutil.copy(REPOSITORY / "reports" / "shapes" / "results.jsonl", own)
+    shutil.copy(committed_reports() / "shapes" / "results.jsonl", own)
     before = own.read_bytes()
     told = call("report", "shapes", "--out", "out")
     assert "report: out/report.md\nto open: out/index.html\n" in told

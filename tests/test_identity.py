@@ -25,6 +25,7 @@ from semiseg.report.provenance import differing, run_settings
 from semiseg.results import Result, read
 from semiseg.studies.file import Study, load_study, study_runs
 from semiseg.studies.identity import PlannedRun, matching_results, plan, write_run_files
+from tests.committed import committed_records, committed_reports
 from tests.distributed_worker import LEARNED
 from tests.recorded_runs import recorded_run
 from tests.study_files import write_study
@@ -356,7 +357,7 @@ def test_a_pretraining_on_other_annotations(project: Path) -> None:
     assert matched(load_study("study"), [start, row]) == ["pretrain"]
 
 
-RECORDS = sorted((ROOT / "reports").glob("*/results.jsonl"))
+RECORDS = committed_records()
 
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.parent.name)
@@ -374,7 +375,7 @@ def test_there_are_records_to_look_at() -> None:
 
 def test_another_version_of_the_algorithm_is_another_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    study, results = load_study("shapes"), read(ROOT / "reports" / "shapes" / "results.jsonl")
+    study, results = load_study("shapes"), read(committed_reports() / "shapes" / "results.jsonl")
     assert "algorithm" not in RunConfig().identity()
     monkeypatch.setattr(configuration, "ALGORITHM_VERSION", 2)
     assert RunConfig().identity()["algorithm"] == 2

@@ -23,6 +23,7 @@ from semiseg.results import Result, append
 from semiseg.studies.file import Study, StudyRun, load_study, study_runs
 from semiseg.studies.identity import run_identity
 from semiseg.studies.report import build, is_paper_data, report_input, row_meaning, schedule_sentence
+from tests.committed import committed_reports
 from tests.page_reader import unpadded
 from tests.recorded_runs import recorded_run
 
@@ -198,7 +199,7 @@ def test_what_a_row_trains_with_in_words() -> None:
     assert told["boxes-as-masks"] == "no mask of any class, Dice with the filled box as mask for all objects"
     shared = row_meaning(rows["box-supervised"], configs["box-supervised"], in_every_table=True)
     assert shared.endswith("for all objects (the same run in every table)")
-    assert all(table.alike for table in report_input(study, ROOT / "reports" / study.name, command=[]).tables)
+    assert all(table.alike for table in report_input(study, committed_reports() / study.name, command=[]).tables)
 
 
 def test_only_the_official_validation_images_are_the_papers() -> None:

@@ -16,6 +16,7 @@ from semiseg.engine.logs import read_log
 from semiseg.engine.run import git_revision
 from semiseg.errors import UserError
 from semiseg.results import Result, append, latest, read
+from tests.committed import committed_records
 
 RESULT = Result(
     run_id="0123",
@@ -145,7 +146,7 @@ def test_a_log_ends_at_its_first_line_of_another_kind(tmp_path: Path, line: str)
 
 
 def test_the_recorded_runs_are_read_as_they_are() -> None:
-    paths = sorted(Path(__file__).parent.parent.glob("reports/*/results.jsonl"))
+    paths = committed_records()
     assert len(paths) >= 6
     for path in paths:
         written = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
