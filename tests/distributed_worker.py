@@ -1,16 +1,11 @@
-"""The processes of `test_distributed`: groups of 1, 2 and 4, forked from one program that has imported everything.
-
-usage: python -m tests.distributed_worker FOLDER
-writes FOLDER/{1,2,4}.pt, what the main process of each group returned. FOLDER holds the images, drawn before.
-"""
+"""What the processes of `test_distributed` do, in groups of 1, 2 and 4."""
 
 from __future__ import annotations
 
 import math
-import multiprocessing
 import os
 import socket
-import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +25,7 @@ from semiseg.errors import UserError
 from semiseg.models.affinity import FULL_GAIN, AffinityBranch
 from semiseg.structures.inputs import Batch, Supervision
 from semiseg.structures.transfer import send
+from tests.forked import start
 from tests.host_syncs import HostSyncs
 from tests.test_train import without_instances
 from tests.tiny import tiny_config
@@ -227,12 +223,33 @@ def gathering() -> dict[str, Any]:
     return {"gathered": gather_object([gathered]), "disagreement": gather_object([sentence])}
 
 
-def member(rank: int, processes: int, port: int, folder: Path) -> None:
-    """One process of a group, with the environment that a launcher gives it."""
-    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+def group(processes: int, function: Callable[..., object], *arguments: object, outputs: Path, **how: Any) -> None:
+    """Runs a function in each process of a group, with the environment that a launcher gives it.
+
+    Args:
+        outputs: folder for what each prints.
+        how: see `forked.start`.
+
+    Raises:
+        AssertionError: one has failed.
+    """
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     if processes > 1:
-        os.environ.update({name: str(value) for name, value in told.items()})
-        os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+        variables.update(WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes))
+        variables.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    started = {}
+    for rank in map(str, range(processes)):
+        environment = {**variables, "RANK": rank, "LOCAL_RANK": rank} if processes > 1 else variables
+        output = outputs / f"{processes}-{rank}.txt"
+        started[output] = start(function, *arguments, output=output, environment=environment, **how)
+    for process in started.values():
+        process.join()
+    for output, process in started.items():
+        assert process.exitcode == 0, output.read_text()[-3000:]
+
+
+def member(processes: int, folder: Path) -> None:
+    """One process of a group. The main one writes FOLDER/{1,2,4}.pt; FOLDER holds the images, drawn before."""
     results: dict[str, Any] = {
         "steps": {
             (norm, images): several_steps(folder, folder, norm=norm, images_per_process=images)
@@ -242,7 +259,7 @@ def member(rank: int, processes: int, port: int, folder: Path) -> None:
         **gathering(),
         **detections_and_stop(folder, folder),
     }
-    if rank == 0:
+    if os.environ.get("RANK", "0") == "0":
         torch.save({"processes": processes, **results}, folder / f"{processes}.pt")
     if processes > 1:
         torch.distributed.destroy_process_group()
@@ -253,22 +270,3 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def main(folder: Path) -> None:
-    """Runs the groups one after the other; raises if a member of one fails."""
-    fork = multiprocessing.get_context("fork")
-    for processes in CUTS:
-        port = free_port()
-        members = [fork.Process(target=member, args=(rank, processes, port, folder)) for rank in range(processes)]
-        for process in members:
-            process.start()
-        for process in members:
-            process.join()
-        if any(process.exitcode for process in members):
-            raise SystemExit(f"a group of {processes} failed")
-
-
-if __name__ == "__main__":
-    os.environ["ACCELERATE_USE_CPU"] = "true"
-    main(Path(sys.argv[1]))

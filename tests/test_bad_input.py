@@ -38,6 +38,7 @@ from semiseg.engine.run_folder import run_lock
 from semiseg.errors import UserError, UserNotice
 from semiseg.files import lock_folder, write_text
 from tests.coco_files import CocoFiles, make_coco
+from tests.forked import call_main, start
 from tests.tiny import TINY, tiny_config
 
 TRIANGLE = [[1, 1, 20, 1, 20, 20]]
@@ -493,19 +494,16 @@ def test_termination_of_a_whole_process_group_is_an_orderly_stop(files: CocoFile
     """As batch systems do it: the loader's workers get the signal too."""
     out = files.annotations.parent / "out"
     config = train_file(files, optim={"steps": 5000}, runtime={"workers": 1})
-    done = subprocess.Popen(
-        [sys.executable, "-m", "semiseg", "train", str(config), "--out", str(out)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    output = out.parent / "output.txt"
+    training = start(call_main, "semiseg.__main__", "train", str(config), "--out", str(out), output=output)
     until = time.monotonic() + 60
     while not read_log(out / "log.jsonl") and time.monotonic() < until:
         time.sleep(0.05)
-    os.killpg(done.pid, signal.SIGTERM)
-    _, told = done.communicate(timeout=60)
-    assert done.returncode == 130
+    assert training.pid is not None
+    os.killpg(training.pid, signal.SIGTERM)
+    training.join(timeout=60)
+    told = output.read_text()
+    assert training.exitcode == 130
     assert told.startswith("semiseg: stopped after step ")
     assert told.count("\n") == 1
     step = read_log(out / "log.jsonl")[-1]["step"]

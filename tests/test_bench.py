@@ -29,6 +29,7 @@ from semiseg.losses.affinity import rgb_to_lab
 from semiseg.losses.boxinst import box_cells
 from semiseg.models.upsample import aligned_upsample
 from tests.benchmark_rows import both_sides, dying, fast, hungry, slow, wrong
+from tests.forked import PRELOADED
 
 NAMES = ["mask_losses", "affinity", "dynamic_head", "step", "postprocess", "evaluation", "data"]
 KEYS = ["name", "seconds", "baseline_seconds", "speedup", "memory_mb", "baseline_memory_mb", "memory_ratio"]
@@ -139,7 +140,7 @@ def test_the_table_has_a_line_per_row() -> None:
 
 def test_measuring_in_own_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory is what the work holds at its peak, a killed process is one sentence."""
-    monkeypatch.setattr(measure, "PRELOADED", ["tests.benchmark_rows"])
+    monkeypatch.setattr(measure, "PRELOADED", PRELOADED)
     measured = measure_row(replace(ROW, prepare=hungry, agree=both_sides), sizes=ROW.sizes, passes=2)
     assert measured["passes"] == 2
     assert measured["same_result"]

@@ -7,11 +7,8 @@ together: then the way a step is cut into processes and parts changes nothing bu
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +19,10 @@ from safetensors.torch import load_file
 from semiseg.engine.build import build_data
 from semiseg.engine.logs import read_log
 from semiseg.engine.run import execute_run
-from tests.distributed_worker import CUTS, STEPS, cuts_of, small_run
+from tests.distributed_worker import CUTS, STEPS, cuts_of, group, member, small_run
+from tests.forked import call_main
 from tests.tiny import tiny_config
 
-PROJECT = Path(__file__).parent.parent
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
 CASES = [(norm, processes, images) for processes in CUTS for norm, images in cuts_of(processes)]
 GRADIENT = ("gradient", "gradient is not finite (1 parameters, first detector.class_logits.bias)")
 
@@ -36,9 +32,8 @@ def groups(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]
     """What the groups of 1, 2 and 4 processes returned."""
     folder = tmp_path_factory.mktemp("distributed")
     build_data(small_run(folder))  # generated once, before several processes ask for it
-    command = [sys.executable, "-m", "tests.distributed_worker", str(folder)]
-    done = subprocess.run(command, cwd=PROJECT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    for processes in CUTS:
+        group(processes, member, processes, folder, outputs=folder)
     found = {number: torch.load(folder / f"{number}.pt", weights_only=False) for number in CUTS}
     assert [group["processes"] for group in found.values()] == [1, 2, 4]
     return found
@@ -140,7 +135,7 @@ def test_what_is_not_finite_on_one_process_stops_all_before_the_update(
     assert f"_rank{processes - 1}.pt" in stopped["sentences"][0]
 
 
-def test_the_documented_launch_continues_a_run_on_other_processes(tmp_path: Path) -> None:
+def test_a_run_is_continued_on_other_processes(tmp_path: Path) -> None:
     """One process to the end; two processes in two parts each from its second step: the same run, the same weights."""
     config = tiny_config(tmp_path, runtime={"checkpoint_every": 2})
     execute_run(config, out=tmp_path / "whole", progress=False)
@@ -148,16 +143,20 @@ def test_the_documented_launch_continues_a_run_on_other_processes(tmp_path: Path
     (cut / "checkpoints").mkdir(parents=True)
     shutil.copy(tmp_path / "whole" / "checkpoints" / "step_00000002.pt", cut / "checkpoints")
     shutil.copy(tmp_path / "whole" / "config.json", cut)
-    launch = ["-m", "accelerate.commands.launch", "--config_file", "experiments/launch/cpu.yaml"]
-    command = [sys.executable, *launch, "-m", "semiseg", "train", str(cut / "config.json")]
-    command += ["--out", str(cut), "--resume", "--set", "runtime.images_per_process=1"]
-    plain = {name: value for name, value in ENVIRONMENT.items() if not name.startswith("ACCELERATE_")}
-    done = subprocess.run(command, cwd=PROJECT, env=plain, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "after 4 steps" in done.stdout
+    command = [
+        "train",
+        str(cut / "config.json"),
+        "--out",
+        str(cut),
+        "--resume",
+        "--set",
+        "runtime.images_per_process=1",
+    ]
+    group(2, call_main, "semiseg.__main__", *command, outputs=tmp_path)
+    assert "after 4 steps" in (tmp_path / "2-0.txt").read_text()
     result = json.loads((cut / "result.json").read_text())
     assert (result["processes"], result["metrics"]["images"]) == (2, 4)
-    assert result["command"] == shlex.join(["semiseg", *command[command.index("semiseg") + 1 :]])
+    assert result["command"] == shlex.join(["semiseg", *command])
     assert [line["step"] for line in read_log(cut / "log.jsonl")] == [3, 4]
     whole = read_log(tmp_path / "whole" / "log.jsonl")[2:]
     for mine, theirs in zip(read_log(cut / "log.jsonl"), whole, strict=True):

@@ -5,40 +5,38 @@ from __future__ import annotations
 import json
 import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from benchmarks import fault_inputs
-from benchmarks.faults import BEGIN, END, ROOT, difference, mutation, tree
+from benchmarks.faults import BEGIN, END, difference, mutation, tree
 from semiseg.errors import UserError
+from tests.forked import call_main, start
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, /proc and namespaces are Linux's")
 
 
 def test_a_kill_a_broken_input_and_mutations_are_counted_and_written(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
+    page, found, work = tmp_path / "page.md", tmp_path / "found.json", tmp_path / "work"
+    work.mkdir()
     page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     asked = ["--count", "1", "--only", "kills.predict", "--only", "inputs.splits", "--only", "mutations.segmentations"]
-    subprocess.run(
-        [sys.executable, "-m", "benchmarks.faults", *asked, "--json", tmp_path / "found.json", "--write", page],
-        cwd=ROOT,
-        env={**os.environ, "TMPDIR": str(tmp_path)},
-        check=True,
-        capture_output=True,
-        timeout=300,
-    )
-    found = json.loads((tmp_path / "found.json").read_text())["categories"]
-    counts = {name: (verdict["tried"], verdict["survived"], verdict["kills"]) for name, verdict in found.items()}
+    arguments = [*asked, "--json", str(found), "--write", str(page)]
+    output, environment = tmp_path / "output.txt", {**os.environ, "TMPDIR": str(work)}
+    process = start(call_main, "benchmarks.faults", *arguments, output=output, environment=environment)
+    process.join(timeout=300)
+    assert process.exitcode == 0, output.read_text()
+    verdicts = json.loads(found.read_text())["categories"]
+    counts = {name: (verdict["tried"], verdict["survived"], verdict["kills"]) for name, verdict in verdicts.items()}
     assert counts == {"kills.predict": (1, 1, 1), "inputs.splits": (1, 1, 0), "mutations.segmentations": (250, 250, 0)}
     text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith(f"{END}\nafter\n")
     assert "| mutations.segmentations | 250 | 250 | 0 |  |" in text
     assert "old" not in text
-    assert {path.name for path in tmp_path.iterdir()} == {"page.md", "found.json"}, "its folders are left over"
+    assert list(work.iterdir()) == [], "its folders are left over"
 
 
 def test_a_reader_that_raises_something_else_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

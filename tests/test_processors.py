@@ -6,10 +6,7 @@ oneDNN chooses its kernels by the instruction set; `ONEDNN_MAX_CPU_ISA` makes a 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +23,9 @@ from semiseg.engine.logs import read_log
 from semiseg.engine.run import execute_run
 from semiseg.models.build import build_model
 from semiseg.models.resnet import Strided1x1
+from tests.forked import start
 from tests.tiny import TINY, tiny_config
 
-PROJECT = Path(__file__).parent.parent
 INSTRUCTION_SETS = (None, "AVX512_CORE", "AVX2")
 # Fewer channels than a register of AVX2 holds (8 numbers), than one of AVX-512 (16), and no multiples of either.
 WIDTHS = ([3, 5, 6, 7], [8, 8, 16, 16], [9, 12, 12, 20])
@@ -93,10 +90,15 @@ def test_a_slice_and_a_1x1_are_the_strided_1x1(size: tuple[int, int], layout: to
 
 
 def test_the_smallest_networks_train_alike_under_every_instruction_set(tmp_path: Path) -> None:
-    environment = {key: value for key, value in os.environ.items() if key != "ONEDNN_MAX_CPU_ISA"}
-    command = [sys.executable, "-m", "tests.test_processors", str(tmp_path)]
-    done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, "None: 0\nAVX512_CORE: 0\nAVX2: 0\n"), done.stderr[-2000:]
+    """In a process for each: oneDNN looks at the environment when it is first asked for something."""
+    build_data(tiny_config(tmp_path))  # drawn once
+    usual = {key: value for key, value in os.environ.items() if key != "ONEDNN_MAX_CPU_ISA"}
+    for name in INSTRUCTION_SETS:
+        environment = usual if name is None else {**usual, "ONEDNN_MAX_CPU_ISA": name}
+        output = tmp_path / f"{name}.txt"
+        process = start(_train_the_smallest_networks, tmp_path, name, output=output, environment=environment)
+        process.join()
+        assert process.exitcode == 0, f"{name}: {output.read_text()[-2000:]}"
     told = [torch.tensor(json.loads((tmp_path / f"{name}.json").read_text())) for name in INSTRUCTION_SETS]
     assert told[0].shape[:2] == (len(WIDTHS), TINY["optim"]["steps"])
     for name, losses in zip(INSTRUCTION_SETS[1:], told[1:], strict=True):
@@ -105,8 +107,6 @@ def test_the_smallest_networks_train_alike_under_every_instruction_set(tmp_path:
 
 def _train_the_smallest_networks(root: Path, name: str | None) -> None:
     """Writes the losses of every step of the network of each of `WIDTHS`."""
-    if name is not None:
-        os.environ["ONEDNN_MAX_CPU_ISA"] = name
     runs = []
     for number, widths in enumerate(WIDTHS):
         config = tiny_config(root, model={"backbone.widths": widths, "backbone.norm": "bn"})
@@ -114,20 +114,3 @@ def _train_the_smallest_networks(root: Path, name: str | None) -> None:
         log = read_log(root / f"{name}-{number}" / "log.jsonl")
         runs.append([list(line["losses"].values()) for line in log if "losses" in line])
     (root / f"{name}.json").write_text(json.dumps(runs))
-
-
-def _in_processes_of_their_own(root: Path) -> None:
-    """One after the other, forked from this one, which has imported everything and computed nothing yet.
-
-    Prints the exit code of each. oneDNN looks at the environment when it is first asked for something.
-    """
-    build_data(tiny_config(root))  # drawn once
-    for name in INSTRUCTION_SETS:
-        process = multiprocessing.get_context("fork").Process(target=_train_the_smallest_networks, args=(root, name))
-        process.start()
-        process.join()
-        print(f"{name}: {process.exitcode}", flush=True)
-
-
-if __name__ == "__main__":
-    _in_processes_of_their_own(Path(sys.argv[1]))

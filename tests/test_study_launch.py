@@ -18,8 +18,10 @@ import tomlkit
 import torch
 from safetensors.torch import load_file
 
+from semiseg.commands.train import read_config
 from semiseg.config.read import merge
 from semiseg.engine.logs import read_log
+from semiseg.engine.run import execute_run
 from semiseg.errors import UserError
 from semiseg.project import find
 from semiseg.results import latest, read
@@ -36,24 +38,13 @@ from semiseg.studies.machines import (
 )
 from semiseg.studies.run import Execution, run_missing, runs_to_train
 from semiseg.studies.status import read_result
-from tests.distributed_worker import free_port
+from tests.distributed_worker import group
 from tests.study_files import write_study
 from tests.test_cli import call
 from tests.tiny import TINY
 
 ROOT = Path(__file__).parent.parent
 STEPS = 24
-# The same two processes without a launcher, forked after the imports, which are most of the time.
-UNDISTURBED = """
-import os, sys
-from pathlib import Path
-from semiseg.commands.train import read_config
-from semiseg.engine.run import execute_run
-rank = "0" if os.fork() else "1"
-os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", ACCELERATE_USE_CPU="true")
-os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[2])
-execute_run(read_config(Path(sys.argv[1]), []), out=Path("whole"), progress=False)
-"""
 
 STUDY = """
 title = "T"
@@ -229,10 +220,15 @@ def test_processes_are_said_once(project: Path) -> None:
     assert "--processes 2: the number of processes is that of --launch eight_gpus; give one of the two" in told
 
 
+def undisturbed(file: Path) -> None:
+    """One process of a training that nothing stops, without a launcher."""
+    execute_run(read_config(file, []), out=Path("whole"), progress=False)
+
+
 def test_an_interrupted_study_of_two_processes_leaves_none_and_continues_to_the_same_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The real training, started by the real launcher, each process with a worker that loads."""
+    """The real training, started by the real launcher, by a number and by a file; each process with a worker."""
     monkeypatch.chdir(tmp_path)
     for name, value in (("PYTHONPATH", str(ROOT)), ("OMP_NUM_THREADS", "1"), ("CUDA_VISIBLE_DEVICES", "")):
         monkeypatch.setenv(name, value)
@@ -262,9 +258,9 @@ def test_an_interrupted_study_of_two_processes_leaves_none_and_continues_to_the_
     assert saved < STEPS
     assert f"stopped after step {saved} of {STEPS}" in (folder / "output.txt").read_text()
 
-    how = Execution(launch=LaunchFile(processes=2), machine=Machine(2, ()))
+    how = Execution(launch=read_launch_file("cpu"), machine=Machine(2, ()))
     run_missing(planned, name="study", results=Path("results.jsonl"), how=how, stream=io.StringIO())
     assert [line["step"] for line in read_log(folder / "log.jsonl")] == list(range(1, STEPS + 1))
-    subprocess.run([sys.executable, "-c", UNDISTURBED, folder / "train.json", str(free_port())], check=True)
+    group(2, undisturbed, folder / "train.json", outputs=tmp_path, folder=tmp_path)
     weights, whole = (load_file(path / "model" / "model.safetensors") for path in (folder, Path("whole")))
     assert all(torch.equal(weights[name], value) for name, value in whole.items())
