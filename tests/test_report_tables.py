@@ -28,7 +28,7 @@ from semiseg.report.aggregate import (
 )
 from semiseg.report.page import report_text
 from semiseg.report.published import read_published
-from semiseg.report.sections import answer, gap_caution
+from semiseg.report.sections import _edge_section, answer, gap_caution
 from semiseg.report.tables import (
     csv_table,
     escape_latex,
@@ -213,6 +213,35 @@ def test_answer_says_how_much_of_the_gap_is_closed() -> None:
         "seen 51 % (22.0 → 32.2 AP, full-masks 42.0)."
     )
     assert gap_caution(numbers) is None
+
+
+WITH_LEARNED = replace(
+    TABLE, rows=(*ROWS[:3], ReportRow("learned", "yes", "learned", "projection + learned affinity"), *ROWS[3:])
+)
+
+
+def test_answer_says_what_learned_edges_close_beside_those_of_colour() -> None:
+    numbers = table_numbers(report_of(FULL | {"learned": [38.0, 39.0, 40.0]}, table=WITH_LEARNED), WITH_LEARNED)
+    assert answer([numbers]) == (
+        "Of the gap between neither and full-masks on unseen classes projection + pairwise closes with 1 of 3 classes "
+        "seen 51 % (22.0 → 32.2 AP, full-masks 42.0). Learned affinity closes with 1 of 3 classes seen 90 % (22.0 → "
+        "40.0 AP, full-masks 42.0)."
+    )
+    assert ("projection+pairwise", "learned") in compared_pairs(WITH_LEARNED)
+    assert ("learned", "full-masks") in compared_pairs(WITH_LEARNED)
+
+
+def test_quality_of_edges_stands_where_it_was_measured() -> None:
+    report = report_of(FULL | {"learned": [38.0, 39.0]}, table=WITH_LEARNED)
+    assert _edge_section(report, table_numbers(report, WITH_LEARNED)) == []
+    for key, run in report.results.items():
+        if key[1] == "learned":
+            values = {"edges": 9.0, "learned_auc": 90.0 + key[2], "colour_auc": 80.0, "calibration_error": 2.5}
+            report = replace(report, results={**report.results, key: replace(run, edges={"unseen": values})})
+    heading, _, table = _edge_section(report, table_numbers(report, WITH_LEARNED))
+    assert heading == "### Learned edges"
+    cells = [cell.strip() for cell in table.split("\n")[2].strip("|").split("|")]
+    assert cells == ["projection + learned affinity", "unseen", "90.5 ± 0.7", "80.0 ± 0.0", "2.5 ± 0.0"]
 
 
 def test_answer_claims_nothing_that_the_runs_do_not_show() -> None:

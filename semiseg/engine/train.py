@@ -62,24 +62,17 @@ Validate = Callable[[Segmenter], dict[str, float] | None]
 
 @dataclass
 class TrainState:
-    """Everything that one process of a run holds; built by `prepare`, changed only by `optimizer_step`.
-
-    Attributes:
-        step_module: the bare TrainStep. `wrapped` is the same under data parallelism and mixed precision.
-        step: optimizer steps done.
-        ema: running average of the model's weights, or None.
-        parts: accumulation parts of this process per step.
-    """
+    """Everything that one process of a run holds; built by `prepare`, changed only by `optimizer_step`."""
 
     config: RunConfig
     accelerator: Accelerator
     step_module: TrainStep
-    wrapped: nn.Module
+    wrapped: nn.Module  # the same under data parallelism and mixed precision
     optimizer: Any
-    ema: AveragedModel | None
+    ema: AveragedModel | None  # running average of the model's weights, or None
     steps: int
-    parts: int
-    step: int = 0
+    parts: int  # accumulation parts of this process per step
+    step: int = 0  # optimizer steps done
 
 
 @dataclass(frozen=True)

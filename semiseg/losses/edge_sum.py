@@ -22,23 +22,15 @@ class _Patches:
 
     The margin, as wide as the longest step to a neighbour, may stick out of the grid: so every cell in a box has its
     neighbours at constant steps in the list. Tables have an entry for each of the Q * H rows that patches can have.
-
-    Attributes:
-        row: (T,) which entry of the tables.
-        column: (T,) on the grid, the nearest if outside.
-        in_box: (T,) uint8, 1 where not in the margin.
-        pitch: (Q * H,) width of the patch. number: the row's number in its patch, from 0. begin: (row of the grid,
-            the nearest if outside) * w.
-        rows_per_patch: H.
     """
 
-    row: Tensor
-    column: Tensor
-    in_box: Tensor
-    pitch: Tensor
-    number: Tensor
-    begin: Tensor
-    rows_per_patch: int
+    row: Tensor  # (T,) which entry of the tables
+    column: Tensor  # (T,) on the grid, the nearest if outside
+    in_box: Tensor  # (T,) uint8, 1 where not in the margin
+    pitch: Tensor  # (Q * H,) width of the patch
+    number: Tensor  # (Q * H,) the row's number in its patch, from 0
+    begin: Tensor  # (Q * H,) (row of the grid, the nearest if outside) * w
+    rows_per_patch: int  # H
 
     def of_mask(self, values: Tensor) -> Tensor:
         """A table of values (Q,) of the masks."""
@@ -158,19 +150,14 @@ def _pack(edges: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Cells:
-    """What an edge needs of either end, lists of T cells each.
+    """What an edge needs of either end, lists of T cells each."""
 
-    Attributes:
-        logit: x. tail: log(1 + exp(-|x|)). up, down: sigmoid(x) and sigmoid(-x).
-        edges: a bit for each neighbour. label: of the given mask, if there is one.
-    """
-
-    logit: Tensor
-    tail: Tensor
-    up: Tensor
-    down: Tensor
-    edges: Tensor
-    label: Tensor | None
+    logit: Tensor  # x
+    tail: Tensor  # log(1 + exp(-|x|))
+    up: Tensor  # sigmoid(x)
+    down: Tensor  # sigmoid(-x)
+    edges: Tensor  # a bit for each neighbour
+    label: Tensor | None  # of the given mask, if there is one
 
     @classmethod
     def of(cls, logit: Tensor, edges: Tensor, label: Tensor | None) -> _Cells:

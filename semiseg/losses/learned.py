@@ -35,26 +35,19 @@ COLOUR_COUNTS = ("alike_same", "alike_different", "unlike_same", "unlike_differe
 
 @dataclass(frozen=True)
 class AffinityTargets:
-    """What the branch sees of a batch's colours, learns from its masks and may teach its boxes; on the batch's device.
+    """What the branch sees of a batch's colours, learns from its masks and may teach its boxes; on the device."""
 
-    Attributes:
-        lab: (B, 3, h, w) float32, the cells' colours.
-        distances: (B, K / 2, h, w) float32, between the colours of an edge's cells.
-        alike: (B, K / 2, h, w) bool, the edges that are "same" by the colour rule, wherever they are.
-        known: (B, K / 2, h, w) bool, the edges whose label the masks tell: both cells in the image, at least one in
-            the box of an instance with a mask, none in that of one without or of a crowd. (An edge into such a box may
-            be the boundary of its object: taught as "same", the branch would not see those of unseen classes.)
-        different: (B, K / 2, h, w) bool, the labels; without meaning elsewhere.
-        of_one_box: (B, K / 2, h, w) bool, the edges that concern one box alone, whatever its instance's supervision:
-            a cell of it and another, which is in it or in no box, both in the image and in no crowd's box. (Between
-            two objects it is not known whose mask an edge should cut.)
-    """
-
-    lab: Tensor
-    distances: Tensor
-    alike: Tensor
+    lab: Tensor  # (B, 3, h, w) float32, the cells' colours
+    distances: Tensor  # (B, K / 2, h, w) float32, between the colours of an edge's cells
+    alike: Tensor  # (B, K / 2, h, w) bool, the edges that are "same" by the colour rule, wherever they are
+    # (B, K / 2, h, w) bool, the edges whose label the masks tell: both cells in the image, at least one in the box of
+    # an instance with a mask, none in that of one without or of a crowd. (An edge into such a box may be the boundary
+    # of its object: taught as "same", the branch would not see those of unseen classes.)
     known: Tensor
-    different: Tensor
+    different: Tensor  # (B, K / 2, h, w) bool, the labels; without meaning elsewhere
+    # (B, K / 2, h, w) bool, the edges that concern one box alone, whatever its instance's supervision: a cell of it and
+    # another, which is in it or in no box, both in the image and in no crowd's box. (Between two objects it is not
+    # known whose mask an edge should cut.)
     of_one_box: Tensor
 
     def colour_counts(self) -> Tensor:
@@ -65,15 +58,10 @@ class AffinityTargets:
 
 @dataclass(frozen=True)
 class LearnedEdges:
-    """What the branch says of a batch.
+    """What the branch says of a batch."""
 
-    Attributes:
-        logits: (B, K / 2, h, w) of "different", on the graph.
-        trust: scalar in [0, 1], how far its labels replace those of colour.
-    """
-
-    logits: Tensor
-    trust: Tensor
+    logits: Tensor  # (B, K / 2, h, w) of "different", on the graph
+    trust: Tensor  # scalar in [0, 1], how far its labels replace those of colour
 
     def costs(self, wanted: AffinityTargets, coloured: Tensor, learned: Tensor) -> tuple[Tensor, Tensor]:
         """What each edge of a box-only instance costs where its ends are predicted different, and where alike.

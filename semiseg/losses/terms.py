@@ -111,24 +111,17 @@ class Objective:
 
 @dataclass(frozen=True)
 class InstanceTerms:
-    """What each instance's mask may learn from, by its supervision, the objective, its box and its mask.
+    """What each instance's mask may learn from, by its supervision, the objective, its box and its mask."""
 
-    Attributes:
-        chosen: which instances, (N,) bool, get the mask loss of this name: the table gives it to them, and their
-            mask (their box, where they have none) has a cell. A loss that no instance of the batch can get, as the
-            numbers of instances and of masks show, is not among the keys.
-        box_only: (N,) bool, whether the supervision is BOX.
-        grid: of the N instances' masks.
-        cells: (N, 4) int64, the box on the mask grid, see `boxinst.box_cells`.
-        mask_row: (N,) int64, row among the given masks; without meaning where `box_only`.
-        weight: (N,) float32 factor of each instance's mask losses: `Targets.mask_weight`, 1 where there is no mask.
-    """
-
+    # Which instances, (N,) bool, get the mask loss of this name: the table gives it to them, and their mask (their box,
+    # where they have none) has a cell. A loss that no instance of the batch can get, as the numbers of instances and of
+    # masks show, is not among the keys.
     chosen: dict[str, Tensor]
-    box_only: Tensor
-    grid: MaskGrid
-    cells: Tensor
-    mask_row: Tensor
+    box_only: Tensor  # (N,) bool, whether the supervision is BOX
+    grid: MaskGrid  # of the N instances' masks
+    cells: Tensor  # (N, 4) int64, the box on the mask grid, see `boxinst.box_cells`
+    mask_row: Tensor  # (N,) int64, row among the given masks; without meaning where `box_only`
+    # (N,) float32 factor of each instance's mask losses: `Targets.mask_weight`, 1 where there is no mask
     weight: Tensor
 
     @property
@@ -140,23 +133,16 @@ class InstanceTerms:
 
 @dataclass(frozen=True, kw_only=True)
 class MaskTargets(InstanceTerms):
-    """What the mask losses compare with, from the batch and the objective alone.
+    """What the mask losses compare with, from the batch and the objective alone."""
 
-    Attributes:
-        objective: that it was prepared for.
-        masks: (M, h, w) bool, only of instances with a mask.
-        edges: (B, K, h, w) bool, the edges that count for the edge loss of this name; keys as in `chosen`. On regions
-            (N, K, h, w).
-        affinity: what learned affinity learns from; None without it.
-        lab: (B, 3, h, w) the cells' colours, where an instance gets `level_set`.
-        sizes: see `loss_sizes`; None = they are read back from the device when they are needed.
-    """
-
-    objective: Objective
-    masks: Tensor
+    objective: Objective  # that it was prepared for
+    masks: Tensor  # (M, h, w) bool, only of instances with a mask
+    # (B, K, h, w) bool, the edges that count for the edge loss of this name; keys as in `chosen`. On regions (N, K, h,
+    # w).
     edges: dict[str, Tensor]
-    affinity: AffinityTargets | None = None
-    lab: Tensor | None = None
+    affinity: AffinityTargets | None = None  # what learned affinity learns from; None without it
+    lab: Tensor | None = None  # (B, 3, h, w) the cells' colours, where an instance gets `level_set`
+    # See `loss_sizes`; None = they are read back from the device when they are needed
     sizes: Mapping[str, int] | None = None
 
     def edge_index(self, image: Tensor, instance: Tensor) -> Tensor:
@@ -166,15 +152,11 @@ class MaskTargets(InstanceTerms):
 
 @dataclass(frozen=True)
 class LossTerms:
-    """The losses of one part of a step, by `Objective.loss_names`, all of them always there.
+    """The losses of one part of a step, by `Objective.loss_names`, all of them always there."""
 
-    Attributes:
-        unweighted: scalars, the mean of each loss over what it sums over; without warm-up or mixing shares.
-        weighted: scalars, what each contributes to the total.
-    """
-
+    # Scalars, the mean of each loss over what it sums over; without warm-up or mixing shares
     unweighted: dict[str, Tensor]
-    weighted: dict[str, Tensor]
+    weighted: dict[str, Tensor]  # scalars, what each contributes to the total
 
     @property
     def total(self) -> Tensor:

@@ -21,7 +21,7 @@ from semiseg.evaluation.coco_metrics import METRIC_NAMES, Metrics
 from semiseg.evaluation.matching import Interval
 from semiseg.results import Result
 
-NEITHER, BEST, UPPER_BOUND = "neither", "projection+pairwise", "full-masks"
+NEITHER, BEST, LEARNED, UPPER_BOUND = "neither", "projection+pairwise", "learned", "full-masks"
 
 GROUPS = ("all", "unseen", "seen")
 TABLE_METRICS = ("AP", "AP50", "AP75")
@@ -170,7 +170,7 @@ def compared_pairs(table: ReportTable) -> list[tuple[str, str]]:
     if table.compare:
         return list(table.compare)
     if table.unseen:
-        extra = [(NEITHER, BEST), (BEST, UPPER_BOUND), (NEITHER, UPPER_BOUND)]
+        extra = [(NEITHER, BEST), (BEST, UPPER_BOUND), (LEARNED, UPPER_BOUND), (NEITHER, UPPER_BOUND)]
     else:
         extra = [(names[0], name) for name in names[1:]]
     pairs = list(pairwise(names))

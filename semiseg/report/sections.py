@@ -9,6 +9,7 @@ import pandas as pd
 from semiseg.evaluation.matching import IOU_THRESHOLDS, RESAMPLES, Interval
 from semiseg.report.aggregate import (
     BEST,
+    LEARNED,
     NEITHER,
     UPPER_BOUND,
     ReportInput,
@@ -51,10 +52,14 @@ _SIZES = {"APs": "small", "APm": "medium", "APl": "large"}
 def answer(tables: Sequence[TableNumbers]) -> str:
     """How much of the gap on unseen classes the method closes, or, without such, which rows are best."""
     asked = [numbers for numbers in tables if _asks_for_the_gap(numbers.table)]
-    clauses = [_gap_clause(numbers) for numbers in asked] or [_best_clause(numbers) for numbers in tables]
-    text = "; ".join(clauses)
+    text = "; ".join(_gap_clause(numbers, BEST) for numbers in asked or ())
     if asked:
         text = f"of the gap between neither and full-masks on unseen classes projection + pairwise closes {text}"
+        learned = [numbers for numbers in asked if LEARNED in {row.name for row in numbers.table.rows}]
+        if learned:
+            text += f". Learned affinity closes {'; '.join(_gap_clause(numbers, LEARNED) for numbers in learned)}"
+    else:
+        text = "; ".join(_best_clause(numbers) for numbers in tables)
     notes = []
     if any(gap.row == BEST and gap.image_interval for numbers in asked for gap in numbers.gaps):
         notes.append("in brackets: 95 % interval over images")
@@ -69,12 +74,12 @@ def _asks_for_the_gap(table: ReportTable) -> bool:
     return bool(table.unseen) and {NEITHER, BEST, UPPER_BOUND} <= {row.name for row in table.rows}
 
 
-def _gap_clause(numbers: TableNumbers) -> str:
+def _gap_clause(numbers: TableNumbers, row: str) -> str:
     table = numbers.table
     where = f"with {len(table.seen)} of {len(table.seen) + len(table.unseen)} classes seen"
-    gap = next((gap for gap in numbers.gaps if gap.row == BEST), None)
+    gap = next((gap for gap in numbers.gaps if gap.row == row), None)
     if gap is None:
-        missing = [row for row in (NEITHER, BEST, UPPER_BOUND) if numbers.mean(row, "unseen_AP") is None]
+        missing = [name for name in (NEITHER, row, UPPER_BOUND) if numbers.mean(name, "unseen_AP") is None]
         lacking = f"{', '.join(missing)} not measured on unseen classes" if missing else "no seed has all three rows"
         return f"{where} a share that is not known yet ({lacking})"
     values = f"{gap.start:.1f} → {gap.reached:.1f} AP, full-masks {gap.goal:.1f}"
@@ -84,7 +89,7 @@ def _gap_clause(numbers: TableNumbers) -> str:
     if gap.image_interval is not None:
         share += " [{:.0f}, {:.0f}]".format(*gap.image_interval).replace("-", MINUS)
     text = f"{where} {share} ({values})"
-    steps = {"the step": (NEITHER, BEST), "what is left to full-masks": (BEST, UPPER_BOUND)}
+    steps = {"the step": (NEITHER, row), "what is left to full-masks": (row, UPPER_BOUND)}
     for words, pair in steps.items():
         step = numbers.between(*pair, "unseen")
         if step.resolved is False:
@@ -146,6 +151,7 @@ def table_section(page: PageContext, numbers: TableNumbers) -> list[str]:
         *uncertainty_section(report, numbers),
         *difference_section(report, numbers, page.printed),
         *_box_section(numbers),
+        *_edge_section(report, numbers),
     ]
 
 
@@ -239,6 +245,26 @@ def _box_section(numbers: TableNumbers) -> list[str]:
     text = [] if numbers.table.alike else ["Rows differ in network, data or schedule: so may their boxes."]
     headings = ("row", *(heading.replace("AP", "box AP") for heading in groups.values()))
     return ["### Box AP", *text, markdown_table(headings, lines)]
+
+
+def _edge_section(report: ReportInput, numbers: TableNumbers) -> list[str]:
+    shown = {"learned_auc": "AUC, learned", "colour_auc": "AUC, colour", "calibration_error": "calibration error"}
+    lines = []
+    for row in numbers.table.rows:
+        runs = [run.edges for name, _, run in report.cells(numbers.table) if name == row.name and run.edges]
+        for group in ("seen", "unseen"):
+            measured = pd.DataFrame([edges[group] for edges in runs if group in edges], columns=list(shown))
+            if len(measured):
+                means, deviations = measured.mean(), measured.std()
+                lines.append([row.label, group, *(number(means[key], deviations[key]) for key in shown)])
+    if not lines:
+        return []
+    text = (
+        "Edges between cells at the validation objects of seen and of unseen classes, in percent. AUC: how often an "
+        "edge that separates instances has the higher score, or the greater distance of colours, than one that does "
+        "not. Calibration error: how far the learned probabilities lie from what is true, by twentieths."
+    )
+    return ["### Learned edges", text, markdown_table(("row", "classes", *shown.values()), lines, texts=2)]
 
 
 def class_section(_: PageContext, numbers: TableNumbers) -> list[str]:

@@ -10,15 +10,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class WholeMap:
-    """One grid for all masks of a batch: cell (i, j) stands for the input pixel (s*i + s//2, s*j + s//2), s = stride.
+    """One grid for all masks of a batch: cell (i, j) stands for input pixel (s*i + s//2, s*j + s//2), s its stride."""
 
-    Attributes:
-        stride: input pixels per cell in x and y.
-        size_hw: cells in y and x.
-    """
-
-    stride: int
-    size_hw: tuple[int, int]
+    stride: int  # input pixels per cell in x and y
+    size_hw: tuple[int, int]  # cells in y and x
 
     def __post_init__(self) -> None:
         if type(self.stride) is not int or self.stride <= 0:
@@ -31,15 +26,10 @@ class WholeMap:
 
 @dataclass(frozen=True)
 class Regions:
-    """A grid for each of N masks: its h x w cells are the equal parts of a box, and each stands for its centre.
+    """A grid for each of N masks: its h x w cells are the equal parts of a box, and each stands for its centre."""
 
-    Attributes:
-        boxes_xyxy: (N, 4) float32, input pixels, each of some width and height; they may reach beyond the image.
-        size_hw: cells in y and x, the same for all.
-    """
-
-    boxes_xyxy: Tensor
-    size_hw: tuple[int, int]
+    boxes_xyxy: Tensor  # (N, 4) float32, input pixels, each of some width and height; they may reach beyond the image
+    size_hw: tuple[int, int]  # cells in y and x, the same for all
 
     def __post_init__(self) -> None:
         if self.boxes_xyxy.ndim != 2 or self.boxes_xyxy.shape[1] != 4:

@@ -10,20 +10,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class EncodedMasks:
-    """M masks, each on a raster of its own that the input was resized (and flipped) from.
+    """M masks, each on a raster of its own that the input was resized (and flipped) from."""
 
-    Attributes:
-        changes: (T,) int64, where masks change from outside to inside and back, ascending: mask * 2^40 + the pixel of
-            its raster, counted column by column.
-        raster_hw: (M, 2) int64, height and width of each raster.
-        input_hw: (M, 2) int64, of the resized image.
-        flipped: (M,) bool, whether that was flipped from left to right.
-    """
-
+    # (T,) int64, where masks change from outside to inside and back, ascending: mask * 2^40 + the pixel of its raster,
+    # counted column by column
     changes: Tensor
-    raster_hw: Tensor
-    input_hw: Tensor
-    flipped: Tensor
+    raster_hw: Tensor  # (M, 2) int64, height and width of each raster
+    input_hw: Tensor  # (M, 2) int64, of the resized image
+    flipped: Tensor  # (M,) bool, whether that was flipped from left to right
 
     def __len__(self) -> int:
         return len(self.raster_hw)

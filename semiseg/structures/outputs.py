@@ -18,19 +18,12 @@ from semiseg.structures.inputs import require
 
 @dataclass(frozen=True)
 class Locations:
-    """The R places of one padded image at which the head predicts; the same for every image of a batch.
+    """The R places of one padded image at which the head predicts; the same for every image of a batch."""
 
-    Attributes:
-        xy: (R, 2) float32, input pixels: stride * index + stride // 2, x before y.
-        stride: (R,) float32, stride of the location's level in input pixels.
-        level: (R,) int64, index of the level, 0 = the finest.
-        counts: how many locations each level has, as the host knows it.
-    """
-
-    xy: Tensor
-    stride: Tensor
-    level: Tensor
-    counts: tuple[int, ...]
+    xy: Tensor  # (R, 2) float32, input pixels: stride * index + stride // 2, x before y
+    stride: Tensor  # (R,) float32, stride of the location's level in input pixels
+    level: Tensor  # (R,) int64, index of the level, 0 = the finest
+    counts: tuple[int, ...]  # how many locations each level has, as the host knows it
 
     def __post_init__(self) -> None:
         count = self.xy.shape[0]
@@ -41,21 +34,13 @@ class Locations:
 
 @dataclass(frozen=True)
 class DenseOutputs:
-    """What the network predicts for a batch, the same in training and evaluation.
+    """What the network predicts for a batch, the same in training and evaluation."""
 
-    Attributes:
-        class_logits: (B, R, C).
-        box_distances: (B, R, 4) left, top, right, bottom >= 0 in units of the location's stride.
-        centreness_logits: (B, R).
-        locations: where the R predictions stand.
-        mask_inputs: from what the mask head makes the masks that it is asked for: its own structure, which nobody else
-            looks into.
-    """
-
-    class_logits: Tensor
-    box_distances: Tensor
-    centreness_logits: Tensor
-    locations: Locations
+    class_logits: Tensor  # (B, R, C)
+    box_distances: Tensor  # (B, R, 4) left, top, right, bottom >= 0 in units of the location's stride
+    centreness_logits: Tensor  # (B, R)
+    locations: Locations  # where the R predictions stand
+    # From what the mask head makes the masks that it is asked for: its own structure, which nobody else looks into
     mask_inputs: Any
 
     def __post_init__(self) -> None:
@@ -67,23 +52,14 @@ class DenseOutputs:
 
 @dataclass(frozen=True)
 class Assignment:
-    """Which locations are positive for which instance (P positives, flat over the batch), and which are ignored.
+    """Which locations are positive for which instance (P positives, flat over the batch), and which are ignored."""
 
-    Attributes:
-        image_index: (P,) int64; positives are ordered by image, then location.
-        location_index: (P,) int64 in 0..R-1.
-        instance_index: (P,) int64, index into Targets' instances.
-        box_distances: (P, 4) targets in units of the location's stride.
-        centreness: (P,) targets in [0, 1].
-        ignored: (B, R) bool: locations in a crowd box that are not positive; neither object nor background.
-    """
-
-    image_index: Tensor
-    location_index: Tensor
-    instance_index: Tensor
-    box_distances: Tensor
-    centreness: Tensor
-    ignored: Tensor
+    image_index: Tensor  # (P,) int64; positives are ordered by image, then location
+    location_index: Tensor  # (P,) int64 in 0..R-1
+    instance_index: Tensor  # (P,) int64, index into Targets' instances
+    box_distances: Tensor  # (P, 4) targets in units of the location's stride
+    centreness: Tensor  # (P,) targets in [0, 1]
+    ignored: Tensor  # (B, R) bool: locations in a crowd box that are not positive; neither object nor background
 
     def __post_init__(self) -> None:
         count = self.image_index.shape[0]
@@ -96,23 +72,14 @@ class Assignment:
 
 @dataclass(frozen=True)
 class MaskQueries:
-    """The instances whose mask is wanted: sampled positives in training, kept detections in prediction.
+    """The instances whose mask is wanted: sampled positives in training, kept detections in prediction."""
 
-    Attributes:
-        image_index: (Q,) int64.
-        location_index: (Q,) int64 in 0..R-1.
-        instance_index: (Q,) int64: in training the target instance, in prediction the detection's own number.
-        boxes_xyxy: (Q, 4) float32, input pixels, of that instance or detection.
-        labels: (Q,) int64, its class.
-        counts: how many queries each image has, where `image_index` ascends and the numbers are known on the host;
-            else None.
-    """
-
-    image_index: Tensor
-    location_index: Tensor
-    instance_index: Tensor
-    boxes_xyxy: Tensor
-    labels: Tensor
+    image_index: Tensor  # (Q,) int64
+    location_index: Tensor  # (Q,) int64 in 0..R-1
+    instance_index: Tensor  # (Q,) int64: in training the target instance, in prediction the detection's own number
+    boxes_xyxy: Tensor  # (Q, 4) float32, input pixels, of that instance or detection
+    labels: Tensor  # (Q,) int64, its class
+    # How many queries each image has, where `image_index` ascends and the numbers are known on the host; else None
     counts: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -125,19 +92,12 @@ class MaskQueries:
 
 @dataclass(frozen=True)
 class MaskLogits:
-    """One mask per query.
+    """One mask per query."""
 
-    Attributes:
-        logits: (Q, h, w).
-        image_index: (Q,) int64.
-        instance_index: (Q,) int64, see `MaskQueries`.
-        grid: where the cells stand: targets, losses and pasting ask it and nothing else.
-    """
-
-    logits: Tensor
-    image_index: Tensor
-    instance_index: Tensor
-    grid: MaskGrid
+    logits: Tensor  # (Q, h, w)
+    image_index: Tensor  # (Q,) int64
+    instance_index: Tensor  # (Q,) int64, see `MaskQueries`
+    grid: MaskGrid  # where the cells stand: targets, losses and pasting ask it and nothing else
 
     def __post_init__(self) -> None:
         count = self.logits.shape[0]
@@ -151,15 +111,11 @@ class MaskLogits:
 
 @dataclass(frozen=True)
 class Candidates:
-    """The chosen detections of one image, best first, before their masks.
+    """The chosen detections of one image, best first, before their masks."""
 
-    Attributes:
-        scores: (N,) float32 in [0, 1], descending.
-        queries: their boxes and labels, and where their masks come from; `instance_index` is 0..N-1. The boxes are
-            unclipped, and each has some area inside the unpadded image.
-    """
-
-    scores: Tensor
+    scores: Tensor  # (N,) float32 in [0, 1], descending
+    # Their boxes and labels, and where their masks come from; `instance_index` is 0..N-1. The boxes are unclipped, and
+    # each has some area inside the unpadded image.
     queries: MaskQueries
 
     def __len__(self) -> int:
@@ -178,19 +134,12 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Detections:
-    """The detected instances of one image, best first.
+    """The detected instances of one image, best first."""
 
-    Attributes:
-        boxes: (N, 4) float32 xyxy in output pixels, clipped to the output.
-        scores: (N,) float32 in [0, 1], descending.
-        labels: (N,) int64 in 0..C-1.
-        masks: (N, height, width) bool in output pixels.
-    """
-
-    boxes: Tensor
-    scores: Tensor
-    labels: Tensor
-    masks: Tensor
+    boxes: Tensor  # (N, 4) float32 xyxy in output pixels, clipped to the output
+    scores: Tensor  # (N,) float32 in [0, 1], descending
+    labels: Tensor  # (N,) int64 in 0..C-1
+    masks: Tensor  # (N, height, width) bool in output pixels
 
     def __post_init__(self) -> None:
         count = self.boxes.shape[0]
