@@ -177,6 +177,20 @@ def lab_distances(lab: Tensor, *, size: int, dilation: int) -> Tensor:
     return result
 
 
+def first_neighbours(cells: Tensor, *, size: int, dilation: int, beyond: int) -> Tensor:
+    """Of each cell (B, h, w) its first K / 2 neighbours (B, K / 2, h, w), `beyond` where those are off the grid."""
+    reach, (height, width) = size // 2 * dilation, _grid(cells)
+    padded = F.pad(cells, (reach, reach, reach, 0), value=beyond)
+    offsets = neighbour_offsets(size, dilation)
+    return torch.stack(
+        [
+            padded[:, reach + row : reach + row + height, reach + column : reach + column + width]
+            for row, column in offsets[: len(offsets) // 2]
+        ],
+        dim=1,
+    )
+
+
 def from_both_ends(edges: Tensor, *, size: int, dilation: int) -> Tensor:
     """Values (B, K / 2, h, w) of edges to the first neighbours -> (B, K, h, w) of the edges to all of them."""
     result = edges.new_zeros(len(edges), 2 * edges.shape[1], *_grid(edges))

@@ -17,9 +17,8 @@ from torch.nn import functional as F
 
 from semiseg.losses.affinity import (
     downsample_images,
+    first_neighbours,
     lab_distances,
-    neighbour_offsets,
-    overlap,
     rgb_to_lab,
     rows_and_columns_inside,
     similarity,
@@ -52,8 +51,9 @@ class AffinityTargets:
 
     def colour_counts(self) -> Tensor:
         """(4,) int64, the numbers of `COLOUR_COUNTS`."""
-        kind = 2 * ~self.alike + 1 * self.different
-        return torch.stack([((kind == number) & self.known).sum() for number in range(4)])
+        alike, different = self.known & self.alike, self.known & self.different
+        known, alike, different, both = (each.sum() for each in (self.known, alike, different, alike & different))
+        return torch.stack([alike - both, both, known - alike - different + both, different - both])
 
 
 @dataclass(frozen=True)
@@ -100,20 +100,17 @@ def affinity_targets(
         _cover(cells, image_index, value, len(lab), grid) for value in ((~boxed).long(), boxed.long(), numbers)
     )
     usable = _inside(batch, grid) & (_crowds(targets, len(lab), grid) == 0)
-    # The sum of the instances' numbers is the instance's own where there is one.
-    number = of_masks + of_boxes
+    # A cell's part in its edges as a number, so that an edge takes few comparisons: in a mask's box 2, in no box 1, in
+    # one that has no mask 0; and in one box alone its instance's number, which is the sum of all, in none 0, else -1.
+    taught = torch.where(of_masks > 0, 2, 1).byte() * (usable & (of_boxes == 0))
+    single = torch.where(usable & (of_masks + of_boxes <= 1), owner, -1).int()
+    other = first_neighbours(single, size=size, dilation=dilation, beyond=-1)
+    single = single[:, None]
+    of_one_box = ((single | other) > 0) & ((single == other) | (single * other == 0))
+    known = taught[:, None] * first_neighbours(taught, size=size, dilation=dilation, beyond=0) >= 2
     codes = _codes(targets, grid, len(lab))
-    known, different, of_one_box = (torch.zeros_like(distances, dtype=torch.bool) for _ in range(3))
-    for k, offset in enumerate(neighbour_offsets(size, dilation)[: distances.shape[1]]):
-        here, there = overlap(grid.size_hw, offset)
-        inside = usable[here] & usable[there]
-        known[:, k][here] = inside & (of_masks[here] + of_masks[there] > 0) & (of_boxes[here] + of_boxes[there] == 0)
-        different[:, k][here] = codes[here] != codes[there]
-        alone = (number[here] <= 1) & (number[there] <= 1) & (number[here] + number[there] > 0)
-        nobody_elses = (owner[here] == owner[there]) | (number[here] + number[there] == 1)
-        of_one_box[:, k][here] = inside & alone & nobody_elses
-    alike = similarity(distances) >= threshold
-    return AffinityTargets(lab, distances, alike, known, different, of_one_box)
+    different = codes[:, None] != first_neighbours(codes, size=size, dilation=dilation, beyond=0)
+    return AffinityTargets(lab, distances, similarity(distances) >= threshold, known, different, of_one_box)
 
 
 def affinity_loss(logits: Tensor, wanted: AffinityTargets) -> Tensor:
@@ -122,8 +119,8 @@ def affinity_loss(logits: Tensor, wanted: AffinityTargets) -> Tensor:
     Args:
         logits: (B, K / 2, h, w) of "different".
     """
-    each = F.binary_cross_entropy_with_logits(logits.float(), wanted.different.float(), reduction="none")
-    return each.mul(wanted.known).sum()
+    labels, known = wanted.different.float(), wanted.known.float()
+    return F.binary_cross_entropy_with_logits(logits.float(), labels, known, reduction="sum")
 
 
 def _cover(cells: Tensor, image_index: Tensor, value: Tensor, images: int, grid: WholeMap) -> Tensor:

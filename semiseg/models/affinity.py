@@ -60,9 +60,13 @@ class AffinityBranch(nn.Module):
         """Logits (B, K / 2, h, w) of features (B, F, h / factor, w / factor) and of the mask grid's colours."""
         height, width = lab.shape[-2:]
         features = aligned_upsample(self.reduce(features), self.factor)[..., :height, :width]
-        x = self.tower(torch.cat([features, self.colours(lab / LAB_SCALE).to(features.dtype)], dim=1))
+        # In the features' layout: of two layouts every convolution would copy one
+        channels_last = features.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        colours = self.colours((lab / LAB_SCALE).contiguous(memory_format=layout))
+        x = self.tower(torch.cat([features, colours.to(features.dtype)], dim=1))
         near = (distances / DISTANCE_SCALE).clamp(max=LARGEST_DISTANCE).to(x.dtype)
-        logits: Tensor = self.logits(torch.cat([x, near], dim=1))
+        logits: Tensor = self.logits(torch.cat([x, near.contiguous(memory_format=layout)], dim=1))
         return logits
 
     @torch.no_grad()
