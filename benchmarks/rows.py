@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import data, evaluation, masks, step
+from benchmarks import data, evaluation, learned, masks, step
 from benchmarks.measure import Place, Row, Side, Sizes, Task
 from semiseg.errors import UserError
 
@@ -39,6 +39,8 @@ ROWS: tuple[Row, ...] = (
     evaluation.EVALUATION,
     data.DATA,
 )
+# Rows that are measured only where they are named.
+NAMED_ROWS: tuple[Row, ...] = (learned.LEARNED_STEP, learned.LEARNED_SHAPES)
 # Rows that need something that not every machine has.
 OPTIONAL_ROWS: tuple[Row, ...] = (
     evaluation.EVALUATION_HOTCOCO,
@@ -48,19 +50,24 @@ OPTIONAL_ROWS: tuple[Row, ...] = (
 
 
 def chosen_rows(names: Sequence[str]) -> tuple[Row, ...]:
-    """The rows of these names that this machine can measure, in the order of the table; without names all.
+    """The rows of these names that this machine can measure, in the order of the table.
+
+    Without names all but `NAMED_ROWS`.
 
     Raises:
         UserError: a name that is no row, or whose row cannot be measured here.
     """
     here = ROWS + tuple(row for row in OPTIONAL_ROWS if _lacks(row) is None)
+    if not names:
+        return here
+    here += NAMED_ROWS
     known = [row.name for row in here]
     wrong = [name for name in names if name not in known]
     if wrong:
         lacks = {row.name: _lacks(row) for row in OPTIONAL_ROWS}.get(wrong[0])
         reason = "no such row" if lacks is None else f"this machine has no {lacks}"
         raise UserError(f"--only {wrong[0]}: {reason}; rows here: {', '.join(known)}")
-    return tuple(row for row in here if not names or row.name in names)
+    return tuple(row for row in here if row.name in names)
 
 
 def _lacks(row: Row) -> str | None:

@@ -195,7 +195,7 @@ def test_data_check_exits_with_2_on_errors_only(annotations: Path) -> None:
 def test_run_dry_and_status_train_nothing(folder: Path) -> None:
     text = call("run", "shapes", "--dry-run", "--only", "neither", "--seeds", "3,4")
     assert "6 of 6 runs to train" in text
-    assert "shapes: 0 done, 0 recorded, 0 started, 9 missing" in call("status", "shapes")
+    assert "shapes: 0 done, 0 recorded, 0 started, 11 missing" in call("status", "shapes")
     assert list(folder.iterdir()) == []
     assert "--seeds '1,x'" in call("status", "shapes", "--seeds", "1,x", code=2)
 
@@ -221,7 +221,7 @@ def test_a_report_elsewhere_reads_the_studys_own_record(folder: Path) -> None:
     lines = (folder / "out" / "tables" / "table6.csv").read_text().splitlines()
     assert lines[0].startswith("row,projection,pairwise,seeds,all_AP,all_AP50,all_AP75,unseen_AP")
     assert [line.split(",")[0] for line in lines[1:]] == [
-        "neither", "projection", "projection+pairwise", "box-supervised", "full-masks",
+        "neither", "projection", "projection+pairwise", "learned", "box-supervised", "full-masks",
     ]  # fmt: skip
     assert all(line.split(",")[3] == "1" and float(line.split(",")[4]) > 0 for line in lines[1:])
     assert own.read_bytes() == before

@@ -20,7 +20,7 @@ from semiseg.engine import train as training
 from semiseg.engine.build import build_data
 from semiseg.engine.checkpoint import load_tensors
 from semiseg.engine.logs import read_log
-from semiseg.engine.run import _measure_edges, execute_run
+from semiseg.engine.run import execute_run, measure_edges
 from semiseg.errors import UserError, UserNotice
 from semiseg.losses.affinity import neighbour_offsets
 from semiseg.losses.boxinst import edge_sums
@@ -410,7 +410,7 @@ def test_quality_of_the_colours_themselves(root: Path, split: str | None) -> Non
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module.affinity, "forward", as_colour)
-        found = _measure_edges(config, data, module, accelerator)
+        found = measure_edges(config, data, module, accelerator)
     assert found is not None
     assert set(found) == ({"seen", "unseen"} if split else {"seen"})
     for values in found.values():

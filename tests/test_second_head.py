@@ -64,7 +64,6 @@ def _second_head(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(build, "build_mask_head", build_it)
     monkeypatch.setattr("semiseg.engine.build.mask_stride", lambda config: None)
-    monkeypatch.setattr("semiseg.engine.run.mask_stride", lambda config: None)
 
 
 KNOW_HEADS = ("models", "interop", "config")  # the last one as the kind of a table

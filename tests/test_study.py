@@ -591,18 +591,19 @@ def test_durations_for_people() -> None:
     assert [format_seconds(s) for s in (3.2, 89, 200, 3600 * 2 + 300)] == ["3 s", "89 s", "3 min", "2 h 05 min"]
 
 
-@pytest.mark.parametrize(("name", "count"), [("shapes", 9), ("coco_voc_splits", 8)])
+@pytest.mark.parametrize(("name", "count"), [("shapes", 11), ("coco_voc_splits", 10)])
 def test_shipped_studies_ask_for_the_rows_of_tables_6_and_7(name: str, count: int) -> None:
     study = load_study(name)
     runs = study_runs(study)
     assert len(runs) == count * len(study.seeds)
     assert [table.number for table in study.tables] == [6, 7]
-    rows = ["neither", "projection", "projection+pairwise", "box-supervised", "full-masks"]
+    rows = ["neither", "projection", "projection+pairwise", "learned", "box-supervised", "full-masks"]
     assert [table.rows for table in study.tables] == [rows, rows]
     boxes = {run.row: run.config.objective.box for run in runs}
-    assert [boxes[row] for row in rows[:4]] == ["none", "projection", "projection+pairwise", "projection+pairwise"]
+    wanted = ["none", "projection", "projection+pairwise", "projection+learned", "projection+pairwise"]
+    assert [boxes[row] for row in rows[:5]] == wanted
     sources = {run.row: run.config.supervision.source for run in runs}
-    assert [sources[row] for row in rows] == ["split", "split", "split", "boxes", "masks"]
+    assert [sources[row] for row in rows] == ["split", "split", "split", "split", "boxes", "masks"]
 
 
 def test_a_line_of_progress_without_running_ones_tells_how_many_are_done() -> None:

@@ -153,7 +153,7 @@ def _train_and_evaluate(
     )
     save_trained(state, data, out / "model")
     metrics = measure(trained_model(state), detections=out / "detections.json")
-    edges = _measure_edges(config, data, state.step_module, accelerator)
+    edges = measure_edges(config, data, state.step_module, accelerator)
     if not accelerator.is_main_process or metrics is None:
         return {}
     log = [line for line in read_log(out / LOG_NAME) if "losses" in line]
@@ -171,7 +171,7 @@ def _train_and_evaluate(
     return result
 
 
-def _measure_edges(
+def measure_edges(
     config: RunConfig, data: RunData, module: TrainStep, accelerator: Accelerator
 ) -> dict[str, dict[str, float]] | None:
     """See `edge_quality`; None without the branch, and where validation objects without a mask hide edges."""
