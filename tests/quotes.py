@@ -20,7 +20,7 @@ from semiseg.results import read
 from semiseg.splits import load_split
 from tests.committed import PROJECT, WORKING, committed_reports
 
-PROCESSORS = {"AVX-512 and AMX": "results.jsonl", "AVX2": "avx2.jsonl"}  # -> record of shapes_seeds
+PROCESSORS = {"AVX-512 and AMX": "amx.jsonl", "AVX2": "results.jsonl"}  # -> record of shapes_seeds
 UNSEEN_CHAIN = ("neither", "projection", "projection + pairwise", "full-masks")
 
 
@@ -72,6 +72,14 @@ def cell(reports: Path, path: str, column: str, *beginning: str) -> str:
             if column in headings and tuple(line[: len(beginning)]) == beginning:
                 return line[headings.index(column)]
     raise ValueError(f"{path}: no line {beginning} with a {column!r}")
+
+
+def table_below(path: Path, heading: str) -> list[str]:
+    """The lines of the first table below a heading of a report."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    below = lines[lines.index(heading) :]
+    first = next(number for number, line in enumerate(below) if line.startswith("|"))
+    return [line for line in below[first : below.index("", first)] if line.startswith("|")]
 
 
 def bench_lines(reports: Path) -> list[str]:
@@ -160,6 +168,14 @@ QUOTES = (
         ],
     ),
     Quote(
+        "README.md",
+        "unseen classes reach {} AP with them and {} with those of colour; all masks give {}",
+        lambda reports: [
+            cell(reports, "shapes_learned/tables/table6.md", "unseen AP", row)
+            for row in ("projection + learned affinity", "projection + pairwise", "full-masks")
+        ],
+    ),
+    Quote(
         "docs/NUMERICS.md",
         "finds it {} AP above 3 × 3 with dilation 1 without masks ({} and {})",
         wide_neighbourhood,
@@ -180,6 +196,23 @@ TABLES = (
         "README.md",
         "Masks for 3 of 12 classes, boxes for all (`reports/shapes/tables/table6.md`",
         lambda reports: (reports / "shapes/tables/table6.md").read_text(encoding="utf-8").splitlines(),
+    ),
+    QuotedTable(
+        "docs/LEARNED_AFFINITY.md",
+        "Shapes, masks for 3 of 12 classes, five seeds",
+        lambda reports: (reports / "shapes_learned/tables/table6.md").read_text(encoding="utf-8").splitlines(),
+    ),
+    QuotedTable(
+        "docs/LEARNED_AFFINITY.md",
+        "How much of the gap on unseen classes",
+        lambda reports: table_below(
+            reports / "shapes_learned/report.md", "### How much of the gap on unseen classes each row closes"
+        ),
+    ),
+    QuotedTable(
+        "docs/LEARNED_AFFINITY.md",
+        "How well edges are told apart",
+        lambda reports: table_below(reports / "shapes_learned/report.md", "### Learned edges"),
     ),
     QuotedTable("docs/NUMERICS.md", "Order of the rows by processor and seed", processor_lines),
     QuotedTable("docs/PERFORMANCE.md", "The full form, `python -m benchmarks --json", bench_lines),
