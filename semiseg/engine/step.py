@@ -39,21 +39,13 @@ from semiseg.structures.transfer import send
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What is known of a batch before the network has seen it, on the batch's device.
+    """What is known of a batch before the network has seen it, on the batch's device."""
 
-    Attributes:
-        assignment: positive and ignored locations.
-        mask_targets: what each instance's mask may learn from.
-        quotas: (N,) int64, positives of each instance that get a mask loss.
-        queries: how many masks each image gets.
-        counts: (len(TrainStep.count_names),) float64, this batch's share of every denominator.
-    """
-
-    assignment: Assignment
-    mask_targets: MaskTargets
-    quotas: Tensor
-    queries: tuple[int, ...]
-    counts: Tensor
+    assignment: Assignment  # positive and ignored locations
+    mask_targets: MaskTargets  # what each instance's mask may learn from
+    quotas: Tensor  # (N,) int64, positives of each instance that get a mask loss
+    queries: tuple[int, ...]  # how many masks each image gets
+    counts: Tensor  # (len(TrainStep.count_names),) float64, this batch's share of every denominator
 
 
 class TrainStep(nn.Module):

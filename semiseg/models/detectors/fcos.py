@@ -17,19 +17,12 @@ HEAD_STD = 0.01
 
 
 class LevelPrediction(NamedTuple):
-    """What the head says of one level.
+    """What the head says of one level."""
 
-    Attributes:
-        class_logits: (B, C, h, w).
-        box_distances: (B, 4, h, w) left, top, right, bottom >= 0 in units of the stride, float32.
-        centreness_logits: (B, 1, h, w), float32.
-        box_tower: (B, channels, h, w) features from which the dynamic filters are made.
-    """
-
-    class_logits: Tensor
-    box_distances: Tensor
-    centreness_logits: Tensor
-    box_tower: Tensor
+    class_logits: Tensor  # (B, C, h, w)
+    box_distances: Tensor  # (B, 4, h, w) left, top, right, bottom >= 0 in units of the stride, float32
+    centreness_logits: Tensor  # (B, 1, h, w), float32
+    box_tower: Tensor  # (B, channels, h, w) features from which the dynamic filters are made
 
 
 class FCOSHead(nn.Module):

@@ -30,18 +30,11 @@ COORDINATES = 2  # dx, dy come before the features
 
 @dataclass(frozen=True)
 class DynamicInputs:
-    """What masks are made from, of a batch; see `DenseOutputs.mask_inputs`.
+    """What masks are made from, of a batch; see `DenseOutputs.mask_inputs`."""
 
-    Attributes:
-        filter_features: (B, R, F'), from which the filters of a location and its neighbours are computed when a mask
-            is wanted there.
-        mask_features: (B, F, h, w) shared by all instances of an image.
-        wide_features: (B, F'', h, w) what these were reduced from; None in a training without masks.
-    """
-
-    filter_features: Tensor
-    mask_features: Tensor
-    wide_features: Tensor | None = None
+    filter_features: Tensor  # (B, R, F'), from which a location's filters are computed when a mask is wanted there
+    mask_features: Tensor  # (B, F, h, w) shared by all instances of an image
+    wide_features: Tensor | None = None  # (B, F'', h, w) what these were reduced from; None in a training without masks
 
     def __post_init__(self) -> None:
         require(self.filter_features.ndim == 3, "filter_features must be (B, R, F')")

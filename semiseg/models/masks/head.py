@@ -13,14 +13,10 @@ from semiseg.structures.outputs import DenseOutputs, MaskLogits, MaskQueries
 
 
 class MaskHead(nn.Module, ABC):
-    """From the levels of the pyramid and the features of the detector to the masks of the queries.
+    """From the levels of the pyramid and the features of the detector to the masks of the queries."""
 
-    Attributes:
-        edge_channels: of `edge_features`; None = this head has none. edge_stride: input pixels per cell of theirs.
-    """
-
-    edge_channels: int | None = None
-    edge_stride: int = 1
+    edge_channels: int | None = None  # of `edge_features`; None = this head has none
+    edge_stride: int = 1  # input pixels per cell of theirs
 
     @abstractmethod
     def forward(self, levels: Mapping[int, Tensor], box_towers: Sequence[Tensor]) -> Any:
