@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import atexit
 import os
+import shutil
 import subprocess
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 
 PROJECT = Path(__file__).parent.parent
 WORKING = PROJECT / "reports"
@@ -32,11 +33,17 @@ def reports_in_git(project: Path) -> Path:
         return project / "reports"
     if not listed.stdout:
         return project / "reports"
-    copy = TemporaryDirectory(prefix="semiseg_reports_")
-    atexit.register(copy.cleanup)
-    command = [*git, "checkout-index", "-z", "--stdin", f"--prefix={copy.name}/"]
+    copy = mkdtemp(prefix="semiseg_reports_")
+    # Not a `TemporaryDirectory`: a forked child that forgets the object, as multiprocessing does, would remove it.
+    atexit.register(_remove, copy, os.getpid())
+    command = [*git, "checkout-index", "-z", "--stdin", f"--prefix={copy}/"]
     subprocess.run(command, env=environment, input=listed.stdout, check=True)
-    return Path(copy.name) / "reports"
+    return Path(copy) / "reports"
+
+
+def _remove(folder: str, owner: int) -> None:
+    if os.getpid() == owner:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def committed_records() -> list[Path]:
