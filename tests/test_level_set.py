@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from semiseg.config import RunConfig
+from semiseg.errors import UserError
 from semiseg.losses.level_set import level_set_loss
 from semiseg.losses.terms import COUNT_NAMES, LOSS_NAMES
 from tests.distributed_worker import LEARNED
@@ -100,6 +101,12 @@ def test_in_a_step_it_is_weighted_by_box_only_masks(root: Path) -> None:
     losses, _ = losses_and_gradients(without, [batch])
     terms = module(batch, plan, plan.counts, warmup=0.7, processes=1)
     assert [float(terms.weighted[name].detach()) for name in LOSS_NAMES] == losses.tolist()
+
+
+@pytest.mark.parametrize("box", ["none", "box_as_mask"])
+def test_without_the_projection_loss_it_is_refused(root: Path, box: str) -> None:
+    with pytest.raises(UserError, match=f"level_set is added to the projection loss, which box = '{box}' has not"):
+        tiny_config(root, objective={"box": box, "level_set": 0.1})
 
 
 @pytest.mark.parametrize("objective", [{}, LEARNED])

@@ -108,6 +108,8 @@ class ObjectiveConfig(Section):
     def _learned_edges_are_learned(self) -> ObjectiveConfig:
         if self.box == "projection+learned" and self.affinity != "learned":
             raise ValueError("box = 'projection+learned' needs affinity = 'learned', the branch that learns the edges")
+        if self.level_set > 0 and not self.box.startswith("projection"):
+            raise ValueError(f"level_set is added to the projection loss, which box = {self.box!r} has not")
         return self
 
 
