@@ -433,7 +433,7 @@ def test_learned_edges_need_the_branch(root: Path) -> None:
 
 def test_without_a_mask_it_says_so_and_colour_stays(root: Path, tmp_path: Path) -> None:
     config = learned_config(root, supervision={"source": "boxes", "split": None})
-    with pytest.warns(UserNotice, match="no training instance has a mask, so that all edges are colour's"):
+    with pytest.warns(UserNotice, match="no training instance has a mask, so that no edge is learned"):
         state = training.prepare(config, build_data(config), Accelerator(cpu=True))
     state.wrapped.train()
     report = training.optimizer_step(state, first_batches(config, 1), out=tmp_path)

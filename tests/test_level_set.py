@@ -66,6 +66,19 @@ def test_limits() -> None:
     assert torch.isfinite(sure.grad).all()
 
 
+@pytest.mark.parametrize("value", [-40.0, -12.0, 12.0, 40.0])
+@pytest.mark.parametrize("side", [37, 99, 127])
+def test_a_mask_that_is_its_box_or_nothing_explains_nothing_whatever_rounding_leaves(side: int, value: float) -> None:
+    cells, one = torch.tensor([[0, side, 0, side]]), torch.zeros(1, dtype=torch.int64)
+    for colour in (33.3, 71.7, 91.3):  # of which float32 sums are off
+        logits = torch.full((1, side, side), value, requires_grad=True)
+        loss = level_set_loss(logits, cells, torch.full((1, 3, side, side), colour), one)
+        assert loss.item() == pytest.approx(1, abs=1e-5)
+        loss.backward()
+        assert logits.grad is not None
+        assert logits.grad.abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_extreme_logits_stay_finite(dtype: torch.dtype) -> None:
     logits = random_logits(scale=1e4, dtype=dtype).requires_grad_()

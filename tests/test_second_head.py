@@ -20,6 +20,7 @@ from semiseg.config import ModelConfig
 from semiseg.engine.build import build_data, build_step, build_training_loader
 from semiseg.engine.logs import read_log
 from semiseg.engine.run import evaluate_run, execute_run
+from semiseg.errors import UserError
 from semiseg.models import build
 from semiseg.models.detectors.fcos import flatten_levels
 from semiseg.models.masks.head import MaskHead
@@ -64,6 +65,15 @@ def _second_head(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(build, "build_mask_head", build_it)
     monkeypatch.setattr("semiseg.engine.build.mask_stride", lambda config: None)
+
+
+def test_what_needs_masks_of_whole_images_is_refused(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, objective={"box": "projection", "level_set": 0.1})
+    with pytest.raises(UserError, match=r"objective\.level_set needs a mask head with masks on whole images"):
+        build_step(config, num_classes=2)
+    config = tiny_config(tmp_path, objective={"box": "projection+learned", "affinity": "learned"})
+    with pytest.raises(UserError, match=r"objective\.affinity = 'learned' needs a mask head with features of whole"):
+        build_step(config, num_classes=2)
 
 
 KNOW_HEADS = ("models", "interop", "config")  # the last one as the kind of a table

@@ -79,6 +79,9 @@ def build_step(config: RunConfig, *, num_classes: int) -> TrainStep:
     if not learns_masks(config):
         model.freeze_masks()
         objective = replace(objective, affinity="colour")
+    elif objective.level_set > 0 and mask_stride(config.model) is None:
+        kind = config.model.mask_head.kind
+        raise UserError(f"objective.level_set needs a mask head with masks on whole images, not {kind!r}")
     return TrainStep(
         model,
         objective=objective,

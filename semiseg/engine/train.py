@@ -119,7 +119,7 @@ def prepare(config: RunConfig, data: RunData, accelerator: Accelerator) -> Train
             warnings.warn(message, UserNotice, stacklevel=2)
     main = accelerator.is_main_process
     if main and step_module.affinity is not None and not train_dataset(config, data).has_masks():
-        message = "objective.affinity = 'learned': no training instance has a mask, so that all edges are colour's"
+        message = "objective.affinity = 'learned': no training instance has a mask, so that no edge is learned"
         warnings.warn(message, UserNotice, stacklevel=2)
     if config.runtime.channels_last:
         step_module.to(memory_format=torch.channels_last)

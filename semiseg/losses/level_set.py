@@ -27,7 +27,8 @@ def level_set_loss(logits: Tensor, cells: Tensor, lab: Tensor, image_index: Tens
     """
     rows, columns = cell_profiles(cells, (logits.shape[1], logits.shape[2]))
     box = (rows[:, :, None] & columns[:, None, :]).flatten(1)
-    inside = at_least_float32(logits).sigmoid().flatten(1) * box
+    values = at_least_float32(logits).flatten(1)
+    inside, outside = values.sigmoid() * box, (-values).sigmoid() * box
     box = box.to(inside.dtype)
     colours = lab.permute(2, 3, 0, 1).flatten(0, 1).to(inside.dtype)  # (h w, B, 3)
     squares = colours.square().sum(2)
@@ -36,10 +37,13 @@ def level_set_loss(logits: Tensor, cells: Tensor, lab: Tensor, image_index: Tens
         sums = (weights @ colours.flatten(1)).view(-1, *colours.shape[1:])
         return sums[torch.arange(len(sums), device=sums.device), image_index]  # (Q, 3)
 
-    area, size = box.sum(1), inside.sum(1)
+    area, size, rest = box.sum(1), inside.sum(1), outside.sum(1)
     mean = of_own_image(box) / area.clamp(min=1)[:, None]
     total = (box @ squares).gather(1, image_index[:, None])[:, 0] - area * mean.square().sum(1)
-    centred = of_own_image(inside) - mean * size[:, None]
+    # Of mask and rest, whose sums are opposite, the smaller one's: of nearly the whole box rounding would be left, to
+    # be divided by next to nothing.
+    weights = torch.where((size < rest)[:, None], inside, -outside)
+    centred = of_own_image(weights) - mean * weights.sum(1, keepdim=True)
     tiny = torch.finfo(size.dtype).eps
-    explained = centred.square().sum(1) * (1 / size.clamp(min=tiny) + 1 / (area - size).clamp(min=tiny))
+    explained = centred.square().sum(1) * (1 / size.clamp(min=tiny) + 1 / rest.clamp(min=tiny))
     return 1 - explained / total.clamp(min=LEAST_VARIANCE * area.clamp(min=1))

@@ -236,9 +236,9 @@ def cell_colours(batch: Batch, instances: InstanceTerms, affinity: AffinityTarge
 
 
 def whole_map(grid: MaskGrid) -> WholeMap:
-    """The grid, of which learned affinity needs that it is an image's, not an instance's own."""
+    """The grid, of which learned affinity and the level set need that it is an image's, not an instance's own."""
     if not isinstance(grid, WholeMap):
-        raise TypeError(f"learned affinity needs masks on one grid for all instances, not on {type(grid).__name__}")
+        raise TypeError(f"masks on one grid for all instances are needed, not on {type(grid).__name__}")
     return grid
 
 
@@ -327,9 +327,9 @@ def compute_losses(
         centreness                 = S / max(n.positives / p, 1)
         unweighted mask loss t     = p S_t / max(n.t, 1), n.t masks for dice and projection, edges otherwise
         weighted dice, projection  = (n.t / max(n.masks, 1)) unweighted
-        weighted pairwise          = warmup (n.box_masks / max(n.masks, 1)) unweighted
         weighted pairwise_labelled = warmup (n.mask_masks / max(n.masks, 1)) unweighted
-        weighted pairwise_learned  = warmup (n.box_masks / max(n.masks, 1)) unweighted
+        weighted pairwise[_learned] = warmup (n.box_masks / max(n.masks, 1)) unweighted
+        weighted level_set         = objective.level_set warmup (n.box_masks / max(n.masks, 1)) unweighted
         affinity                   = p S / max(n.affinity, 1)
 
     so that (sum of dice + sum of projection) / P + (P_box / P) pairwise is METHOD's mixed loss. Sums over the parts
