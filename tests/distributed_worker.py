@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import socket
 from collections.abc import Callable
@@ -15,6 +14,7 @@ import pytest
 import torch
 from accelerate.utils import gather_object
 
+from benchmarks.inputs import half_open
 from semiseg.config import RunConfig
 from semiseg.data.workers import StopOnSignal
 from semiseg.engine import train as training
@@ -22,7 +22,6 @@ from semiseg.engine.build import build_data, build_evaluation_loader, build_trai
 from semiseg.engine.evaluate import predict_table
 from semiseg.engine.session import gather_to_main, same_on_all_ranks, start_accelerator
 from semiseg.errors import UserError
-from semiseg.models.affinity import FULL_GAIN, AffinityBranch
 from semiseg.structures.inputs import Batch, Supervision
 from semiseg.structures.transfer import send
 from tests.forked import start
@@ -54,11 +53,6 @@ def cuts_of(processes: int) -> list[tuple[str, int]]:
     affinity, its gate half open.
     """
     return [("frozen_bn", 0), ("bn", 2), ("learned", 0), *(("gn", images) for images in CUTS[processes])]
-
-
-def half_open(branch: AffinityBranch) -> None:
-    """Sets the gate as if the branch had saved half of what it must of an ignorant colour rule's cross entropy."""
-    branch.sums.copy_(torch.tensor([140 * (1 - FULL_GAIN / 2) * math.log(2), 35.0, 35.0, 35.0, 35.0]))
 
 
 def small_run(root: Path, **sections: Any) -> RunConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from benchmarks import straightforward as plain
+from benchmarks.inputs import half_open
+from examples.analysis import learned_edges
 from semiseg.config import RunConfig
 from semiseg.config.read import read_json
 from semiseg.engine import edges
@@ -30,7 +33,7 @@ from semiseg.models.affinity import AffinityBranch
 from semiseg.structures.grids import WholeMap
 from semiseg.structures.inputs import Batch, Supervision, Targets
 from semiseg.studies.report import report_row
-from tests.distributed_worker import LEARNED, half_open
+from tests.distributed_worker import LEARNED
 from tests.test_losses_boxinst import CELLS, IMAGE_INDEX, box_masks, random_edges, random_logits, random_masks
 from tests.test_terms import BOX, GRID, MASK, MIXED, STRIDE, make_batch, of_all_neighbours
 from tests.test_train import first_batches, fresh_step, losses_and_gradients, same_in_two_parts, without_instances
@@ -342,7 +345,9 @@ def test_learned_edges_of_images_without_instances(root: Path, empty: list[int])
         assert torch.isfinite(parameter.grad).all()
 
 
-def test_a_training_resumes_with_its_gate(root: Path, tmp_path: Path) -> None:
+def test_a_training_resumes_with_its_gate(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = learned_config(root, runtime={"checkpoint_every": 2, "log_every": 1})
     execute_run(config, out=tmp_path / "whole", progress=False)
     original = training.optimizer_step
@@ -366,6 +371,10 @@ def test_a_training_resumes_with_its_gate(root: Path, tmp_path: Path) -> None:
     numbers = [read_json(tmp_path / name / "result.json")["edges"] for name in ("whole", "cut")]
     assert numbers[0] == numbers[1]
     assert set(numbers[0]["unseen"]) == {"edges", "different", "learned_auc", "colour_auc", "calibration_error"}
+    monkeypatch.setattr("sys.argv", ["learned_edges", str(tmp_path / "whole"), str(tmp_path / "edges.png")])
+    learned_edges.main()
+    assert json.loads(capsys.readouterr().out) == numbers[0], "of the checkpoint, as at the end of the run"
+    assert (tmp_path / "edges.png").stat().st_size > 10_000
     model = load_tensors_of_model(tmp_path / "whole" / "model")
     assert not [name for name in model if "affinity" in name], "the branch is a part of the training alone"
 

@@ -12,12 +12,13 @@ import torch
 from pycocotools import mask as rle_codec
 from torch import Tensor
 
+from benchmarks.inputs import half_open
 from semiseg.config import RunConfig
 from semiseg.data.shapes import SHAPES_CLASSES, ensure_shapes
 from semiseg.engine.build import build_data, build_step, build_training_loader
 from semiseg.splits import load_split
 from semiseg.structures.inputs import Batch
-from tests.distributed_worker import LEARNED, half_open
+from tests.distributed_worker import LEARNED
 from tests.tiny import TINY, tiny_config
 
 SHAPES = TINY["data"]["shapes"]

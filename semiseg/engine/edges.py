@@ -48,13 +48,12 @@ def edge_quality(
             batch = on_host.to(accelerator.device)
             assert batch.targets is not None
             outputs = module.model(batch.images, batch.image_sizes_hw)
+            own = torch.where(membership[:, batch.targets.labels], int(Supervision.MASK), int(Supervision.BOX))
+            of_groups = [module.affinity_targets(batch, replace(batch.targets, supervision=kinds)) for kinds in own]
+            colours = of_groups[0]  # the same for all
             features = module.model.mask_head.edge_features(outputs)
-            for number, members in enumerate(membership):
-                own = members[batch.targets.labels]
-                supervision = torch.where(own, int(Supervision.MASK), int(Supervision.BOX))
-                edges = module.affinity_targets(batch, replace(batch.targets, supervision=supervision))
-                logits = module.affinity(features, edges.lab, edges.distances).float()
-                counts[number] += _histograms(logits, edges)
+            logits = module.affinity(features, colours.lab, colours.distances).float()
+            counts += torch.stack([_histograms(logits, edges) for edges in of_groups])
     module.train(was_training)
     counts = accelerator.reduce(counts, reduction="sum").cpu()
     return {name: _quality(*counts[number]) for number, name in enumerate(groups) if counts[number, 0].sum(1).all()}

@@ -22,8 +22,8 @@ def level_set_loss(logits: Tensor, cells: Tensor, lab: Tensor, image_index: Tens
         lab: (B, 3, h, w) the cells' colours; image_index: (Q,) int64 image of each mask.
 
     Returns:
-        (Q,) in [0, 1], at least float32; 1 without gradient for a box without a cell. Beside the probabilities no map
-        is made of each mask: the sums are one product with the colours of all images.
+        (Q,) in [0, 1], at least float32; 1 without gradient for a box without a cell. Of each mask no map
+        of colours is made: the sums are products with the colours of all images.
     """
     rows, columns = cell_profiles(cells, (logits.shape[1], logits.shape[2]))
     box = (rows[:, :, None] & columns[:, None, :]).flatten(1)

@@ -73,6 +73,7 @@ EDGE_LOSSES = ("pairwise", "pairwise_labelled", "pairwise_learned")
 
 # With learned affinity there are two losses more, which sum over edges, and counts of the colour rule's answers.
 LEARNED_LOSSES = ("pairwise_learned", "affinity")
+OPTIONAL_MASK_LOSSES = ("pairwise_learned", "level_set")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,7 +294,7 @@ def term_counts(assignment: Assignment, targets: Targets, prepared: MaskTargets,
         "box_masks": (used * box).sum(),
         "mask_masks": (used * ~box).sum(),
     }
-    for name in (*MASK_LOSSES, "pairwise_learned", "level_set"):
+    for name in MASK_LOSSES + OPTIONAL_MASK_LOSSES:
         each = quotas * prepared.chosen[name] if name in prepared.chosen else quotas.new_zeros(1)
         if name in prepared.edges:
             instances = torch.arange(len(quotas), device=quotas.device)
@@ -408,7 +409,7 @@ def _mask_sums(
     zero = at_least_float32(logits.new_zeros(()) if sums else logits[:0].sum())
     if prepared.affinity is not None and learned is not None:
         sums["affinity"] = affinity_loss(learned.logits, prepared.affinity)
-    return dict.fromkeys((*MASK_LOSSES, "pairwise_learned", "level_set"), zero) | sums
+    return dict.fromkeys(MASK_LOSSES + OPTIONAL_MASK_LOSSES, zero) | sums
 
 
 def _same_cells(one: MaskGrid, other: MaskGrid) -> bool:
