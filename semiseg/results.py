@@ -35,6 +35,17 @@ def _with_instances(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
     return metrics
 
 
+EDGE_NUMBERS = {"edges", "different", "learned_auc", "colour_auc", "calibration_error"}
+
+
+def _with_all_numbers(edges: Mapping[str, Mapping[str, float]] | None) -> Mapping[str, Mapping[str, float]] | None:
+    for group, numbers in (edges or {}).items():
+        if group not in ("seen", "unseen") or set(numbers) != EDGE_NUMBERS:
+            allowed = f"'seen' and 'unseen' with {', '.join(sorted(EDGE_NUMBERS))}"
+            raise ValueError(f"'{group[:80]}' is {json.dumps(numbers)[:80]}, allowed: {allowed}")
+    return edges
+
+
 RESULT_NAME = "result.json"  # of a run: the engine writes it last, so that a folder with it is finished
 
 
@@ -65,7 +76,7 @@ class Result:
     init_run: str | None = None  # run_id of the run whose weights this one started from
     processes: Annotated[int, Field(ge=1, lt=2**63)] = 1
     # Of runs with learned affinity, see `engine.edges.edge_quality`: "seen" and "unseen" -> its numbers.
-    edges: Mapping[str, Mapping[str, float]] | None = None
+    edges: Annotated[Mapping[str, Mapping[str, float]] | None, AfterValidator(_with_all_numbers)] = None
     val_fingerprint: str | None = None  # of the validation annotations; None in records from before it was kept
 
     @property

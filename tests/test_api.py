@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from torch import Tensor
 import semiseg
 from semiseg.engine import predict as engine
 from semiseg.engine.predict import forward_groups
+from semiseg.models.detectors.select import select_detections
+from semiseg.structures.grids import WholeMap
 from semiseg.structures.inputs import pad_images
 from semiseg.structures.outputs import Detections
 from tests.coco_files import picture
@@ -133,6 +136,42 @@ def test_only_equal_padded_sizes_share_a_forward_and_memory_is_bounded(
         assert_same(found, before)
     assert seen == [(2, 3, 64, 96), (2, 3, 64, 96), (2, 3, 64, 64)]
     handle.remove()
+
+
+def test_rescored_by_the_mean_probability_of_their_masks(model: semiseg.LoadedModel, images: list[Tensor]) -> None:
+    limits = model.info.inference
+    rescored = limits.model_copy(update={"rescore": True})
+    plain, found = (
+        engine.each_image(model.network, images, engine.collected, output_sizes=SIZES, limits=each)
+        for each in (limits, rescored)
+    )
+    moved = False
+    for image, before, after in zip(images, plain, found, strict=True):
+        batch, sizes = pad_images([image], 32)
+        with torch.no_grad():
+            outputs = model.network(batch, sizes)
+            (chosen,) = select_detections(
+                outputs, sizes, **limits.model_dump(exclude={"short_side", "long_side", "rescore"})
+            )
+            masks = model.network.predict_masks(outputs, chosen.queries)
+        assert isinstance(masks.grid, WholeMap)
+        wanted = []
+        for score, logits in zip(before.scores.tolist(), masks.logits.tolist(), strict=True):
+            cells = [
+                1 / (1 + math.exp(-logits[row][column]))
+                for row in range(len(logits))
+                for column in range(len(logits[0]))
+                if row * masks.grid.stride < image.shape[1] and column * masks.grid.stride < image.shape[2]
+            ]
+            inside = [value for value in cells if value > 0.5]
+            wanted.append(score * sum(inside) / len(inside) if inside else 0.0)
+        order = sorted(range(len(wanted)), key=lambda index: -wanted[index])
+        moved = moved or order != list(range(len(wanted)))
+        assert after.scores.tolist() == pytest.approx([wanted[index] for index in order], abs=1e-5)
+        torch.testing.assert_close(after.boxes, before.boxes[order])
+        assert torch.equal(after.labels, before.labels[order])
+        assert torch.equal(after.masks, before.masks[order])
+    assert moved, "a sure mask overtakes an unsure one"
 
 
 def test_groups_hold_every_image_once() -> None:

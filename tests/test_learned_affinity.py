@@ -345,6 +345,22 @@ def test_learned_edges_of_images_without_instances(root: Path, empty: list[int])
         assert torch.isfinite(parameter.grad).all()
 
 
+def test_in_bf16_the_losses_are_nearly_those_of_float32(root: Path) -> None:
+    parts = first_batches(learned_config(root), 1)
+    weighted = {}
+    for enabled in (False, True):
+        module = half_opened(learned_config(root))
+        plan = module.plan(parts[0])
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            terms = module(parts[0], plan, plan.counts, warmup=0.7, processes=1)
+        terms.total.backward()
+        assert all(torch.isfinite(p.grad).all() for p in module.parameters() if p.grad is not None)
+        weighted[enabled] = {name: float(value.detach()) for name, value in terms.weighted.items()}
+    assert weighted[True]["pairwise_learned"] > 0 < weighted[True]["affinity"]
+    assert weighted[True] == pytest.approx(weighted[False], rel=0.02)
+    assert weighted[True] != weighted[False], "something was rounded"
+
+
 def test_a_training_resumes_with_its_gate(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

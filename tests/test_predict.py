@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -93,6 +94,23 @@ def test_the_results_are_those_of_evaluate(model: Path, folder: Path) -> None:
     assert sorted(path.name for path in (folder / "out").iterdir()) == ["images.json", "results.json"]
     loaded = COCO(folder / "out" / "images.json").loadRes(str(folder / "out" / "results.json"))
     assert len(loaded.anns) == len(results)
+
+
+@pytest.mark.filterwarnings("ignore:.*objects have no mask")
+def test_a_model_whose_settings_rescore(model: Path, folder: Path) -> None:
+    data = make_coco(folder, sizes_hw=[(64, 80), (48, 96)])
+    own = Path(shutil.copytree(model, folder / "own"))
+    settings = load(own / "config.json")
+    settings["inference"]["rescore"] = True
+    (own / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    for name, each in (("plain.json", model), ("rescored.json", own)):
+        found = folder / name
+        evaluate_run(each, annotations=data.annotations, images=data.images, detections=found, progress=False)
+    plain, rescored = load(folder / "plain.json"), load(folder / "rescored.json")
+    assert 10 < len(plain) == len(rescored)
+    assert sum(one["score"] for one in rescored) < sum(one["score"] for one in plain)
+    predict(own, "images", "--out", "out", "--no-overlays")
+    assert load(folder / "out" / "results.json") == rescored
 
 
 def test_batches_do_not_matter(model: Path, folder: Path) -> None:

@@ -15,7 +15,7 @@ from semiseg.config.former import with_present_keys
 from semiseg.engine.logs import read_log
 from semiseg.engine.run import git_revision
 from semiseg.errors import UserError
-from semiseg.results import Result, append, latest, read
+from semiseg.results import EDGE_NUMBERS, Result, append, latest, read
 from tests.committed import committed_records
 
 RESULT = Result(
@@ -70,6 +70,13 @@ def test_the_same_result_is_recorded_once_and_a_newer_one_wins(tmp_path: Path) -
         ({"metrics": {"instances": 5}}, "'metrics': 'instances' is 5, allowed"),
         ({"metrics": {"instances": ["a"]}}, r"'metrics': 'instances' is \["),
         ({"metrics": {"instances": {"a": "x"}}}, "'metrics': 'instances' is "),
+        (
+            {"edges": {"seen": {}}},
+            "'edges': 'seen' is {}, allowed: 'seen' and 'unseen' with calibration_error, ",
+        ),
+        ({"edges": {"all": dict.fromkeys(EDGE_NUMBERS, 1.0)}}, "'edges': 'all' is .*, allowed: 'seen' and 'unseen'"),
+        ({"edges": {"seen": dict.fromkeys({*EDGE_NUMBERS, "x"}, 1.0)}}, "'edges': 'seen' is .*, allowed"),
+        ({"edges": {"seen": dict.fromkeys(EDGE_NUMBERS, "1")}}, "'edges.seen.*number"),
         ({"finished": "yesterday"}, "'finished': .*yesterday"),
         ({"finished": "2025-01-01T00:00:00"}, "'finished': expected a time with its zone"),  # could not be compared
         ({"finished": 5}, "'finished': .*string"),

@@ -168,3 +168,4 @@ class InferenceConfig(Section):
     candidates_per_level: PositiveInt = 1000
     nms_threshold: Probability = 0.6
     max_detections: PositiveInt = 100
+    rescore: bool = False  # at last, a score times the mean probability of its mask's cells above one half

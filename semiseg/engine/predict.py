@@ -7,7 +7,7 @@ together, since norms that look at the whole map (GroupNorm) would see the paddi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,10 +22,11 @@ from semiseg.engine.checkpoint import ModelInfo, load_model_folder
 from semiseg.errors import UserError
 from semiseg.models.build import build_model
 from semiseg.models.detectors.select import select_detections
-from semiseg.models.paste import iter_masks, to_output_boxes
+from semiseg.models.paste import MASK_THRESHOLD, iter_masks, to_output_boxes
 from semiseg.models.segmenter import Segmenter
+from semiseg.structures.grids import WholeMap
 from semiseg.structures.inputs import pad_images
-from semiseg.structures.outputs import Detections
+from semiseg.structures.outputs import Candidates, DenseOutputs, Detections
 
 # Padded pixels of one forward, or one image: three of 800 x 1333. With ResNet-50 about 1.5 GB.
 FORWARD_PIXELS = 2**22
@@ -143,6 +144,8 @@ def find_instances(
         )
         for number, candidates in zip(numbers, chosen, strict=True):
             input_hw, output_hw = sizes[number], output_sizes[number]
+            if limits.rescore:
+                candidates = _rescored(network, outputs, candidates, input_hw)
             yield ImageDetections(
                 number=number,
                 output_hw=output_hw,
@@ -151,6 +154,22 @@ def find_instances(
                 labels=candidates.labels,
                 masks=iter_masks(network, outputs, candidates.queries, input_hw, output_hw),
             )
+
+
+def _rescored(
+    network: Segmenter, outputs: DenseOutputs, candidates: Candidates, input_hw: tuple[int, int]
+) -> Candidates:
+    """The candidates with scores by which their masks count, too (`InferenceConfig.rescore`), best first again."""
+    predicted = network.predict_masks(outputs, candidates.queries)
+    probability = predicted.logits.float().sigmoid()
+    if isinstance(predicted.grid, WholeMap):  # the padding's cells are not the image's
+        rows, columns = (-(-side // predicted.grid.stride) for side in input_hw)
+        probability = probability[:, :rows, :columns]
+    inside = probability > MASK_THRESHOLD
+    mean = (probability * inside).sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)
+    scores, order = (candidates.scores * mean).sort(descending=True, stable=True)
+    moved = {name: getattr(candidates.queries, name)[order] for name in ("location_index", "boxes_xyxy", "labels")}
+    return Candidates(scores, replace(candidates.queries, **moved))
 
 
 def each_image(
