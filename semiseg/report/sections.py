@@ -59,7 +59,8 @@ def answer(tables: Sequence[TableNumbers]) -> str:
         if learned:
             text += f". Learned affinity closes {'; '.join(_gap_clause(numbers, LEARNED) for numbers in learned)}"
     else:
-        text = "; ".join(_best_clause(numbers) for numbers in tables)
+        titles = [f"{escape_markdown(numbers.table.title)}: " if len(tables) > 1 else "" for numbers in tables]
+        text = "; ".join(title + _best_clause(numbers) for title, numbers in zip(titles, tables, strict=True))
     notes = []
     if any(gap.row == BEST and gap.image_interval for numbers in asked for gap in numbers.gaps):
         notes.append("in brackets: 95 % interval over images")
