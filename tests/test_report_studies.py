@@ -129,6 +129,13 @@ def test_tables_2_and_3_are_told_row_by_row(tmp_path: Path) -> None:
     assert "`full-masks`: masks of every class, Dice: the upper bound, which the paper leaves out" in text
 
 
+def test_an_answer_names_the_tables_it_is_about(tmp_path: Path) -> None:
+    text = page("shapes_fractions", {"neither": 9.0, "projection+pairwise": 33.0, "learned": 34.0}, tmp_path, seeds=[0])
+    best = "highest mean mask AP: projection + learned affinity 34.0, then projection + pairwise 33.0"
+    assert f"**Answer.** 1 % of the masks: {best}" in text
+    assert f"; 50 % of the masks: {best}" in text
+
+
 def test_table_4_on_coco_itself(tmp_path: Path) -> None:
     ap = {"condinst-r50": 37.0, "boxinst-r50-3x": 32.0, "boxinst-r101-3x": 33.5, "boxinst-r101-1x-noaug": 31.0}
     text = page("coco_table4", ap, tmp_path)
