@@ -18,6 +18,7 @@ from semiseg.config import RunConfig
 from semiseg.engine.build import build_step
 from semiseg.losses.boxinst import box_cells, cell_profiles
 from semiseg.losses.terms import DETECTION_LOSSES
+from semiseg.models.build import mask_stride
 from semiseg.structures.inputs import Batch, Supervision
 from semiseg.studies.file import load_study, study_runs
 
@@ -60,7 +61,9 @@ def prepare(side: Side, sizes: Sizes, place: Place) -> Task:
     step = build_step(config, num_classes=sizes["classes"]).to(memory_format=torch.channels_last).train()
     if step.affinity is not None:
         half_open(step.affinity)
-    batch = mixed_batch(sizes, config.model.mask_head.stride)
+    stride = mask_stride(config.model)
+    assert stride is not None
+    batch = mixed_batch(sizes, stride)
 
     def run() -> Tensor:
         step.zero_grad(set_to_none=True)

@@ -27,7 +27,7 @@ from semiseg.structures.transfer import send
 from tests.forked import start
 from tests.host_syncs import HostSyncs
 from tests.test_train import without_instances
-from tests.tiny import tiny_config
+from tests.tiny import HEADS, some_masks, tiny_config
 
 BATCH, STEPS = 8, 4
 LEARNED = {"box": "projection+learned", "affinity": "learned"}
@@ -50,9 +50,10 @@ def cuts_of(processes: int) -> list[tuple[str, int]]:
     """(norm of the mask branch, images_per_process) of the runs of a group.
 
     `bn` normalises over the images of one process and part, two of them in each group. `learned` is `gn` with learned
-    affinity, its gate half open.
+    affinity, its gate half open; the other mask heads have no norm over images.
     """
-    return [("frozen_bn", 0), ("bn", 2), ("learned", 0), *(("gn", images) for images in CUTS[processes])]
+    others = [(head, 0) for head in HEADS if head != "dynamic"]
+    return [("frozen_bn", 0), ("bn", 2), ("learned", 0), *others, *(("gn", images) for images in CUTS[processes])]
 
 
 def small_run(root: Path, **sections: Any) -> RunConfig:
@@ -70,9 +71,8 @@ def without_masks(batch: Batch, images: list[int]) -> Batch:
     changed = replace(
         targets,
         supervision=torch.where(chosen, torch.full_like(targets.supervision, Supervision.BOX), targets.supervision),
-        masks=targets.masks[kept],
         mask_instance=targets.mask_instance[kept],
-        mask_weight=targets.mask_weight[kept],
+        **some_masks(targets, kept),
     )
     return replace(batch, targets=changed)
 
@@ -88,7 +88,7 @@ def several_steps(root: Path, out: Path, *, norm: str, images_per_process: int) 
     learned = norm == "learned"
     config = small_run(
         root,
-        model={"mask_head.branch_norm": "gn" if learned else norm},
+        model={"mask_head": HEADS.get(norm, {"branch_norm": "gn" if learned else norm})},
         objective=LEARNED if learned else {},
         runtime={"images_per_process": images_per_process},
     )
@@ -112,7 +112,9 @@ def several_steps(root: Path, out: Path, *, norm: str, images_per_process: int) 
         both = torch.stack([report.losses, report.weighted]).double()
         losses.append(accelerator.reduce(both, reduction="mean").clone())
         targets = [part.targets for part in parts if part.targets is not None]
-        held.append(gather_object([(sum(t.num_instances for t in targets), sum(len(t.masks) for t in targets))]))
+        held.append(
+            gather_object([(sum(t.num_instances for t in targets), sum(len(t.mask_instance) for t in targets))])
+        )
     weights = torch.cat([value.detach().flatten() for value in state.step_module.parameters()])
     gate = None if state.step_module.affinity is None else state.step_module.affinity.sums
     return {"gate": gate, "parts": state.parts, "losses": torch.stack(losses), "weights": weights, "held": held}

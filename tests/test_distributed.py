@@ -51,7 +51,8 @@ def test_losses_and_weights_do_not_depend_on_processes_and_parts(
     one, other = groups[1]["steps"][norm, reference], groups[processes]["steps"][norm, images]
     assert (one["parts"], other["parts"]) == (4 if norm == "bn" else 1, 8 // processes // images if images else 1)
     assert one["losses"].shape[0] == STEPS
-    torch.testing.assert_close(other["losses"], one["losses"], rtol=1e-6, atol=1e-7)
+    # Products with the prototypes of an image are rounded by how many instances of it a process has.
+    torch.testing.assert_close(other["losses"], one["losses"], rtol=1e-5 if norm == "prototypes" else 1e-6, atol=1e-7)
     assert largest(other["weights"] - one["weights"]) <= 1e-6 * largest(one["weights"])
     if norm == "learned":
         torch.testing.assert_close(other["gate"], one["gate"], rtol=1e-6, atol=0)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from semiseg.commands.known_classes import COCO_CLASSES
 from semiseg.config import RunConfig, learns_masks
-from semiseg.config.model import ResNetBackbone
+from semiseg.config.model import DynamicMaskHead, ResNetBackbone
 from semiseg.config.read import digest, merge, parse_config, read_toml
 from semiseg.engine.build import RunData, build_data, build_training_loader
 from semiseg.engine.optim import learning_rate
@@ -129,6 +129,7 @@ def test_table_4_is_the_papers_recipe() -> None:
         assert isinstance(config.model.backbone, ResNetBackbone)
         assert isinstance(config.model.backbone, ResNetBackbone)
         assert config.model.backbone.depth == (50 if "r50" in row else 101), row
+        assert isinstance(config.model.mask_head, DynamicMaskHead)
         assert config.model.mask_head.feature_channels == (8 if row.startswith("condinst") else 16), row
         assert config.supervision.source == ("masks" if row.startswith("condinst") else "boxes"), row
         assert (config.model.neck.kind, config.model.neck.channels) == (
@@ -147,6 +148,7 @@ def deformable_interval(config: RunConfig) -> int:
 def tiny(config: RunConfig, root: Path) -> RunConfig:
     """The run at the smallest size that keeps what defines it: supervision, objective, neck, kind of backbone."""
     values = config.model_dump(mode="json", exclude={"data", "optim", "runtime", "init_from"})
+    assert isinstance(config.model.mask_head, DynamicMaskHead)
     bottlenecks = deformable_interval(config) > 0
     small = {
         "mask_head.feature_channels": config.model.mask_head.feature_channels,

@@ -60,7 +60,7 @@ class BoxMasks(MaskHead):
 
 @pytest.fixture(autouse=True)
 def _second_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    def build_it(config: ModelConfig) -> MaskHead:
+    def build_it(config: ModelConfig, *, num_classes: int) -> MaskHead:
         return BoxMasks(config.neck.channels)
 
     monkeypatch.setattr(build, "build_mask_head", build_it)

@@ -42,7 +42,7 @@ from semiseg.errors import UserError, UserNotice
 from semiseg.losses.terms import COUNT_NAMES, LOSS_NAMES
 from semiseg.splits import load_split
 from semiseg.structures.inputs import Batch, Targets
-from tests.tiny import dynamic, tiny_config
+from tests.tiny import dynamic, some_masks, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +88,8 @@ def without_instances(batch: Batch, images: list[int]) -> Batch:
         labels=targets.labels[kept],
         image_index=targets.image_index[kept],
         supervision=targets.supervision[kept],
-        masks=targets.masks[kept_masks],
         mask_instance=number[targets.mask_instance[kept_masks]],
-        mask_weight=targets.mask_weight[kept_masks],
+        **some_masks(targets, kept_masks),
         crowd_boxes_xyxy=targets.crowd_boxes_xyxy,
         crowd_image_index=targets.crowd_image_index,
         mask_stride=targets.mask_stride,

@@ -15,6 +15,7 @@ from semiseg.config.read import merge, parse_config
 from semiseg.models.masks.dynamic import DynamicMasks
 from semiseg.models.segmenter import Segmenter
 from semiseg.structures.inputs import Targets
+from semiseg.structures.masks import MASK_BITS, EncodedMasks
 from semiseg.structures.outputs import MaskQueries
 
 TINY: dict[str, Any] = {
@@ -35,6 +36,15 @@ TINY: dict[str, Any] = {
     "inference": {"short_side": 64, "long_side": 64},
     "optim": {"optimizer": "sgd", "learning_rate": 0.01, "schedule": "constant", "steps": 4, "batch_size": 4},
     "runtime": {"workers": 0, "threads": 1, "tensorboard": False, "log_every": 1},
+}
+
+
+# The other mask heads at that size, to be laid over `TINY` as model.mask_head.
+HEADS: dict[str, dict[str, Any]] = {
+    "dynamic": {},
+    "prototypes": {"kind": "prototypes", "prototypes": 6, "channels": 8, "convs": 1},
+    "rays": {"kind": "rays", "rays": 12, "tower_convs": 1, "tower_groups": 4},
+    "regions": {"kind": "regions", "channels": 8, "convs": 1, "size": 7},
 }
 
 
@@ -60,6 +70,21 @@ def tiny_config(root: Path, **sections: dict[str, Any] | int | str | None) -> Ru
     values = merge(TINY, {"data": {"root": str(root)}})
     tables = {name: nested(value) if isinstance(value, dict) else value for name, value in sections.items()}
     return parse_config(RunConfig, merge(values, tables), where="tiny")
+
+
+def some_masks(targets: Targets, kept: Tensor) -> dict[str, Any]:
+    """`masks`, `encoded` and `mask_weight` of those masks of the targets that are kept (M,) bool."""
+    encoded = targets.encoded
+    if encoded is not None:
+        mask, changes = encoded.changes >> MASK_BITS, encoded.changes & (2**MASK_BITS - 1)
+        number = torch.cumsum(kept, 0) - 1
+        encoded = EncodedMasks(
+            changes=((number[mask] << MASK_BITS) + changes)[kept[mask]],
+            raster_hw=encoded.raster_hw[kept],
+            input_hw=encoded.input_hw[kept],
+            flipped=encoded.flipped[kept],
+        )
+    return {"masks": targets.masks[kept], "encoded": encoded, "mask_weight": targets.mask_weight[kept]}
 
 
 def make_queries(image_index: Sequence[int] | Tensor, location_index: Sequence[int] | Tensor) -> MaskQueries:

@@ -122,32 +122,96 @@ class DynamicMaskHead(Section):
         return self
 
 
+class PrototypeMaskHead(Section):
+    """YOLACT's: prototypes, shared by an image, which each object weighs; detections' masks are cut to their boxes."""
+
+    kind: Literal["prototypes"] = "prototypes"
+    prototypes: PositiveInt = 32
+    channels: PositiveInt = 256  # of the convolutions that make them, and their number before the features are doubled
+    convs: Layers = 3
+    feature_stride: PositiveInt = 8  # of the level that they are made from; theirs is half of it
+    stride: PositiveInt = 4  # of the mask logits
+    max_positives: PositiveInt = 64  # of an image whose mask is predicted in a step, shared out over its objects
+
+    @model_validator(mode="after")
+    def _strides_fit(self) -> PrototypeMaskHead:
+        if self.feature_stride not in (4, 8, 16) or self.feature_stride // 2 % self.stride:
+            raise ValueError("feature_stride must be 4, 8 or 16 and half of it a multiple of stride")
+        return self
+
+
+class RayMaskHead(Section):
+    """PolarMask's: how far a mask reaches from its location in evenly spaced directions."""
+
+    kind: Literal["rays"] = "rays"
+    rays: Annotated[int, Field(ge=3)] = 36
+    tower_convs: Layers = 4
+    tower_groups: PositiveInt = 32
+    stride: PositiveInt = 4  # of the mask logits that are drawn from the rays
+    softness: Annotated[float, Field(gt=0)] = 1.0  # cells of these over which a logit falls by 1
+    max_positives: PositiveInt = 64  # of an image whose mask is predicted in a step, shared out over its objects
+
+
+class RegionMaskHead(Section):
+    """Mask R-CNN's: convolutions on the features in each object's own box."""
+
+    kind: Literal["regions"] = "regions"
+    channels: PositiveInt = 256
+    convs: Layers = 4
+    size: PositiveInt = 14  # cells of the features in each direction; the mask has twice as many
+    # Width and height of the region by those of the box: what a box alone teaches lies at the border between them.
+    margin: Annotated[float, Field(ge=1)] = 1.25
+    class_agnostic: bool = True  # one mask for all classes, not one for each: unseen ones would learn from boxes alone
+    feature_stride: PositiveInt = 4  # of the finest level that features are taken from
+    max_positives: PositiveInt = 64  # objects of an image whose mask is predicted in a step
+
+    @model_validator(mode="after")
+    def _level_exists(self) -> RegionMaskHead:
+        if self.feature_stride not in (4, 8, 16):
+            raise ValueError("feature_stride must be 4, 8 or 16")
+        return self
+
+
 Backbone = Annotated[
     Annotated[ResNetBackbone, Tag("resnet")] | Annotated[SmallBackbone, Tag("small")], Discriminator(_kind("resnet"))
+]
+MaskHeadConfig = Annotated[
+    Annotated[DynamicMaskHead, Tag("dynamic")]
+    | Annotated[PrototypeMaskHead, Tag("prototypes")]
+    | Annotated[RayMaskHead, Tag("rays")]
+    | Annotated[RegionMaskHead, Tag("regions")],
+    Discriminator(_kind("dynamic")),
 ]
 Neck = Annotated[Annotated[FPNNeck, Tag("fpn")] | Annotated[BiFPNNeck, Tag("bifpn")], Discriminator(_kind("fpn"))]
 
 
 class ModelConfig(Section):
-    """FCOS + CondInst; the defaults are the paper's ResNet-50-FPN. pixel_mean, pixel_std: in RGB order."""
+    """The defaults are the paper's ResNet-50-FPN. pixel_mean, pixel_std: in RGB order."""
 
     backbone: Backbone = ResNetBackbone()
     neck: Neck = FPNNeck()
     detector: FCOSDetector = FCOSDetector()
-    mask_head: DynamicMaskHead = DynamicMaskHead()
+    mask_head: MaskHeadConfig = DynamicMaskHead()
     pixel_mean: Annotated[list[float], Field(min_length=3, max_length=3)] = [123.675, 116.28, 103.53]
     pixel_std: Annotated[list[Deviation], Field(min_length=3, max_length=3)] = [58.395, 57.12, 57.375]
 
     @model_validator(mode="after")
     def _parts_fit(self) -> ModelConfig:
-        strides, feature_stride = self.detector.strides, self.mask_head.feature_stride
+        strides, finest = self.detector.strides, self.finest_stride
         if self.neck.kind == "bifpn" and tuple(strides) != BIFPN_STRIDES:
             raise ValueError(f"neck 'bifpn' needs detector.strides {list(BIFPN_STRIDES)}, not {strides}")
-        if self.neck.kind == "bifpn" and feature_stride < BIFPN_STRIDES[0]:
-            raise ValueError(f"neck 'bifpn' has no mask_head.feature_stride {feature_stride}: take 8 or 16")
-        if self.neck.channels % self.detector.tower_groups:
-            raise ValueError("neck.channels must divide by detector.tower_groups")
+        if self.neck.kind == "bifpn" and finest < BIFPN_STRIDES[0]:
+            raise ValueError(f"neck 'bifpn' has no mask_head.feature_stride {finest}: take 8 or 16")
+        for name, part in (("detector", self.detector), ("mask_head", self.mask_head)):
+            if isinstance(part, FCOSDetector | RayMaskHead) and self.neck.channels % part.tower_groups:
+                raise ValueError(f"neck.channels must divide by {name}.tower_groups")
         return self
+
+    @property
+    def finest_stride(self) -> int:
+        """Of the levels of the pyramid that anything is made from."""
+        head = self.mask_head
+        return min(self.detector.strides[0], self.detector.strides[0] if head.kind == "rays" else head.feature_stride)
 
     @property
     def size_divisor(self) -> int:

@@ -105,7 +105,7 @@ class TrainStep(nn.Module):
         grid = self.model.mask_grid(targets.boxes_xyxy, size_hw)
         instances = instance_terms(targets, grid, objective=self.objective)
         # Quotas are shared out whatever the supervision; masks are then computed only where a term will use them.
-        quotas = torch.where(instances.used, quotas, torch.zeros_like(quotas))
+        quotas = torch.where(instances.used, quotas.clamp(max=self.model.mask_head.most_per_instance), 0)
         queries = sums_by_image(targets.image_index, quotas, num_images)
         sizes = loss_sizes(instances, quotas, objective=self.objective)
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from semiseg.config import ModelConfig
+from semiseg.config.model import DynamicMaskHead
 from semiseg.config.read import parse_config
 from semiseg.errors import UserError
 from semiseg.models.masks.dynamic import filter_shapes, num_filter_numbers
@@ -169,6 +170,7 @@ def _listed(numbers: Sequence[int]) -> str:
 def _check_constants(state: Mapping[str, Tensor], config: ModelConfig, where: str) -> None:
     """Refuses constants that a file may carry, and a mask head's size, that differ from those of this method."""
     head, boundaries = config.mask_head, config.detector.level_ranges
+    assert isinstance(head, DynamicMaskHead)
     ranges: list[float] = [*boundaries, 2 * boundaries[-1]]
     # the released files are of BGR models
     expected: dict[str, list[float]] = {

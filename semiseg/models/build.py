@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from semiseg.config.model import FPNNeck, ModelConfig, ResNetBackbone
+from semiseg.config.model import (
+    DynamicMaskHead,
+    FPNNeck,
+    ModelConfig,
+    PrototypeMaskHead,
+    RayMaskHead,
+    RegionMaskHead,
+    ResNetBackbone,
+)
 from semiseg.models.bifpn import BiFPN
 from semiseg.models.detectors.fcos import FCOSHead
 from semiseg.models.fpn import FeaturePyramid
 from semiseg.models.masks.dynamic import DynamicMasks, MaskBranch
 from semiseg.models.masks.head import MaskHead
+from semiseg.models.masks.prototypes import PrototypeMasks
+from semiseg.models.masks.rays import RayMasks
+from semiseg.models.masks.regions import RegionMasks
 from semiseg.models.resnet import BACKBONE_STRIDES, ResNetFeatures, SmallResNet, build_resnet, build_small_resnet
 from semiseg.models.segmenter import Segmenter
 
@@ -32,7 +43,7 @@ def build_model(config: ModelConfig, *, num_classes: int) -> Segmenter:
         backbone=backbone,
         neck=_build_neck(config, backbone.channels),
         detector=detector,
-        mask_head=build_mask_head(config),
+        mask_head=build_mask_head(config, num_classes=num_classes),
         strides=config.detector.strides,
         level_ranges=config.detector.level_ranges,
         pixel_mean=config.pixel_mean,
@@ -42,15 +53,50 @@ def build_model(config: ModelConfig, *, num_classes: int) -> Segmenter:
 
 def mask_stride(config: ModelConfig) -> int | None:
     """Stride in input pixels of the one grid of all masks; None where the mask head has a grid for each of them."""
-    return config.mask_head.stride
+    return None if isinstance(config.mask_head, RegionMaskHead) else config.mask_head.stride
 
 
-def build_mask_head(config: ModelConfig) -> MaskHead:
+def build_mask_head(config: ModelConfig, *, num_classes: int) -> MaskHead:
     """The mask head alone."""
-    head, ranges = config.mask_head, config.detector.level_ranges
+    head, channels = config.mask_head, config.neck.channels
+    match head:
+        case PrototypeMaskHead():
+            return PrototypeMasks(
+                channels,
+                prototypes=head.prototypes,
+                channels=head.channels,
+                convs=head.convs,
+                level_stride=head.feature_stride,
+                stride=head.stride,
+            )
+        case RayMaskHead():
+            return RayMasks(
+                channels,
+                rays=head.rays,
+                tower_convs=head.tower_convs,
+                groups=head.tower_groups,
+                strides=config.detector.strides,
+                stride=head.stride,
+                softness=head.softness,
+            )
+        case RegionMaskHead():
+            return RegionMasks(
+                channels,
+                num_masks=1 if head.class_agnostic else num_classes,
+                channels=head.channels,
+                convs=head.convs,
+                strides=[stride for stride in BACKBONE_STRIDES if stride >= head.feature_stride],
+                size=head.size,
+                margin=head.margin,
+            )
+        case DynamicMaskHead():
+            return _build_dynamic(head, channels, config.detector.level_ranges)
+
+
+def _build_dynamic(head: DynamicMaskHead, channels: int, ranges: Sequence[int]) -> DynamicMasks:
     level_strides = [stride for stride in BACKBONE_STRIDES if stride >= head.feature_stride]
     branch = MaskBranch(
-        config.neck.channels,
+        channels,
         num_levels=len(level_strides),
         channels=head.branch_channels,
         convs=head.branch_convs,
@@ -59,7 +105,7 @@ def build_mask_head(config: ModelConfig) -> MaskHead:
     )
     return DynamicMasks(
         branch=branch,
-        channels=config.neck.channels,
+        channels=channels,
         level_strides=level_strides,
         stride=head.stride,
         coordinate_ranges=[*map(float, ranges), 2.0 * ranges[-1]],
@@ -91,7 +137,7 @@ def _build_neck(config: ModelConfig, backbone_channels: Sequence[int]) -> Featur
         return FeaturePyramid(
             backbone_channels,
             neck.channels,
-            first_stride=min(strides[0], config.mask_head.feature_stride),
+            first_stride=config.finest_stride,
             last_stride=strides[-1],
         )
     return BiFPN(backbone_channels, neck.channels, repeats=neck.repeats, norm=neck.norm)

@@ -35,8 +35,8 @@ class FCOSHead(nn.Module):
     def __init__(self, channels: int, *, num_classes: int, num_levels: int, tower_convs: int, groups: int) -> None:
         super().__init__()
         self.num_classes = num_classes
-        self.class_tower = _tower(channels, tower_convs, groups)
-        self.box_tower = _tower(channels, tower_convs, groups)
+        self.class_tower = conv_tower(channels, tower_convs, groups)
+        self.box_tower = conv_tower(channels, tower_convs, groups)
         self.class_logits = nn.Conv2d(channels, num_classes, kernel_size=3, padding=1)
         self.box_distances = nn.Conv2d(channels, 4, kernel_size=3, padding=1)
         self.centreness = nn.Conv2d(channels, 1, kernel_size=3, padding=1)
@@ -68,7 +68,8 @@ class FCOSHead(nn.Module):
         return LevelPrediction(class_logits, box_distances, centreness_logits, box_tower)
 
 
-def _tower(channels: int, convs: int, groups: int) -> nn.Sequential:
+def conv_tower(channels: int, convs: int, groups: int) -> nn.Sequential:
+    """So many 3x3 convolutions, each with GroupNorm and ReLU behind it."""
     layers: list[nn.Module] = []
     for _ in range(convs):
         layers.append(nn.Conv2d(channels, channels, kernel_size=3, padding=1))

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchvision.ops import Conv2dNormActivation
 
 from semiseg.config.model import Norm
-from semiseg.models.detectors.fcos import HEAD_STD, flatten_levels, neighbourhoods
-from semiseg.models.masks.head import MaskHead
+from semiseg.models.detectors.fcos import HEAD_STD, flatten_levels
+from semiseg.models.masks.head import MaskHead, convolve_at
 from semiseg.models.norms import norm_layer
 from semiseg.models.upsample import aligned_upsample
 from semiseg.structures.grids import WholeMap
@@ -129,17 +128,10 @@ class DynamicMasks(MaskHead):
         )
 
     def filters(self, outputs: DenseOutputs, queries: MaskQueries) -> Tensor:
-        """The filters (Q, D) of the queried locations: weights of all layers, then biases.
-
-        The controller is a 3x3 convolution. It is computed where a mask is wanted only, a few hundred of the many
-        thousand locations, as a product with the 3x3 features around each.
-        """
+        """The filters (Q, D) of the queried locations: weights of all layers, then biases."""
         inputs: DynamicInputs = outputs.mask_inputs
         height, width = (side * self.feature_stride for side in inputs.mask_features.shape[-2:])
-        around, exists = neighbourhoods(outputs.locations, queries.location_index, (height, width))
-        patches = inputs.filter_features[queries.image_index[:, None], around] * exists[:, :, None]  # (Q, 9, C)
-        weight = self.controller.weight.permute(0, 2, 3, 1).flatten(1)  # (D, 9 C)
-        return F.linear(patches.flatten(1), weight, self.controller.bias)
+        return convolve_at(self.controller, inputs.filter_features, outputs, queries, (height, width))
 
 
 def _controller(channels: int, numbers: int) -> nn.Conv2d:

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from semiseg.models.detectors.fcos import neighbourhoods
 from semiseg.structures.grids import MaskGrid
 from semiseg.structures.outputs import DenseOutputs, MaskLogits, MaskQueries
 
@@ -17,6 +19,7 @@ class MaskHead(nn.Module, ABC):
 
     edge_channels: int | None = None  # of `edge_features`; None = this head has none
     edge_stride: int = 1  # input pixels per cell of theirs
+    most_per_instance: int = 2**31  # queries of one in training, where more of them would ask for the same mask
 
     @abstractmethod
     def forward(self, levels: Mapping[int, Tensor], box_towers: Sequence[Tensor]) -> Any:
@@ -50,3 +53,19 @@ class MaskHead(nn.Module, ABC):
     def compiled_parts(self) -> Sequence[nn.Module]:
         """The parts whose work follows from the size of the images alone."""
         return ()
+
+
+def convolve_at(
+    conv: nn.Conv2d, features: Tensor, outputs: DenseOutputs, queries: MaskQueries, padded_hw: tuple[int, int]
+) -> Tensor:
+    """A 3x3 convolution at the queried locations alone: (Q, out).
+
+    A few hundred of the many thousand locations: a product with the 3x3 features around each.
+
+    Args:
+        features: (B, R, channels), of all locations.
+        padded_hw: height and width of the padded images in input pixels.
+    """
+    around, exists = neighbourhoods(outputs.locations, queries.location_index, padded_hw)
+    patches = features[queries.image_index[:, None], around] * exists[:, :, None]  # (Q, 9, channels)
+    return F.linear(patches.flatten(1), conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias)

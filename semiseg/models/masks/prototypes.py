@@ -1,0 +1,133 @@
+"""YOLACT's mask head: maps that the instances of an image share, and for every instance a weight of each.
+
+In training a mask is the whole map, in evaluation it ends a cell beyond its box. Cut to the box in training, too, a
+mask that fills its box would satisfy every loss of a box: only cells outside of it teach the background.
+Source: YOLACT (Bolya et al. 2019), section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from semiseg.models.detectors.fcos import flatten_levels
+from semiseg.models.masks.head import MaskHead, convolve_at
+from semiseg.models.upsample import aligned_upsample
+from semiseg.structures.grids import WholeMap
+from semiseg.structures.inputs import grid_size, require
+from semiseg.structures.outputs import DenseOutputs, MaskLogits, MaskQueries
+
+
+@dataclass(frozen=True)
+class PrototypeInputs:
+    """What masks are made from, of a batch; see `DenseOutputs.mask_inputs`."""
+
+    weight_features: Tensor  # (B, R, F'), from which a location's weights are computed when a mask is wanted there
+    prototypes: Tensor  # (B, K, h, w), at least 0
+    wide_features: Tensor | None = None  # (B, F, h, w) what these were reduced from; None in a training without masks
+
+    def __post_init__(self) -> None:
+        require(self.weight_features.ndim == 3, "weight_features must be (B, R, F')")
+        require(self.prototypes.shape[0] == len(self.weight_features), "prototypes must be (B, K, h, w)")
+
+
+class PrototypeMasks(MaskHead):
+    """Prototypes from one level of the pyramid, their weights from the features of the box tower.
+
+    Attributes:
+        level_stride, edge_stride, stride: input pixels per cell of the level, the prototypes and the predicted masks.
+        learns: False in a training that has no mask loss.
+    """
+
+    def __init__(
+        self, in_channels: int, *, prototypes: int, channels: int, convs: int, level_stride: int, stride: int
+    ) -> None:
+        super().__init__()
+        self.level_stride, self.edge_stride, self.stride = level_stride, level_stride // 2, stride
+        self.edge_channels = channels
+        widths = [in_channels, *[channels] * convs]
+        self.before = nn.Sequential(*(_conv(*ends) for ends in pairwise(widths)))
+        self.after = _conv(widths[-1], channels)
+        self.prototypes = nn.Conv2d(channels, prototypes, kernel_size=1)
+        self.weights = nn.Conv2d(in_channels, prototypes, kernel_size=3, padding=1)
+        self.learns = True
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight)
+                assert module.bias is not None
+                nn.init.zeros_(module.bias)
+
+    def freeze(self) -> None:
+        """The prototypes are not computed in such a training."""
+        self.learns = False
+        self.requires_grad_(False)
+
+    def compiled_parts(self) -> Sequence[nn.Module]:
+        """What makes the prototypes."""
+        return (self.before, self.after)
+
+    def forward(self, levels: Mapping[int, Tensor], box_towers: Sequence[Tensor]) -> PrototypeInputs:
+        """As `MaskHead.forward`; the prototypes are 0 in a training without masks."""
+        level = levels[self.level_stride]
+        if self.training and not self.learns:
+            batch, _, height, width = level.shape
+            nothing = level.new_zeros(batch, self.prototypes.out_channels, 2 * height, 2 * width)
+            return PrototypeInputs(flatten_levels(box_towers), nothing)
+        wide = self.after(aligned_upsample(self.before(level), 2).relu())
+        return PrototypeInputs(flatten_levels(box_towers), self.prototypes(wide).relu(), wide)
+
+    def edge_features(self, outputs: DenseOutputs) -> Tensor:
+        """The features before they become prototypes."""
+        inputs: PrototypeInputs = outputs.mask_inputs
+        if inputs.wide_features is None:
+            raise ValueError("a training without masks has no features of edges")
+        return inputs.wide_features
+
+    def grid(self, boxes_xyxy: Tensor, padded_size_hw: tuple[int, int]) -> WholeMap:
+        """The whole padded map at `stride`, whatever the boxes."""
+        return WholeMap(self.stride, grid_size(padded_size_hw, self.stride))
+
+    def predict_masks(self, outputs: DenseOutputs, queries: MaskQueries) -> MaskLogits:
+        """As `MaskHead.predict_masks`; in evaluation a mask is 0 beyond its box and a cell around it."""
+        inputs: PrototypeInputs = outputs.mask_inputs
+        height, width = (side * self.edge_stride for side in inputs.prototypes.shape[-2:])
+        weights = convolve_at(self.weights, inputs.weight_features, outputs, queries, (height, width)).tanh()
+        with torch.autocast(weights.device.type, enabled=False):
+            logits = weighted_sums(inputs.prototypes.float(), weights.float(), queries)
+            logits = aligned_upsample(logits.unsqueeze(1), self.edge_stride // self.stride).squeeze(1)
+        if not self.training:
+            logits = logits.masked_fill(~inside_boxes(queries.boxes_xyxy, self.stride, logits.shape), float("-inf"))
+        grid = WholeMap(self.stride, (logits.shape[1], logits.shape[2]))
+        return MaskLogits(logits, queries.image_index, queries.instance_index, grid)
+
+
+def weighted_sums(prototypes: Tensor, weights: Tensor, queries: MaskQueries) -> Tensor:
+    """Sums (Q, h, w) of each query's own image's prototypes (B, K, h, w) by its weights (Q, K).
+
+    One product for each image: prototypes are never copied. Without queries still on the graph of both.
+    """
+    counts, order = queries.counts, None
+    if counts is None:
+        counts = tuple(torch.bincount(queries.image_index, minlength=len(prototypes)).tolist())
+        order = torch.argsort(queries.image_index, stable=True)
+        weights = weights[order]
+    by_image = zip(weights.split(list(counts)), prototypes.flatten(2), strict=True)
+    sums = torch.cat([own @ maps for own, maps in by_image]).view(-1, *prototypes.shape[-2:])
+    return sums if order is None else sums[torch.argsort(order)]
+
+
+def inside_boxes(boxes_xyxy: Tensor, stride: int, shape: Sequence[int]) -> Tensor:
+    """Which cells (Q, h, w) stand in their query's box (Q, 4) or at most a cell away from it."""
+    x0, y0, x1, y1 = boxes_xyxy[:, :, None].unbind(1)  # (Q, 1) each
+    rows, columns = (torch.arange(side, device=x0.device) * stride + stride // 2 for side in shape[-2:])
+    across = (columns >= x0 - stride) & (columns <= x1 + stride)
+    down = (rows >= y0 - stride) & (rows <= y1 + stride)
+    return down[:, :, None] & across[:, None, :]
+
+
+def _conv(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, kernel_size=3, padding=1), nn.ReLU())

@@ -1,0 +1,362 @@
+"""Every mask head with every kind of supervision, and each beside plain loops and known values."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck
+from torch.nn import functional as F
+
+from semiseg.config import RunConfig
+from semiseg.config.read import read_json
+from semiseg.engine.checkpoint import load_tensors
+from semiseg.engine.logs import read_log
+from semiseg.engine.run import execute_run
+from semiseg.errors import UserError
+from semiseg.losses.boxinst import projection_loss
+from semiseg.losses.regions import region_cells
+from semiseg.models.build import build_model
+from semiseg.models.masks.prototypes import PrototypeMasks, inside_boxes, weighted_sums
+from semiseg.models.masks.rays import RayMasks, draw_rays
+from semiseg.models.masks.regions import RegionMasks
+from semiseg.models.segmenter import Segmenter
+from semiseg.structures.grids import Regions, WholeMap
+from semiseg.structures.outputs import DenseOutputs, MaskQueries
+from tests.distributed_worker import LEARNED
+from tests.test_poison import everything, make_data
+from tests.test_train import first_batches, fresh_step, losses_and_gradients, same_in_two_parts, without_instances
+from tests.tiny import HEADS, make_queries, tiny_config
+
+OTHERS = [name for name in HEADS if name != "dynamic"]
+SUPERVISION: dict[str, dict[str, Any]] = {
+    "full": {"supervision": {"source": "masks", "split": None}},
+    "mixed": {},
+    "box-only": {"supervision": {"source": "boxes", "split": None}},
+    "none": {"objective": {"box": "none"}},
+}
+USED = {
+    "full": {"dice"},
+    "mixed": {"dice", "projection", "pairwise"},
+    "box-only": {"projection", "pairwise"},
+    "none": {"dice"},
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("shapes")
+
+
+def config_of(root: Path, head: str, **sections: Any) -> RunConfig:
+    return tiny_config(root, model={"mask_head": HEADS[head]}, **sections)
+
+
+# Every head, every kind of supervision -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("supervision", SUPERVISION)
+@pytest.mark.parametrize("head", OTHERS)
+def test_it_learns(root: Path, head: str, supervision: str) -> None:
+    config = config_of(root, head, **SUPERVISION[supervision])
+    step = fresh_step(config)
+    (batch,) = first_batches(config, 1)
+    plan = step.plan(batch)
+    optimizer = torch.optim.Adam(step.parameters(), lr=0.005)
+    totals = []
+    for _ in range(25):
+        terms = step(batch, plan, plan.counts, warmup=1.0, processes=1)
+        terms.total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        totals.append({name: float(value.detach()) for name, value in terms.weighted.items()})
+    masks = {name: value for name, value in totals[0].items() if name in ("dice", "projection", "pairwise")}
+    assert {name for name, value in masks.items() if value > 0} == USED[supervision]
+    assert sum(totals[-1][name] for name in masks) < 0.9 * sum(masks.values())
+
+
+@pytest.mark.parametrize("supervision", SUPERVISION)
+@pytest.mark.parametrize("head", OTHERS)
+def test_parts_of_a_batch_change_nothing(root: Path, head: str, supervision: str) -> None:
+    whole = config_of(root, head, **SUPERVISION[supervision])
+    halves = config_of(root, head, optim={"accumulation": 2}, **SUPERVISION[supervision])
+    same_in_two_parts(fresh_step(whole), whole, halves)
+
+
+@pytest.mark.parametrize("empty", [[0], [0, 1, 2, 3]])
+@pytest.mark.parametrize("head", OTHERS)
+def test_images_without_instances(root: Path, head: str, empty: list[int]) -> None:
+    config = config_of(root, head)
+    module = fresh_step(config)
+    losses, _ = losses_and_gradients(module, [without_instances(first_batches(config, 1)[0], empty)])
+    assert torch.isfinite(losses).all()
+    for name, parameter in module.named_parameters():
+        assert parameter.grad is not None, f"{name} got no gradient: it would hang data parallelism"
+        assert torch.isfinite(parameter.grad).all()
+
+
+@pytest.mark.parametrize("head", OTHERS)
+def test_it_is_evaluated_and_resumes_to_the_bit(root: Path, tmp_path: Path, head: str) -> None:
+    config = config_of(root, head, runtime={"checkpoint_every": 2})
+    execute_run(config, out=tmp_path / "whole", progress=False)
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    for name in ("checkpoints/step_00000004.pt", "result.json"):
+        (tmp_path / "cut" / name).unlink()
+    shutil.rmtree(tmp_path / "cut" / "model")
+    execute_run(config, out=tmp_path / "cut", progress=False)
+    whole, cut = (load_tensors(tmp_path / name / "checkpoints" / "step_00000004.pt") for name in ("whole", "cut"))
+    assert all(torch.equal(value, cut["model"][name]) for name, value in whole["model"].items())
+    results = [read_json(tmp_path / name / "result.json")["metrics"] for name in ("whole", "cut")]
+    assert results[0] == results[1]
+    assert results[0]["segm"] is not None
+    assert any(line["losses"]["dice"] > 0 for line in read_log(tmp_path / "whole" / "log.jsonl") if "losses" in line)
+
+
+@pytest.mark.parametrize("head", OTHERS)
+def test_withheld_masks_change_nothing(tmp_path: Path, head: str) -> None:
+    changed = {"model": config_of(tmp_path, head).model}
+    clean = everything(make_data(tmp_path / "clean", poisoned=False).model_copy(update=changed))
+    poisoned = everything(make_data(tmp_path / "poisoned", poisoned=True).model_copy(update=changed))
+    targets = [batch.targets for batch in clean[0] if batch.targets]
+    assert 0 < sum(len(each.mask_instance) for each in targets) < sum(each.num_instances for each in targets)
+    assert clean[1] == poisoned[1]
+    assert torch.equal(clean[2], poisoned[2])
+
+
+@pytest.mark.parametrize("head", OTHERS)
+def test_a_detector_alone_trains_nothing_of_it(root: Path, head: str) -> None:
+    config = config_of(root, head, supervision={"source": "boxes", "split": None}, objective={"box": "none"})
+    module = fresh_step(config)
+    losses, _ = losses_and_gradients(module, first_batches(config, 1))
+    assert losses[3:].count_nonzero() == 0 < losses[:3].min()
+    assert not any(parameter.requires_grad for parameter in module.model.mask_head.parameters())
+
+
+def test_learned_affinity_takes_features_of_whole_images(root: Path) -> None:
+    losses, _ = losses_and_gradients(
+        fresh_step(config_of(root, "prototypes", objective=LEARNED)),
+        first_batches(config_of(root, "prototypes", objective=LEARNED), 1),
+    )
+    assert losses[-1] > 0
+    for head in ("rays", "regions"):
+        with pytest.raises(UserError, match=f"needs a mask head with features of whole images, not '{head}'"):
+            fresh_step(config_of(root, head, objective=LEARNED))
+
+
+@pytest.mark.parametrize(
+    ("head", "wrong", "told"),
+    [
+        ("prototypes", {"stride": 3}, "feature_stride must be 4, 8 or 16 and half of it a multiple of stride"),
+        ("prototypes", {"branch_channels": 8}, "unknown key 'model.mask_head.branch_channels'"),
+        ("rays", {"tower_groups": 5}, "neck.channels must divide by mask_head.tower_groups"),
+        ("rays", {"rays": 2}, "'model.mask_head.rays'.*greater than or equal to 3"),
+        ("regions", {"feature_stride": 2}, "feature_stride must be 4, 8 or 16"),
+        ("regions", {"margin": 0.9}, "'model.mask_head.margin'.*greater than or equal to 1"),
+        ("dynamic", {"kind": "boxes"}, "'model.mask_head.kind'.*'dynamic', 'prototypes', 'rays'"),
+    ],
+)
+def test_what_does_not_fit_is_told(head: str, wrong: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        tiny_config(Path(), model={"mask_head": {**HEADS[head], **wrong}})
+
+
+# Each beside plain loops and known values ----------------------------------------------------------------------------
+
+
+def network(head: str, **changed: Any) -> Segmenter:
+    torch.manual_seed(1)
+    model = build_model(tiny_config(Path(), model={"mask_head": HEADS[head] | changed}).model, num_classes=3)
+    for parameter in model.mask_head.parameters():
+        parameter.data.normal_(std=0.3)
+    return model
+
+
+def outputs_of(model: Segmenter) -> DenseOutputs:
+    images = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    outputs: DenseOutputs = model(images, torch.tensor([[64, 96], [60, 90]]))
+    return outputs
+
+
+def queries_at(boxes: Tensor, labels: list[int] | None = None) -> MaskQueries:
+    """Locations of all three levels (96, 24 and 6 cells) and of the corners, the images not in their order."""
+    locations, images = torch.tensor([0, 95, 50, 96, 119, 125]), torch.tensor([1, 0, 1, 0, 0, 1])
+    return MaskQueries(images, locations, torch.arange(6), boxes, torch.tensor(labels or [0] * 6))
+
+
+BOXES = torch.tensor(
+    [[4.0, 4, 40, 30], [0, 0, 96, 64], [30, 10, 31, 50], [60, 40, 90, 60], [-8, -8, 20, 20], [2, 2, 9, 9]]
+)
+
+
+def test_prototypes_are_weighted_by_a_convolution_of_the_box_tower() -> None:
+    model = network("prototypes").train()
+    head = model.mask_head
+    assert isinstance(head, PrototypeMasks)
+    outputs, queries = outputs_of(model), queries_at(BOXES)
+    masks = model.predict_masks(outputs, queries)
+    assert masks.grid == WholeMap(4, (16, 24))
+    features = outputs.mask_inputs.weight_features.transpose(1, 2)  # (B, F', R)
+    maps = [
+        part.unflatten(2, size)
+        for part, size in zip(features.split([96, 24, 6], 2), [(8, 12), (4, 6), (2, 3)], strict=True)
+    ]
+    everywhere = torch.cat([head.weights(each).flatten(2) for each in maps], dim=2).tanh()
+    for query in range(6):
+        image, location = int(queries.image_index[query]), int(queries.location_index[query])
+        weights = everywhere[image, :, location]
+        expected = sum(
+            weight * each for weight, each in zip(weights, outputs.mask_inputs.prototypes[image], strict=True)
+        )
+        torch.testing.assert_close(masks.logits[query], expected, rtol=1e-4, atol=1e-5)
+    assert outputs.mask_inputs.prototypes.min() == 0 < outputs.mask_inputs.prototypes.max()
+
+    model.eval()
+    cut = model.predict_masks(outputs_of(model), queries).logits
+    for query, (x0, y0, x1, y1) in enumerate(BOXES.tolist()):
+        for row in range(16):
+            for column in range(24):
+                y, x = 4 * row + 2, 4 * column + 2
+                inside = x0 - 4 <= x <= x1 + 4 and y0 - 4 <= y <= y1 + 4
+                assert bool(cut[query, row, column].isfinite()) == inside
+
+
+def test_known_sums_of_prototypes() -> None:
+    prototypes = torch.tensor([[[[1.0, 0], [0, 2]], [[3, 1], [0, 0]]]])
+    sums = weighted_sums(prototypes, torch.tensor([[0.5, -0.25]]), make_queries([0], [0]))
+    torch.testing.assert_close(sums, torch.tensor([[[-0.25, -0.25], [0.0, 1.0]]]))
+    assert inside_boxes(torch.tensor([[4.0, 4, 8, 8]]), 4, (4, 4))[0].sum() == 9
+
+
+def test_a_mask_that_fills_its_box_is_only_anchored_outside_of_it() -> None:
+    """Why prototypes are not cut in training, and why regions have a margin: a full box satisfies what ends there."""
+    boxes = torch.tensor([[8.0, 8, 40, 40]])
+    sums = {}
+    for margin in (1.0, 1.25):
+        regions = network("regions", margin=margin).mask_grid(boxes, (64, 64))
+        assert isinstance(regions, Regions)
+        sums[margin] = float(projection_loss(torch.full((1, 14, 14), 20.0), region_cells(boxes, regions)))
+    assert sums[1.0] == pytest.approx(0, abs=1e-5)
+    assert sums[1.25] == pytest.approx(2 * (1 - 2 * 12 / (12 + 14)), abs=1e-4)  # 12 of 14 rows and columns
+
+
+def test_rays_are_a_convolution_of_their_tower_in_strides() -> None:
+    model = network("rays")
+    model.requires_grad_(False)
+    head = model.mask_head
+    assert isinstance(head, RayMasks)
+    outputs, queries = outputs_of(model), queries_at(BOXES)
+    features = outputs.mask_inputs.features.transpose(1, 2)
+    maps = [
+        part.unflatten(2, size)
+        for part, size in zip(features.split([96, 24, 6], 2), [(8, 12), (4, 6), (2, 3)], strict=True)
+    ]
+    everywhere = torch.cat(
+        [
+            (head.level_scales[level] * head.rays(each)).exp().flatten(2) * stride
+            for level, (each, stride) in enumerate(zip(maps, (8, 16, 32), strict=True))
+        ],
+        dim=2,
+    )
+    distances = head.distances(outputs, queries)
+    expected = everywhere[queries.image_index, :, queries.location_index]
+    torch.testing.assert_close(distances, expected, rtol=1e-4, atol=1e-4)
+    masks = model.predict_masks(outputs, queries)
+    centres = outputs.locations.xy[queries.location_index]
+    for query in range(6):
+        for row, column in ((0, 0), (7, 11), (15, 23), (3, 20)):
+            dx, dy = 4 * column + 2 - float(centres[query, 0]), 4 * row + 2 - float(centres[query, 1])
+            turn = math.atan2(dy, dx) % (2 * math.pi) / (2 * math.pi) * 12
+            before, share = int(turn) % 12, turn - int(turn)
+            reach = float(distances[query, before]) * (1 - share) + float(distances[query, (before + 1) % 12]) * share
+            assert float(masks.logits[query, row, column]) == pytest.approx((reach - math.hypot(dx, dy)) / 4, abs=1e-3)
+
+
+def test_drawn_rays_of_a_disc_a_square_and_their_gradient() -> None:
+    grid, centre = WholeMap(1, (64, 64)), torch.tensor([[30.0, 33.0]])
+    disc = draw_rays(torch.full((1, 36), 20.0), centre, grid)[0] > 0
+    y, x = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
+    truth = torch.hypot(x - 30.0, y - 33.0) < 20
+    assert torch.equal(disc, truth)
+    angles = torch.arange(36) * (2 * math.pi / 36)
+    square = 10 / torch.maximum(angles.cos().abs(), angles.sin().abs())
+    assert square[[0, 1, 4]].tolist() == pytest.approx([10, 10.1543, 13.0541], abs=1e-4)
+    assert float(square.sum()) == pytest.approx(403.1770, abs=1e-3)
+    drawn = draw_rays(1.05 * square[None], centre, grid)[0] > 0
+    filled = ((x - 30).abs() < 10.5) & ((y - 33).abs() < 10.5)
+    assert int((drawn & filled).sum()) / int((drawn | filled).sum()) > 0.97
+    distances = torch.rand(2, 5, dtype=torch.float64, requires_grad=True) * 9 + 1
+    centres = torch.tensor([[3.0, 5.0], [6.0, 2.0]], dtype=torch.float64)
+    assert gradcheck(lambda values: draw_rays(values, centres, WholeMap(2, (5, 6))), distances)
+
+
+def test_regions_are_the_tower_on_aligned_features_of_the_level_that_fits() -> None:
+    model = network("regions", class_agnostic=False)
+    head = model.mask_head
+    assert isinstance(head, RegionMasks)
+    outputs, queries = outputs_of(model), queries_at(BOXES, [2, 0, 1, 1, 0, 2])
+    masks = model.predict_masks(outputs, queries)
+    assert masks.logits.shape == (6, 14, 14)
+    assert isinstance(masks.grid, Regions)
+    for query in range(6):
+        image = int(queries.image_index[query])
+        x0, y0, x1, y1 = BOXES[query].tolist()
+        half_x, half_y = 0.625 * (x1 - x0), 0.625 * (y1 - y0)
+        left, top = (x0 + x1) / 2 - half_x, (y0 + y1) / 2 - half_y
+        assert masks.grid.boxes_xyxy[query].tolist() == pytest.approx([left, top, left + 2 * half_x, top + 2 * half_y])
+        features = sampled(outputs.mask_inputs[0][image], left, top, 2 * half_x, 2 * half_y, cells=7, stride=4)
+        x = F.conv_transpose2d(head.tower(features[None]), head.deconv.weight, head.deconv.bias, stride=2).relu()
+        expected = head.masks(x)[0, int(queries.labels[query])]
+        torch.testing.assert_close(masks.logits[query], expected, rtol=1e-3, atol=1e-4)
+
+
+def sampled(
+    features: Tensor, left: float, top: float, width: float, height: float, *, cells: int, stride: int
+) -> Tensor:
+    """Each cell's mean of 2 x 2 bilinear samples, 0 from one cell beyond the map on."""
+    result = torch.zeros(len(features), cells, cells)
+    rows, columns = features.shape[-2:]
+    for i in range(2 * cells):
+        for j in range(2 * cells):
+            y = (top + (i + 0.5) * height / (2 * cells)) / stride - 0.5
+            x = (left + (j + 0.5) * width / (2 * cells)) / stride - 0.5
+            if not (-1 <= y <= rows and -1 <= x <= columns):
+                continue
+            y, x = min(max(y, 0), rows - 1), min(max(x, 0), columns - 1)
+            i0, j0 = min(int(y), rows - 1), min(int(x), columns - 1)
+            i1, j1 = min(i0 + 1, rows - 1), min(j0 + 1, columns - 1)
+            upper = features[:, i0, j0] * (1 - (x - j0)) + features[:, i0, j1] * (x - j0)
+            lower = features[:, i1, j0] * (1 - (x - j0)) + features[:, i1, j1] * (x - j0)
+            result[:, i // 2, j // 2] += (upper * (1 - (y - i0)) + lower * (y - i0)) / 4
+    return result
+
+
+@pytest.mark.parametrize(
+    ("side", "level"), [(56, 0), (112, 1), (158.4, 1), (159, 1), (224, 2), (448, 3), (2000, 3), (1, 0)]
+)
+def test_the_level_of_a_region(side: float, level: int) -> None:
+    head = network("regions").mask_head
+    assert isinstance(head, RegionMasks)
+    levels = [torch.full((1, 1, 2048 // stride, 2048 // stride), float(n)) for n, stride in enumerate((4, 8, 16, 32))]
+    half = side * head.margin / 2
+    rois = torch.tensor([[0, 1024 - half, 1024 - half, 1024 + half, 1024 + half]])
+    assert float(head._features(levels, rois).max()) == level
+
+
+def test_one_query_for_each_instance_of_a_head_with_regions(root: Path) -> None:
+    config = config_of(root, "regions", **SUPERVISION["full"])
+    (batch,) = first_batches(config, 1)
+    plan = fresh_step(config).plan(batch)
+    assert int(plan.quotas.max()) == 1
+    assert (
+        int(
+            fresh_step(config_of(root, "rays", **SUPERVISION["full"]))
+            .plan(first_batches(config_of(root, "rays", **SUPERVISION["full"]), 1)[0])
+            .quotas.max()
+        )
+        > 1
+    )
