@@ -9,13 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from torch.autograd import gradcheck
 from torch.nn import functional as F
 
+import semiseg
 from semiseg.config import RunConfig
 from semiseg.config.read import read_json
-from semiseg.engine.checkpoint import load_tensors
+from semiseg.engine import train as training
+from semiseg.engine.build import build_data
+from semiseg.engine.checkpoint import check_initial, load_model_folder, load_tensors
 from semiseg.engine.logs import read_log
 from semiseg.engine.run import execute_run
 from semiseg.errors import UserError
@@ -53,8 +57,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("shapes")
 
 
-def config_of(root: Path, head: str, **sections: Any) -> RunConfig:
-    return tiny_config(root, model={"mask_head": HEADS[head]}, **sections)
+def config_of(root: Path, head: str, model: dict[str, Any] | None = None, **sections: Any) -> RunConfig:
+    return tiny_config(root, model={"mask_head": HEADS[head], **(model or {})}, **sections)
 
 
 # Every head, every kind of supervision -------------------------------------------------------------------------------
@@ -114,7 +118,36 @@ def test_it_is_evaluated_and_resumes_to_the_bit(root: Path, tmp_path: Path, head
     results = [read_json(tmp_path / name / "result.json")["metrics"] for name in ("whole", "cut")]
     assert results[0] == results[1]
     assert results[0]["segm"] is not None
+    picture = torch.zeros(3, 40, 56, dtype=torch.uint8)
+    (detections,) = semiseg.detect(semiseg.load_model(tmp_path / "whole"), [picture], score_threshold=0.0)
+    assert detections.masks.shape[1:] == (40, 56)
     assert any(line["losses"]["dice"] > 0 for line in read_log(tmp_path / "whole" / "log.jsonl") if "losses" in line)
+
+
+def test_it_starts_from_a_detector_with_another_mask_head(root: Path, tmp_path: Path) -> None:
+    execute_run(tiny_config(root, optim={"steps": 1}), out=tmp_path / "detector", progress=False)
+    config = config_of(root, "regions", init_from=str(tmp_path / "detector"))
+    state = training.prepare(config, build_data(config), Accelerator(cpu=True))
+    given, own = load_model_folder(tmp_path / "detector" / "model")[0], state.step_module.model.state_dict()
+    shared = [name for name in own if not name.startswith(("mask_head.", "neck."))]
+    assert len(shared) > 40
+    assert all(torch.equal(own[name], given[name]) for name in shared)
+    blocks = "neck.fpn.inner_blocks"  # from stride 4 here, from 8 there: the finest serves the regions alone
+    assert [int(name.split(".")[3]) for name in own if name.startswith(blocks) and name.endswith("weight")] == [
+        0,
+        1,
+        2,
+        3,
+    ]
+    for level in range(3):
+        assert torch.equal(own[f"{blocks}.{level + 1}.0.weight"], given[f"{blocks}.{level}.0.weight"])
+    execute_run(config_of(root, "regions", optim={"steps": 1}), out=tmp_path / "finer", progress=False)
+    coarser = config_of(root, "rays", init_from=str(tmp_path / "finer"))
+    own = training.prepare(coarser, build_data(coarser), Accelerator(cpu=True)).step_module.model.state_dict()
+    given = load_model_folder(tmp_path / "finer" / "model")[0]
+    assert torch.equal(own[f"{blocks}.0.0.weight"], given[f"{blocks}.1.0.weight"])
+    with pytest.raises(UserError, match=r"weights are of another network(?s:.*)neck\.channels = 16 +# now 32$"):
+        check_initial(tmp_path / "detector", config_of(root, "rays", model={"neck": {"channels": 32}}).model)
 
 
 @pytest.mark.parametrize("head", OTHERS)

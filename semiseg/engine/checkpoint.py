@@ -12,7 +12,7 @@ import json
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ FREE_SETTINGS = {
     *("backbone.weights", "backbone.frozen_stages"),
     *("detector.centre_radius", "mask_head.stride", "mask_head.max_positives"),
 }
+PYRAMID_LEVEL = re.compile(r"(neck\.fpn\.(?:inner|layer)_blocks\.)(\d+)\.")
 BATCH_NORMS = ("bn", "sync_bn", "frozen_bn")  # one function in evaluation, with the same weights
 BATCHES_SEEN = ".num_batches_tracked"  # counter of `bn` and `sync_bn`; nothing is computed from it
 
@@ -244,20 +245,24 @@ def _unfinished(run: Path) -> str:
     return f"the run has not ended (step {step}{length})"
 
 
-def check_initial(source: Path, config: ModelConfig) -> None:
+def check_initial(source: Path, config: ModelConfig) -> bool:
     """Refuses weights of a network that computes something else, though they may fit in names and shapes.
 
-    The UserError has every setting that differs as a line of TOML to paste. A model folder says what network its
+    Only the kind of the mask head may differ: whether it does is returned, and that head then starts afresh. The
+    UserError has every setting that differs as a line of TOML to paste. A model folder says what network its
     weights are of; a checkpoint file does not and is not checked.
     """
     path = weights_file(source)
     if path.name != WEIGHTS_NAME:
-        return
+        return False
     theirs = read_model_info(path.parent).config
+    other_head = theirs.mask_head.kind != config.mask_head.kind
+    if other_head:
+        theirs = theirs.model_copy(update={"mask_head": config.mask_head})
     wanted, now = (leaves(item.model_dump(mode="json")) for item in (theirs, config))
     names = differing_settings(theirs, config)
     if not names:
-        return
+        return other_head
     lines = [f"{name} = {json.dumps(wanted[name])}" for name in names]
     width = max(map(len, lines))
     shown = [f"{line:<{width}}  # now {json.dumps(now.get(name))}" for name, line in zip(names, lines, strict=True)]
@@ -293,13 +298,17 @@ def initial_weights(source: Path) -> dict[str, Tensor]:
     return weights
 
 
-def load_initial(model: nn.Module, weights: dict[str, Tensor], *, where: str) -> list[str]:
+def load_initial(model: nn.Module, weights: dict[str, Tensor], *, where: str, other_head: bool = False) -> list[str]:
     """Copies weights into the model; returns the keys left as they were because the number of classes differs.
 
-    A UserError if any other key is missing, unknown or of another shape. Weights of frozen batch norms fit trained ones
-    and the reverse: what only the latter have is a counter.
+    Of another mask head nothing is taken. A UserError if any other key is missing, unknown or of another shape. Weights
+    of frozen batch norms fit trained ones and the reverse: what only the latter have is a counter.
     """
     own, weights = model.state_dict(), with_present_names(weights)
+    if other_head:
+        more = pyramid_levels(weights) - pyramid_levels(own)
+        weights = {_moved_level(key, more): value for key, value in weights.items() if _is_shared(key, more)}
+        own = {key: value for key, value in own.items() if _is_shared(key, -more)}
     reshaped = [key for key in own if key in weights and own[key].shape != weights[key].shape]
     unmatched = sorted(key for key in set(own) ^ set(weights) if not key.endswith(BATCHES_SEEN))
     wrong = unmatched + [key for key in reshaped if "class_logits" not in key]
@@ -307,6 +316,22 @@ def load_initial(model: nn.Module, weights: dict[str, Tensor], *, where: str) ->
         raise UserError(f"{where}: {len(wrong)} weights do not fit the model, first: {', '.join(wrong[:5])}")
     model.load_state_dict({key: value for key, value in weights.items() if key not in reshaped}, strict=False)
     return reshaped
+
+
+def pyramid_levels(names: Iterable[str]) -> int:
+    """How many levels of the backbone the FPN with these names of weights takes."""
+    return 1 + max((int(match[2]) for match in map(PYRAMID_LEVEL.match, names) if match), default=-1)
+
+
+def _is_shared(name: str, more: int) -> bool:
+    """Not of the mask head, nor of so many finest levels of the pyramid, which serve a mask head alone."""
+    level = PYRAMID_LEVEL.match(name)
+    return not name.startswith("mask_head.") and (level is None or int(level[2]) >= more)
+
+
+def _moved_level(name: str, more: int) -> str:
+    """The name in an FPN that takes fewer levels by so many: levels are counted from the finest."""
+    return PYRAMID_LEVEL.sub(lambda level: f"{level[1]}{int(level[2]) - more}.", name)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -111,9 +111,10 @@ def prepare(config: RunConfig, data: RunData, accelerator: Accelerator) -> Train
         with accelerator.main_process_first():  # one download for all
             step_module = build_step(config, num_classes=num_classes)
     else:
-        check_initial(Path(config.init_from), config.model)
+        other_head = check_initial(Path(config.init_from), config.model)
         step_module = build_step(without_initial_weights(config), num_classes=num_classes)
-        afresh = load_initial(step_module.model, initial_weights(Path(config.init_from)), where=config.init_from)
+        weights = initial_weights(Path(config.init_from))
+        afresh = load_initial(step_module.model, weights, where=config.init_from, other_head=other_head)
         if afresh and accelerator.is_main_process:
             message = f"{config.init_from} has other classes: {', '.join(afresh)} start afresh"
             warnings.warn(message, UserNotice, stacklevel=2)
