@@ -44,7 +44,7 @@ HEADS: dict[str, dict[str, Any]] = {
     "dynamic": {},
     "prototypes": {"kind": "prototypes", "prototypes": 6, "channels": 8, "convs": 1},
     "rays": {"kind": "rays", "rays": 12, "tower_convs": 1, "tower_groups": 4},
-    "regions": {"kind": "regions", "channels": 8, "convs": 1, "size": 7},
+    "regions": {"kind": "regions", "channels": 8, "convs": 1, "norm": "gn", "size": 7},
 }
 
 

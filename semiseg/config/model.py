@@ -129,6 +129,7 @@ class PrototypeMaskHead(Section):
     prototypes: PositiveInt = 32
     channels: PositiveInt = 256  # of the convolutions that make them, and their number before the features are doubled
     convs: Layers = 3
+    norm: Literal["none", "gn"] = "none"  # behind each of them; the original has none, random weights need one
     feature_stride: PositiveInt = 8  # of the level that they are made from; theirs is half of it
     stride: PositiveInt = 4  # of the mask logits
     max_positives: PositiveInt = 64  # of an image whose mask is predicted in a step, shared out over its objects
@@ -158,6 +159,7 @@ class RegionMaskHead(Section):
     kind: Literal["regions"] = "regions"
     channels: PositiveInt = 256
     convs: Layers = 4
+    norm: Literal["none", "gn"] = "none"  # behind each of them; the original has none, random weights need one
     size: PositiveInt = 14  # cells of the features in each direction; the mask has twice as many
     # Width and height of the region by those of the box: what a box alone teaches lies at the border between them.
     margin: Annotated[float, Field(ge=1)] = 1.25

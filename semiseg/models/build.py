@@ -66,6 +66,7 @@ def build_mask_head(config: ModelConfig, *, num_classes: int) -> MaskHead:
                 prototypes=head.prototypes,
                 channels=head.channels,
                 convs=head.convs,
+                norm=head.norm,
                 level_stride=head.feature_stride,
                 stride=head.stride,
             )
@@ -85,6 +86,7 @@ def build_mask_head(config: ModelConfig, *, num_classes: int) -> MaskHead:
                 num_masks=1 if head.class_agnostic else num_classes,
                 channels=head.channels,
                 convs=head.convs,
+                norm=head.norm,
                 strides=[stride for stride in BACKBONE_STRIDES if stride >= head.feature_stride],
                 size=head.size,
                 margin=head.margin,

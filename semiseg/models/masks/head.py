@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.ops import Conv2dNormActivation
 
 from semiseg.models.detectors.fcos import neighbourhoods
+from semiseg.models.norms import group_norm
 from semiseg.structures.grids import MaskGrid
 from semiseg.structures.outputs import DenseOutputs, MaskLogits, MaskQueries
 
@@ -69,3 +72,9 @@ def convolve_at(
     around, exists = neighbourhoods(outputs.locations, queries.location_index, padded_hw)
     patches = features[queries.image_index[:, None], around] * exists[:, :, None]  # (Q, 9, channels)
     return F.linear(patches.flatten(1), conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias)
+
+
+def conv_layers(widths: Sequence[int], *, norm: str) -> nn.Sequential:
+    """3x3 convolutions from each width to the next, with a norm ("none" or "gn") and ReLU behind each."""
+    make_norm = group_norm if norm == "gn" else None
+    return nn.Sequential(*(Conv2dNormActivation(*ends, norm_layer=make_norm) for ends in pairwise(widths)))

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from semiseg.models.detectors.fcos import flatten_levels
-from semiseg.models.masks.head import MaskHead, convolve_at
+from semiseg.models.masks.head import MaskHead, conv_layers, convolve_at
 from semiseg.models.upsample import aligned_upsample
 from semiseg.structures.grids import WholeMap
 from semiseg.structures.inputs import grid_size, require
@@ -44,22 +43,22 @@ class PrototypeMasks(MaskHead):
     """
 
     def __init__(
-        self, in_channels: int, *, prototypes: int, channels: int, convs: int, level_stride: int, stride: int
+        self, in_channels: int, *, prototypes: int, channels: int, convs: int, norm: str, level_stride: int, stride: int
     ) -> None:
         super().__init__()
         self.level_stride, self.edge_stride, self.stride = level_stride, level_stride // 2, stride
         self.edge_channels = channels
         widths = [in_channels, *[channels] * convs]
-        self.before = nn.Sequential(*(_conv(*ends) for ends in pairwise(widths)))
-        self.after = _conv(widths[-1], channels)
+        self.before = conv_layers(widths, norm=norm)
+        self.after = conv_layers([widths[-1], channels], norm=norm)
         self.prototypes = nn.Conv2d(channels, prototypes, kernel_size=1)
         self.weights = nn.Conv2d(in_channels, prototypes, kernel_size=3, padding=1)
         self.learns = True
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight)
-                assert module.bias is not None
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def freeze(self) -> None:
         """The prototypes are not computed in such a training."""
@@ -127,7 +126,3 @@ def inside_boxes(boxes_xyxy: Tensor, stride: int, shape: Sequence[int]) -> Tenso
     across = (columns >= x0 - stride) & (columns <= x1 + stride)
     down = (rows >= y0 - stride) & (rows <= y1 + stride)
     return down[:, :, None] & across[:, None, :]
-
-
-def _conv(inputs: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(inputs, outputs, kernel_size=3, padding=1), nn.ReLU())

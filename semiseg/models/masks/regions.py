@@ -8,13 +8,12 @@ Source: Mask R-CNN (He et al. 2017), section 3; FPN (Lin et al. 2017), section 4
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-from semiseg.models.masks.head import MaskHead
+from semiseg.models.masks.head import MaskHead, conv_layers
 from semiseg.structures.grids import Regions
 from semiseg.structures.outputs import DenseOutputs, MaskLogits, MaskQueries
 
@@ -40,6 +39,7 @@ class RegionMasks(MaskHead):
         num_masks: int,
         channels: int,
         convs: int,
+        norm: str,
         strides: Sequence[int],
         size: int,
         margin: float,
@@ -47,18 +47,14 @@ class RegionMasks(MaskHead):
         super().__init__()
         self.strides, self.size, self.margin = tuple(strides), size, margin
         widths = [in_channels, *[channels] * convs]
-        layers = [
-            nn.Sequential(nn.Conv2d(before, after, kernel_size=3, padding=1), nn.ReLU())
-            for before, after in pairwise(widths)
-        ]
-        self.tower = nn.Sequential(*layers)
+        self.tower = conv_layers(widths, norm=norm)
         self.deconv = nn.ConvTranspose2d(widths[-1], channels, kernel_size=2, stride=2)
         self.masks = nn.Conv2d(channels, num_masks, kernel_size=1)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-                assert module.bias is not None
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def freeze(self) -> None:
         self.requires_grad_(False)
