@@ -216,6 +216,17 @@ class ModelConfig(Section):
         return min(self.detector.strides[0], self.detector.strides[0] if head.kind == "rays" else head.feature_stride)
 
     @property
+    def mask_norm(self) -> str:
+        """The kind of norm in the mask head, "none" where it looks at one image at a time whatever the kind."""
+        return self.mask_head.branch_norm if self.mask_head.kind == "dynamic" else "none"
+
+    @property
+    def mask_cells(self) -> str:
+        """Where the cells of masks stand, in words."""
+        head = self.mask_head
+        return f"{2 * head.size} cells a box" if head.kind == "regions" else f"stride {head.stride}"
+
+    @property
     def size_divisor(self) -> int:
         """Padded images divide by it: the coarsest stride of the backbone, 32."""
         return 32

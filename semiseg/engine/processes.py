@@ -116,8 +116,8 @@ def _trained_norms(config: RunConfig) -> set[str]:
         norms.add(model.backbone.norm)
     if model.neck.kind == "bifpn":
         norms.add(model.neck.norm)
-    if learns_masks(config) and model.mask_head.kind == "dynamic":  # else no mask branch is trained or computed
-        norms.add(model.mask_head.branch_norm)
+    if learns_masks(config):  # else the mask head is neither trained nor computed
+        norms.add(model.mask_norm)
     return norms
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from semiseg.config import DataConfig, RunConfig
-from semiseg.config.model import ModelConfig
 from semiseg.data.sources import expected_files
 from semiseg.errors import UserError
 from semiseg.project import find
@@ -204,14 +203,9 @@ def schedule_sentence(configs: Sequence[RunConfig]) -> str:
         f"rate {_each(f'{config.optim.learning_rate:g}' for config in configs)} "
         f"({_each(config.optim.schedule for config in configs)}); "
         f"backbone {_each(f'resnet{one.depth}' if one.kind == 'resnet' else one.kind for one in backbones)}, "
-        f"masks at {_each(_mask_cells(config.model) for config in configs)}, "
+        f"masks at {_each(config.model.mask_cells for config in configs)}, "
         f"τ = {_each(f'{config.objective.affinity_threshold:g}' for config in configs)}."
     )
-
-
-def _mask_cells(model: ModelConfig) -> str:
-    head = model.mask_head
-    return f"{2 * head.size} cells a box" if head.kind == "regions" else f"stride {head.stride}"
 
 
 def _each(values: Iterable[Any]) -> str:
