@@ -38,6 +38,7 @@ class RayMasks(MaskHead):
         strides: of the levels at which the detector predicts, finest first.
         stride: input pixels per cell of the drawn masks.
         softness: cells over which a logit falls by 1.
+        learns: False in a training that has no mask loss.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class RayMasks(MaskHead):
         self.strides, self.stride, self.softness = tuple(strides), stride, softness
         self.tower = conv_tower(channels, tower_convs, groups)
         self.rays = nn.Conv2d(channels, rays, kernel_size=3, padding=1)
+        self.learns = True
         self.level_scales = nn.Parameter(torch.ones(len(self.strides)))
         for module in self.modules():
             if isinstance(module, nn.Conv2d) and module.bias is not None:
@@ -62,6 +64,8 @@ class RayMasks(MaskHead):
                 nn.init.zeros_(module.bias)
 
     def freeze(self) -> None:
+        """The tower is not computed in such a training."""
+        self.learns = False
         self.requires_grad_(False)
 
     def compiled_parts(self) -> Sequence[nn.Module]:
@@ -69,9 +73,10 @@ class RayMasks(MaskHead):
         return (self.tower,)
 
     def forward(self, levels: Mapping[int, Tensor], box_towers: Sequence[Tensor]) -> RayInputs:
-        """As `MaskHead.forward`."""
+        """As `MaskHead.forward`; the features are 0 in a training without masks."""
         height, width = levels[self.strides[0]].shape[-2:]
-        features = flatten_levels([self.tower(levels[stride]) for stride in self.strides])
+        tower = torch.zeros_like if self.training and not self.learns else self.tower
+        features = flatten_levels([tower(levels[stride]) for stride in self.strides])
         return RayInputs(features, (height * self.strides[0], width * self.strides[0]))
 
     def grid(self, boxes_xyxy: Tensor, padded_size_hw: tuple[int, int]) -> WholeMap:
