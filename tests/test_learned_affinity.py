@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,13 @@ from torch.autograd import gradcheck
 
 from benchmarks import straightforward as plain
 from benchmarks.inputs import half_open
-from examples.analysis import learned_edges
+from examples.analysis import learned_edges, run_script
 from semiseg.config import RunConfig
 from semiseg.config.read import read_json
 from semiseg.engine import edges
 from semiseg.engine import train as training
 from semiseg.engine.build import build_data
-from semiseg.engine.checkpoint import load_tensors
+from semiseg.engine.checkpoint import load_tensors, save_tensors
 from semiseg.engine.logs import read_log
 from semiseg.engine.run import execute_run, measure_edges
 from semiseg.errors import UserError, UserNotice
@@ -382,6 +384,10 @@ def test_a_training_resumes_with_its_gate(
     for part in ("model", "affinity"):
         assert all(torch.equal(value, cut[part][name]) for name, value in whole[part].items()), part
     seen = [sum(line["counts"][name] for name in COLOUR_COUNTS) for line in read_log(tmp_path / "cut" / "log.jsonl")]
+    shares = [line["learned_share"] for line in read_log(tmp_path / "cut" / "log.jsonl")]
+    branch = AffinityBranch(1, factor=1, edges=1)
+    branch.sums.copy_(whole["affinity"]["sums"])
+    assert shares[-1] == pytest.approx(float(branch.trust()), abs=1e-6)
     decayed = sum(count * 0.98 ** (3 - step) for step, count in enumerate(seen))
     assert float(whole["affinity"]["sums"][1:].sum()) == pytest.approx(decayed, rel=1e-6)
     numbers = [read_json(tmp_path / name / "result.json")["edges"] for name in ("whole", "cut")]
@@ -391,6 +397,16 @@ def test_a_training_resumes_with_its_gate(
     learned_edges.main()
     assert json.loads(capsys.readouterr().out) == numbers[0], "of the checkpoint, as at the end of the run"
     assert (tmp_path / "edges.png").stat().st_size > 10_000
+    monkeypatch.setattr("sys.argv", [*sys.argv, "--images", "9"])
+    with pytest.raises(SystemExit, match="2"):
+        run_script(learned_edges.main)
+    assert capsys.readouterr().err == "--images is 9, allowed: 1 to 4\n"
+    path = tmp_path / "cut" / "checkpoints" / "step_00000004.pt"
+    for what, told in (({}, "no checkpoint of this run"), ({"sums": torch.full((5,), math.nan)}, "1 of its weights")):
+        save_tensors(path, {**cut, "affinity": {**cut["affinity"], **what} if what else {}})
+        (tmp_path / "cut" / "result.json").unlink(missing_ok=True)
+        with pytest.raises(UserError, match=f"step_00000004.pt: {told}"):
+            execute_run(config, out=tmp_path / "cut", progress=False)
     model = load_tensors_of_model(tmp_path / "whole" / "model")
     assert not [name for name in model if "affinity" in name], "the branch is a part of the training alone"
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,15 @@ from pycocotools.coco import COCO
 
 from semiseg.errors import UserError
 from semiseg.evaluation.coco_metrics import check_results, load_ground_truth, prepare_masks
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """What `semiseg` does with errors: one sentence, and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def read_truth(annotations: Path) -> COCO:

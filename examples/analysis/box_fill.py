@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from examples.analysis import run_script
 from semiseg.errors import UserError
 from semiseg.evaluation.coco_metrics import load_ground_truth, names_of_classes
 
@@ -150,4 +151,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

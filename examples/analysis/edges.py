@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from examples.analysis import run_script
 from semiseg.data.coco import CocoFile, image_records, read_coco
 from semiseg.data.dataset import InstanceDataset, build_rule
 from semiseg.data.table import FEATURES, Table
@@ -255,4 +256,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

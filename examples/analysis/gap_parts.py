@@ -21,7 +21,7 @@ import numpy as np
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
-from examples.analysis import read_detections, read_truth
+from examples.analysis import read_detections, read_truth, run_script
 from semiseg.evaluation.coco_metrics import names_of_classes
 from semiseg.evaluation.instances import FOUND_IOU, box_matches
 from semiseg.evaluation.matching import average_precision, match
@@ -160,4 +160,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

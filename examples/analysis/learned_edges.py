@@ -18,10 +18,12 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
+from examples.analysis import run_script
 from semiseg.config import RunConfig, parse_recorded
 from semiseg.config.read import read_json
 from semiseg.engine.build import RunData, build_data, build_evaluation_loader, build_step
 from semiseg.engine.checkpoint import load_tensors
+from semiseg.engine.processes import images_in_evaluation
 from semiseg.engine.run import measure_edges
 from semiseg.engine.session import start_accelerator
 from semiseg.engine.step import TrainStep
@@ -40,8 +42,11 @@ def trained_step(folder: Path) -> tuple[RunConfig, RunData, TrainStep]:
     module = build_step(config, num_classes=len(data.train.class_names))
     assert module.affinity is not None
     saved = load_tensors(checkpoints[-1])
-    module.model.load_state_dict(saved["model"])
-    module.affinity.load_state_dict(saved["affinity"])
+    try:
+        module.model.load_state_dict(saved["model"])
+        module.affinity.load_state_dict(saved["affinity"])
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise UserError(f"{checkpoints[-1]}: no checkpoint of this run ({type(error).__name__})") from None
     return config, data, module.eval()
 
 
@@ -79,7 +84,13 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=3, help="so many of the first validation images")
     arguments = parser.parse_args()
     config, data, module = trained_step(arguments.run)
-    print(json.dumps(measure_edges(config, data, module, start_accelerator(config.runtime, seed=config.seed))))
+    most = min(len(data.val.rows), images_in_evaluation(config.runtime))
+    if not 1 <= arguments.images <= most:
+        raise UserError(f"--images is {arguments.images}, allowed: 1 to {most}")
+    quality = measure_edges(config, data, module, start_accelerator(config.runtime, seed=config.seed))
+    if quality is None:
+        raise UserError(f"{data.val.annotations_file}: has objects without a mask, whose edges are not known")
+    print(json.dumps(quality))
     loader = build_evaluation_loader(
         replace(data.val, rows=data.val.rows.select(range(arguments.images))),
         model=config.model,
@@ -94,4 +105,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

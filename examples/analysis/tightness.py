@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
-from examples.analysis import read_detections, read_truth
+from examples.analysis import read_detections, read_truth, run_script
 from semiseg.evaluation.coco_metrics import names_of_classes
 from semiseg.evaluation.instances import box_matches
 
@@ -127,4 +127,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

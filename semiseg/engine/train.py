@@ -403,6 +403,7 @@ def _log_window(state: TrainState, window: _Window, log: TrainingLog | None) -> 
             "weighted": dict(zip(module.loss_names, weighted, strict=True)),
             "counts": dict(zip(module.count_names, counts, strict=True)),
         }
+        | ({} if module.affinity is None else {"learned_share": float(module.affinity.trust())})
     )
 
 
@@ -418,7 +419,8 @@ def restore(state: TrainState, folder: Path) -> None:
         if saved["step"] != named_step(path) or saved["step"] > state.steps:
             raise UserError(f"{path}: says that it is of step {saved['step']!r}, expected its name's, of {state.steps}")
         _load(state, saved)
-        require_finite(trained_model(state).state_dict(), where=path)
+        for part in (trained_model(state), state.step_module):  # also what is not evaluated, such as a gate's sums
+            require_finite(part.state_dict(), where=path)
     except UserError as error:
         raise UserError(f"{error}; {advice}") from None
     except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
