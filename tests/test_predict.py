@@ -263,6 +263,9 @@ def test_bad_input(model: Path, folder: Path) -> None:
     save(folder / "a.png")
     assert "semiseg: .: not a model folder: config.json is missing" in predict(".", "a.png", "--out", "out", code=2)
     assert "semiseg: gone: no such folder" in predict("gone", "a.png", "--out", "out", code=2)
+    evaluated = CliRunner().invoke(app, ["evaluate", "gone"])
+    assert (evaluated.exit_code, str(evaluated.exception)) == (2, "2")
+    assert "semiseg: gone: no such folder" in evaluated.output
     assert "semiseg: b.png: no such image or folder" in predict(model, "b.png", "--out", "out", code=2)
     assert "semiseg: a.png: is no folder" in predict(model, "a.png", "--out", "a.png", code=2)
     assert "device 'tpu9'" in predict(model, "a.png", "--out", "out", "--device", "tpu9", code=2)

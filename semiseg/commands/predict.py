@@ -59,6 +59,8 @@ def predict(
     """
     began = time.perf_counter()
     require_folder(out)
+    if not model.is_dir():  # said before torch is imported, which takes seconds
+        raise UserError(f"{model}: no such folder")
     files = find_images(images)
     from semiseg.engine.logs import shows_bars
     from semiseg.engine.predict import load_model

@@ -98,6 +98,8 @@ def evaluate(
         if annotations is not None and not annotations.is_file():
             raise UserError(f"{annotations}: no such annotation file")
         raise UserError("give both --annotations and --images, or neither")
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
     if split is not None:
         find("splits", split)  # a misspelt name is said before the work, not after it
     for path in (out, detections):
