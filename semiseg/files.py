@@ -45,6 +45,12 @@ def require_folder(path: Path) -> None:
         raise UserError(f"{existing}: no permission to write there")
 
 
+def require_there(folder: Path) -> None:
+    """A UserError, before torch is imported, which takes seconds, if there is no such folder."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+
+
 def lock_folder(folder: Path) -> AbstractContextManager[None]:
     """Keeps other processes from training in a folder; a UserError if one does."""
     refused = f"{folder}: another process is training this run; wait for it or end it first"

@@ -13,7 +13,7 @@ import typer
 
 from semiseg.commands.train import Progress
 from semiseg.errors import UserError
-from semiseg.files import require_folder
+from semiseg.files import require_folder, require_there
 
 # Endings by which a folder's images are known; a file that is named itself may have any.
 IMAGE_SUFFIXES = (
@@ -59,8 +59,7 @@ def predict(
     """
     began = time.perf_counter()
     require_folder(out)
-    if not model.is_dir():  # said before torch is imported, which takes seconds
-        raise UserError(f"{model}: no such folder")
+    require_there(model)
     files = find_images(images)
     from semiseg.engine.logs import shows_bars
     from semiseg.engine.predict import load_model

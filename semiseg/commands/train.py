@@ -15,7 +15,7 @@ from semiseg.config import RunConfig, load_run_config, parse_run
 from semiseg.config.former import with_present_keys
 from semiseg.config.read import read_json
 from semiseg.errors import UserError
-from semiseg.files import require_folder, write_text
+from semiseg.files import require_folder, require_there, write_text
 from semiseg.project import find
 from semiseg.results import ap_in_words
 
@@ -98,8 +98,6 @@ def evaluate(
         if annotations is not None and not annotations.is_file():
             raise UserError(f"{annotations}: no such annotation file")
         raise UserError("give both --annotations and --images, or neither")
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
     if split is not None:
         find("splits", split)  # a misspelt name is said before the work, not after it
     for path in (out, detections):
@@ -107,6 +105,7 @@ def evaluate(
             require_folder(path.parent)
             if path.is_dir():
                 raise UserError(f"{path}: is a folder, expected a file to write")
+    require_there(folder)
     from semiseg.engine.logs import shows_bars
     from semiseg.engine.run import evaluate_run
 
