@@ -50,9 +50,9 @@ def cuts_of(processes: int) -> list[tuple[str, int]]:
     """(norm of the mask branch, images_per_process) of the runs of a group.
 
     `bn` normalises over the images of one process and part, two of them in each group. `learned` is `gn` with learned
-    affinity, its gate half open; the other mask heads have no norm over images.
+    affinity, its gate half open; the other mask heads have no norm over images and go in groups of 1 and 2.
     """
-    others = [(head, 0) for head in HEADS if head != "dynamic"]
+    others = [(head, 0) for head in HEADS if head != "dynamic" and processes < 4]
     return [("frozen_bn", 0), ("bn", 2), ("learned", 0), *others, *(("gn", images) for images in CUTS[processes])]
 
 
