@@ -63,11 +63,13 @@ class CloseGradients:
 
     Attributes:
         every: bound of the distance of any parameter's gradient, in the norm of the straightforward one.
-        half: bound for half of the gradients. A wrong loss shows in most of them, a ReLU near 0 hardly ever.
+        half: bound for half of the gradients. A wrong loss shows in most of them, a ReLU near 0 only on small maps: of
+            8 x 8 cells with a batch norm behind, one that flips moved half of all gradients by 0.8 %, one by 2.3 %
+            (AVX-512, channels-last beside contiguous; the losses agreed to 2e-7).
     """
 
     every: float
-    half: float = 2e-3  # the median was at most 1e-3
+    half: float = 1.5e-2
 
     def __call__(self, ours: Result, straightforward: Result) -> bool:
         """Whether they agree; both as `step_result` returns them."""
@@ -223,7 +225,7 @@ STEP = Row(
     passes=6,
     quick_passes=2,
     prepare=prepare_step,
-    agree=CloseGradients(every=1e-2),  # the furthest was at 3e-3
+    agree=CloseGradients(every=5e-2),
 )
 STEP_GPU = Row(
     name="step_gpu",

@@ -250,7 +250,10 @@ def same_in_two_parts(module: TrainStep, whole: RunConfig, halves: RunConfig) ->
     assert len(losses) == len(module.loss_names)
     split_losses, split_gradient = losses_and_gradients(module, parts)
     torch.testing.assert_close(split_losses, losses, rtol=1e-6, atol=1e-6)
-    assert float((split_gradient - gradient).abs().max()) <= 1e-6 * float(gradient.abs().max())
+    difference = split_gradient - gradient
+    assert float(difference.norm()) <= 1e-6 * float(gradient.norm())
+    # One number of thousands may be rounded worse: 1.2e-6 was seen with AVX-512 without AMX, 0.6e-6 elsewhere.
+    assert float(difference.abs().max()) <= 3e-6 * float(gradient.abs().max())
 
 
 @pytest.mark.parametrize("empty", [[0], [0, 1, 2, 3]])
