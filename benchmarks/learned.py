@@ -17,7 +17,7 @@ from benchmarks.step import LOSS_TOLERANCE, training_batch
 from semiseg.config import RunConfig
 from semiseg.engine.build import build_step
 from semiseg.losses.boxinst import box_cells, cell_profiles
-from semiseg.losses.terms import DETECTION_LOSSES
+from semiseg.losses.detection import LOSSES as DETECTION_LOSSES
 from semiseg.models.build import mask_stride
 from semiseg.structures.inputs import Batch, Supervision
 from semiseg.studies.file import load_study, study_runs

@@ -26,7 +26,7 @@ from semiseg.models.masks.dynamic import dynamic_masks, filter_shapes, num_filte
 from semiseg.models.paste import iter_masks
 from semiseg.structures.grids import WholeMap
 from semiseg.structures.inputs import grid_size
-from semiseg.structures.outputs import DenseOutputs, Locations, MaskLogits, MaskQueries
+from semiseg.structures.outputs import Locations, MaskLogits, MaskQueries, Outputs
 
 STRIDE, SIZE_DIVISOR = 4, 32
 SHARE_OF_EDGES = 0.7  # that count, about what threshold 0.3 leaves of a photograph
@@ -222,7 +222,7 @@ class GivenMasks:
     def __init__(self, logits: Tensor) -> None:
         self.logits = logits
 
-    def predict_masks(self, outputs: DenseOutputs, queries: MaskQueries) -> MaskLogits:
+    def predict_masks(self, outputs: Outputs, queries: MaskQueries) -> MaskLogits:
         """Those of the queried detections."""
         grid = WholeMap(STRIDE, (self.logits.shape[1], self.logits.shape[2]))
         return MaskLogits(self.logits[queries.instance_index], queries.image_index, queries.instance_index, grid)
@@ -233,7 +233,7 @@ def prepare_masks(side: Side, sizes: Sizes, place: Place) -> Task:
     logits, input_hw, output_hw = _mask_inputs(sizes, place.device)
     count, none = len(logits), torch.zeros(1, 0, 4, device=place.device)
     locations = Locations(none[0, :, :2], none[0, :, 0], none[0, :, 0].long(), counts=(0,))
-    outputs = DenseOutputs(none, none, none[..., 0], locations, mask_inputs=None)  # nothing reads them
+    outputs = Outputs(locations=locations)  # nothing reads them
     index = torch.arange(count, device=place.device)
     zero = torch.zeros_like(index)
     queries = MaskQueries(zero, zero, index, torch.zeros(count, 4, device=place.device), zero)

@@ -26,8 +26,10 @@ from benchmarks.measure import Close, Place, Result, Row, Side, Sizes, Task
 from benchmarks.plain_step import DILATION, MAX_POSITIVES, SIZE, THRESHOLD, PlainCondInst, plain_losses
 from semiseg.config import ModelConfig
 from semiseg.engine.build import compile_network
+from semiseg.engine.detection import detector_step
 from semiseg.engine.step import TrainStep
-from semiseg.losses.terms import DETECTION_LOSSES, Objective
+from semiseg.losses.detection import LOSSES as DETECTION_LOSSES
+from semiseg.losses.terms import Objective
 from semiseg.models.build import build_model
 from semiseg.structures.inputs import Batch, Targets
 
@@ -134,7 +136,7 @@ def our_step(sizes: Sizes) -> TrainStep:
         affinity_dilation=DILATION,
     )
     return TrainStep(
-        model, objective=objective, centre_radius=config.detector.centre_radius, max_mask_positives=MAX_POSITIVES
+        model, detector=detector_step(config.detector), objective=objective, max_mask_positives=MAX_POSITIVES
     )
 
 

@@ -27,7 +27,7 @@ from semiseg.structures.transfer import send
 from tests.forked import start
 from tests.host_syncs import HostSyncs
 from tests.test_train import without_instances
-from tests.tiny import HEADS, some_masks, tiny_config
+from tests.tiny import HEADS, fcos, some_masks, tiny_config
 
 BATCH, STEPS = 8, 4
 LEARNED = {"box": "projection+learned", "affinity": "learned"}
@@ -138,7 +138,7 @@ def first_gradient(root: Path) -> torch.Tensor:
 
 def stop_by_last_process(state: training.TrainState, parts: list[Batch], out: Path, *, what: str) -> dict[str, Any]:
     """What every process says, and whether its weights stay, when something of the last one is not finite."""
-    bias = state.step_module.model.detector.class_logits.bias
+    bias = fcos(state.step_module.model).class_logits.bias
     assert bias is not None
     if state.accelerator.is_last_process and what == "loss":
         with torch.no_grad():

@@ -10,7 +10,7 @@ from semiseg.config import InferenceConfig
 from semiseg.engine.checkpoint import ModelInfo, save_model
 from semiseg.models.build import build_model
 from tests.coco_files import CLASS_NAMES
-from tests.tiny import dynamic, tiny_config
+from tests.tiny import dynamic, fcos, tiny_config
 
 
 def make_model(
@@ -33,7 +33,7 @@ def make_model(
     torch.manual_seed(0)
     network = build_model(config, num_classes=len(class_names))
     with torch.no_grad():
-        head = network.detector
+        head = fcos(network)
         for layer, bias in ((head.class_logits, -1.0), (head.box_distances, 1.5), (head.centreness, 0.0)):
             assert layer.bias is not None
             layer.weight.mul_(12)

@@ -27,7 +27,7 @@ from semiseg.studies.file import Study, StudyRun, load_study, study_runs
 from semiseg.studies.identity import run_identity
 from semiseg.studies.report import report_row
 from tests.coco_files import make_coco, polygon_annotation
-from tests.tiny import TINY, dynamic, nested
+from tests.tiny import TINY, dynamic, fcos, nested
 
 ROOT = Path(__file__).parent.parent
 STUDIES = sorted(path.stem for path in (ROOT / "experiments").glob("*.toml"))
@@ -233,9 +233,7 @@ def test_the_first_step_of_every_run(roots: dict[str, Path], tmp_path: Path) -> 
         kinds = [type(module).__name__ for module in model.modules()]
         assert ("BiFPN" in kinds) == (run.config.model.neck.kind == "bifpn"), where
         assert kinds.count("DeformableConv") == (13 if deformable_interval(run.config) else 0), where
-        before = {
-            part: part.weight.detach().clone() for part in (dynamic(model).controller, model.detector.class_logits)
-        }
+        before = {part: part.weight.detach().clone() for part in (dynamic(model).controller, fcos(model).class_logits)}
         loader = build_training_loader(
             config, tables[source], steps=1, start_step=0, processes=1, rank=0, pin_memory=False
         )

@@ -30,7 +30,6 @@ from semiseg.errors import UserError, UserNotice
 from semiseg.losses.affinity import neighbour_offsets
 from semiseg.losses.boxinst import edge_sums
 from semiseg.losses.learned import COLOUR_COUNTS, AffinityTargets, LearnedEdges, affinity_loss, affinity_targets
-from semiseg.losses.terms import COUNT_NAMES, LOSS_NAMES
 from semiseg.models.affinity import AffinityBranch
 from semiseg.structures.grids import WholeMap
 from semiseg.structures.inputs import Batch, Supervision, Targets
@@ -39,7 +38,7 @@ from tests.distributed_worker import LEARNED
 from tests.test_losses_boxinst import CELLS, IMAGE_INDEX, box_masks, random_edges, random_logits, random_masks
 from tests.test_terms import BOX, GRID, MASK, MIXED, STRIDE, make_batch, of_all_neighbours
 from tests.test_train import first_batches, fresh_step, losses_and_gradients, same_in_two_parts, without_instances
-from tests.tiny import tiny_config
+from tests.tiny import COUNT_NAMES, LOSS_NAMES, tiny_config
 
 MAP = WholeMap(STRIDE, GRID)
 

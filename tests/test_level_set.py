@@ -12,11 +12,10 @@ from torch.autograd import gradcheck
 from semiseg.config import RunConfig
 from semiseg.errors import UserError
 from semiseg.losses.level_set import level_set_loss
-from semiseg.losses.terms import COUNT_NAMES, LOSS_NAMES
 from tests.distributed_worker import LEARNED
 from tests.test_losses_boxinst import CELLS, IMAGE_INDEX, random_logits
 from tests.test_train import first_batches, fresh_step, losses_and_gradients, same_in_two_parts, without_instances
-from tests.tiny import tiny_config
+from tests.tiny import COUNT_NAMES, LOSS_NAMES, tiny_config
 
 
 def colours() -> Tensor:

@@ -129,7 +129,7 @@ def test_lab() -> None:
 def dense(class_logits: Tensor, box_distances: Tensor, centreness_logits: Tensor) -> DenseOutputs:
     count = class_logits.shape[1]
     places = Locations(torch.zeros(count, 2), torch.ones(count), torch.zeros(count, dtype=torch.int64), counts=(count,))
-    return DenseOutputs(class_logits, box_distances, centreness_logits, places, mask_inputs=None)
+    return DenseOutputs(class_logits, box_distances, centreness_logits, locations=places)
 
 
 def test_generalised_iou() -> None:

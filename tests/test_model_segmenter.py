@@ -22,7 +22,7 @@ from semiseg.models.segmenter import FORMER_NAMES, Segmenter
 from semiseg.structures.grids import WholeMap
 from semiseg.structures.inputs import Targets
 from semiseg.structures.outputs import DenseOutputs
-from tests.tiny import TINY, box_targets, dynamic, make_queries, model_config
+from tests.tiny import TINY, box_targets, dynamic, fcos, make_queries, model_config
 
 SMALL: dict[str, Any] = {
     "backbone.norm": "gn",
@@ -80,11 +80,11 @@ def test_resnet50_freezes_stem_and_first_stage_and_every_batch_norm(resnet50: Se
 
 
 def test_every_class_starts_at_one_percent(resnet50: Segmenter) -> None:
-    bias = resnet50.detector.class_logits.bias
+    bias = fcos(resnet50).class_logits.bias
     assert bias is not None
     probability = bias.sigmoid()
     torch.testing.assert_close(probability, torch.full((80,), 0.01))
-    for conv in (resnet50.detector.class_logits, resnet50.detector.box_tower[0], dynamic(resnet50).controller):
+    for conv in (fcos(resnet50).class_logits, fcos(resnet50).box_tower[0], dynamic(resnet50).controller):
         assert isinstance(conv, nn.Conv2d)
         assert 0.0098 < conv.weight.std() < 0.0102
         assert conv.bias is not None
@@ -188,7 +188,7 @@ def test_filters_are_the_controllers_convolution(side_hw: tuple[int, int]) -> No
     found = dynamic(model).filters(outputs, make_queries(image_index, location_index))
     torch.testing.assert_close(found, expected.flatten(0, 1), rtol=1e-5, atol=1e-7)
     upstream = torch.randn(found.shape, generator=torch.Generator().manual_seed(0))
-    parameters = list(model.detector.box_tower.parameters()) + list(dynamic(model).controller.parameters())
+    parameters = list(fcos(model).box_tower.parameters()) + list(dynamic(model).controller.parameters())
     ours = torch.autograd.grad((found * upstream).sum(), parameters, retain_graph=True)
     theirs = torch.autograd.grad((expected.flatten(0, 1) * upstream).sum(), parameters)
     for a, b in zip(ours, theirs, strict=True):
@@ -235,7 +235,7 @@ def training_masks(model: Segmenter, targets: Targets, images: Tensor) -> tuple[
         sizes_hw=model.level_sizes((64, 64)),
         strides=model.strides,
         num_images=count,
-        level_ranges=model.level_ranges,
+        level_ranges=SMALL["detector.level_ranges"],
         centre_radius=1.5,
     )
     quotas = mask_quotas(

@@ -18,7 +18,7 @@ from semiseg.models.detectors.fcos import make_locations
 from semiseg.models.detectors.select import select_detections
 from semiseg.models.paste import MaskPredictor, iter_masks, paste_masks, to_output_boxes
 from semiseg.structures.grids import WholeMap
-from semiseg.structures.outputs import Candidates, DenseOutputs, Detections, MaskLogits, MaskQueries
+from semiseg.structures.outputs import Candidates, DenseOutputs, Detections, MaskLogits, MaskQueries, Outputs
 from tests.tiny import make_queries
 
 SIZES, STRIDES = [(4, 6), (2, 3)], [8, 16]  # an input of 32 x 48: locations 0..23 and 24..29
@@ -78,7 +78,7 @@ def whole(logits: Tensor, stride: int) -> WholeMap:
 class FeatureMasks:
     """Stands for a model: the mask of a query is its image's feature map, shifted by the location's number."""
 
-    def predict_masks(self, outputs: DenseOutputs, queries: MaskQueries) -> MaskLogits:
+    def predict_masks(self, outputs: Outputs, queries: MaskQueries) -> MaskLogits:
         maps = outputs.mask_inputs[queries.image_index, 0]
         logits = maps + (queries.location_index[:, None, None] - 12) / 12
         return MaskLogits(logits, queries.image_index, queries.instance_index, WholeMap(4, (8, 12)))
@@ -269,7 +269,7 @@ def test_masks_are_pasted_at_their_own_stride_and_a_crop_is_refused() -> None:
         def __init__(self, logits: Tensor, stride: int) -> None:
             self.logits, self.stride = logits, stride
 
-        def predict_masks(self, outputs: DenseOutputs, queries: MaskQueries) -> MaskLogits:
+        def predict_masks(self, outputs: Outputs, queries: MaskQueries) -> MaskLogits:
             grid = whole(self.logits, self.stride)
             return MaskLogits(self.logits, queries.image_index, queries.instance_index, grid)
 

@@ -25,7 +25,7 @@ from semiseg.models import build
 from semiseg.models.detectors.fcos import flatten_levels
 from semiseg.models.masks.head import MaskHead
 from semiseg.structures.grids import Regions
-from semiseg.structures.outputs import DenseOutputs, MaskLogits, MaskQueries
+from semiseg.structures.outputs import MaskLogits, MaskQueries, Outputs
 from tests.test_poison import everything, make_data
 from tests.tiny import tiny_config
 
@@ -44,7 +44,7 @@ class BoxMasks(MaskHead):
         centre, half = boxes_xyxy[:, :2] + boxes_xyxy[:, 2:], (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).clamp(min=1)
         return Regions(torch.cat([centre / 2 - 0.625 * half, centre / 2 + 0.625 * half], dim=1), (14, 14))
 
-    def predict_masks(self, outputs: DenseOutputs, queries: MaskQueries) -> MaskLogits:
+    def predict_masks(self, outputs: Outputs, queries: MaskQueries) -> MaskLogits:
         left, top, right, bottom = self.sides(outputs.mask_inputs[queries.image_index, queries.location_index]).unbind(
             1
         )

@@ -11,11 +11,9 @@ from torch import Tensor
 
 from benchmarks import straightforward as plain
 from semiseg.losses.affinity import neighbour_offsets
+from semiseg.losses.detection import COUNTS, LOSSES, detection_counts, mean_detection_losses
 from semiseg.losses.learned import AffinityTargets, LearnedEdges, affinity_targets
 from semiseg.losses.terms import (
-    COUNT_NAMES,
-    DETECTION_LOSSES,
-    LOSS_NAMES,
     MASK_LOSSES,
     TERMS,
     Affinity,
@@ -24,14 +22,15 @@ from semiseg.losses.terms import (
     MaskObjective,
     MaskTargets,
     Objective,
-    compute_losses,
     instance_terms,
     loss_edges,
+    mask_losses,
     term_counts,
 )
 from semiseg.structures.grids import WholeMap
 from semiseg.structures.inputs import Batch, Supervision, Targets
 from semiseg.structures.outputs import Assignment, DenseOutputs, Locations, MaskLogits
+from tests.tiny import COUNT_NAMES
 
 BOX, MASK, PSEUDO = Supervision.BOX, Supervision.MASK, Supervision.PSEUDO
 STRIDE, GRID = 4, (8, 8)
@@ -142,27 +141,30 @@ class Step:
             return self.draw(seed, *shape).abs().to(dtype).requires_grad_()
 
         places = Locations(torch.zeros(R, 2), torch.ones(R), torch.zeros(R, dtype=torch.int64), counts=(R,))
-        return DenseOutputs(leaf(1, 2, R, C), leaf(2, 2, R, 4), leaf(3, 2, R), places, mask_inputs=None)
+        return DenseOutputs(leaf(1, 2, R, C), leaf(2, 2, R, 4), leaf(3, 2, R), locations=places)
 
     def prepare(self, goal: Objective) -> tuple[MaskTargets, Tensor]:
         prepared = prepare(self.batch, goal)
-        return prepared, term_counts(self.assignment, self.targets, prepared, self.quotas)
+        of_detector = detection_counts(self.assignment, prepared.box_only)
+        counts = torch.stack([of_detector[name].double() for name in COUNTS])
+        return prepared, torch.cat([counts, term_counts(self.targets, prepared, self.quotas)])
 
     def losses(
         self, goal: Objective, *, counts: Tensor | None = None, warmup: float = 1.0, processes: int = 1
     ) -> LossTerms:
         prepared, own = self.prepare(goal)
-        return compute_losses(
-            self.outputs,
-            self.assignment,
+        values = (own if counts is None else counts).unbind()
+        count = dict(zip(COUNTS + goal.count_names, values, strict=True))
+        masks = mask_losses(
             self.mask_logits,
-            self.targets,
             prepared,
-            own if counts is None else counts,
+            count,
             warmup=warmup,
             processes=processes,
             learned=LearnedEdges(self.edge_logits, torch.tensor(TRUST)) if goal.affinity == "learned" else None,
         )
+        losses = mean_detection_losses(self.outputs, self.assignment, self.targets, count, processes=processes)
+        return masks.with_detection(losses)
 
 
 def mask_total(terms: LossTerms) -> Tensor:
@@ -251,7 +253,6 @@ def test_the_table_is_complete() -> None:
     expected |= {(kind, name) for kind in (MASK, PSEUDO) for name in get_args(MaskObjective)}
     assert set(TERMS) == expected
     assert {name for terms in TERMS.values() for name in terms} == {*MASK_LOSSES, "pairwise_learned"}
-    assert (*DETECTION_LOSSES, *MASK_LOSSES) == LOSS_NAMES
 
 
 @pytest.mark.parametrize("mask", get_args(MaskObjective))
@@ -265,7 +266,7 @@ def test_a_mixed_batch_equals_the_formula_in_a_plain_loop(mask: MaskObjective, b
     (mine,) = torch.autograd.grad(mask_total(terms), step.logits, retain_graph=True)
     (theirs,) = torch.autograd.grad(expected, step.logits)
     torch.testing.assert_close(mine, theirs, rtol=1e-7, atol=1e-10)
-    assert tuple(terms.weighted) == tuple(terms.unweighted) == goal.loss_names
+    assert tuple(terms.weighted) == tuple(terms.unweighted) == LOSSES + goal.loss_names
     torch.testing.assert_close(terms.total, sum(terms.weighted.values()), rtol=1e-12, atol=0)
 
 
@@ -354,7 +355,7 @@ def test_detection_denominators() -> None:
     _, counts = step.prepare(objective())
     alone = step.losses(objective())
     tripled = step.losses(objective(), counts=3 * counts, processes=3)  # three processes that saw the same
-    for name in DETECTION_LOSSES:
+    for name in LOSSES:
         assert alone.weighted[name] == alone.unweighted[name]
         torch.testing.assert_close(tripled.weighted[name], alone.weighted[name], rtol=1e-12, atol=0)
     nothing = step.losses(objective(), counts=torch.zeros_like(counts), processes=4)  # at least 1, at least 1e-6

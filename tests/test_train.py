@@ -39,10 +39,9 @@ from semiseg.engine.run import evaluate_run, execute_run
 from semiseg.engine.session import accelerate_for_one_run, start_accelerator
 from semiseg.engine.step import TrainStep
 from semiseg.errors import UserError, UserNotice
-from semiseg.losses.terms import COUNT_NAMES, LOSS_NAMES
 from semiseg.splits import load_split
 from semiseg.structures.inputs import Batch, Targets
-from tests.tiny import dynamic, some_masks, tiny_config
+from tests.tiny import COUNT_NAMES, LOSS_NAMES, dynamic, fcos, some_masks, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -333,7 +332,7 @@ def test_nonfinite_loss_stops_before_the_update_and_replays(root: Path, tmp_path
 
 def overflow_gradient(module: TrainStep) -> None:
     """Finite losses with a gradient beyond float32: tiny features that the next layer multiplies by as much."""
-    head = module.model.detector
+    head = fcos(module.model)
     assert head.class_logits.bias is not None
     with torch.no_grad():
         weight = head.class_tower[-2].weight
@@ -376,7 +375,7 @@ def test_under_a_scaler_such_an_update_is_left_out_and_training_goes_on(root: Pa
     accelerator = start_accelerator(config.runtime, seed=0)
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
     state = training.prepare(config, build_data(config), accelerator)
-    bias = state.step_module.model.detector.class_logits.bias
+    bias = fcos(state.step_module.model).class_logits.bias
     assert bias is not None
     hook = bias.register_hook(lambda gradient: gradient * float("inf"))
     before = [parameter.clone() for parameter in state.step_module.parameters()]

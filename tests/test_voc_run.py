@@ -14,11 +14,10 @@ from semiseg.data.voc import VOC_CLASSES, voc_files
 from semiseg.engine.build import build_data, train_dataset
 from semiseg.engine.logs import read_log
 from semiseg.engine.run import execute_run
-from semiseg.losses.terms import LOSS_NAMES
 from semiseg.structures.inputs import Supervision
 from semiseg.studies.file import load_study, study_runs
 from semiseg.studies.identity import data_digest
-from tests.tiny import TINY
+from tests.tiny import LOSS_NAMES, TINY
 from tests.voc_files import make_voc
 
 TABLE5 = Path(__file__).parent.parent / "experiments" / "voc_table5.toml"

@@ -17,7 +17,8 @@ from semiseg.engine import train as training
 from semiseg.engine.build import RunData, build_data, build_objective, build_training_loader, train_dataset
 from semiseg.engine.evaluate import predict_batch
 from semiseg.evaluation.coco_metrics import Metrics, evaluate_detections
-from semiseg.losses.terms import MaskTargets, compute_losses, instance_terms, loss_edges, term_counts
+from semiseg.losses.detection import detection_counts, mean_detection_losses
+from semiseg.losses.terms import MaskTargets, instance_terms, loss_edges, mask_losses, term_counts
 from semiseg.models.build import build_model
 from semiseg.models.detectors.assign import assign
 from semiseg.models.detectors.sample import mask_quotas, sample_positives
@@ -27,6 +28,7 @@ from semiseg.report.tables import csv_table
 from semiseg.results import Result, append, read
 from semiseg.splits import load_split
 from semiseg.structures.inputs import Batch, Supervision
+from semiseg.structures.outputs import DenseOutputs
 from tests.test_postprocess import postprocess
 from tests.tiny import tiny_config
 
@@ -98,15 +100,16 @@ def from_split_file_to_batch(config: RunConfig, data: RunData) -> Batch:
 def from_batch_to_loss(config: RunConfig, model: Segmenter, batch: Batch) -> None:
     targets = batch.targets
     assert targets is not None
-    # 5 Segmenter.forward -> DenseOutputs
+    # 5 Segmenter.forward -> Outputs, here FCOS's
     outputs = model.train()(batch.images, batch.image_sizes_hw)
+    assert isinstance(outputs, DenseOutputs)
     # 6 assign -> Assignment: every box that has a positive has it at a location inside it
     assignment = assign(
         targets,
         sizes_hw=model.level_sizes((64, 64)),
         strides=model.strides,
         num_images=4,
-        level_ranges=model.level_ranges,
+        level_ranges=config.model.detector.level_ranges,
         centre_radius=config.model.detector.centre_radius,
     )
     xy, boxes = outputs.locations.xy[assignment.location_index], targets.boxes_xyxy[assignment.instance_index]
@@ -129,8 +132,10 @@ def from_batch_to_loss(config: RunConfig, model: Segmenter, batch: Batch) -> Non
     instances = instance_terms(targets, model.mask_grid(targets.boxes_xyxy, (64, 64)), objective=objective)
     edges = loss_edges(batch, targets, instances, objective=objective)
     prepared = MaskTargets(**vars(instances), objective=objective, masks=targets.masks, edges=edges)
-    counts = term_counts(assignment, targets, prepared, quotas)
-    terms = compute_losses(outputs, assignment, mask_logits, targets, prepared, counts, warmup=1.0, processes=1)
+    count = detection_counts(assignment, prepared.box_only)
+    count |= zip(objective.count_names, term_counts(targets, prepared, quotas), strict=True)
+    detection = mean_detection_losses(outputs, assignment, targets, count, processes=1)
+    terms = mask_losses(mask_logits, prepared, count, warmup=1.0, processes=1).with_detection(detection)
     assert {name for name, value in terms.unweighted.items() if value > 0} == {
         *("classification", "box", "centreness", "dice", "projection", "pairwise")
     }

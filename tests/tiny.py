@@ -12,6 +12,9 @@ from torch import Tensor
 
 from semiseg.config import ModelConfig, RunConfig
 from semiseg.config.read import merge, parse_config
+from semiseg.losses.detection import COUNTS, LOSSES
+from semiseg.losses.terms import MASK_COUNTS, MASK_LOSSES
+from semiseg.models.detectors.fcos import FCOSHead
 from semiseg.models.masks.dynamic import DynamicMasks
 from semiseg.models.segmenter import Segmenter
 from semiseg.structures.inputs import Targets
@@ -87,6 +90,10 @@ def some_masks(targets: Targets, kept: Tensor) -> dict[str, Any]:
     return {"masks": targets.masks[kept], "encoded": encoded, "mask_weight": targets.mask_weight[kept]}
 
 
+LOSS_NAMES = LOSSES + MASK_LOSSES  # of a step with FCOS and no option
+COUNT_NAMES = COUNTS + MASK_COUNTS
+
+
 def make_queries(image_index: Sequence[int] | Tensor, location_index: Sequence[int] | Tensor) -> MaskQueries:
     """Queries of a head that asks for neither boxes nor labels; the instances are numbered."""
     image, location = torch.as_tensor(image_index).long(), torch.as_tensor(location_index).long()
@@ -109,6 +116,12 @@ def box_targets(boxes: Sequence[Sequence[float]], image_index: Sequence[int], *,
         crowd_image_index=none,
         mask_stride=mask_stride,
     )
+
+
+def fcos(model: Segmenter) -> FCOSHead:
+    """The detector of a model that has FCOS."""
+    assert isinstance(model.detector, FCOSHead)
+    return model.detector
 
 
 def dynamic(model: Segmenter) -> DynamicMasks:

@@ -11,6 +11,7 @@ from semiseg.data.loader import BatchLoader, StepBatches, build_loader, eval_bat
 from semiseg.data.sources import cache_folder, ensure_files
 from semiseg.data.table import Table, load_table
 from semiseg.data.transforms import Resize
+from semiseg.engine.detection import detector_step
 from semiseg.engine.processes import images_in_evaluation, parts_per_step
 from semiseg.engine.step import TrainStep
 from semiseg.errors import UserError
@@ -84,8 +85,8 @@ def build_step(config: RunConfig, *, num_classes: int) -> TrainStep:
         raise UserError(f"objective.level_set needs a mask head with masks on whole images, not {kind!r}")
     return TrainStep(
         model,
+        detector=detector_step(config.model.detector),
         objective=objective,
-        centre_radius=config.model.detector.centre_radius,
         max_mask_positives=config.model.mask_head.max_positives,
         # After all other parts: those have the same first weights with and without it.
         affinity=_build_affinity(config.model, model, objective) if objective.affinity == "learned" else None,

@@ -21,12 +21,11 @@ from semiseg.config import InferenceConfig
 from semiseg.engine.checkpoint import ModelInfo, load_model_folder
 from semiseg.errors import UserError
 from semiseg.models.build import build_model
-from semiseg.models.detectors.select import select_detections
 from semiseg.models.paste import MASK_THRESHOLD, iter_masks, to_output_boxes
 from semiseg.models.segmenter import Segmenter
 from semiseg.structures.grids import WholeMap
 from semiseg.structures.inputs import pad_images
-from semiseg.structures.outputs import Candidates, DenseOutputs, Detections
+from semiseg.structures.outputs import Candidates, Detections, Outputs
 
 # Padded pixels of one forward, or one image: three of 800 x 1333. With ResNet-50 about 1.5 GB.
 FORWARD_PIXELS = 2**22
@@ -134,7 +133,7 @@ def find_instances(
         padded, sizes_hw = pad_images([images[number].to(device) for number in numbers], network.size_divisor)
         sizes_hw = sizes_hw.to(device)
         outputs = network(padded, sizes_hw)
-        chosen = select_detections(
+        chosen = network.candidates(
             outputs,
             sizes_hw,
             score_threshold=limits.score_threshold,
@@ -156,9 +155,7 @@ def find_instances(
             )
 
 
-def _rescored(
-    network: Segmenter, outputs: DenseOutputs, candidates: Candidates, input_hw: tuple[int, int]
-) -> Candidates:
+def _rescored(network: Segmenter, outputs: Outputs, candidates: Candidates, input_hw: tuple[int, int]) -> Candidates:
     """The candidates with scores by which their masks count, too (`InferenceConfig.rescore`), best first again."""
     predicted = network.predict_masks(outputs, candidates.queries)
     probability = predicted.logits.float().sigmoid()

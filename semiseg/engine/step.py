@@ -11,29 +11,29 @@ that the size of a tensor depends on is computed on the host, which never waits 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from semiseg.engine.detection import DetectorStep
 from semiseg.losses.learned import AffinityTargets, LearnedEdges, affinity_targets
 from semiseg.losses.terms import (
     LossTerms,
     MaskTargets,
     Objective,
     cell_colours,
-    compute_losses,
     instance_terms,
     loss_edges,
     loss_sizes,
+    mask_losses,
     term_counts,
     whole_map,
 )
 from semiseg.models.affinity import AffinityBranch
-from semiseg.models.detectors.assign import assign
-from semiseg.models.detectors.sample import mask_quotas, sample_positives, sums_by_image
+from semiseg.models.detectors.sample import mask_quotas, sums_by_image
 from semiseg.models.segmenter import Segmenter
 from semiseg.structures.inputs import Batch, Targets
-from semiseg.structures.outputs import Assignment
 from semiseg.structures.transfer import send
 
 
@@ -41,7 +41,7 @@ from semiseg.structures.transfer import send
 class StepPlan:
     """What is known of a batch before the network has seen it, on the batch's device."""
 
-    assignment: Assignment  # positive and ignored locations
+    assignment: Any  # the detector's own: what is positive for which instance, and what is ignored
     mask_targets: MaskTargets  # what each instance's mask may learn from
     quotas: Tensor  # (N,) int64, positives of each instance that get a mask loss
     queries: tuple[int, ...]  # how many masks each image gets
@@ -54,6 +54,7 @@ class TrainStep(nn.Module):
     Mask heads with parameters of their own work under data parallelism because they are called inside `forward`.
 
     Attributes:
+        detector: how the detector is trained.
         affinity: the branch that learns which edges separate instances, where the objective wants one.
         loss_names, count_names: of what `forward` and `plan` return; the same for every part and process of a run.
     """
@@ -62,17 +63,17 @@ class TrainStep(nn.Module):
         self,
         model: Segmenter,
         *,
+        detector: DetectorStep,
         objective: Objective,
-        centre_radius: float,
         max_mask_positives: int,
         affinity: AffinityBranch | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.affinity = affinity
-        self.objective = objective
-        self.loss_names, self.count_names = objective.loss_names, objective.count_names
-        self.centre_radius = centre_radius
+        self.detector, self.objective = detector, objective
+        self.loss_names = detector.loss_names + objective.loss_names
+        self.count_names = detector.count_names + objective.count_names
         self.max_mask_positives = max_mask_positives
 
     @torch.no_grad()
@@ -87,14 +88,7 @@ class TrainStep(nn.Module):
         """
         targets = _targets(batch if loaded is None else loaded).to("cpu")
         num_images, size_hw = batch.images.shape[0], (batch.images.shape[-2], batch.images.shape[-1])
-        assignment = assign(
-            targets,
-            sizes_hw=self.model.level_sizes(size_hw),
-            strides=self.model.strides,
-            num_images=num_images,
-            level_ranges=self.model.level_ranges,
-            centre_radius=self.centre_radius,
-        )
+        assignment = self.detector.assign(targets, sizes_hw=self.model.level_sizes(size_hw), num_images=num_images)
         quotas = mask_quotas(
             assignment,
             num_instances=targets.num_instances,
@@ -121,7 +115,9 @@ class TrainStep(nn.Module):
             lab=cell_colours(batch, instances, affinity),
             sizes=sizes,
         )
-        counts = term_counts(assignment, targets, wanted, quotas)
+        own = self.detector.counts(assignment, wanted.box_only)
+        of_detector = torch.stack([own[name].double() for name in self.detector.count_names])
+        counts = torch.cat([of_detector, term_counts(targets, wanted, quotas)])
         return StepPlan(assignment, wanted, quotas, tuple(queries), counts)
 
     def forward(self, batch: Batch, plan: StepPlan, counts: Tensor, *, warmup: float, processes: int) -> LossTerms:
@@ -136,24 +132,17 @@ class TrainStep(nn.Module):
         """
         targets = _targets(batch)
         outputs = self.model(batch.images, batch.image_sizes_hw)
-        queries = sample_positives(outputs, plan.assignment, targets, plan.quotas, counts=plan.queries)
+        queries = self.detector.sample(outputs, plan.assignment, targets, plan.quotas, counts=plan.queries)
         mask_logits = self.model.predict_masks(outputs, queries)
         learned = None
         if self.affinity is not None and plan.mask_targets.affinity is not None:
             colours = plan.mask_targets.affinity
             logits = self.affinity(self.model.mask_head.edge_features(outputs), colours.lab, colours.distances)
             learned = LearnedEdges(logits, self.affinity.trust())
-        return compute_losses(
-            outputs,
-            plan.assignment,
-            mask_logits,
-            targets,
-            plan.mask_targets,
-            counts,
-            warmup=warmup,
-            processes=processes,
-            learned=learned,
-        )
+        count = dict(zip(self.count_names, counts.unbind(), strict=True))
+        of_detector = self.detector.losses(outputs, plan.assignment, targets, count, processes=processes)
+        masks = mask_losses(mask_logits, plan.mask_targets, count, warmup=warmup, processes=processes, learned=learned)
+        return masks.with_detection(of_detector)
 
     def affinity_targets(self, batch: Batch, targets: Targets) -> AffinityTargets:
         """What the branch sees of a batch with these targets, and what it learns from it."""

@@ -1,7 +1,8 @@
-"""The losses of the detector, the same for every kind of supervision: class, box and centreness."""
+"""The losses of FCOS, the same for every kind of supervision: class, box and centreness."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,13 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from semiseg.losses.dice import at_least_float32
+from semiseg.structures.inputs import Targets
 from semiseg.structures.outputs import Assignment, DenseOutputs
+
+LOSSES = ("classification", "box", "centreness")
+COUNTS = ("positives", "box_positives", "centreness")  # what their denominators are made of
 
 FOCAL_ALPHA = 0.25  # gamma is 2: the power is written into the formulas of `_FocalSum`
 
 
 def detection_losses(outputs: DenseOutputs, assignment: Assignment, labels: Tensor) -> dict[str, Tensor]:
-    """Sums, not means, of the three detection losses over this batch; `terms.compute_losses` divides.
+    """Sums, not means, of the three detection losses over this batch; `mean_detection_losses` divides.
 
     Args:
         outputs: of the model.
@@ -39,6 +44,33 @@ def detection_losses(outputs: DenseOutputs, assignment: Assignment, labels: Tens
         "box": box.sum(),
         "centreness": F.binary_cross_entropy_with_logits(centreness_logits, centreness, reduction="sum"),
     }
+
+
+def detection_counts(assignment: Assignment, box_only: Tensor) -> dict[str, Tensor]:
+    """By `COUNTS`: positives, those of instances (N,) with a box alone, and the sum of the centreness targets."""
+    return {
+        "positives": torch.ones_like(assignment.instance_index).sum(),
+        "box_positives": box_only[assignment.instance_index].sum(),
+        "centreness": assignment.centreness.double().sum(),
+    }
+
+
+def mean_detection_losses(
+    outputs: DenseOutputs, assignment: Assignment, targets: Targets, count: Mapping[str, Tensor], *, processes: int
+) -> dict[str, Tensor]:
+    """The losses of one accumulation part on one process, as its share of the whole optimizer step.
+
+    With n = `count` of the whole step, p = `processes`: classification and centreness are divided by max(n.positives /
+    p, 1), box by max(n.centreness / p, 1e-6).
+    """
+    sums = detection_losses(outputs, assignment, targets.labels)
+    positives = (count["positives"] / processes).clamp(min=1)
+    factors = {
+        "classification": 1 / positives,
+        "box": 1 / (count["centreness"] / processes).clamp(min=1e-6),
+        "centreness": 1 / positives,
+    }
+    return {name: sums[name] * factors[name].to(sums[name].dtype) for name in LOSSES}
 
 
 def _classification(class_logits: Tensor, assignment: Assignment, labels: Tensor) -> Tensor:

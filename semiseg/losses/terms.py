@@ -1,4 +1,4 @@
-"""Which mask losses an instance gets, and how all losses of a step become one number.
+"""Which mask losses an instance gets, and how the sums of a step become shares of its loss.
 
 Letters: B images, N instances, Q sampled positives with a mask, K neighbours, (h, w) the mask grid of the batch.
 A new kind of supervision or a new mask loss is a row of `TERMS`, a name in `MASK_LOSSES` and one function.
@@ -30,7 +30,6 @@ from semiseg.losses.boxinst import (
     patch_cells,
     projection_loss,
 )
-from semiseg.losses.detection import detection_losses
 from semiseg.losses.dice import at_least_float32, dice_loss
 from semiseg.losses.learned import (
     COLOUR_COUNTS,
@@ -42,7 +41,7 @@ from semiseg.losses.level_set import level_set_loss
 from semiseg.losses.regions import region_cells, region_edges, region_inside
 from semiseg.structures.grids import MaskGrid, WholeMap
 from semiseg.structures.inputs import Batch, Supervision, Targets
-from semiseg.structures.outputs import Assignment, DenseOutputs, MaskLogits
+from semiseg.structures.outputs import MaskLogits
 
 MaskObjective = Literal["dice", "labelled"]
 BoxObjective = Literal["none", "projection", "projection+pairwise", "projection+learned", "box_as_mask"]
@@ -61,13 +60,11 @@ TERMS: Mapping[tuple[Supervision, str], tuple[str, ...]] = {
     (Supervision.BOX, "box_as_mask"): ("dice",),  # on the filled box: the first row of the paper's Table 3
 }
 
-DETECTION_LOSSES = ("classification", "box", "centreness")
 MASK_LOSSES = ("dice", "projection", "pairwise", "pairwise_labelled")
-LOSS_NAMES = DETECTION_LOSSES + MASK_LOSSES
 
-# What the denominators of a step are made of, in the order of `term_counts`. The last four are what the mask losses
-# of the same name sum over: masks, masks, edges, edges.
-COUNT_NAMES = ("positives", "box_positives", "centreness", "masks", "box_masks", "mask_masks", *MASK_LOSSES)
+# What the denominators of a step are made of beside the detector's, in the order of `term_counts`. The last four are
+# what the mask losses of the same name sum over: masks, masks, edges, edges.
+MASK_COUNTS = ("masks", "box_masks", "mask_masks", *MASK_LOSSES)
 
 EDGE_LOSSES = ("pairwise", "pairwise_labelled", "pairwise_learned")
 
@@ -90,14 +87,14 @@ class Objective:
 
     @property
     def loss_names(self) -> tuple[str, ...]:
-        """Of all losses of a step, in their order."""
-        return (*LOSS_NAMES, *self._optional, *(LEARNED_LOSSES if self.affinity == "learned" else ()))
+        """Of all mask losses of a step, in their order."""
+        return (*MASK_LOSSES, *self._optional, *(LEARNED_LOSSES if self.affinity == "learned" else ()))
 
     @property
     def count_names(self) -> tuple[str, ...]:
         """Of what `term_counts` gives, in its order."""
         learned = (*LEARNED_LOSSES, *COLOUR_COUNTS) if self.affinity == "learned" else ()
-        return (*COUNT_NAMES, *self._optional, *learned)
+        return (*MASK_COUNTS, *self._optional, *learned)
 
     def terms_of(self, supervision: Supervision) -> tuple[str, ...]:
         if supervision != Supervision.BOX:
@@ -153,11 +150,15 @@ class MaskTargets(InstanceTerms):
 
 @dataclass(frozen=True)
 class LossTerms:
-    """The losses of one part of a step, by `Objective.loss_names`, all of them always there."""
+    """The losses of one part of a step, by their names, all of them always there."""
 
     # Scalars, the mean of each loss over what it sums over; without warm-up or mixing shares
     unweighted: dict[str, Tensor]
     weighted: dict[str, Tensor]  # scalars, what each contributes to the total
+
+    def with_detection(self, losses: Mapping[str, Tensor]) -> LossTerms:
+        """The same beside the detector's losses, which come first and are not weighted."""
+        return LossTerms({**losses, **self.unweighted}, {**losses, **self.weighted})
 
     @property
     def total(self) -> Tensor:
@@ -270,8 +271,8 @@ def _choose(targets: Targets, objective: Objective, has_cell: Tensor) -> dict[st
     return chosen
 
 
-def term_counts(assignment: Assignment, targets: Targets, prepared: MaskTargets, quotas: Tensor) -> Tensor:
-    """Everything that the denominators of a step need, from targets and images alone: no prediction enters.
+def term_counts(targets: Targets, prepared: MaskTargets, quotas: Tensor) -> Tensor:
+    """Everything that the denominators of the mask losses need, from targets and images alone: no prediction enters.
 
     Sum the vectors of all accumulation parts and all processes of an optimizer step before its first backward.
 
@@ -279,17 +280,14 @@ def term_counts(assignment: Assignment, targets: Targets, prepared: MaskTargets,
         quotas: (N,) int64, how many positives of each instance get a mask.
 
     Returns:
-        (len(objective.count_names),) float64: `positives` and those of box-supervised instances; the sum of the
-        centreness targets; `masks` P, sampled positives that get any mask loss, of which `box_masks` P_box are
-        box-supervised and `mask_masks` are not; and the number that each mask loss sums over, all counted per sampled
-        positive. With learned affinity also the known edges of all images, and `COLOUR_COUNTS` of these.
+        (len(objective.count_names),) float64: `masks` P, sampled positives that get any mask loss, of which
+        `box_masks` P_box are box-supervised and `mask_masks` are not; and the number that each mask loss sums over,
+        all counted per sampled positive. With learned affinity also the known edges of all images, and
+        `COLOUR_COUNTS` of these.
     """
     box = prepared.box_only
     used = quotas * prepared.used
     counts: dict[str, Tensor] = {
-        "positives": torch.ones_like(assignment.instance_index).sum(),
-        "box_positives": box[assignment.instance_index].sum(),
-        "centreness": assignment.centreness.double().sum(),
         "masks": used.sum(),
         "box_masks": (used * box).sum(),
         "mask_masks": (used * ~box).sum(),
@@ -307,25 +305,19 @@ def term_counts(assignment: Assignment, targets: Targets, prepared: MaskTargets,
     return torch.stack([counts[name].double() for name in prepared.objective.count_names])
 
 
-def compute_losses(
-    outputs: DenseOutputs,
-    assignment: Assignment,
+def mask_losses(
     mask_logits: MaskLogits,
-    targets: Targets,
     prepared: MaskTargets,
-    counts: Tensor,
+    count: Mapping[str, Tensor],
     *,
     warmup: float,
     processes: int,
     learned: LearnedEdges | None = None,
 ) -> LossTerms:
-    """All losses of one accumulation part on one process, as its share of the whole optimizer step.
+    """The mask losses of one accumulation part on one process, as its share of the whole optimizer step.
 
-    With n = `counts` summed over the step (see `term_counts`), S = a sum over this part, p = `processes`:
+    With n = `count`, S = a sum over this part, p = `processes`:
 
-        classification             = S / max(n.positives / p, 1)
-        box                        = S / max(n.centreness / p, 1e-6)
-        centreness                 = S / max(n.positives / p, 1)
         unweighted mask loss t     = p S_t / max(n.t, 1), n.t masks for dice and projection, edges otherwise
         weighted dice, projection  = (n.t / max(n.masks, 1)) unweighted
         weighted pairwise_labelled = warmup (n.mask_masks / max(n.masks, 1)) unweighted
@@ -342,7 +334,7 @@ def compute_losses(
     Args:
         mask_logits: one per sampled positive, on the grid of its instance.
         prepared: `mask_targets` of the same batch.
-        counts: (len(objective.count_names),) of the whole step.
+        count: `term_counts` summed over the whole step, by `Objective.count_names`.
         warmup: factor of the edge losses in [0, 1]: min(step / W, 1) with step from 1.
         processes: number of processes that share the step.
         learned: the branch's prediction for the batch, exactly where `prepared.affinity` is given.
@@ -351,17 +343,10 @@ def compute_losses(
         Every loss of the objective, 0 where nothing is there to sum. Their total carries a graph through the masks
         and the branch even then.
     """
-    count = dict(zip(prepared.objective.count_names, counts.unbind(), strict=True))
-    sums = detection_losses(outputs, assignment, targets.labels) | _mask_sums(mask_logits, prepared, count, learned)
-    positives = (count["positives"] / processes).clamp(min=1)
-    factors = {
-        "classification": 1 / positives,
-        "box": 1 / (count["centreness"] / processes).clamp(min=1e-6),
-        "centreness": 1 / positives,
-    }
+    sums = _mask_sums(mask_logits, prepared, count, learned)
     shares = _shares(count, warmup, prepared.objective)
     names = prepared.objective.loss_names
-    factors |= {name: processes / count[name].clamp(min=1) for name in names if name not in factors}
+    factors = {name: processes / count[name].clamp(min=1) for name in names}
     unweighted = {name: sums[name] * factors[name].to(sums[name].dtype) for name in names}
     weighted = {
         name: value * shares[name].to(value.dtype) if name in shares else value for name, value in unweighted.items()
@@ -370,7 +355,7 @@ def compute_losses(
 
 
 def _shares(count: Mapping[str, Tensor], warmup: float, objective: Objective) -> dict[str, Tensor]:
-    """What the unweighted mask losses are weighted with, see `compute_losses`."""
+    """What the unweighted mask losses are weighted with, see `mask_losses`."""
     masks = count["masks"].clamp(min=1)
     of_boxes = warmup * count["box_masks"] / masks
     return {

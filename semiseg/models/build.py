@@ -35,7 +35,7 @@ def build_model(config: ModelConfig, *, num_classes: int) -> Segmenter:
     detector = FCOSHead(
         config.neck.channels,
         num_classes=num_classes,
-        num_levels=len(config.detector.strides),
+        strides=config.detector.strides,
         tower_convs=config.detector.tower_convs,
         groups=config.detector.tower_groups,
     )
@@ -44,8 +44,6 @@ def build_model(config: ModelConfig, *, num_classes: int) -> Segmenter:
         neck=_build_neck(config, backbone.channels),
         detector=detector,
         mask_head=build_mask_head(config, num_classes=num_classes),
-        strides=config.detector.strides,
-        level_ranges=config.detector.level_ranges,
         pixel_mean=config.pixel_mean,
         pixel_std=config.pixel_std,
     )

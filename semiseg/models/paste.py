@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from semiseg.models.upsample import aligned_upsample
 from semiseg.structures.grids import MaskGrid, Regions
-from semiseg.structures.outputs import DenseOutputs, MaskLogits, MaskQueries
+from semiseg.structures.outputs import MaskLogits, MaskQueries, Outputs
 
 MASK_THRESHOLD = 0.5
 CHUNK_PIXELS = 2**20  # of float masks held at once, or one mask: 4 MiB stay in cache, and the allocator keeps them
@@ -20,7 +20,7 @@ CHUNK_PIXELS = 2**20  # of float masks held at once, or one mask: 4 MiB stay in 
 class MaskPredictor(Protocol):
     """What pasting needs of a model."""
 
-    def predict_masks(self, outputs: DenseOutputs, queries: MaskQueries) -> MaskLogits: ...
+    def predict_masks(self, outputs: Outputs, queries: MaskQueries) -> MaskLogits: ...
 
 
 def to_output_boxes(boxes_xyxy: Tensor, input_hw: tuple[int, int], output_hw: tuple[int, int]) -> Tensor:
@@ -34,7 +34,7 @@ def to_output_boxes(boxes_xyxy: Tensor, input_hw: tuple[int, int], output_hw: tu
 @torch.no_grad()
 def iter_masks(
     model: MaskPredictor,
-    outputs: DenseOutputs,
+    outputs: Outputs,
     queries: MaskQueries,
     input_hw: tuple[int, int],
     output_hw: tuple[int, int],

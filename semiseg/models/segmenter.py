@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from semiseg.models.bifpn import BiFPN
-from semiseg.models.detectors.fcos import FCOSHead, flatten_levels, make_locations
+from semiseg.models.detectors.detector import Detector
+from semiseg.models.detectors.fcos import make_locations
 from semiseg.models.fpn import FeaturePyramid
 from semiseg.models.masks.head import MaskHead
 from semiseg.models.resnet import BACKBONE_STRIDES, ResNetFeatures, SmallResNet
 from semiseg.structures.grids import MaskGrid
 from semiseg.structures.inputs import grid_size
-from semiseg.structures.outputs import DenseOutputs, Locations, MaskLogits, MaskQueries
+from semiseg.structures.outputs import Candidates, Locations, MaskLogits, MaskQueries, Outputs
 
 # What model folders and checkpoints have from before detector and mask head were parts of their own.
 FORMER_NAMES = {"head.": "detector.", "controller.": "mask_head.controller.", "mask_branch.": "mask_head.branch."}
@@ -31,7 +33,6 @@ class Segmenter(nn.Module):
         num_classes: C.
         strides: of the levels at which the detector predicts, finest first.
         size_divisor: height and width of `forward`'s images divide by it.
-        level_ranges: boundaries in pixels of max(l, t, r, b) between consecutive levels, for the assignment.
     """
 
     pixel_mean: Tensor
@@ -42,18 +43,15 @@ class Segmenter(nn.Module):
         *,
         backbone: ResNetFeatures | SmallResNet,
         neck: FeaturePyramid | BiFPN,
-        detector: FCOSHead,
+        detector: Detector,
         mask_head: MaskHead,
-        strides: Sequence[int],
-        level_ranges: Sequence[float],
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
     ) -> None:
         super().__init__()
         self.num_classes = detector.num_classes
-        self.strides = tuple(strides)
+        self.strides = detector.strides
         self.size_divisor = BACKBONE_STRIDES[-1]
-        self.level_ranges = tuple(float(value) for value in level_ranges)
         self.backbone = backbone
         self.neck = neck
         self.detector = detector
@@ -80,7 +78,7 @@ class Segmenter(nn.Module):
         """The parts whose work follows from the size of the images alone; masks depend on how many there are."""
         return (self.backbone, self.neck, self.detector, *self.mask_head.compiled_parts())
 
-    def forward(self, images: Tensor, image_sizes_hw: Tensor) -> DenseOutputs:
+    def forward(self, images: Tensor, image_sizes_hw: Tensor) -> Outputs:
         """Predicts at every location of every level.
 
         Args:
@@ -88,14 +86,13 @@ class Segmenter(nn.Module):
             image_sizes_hw: (B, 2) int64, height and width before padding.
         """
         levels = self.neck(self.backbone(self.normalise(images, image_sizes_hw)))  # by stride
-        predictions = self.detector([levels[stride] for stride in self.strides])
-        return DenseOutputs(
-            class_logits=flatten_levels([level.class_logits for level in predictions]),
-            box_distances=flatten_levels([level.box_distances for level in predictions]),
-            centreness_logits=flatten_levels([level.centreness_logits for level in predictions])[..., 0],
-            locations=self.locations((images.shape[2], images.shape[3]), device=images.device),
-            mask_inputs=self.mask_head(levels, [level.box_tower for level in predictions]),
-        )
+        size_hw = (images.shape[2], images.shape[3])
+        outputs, features = self.detector.predict(levels, size_hw, image_sizes_hw)
+        return replace(outputs, mask_inputs=self.mask_head(levels, features))
+
+    def candidates(self, outputs: Outputs, image_sizes_hw: Tensor, **limits: Any) -> list[Candidates]:
+        """See `Detector.candidates`."""
+        return self.detector.candidates(outputs, image_sizes_hw, size_divisor=self.size_divisor, **limits)
 
     def locations(self, padded_size_hw: tuple[int, int], *, device: torch.device) -> Locations:
         """The locations of `forward`'s predictions for images of a padded size, which divides by `size_divisor`."""
@@ -105,7 +102,7 @@ class Segmenter(nn.Module):
         """Height and width in cells of the levels at which the detector predicts, for images of a padded size."""
         return [grid_size(padded_size_hw, stride) for stride in self.strides]
 
-    def predict_masks(self, outputs: DenseOutputs, queries: MaskQueries) -> MaskLogits:
+    def predict_masks(self, outputs: Outputs, queries: MaskQueries) -> MaskLogits:
         """One mask per query, see `MaskHead.predict_masks`."""
         return self.mask_head.predict_masks(outputs, queries)
 

@@ -1,4 +1,4 @@
-"""What comes out of the model and its neighbours: dense outputs, assignment, mask queries and logits, detections.
+"""What comes out of the model and its neighbours: outputs, assignment, mask queries and logits, detections.
 
 Letters: B images, R locations (all levels of one image, level-major, then row-major), C classes, P positives,
 Q mask queries, N detections.
@@ -32,16 +32,22 @@ class Locations:
         require(sum(self.counts) == count, "counts must add up to R")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """What the network predicts for a batch, the same in training and evaluation; each detector adds its own."""
+
+    locations: Locations  # the R places of the levels at which the detector predicts
+    # From what the mask head makes the masks that it is asked for: its own structure, which nobody else looks into
+    mask_inputs: Any = None
+
+
 @dataclass(frozen=True)
-class DenseOutputs:
-    """What the network predicts for a batch, the same in training and evaluation."""
+class DenseOutputs(Outputs):
+    """FCOS's predictions, one at every location."""
 
     class_logits: Tensor  # (B, R, C)
     box_distances: Tensor  # (B, R, 4) left, top, right, bottom >= 0 in units of the location's stride
     centreness_logits: Tensor  # (B, R)
-    locations: Locations  # where the R predictions stand
-    # From what the mask head makes the masks that it is asked for: its own structure, which nobody else looks into
-    mask_inputs: Any
 
     def __post_init__(self) -> None:
         batch, count = self.class_logits.shape[:2]
@@ -52,7 +58,7 @@ class DenseOutputs:
 
 @dataclass(frozen=True)
 class Assignment:
-    """Which locations are positive for which instance (P positives, flat over the batch), and which are ignored."""
+    """FCOS's: P locations, flat over the batch, that are positive for an instance, and those that are ignored."""
 
     image_index: Tensor  # (P,) int64; positives are ordered by image, then location
     location_index: Tensor  # (P,) int64 in 0..R-1

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from semiseg.structures.outputs import Locations
+from semiseg.models.detectors.detector import Detector
+from semiseg.models.detectors.select import select_detections
+from semiseg.structures.inputs import grid_size
+from semiseg.structures.outputs import Candidates, DenseOutputs, Locations, Outputs
 
 PRIOR_PROBABILITY = 0.01
 HEAD_STD = 0.01
@@ -25,22 +28,24 @@ class LevelPrediction(NamedTuple):
     box_tower: Tensor  # (B, channels, h, w) features from which the dynamic filters are made
 
 
-class FCOSHead(nn.Module):
+class FCOSHead(Detector):
     """Two towers of (3x3 convolution, GroupNorm, ReLU); class logits on one, boxes and centreness on the other.
 
     Weights start at std 0.01, biases at 0, except that the class bias starts every class at probability 0.01.
     Source: FCOS (Tian et al. 2019), METHOD section 3.
     """
 
-    def __init__(self, channels: int, *, num_classes: int, num_levels: int, tower_convs: int, groups: int) -> None:
+    def __init__(
+        self, channels: int, *, num_classes: int, strides: Sequence[int], tower_convs: int, groups: int
+    ) -> None:
         super().__init__()
-        self.num_classes = num_classes
+        self.num_classes, self.strides = num_classes, tuple(strides)
         self.class_tower = conv_tower(channels, tower_convs, groups)
         self.box_tower = conv_tower(channels, tower_convs, groups)
         self.class_logits = nn.Conv2d(channels, num_classes, kernel_size=3, padding=1)
         self.box_distances = nn.Conv2d(channels, 4, kernel_size=3, padding=1)
         self.centreness = nn.Conv2d(channels, 1, kernel_size=3, padding=1)
-        self.level_scales = nn.ParameterList(nn.Parameter(torch.ones(1)) for _ in range(num_levels))
+        self.level_scales = nn.ParameterList(nn.Parameter(torch.ones(1)) for _ in self.strides)
         for module in self.modules():
             if isinstance(module, nn.Conv2d) and module.bias is not None:
                 nn.init.normal_(module.weight, std=HEAD_STD)
@@ -48,8 +53,27 @@ class FCOSHead(nn.Module):
         assert self.class_logits.bias is not None
         nn.init.constant_(self.class_logits.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
 
+    def predict(
+        self, levels: Mapping[int, Tensor], padded_size_hw: tuple[int, int], image_sizes_hw: Tensor
+    ) -> tuple[DenseOutputs, Sequence[Tensor]]:
+        """As `Detector.predict`; the features are those of the box tower."""
+        predictions: list[LevelPrediction] = self([levels[stride] for stride in self.strides])
+        sizes = [grid_size(padded_size_hw, stride) for stride in self.strides]
+        outputs = DenseOutputs(
+            class_logits=flatten_levels([level.class_logits for level in predictions]),
+            box_distances=flatten_levels([level.box_distances for level in predictions]),
+            centreness_logits=flatten_levels([level.centreness_logits for level in predictions])[..., 0],
+            locations=make_locations(sizes, self.strides, image_sizes_hw.device),
+        )
+        return outputs, [level.box_tower for level in predictions]
+
+    def candidates(self, outputs: Outputs, image_sizes_hw: Tensor, **limits: Any) -> list[Candidates]:
+        """As `Detector.candidates`."""
+        assert isinstance(outputs, DenseOutputs)
+        return select_detections(outputs, image_sizes_hw, **limits)
+
     def forward(self, levels: Sequence[Tensor]) -> list[LevelPrediction]:
-        """Predictions per level, in the order of `levels`; there must be `num_levels` of them."""
+        """Predictions per level, in the order of `levels`, one for each of `strides`."""
         # One convolution for both predictions of the box tower: they are narrow, so reading the tower costs most.
         assert self.box_distances.bias is not None
         assert self.centreness.bias is not None

@@ -22,14 +22,14 @@ from semiseg.models.norms import norm_layer
 from semiseg.models.upsample import aligned_upsample
 from semiseg.structures.grids import WholeMap
 from semiseg.structures.inputs import grid_size, require
-from semiseg.structures.outputs import DenseOutputs, MaskLogits, MaskQueries
+from semiseg.structures.outputs import MaskLogits, MaskQueries, Outputs
 
 COORDINATES = 2  # dx, dy come before the features
 
 
 @dataclass(frozen=True)
 class DynamicInputs:
-    """What masks are made from, of a batch; see `DenseOutputs.mask_inputs`."""
+    """What masks are made from, of a batch; see `Outputs.mask_inputs`."""
 
     filter_features: Tensor  # (B, R, F'), from which a location's filters are computed when a mask is wanted there
     mask_features: Tensor  # (B, F, h, w) shared by all instances of an image
@@ -94,7 +94,7 @@ class DynamicMasks(MaskHead):
         features, wide = self.branch(taken)
         return DynamicInputs(flatten_levels(box_towers), features, wide)
 
-    def edge_features(self, outputs: DenseOutputs) -> Tensor:
+    def edge_features(self, outputs: Outputs) -> Tensor:
         """The branch's features before they are reduced to few channels."""
         inputs: DynamicInputs = outputs.mask_inputs
         if inputs.wide_features is None:
@@ -105,7 +105,7 @@ class DynamicMasks(MaskHead):
         """The whole padded map at `stride`, whatever the boxes."""
         return WholeMap(self.stride, grid_size(padded_size_hw, self.stride))
 
-    def predict_masks(self, outputs: DenseOutputs, queries: MaskQueries) -> MaskLogits:
+    def predict_masks(self, outputs: Outputs, queries: MaskQueries) -> MaskLogits:
         """Mask logits (Q, h, w) of the queried locations on the whole padded map, at `stride`."""
         inputs: DynamicInputs = outputs.mask_inputs
         locations = outputs.locations
@@ -127,7 +127,7 @@ class DynamicMasks(MaskHead):
             grid=WholeMap(self.stride, (logits.shape[1], logits.shape[2])),
         )
 
-    def filters(self, outputs: DenseOutputs, queries: MaskQueries) -> Tensor:
+    def filters(self, outputs: Outputs, queries: MaskQueries) -> Tensor:
         """The filters (Q, D) of the queried locations: weights of all layers, then biases."""
         inputs: DynamicInputs = outputs.mask_inputs
         height, width = (side * self.feature_stride for side in inputs.mask_features.shape[-2:])

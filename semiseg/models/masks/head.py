@@ -14,7 +14,7 @@ from torchvision.ops import Conv2dNormActivation
 from semiseg.models.detectors.fcos import neighbourhoods
 from semiseg.models.norms import group_norm
 from semiseg.structures.grids import MaskGrid
-from semiseg.structures.outputs import DenseOutputs, MaskLogits, MaskQueries
+from semiseg.structures.outputs import MaskLogits, MaskQueries, Outputs
 
 
 class MaskHead(nn.Module, ABC):
@@ -26,7 +26,7 @@ class MaskHead(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, levels: Mapping[int, Tensor], box_towers: Sequence[Tensor]) -> Any:
-        """What masks are made from, which becomes `DenseOutputs.mask_inputs`; the same in training and evaluation.
+        """What masks are made from, which becomes `Outputs.mask_inputs`; the same in training and evaluation.
 
         Args:
             levels: (B, channels, h, w) of the pyramid, by stride.
@@ -38,14 +38,14 @@ class MaskHead(nn.Module, ABC):
         """Where the cells of the masks of N instances with these boxes (N, 4) stand; it follows from no prediction."""
 
     @abstractmethod
-    def predict_masks(self, outputs: DenseOutputs, queries: MaskQueries) -> MaskLogits:
+    def predict_masks(self, outputs: Outputs, queries: MaskQueries) -> MaskLogits:
         """One mask per query, in their order, on `grid(queries.boxes_xyxy)`.
 
         Without queries the result is (0, h, w) and still on the graph of every parameter of this head, so that no
         process of several waits for a gradient that never comes.
         """
 
-    def edge_features(self, outputs: DenseOutputs) -> Tensor:
+    def edge_features(self, outputs: Outputs) -> Tensor:
         """(B, `edge_channels`, h, w) of the whole images, of a forward in training, for learned affinity."""
         raise NotImplementedError(f"{type(self).__name__} has no features of the whole image")
 
@@ -59,7 +59,7 @@ class MaskHead(nn.Module, ABC):
 
 
 def convolve_at(
-    conv: nn.Conv2d, features: Tensor, outputs: DenseOutputs, queries: MaskQueries, padded_hw: tuple[int, int]
+    conv: nn.Conv2d, features: Tensor, outputs: Outputs, queries: MaskQueries, padded_hw: tuple[int, int]
 ) -> Tensor:
     """A 3x3 convolution at the queried locations alone: (Q, out).
 

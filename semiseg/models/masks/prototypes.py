@@ -18,12 +18,12 @@ from semiseg.models.masks.head import MaskHead, conv_layers, convolve_at
 from semiseg.models.upsample import aligned_upsample
 from semiseg.structures.grids import WholeMap
 from semiseg.structures.inputs import grid_size, require
-from semiseg.structures.outputs import DenseOutputs, MaskLogits, MaskQueries
+from semiseg.structures.outputs import MaskLogits, MaskQueries, Outputs
 
 
 @dataclass(frozen=True)
 class PrototypeInputs:
-    """What masks are made from, of a batch; see `DenseOutputs.mask_inputs`."""
+    """What masks are made from, of a batch; see `Outputs.mask_inputs`."""
 
     weight_features: Tensor  # (B, R, F'), from which a location's weights are computed when a mask is wanted there
     prototypes: Tensor  # (B, K, h, w), at least 0
@@ -79,7 +79,7 @@ class PrototypeMasks(MaskHead):
         wide = self.after(aligned_upsample(self.before(level), 2).relu())
         return PrototypeInputs(flatten_levels(box_towers), self.prototypes(wide).relu(), wide)
 
-    def edge_features(self, outputs: DenseOutputs) -> Tensor:
+    def edge_features(self, outputs: Outputs) -> Tensor:
         """The features before they become prototypes."""
         inputs: PrototypeInputs = outputs.mask_inputs
         if inputs.wide_features is None:
@@ -90,7 +90,7 @@ class PrototypeMasks(MaskHead):
         """The whole padded map at `stride`, whatever the boxes."""
         return WholeMap(self.stride, grid_size(padded_size_hw, self.stride))
 
-    def predict_masks(self, outputs: DenseOutputs, queries: MaskQueries) -> MaskLogits:
+    def predict_masks(self, outputs: Outputs, queries: MaskQueries) -> MaskLogits:
         """As `MaskHead.predict_masks`; in evaluation a mask is 0 beyond its box and a cell around it."""
         inputs: PrototypeInputs = outputs.mask_inputs
         height, width = (side * self.edge_stride for side in inputs.prototypes.shape[-2:])

@@ -18,14 +18,14 @@ from semiseg.models.detectors.fcos import HEAD_STD, conv_tower, flatten_levels
 from semiseg.models.masks.head import MaskHead, convolve_at
 from semiseg.structures.grids import WholeMap
 from semiseg.structures.inputs import grid_size
-from semiseg.structures.outputs import DenseOutputs, MaskLogits, MaskQueries
+from semiseg.structures.outputs import MaskLogits, MaskQueries, Outputs
 
 LARGEST_LOG = 7.0  # of a ray in strides of its level: a thousand, whatever the features
 
 
 @dataclass(frozen=True)
 class RayInputs:
-    """What masks are made from, of a batch; see `DenseOutputs.mask_inputs`."""
+    """What masks are made from, of a batch; see `Outputs.mask_inputs`."""
 
     features: Tensor  # (B, R, F') behind the tower, from which the rays are computed where a mask is wanted
     padded_hw: tuple[int, int]  # height and width of the padded images
@@ -83,14 +83,14 @@ class RayMasks(MaskHead):
         """The whole padded map at `stride`, whatever the boxes."""
         return WholeMap(self.stride, grid_size(padded_size_hw, self.stride))
 
-    def distances(self, outputs: DenseOutputs, queries: MaskQueries) -> Tensor:
+    def distances(self, outputs: Outputs, queries: MaskQueries) -> Tensor:
         """(Q, rays) float32, input pixels from the queried locations; see `draw_rays`."""
         inputs, locations = outputs.mask_inputs, outputs.locations
         x = convolve_at(self.rays, inputs.features, outputs, queries, inputs.padded_hw).float()
         scaled = self.level_scales[locations.level[queries.location_index]][:, None] * x
         return scaled.clamp(max=LARGEST_LOG).exp() * locations.stride[queries.location_index][:, None]
 
-    def predict_masks(self, outputs: DenseOutputs, queries: MaskQueries) -> MaskLogits:
+    def predict_masks(self, outputs: Outputs, queries: MaskQueries) -> MaskLogits:
         """As `MaskHead.predict_masks`: the rays of the queried locations, drawn."""
         grid = self.grid(queries.boxes_xyxy, outputs.mask_inputs.padded_hw)
         centres = outputs.locations.xy[queries.location_index]

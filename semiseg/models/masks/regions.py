@@ -15,7 +15,7 @@ from torchvision.ops import roi_align
 
 from semiseg.models.masks.head import MaskHead, conv_layers
 from semiseg.structures.grids import Regions
-from semiseg.structures.outputs import DenseOutputs, MaskLogits, MaskQueries
+from semiseg.structures.outputs import MaskLogits, MaskQueries, Outputs
 
 LARGE_SIDE = 224  # of a box whose features are of stride 16: two levels finer is a quarter of it
 SAMPLES = 2  # in each direction of a cell
@@ -69,7 +69,7 @@ class RegionMasks(MaskHead):
         half = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).clamp(min=1) * (self.margin / 2)
         return Regions(torch.cat([centre - half, centre + half], dim=1), (2 * self.size, 2 * self.size))
 
-    def predict_masks(self, outputs: DenseOutputs, queries: MaskQueries) -> MaskLogits:
+    def predict_masks(self, outputs: Outputs, queries: MaskQueries) -> MaskLogits:
         """As `MaskHead.predict_masks`, of the queries' labels where every class has a mask of its own."""
         regions = self.grid(queries.boxes_xyxy, (0, 0))  # wherever the image ends
         rois = torch.cat([queries.image_index[:, None].to(regions.boxes_xyxy.dtype), regions.boxes_xyxy], dim=1)
