@@ -136,7 +136,7 @@ def our_step(sizes: Sizes) -> TrainStep:
         affinity_dilation=DILATION,
     )
     return TrainStep(
-        model, detector=detector_step(config.detector), objective=objective, max_mask_positives=MAX_POSITIVES
+        model, detector=detector_step(config, model), objective=objective, max_mask_positives=MAX_POSITIVES
     )
 
 

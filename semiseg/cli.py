@@ -73,7 +73,7 @@ def root(
 VERBS: dict[typer.Typer, dict[str, Callable[..., None]]] = {
     splits: {"list": split.list_splits, "show": split.show, "make": split.make},
     data_sets: {"check": data.check, "shapes": data.shapes},
-    conversions: {"adelaidet": convert.adelaidet},
+    conversions: {"adelaidet": convert.adelaidet, "torchvision": convert.torchvision},
     app: {
         "train": train.train,
         "evaluate": train.evaluate,

@@ -29,6 +29,7 @@ from semiseg.models.build import build_model
 from semiseg.models.masks.prototypes import PrototypeMasks, inside_boxes, weighted_sums
 from semiseg.models.masks.rays import RayMasks, draw_rays
 from semiseg.models.masks.regions import RegionMasks
+from semiseg.models.region_features import region_features
 from semiseg.models.segmenter import Segmenter
 from semiseg.structures.grids import Regions, WholeMap
 from semiseg.structures.outputs import DenseOutputs, MaskQueries
@@ -377,7 +378,8 @@ def test_the_level_of_a_region(side: float, level: int) -> None:
     levels = [torch.full((1, 1, 2048 // stride, 2048 // stride), float(n)) for n, stride in enumerate((4, 8, 16, 32))]
     half = side * head.margin / 2
     rois = torch.tensor([[0, 1024 - half, 1024 - half, 1024 + half, 1024 + half]])
-    assert float(head._features(levels, rois).max()) == level
+    found = region_features(levels, rois, strides=head.strides, size=head.size, margin=head.margin)
+    assert float(found.max()) == level
 
 
 def test_one_query_for_each_instance_of_a_head_with_regions(root: Path) -> None:

@@ -27,7 +27,8 @@ from semiseg.config.former import leaves
 from semiseg.config.read import parse_config
 from semiseg.engine.checkpoint import check_initial, initial_weights, load_initial, load_model_folder
 from semiseg.errors import UserError
-from semiseg.interop.adelaidet import convert_state, read_state
+from semiseg.interop.adelaidet import convert_state
+from semiseg.interop.checkpoints import read_state
 from semiseg.models.build import build_model
 from semiseg.models.segmenter import Segmenter
 from tests.coco_files import make_coco, polygon_annotation

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from semiseg.config import RunConfig
+from semiseg.config.model import FCOSDetector
 from semiseg.data.dataset import withhold
 from semiseg.data.transforms import Resize
 from semiseg.engine import train as training
@@ -103,6 +104,7 @@ def from_batch_to_loss(config: RunConfig, model: Segmenter, batch: Batch) -> Non
     # 5 Segmenter.forward -> Outputs, here FCOS's
     outputs = model.train()(batch.images, batch.image_sizes_hw)
     assert isinstance(outputs, DenseOutputs)
+    assert isinstance(config.model.detector, FCOSDetector)
     # 6 assign -> Assignment: every box that has a positive has it at a location inside it
     assignment = assign(
         targets,

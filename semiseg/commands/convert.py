@@ -17,7 +17,7 @@ from semiseg.files import require_folder
 from semiseg.project import WEIGHTS_NAME
 
 if TYPE_CHECKING:
-    from semiseg.interop.adelaidet import Converted
+    from semiseg.interop.checkpoints import Converted
 
 
 def adelaidet(
@@ -49,6 +49,38 @@ def adelaidet(
         category_ids=category_ids,
         inference=InferenceConfig(short_side=short_side, long_side=long_side),
     )
+    save_model(out.resolve(), converted.weights, info)
+    typer.echo(_summary(converted, checkpoint, out))
+
+
+def torchvision(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CKPT", help="State dict of torchvision's maskrcnn_resnet50_fpn, .pth.")
+    ],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Model folder to write; an existing model folder is replaced.")
+    ],
+    annotations: Annotated[
+        Path | None, typer.Option(help="COCO json with the model's classes. Default, for 91 outputs: COCO's 80.")
+    ] = None,
+    short_side: Annotated[int, typer.Option(min=32, help="Short side of images in evaluation, in pixels.")] = 800,
+    long_side: Annotated[int, typer.Option(min=32, help="Largest long side, in pixels.")] = 1333,
+) -> None:
+    """Convert torchvision's Mask R-CNN into a model folder.
+
+    Example: semiseg convert torchvision maskrcnn_resnet50_fpn_coco-bf2d0c1e.pth models/maskrcnn_r50
+    """
+    _check_out(out)
+    from semiseg.engine.checkpoint import ModelInfo, save_model
+    from semiseg.interop.checkpoints import read_state
+    from semiseg.interop.torchvision import SCORES, convert_state
+
+    state = read_state(checkpoint)
+    of_coco = annotations is None and SCORES in state and state[SCORES].shape[0] == max(COCO_CATEGORY_IDS) + 1
+    converted = convert_state(state, kept=COCO_CATEGORY_IDS if of_coco else None, where=str(checkpoint))
+    class_names, category_ids = _classes(converted.num_classes, annotations, checkpoint)
+    inference = InferenceConfig(short_side=short_side, long_side=long_side, nms_threshold=0.5)
+    info = ModelInfo(config=converted.config, class_names=class_names, category_ids=category_ids, inference=inference)
     save_model(out.resolve(), converted.weights, info)
     typer.echo(_summary(converted, checkpoint, out))
 

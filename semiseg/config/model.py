@@ -67,6 +67,7 @@ class FPNNeck(Section):
 
     kind: Literal["fpn"] = "fpn"
     channels: PositiveInt = 256
+    coarse: Literal["convs", "pool"] = "convs"  # how levels beyond 32 are made; "pool" = every second cell (R-CNN's)
 
 
 class BiFPNNeck(Section):
@@ -98,6 +99,39 @@ class FCOSDetector(Section):
             raise ValueError("each of strides must be twice the one before")
         if self.strides[0] not in (4, 8) or len(self.strides) < 3:
             raise ValueError("strides must start at 4 or 8 and have at least 3 levels")
+        return self
+
+
+class RegionDetector(Section):
+    """Faster R-CNN's two stages: anchors propose regions, and each region is classified and its box refined."""
+
+    kind: Literal["regions"] = "regions"
+    strides: list[PositiveInt] = [4, 8, 16, 32, 64]  # of the levels that have anchors; regions come from those up to 32
+    anchor_sides: list[PositiveInt] = [32, 64, 128, 256, 512]  # of a square anchor in pixels, one for each level
+    anchor_ratios: Annotated[list[Deviation], Field(min_length=1)] = [0.5, 1.0, 2.0]  # height by width
+    positive_iou: Probability = 0.7  # an anchor from here on learns its object,
+    negative_iou: Probability = 0.3  # and below here background
+    anchors_drawn: PositiveInt = 256  # of an image, to learn from, at most; and the share that may be positive:
+    positive_anchors: Probability = 0.5
+    training_proposals: PositiveInt = 2000  # of each level before NMS, and of an image behind it
+    proposal_nms: Probability = 0.7
+    region_iou: Probability = 0.5  # a region from here on learns its object, below background
+    regions_drawn: PositiveInt = 512
+    positive_regions: Probability = 0.25
+    region_size: PositiveInt = 7  # cells of a region's features in each direction
+    hidden: PositiveInt = 1024  # of the two layers that look at them
+    aligned: bool = True  # False = the first RoIAlign, half a feature cell beside (torchvision's)
+
+    @model_validator(mode="after")
+    def _levels_fit(self) -> RegionDetector:
+        if len(self.anchor_sides) != len(self.strides):
+            raise ValueError(f"anchor_sides needs {len(self.strides)} values for {len(self.strides)} strides")
+        if any(b != 2 * a for a, b in pairwise(self.strides)) or self.strides[0] not in (4, 8):
+            raise ValueError("strides must start at 4 or 8, each twice the one before")
+        if self.strides[-1] < 32:
+            raise ValueError("strides must reach 32")
+        if self.negative_iou > self.positive_iou:
+            raise ValueError("negative_iou must not be above positive_iou")
         return self
 
 
@@ -163,6 +197,7 @@ class RegionMaskHead(Section):
     size: PositiveInt = 14  # cells of the features in each direction; the mask has twice as many
     # Width and height of the region by those of the box: what a box alone teaches lies at the border between them.
     margin: Annotated[float, Field(ge=1)] = 1.25
+    aligned: bool = True  # False = the first RoIAlign, half a feature cell beside (torchvision's)
     class_agnostic: bool = True  # one mask for all classes, not one for each: unseen ones would learn from boxes alone
     feature_stride: PositiveInt = 4  # of the finest level that features are taken from
     max_positives: PositiveInt = 64  # objects of an image whose mask is predicted in a step
@@ -176,6 +211,9 @@ class RegionMaskHead(Section):
 
 Backbone = Annotated[
     Annotated[ResNetBackbone, Tag("resnet")] | Annotated[SmallBackbone, Tag("small")], Discriminator(_kind("resnet"))
+]
+DetectorConfig = Annotated[
+    Annotated[FCOSDetector, Tag("fcos")] | Annotated[RegionDetector, Tag("regions")], Discriminator(_kind("fcos"))
 ]
 MaskHeadConfig = Annotated[
     Annotated[DynamicMaskHead, Tag("dynamic")]
@@ -192,7 +230,7 @@ class ModelConfig(Section):
 
     backbone: Backbone = ResNetBackbone()
     neck: Neck = FPNNeck()
-    detector: FCOSDetector = FCOSDetector()
+    detector: DetectorConfig = FCOSDetector()
     mask_head: MaskHeadConfig = DynamicMaskHead()
     pixel_mean: Annotated[list[float], Field(min_length=3, max_length=3)] = [123.675, 116.28, 103.53]
     pixel_std: Annotated[list[Deviation], Field(min_length=3, max_length=3)] = [58.395, 57.12, 57.375]
@@ -204,6 +242,9 @@ class ModelConfig(Section):
             raise ValueError(f"neck 'bifpn' needs detector.strides {list(BIFPN_STRIDES)}, not {strides}")
         if self.neck.kind == "bifpn" and finest < BIFPN_STRIDES[0]:
             raise ValueError(f"neck 'bifpn' has no mask_head.feature_stride {finest}: take 8 or 16")
+        if self.detector.kind == "regions" and self.mask_head.kind != "regions":
+            kind = self.mask_head.kind
+            raise ValueError(f"detector 'regions' makes masks in boxes: mask_head.kind must be 'regions', not {kind!r}")
         for name, part in (("detector", self.detector), ("mask_head", self.mask_head)):
             if isinstance(part, FCOSDetector | RayMaskHead) and self.neck.channels % part.tower_groups:
                 raise ValueError(f"neck.channels must divide by {name}.tower_groups")

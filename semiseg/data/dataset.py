@@ -137,6 +137,7 @@ class InstanceDataset:
             image_ids=tuple(row["image_id"] for row in rows),
             bottom_rows_without_affinity=torch.tensor(bottom, dtype=torch.int64),
             targets=_targets(instances, geometries, self.mask_stride, (images.shape[-2], images.shape[-1])),
+            seeds=tuple(seed for _, seed in keys),
         )
         for row, geometry, view in zip(rows, geometries, views, strict=True):
             path = self.table.images_folder / row["file_name"]

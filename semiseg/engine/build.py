@@ -85,7 +85,7 @@ def build_step(config: RunConfig, *, num_classes: int) -> TrainStep:
         raise UserError(f"objective.level_set needs a mask head with masks on whole images, not {kind!r}")
     return TrainStep(
         model,
-        detector=detector_step(config.model.detector),
+        detector=detector_step(config.model, model),
         objective=objective,
         max_mask_positives=config.model.mask_head.max_positives,
         # After all other parts: those have the same first weights with and without it.

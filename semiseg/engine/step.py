@@ -78,9 +78,10 @@ class TrainStep(nn.Module):
 
     @torch.no_grad()
     def plan(self, batch: Batch, loaded: Batch | None = None) -> StepPlan:
-        """Assigns locations, shares out the masks and prepares their targets; uses no parameter and no random number.
+        """Assigns locations, shares out the masks and prepares their targets; uses no parameter.
 
-        What the sizes of tensors depend on is computed on the host and sent; then nothing is read back.
+        What is drawn follows from the seeds of the samples. What the sizes of tensors depend on is computed on the
+        host and sent; then nothing is read back.
 
         Args:
             batch: images and targets on the model's device.
@@ -88,7 +89,9 @@ class TrainStep(nn.Module):
         """
         targets = _targets(batch if loaded is None else loaded).to("cpu")
         num_images, size_hw = batch.images.shape[0], (batch.images.shape[-2], batch.images.shape[-1])
-        assignment = self.detector.assign(targets, sizes_hw=self.model.level_sizes(size_hw), num_images=num_images)
+        drawn_by = {"seeds": batch.seeds} if self.detector.draws else {}
+        sizes_hw = self.model.level_sizes(size_hw)
+        assignment = self.detector.assign(targets, sizes_hw=sizes_hw, num_images=num_images, **drawn_by)
         quotas = mask_quotas(
             assignment,
             num_instances=targets.num_instances,

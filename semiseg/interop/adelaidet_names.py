@@ -9,9 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from semiseg.config import ModelConfig
-from semiseg.config.model import DynamicMaskHead
+from semiseg.config.model import DynamicMaskHead, FCOSDetector
 from semiseg.config.read import parse_config
 from semiseg.errors import UserError
+from semiseg.interop.checkpoints import RESNETS
 from semiseg.models.masks.dynamic import filter_shapes, num_filter_numbers
 
 BACKBONE = "backbone.bottom_up."  # behind it `backbone.` where the neck is a BiFPN
@@ -19,7 +20,6 @@ HEAD = "proposal_generator.fcos_head."
 STAGES = (2, 3, 4, 5)  # res2..res5 are layer1..layer4
 DEFORMABLE_STAGES = (3, 4, 5)
 FIRST_LEVEL = 3  # P3
-BLOCKS = {(3, 4, 6, 3): 50, (3, 4, 23, 3): 101}  # of the stages -> depth
 # What only training needs: counters, constants of the mask head, the auxiliary semantic loss.
 TRAINING_ONLY = re.compile(
     r"mask_head\._iter|mask_head\.sizes_of_interest|mask_branch\.(seg_head|logits)\..+|pixel_mean|pixel_std"
@@ -138,12 +138,12 @@ def _width(state: Mapping[str, Tensor], key: str, usual: int) -> int:
 def _depth(state: Mapping[str, Tensor], bottom: str, where: str) -> int:
     prefix = re.escape(bottom)
     blocks = tuple(_count(state, rf"{prefix}res{n}\.(\d+)\..+") for n in STAGES)
-    if blocks not in BLOCKS:
-        known = " and ".join(f"{'-'.join(map(str, count))} (resnet{depth})" for count, depth in BLOCKS.items())
+    if blocks not in RESNETS:
+        known = " and ".join(f"{'-'.join(map(str, count))} (resnet{depth})" for count, depth in RESNETS.items())
         raise UserError(
             f"{where}: the stages {bottom}res2 to res5 have {'-'.join(map(str, blocks))} blocks; known are {known}"
         )
-    return BLOCKS[blocks]
+    return RESNETS[blocks]
 
 
 def _deformable_interval(state: Mapping[str, Tensor], bottom: str, where: str) -> int:
@@ -169,8 +169,10 @@ def _listed(numbers: Sequence[int]) -> str:
 
 def _check_constants(state: Mapping[str, Tensor], config: ModelConfig, where: str) -> None:
     """Refuses constants that a file may carry, and a mask head's size, that differ from those of this method."""
-    head, boundaries = config.mask_head, config.detector.level_ranges
+    head, detector = config.mask_head, config.detector
     assert isinstance(head, DynamicMaskHead)
+    assert isinstance(detector, FCOSDetector)
+    boundaries = detector.level_ranges
     ranges: list[float] = [*boundaries, 2 * boundaries[-1]]
     # the released files are of BGR models
     expected: dict[str, list[float]] = {

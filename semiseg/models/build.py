@@ -6,15 +6,19 @@ from collections.abc import Sequence
 
 from semiseg.config.model import (
     DynamicMaskHead,
+    FCOSDetector,
     FPNNeck,
     ModelConfig,
     PrototypeMaskHead,
     RayMaskHead,
+    RegionDetector,
     RegionMaskHead,
     ResNetBackbone,
 )
 from semiseg.models.bifpn import BiFPN
+from semiseg.models.detectors.detector import Detector
 from semiseg.models.detectors.fcos import FCOSHead
+from semiseg.models.detectors.regions import RegionDetector as TwoStageDetector
 from semiseg.models.fpn import FeaturePyramid
 from semiseg.models.masks.dynamic import DynamicMasks, MaskBranch
 from semiseg.models.masks.head import MaskHead
@@ -32,13 +36,7 @@ def build_model(config: ModelConfig, *, num_classes: int) -> Segmenter:
         UserError: weights that cannot be had or do not fit, widths that do not fit.
     """
     backbone = _build_backbone(config)
-    detector = FCOSHead(
-        config.neck.channels,
-        num_classes=num_classes,
-        strides=config.detector.strides,
-        tower_convs=config.detector.tower_convs,
-        groups=config.detector.tower_groups,
-    )
+    detector = _build_detector(config, num_classes=num_classes)
     return Segmenter(
         backbone=backbone,
         neck=_build_neck(config, backbone.channels),
@@ -47,6 +45,32 @@ def build_model(config: ModelConfig, *, num_classes: int) -> Segmenter:
         pixel_mean=config.pixel_mean,
         pixel_std=config.pixel_std,
     )
+
+
+def _build_detector(config: ModelConfig, *, num_classes: int) -> Detector:
+    part, channels = config.detector, config.neck.channels
+    match part:
+        case RegionDetector():
+            return TwoStageDetector(
+                channels,
+                num_classes=num_classes,
+                strides=part.strides,
+                region_strides=[stride for stride in BACKBONE_STRIDES if stride >= part.strides[0]],
+                sides=part.anchor_sides,
+                ratios=part.anchor_ratios,
+                size=part.region_size,
+                hidden=part.hidden,
+                aligned=part.aligned,
+                proposal_nms=part.proposal_nms,
+            )
+        case FCOSDetector():
+            return FCOSHead(
+                channels,
+                num_classes=num_classes,
+                strides=part.strides,
+                tower_convs=part.tower_convs,
+                groups=part.tower_groups,
+            )
 
 
 def mask_stride(config: ModelConfig) -> int | None:
@@ -88,8 +112,10 @@ def build_mask_head(config: ModelConfig, *, num_classes: int) -> MaskHead:
                 strides=[stride for stride in BACKBONE_STRIDES if stride >= head.feature_stride],
                 size=head.size,
                 margin=head.margin,
+                aligned=head.aligned,
             )
         case DynamicMaskHead():
+            assert isinstance(config.detector, FCOSDetector)  # the configuration sees to it
             return _build_dynamic(head, channels, config.detector.level_ranges)
 
 
@@ -139,5 +165,6 @@ def _build_neck(config: ModelConfig, backbone_channels: Sequence[int]) -> Featur
             neck.channels,
             first_stride=config.finest_stride,
             last_stride=strides[-1],
+            coarse=neck.coarse,
         )
     return BiFPN(backbone_channels, neck.channels, repeats=neck.repeats, norm=neck.norm)

@@ -24,9 +24,12 @@ class FeaturePyramid(nn.Module):
         channels: of every level.
         first_stride: of the finest level, 4, 8 or 16; finer maps of the backbone are not used.
         last_stride: of the coarsest level, a power of two; below 32 it counts as 32.
+        coarse: "pool" = further levels are every second cell of the one before (Faster R-CNN's) and have no weights.
     """
 
-    def __init__(self, backbone_channels: Sequence[int], channels: int, *, first_stride: int, last_stride: int) -> None:
+    def __init__(
+        self, backbone_channels: Sequence[int], channels: int, *, first_stride: int, last_stride: int, coarse: str
+    ) -> None:
         super().__init__()
         self.channels = channels
         self.first_input = BACKBONE_STRIDES.index(first_stride)
@@ -35,7 +38,8 @@ class FeaturePyramid(nn.Module):
             self.strides.append(2 * self.strides[-1])
         self.fpn = FeaturePyramidNetwork(list(backbone_channels[self.first_input :]), channels)
         num_extra = len(self.strides) - len(BACKBONE_STRIDES[self.first_input :])
-        self.extra = nn.ModuleList(_halving(channels) for _ in range(num_extra))
+        pooled = coarse == "pool"
+        self.extra = nn.ModuleList(nn.MaxPool2d(1, 2) if pooled else _halving(channels) for _ in range(num_extra))
 
     def forward(self, features: Sequence[Tensor]) -> dict[int, Tensor]:
         """From [C2, C3, C4, C5], each level (B, channels, h, w) by its stride; beyond 32, sizes are halved up."""
@@ -44,7 +48,7 @@ class FeaturePyramid(nn.Module):
             del used[str(stride)]
         levels = list(self.fpn(used).values())
         for number, conv in enumerate(self.extra):
-            levels.append(conv(levels[-1] if number == 0 else F.relu(levels[-1])))
+            levels.append(conv(levels[-1] if number == 0 or isinstance(conv, nn.MaxPool2d) else F.relu(levels[-1])))
         return dict(zip(self.strides, levels, strict=True))
 
     def parts_of_finer_levels(self, stride: int) -> list[nn.Module]:

@@ -98,10 +98,17 @@ def _paste_regions(
 
     Half a cell beyond a region they have fallen to half, one cell beyond to 0.
     """
-    low, high = regions.boxes_xyxy[:, None, :2], regions.boxes_xyxy[:, None, 2:]  # (M, 1, xy)
+    scale = regions.boxes_xyxy.new_tensor([out / side for side, out in zip(input_hw, output_hw, strict=True)][::-1])
+    low, high = (regions.boxes_xyxy.view(-1, 2, 2) * scale).unbind(1)  # (M, xy), output pixels
+    if regions.whole_pixels:
+        cells = low.new_tensor(regions.size_hw[::-1])
+        reach = (high - low) / 2 * (cells + 2) / cells
+        first, last = ((low + high) / 2 - reach).trunc(), ((low + high) / 2 + reach).trunc()
+        cell = (last + 1 - first).clamp(min=1) / (cells + 2)
+        low, high = first + cell, first + cell * (cells + 1)
     sides = [
-        ((torch.arange(out, device=low.device) + 0.5) * (side / out) - low[..., axis]) / (high - low)[..., axis] * 2 - 1
-        for axis, (side, out) in enumerate(zip(input_hw[::-1], output_hw[::-1], strict=True))
+        (torch.arange(out, device=low.device) + 0.5 - low[:, None, axis]) / (high - low)[:, None, axis] * 2 - 1
+        for axis, out in enumerate(output_hw[::-1])
     ]  # x (M, W) and y (M, H), where a region reaches from -1 to 1
     x, y = sides[0][:, None, :].expand(-1, output_hw[0], -1), sides[1][:, :, None].expand(-1, -1, output_hw[1])
     return F.grid_sample(probability[:, None], torch.stack([x, y], dim=-1), mode="bilinear", align_corners=False)

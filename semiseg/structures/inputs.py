@@ -109,6 +109,7 @@ class Batch:
         bottom_rows_without_affinity: (B,) int64, input rows at the bottom whose colours are not to be trusted (COCO:
             10 rows of the original image, scaled; METHOD section 2).
         targets: the ground truth, or None for prediction.
+        seeds: of the samples, one per image, from which a detector draws what it learns from; empty = it draws nothing.
     """
 
     images: Tensor
@@ -116,12 +117,14 @@ class Batch:
     image_ids: tuple[int, ...]
     bottom_rows_without_affinity: Tensor
     targets: Targets | None
+    seeds: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         count = self.images.shape[0]
         require(self.images.dtype == torch.uint8 and self.images.ndim == 4, "images must be (B, 3, H, W) uint8")
         require(self.image_sizes_hw.shape == (count, 2), "image_sizes_hw must be (B, 2)")
         require(len(self.image_ids) == count, "one image id per image")
+        require(len(self.seeds) in (0, count), "one seed per image")
         require(self.bottom_rows_without_affinity.shape == (count,), "bottom_rows_without_affinity must be (B,)")
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:

@@ -11,14 +11,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import roi_align
 
 from semiseg.models.masks.head import MaskHead, conv_layers
+from semiseg.models.region_features import region_features
 from semiseg.structures.grids import Regions
 from semiseg.structures.outputs import MaskLogits, MaskQueries, Outputs
-
-LARGE_SIDE = 224  # of a box whose features are of stride 16: two levels finer is a quarter of it
-SAMPLES = 2  # in each direction of a cell
 
 
 class RegionMasks(MaskHead):
@@ -28,6 +25,7 @@ class RegionMasks(MaskHead):
         strides: of the levels that features are taken from, finest first.
         size: cells of the features of a region in each direction.
         margin: width and height of the region by those of the box.
+        aligned: see `region_features`; without it masks are also pasted as torchvision does, see `Regions`.
     """
 
     most_per_instance = 1  # all locations of an instance would ask for the mask in its one box
@@ -43,9 +41,10 @@ class RegionMasks(MaskHead):
         strides: Sequence[int],
         size: int,
         margin: float,
+        aligned: bool,
     ) -> None:
         super().__init__()
-        self.strides, self.size, self.margin = tuple(strides), size, margin
+        self.strides, self.size, self.margin, self.aligned = tuple(strides), size, margin, aligned
         widths = [in_channels, *[channels] * convs]
         self.tower = conv_layers(widths, norm=norm)
         self.deconv = nn.ConvTranspose2d(widths[-1], channels, kernel_size=2, stride=2)
@@ -67,27 +66,25 @@ class RegionMasks(MaskHead):
         """Boxes of at least a pixel, enlarged around their centres."""
         centre = (boxes_xyxy[:, :2] + boxes_xyxy[:, 2:]) / 2
         half = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).clamp(min=1) * (self.margin / 2)
-        return Regions(torch.cat([centre - half, centre + half], dim=1), (2 * self.size, 2 * self.size))
+        boxes = torch.cat([centre - half, centre + half], dim=1)
+        return Regions(boxes, (2 * self.size, 2 * self.size), whole_pixels=not self.aligned)
 
     def predict_masks(self, outputs: Outputs, queries: MaskQueries) -> MaskLogits:
         """As `MaskHead.predict_masks`, of the queries' labels where every class has a mask of its own."""
         regions = self.grid(queries.boxes_xyxy, (0, 0))  # wherever the image ends
         rois = torch.cat([queries.image_index[:, None].to(regions.boxes_xyxy.dtype), regions.boxes_xyxy], dim=1)
-        x = self.deconv(self.tower(self._features(outputs.mask_inputs, rois))).relu()
+        features = region_features(
+            outputs.mask_inputs,
+            rois,
+            strides=self.strides,
+            size=self.size,
+            aligned=self.aligned,
+            margin=self.margin,
+        )
+        x = self.deconv(self.tower(features)).relu()
         logits = self.masks(x)
         if logits.shape[1] > 1:
             logits = logits[torch.arange(len(logits), device=logits.device), queries.labels]
         else:
             logits = logits[:, 0]
         return MaskLogits(logits, queries.image_index, queries.instance_index, regions)
-
-    def _features(self, levels: Sequence[Tensor], rois: Tensor) -> Tensor:
-        """(Q, channels, size, size) of regions (Q, 5), image and box, each from the level that fits its size."""
-        side = (rois[:, 3:] - rois[:, 1:3]).prod(1).sqrt() / self.margin
-        level = (torch.log2(side / LARGE_SIDE * 16 / self.strides[0]) + 1e-6).floor().long().clamp(0, len(levels) - 1)
-        result = levels[0].new_zeros(len(rois), levels[0].shape[1], self.size, self.size)
-        for number, (features, stride) in enumerate(zip(levels, self.strides, strict=True)):
-            (chosen,) = torch.nonzero(level == number, as_tuple=True)
-            own = roi_align(features.float(), rois[chosen], self.size, 1 / stride, sampling_ratio=SAMPLES, aligned=True)
-            result = result.index_copy(0, chosen, own.to(result.dtype))
-        return result
