@@ -27,7 +27,7 @@ from semiseg.structures.transfer import send
 from tests.forked import start
 from tests.host_syncs import HostSyncs
 from tests.test_train import without_instances
-from tests.tiny import HEADS, fcos, some_masks, tiny_config
+from tests.tiny import DETECTORS, HEADS, fcos, model_of, some_masks, tiny_config
 
 BATCH, STEPS = 8, 4
 LEARNED = {"box": "projection+learned", "affinity": "learned"}
@@ -52,7 +52,7 @@ def cuts_of(processes: int) -> list[tuple[str, int]]:
     `bn` normalises over the images of one process and part, two of them in each group. `learned` is `gn` with learned
     affinity, its gate half open; the other mask heads have no norm over images and go in groups of 1 and 2.
     """
-    others = [(head, 0) for head in HEADS if head != "dynamic" and processes < 4]
+    others = [(head, 0) for head in (*HEADS, *DETECTORS) if head != "dynamic" and processes < 4]
     return [("frozen_bn", 0), ("bn", 2), ("learned", 0), *others, *(("gn", images) for images in CUTS[processes])]
 
 
@@ -88,7 +88,9 @@ def several_steps(root: Path, out: Path, *, norm: str, images_per_process: int) 
     learned = norm == "learned"
     config = small_run(
         root,
-        model={"mask_head": HEADS.get(norm, {"branch_norm": "gn" if learned else norm})},
+        model=model_of(norm)
+        if norm in (*HEADS, *DETECTORS)
+        else {"mask_head": {"branch_norm": "gn" if learned else norm}},
         objective=LEARNED if learned else {},
         runtime={"images_per_process": images_per_process},
     )

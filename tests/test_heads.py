@@ -36,9 +36,9 @@ from semiseg.structures.outputs import DenseOutputs, MaskQueries
 from tests.distributed_worker import LEARNED
 from tests.test_poison import everything, make_data
 from tests.test_train import first_batches, fresh_step, losses_and_gradients, same_in_two_parts, without_instances
-from tests.tiny import HEADS, make_queries, tiny_config
+from tests.tiny import DETECTORS, HEADS, make_queries, model_of, tiny_config
 
-OTHERS = [name for name in HEADS if name != "dynamic"]
+OTHERS = [*(name for name in HEADS if name != "dynamic"), *DETECTORS]
 SUPERVISION: dict[str, dict[str, Any]] = {
     "full": {"supervision": {"source": "masks", "split": None}},
     "mixed": {},
@@ -59,7 +59,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config_of(root: Path, head: str, model: dict[str, Any] | None = None, **sections: Any) -> RunConfig:
-    return tiny_config(root, model={"mask_head": HEADS[head], **(model or {})}, **sections)
+    return tiny_config(root, model={**model_of(head), **(model or {})}, **sections)
 
 
 # Every head, every kind of supervision -------------------------------------------------------------------------------
@@ -167,7 +167,8 @@ def test_a_detector_alone_trains_nothing_of_it(root: Path, head: str) -> None:
     config = config_of(root, head, supervision={"source": "boxes", "split": None}, objective={"box": "none"})
     module = fresh_step(config)
     losses, _ = losses_and_gradients(module, first_batches(config, 1))
-    assert losses[3:].count_nonzero() == 0 < losses[:3].min()
+    of_detector = len(module.detector.loss_names)
+    assert losses[of_detector:].count_nonzero() == 0 < losses[:of_detector].min()
     assert not any(parameter.requires_grad for parameter in module.model.mask_head.parameters())
 
 

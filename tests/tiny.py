@@ -51,6 +51,30 @@ HEADS: dict[str, dict[str, Any]] = {
 }
 
 
+# Whole networks at that size: a detector of another kind with its mask head.
+DETECTORS: dict[str, dict[str, Any]] = {
+    "mask_rcnn": {
+        "neck": {"coarse": "pool"},
+        "detector": {
+            "kind": "regions",
+            "strides": [4, 8, 16, 32],
+            "anchor_sides": [8, 16, 32, 64],
+            "anchors_drawn": 64,
+            "regions_drawn": 32,
+            "training_proposals": 60,
+            "region_size": 3,
+            "hidden": 16,
+        },
+        "mask_head": HEADS["regions"],
+    },
+}
+
+
+def model_of(name: str) -> dict[str, Any]:
+    """What the network of this name in `HEADS` or `DETECTORS` has, to be laid over `TINY` as model."""
+    return DETECTORS[name] if name in DETECTORS else {"mask_head": HEADS[name]}
+
+
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:
     """Tables of values given by dotted keys: {"neck.channels": 8} -> {"neck": {"channels": 8}}."""
     result: dict[str, Any] = {}

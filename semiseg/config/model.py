@@ -120,6 +120,8 @@ class RegionDetector(Section):
     positive_regions: Probability = 0.25
     region_size: PositiveInt = 7  # cells of a region's features in each direction
     hidden: PositiveInt = 1024  # of the two layers that look at them
+    # What masks are learned in: the objects' own boxes, or the drawn regions, as the original does
+    mask_regions: Literal["boxes", "proposals"] = "boxes"
     aligned: bool = True  # False = the first RoIAlign, half a feature cell beside (torchvision's)
 
     @model_validator(mode="after")

@@ -90,13 +90,14 @@ class ObjectiveConfig(Section):
     """Which mask loss an instance gets, by its supervision, and the constants of the BoxInst losses (docs/METHOD.md).
 
     `box_as_mask` trains the Dice loss on the filled box (the first row of the paper's Table 3). `projection+learned`
-    replaces colour's edges by those that the masks of other instances have taught.
+    replaces colour's edges by those that the masks of other instances have taught. `bce` is Mask R-CNN's loss, `mil`
+    BBTP's, with its smoothness as `mil+smooth`.
     """
 
-    mask: Literal["dice", "labelled"] = "dice"
-    box: Literal["none", "projection", "projection+pairwise", "projection+learned", "box_as_mask"] = (
-        "projection+pairwise"
-    )
+    mask: Literal["dice", "labelled", "bce"] = "dice"
+    box: Literal[
+        "none", "projection", "projection+pairwise", "projection+learned", "box_as_mask", "mil", "mil+smooth"
+    ] = "projection+pairwise"
     affinity: Literal["colour", "learned"] = "colour"  # `learned` adds the branch that learns edges from masks
     level_set: Annotated[float, Field(ge=0)] = 0.0  # weight of the level set loss on an instance's box; 0 = without
     affinity_threshold: Probability = 0.3

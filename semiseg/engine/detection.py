@@ -42,6 +42,7 @@ class DetectorStep:
     # (outputs, assignment, targets, count of the whole step, processes) -> by `loss_names`, as they are added up
     losses: Callable[..., dict[str, Tensor]]
     draws: bool = False  # whether `assign` takes the seeds of the images, too
+    own_regions: bool = False  # whether masks are asked for in other boxes than the objects', as predictions have it
 
 
 def detector_step(config: ModelConfig, model: Segmenter) -> DetectorStep:
@@ -70,7 +71,6 @@ def _fcos_step(config: FCOSDetector) -> DetectorStep:
 def _region_step(config: RegionDetector, model: Segmenter) -> DetectorStep:
     sampled = partial(
         sample_regions,
-        number=config.training_proposals,
         iou=config.region_iou,
         draw=Draw(config.regions_drawn, config.positive_regions),
     )
@@ -87,7 +87,8 @@ def _region_step(config: RegionDetector, model: Segmenter) -> DetectorStep:
             draw=Draw(config.anchors_drawn, config.positive_anchors),
         ),
         counts=_region_counts,
-        sample=queries_of_boxes,
+        sample=queries_of_boxes if config.mask_regions == "boxes" else partial(queries_of_proposals, sampled=sampled),
+        own_regions=config.mask_regions == "proposals",
         # through the model, of which `TrainStep` is the owner: a copy of the step has a detector of its own
         losses=partial(mean_region_losses, model=model, sampled=sampled),
         draws=True,
@@ -119,6 +120,28 @@ def queries_of_boxes(
     )
 
 
+def queries_of_proposals(
+    outputs: regions.RegionOutputs,
+    assignment: RegionAssignment,
+    targets: Targets,
+    quotas: Tensor,
+    *,
+    counts: tuple[int, ...],
+    sampled: Callable[..., Any],
+) -> MaskQueries:
+    """The drawn regions of the objects whose quota is 1 and not 0: how many follows from the predictions."""
+    found = sampled(outputs, assignment, targets)
+    wanted = (found.instance >= 0) & (_of(quotas, found.instance) > 0)
+    instance = found.instance[wanted]
+    return MaskQueries(
+        image_index=targets.image_index[instance],
+        location_index=torch.zeros_like(instance),
+        instance_index=instance,
+        boxes_xyxy=torch.cat(found.boxes_xyxy)[wanted],
+        labels=targets.labels[instance],
+    )
+
+
 def mean_region_losses(
     outputs: regions.RegionOutputs,
     assignment: RegionAssignment,
@@ -141,7 +164,7 @@ def mean_region_losses(
     wanted = _wanted(targets, assignment.anchor_instance, outputs.anchors_xyxy[place[1]], regions.ANCHOR_WEIGHTS)
     positive = assignment.anchor_instance >= 0
     sums = two_stage.anchor_losses(outputs.objectness_logits[place], outputs.anchor_deltas[place], wanted, positive)
-    found = sampled(detector, outputs, assignment, targets)
+    found = sampled(outputs, assignment, targets)
     logits, deltas = detector.refine(outputs, found.boxes_xyxy)
     device = logits.device
     image = torch.cat([torch.full((len(own),), k, device=device) for k, own in enumerate(found.boxes_xyxy)])

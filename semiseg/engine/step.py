@@ -10,7 +10,7 @@ that the size of a tensor depends on is computed on the host, which never waits 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from semiseg.losses.terms import (
     loss_edges,
     loss_sizes,
     mask_losses,
+    soft_cells,
     term_counts,
     whole_map,
 )
@@ -34,6 +35,7 @@ from semiseg.models.affinity import AffinityBranch
 from semiseg.models.detectors.sample import mask_quotas, sums_by_image
 from semiseg.models.segmenter import Segmenter
 from semiseg.structures.inputs import Batch, Targets
+from semiseg.structures.outputs import MaskLogits, MaskQueries
 from semiseg.structures.transfer import send
 
 
@@ -116,6 +118,7 @@ class TrainStep(nn.Module):
             edges=loss_edges(batch, targets, instances, affinity, objective=self.objective),
             affinity=affinity,
             lab=cell_colours(batch, instances, affinity),
+            soft=soft_cells(targets, instances),
             sizes=sizes,
         )
         own = self.detector.counts(assignment, wanted.box_only)
@@ -136,7 +139,9 @@ class TrainStep(nn.Module):
         targets = _targets(batch)
         outputs = self.model(batch.images, batch.image_sizes_hw)
         queries = self.detector.sample(outputs, plan.assignment, targets, plan.quotas, counts=plan.queries)
-        mask_logits = self.model.predict_masks(outputs, queries)
+        mask_logits, wanted = self.model.predict_masks(outputs, queries), plan.mask_targets
+        if self.detector.own_regions:
+            mask_logits, wanted = self._in_own_regions(mask_logits, queries, targets, plan)
         learned = None
         if self.affinity is not None and plan.mask_targets.affinity is not None:
             colours = plan.mask_targets.affinity
@@ -144,8 +149,33 @@ class TrainStep(nn.Module):
             learned = LearnedEdges(logits, self.affinity.trust())
         count = dict(zip(self.count_names, counts.unbind(), strict=True))
         of_detector = self.detector.losses(outputs, plan.assignment, targets, count, processes=processes)
-        masks = mask_losses(mask_logits, plan.mask_targets, count, warmup=warmup, processes=processes, learned=learned)
+        masks = mask_losses(mask_logits, wanted, count, warmup=warmup, processes=processes, learned=learned)
         return masks.with_detection(of_detector)
+
+    def _in_own_regions(
+        self, logits: MaskLogits, queries: MaskQueries, targets: Targets, plan: StepPlan
+    ) -> tuple[MaskLogits, MaskTargets]:
+        """What masks in other boxes than the objects' learn from: every query counts as an instance.
+
+        Denominators are known before the network has run, how many queries an image has is not: its queries share the
+        weight of its objects. The configuration allows no loss here whose denominators count edges.
+        """
+        of_queries = targets.of_queries(queries.instance_index, queries.image_index)
+        instances = instance_terms(of_queries, logits.grid, objective=self.objective)
+        images = len(plan.queries)
+        wanted, found = (
+            torch.bincount(index, minlength=images)
+            for index in (targets.image_index[plan.quotas > 0], queries.image_index)
+        )
+        share = (wanted / found.clamp(min=1))[queries.image_index]
+        prepared = MaskTargets(
+            **{**vars(instances), "weight": instances.weight * share},
+            objective=self.objective,
+            masks=of_queries.masks_on(logits.grid),
+            edges={},
+            soft=soft_cells(of_queries, instances),
+        )
+        return replace(logits, instance_index=torch.arange(len(share), device=share.device)), prepared
 
     def affinity_targets(self, batch: Batch, targets: Targets) -> AffinityTargets:
         """What the branch sees of a batch with these targets, and what it learns from it."""

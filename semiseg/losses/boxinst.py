@@ -63,12 +63,12 @@ def mask_projection_loss(logits: Tensor, masks: Tensor) -> Tensor:
 
 def _projection(logits: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     # The sigmoid is monotonic: taken after the maximum, it never exists as a full map.
-    of_rows, of_columns = _Maxima.apply(logits)  # (Q, h), (Q, w)
+    of_rows, of_columns = Maxima.apply(logits)  # (Q, h), (Q, w)
     row_scores, column_scores = at_least_float32(of_rows).sigmoid(), at_least_float32(of_columns).sigmoid()
     return soft_dice(row_scores, rows) + soft_dice(column_scores, columns)
 
 
-class _Maxima(torch.autograd.Function):
+class Maxima(torch.autograd.Function):
     """The maximum of every row and of every column of maps, with one map for the gradients of both."""
 
     @staticmethod

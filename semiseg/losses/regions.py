@@ -12,12 +12,18 @@ from torchvision.ops import roi_align
 
 from semiseg.losses.affinity import edges_of, inside_of_neighbours, rgb_to_lab
 from semiseg.structures.grids import Regions
+from semiseg.structures.masks import EncodedMasks
 
 
-def region_cells(boxes_xyxy: Tensor, regions: Regions) -> Tensor:
-    """As `boxinst.box_cells`, each box (N, 4) on the grid of its own region: (N, 4) int64, half open."""
-    low, high = boxes_xyxy[:, None, :2].floor(), (boxes_xyxy[:, None, 2:] + 1).floor()  # (N, 1, xy)
-    rows, columns = (centre.floor() for centre in regions.centres())
+def region_cells(boxes_xyxy: Tensor, regions: Regions, *, pixels: bool = True) -> Tensor:
+    """As `boxinst.box_cells`, each box (N, 4) on the grid of its own region: (N, 4) int64, half open.
+
+    Without `pixels` the cells whose centres lie in the box itself, which is BBTP's rule.
+    """
+    low, high = boxes_xyxy[:, None, :2], boxes_xyxy[:, None, 2:]  # (N, 1, xy)
+    rows, columns = regions.centres()
+    if pixels:
+        low, high, rows, columns = low.floor(), (high + 1).floor(), rows.floor(), columns.floor()
     counts = [(place < bound[..., axis]).sum(1) for axis, place in ((1, rows), (0, columns)) for bound in (low, high)]
     cells = torch.stack(counts, dim=1)  # row0, row1, column0, column1
     empty = (cells[:, 0] >= cells[:, 1]) | (cells[:, 2] >= cells[:, 3])
@@ -56,3 +62,19 @@ def region_edges(
     colours = roi_align(images.float(), where, regions.size_hw, aligned=True).to(torch.uint8)  # truncated, as means are
     inside = region_inside(regions, image_index, image_sizes_hw, bottom_rows, size=size, dilation=dilation)
     return edges_of(rgb_to_lab(colours), inside, size=size, dilation=dilation, threshold=threshold)
+
+
+def soft_masks(masks: EncodedMasks, regions: Regions) -> Tensor:
+    """(M, h, w) float: the shares of each region's cells that are inside its mask, as torchvision's targets have them.
+
+    The whole mask at the input's resolution, unaligned RoIAlign with as many samples as a cell has pixels.
+    """
+    own = torch.arange(len(masks), device=masks.changes.device) if masks.number is None else masks.number
+    number, drawn = own.unique(return_inverse=True)  # a mask that several regions look at is drawn once
+    first = torch.zeros_like(number).scatter_(0, drawn, torch.arange(len(own), device=own.device))
+    height, width = masks.input_hw.amax(0).tolist() if len(masks) else (1, 1)
+    rows, columns = ((torch.arange(side, device=own.device) + 0.5).expand(len(number), -1) for side in (height, width))
+    whole = masks.of(first).at(rows, columns)[:, None].float()
+    where = torch.cat([drawn[:, None].to(regions.boxes_xyxy.dtype), regions.boxes_xyxy], dim=1)
+    cells: Tensor = roi_align(whole, where, regions.size_hw, aligned=False)[:, 0]
+    return cells

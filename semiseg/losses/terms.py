@@ -30,6 +30,7 @@ from semiseg.losses.boxinst import (
     patch_cells,
     projection_loss,
 )
+from semiseg.losses.crops import SMOOTHNESS_WEIGHT, bag_loss, cross_entropy_loss, smoothness_loss
 from semiseg.losses.dice import at_least_float32, dice_loss
 from semiseg.losses.learned import (
     COLOUR_COUNTS,
@@ -38,26 +39,32 @@ from semiseg.losses.learned import (
     affinity_loss,
 )
 from semiseg.losses.level_set import level_set_loss
-from semiseg.losses.regions import region_cells, region_edges, region_inside
-from semiseg.structures.grids import MaskGrid, WholeMap
+from semiseg.losses.regions import region_cells, region_edges, region_inside, soft_masks
+from semiseg.structures.grids import MaskGrid, Regions, WholeMap
 from semiseg.structures.inputs import Batch, Supervision, Targets
 from semiseg.structures.outputs import MaskLogits
 
-MaskObjective = Literal["dice", "labelled"]
-BoxObjective = Literal["none", "projection", "projection+pairwise", "projection+learned", "box_as_mask"]
+MaskObjective = Literal["dice", "labelled", "bce"]
+BoxObjective = Literal[
+    "none", "projection", "projection+pairwise", "projection+learned", "box_as_mask", "mil", "mil+smooth"
+]
 Affinity = Literal["colour", "learned"]
 
 # Supervision of the instance and the objective for that supervision -> the mask losses that the instance gets.
 TERMS: Mapping[tuple[Supervision, str], tuple[str, ...]] = {
     (Supervision.MASK, "dice"): ("dice",),
     (Supervision.MASK, "labelled"): ("projection", "pairwise_labelled"),
+    (Supervision.MASK, "bce"): ("bce",),
     (Supervision.PSEUDO, "dice"): ("dice",),
     (Supervision.PSEUDO, "labelled"): ("projection", "pairwise_labelled"),
+    (Supervision.PSEUDO, "bce"): ("bce",),
     (Supervision.BOX, "none"): (),
     (Supervision.BOX, "projection"): ("projection",),
     (Supervision.BOX, "projection+pairwise"): ("projection", "pairwise"),
     (Supervision.BOX, "projection+learned"): ("projection", "pairwise", "pairwise_learned"),
     (Supervision.BOX, "box_as_mask"): ("dice",),  # on the filled box: the first row of the paper's Table 3
+    (Supervision.BOX, "mil"): ("mil",),
+    (Supervision.BOX, "mil+smooth"): ("mil", "smoothness"),
 }
 
 MASK_LOSSES = ("dice", "projection", "pairwise", "pairwise_labelled")
@@ -70,7 +77,9 @@ EDGE_LOSSES = ("pairwise", "pairwise_labelled", "pairwise_learned")
 
 # With learned affinity there are two losses more, which sum over edges, and counts of the colour rule's answers.
 LEARNED_LOSSES = ("pairwise_learned", "affinity")
-OPTIONAL_MASK_LOSSES = ("pairwise_learned", "level_set")
+# Losses that a step names where its objective has them, each of which sums over masks.
+CROP_LOSSES = ("bce", "mil", "smoothness")
+OPTIONAL_MASK_LOSSES = ("pairwise_learned", "level_set", *CROP_LOSSES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,11 +109,13 @@ class Objective:
         if supervision != Supervision.BOX:
             return TERMS[supervision, self.mask]
         terms = TERMS[supervision, self.box]
-        return (*terms, *self._optional) if "projection" in terms else terms
+        return (*terms, "level_set") if self.level_set > 0 and "projection" in terms else terms
 
     @property
     def _optional(self) -> tuple[str, ...]:
-        return ("level_set",) if self.level_set > 0 else ()
+        used = {*TERMS[Supervision.MASK, self.mask], *TERMS[Supervision.BOX, self.box]}
+        crops = tuple(name for name in CROP_LOSSES if name in used)
+        return ("level_set", *crops) if self.level_set > 0 else crops
 
 
 @dataclass(frozen=True)
@@ -140,6 +151,7 @@ class MaskTargets(InstanceTerms):
     edges: dict[str, Tensor]
     affinity: AffinityTargets | None = None  # what learned affinity learns from; None without it
     lab: Tensor | None = None  # (B, 3, h, w) the cells' colours, where an instance gets `level_set`
+    soft: Tensor | None = None  # (M, h, w) float, the shares of the cells that are inside, where `bce` wants those
     # See `loss_sizes`; None = they are read back from the device when they are needed
     sizes: Mapping[str, int] | None = None
 
@@ -170,7 +182,7 @@ def instance_terms(targets: Targets, grid: MaskGrid, *, objective: Objective) ->
     if isinstance(grid, WholeMap):
         cells = box_cells(targets.boxes_xyxy, stride=grid.stride, grid_hw=grid.size_hw)
     else:
-        cells = region_cells(targets.boxes_xyxy, grid)
+        cells = region_cells(targets.boxes_xyxy, grid, pixels=not objective.box.startswith("mil"))
     has_cell = cells[:, 1] > cells[:, 0]
     # `any` as a maximum of bytes, which is 20 times faster
     has_cell[targets.mask_instance] = targets.masks_on(grid).flatten(1).view(torch.uint8).amax(1) > 0
@@ -235,6 +247,15 @@ def cell_colours(batch: Batch, instances: InstanceTerms, affinity: AffinityTarge
     if affinity is not None:
         return affinity.lab
     return rgb_to_lab(downsample_images(batch.images, stride=whole_map(instances.grid).stride))
+
+
+def soft_cells(targets: Targets, instances: InstanceTerms) -> Tensor | None:
+    """`MaskTargets.soft`: where masks are made as torchvision makes them, they are also compared as it does."""
+    grid = instances.grid
+    if "bce" not in instances.chosen or not isinstance(grid, Regions) or not grid.whole_pixels:
+        return None
+    assert targets.encoded is not None
+    return soft_masks(targets.encoded, grid.of(targets.mask_instance))
 
 
 def whole_map(grid: MaskGrid) -> WholeMap:
@@ -323,6 +344,7 @@ def mask_losses(
         weighted pairwise_labelled = warmup (n.mask_masks / max(n.masks, 1)) unweighted
         weighted pairwise[_learned] = warmup (n.box_masks / max(n.masks, 1)) unweighted
         weighted level_set         = objective.level_set warmup (n.box_masks / max(n.masks, 1)) unweighted
+        weighted bce, mil          = as dice; smoothness 0.05 times that
         affinity                   = p S / max(n.affinity, 1)
 
     so that (sum of dice + sum of projection) / P + (P_box / P) pairwise is METHOD's mixed loss. Sums over the parts
@@ -365,6 +387,8 @@ def _shares(count: Mapping[str, Tensor], warmup: float, objective: Objective) ->
         "pairwise_labelled": warmup * count["mask_masks"] / masks,
         "pairwise_learned": of_boxes,
         "level_set": objective.level_set * of_boxes,
+        **{name: count[name] / masks for name in ("bce", "mil") if name in count},
+        **{name: SMOOTHNESS_WEIGHT * count[name] / masks for name in ("smoothness",) if name in count},
     }
 
 
@@ -386,6 +410,9 @@ def _mask_sums(
     if len(logits) and "pairwise_labelled" in prepared.edges:
         edges = prepared.edges["pairwise_labelled"]
         sums["pairwise_labelled"] = _edge_sum("pairwise_labelled", logits, image, instance, prepared, edges)
+    for name in CROP_LOSSES:
+        if len(logits) and name in prepared.chosen:
+            sums[name] = _crop_sum(name, logits, instance, prepared)
     if len(logits) and prepared.lab is not None:
         each = level_set_loss(logits, prepared.cells[instance], prepared.lab, image)
         sums["level_set"] = torch.where(prepared.chosen["level_set"][instance], each, 0).sum()
@@ -428,8 +455,18 @@ def _projection_sum(logits: Tensor, instance: Tensor, prepared: MaskTargets) -> 
     each = projection_loss(logits, prepared.cells[instance])
     if len(prepared.masks) and "projection" in prepared.objective.terms_of(Supervision.MASK):
         given = mask_projection_loss(logits, prepared.masks[prepared.mask_row[instance]])
-        each = torch.where(prepared.box_only[instance], each, given * prepared.weight[instance])
-    return torch.where(prepared.chosen["projection"][instance], each, 0).sum()
+        each = torch.where(prepared.box_only[instance], each, given)
+    return torch.where(prepared.chosen["projection"][instance], each * prepared.weight[instance], 0).sum()
+
+
+def _crop_sum(name: str, logits: Tensor, instance: Tensor, prepared: MaskTargets) -> Tensor:
+    cells = prepared.cells[instance]
+    if name == "bce":
+        masks = (prepared.masks if prepared.soft is None else prepared.soft)[prepared.mask_row[instance]]
+        each = cross_entropy_loss(logits, masks, cells if isinstance(prepared.grid, WholeMap) else None)
+    else:
+        each = bag_loss(logits, cells) if name == "mil" else smoothness_loss(logits)
+    return torch.where(prepared.chosen[name][instance], each * prepared.weight[instance], 0).sum()
 
 
 def _learned_sum(

@@ -62,6 +62,7 @@ def _build_detector(config: ModelConfig, *, num_classes: int) -> Detector:
                 hidden=part.hidden,
                 aligned=part.aligned,
                 proposal_nms=part.proposal_nms,
+                training_proposals=part.training_proposals,
             )
         case FCOSDetector():
             return FCOSHead(

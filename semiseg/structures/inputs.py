@@ -93,6 +93,27 @@ class Targets:
         require(own == (grid.stride, grid.size_hw), f"the masks have stride and size {own}, but their grid is {grid}")
         return self.masks
 
+    def of_queries(self, instance: Tensor, image_index: Tensor) -> Targets:
+        """Each of Q instances (Q,), in images (Q,) ascending, as an instance of its own; the masks stay encoded."""
+        require(self.encoded is not None, "masks that are sampled already cannot be cut out")
+        assert self.encoded is not None
+        row = torch.zeros_like(self.labels)
+        row[self.mask_instance] = torch.arange(len(self.mask_instance), device=row.device)
+        supervision = self.supervision[instance]
+        with_mask = torch.nonzero(supervision != Supervision.BOX)[:, 0]
+        rows = row[instance[with_mask]]
+        return replace(
+            self,
+            boxes_xyxy=self.boxes_xyxy[instance],
+            labels=self.labels[instance],
+            image_index=image_index,
+            supervision=supervision,
+            masks=self.masks[rows],
+            mask_instance=with_mask,
+            mask_weight=self.mask_weight[rows],
+            encoded=self.encoded.of(rows),
+        )
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Targets:
         return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
 

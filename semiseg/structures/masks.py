@@ -18,9 +18,15 @@ class EncodedMasks:
     raster_hw: Tensor  # (M, 2) int64, height and width of each raster
     input_hw: Tensor  # (M, 2) int64, of the resized image
     flipped: Tensor  # (M,) bool, whether that was flipped from left to right
+    number: Tensor | None = None  # (M,) int64, which of the masks in `changes` each is; None = each its own
 
     def __len__(self) -> int:
         return len(self.raster_hw)
+
+    def of(self, index: Tensor) -> EncodedMasks:
+        """Some of the masks (K,) int64, each as often as it is named."""
+        number = index if self.number is None else self.number[index]
+        return EncodedMasks(self.changes, self.raster_hw[index], self.input_hw[index], self.flipped[index], number)
 
     def at(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Whether the input pixels that hold the points (rows[m, i], columns[m, j]) are inside mask m.
@@ -35,7 +41,8 @@ class EncodedMasks:
         """
         row, row_in = _source(rows, self.input_hw[:, :1], self.raster_hw[:, :1], None)
         column, column_in = _source(columns, self.input_hw[:, 1:], self.raster_hw[:, 1:], self.flipped[:, None])
-        mask = torch.arange(len(self), device=rows.device)[:, None, None]
+        number = torch.arange(len(self), device=rows.device) if self.number is None else self.number
+        mask = number[:, None, None]
         place = (mask << MASK_BITS) + column[:, None, :] * self.raster_hw[:, :1, None] + row[:, :, None]
         before = torch.searchsorted(self.changes, place, right=True)
         first = torch.searchsorted(self.changes, mask << MASK_BITS)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from semiseg.models.detectors.boxes import drawn, in_crowds, match, random_order
-from semiseg.models.detectors.regions import RegionDetector, RegionOutputs, make_anchors
+from semiseg.models.detectors.regions import RegionOutputs, make_anchors
 from semiseg.structures.inputs import Targets
 
 ANCHORS, REGIONS = 1, 2  # the two draws of a sample
@@ -95,26 +95,20 @@ def assign_anchors(
 
 @torch.no_grad()
 def sample_regions(
-    detector: RegionDetector,
     outputs: RegionOutputs,
     assignment: RegionAssignment,
     targets: Targets,
     *,
-    number: int,
     iou: float,
     draw: Draw,
-    proposals: Sequence[Tensor] | None = None,
 ) -> SampledRegions:
     """Draws regions of each image from its proposals and the boxes of its objects.
 
     Args:
-        number: of proposals, of each level before NMS and of an image behind it.
         iou: from which on a region is the object's, below it is background.
-        proposals: of each image instead of the network's.
     """
     boxes, instance = [], []
-    given = detector.proposals(outputs, number=number) if proposals is None else proposals
-    for image, found in enumerate(given):
+    for image, found in enumerate(outputs.proposals):
         own = torch.nonzero(targets.image_index == image)[:, 0]
         regions = torch.cat([found, targets.boxes_xyxy[own]])
         matched = match(regions, targets.boxes_xyxy[own], positive_iou=iou, negative_iou=iou)

@@ -8,7 +8,7 @@ Source: Faster R-CNN (Ren et al. 2015); Mask R-CNN (He et al. 2017), section 3; 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ class RegionOutputs(Outputs):
     anchors_per_level: tuple[int, ...]
     features: tuple[Tensor, ...]  # (B, channels, h, w) of the levels that regions are taken from
     image_sizes_hw: Tensor  # (B, 2) int64, before padding
+    proposals: tuple[Tensor, ...] = ()  # in training, (k, 4) of each image, see `RegionDetector.proposals`
 
     def __post_init__(self) -> None:
         batch, count = self.objectness_logits.shape
@@ -55,6 +56,7 @@ class RegionDetector(Detector):
         size: cells of a region's features in each direction.
         aligned: whether a region's cells are taken half a feature cell further up and left, where they belong.
         proposal_nms: IoU above which the worse of two proposals of a level goes.
+        training_proposals: so many of an image in training.
     """
 
     def __init__(
@@ -70,11 +72,12 @@ class RegionDetector(Detector):
         hidden: int,
         aligned: bool,
         proposal_nms: float,
+        training_proposals: int,
     ) -> None:
         super().__init__()
         self.num_classes, self.strides, self.region_strides = num_classes, tuple(strides), tuple(region_strides)
         self.sides, self.ratios, self.size, self.aligned = tuple(sides), tuple(ratios), size, aligned
-        self.proposal_nms = proposal_nms
+        self.proposal_nms, self.training_proposals = proposal_nms, training_proposals
         self.anchors = RPNHead(channels, len(self.ratios))
         self.regions = TwoMLPHead(channels * size**2, hidden)
         self.boxes = FastRCNNPredictor(hidden, num_classes + 1)
@@ -95,6 +98,8 @@ class RegionDetector(Detector):
             image_sizes_hw=image_sizes_hw,
             locations=make_locations(sizes, self.strides, image_sizes_hw.device),
         )
+        if self.training:
+            outputs = replace(outputs, proposals=tuple(self.proposals(outputs, number=self.training_proposals)))
         return outputs, ()
 
     @torch.no_grad()

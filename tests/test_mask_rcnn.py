@@ -1,0 +1,423 @@
+"""Mask R-CNN beside torchvision's own on the same weights, and its parts beside plain loops and known values."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.ops import FrozenBatchNorm2d, box_iou
+from typer.testing import CliRunner
+
+import semiseg
+from semiseg.cli import app
+from semiseg.engine.detection import mean_region_losses
+from semiseg.engine.predict import LoadedModel
+from semiseg.errors import UserError
+from semiseg.interop.torchvision import MASKS, SCORES, convert_state
+from semiseg.losses import two_stage
+from semiseg.losses.crops import bag_loss, cross_entropy_loss, smoothness_loss
+from semiseg.losses.regions import region_cells, soft_masks
+from semiseg.models.detectors.boxes import decode_boxes, encode_boxes, in_crowds, match
+from semiseg.models.detectors.region_targets import Draw, assign_anchors, sample_regions
+from semiseg.models.detectors.regions import RegionDetector, RegionOutputs
+from semiseg.structures.grids import Regions
+from semiseg.structures.inputs import Targets
+from semiseg.structures.masks import MASK_BITS, EncodedMasks
+from semiseg.structures.outputs import MaskQueries
+
+CLASSES = 6
+PROPOSALS = 150  # fewer than usual: the second stage looks at each
+SIZE = (96, 128)
+EVERYTHING = Draw(10**9, 1.0)
+
+
+def released_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The keys of the files that torchvision once wrote."""
+    renamed = {}
+    for key, value in state.items():
+        key = re.sub(r"(fpn\.(?:inner|layer)_blocks\.\d)\.0\.", r"\1.", key)
+        key = key.replace("rpn.head.conv.0.0.", "rpn.head.conv.")
+        key = re.sub(r"mask_head\.(\d)\.0\.", lambda found: f"mask_head.mask_fcn{int(found[1]) + 1}.", key)
+        renamed[key] = value
+    return renamed
+
+
+def theirs(*, frozen: bool) -> MaskRCNN:
+    """torchvision's network with weights that give many detections, of boxes and masks of many kinds."""
+    torch.manual_seed(3)
+    norm = FrozenBatchNorm2d if frozen else nn.BatchNorm2d
+    body = resnet_fpn_backbone(backbone_name="resnet50", weights=None, norm_layer=norm, trainable_layers=5)
+    model = MaskRCNN(
+        body,
+        num_classes=CLASSES + 1,
+        min_size=min(SIZE),
+        max_size=max(SIZE),
+        **{f"rpn_{part}_nms_top_n_{mode}": PROPOSALS for part in ("pre", "post") for mode in ("train", "test")},
+    )
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, FrozenBatchNorm2d | nn.BatchNorm2d):
+                module.eps = 0.0 if frozen else module.eps
+        for name, value in model.state_dict().items():
+            if name.endswith("running_var"):
+                value.uniform_(0.5, 2.0)
+            elif name.endswith("running_mean"):
+                value.normal_(std=0.1)
+            elif name.endswith("bn3.weight"):
+                value.mul_(0.3)  # keeps the activations of the residual stages near 1
+        model.rpn.head.cls_logits.weight.mul_(30)
+        model.rpn.head.bbox_pred.weight.mul_(10)
+        model.roi_heads.box_predictor.cls_score.weight.mul_(40)
+        model.roi_heads.box_predictor.bbox_pred.weight.mul_(20)
+        model.roi_heads.mask_predictor.mask_fcn_logits.weight.mul_(5)
+    return model.eval()
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["released", "batch norm"])
+def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[MaskRCNN, LoadedModel]:
+    """torchvision's network and ours, converted from its file by the command."""
+    folder = tmp_path_factory.mktemp("torchvision")
+    model = theirs(frozen=request.param)
+    state = dict(model.state_dict())
+    torch.save(released_names(state) if request.param else state, folder / "maskrcnn.pth")
+    names = [f"class {number}" for number in range(CLASSES)]
+    categories = [{"id": number + 1, "name": name} for number, name in enumerate(names)]
+    images = [{"id": 1, "file_name": "1.png", "height": 8, "width": 8}]
+    annotations = folder / "classes.json"
+    annotations.write_text(json.dumps({"images": images, "annotations": [], "categories": categories}))
+    arguments = ["convert", "torchvision", str(folder / "maskrcnn.pth"), str(folder / "model")]
+    told = CliRunner().invoke(app, [*arguments, "--annotations", str(annotations)])
+    assert told.exit_code == 0, told.output
+    ours = semiseg.load_model(folder / "model", device="cpu")
+    limits = ours.info.inference.model_copy(update={"candidates_per_level": PROPOSALS})
+    return model, replace(ours, info=replace(ours.info, inference=limits))
+
+
+@pytest.fixture(scope="module")
+def image() -> Tensor:
+    generator = torch.Generator().manual_seed(5)
+    coarse = torch.rand(1, 3, 12, 16, generator=generator)
+    return (F.interpolate(coarse, SIZE, mode="bilinear")[0] * 255).to(torch.uint8)
+
+
+def test_detections_and_masks_are_torchvisions(both: tuple[MaskRCNN, LoadedModel], image: Tensor) -> None:
+    model, ours = both
+    with torch.no_grad():
+        (expected,) = model([image.float() / 255])
+    (found,) = semiseg.detect(ours, [image])
+    assert len(found) == len(expected["scores"]) > 20
+    distance = (found.boxes[None] - expected["boxes"][:, None]).abs().amax(2)
+    distance[found.labels[None] + 1 != expected["labels"][:, None]] = torch.inf
+    partner = distance.argmin(1)
+    assert len(set(partner.tolist())) == len(partner)
+    assert float(distance.amin(1).max()) < 0.05
+    torch.testing.assert_close(found.scores[partner], expected["scores"], rtol=0, atol=5e-4)
+    masks = expected["masks"][:, 0] > 0.5
+    assert int(masks.sum()) > 1000
+    assert int((masks ^ found.masks[partner]).sum()) <= 1e-3 * int(masks.sum())
+
+
+def objects() -> tuple[Tensor, Tensor, Tensor]:
+    """Boxes, labels and masks of four objects, one of them larger than every anchor's reach, two that overlap."""
+    boxes = torch.tensor([[8.0, 10, 60, 70], [40, 30, 110, 90], [70, 5, 100, 40], [2, 60, 30, 94]])
+    rows, columns = torch.meshgrid(torch.arange(SIZE[0]) + 0.5, torch.arange(SIZE[1]) + 0.5, indexing="ij")
+    places = torch.stack([columns, rows])  # (xy, H, W)
+    centre, half = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2
+    inside = ((places - centre[:, :, None, None]) / half[:, :, None, None]).square().sum(1) < 1
+    return boxes, torch.tensor([0, 3, 3, 5]), inside
+
+
+def encoded(masks: Tensor) -> EncodedMasks:
+    """Masks (M, H, W) bool as the loader would give them."""
+    columns = masks.transpose(1, 2).flatten(1).int()
+    before = F.pad(columns, (1, 0))[:, :-1]
+    mask, pixel = (columns != before).nonzero().unbind(1)
+    size = torch.tensor([masks.shape[1:]] * len(masks))
+    return EncodedMasks((mask << MASK_BITS) + pixel, size, size, torch.zeros(len(masks), dtype=torch.bool))
+
+
+def targets_of(boxes: Tensor, labels: Tensor, masks: Tensor) -> Targets:
+    count = len(boxes)
+    return Targets(
+        boxes_xyxy=boxes,
+        labels=labels,
+        image_index=torch.zeros(count, dtype=torch.int64),
+        supervision=torch.ones(count, dtype=torch.int64),
+        masks=torch.zeros(count, 0, 0, dtype=torch.bool),
+        mask_instance=torch.arange(count),
+        mask_weight=torch.ones(count),
+        crowd_boxes_xyxy=torch.zeros(0, 4),
+        crowd_image_index=torch.zeros(0, dtype=torch.int64),
+        mask_stride=None,
+        encoded=encoded(masks),
+    )
+
+
+def their_losses(model: MaskRCNN, image: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """torchvision's losses with samplers that take everything, and its proposals."""
+    boxes, labels, masks = objects()
+    kept: list[Tensor] = []
+    select = model.roi_heads.select_training_samples
+
+    def selected(proposals: list[Tensor], targets: Any) -> Any:
+        kept.extend(proposal.clone() for proposal in proposals)
+        return select(proposals, targets)
+
+    for part in (model.rpn, model.roi_heads):
+        part.fg_bg_sampler.batch_size_per_image, part.fg_bg_sampler.positive_fraction = 10**9, 1.0
+    model.roi_heads.select_training_samples = selected
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    target = {"boxes": boxes, "labels": labels + 1, "masks": masks.to(torch.uint8)}
+    losses = model([image.float() / 255], [target])
+    model.eval()
+    model.roi_heads.select_training_samples = select
+    return losses, kept
+
+
+def test_training_losses_are_torchvisions(both: tuple[MaskRCNN, LoadedModel], image: Tensor) -> None:
+    model, ours = both
+    expected, proposals = their_losses(model, image)
+    network = ours.network
+    detector = network.detector
+    assert isinstance(detector, RegionDetector)
+    targets = targets_of(*objects())
+    sizes_hw = network.level_sizes(SIZE)
+    assignment = assign_anchors(
+        targets,
+        sizes_hw=sizes_hw,
+        num_images=1,
+        seeds=(1,),
+        first_stride=4,
+        sides=detector.sides,
+        ratios=detector.ratios,
+        positive_iou=0.7,
+        negative_iou=0.3,
+        draw=EVERYTHING,
+    )
+    outputs = network(image[None], torch.tensor([SIZE]))
+    assert isinstance(outputs, RegionOutputs)
+    # they hang on the last bits of the first stage's predictions
+    outputs = replace(outputs, proposals=tuple(proposals))
+    sampled = partial(sample_regions, iou=0.5, draw=EVERYTHING)
+    count = {"anchors": torch.tensor(float(len(assignment.anchor_index))), "images": torch.tensor(1.0)}
+    found = mean_region_losses(outputs, assignment, targets, count, processes=1, model=network, sampled=sampled)
+    names = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg")
+    for name, their_name in zip(two_stage.LOSSES, names, strict=True):
+        torch.testing.assert_close(found[name], expected[their_name].detach(), rtol=1e-5, atol=0)
+    regions = sampled(outputs, assignment, targets)
+    positive = regions.instance >= 0
+    queries = targets.of_queries(regions.instance[positive], torch.zeros(int(positive.sum()), dtype=torch.int64))
+    grid = Regions(torch.cat(regions.boxes_xyxy)[positive], (28, 28), whole_pixels=True)
+    zeros = torch.zeros_like(queries.labels)
+    asked = MaskQueries(zeros, zeros, torch.arange(len(zeros)), grid.boxes_xyxy, queries.labels)
+    logits = network.predict_masks(outputs, asked).logits
+    assert queries.encoded is not None
+    loss = cross_entropy_loss(logits, soft_masks(queries.encoded, grid)).mean()
+    torch.testing.assert_close(loss, expected["loss_mask"].detach(), rtol=1e-5, atol=0)
+
+
+# Its parts -----------------------------------------------------------------------------------------------------------
+
+
+def test_deltas_of_a_known_box() -> None:
+    anchor, box = torch.tensor([[30.0, 30, 70, 70]]), torch.tensor([[30.0, 40, 80, 70]])
+    deltas = encode_boxes(box, anchor, (10.0, 10.0, 5.0, 5.0))
+    torch.testing.assert_close(deltas, torch.tensor([[1.25, 1.25, 1.115718, -1.438410]]), rtol=0, atol=1e-6)
+    torch.testing.assert_close(decode_boxes(deltas, anchor, (10.0, 10.0, 5.0, 5.0)), box)
+    huge = decode_boxes(torch.tensor([[0.0, 0, 1e6, 0]]), anchor, (1.0, 1.0, 1.0, 1.0))
+    assert float(huge[0, 2] - huge[0, 0]) == pytest.approx(40 * 62.5)
+
+
+@pytest.mark.parametrize("best_too", [True, False])
+def test_matches_are_those_of_a_plain_loop(best_too: bool) -> None:
+    generator = torch.Generator().manual_seed(1)
+    corners = torch.rand(60, 2, generator=generator) * 40
+    candidates = torch.cat([corners, corners + 4 + torch.rand(60, 2, generator=generator) * 30], dim=1)
+    for number, shift in enumerate((2, 3, 4, 5, 6, 8)):  # near, and less and less so
+        candidates[40 + number] = candidates[3] + shift
+    boxes = torch.cat([candidates[[3, 17]] + 0.5, torch.tensor([[200.0, 200, 210, 210]])])  # one that nobody meets
+    iou = box_iou(boxes, candidates)
+    expected = []
+    for k in range(60):
+        best = int(iou[:, k].argmax())
+        value = float(iou[best, k])
+        kind = best if value >= 0.7 else -1 if value < 0.3 else -2
+        if best_too and any(0 < float(iou[g, k]) == float(iou[g].max()) for g in range(3)):
+            kind = best
+        expected.append(kind)
+    found = match(candidates, boxes, positive_iou=0.7, negative_iou=0.3, best_too=best_too)
+    assert found.tolist() == expected
+    assert {-2, -1, 0, 1} <= set(expected)
+    assert match(candidates, boxes[:0], positive_iou=0.7, negative_iou=0.3, best_too=best_too).tolist() == [-1] * 60
+
+
+def test_what_lies_in_a_crowd_is_no_background() -> None:
+    crowd = torch.tensor([[0.0, 0, 10, 10]])
+    candidates = torch.tensor([[0.0, 0, 8, 8], [6.0, 0, 12, 10], [5.0, 0, 15.1, 10], [20.0, 20, 30, 30]])
+    assert in_crowds(candidates, crowd).tolist() == [True, True, False, False]
+    assert not in_crowds(candidates, crowd[:0]).any()
+
+
+def anchors_drawn(seed: int, draw: Draw, crowd: Tensor | None = None) -> Any:
+    targets = targets_of(*objects())
+    if crowd is not None:
+        zeros = torch.zeros(len(crowd), dtype=torch.int64)
+        targets = replace(targets, crowd_boxes_xyxy=crowd, crowd_image_index=zeros)
+    return assign_anchors(
+        targets,
+        sizes_hw=[(24, 32), (12, 16), (6, 8), (3, 4)],
+        num_images=1,
+        seeds=(seed,),
+        first_stride=4,
+        sides=[8, 16, 32, 64],
+        ratios=[0.5, 1.0, 2.0],
+        positive_iou=0.7,
+        negative_iou=0.3,
+        draw=draw,
+    )
+
+
+def test_what_is_drawn_follows_from_the_seed() -> None:
+    draw = Draw(20, 0.25)
+    one, same, other = (anchors_drawn(seed, draw) for seed in (5, 5, 6))
+    assert torch.equal(one.anchor_index, same.anchor_index)
+    assert not torch.equal(one.anchor_index, other.anchor_index)
+    assert len(one.anchor_index) == 20
+    assert 0 < int((one.anchor_instance >= 0).sum()) <= 5
+    everything = anchors_drawn(5, EVERYTHING)
+    kind = dict(zip(everything.anchor_index.tolist(), everything.anchor_instance.tolist(), strict=True))
+    assert {index: kind[index] for index in one.anchor_index.tolist()} == dict(
+        zip(one.anchor_index.tolist(), one.anchor_instance.tolist(), strict=True)
+    )
+    assert set(range(4)) <= set(kind.values()), "the best anchors of every object are positive"
+    inside = anchors_drawn(5, EVERYTHING, torch.tensor([[0.0, 0, 128, 96]]))
+    assert bool((inside.anchor_instance >= 0).any())
+    assert len(inside.anchor_index) < len(everything.anchor_index)
+
+
+def test_the_sums_of_both_stages_are_those_of_plain_loops() -> None:
+    generator = torch.Generator().manual_seed(2)
+
+    def smooth(difference: float) -> float:
+        return 4.5 * difference**2 if abs(difference) < 1 / 9 else abs(difference) - 1 / 18
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float32)
+
+    logits, deltas, wanted, positive = draw(7), draw(7, 4) * 0.3, draw(7, 4) * 0.3, torch.arange(7) % 3 == 0
+    found = two_stage.anchor_losses(logits, deltas, wanted, positive)
+    bce = sum(math.log1p(math.exp(-x if p else x)) for x, p in zip(logits.tolist(), positive.tolist(), strict=True))
+    assert float(found["objectness"]) == pytest.approx(bce, rel=1e-5)
+    box = sum(smooth(float(deltas[k, n] - wanted[k, n])) for k in range(7) if positive[k] for n in range(4))
+    assert float(found["anchor_box"]) == pytest.approx(box, rel=1e-5)
+    scores, moves, label, image = (
+        draw(7, 4),
+        draw(7, 4, 4),
+        torch.tensor([0, 2, 3, 0, 1, 0, 0]),
+        torch.tensor([0] * 3 + [2] * 4),
+    )
+    sums = two_stage.region_losses(scores, moves, wanted, label, image, 3)
+    expected_class = expected_box = 0.0
+    for k in range(7):
+        share = 1 / (3 if k < 3 else 4)
+        expected_class -= share * float(scores[k].log_softmax(0)[label[k]])
+        if label[k] > 0:
+            expected_box += share * sum(smooth(float(moves[k, label[k], n] - wanted[k, n])) for n in range(4))
+    assert float(sums["classification"]) == pytest.approx(expected_class, rel=1e-5)
+    assert float(sums["box"]) == pytest.approx(expected_box, rel=1e-5)
+
+
+# Losses in crops -----------------------------------------------------------------------------------------------------
+
+
+def constant(value: float) -> Tensor:
+    return torch.full((1, 28, 28), value)
+
+
+BOX_CELLS = torch.tensor([[7, 21, 7, 21]])  # rows and columns 7 to 20
+
+
+def test_bags_of_known_masks() -> None:
+    box = torch.full((1, 28, 28), -4.0)
+    box[:, 7:21, 7:21] = 4
+    diagonal = torch.full((1, 28, 28), -4.0)
+    diagonal[:, range(7, 21), range(7, 21)] = 4  # bags do not fill a mask
+    known = [
+        (constant(0), 0.693147),
+        (constant(2), 1.126928),
+        (constant(-2), 1.126928),
+        (box, 0.018150),
+        (diagonal, 0.018150),
+    ]
+    for logits, expected in known:
+        assert float(bag_loss(logits, BOX_CELLS)) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_bag_is_one_cell_of_the_gradient() -> None:
+    logits = torch.randn(3, 9, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    cells = torch.tensor([[1, 5, 2, 6], [0, 9, 0, 7], [4, 4, 3, 3]])
+    loss, values = bag_loss(logits, cells), logits.detach()
+    for q, (row0, row1, column0, column1) in enumerate(cells.tolist()):
+        terms = [(float(values[q, i].max()), row0 <= i < row1) for i in range(9)]
+        terms += [(float(values[q, :, j].max()), column0 <= j < column1) for j in range(7)]
+        expected = sum(math.log1p(math.exp(-x if inside else x)) for x, inside in terms) / 16
+        assert float(loss[q].detach()) == pytest.approx(expected, rel=1e-12)
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)
+    assert int(gradient[0].count_nonzero()) <= 16
+    assert torch.autograd.gradcheck(lambda x: bag_loss(x, cells), logits)
+
+
+def test_smoothness_pushes_masks_from_the_border() -> None:
+    assert float(smoothness_loss(constant(40))) == pytest.approx(0.052934, abs=1e-6)
+    assert float(smoothness_loss(constant(-40))) == pytest.approx(0, abs=1e-12)
+    logits = torch.randn(2, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    p = F.pad(logits.detach().sigmoid(), (1, 1, 1, 1))
+    steps = [(a, b) for a in (-1, 0, 1) for b in (-1, 0, 1) if (a, b) != (0, 0)]
+    for q in range(2):
+        cells = [(i, j) for i in range(1, 6) for j in range(1, 5)]
+        expected = sum(float(p[q, i, j] - p[q, i + a, j + b]) ** 2 for i, j in cells for a, b in steps) / (20 * 8)
+        assert float(smoothness_loss(logits.detach())[q]) == pytest.approx(expected, rel=1e-12)
+    assert torch.autograd.gradcheck(smoothness_loss, logits)
+
+
+def test_cross_entropy_counts_all_of_a_region_and_the_box_of_a_map() -> None:
+    logits = torch.randn(2, 6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    masks = torch.rand(2, 6, 8, generator=torch.Generator().manual_seed(1)) > 0.5
+    each = F.binary_cross_entropy_with_logits(logits, masks.double(), reduction="none")
+    torch.testing.assert_close(cross_entropy_loss(logits, masks), each.mean((1, 2)))
+    cells = torch.tensor([[1, 3, 2, 5], [0, 6, 0, 8]])
+    expected = torch.stack([each[0, 0:4, 1:6].mean(), each[1].mean()])
+    torch.testing.assert_close(cross_entropy_loss(logits, masks, cells), expected)
+
+
+def test_cells_of_a_bag_are_those_whose_centre_is_in_the_box() -> None:
+    regions = Regions(torch.tensor([[0.0, 0.0, 28.0, 28.0]]), (28, 28))
+    box = torch.tensor([[7.6, 7.4, 20.4, 20.6]])
+    assert region_cells(box, regions, pixels=False).tolist() == [[7, 21, 8, 20]]
+    assert region_cells(box, regions).tolist() == [[7, 21, 7, 21]]
+
+
+def test_a_file_of_another_network_is_told() -> None:
+    state = dict(theirs(frozen=True).state_dict())
+    without = {key: value for key, value in state.items() if key != SCORES}
+    with pytest.raises(UserError, match=f"x.pth: not a Mask R-CNN of torchvision: no key {SCORES}"):
+        convert_state(without, kept=None, where="x.pth")
+    with pytest.raises(UserError, match=r"1 unknown: roi_heads\.extra"):
+        convert_state({**state, "roi_heads.extra": torch.zeros(1)}, kept=None, where="x.pth")
+    with pytest.raises(UserError, match="expected as many classes in both"):
+        convert_state({**state, MASKS: state[MASKS][1:]}, kept=None, where="x.pth")
+    with pytest.raises(UserError, match=r"1 of another shape: rpn\.head\.conv\.0\.0\.bias"):
+        convert_state({**state, "rpn.head.conv.0.0.bias": torch.zeros(3)}, kept=None, where="x.pth")
