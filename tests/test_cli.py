@@ -13,7 +13,7 @@ import typer
 from typer.testing import CliRunner
 
 from semiseg import __version__, cli, project
-from semiseg.cli import app
+from semiseg.cli import VERBS, app, conversions, data_sets, splits
 from semiseg.commands import study as study_commands
 from semiseg.commands.known_classes import COCO_CLASSES
 from semiseg.data.shapes import SHAPES_CLASSES
@@ -68,13 +68,45 @@ def test_help_answers_without_what_takes_long_to_import() -> None:
 
 
 def test_every_verb_has_help_with_an_example() -> None:
-    verbs: list[tuple[str, ...]] = [("split", name) for name in ("list", "show", "make")]
-    verbs += [("data", name) for name in ("check", "shapes")]
-    verbs += [(name,) for name in ("train", "evaluate", "predict", "run", "status", "report")]
-    for verb in verbs:
+    for verb in every_verb():
         text = call(*verb, "--help")
         assert "Example" in text, verb
         assert f"semiseg {' '.join(verb)}" in text, verb
+
+
+def test_summaries_of_verbs_are_whole_in_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for group in {verb[:-1] for verb in every_verb()}:
+        lines = call(*group, "--help").split("Commands:\n")[1].splitlines()
+        assert lines
+        assert not [line for line in lines if line.endswith(("...", "…"))]
+
+
+def every_verb() -> list[tuple[str, ...]]:
+    groups = {splits: ("split",), data_sets: ("data",), conversions: ("convert",), app: ()}
+    return [(*groups[group], name) for group, verbs in VERBS.items() for name in verbs]
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("trian", "no such command 'trian'. Did you mean 'train'?"),
+        ("xyz", "no such command 'xyz'; see 'semiseg --help'"),
+        ("split mak", "no such command 'mak'. Did you mean 'make'?"),
+        ("predict m i.png", "missing option '--out'; see 'semiseg predict --help'"),
+        ("run shapes --jbos 2", "no such option: --jbos"),
+        ("run shapes --jobs many", "invalid value for '--jobs': "),
+        ("train a.toml b.toml", "got unexpected extra argument"),
+    ],
+)
+def test_a_line_that_no_verb_takes_is_one_sentence(folder: Path, line: str, told: str) -> None:
+    text = call(*line.split(), code=2)
+    assert text.startswith(f"semiseg: {told}")
+    assert text.count("\n") == 1
+
+
+def test_a_group_alone_shows_its_help() -> None:
+    assert call("split", code=2).startswith("Usage: semiseg split")
 
 
 def test_version() -> None:

@@ -135,12 +135,12 @@ def compare(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the report. Default: reports/compare/<ids>.")] = None,
 ) -> None:
-    """Compare finished runs, of one study or of several, and write a report.
+    """Compare finished runs and write a report.
 
-    The numbers come from the records in reports/*/results.jsonl or from the folders of the runs; nothing is trained.
-    Runs that differ only in their seed are one row, with mean and standard deviation. Runs whose validation data
-    differ are refused. The beginning of an id is enough; STUDY:ROW means all its runs. Ids stand in the reports and
-    in 'semiseg status STUDY'.
+    They may be of several studies. Their numbers come from the records in reports/*/results.jsonl or from their
+    folders; nothing is trained. Runs that differ only in their seed are one row, with mean and standard deviation. Runs
+    whose validation data differ are refused. The beginning of an id is enough; STUDY:ROW means all its runs. Ids stand
+    in the reports and in 'semiseg status STUDY'.
 
     Examples:
 
