@@ -266,6 +266,26 @@ def test_a_report_elsewhere_reads_the_studys_own_record(folder: Path) -> None:
     assert "semiseg run shapes --out mine" in (folder / "mine" / "report.md").read_text()
 
 
+def test_a_folder_with_what_no_report_wrote_is_refused(folder: Path) -> None:
+    own = folder / "reports" / "shapes" / "results.jsonl"
+    own.parent.mkdir(parents=True)
+    shutil.copy(committed_reports() / "shapes" / "results.jsonl", own)
+    ids = [json.loads(line)["run_id"] for line in own.read_text().splitlines()[:2]]
+    (folder / "site").mkdir()
+    (folder / "site" / "index.html").write_text("mine")
+    for verb in (("report", "shapes"), ("run", "shapes"), ("compare", *ids)):
+        told = call(*verb, "--out", "site", code=2)
+        assert told == (
+            "semiseg: site: holds what no report wrote: index.html; give a new or an empty folder as --out\n"
+        )
+    assert [path.read_text() for path in (folder / "site").iterdir()] == ["mine"]
+    call("report", "shapes", "--out", "out")
+    (folder / "out" / "notes.txt").write_text("mine")
+    call("report", "shapes", "--out", "out")  # beside those of a report other files may stand
+    (folder / "out" / "index.html").unlink()
+    assert "notes.txt" in call("report", "shapes", "--out", "out", code=2)
+
+
 def test_a_report_of_nothing_is_refused(folder: Path) -> None:
     told = call("report", "shapes", "--out", "out", code=2)
     assert "out and reports/shapes: no recorded results; 'semiseg run shapes' makes them" in told
