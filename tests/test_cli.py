@@ -123,6 +123,21 @@ def test_bad_input_ends_with_one_sentence_and_code_2(folder: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
+def test_a_misspelt_name_is_compared_with_the_files_beside_it(folder: Path) -> None:
+    for name, typed in (("mystudy", "mystud"), ("experiments/other", "othr"), ("more/third", "more/thrid.toml")):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / f"{name}.toml").touch()
+        assert f"Did you mean '{Path(name).name}'?" in call("run", typed, code=2)
+    assert "Did you mean 'shapes'?" in call("status", "shaeps", code=2)
+
+
+def test_a_misspelt_row_is_told_all_rows(folder: Path) -> None:
+    rows = "neither, projection, projection+pairwise, learned, box-supervised, full-masks"
+    for typed, near in (("neithr", " Did you mean 'neither'?"), ("xyz", "")):
+        told = call("run", "shapes", "--only", typed, "--dry-run", code=2)
+        assert told == f"semiseg: --only '{typed}': study 'shapes' has no such row.{near} Its rows: {rows}\n"
+
+
 def test_an_interruption_ends_with_one_sentence_and_code_130(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt("stopped; the same command continues")
