@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from semiseg import __version__
 from semiseg.commands import convert, data, predict, split, study, train
@@ -14,9 +16,30 @@ from semiseg.errors import UserError
 from semiseg.files import FULL
 
 NO_MEMORY = ("out of memory", "can't allocate memory", "could not create a primitive")
+# What typer raises on a command line that no verb takes; its own name is private.
+USAGE_ERROR: Any = typer.BadParameter.__base__
+
+
+class Root(TyperGroup):
+    """The command itself: a line that no verb takes ends with one sentence, as bad input does."""
+
+    def main(self, *args: Any, **named: Any) -> Any:
+        """Runs a verb and exits; code 2 for such a line."""
+        try:
+            code = super().main(*args, **{**named, "standalone_mode": False})
+        except USAGE_ERROR as error:
+            code, told = error.exit_code, " ".join(error.format_message().split())
+            if type(error).__name__ == "NoArgsIsHelpError":
+                error.show()
+            else:
+                where = error.ctx.command_path if error.ctx else "semiseg"
+                see = "" if told.endswith("?") else f"; see '{where} --help'"
+                typer.echo(f"semiseg: {told[:1].lower()}{told[1:].removesuffix('.')}{see}", err=True)
+        sys.exit(code)
+
 
 # Plain help: the rich one costs a fifth of a second and breaks lines in examples.
-app = typer.Typer(name="semiseg", no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(name="semiseg", cls=Root, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 splits = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 data_sets = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 conversions = typer.Typer(no_args_is_help=True, rich_markup_mode=None)

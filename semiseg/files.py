@@ -15,7 +15,7 @@ import re
 import shutil
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
@@ -43,6 +43,23 @@ def require_folder(path: Path) -> None:
         raise UserError(f"{path}: {reason}")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"{existing}: no permission to write there")
+
+
+def require_nothing_else(folder: Path, *, writer: str, known: Collection[str] = ()) -> None:
+    """A UserError if a folder, which need not exist, holds visible things of other names than those that are `known`.
+
+    Hidden files are nobody's concern: nothing replaces or removes one that it has not written itself.
+    """
+    there = sorted(folder.iterdir()) if folder.is_dir() else []
+    refuse_others(folder, [path for path in there if path.name not in {*known} and path.name[0] != "."], writer=writer)
+
+
+def refuse_others(folder: Path, others: Sequence[Path], *, writer: str) -> None:
+    """A UserError that names what a folder holds, if anything, that no `writer` (a word for what is written) wrote."""
+    if others:
+        names = [f"{path.name}/" if path.is_dir() else path.name for path in others]
+        listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        raise UserError(f"{folder}: holds what no {writer} wrote: {listed}; give a new or an empty folder as --out")
 
 
 def require_there(folder: Path) -> None:

@@ -31,7 +31,8 @@ def find(kind: Kind, name: str) -> Path:
         if candidate.is_file():
             return candidate
     known = available(kind)
-    hint = near_hint(Path(file_name).name.removesuffix(suffix), known, otherwise="")
+    beside = [path.stem for path in sorted(Path(file_name).parent.glob(f"*{suffix}"))]
+    hint = near_hint(Path(file_name).name.removesuffix(suffix), [*beside, *known], otherwise="")
     raise UserError(
         f"{name}: no such {noun}: neither the file {file_name} nor a name in {folder}/."
         f"{hint} Available: {', '.join(known) or 'none'}"

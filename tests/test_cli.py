@@ -13,7 +13,7 @@ import typer
 from typer.testing import CliRunner
 
 from semiseg import __version__, cli, project
-from semiseg.cli import app
+from semiseg.cli import VERBS, app, conversions, data_sets, splits
 from semiseg.commands import study as study_commands
 from semiseg.commands.known_classes import COCO_CLASSES
 from semiseg.data.shapes import SHAPES_CLASSES
@@ -68,13 +68,45 @@ def test_help_answers_without_what_takes_long_to_import() -> None:
 
 
 def test_every_verb_has_help_with_an_example() -> None:
-    verbs: list[tuple[str, ...]] = [("split", name) for name in ("list", "show", "make")]
-    verbs += [("data", name) for name in ("check", "shapes")]
-    verbs += [(name,) for name in ("train", "evaluate", "predict", "run", "status", "report")]
-    for verb in verbs:
+    for verb in every_verb():
         text = call(*verb, "--help")
         assert "Example" in text, verb
         assert f"semiseg {' '.join(verb)}" in text, verb
+
+
+def test_summaries_of_verbs_are_whole_in_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for group in {verb[:-1] for verb in every_verb()}:
+        lines = call(*group, "--help").split("Commands:\n")[1].splitlines()
+        assert lines
+        assert not [line for line in lines if line.endswith(("...", "…"))]
+
+
+def every_verb() -> list[tuple[str, ...]]:
+    groups = {splits: ("split",), data_sets: ("data",), conversions: ("convert",), app: ()}
+    return [(*groups[group], name) for group, verbs in VERBS.items() for name in verbs]
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("trian", "no such command 'trian'. Did you mean 'train'?"),
+        ("xyz", "no such command 'xyz'; see 'semiseg --help'"),
+        ("split mak", "no such command 'mak'. Did you mean 'make'?"),
+        ("predict m i.png", "missing option '--out'; see 'semiseg predict --help'"),
+        ("run shapes --jbos 2", "no such option: --jbos"),
+        ("run shapes --jobs many", "invalid value for '--jobs': "),
+        ("train a.toml b.toml", "got unexpected extra argument"),
+    ],
+)
+def test_a_line_that_no_verb_takes_is_one_sentence(folder: Path, line: str, told: str) -> None:
+    text = call(*line.split(), code=2)
+    assert text.startswith(f"semiseg: {told}")
+    assert text.count("\n") == 1
+
+
+def test_a_group_alone_shows_its_help() -> None:
+    assert call("split", code=2).startswith("Usage: semiseg split")
 
 
 def test_version() -> None:
@@ -89,6 +121,21 @@ def test_bad_input_ends_with_one_sentence_and_code_2(folder: Path) -> None:
     assert "Did you mean 'shapes'?" in done.stderr
     assert done.stderr.count("\n") == 1
     assert list(folder.iterdir()) == []
+
+
+def test_a_misspelt_name_is_compared_with_the_files_beside_it(folder: Path) -> None:
+    for name, typed in (("mystudy", "mystud"), ("experiments/other", "othr"), ("more/third", "more/thrid.toml")):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / f"{name}.toml").touch()
+        assert f"Did you mean '{Path(name).name}'?" in call("run", typed, code=2)
+    assert "Did you mean 'shapes'?" in call("status", "shaeps", code=2)
+
+
+def test_a_misspelt_row_is_told_all_rows(folder: Path) -> None:
+    rows = "neither, projection, projection+pairwise, learned, box-supervised, full-masks"
+    for typed, near in (("neithr", " Did you mean 'neither'?"), ("xyz", "")):
+        told = call("run", "shapes", "--only", typed, "--dry-run", code=2)
+        assert told == f"semiseg: --only '{typed}': study 'shapes' has no such row.{near} Its rows: {rows}\n"
 
 
 def test_an_interruption_ends_with_one_sentence_and_code_130(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,6 +279,26 @@ def test_a_report_elsewhere_reads_the_studys_own_record(folder: Path) -> None:
     call("report", "shapes", "--out", "mine")
     assert "table6 lacks `neither` seed 0" in (folder / "mine" / "report.md").read_text()
     assert "semiseg run shapes --out mine" in (folder / "mine" / "report.md").read_text()
+
+
+def test_a_folder_with_what_no_report_wrote_is_refused(folder: Path) -> None:
+    own = folder / "reports" / "shapes" / "results.jsonl"
+    own.parent.mkdir(parents=True)
+    shutil.copy(committed_reports() / "shapes" / "results.jsonl", own)
+    ids = [json.loads(line)["run_id"] for line in own.read_text().splitlines()[:2]]
+    (folder / "site").mkdir()
+    (folder / "site" / "index.html").write_text("mine")
+    for verb in (("report", "shapes"), ("run", "shapes"), ("compare", *ids)):
+        told = call(*verb, "--out", "site", code=2)
+        assert told == (
+            "semiseg: site: holds what no report wrote: index.html; give a new or an empty folder as --out\n"
+        )
+    assert [path.read_text() for path in (folder / "site").iterdir()] == ["mine"]
+    call("report", "shapes", "--out", "out")
+    (folder / "out" / "notes.txt").write_text("mine")
+    call("report", "shapes", "--out", "out")  # beside those of a report other files may stand
+    (folder / "out" / "index.html").unlink()
+    assert "notes.txt" in call("report", "shapes", "--out", "out", code=2)
 
 
 def test_a_report_of_nothing_is_refused(folder: Path) -> None:

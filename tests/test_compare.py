@@ -318,7 +318,8 @@ def test_runs_are_found_by_id_row_and_folder() -> None:
     assert [run.result.run_id for run in find_runs("first:r:1", known)] == [runs[1].run_id]
     assert [run.result.run_id for run in find_runs("first:r:many", known)] == [runs[2].run_id]
     for name, told in {
-        "first:s": "nor STUDY:ROW[:SPLIT][:SEED]. Did you mean 'first:r'?",
+        "first:s": "first:s: no row 's' of study 'first' is recorded. Recorded: r",
+        "first:nosuchrow:0": "no row 'nosuchrow' of study 'first' is recorded. Recorded: r",
         "firsts:r": "Did you mean 'first:r'?",
         "first:r:few:7": "Did you mean 'first:r:few:1'?",
         "": "neither the folder of a run, nor the beginning",

@@ -96,6 +96,13 @@ def test_missing_parts_of_other_names_name_the_keys(coco: Path) -> None:
     assert re.search(r"; put that there, or change data\.root or data\.val_images, data\.val_annotations$", told)
 
 
+def test_a_missing_root_is_said_rather_than_all_that_it_lacks(coco: Path) -> None:
+    told = complaint(DataConfig(root="coca", train_images="train", val_images="val"))
+    assert told.startswith("coca: no such folder; data.root is to name the one that holds train, annotations/")
+    assert complaint(DataConfig(root="coca")).startswith(f"coca: no such folder; download {SITE}/zips/train2017.zip")
+    assert complaint(DataConfig(root="coca", format="voc")).startswith("coca: no such folder; download http")
+
+
 def test_every_verb_says_the_same(coco: Path) -> None:
     (coco / "train2017").rename(coco / "elsewhere")
     told = "coco: not there: train2017; download"

@@ -18,7 +18,7 @@ import semiseg
 from semiseg.config import RunConfig
 from semiseg.config.read import read_json
 from semiseg.engine import train as training
-from semiseg.engine.build import build_data
+from semiseg.engine.build import build_data, build_step
 from semiseg.engine.checkpoint import check_initial, load_model_folder, load_tensors
 from semiseg.engine.logs import read_log
 from semiseg.engine.run import execute_run
@@ -103,6 +103,17 @@ def test_images_without_instances(root: Path, head: str, empty: list[int]) -> No
     for name, parameter in module.named_parameters():
         assert parameter.grad is not None, f"{name} got no gradient: it would hang data parallelism"
         assert torch.isfinite(parameter.grad).all()
+
+
+@pytest.mark.parametrize(("head", "cells"), [("dynamic", 16), ("rays", 16), ("regions", 14)])
+def test_a_dilation_beyond_the_masks_is_refused(root: Path, head: str, cells: int) -> None:
+    """As far as that can be told from the configuration: one cell less has edges, and where none is read it is free."""
+    for box, dilation in (("projection+pairwise", cells - 1), ("projection", cells)):
+        build_step(config_of(root, head, objective={"box": box, "affinity_dilation": dilation}), num_classes=3)
+    for objective in ({"box": "projection+pairwise"}, {"box": "projection", "mask": "labelled"}):
+        config = config_of(root, head, objective={**objective, "affinity_dilation": cells})
+        with pytest.raises(UserError, match=f"affinity_dilation = {cells}: .* allowed: less than the {cells} cells"):
+            build_step(config, num_classes=3)
 
 
 @pytest.mark.parametrize("head", OTHERS)

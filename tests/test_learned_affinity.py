@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -469,6 +470,14 @@ def load_tensors_of_model(folder: Path) -> dict[str, Tensor]:
 def test_learned_edges_need_the_branch(root: Path) -> None:
     with pytest.raises(UserError, match=r"box = 'projection\+learned' needs affinity = 'learned'"):
         tiny_config(root, objective={"box": "projection+learned"})
+
+
+@pytest.mark.parametrize("box", ["projection", "projection+pairwise"])
+def test_a_branch_whose_edges_no_loss_takes_is_said(root: Path, box: str) -> None:
+    config = tiny_config(root, objective={"box": box, "affinity": "learned"})
+    told = f"objective.affinity = 'learned': objective.box = {box!r} takes none of the learned edges"
+    with pytest.warns(UserNotice, match=re.escape(told)):
+        training.prepare(config, build_data(config), Accelerator(cpu=True))
 
 
 def test_without_a_mask_it_says_so_and_colour_stays(root: Path, tmp_path: Path) -> None:

@@ -17,22 +17,22 @@ SMALLER = {"--images 1500": "--images 12", "--images 100": "--images 4", "steps 
 SMALLER |= {"batch_size = 8": "batch_size = 4"}
 
 
-def blocks() -> list[tuple[str, str]]:
-    """(language, text) of the page's fenced blocks; those without a language need a download."""
+def blocks() -> list[tuple[str, str, str]]:
+    """(the file named before it, language, text) of each fenced block; those without a language need a download."""
     text = PAGE.read_text(encoding="utf-8")
     for large, small in SMALLER.items():
         assert large in text, f"the page no longer says {large!r}"
         text = text.replace(large, small)
-    return re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    return re.findall(r"(?:`(\w+\.toml)`:\n\n)?^```(\w*)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.filterwarnings("ignore:.* objects of seen classes have no mask")  # the page says so
 def test_every_block_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     ran = []
-    for language, text in blocks():
+    for name, language, text in blocks():
         if language == "toml":
-            (tmp_path / "toy.toml").write_text(text, encoding="utf-8")
+            (tmp_path / name).write_text(text, encoding="utf-8")
         elif language == "python":
             exec(compile(text, str(PAGE), "exec"), {})
         elif language == "json":
@@ -45,7 +45,7 @@ def test_every_block_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.Monkey
                 assert result.exit_code == 0, f"{line}\n{result.output}\n{result.exception!r}"
                 ran.append(arguments[0])
     assert ran.count("train") == 3
-    assert {"data", "evaluate", "predict", "split"} <= set(ran)
+    assert {"data", "evaluate", "predict", "split", "run"} <= set(ran)
     content = json.loads((tmp_path / "data/toy/train/annotations.json").read_text(encoding="utf-8"))
     with_mask = ["segmentation" in annotation for annotation in content["annotations"]]
     assert sum(with_mask) == -(-len(with_mask) // 5)

@@ -282,6 +282,22 @@ def test_bad_input(model: Path, folder: Path) -> None:
     assert sorted(folder.rglob("*")) == files
 
 
+def test_a_folder_with_what_no_prediction_wrote_is_refused(model: Path, folder: Path) -> None:
+    save(folder / "photos" / "a.png")
+    save(folder / "photos" / "sub" / "b.png")
+    held = "photos: holds what no prediction wrote: a.png, sub/; give a new or an empty folder as --out"
+    for images in ("photos/sub", "image.png"):
+        save(folder / "image.png")
+        assert held in predict(model, images, "--out", "photos", code=2)
+    assert sorted(path.name for path in (folder / "photos").iterdir()) == ["a.png", "sub"]
+    predict(model, "image.png", "--out", "out")
+    (folder / "out" / "notes.txt").write_text("mine")
+    predict(model, "image.png", "--out", "out")  # beside the files of a prediction others may stand
+    assert (folder / "out" / "notes.txt").read_text() == "mine"
+    save(folder / "killed" / "overlays" / "image.jpg")
+    predict(model, "image.png", "--out", "killed")
+
+
 @pytest.mark.parametrize("options", [[], ["--no-overlays"]])
 def test_a_second_prediction_leaves_no_drawing_of_the_first(model: Path, folder: Path, options: list[str]) -> None:
     for name in ("a", "b/c", "d/c"):

@@ -31,9 +31,9 @@ def adelaidet(
     short_side: Annotated[int, typer.Option(min=32, help="Short side of images in evaluation, in pixels.")] = 800,
     long_side: Annotated[int, typer.Option(min=32, help="Largest long side, in pixels.")] = 1333,
 ) -> None:
-    """Convert a released CondInst or BoxInst checkpoint into a model folder.
+    """Convert a released CondInst or BoxInst checkpoint.
 
-    The folder serves evaluate, predict, and init_from of a training.
+    The model folder serves evaluate, predict, and init_from of a training.
 
     Example: semiseg convert adelaidet BoxInst_MS_R_50_3x.pth models/boxinst_r50
     """

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from semiseg.errors import UserError
-from semiseg.files import require_folder
 
 if TYPE_CHECKING:
     from semiseg.report.aggregate import ReportInput
@@ -59,7 +58,7 @@ def run(
     """
     from semiseg.studies.identity import RESULTS_NAME, plan
     from semiseg.studies.machines import lines_for_machines
-    from semiseg.studies.report import check_printed, reference_input
+    from semiseg.studies.report import check_printed, reference_input, require_report_folder
     from semiseg.studies.run import Execution, run_missing, runs_to_train
     from semiseg.studies.status import dry_run_text, run_status
 
@@ -70,8 +69,8 @@ def run(
         typer.echo(dry_run_text(loaded, folder, only=only or (), processes=processes, reproduce=reproduce))
         return
     check_printed(loaded)  # said before the trainings rather than after
+    require_report_folder(folder)
     planned = plan(loaded, only=only or (), processes=processes)
-    require_folder(folder)
     results, typed = folder / RESULTS_NAME, ("semiseg", *sys.argv[1:])
     how = Execution(jobs=jobs, launch=file, reproduce=reproduce, typed=typed)
     if file.machines > 1 and (todo := runs_to_train(planned, results=results, how=how)):
@@ -113,11 +112,11 @@ def report(study: StudyName, overrides: Overrides = None, seeds: Seeds = None, o
 
     Example: semiseg report shapes
     """
-    from semiseg.studies.report import record_folder
+    from semiseg.studies.report import record_folder, require_report_folder
 
     loaded, folder = _load(study, overrides, seeds, out)
     record = record_folder(loaded, folder)
-    require_folder(folder)
+    require_report_folder(folder)
     _report(loaded, folder, record=record, command=_command(study, overrides, seeds, out))
 
 
@@ -135,12 +134,12 @@ def compare(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the report. Default: reports/compare/<ids>.")] = None,
 ) -> None:
-    """Compare finished runs, of one study or of several, and write a report.
+    """Compare finished runs and write a report.
 
-    The numbers come from the records in reports/*/results.jsonl or from the folders of the runs; nothing is trained.
-    Runs that differ only in their seed are one row, with mean and standard deviation. Runs whose validation data
-    differ are refused. The beginning of an id is enough; STUDY:ROW means all its runs. Ids stand in the reports and
-    in 'semiseg status STUDY'.
+    They may be of several studies. Their numbers come from the records in reports/*/results.jsonl or from their
+    folders; nothing is trained. Runs that differ only in their seed are one row, with mean and standard deviation. Runs
+    whose validation data differ are refused. The beginning of an id is enough; STUDY:ROW means all its runs. Ids stand
+    in the reports and in 'semiseg status STUDY'.
 
     Examples:
 
@@ -150,7 +149,7 @@ def compare(
     """
     from semiseg.config.read import digest
     from semiseg.studies.compare import comparison, find_runs, known_runs
-    from semiseg.studies.report import build
+    from semiseg.studies.report import build, require_report_folder
 
     known = known_runs()
     chosen = {run.result.run_id: run for name in runs for run in find_runs(name, known)}
@@ -159,7 +158,7 @@ def compare(
     ids = [run.short_id for run in chosen.values()]
     folder_name = "-".join(ids if len(ids) <= 6 else [*ids[:5], f"{len(ids)}runs", digest(ids, 6)])
     folder = out or Path("reports") / "compare" / folder_name
-    require_folder(folder)
+    require_report_folder(folder)
     command = ["semiseg", "compare", *runs, *_typed({"--split": split, "--out": out})]
     report = comparison(list(chosen.values()), known, split=split, command=command)
     text, path = build(report, folder)

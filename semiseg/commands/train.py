@@ -32,7 +32,7 @@ def train(
     config: Annotated[Path | None, typer.Argument(help="Configuration of the run, TOML or JSON.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run.")] = None,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, if it has begun.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, or begin one there.")] = False,
     replay: Annotated[
         Path | None, typer.Option(help="Run a step again that was not finite, from the file it left.")
     ] = None,

@@ -117,10 +117,13 @@ def _require_coco(config: DataConfig, sets: Sequence[SetName]) -> None:
     missing = {key: path for key in keys if not _is_there(Path(config.root) / (path := getattr(config, key)), key)}
     if not missing:
         return
-    text = f"{config.root}: not there: {', '.join(missing.values())}; "
+    here, names = Path(config.root).is_dir(), ", ".join(missing.values())
+    text = f"{config.root}: not there: {names}; " if here else f"{config.root}: no such folder; "
     if all(path == DataConfig.model_fields[key].default for key, path in missing.items()):
         archives = ", ".join(dict.fromkeys(OFFICIAL_ARCHIVES[key] for key in missing))
         text += f"download {archives} and unpack there, or name another folder with '--set data.root=DIR'"
+    elif not here:
+        text += f"data.root is to name the one that holds {names}"
     else:
         text += f"put that there, or change data.root or {', '.join(f'data.{key}' for key in missing)}"
     raise UserError(text)

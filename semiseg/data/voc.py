@@ -115,8 +115,9 @@ def _find_folders(root: Path, image_set: str) -> tuple[Path, Path | None]:
     """The folder of VOC, and that of SBD's `inst/`, `train.txt` and `val.txt`; all that is missing is said at once."""
     voc, missing = _find_voc(root), []
     if voc is None:
+        fault = "no PASCAL VOC 2012 there" if root.is_dir() else "no such folder"
         missing.append(
-            f"{root}: no PASCAL VOC 2012 there; download {SITE}/{ARCHIVE} and unpack it in {root}, "
+            f"{root}: {fault}; download {SITE}/{ARCHIVE} and unpack it in {root}, "
             f"so that {root / 'VOCdevkit' / 'VOC2012' / 'JPEGImages'} is there"
         )
     else:

@@ -17,7 +17,7 @@ from semiseg.engine.step import TrainStep
 from semiseg.errors import UserError
 from semiseg.losses.terms import Objective
 from semiseg.models.affinity import AffinityBranch
-from semiseg.models.build import build_model, mask_stride
+from semiseg.models.build import build_model, mask_cells, mask_stride
 from semiseg.models.segmenter import Segmenter
 from semiseg.splits import ClassSplit, load_split
 
@@ -83,6 +83,8 @@ def build_step(config: RunConfig, *, num_classes: int) -> TrainStep:
     elif objective.level_set > 0 and mask_stride(config.model) is None:
         kind = config.model.mask_head.kind
         raise UserError(f"objective.level_set needs a mask head with masks on whole images, not {kind!r}")
+    else:
+        _require_neighbours(config)
     return TrainStep(
         model,
         detector=detector_step(config.model, model),
@@ -91,6 +93,19 @@ def build_step(config: RunConfig, *, num_classes: int) -> TrainStep:
         # After all other parts: those have the same first weights with and without it.
         affinity=_build_affinity(config.model, model, objective) if objective.affinity == "learned" else None,
     )
+
+
+def _require_neighbours(config: RunConfig) -> None:
+    """A UserError if every neighbour of a cell lies beyond its mask, so that a loss on edges would be 0 for ever."""
+    objective, cells = config.objective, mask_cells(config.model, config.data.long_side)
+    labelled = objective.mask == "labelled" and config.supervision.source != "boxes"
+    edges = objective.box == "projection+pairwise" or objective.affinity == "learned" or labelled
+    if edges and objective.affinity_dilation >= cells:
+        raise UserError(
+            f"objective.affinity_dilation = {objective.affinity_dilation}: no cell has a neighbour so far away, "
+            f"allowed: less than the {cells} cells of a mask's longer side ({config.model.mask_cells}, data.long_side "
+            f"{config.data.long_side})"
+        )
 
 
 def _build_affinity(config: ModelConfig, model: Segmenter, objective: Objective) -> AffinityBranch:

@@ -28,7 +28,7 @@ from semiseg.data.transforms import Resize
 from semiseg.engine.checkpoint import ModelInfo, write_json
 from semiseg.engine.predict import LoadedModel, coco_results, each_image
 from semiseg.errors import UserError
-from semiseg.files import whole_file, write_bytes
+from semiseg.files import require_nothing_else, whole_file, write_bytes
 from semiseg.overlays import Drawn, draw_detections, prepare_drawing, written_name
 
 RESULTS_NAME, IMAGES_NAME, OVERLAYS_NAME = "results.json", "images.json", "overlays"
@@ -82,7 +82,8 @@ def predict_files(
     An image's id is its index in the list of files, from 1. EXIF orientation is applied: boxes and masks are in the
     frame of the upright image, whose size `images.json` states. Files of the same names in `out` are replaced; at a
     KeyboardInterrupt, too, they are written for the images done so far. `report` is given a sentence for each file that
-    cannot be read. A UserError if the folder holds one of the images, or such a file that no prediction wrote.
+    cannot be read. A UserError if the folder holds one of the images, or what no prediction wrote, unless it has its
+    own name beside the files of one.
     """
     _prepare_folder(out, files)
     overlays = {} if options.drawn_score is None else dict(enumerate(overlay_paths(files, out / OVERLAYS_NAME), 1))
@@ -134,10 +135,13 @@ def _prepare_folder(out: Path, files: Sequence[Path]) -> None:
         if path.resolve().parent == out.resolve() or drawings in path.resolve().parents:
             raise UserError(f"{out}: holds {path}, which is to be predicted; give another folder as --out")
     present = [out / name for name in (RESULTS_NAME, IMAGES_NAME) if (out / name).exists()]
+    if not present:  # a killed prediction may have left drawings alone
+        require_nothing_else(out, writer="prediction", known={OVERLAYS_NAME})
+        return
     with suppress(UserError):
-        values = read_json(out / IMAGES_NAME) if present else {}
-        if not present or (values.get("annotations") == [] and {"images", "categories"} <= values.keys()):
-            for drawing in drawings.rglob("*.jpg") if present else ():
+        values = read_json(out / IMAGES_NAME)
+        if values.get("annotations") == [] and {"images", "categories"} <= values.keys():
+            for drawing in drawings.rglob("*.jpg"):
                 drawing.unlink()
             return
     raise UserError(f"{present[0]}: is not of a prediction, and would be lost; give another folder as --out")

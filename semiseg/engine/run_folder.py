@@ -22,7 +22,15 @@ from semiseg.engine.checkpoint import holds_no_more_than_a_model, latest_checkpo
 from semiseg.engine.logs import LOG_NAME
 from semiseg.engine.processes import normalised_together
 from semiseg.errors import UserError, UserNotice
-from semiseg.files import LOCK_NAME, lock_folder, require_folder, settle, whole_file
+from semiseg.files import (
+    LOCK_NAME,
+    lock_folder,
+    refuse_others,
+    require_folder,
+    require_nothing_else,
+    settle,
+    whole_file,
+)
 from semiseg.project import weights_file
 from semiseg.results import RESULT_NAME
 
@@ -86,23 +94,17 @@ def check_folder(
 def _require_nothing_else(out: Path, *, is_run: bool) -> None:
     """Refuses a folder with things that no run wrote: a run's files would replace them or be mixed up with them.
 
-    Hidden files are nobody's concern: no run replaces or removes one that it has not written itself. What else a user
-    has put beside the files of a run stays, too, if it has another name than these.
+    What a user has put beside the files of a run stays if it has another name than these.
     """
-    if not out.is_dir():
+    if not is_run:
+        require_nothing_else(out, writer="run", known=STUDY_FILES)
         return
     strange = []
     for path in sorted(out.iterdir()):
-        if is_run:
-            wrong = path.name in (RUN_FILES if path.is_dir() else RUN_FOLDERS)
-            wrong = wrong or (path.name in MODELS and not holds_no_more_than_a_model(path))
-        else:
-            wrong = path.name not in STUDY_FILES and not path.name.startswith(".")
-        strange += [f"{path.name}/" if path.is_dir() else path.name] if wrong else []
-    if strange:
-        more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
-        listed = f"{', '.join(strange[:3])}{more}"
-        raise UserError(f"{out}: holds what no run wrote: {listed}; give a new or an empty folder as --out")
+        wrong = path.name in (RUN_FILES if path.is_dir() else RUN_FOLDERS)
+        if wrong or (path.name in MODELS and not holds_no_more_than_a_model(path)):
+            strange.append(path)
+    refuse_others(out, strange, writer="run")
 
 
 def _require_planned(out: Path, identity: dict[str, Any], processes: int) -> None:

@@ -118,10 +118,14 @@ def prepare(config: RunConfig, data: RunData, accelerator: Accelerator) -> Train
         if afresh and accelerator.is_main_process:
             message = f"{config.init_from} has other classes: {', '.join(afresh)} start afresh"
             warnings.warn(message, UserNotice, stacklevel=2)
-    main = accelerator.is_main_process
-    if main and step_module.affinity is not None and not train_dataset(config, data).has_masks():
-        message = "objective.affinity = 'learned': no training instance has a mask, so that no edge is learned"
-        warnings.warn(message, UserNotice, stacklevel=2)
+    if accelerator.is_main_process and step_module.affinity is not None:
+        learning, box = "objective.affinity = 'learned'", config.objective.box
+        if not train_dataset(config, data).has_masks():
+            message = f"{learning}: no training instance has a mask, so that no edge is learned"
+            warnings.warn(message, UserNotice, stacklevel=2)
+        if box != "projection+learned":
+            message = f"{learning}: objective.box = {box!r} takes none of the learned edges, 'projection+learned' does"
+            warnings.warn(message, UserNotice, stacklevel=2)
     if config.runtime.channels_last:
         step_module.to(memory_format=torch.channels_last)
     if config.runtime.compile:

@@ -79,6 +79,13 @@ def mask_stride(config: ModelConfig) -> int | None:
     return None if isinstance(config.mask_head, RegionMaskHead) else config.mask_head.stride
 
 
+def mask_cells(config: ModelConfig, long_side: int) -> int:
+    """How many cells a mask has in a row or column at most, in images of at most so many pixels."""
+    if isinstance(config.mask_head, RegionMaskHead):
+        return 2 * config.mask_head.size
+    return len(range(config.mask_head.stride // 2, long_side + 1, config.mask_head.stride))
+
+
 def build_mask_head(config: ModelConfig, *, num_classes: int) -> MaskHead:
     """The mask head alone."""
     head, channels = config.mask_head, config.neck.channels

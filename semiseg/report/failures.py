@@ -19,7 +19,7 @@ from semiseg.splits import normalise
 FAILED_IOU = 0.5  # of the masks: what COCO's easiest threshold misses
 # Cause -> rule in words, in the order in which the rules are asked; the first that applies is the cause.
 CAUSES: Mapping[str, str] = {
-    "merged": "more than 25 % of the mask on other instances, of any class",
+    "merged": "more than 25 % of the mask on other instances, of any class, also if it leaks",
     "box": "IoU of the mask and the detection's own box above 0.9: the mask fills its box",
     "leak": "more than 25 % of the mask outside the object",
     "part missing": "less than half of the object covered",

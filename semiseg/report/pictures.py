@@ -80,12 +80,13 @@ def _note(table: ReportTable, seed: int, main: str, other: str = "") -> str:
     if other:
         objects = "objects of unseen classes" if table.unseen else "objects"
         rule += (
-            f"; then those with the largest gain and loss of {main} against {other} in the mean mask IoU of their "
-            f"{objects} (in points; not found counts 0)"
+            f"; then of the others those with the largest gain and loss of {main} against {other} in the mean mask IoU "
+            f"of their {objects} (in points; not found counts 0)"
         )
     return (
-        f"{rule}; then the worst failure of {main} by each cause. Runs of seed {seed}; detections with a score above "
-        f"{SCORE_THRESHOLD}, in the colour of the object that the box covers best (IoU at least 0.5), grey if none."
+        f"{rule}; then the worst failure of {main} by each cause, unless its image is there already. Runs of seed "
+        f"{seed}. Gains, losses and failures count every detection; those with a score above {SCORE_THRESHOLD} are "
+        "drawn, in the colour of the object that the box covers best (IoU at least 0.5), grey if none."
     )
 
 

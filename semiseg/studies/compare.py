@@ -113,6 +113,10 @@ def find_runs(name: str, known: Sequence[RecordedRun]) -> list[RecordedRun]:
         return [run_of_folder(Path(name))]
     if ":" in name:
         study, row, *parts = name.split(":")
+        rows = dict.fromkeys(run.result.row for run in known if run.result.study == study)
+        if rows and row not in rows:
+            shown = ", ".join(other for other in rows if other != PRETRAIN_ROW)
+            raise UserError(f"{name}: no row {row!r} of study {study!r} is recorded. Recorded: {shown}")
         of_row = [run for run in known if (run.result.study, run.result.row) == (study, row)]
         matching = [run for run in of_row if all(part in (run.split, str(run.result.seed)) for part in parts)]
     else:
@@ -122,10 +126,10 @@ def find_runs(name: str, known: Sequence[RecordedRun]) -> list[RecordedRun]:
             several = ", ".join(map(str, matching[:4]))
             raise UserError(f"{name}: {len(matching)} runs have an id that begins so: {several}")
     if not matching:
-        rows = [run for run in known if run.result.row != PRETRAIN_ROW]
-        names = dict.fromkeys(f"{run.result.study}:{run.result.row}" for run in rows)
+        others = [run for run in known if run.result.row != PRETRAIN_ROW]
+        names = dict.fromkeys(f"{run.result.study}:{run.result.row}" for run in others)
         recorded = f" Recorded: {', '.join(names) or 'none'}"
-        hint = near_hint(name, [*names, *(f"{run.row_name}:{run.result.seed}" for run in rows)], otherwise=recorded)
+        hint = near_hint(name, [*names, *(f"{run.row_name}:{run.result.seed}" for run in others)], otherwise=recorded)
         raise UserError(
             f"{name}: neither the folder of a run, nor the beginning of a recorded run's id, nor "
             f"STUDY:ROW[:SPLIT][:SEED].{hint}"

@@ -163,7 +163,8 @@ def study_cells(study: Study, *, only: Sequence[str] = ()) -> dict[CellKey, Stud
     rows = {row.name: row for row in study.rows}
     for name in only:
         if name not in rows:
-            raise UserError(f"--only {name!r}: study {study.name!r} has no such row.{near_hint(name, rows)}")
+            near, listed = near_hint(name, rows, otherwise=""), ", ".join(rows)
+            raise UserError(f"--only {name!r}: study {study.name!r} has no such row.{near} Its rows: {listed}")
     starts = {seed: _pretraining(study, seed) for seed in study.seeds}
     return {
         (table.name, name, seed): _row_run(study, rows[name], table, seed, start)

@@ -10,8 +10,11 @@ from typing import Any
 from semiseg.config import DataConfig, RunConfig
 from semiseg.data.sources import expected_files
 from semiseg.errors import UserError
+from semiseg.files import require_folder, require_nothing_else
 from semiseg.project import find
 from semiseg.report.aggregate import UPPER_BOUND, ReportInput, ReportRow, ReportTable
+from semiseg.report.context import MEASURED_NAME
+from semiseg.report.html import PAGE_NAME
 from semiseg.report.page import build_report, report_text
 from semiseg.report.provenance import differing, flat_settings, settings, unmeant
 from semiseg.report.published import read_published
@@ -53,6 +56,18 @@ def check_printed(study: Study) -> None:
         if table.number is not None and str(table.number) not in known:
             where = f"study {study.name!r}, table {table.name!r}"
             raise UserError(f"{where}: 'number' is {table.number}, which {path} does not hold: {', '.join(known)}")
+
+
+def require_report_folder(folder: Path) -> None:
+    """A UserError if no report can be written into a folder, or if it holds other things than a report and a record.
+
+    What has its own name beside a record or a whole report stays.
+    """
+    require_folder(folder)
+    page = {PAGE_NAME, "report.md", "tables"}
+    if not (folder / RESULTS_NAME).is_file() and not all((folder / name).exists() for name in page):
+        parts = {"report.md", "tables", "figures", MEASURED_NAME}  # a killed report has written the page last
+        require_nothing_else(folder, writer="report", known=parts)
 
 
 def record_folder(study: Study, folder: Path) -> Path:
