@@ -7,6 +7,7 @@ import math
 import re
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,6 +35,9 @@ from semiseg.structures.grids import Regions
 from semiseg.structures.inputs import Targets
 from semiseg.structures.masks import MASK_BITS, EncodedMasks
 from semiseg.structures.outputs import MaskQueries
+from tests.test_poison import everything, make_data
+from tests.test_train import first_batches, fresh_step, losses_and_gradients, same_in_two_parts, without_instances
+from tests.tiny import DETECTORS, HEADS, tiny_config
 
 CLASSES = 6
 PROPOSALS = 150  # fewer than usual: the second stage looks at each
@@ -421,3 +425,85 @@ def test_a_file_of_another_network_is_told() -> None:
         convert_state({**state, MASKS: state[MASKS][1:]}, kept=None, where="x.pth")
     with pytest.raises(UserError, match=r"1 of another shape: rpn\.head\.conv\.0\.0\.bias"):
         convert_state({**state, "rpn.head.conv.0.0.bias": torch.zeros(3)}, kept=None, where="x.pth")
+
+
+# Masks in proposals --------------------------------------------------------------------------------------------------
+
+IN_PROPOSALS: dict[str, Any] = {
+    "model": {**DETECTORS["mask_rcnn"], "mask_head": {**HEADS["regions"], "margin": 1.0, "aligned": False}},
+    "objective": {"mask": "bce", "box": "mil+smooth"},
+}
+IN_PROPOSALS["model"]["detector"] = {**IN_PROPOSALS["model"]["detector"], "mask_regions": "proposals"}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("shapes")
+
+
+def test_masks_are_learned_in_proposals(root: Path) -> None:
+    config = tiny_config(root, **IN_PROPOSALS)
+    step = fresh_step(config)
+    (batch,) = first_batches(config, 1)
+    plan = step.plan(batch)
+    optimizer = torch.optim.Adam(step.parameters(), lr=0.005)
+    totals = []
+    for _ in range(14):
+        terms = step(batch, plan, plan.counts, warmup=1.0, processes=1)
+        terms.total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        totals.append({name: float(value.detach()) for name, value in terms.weighted.items()})
+    assert {name for name, value in totals[0].items() if value > 0} == {*two_stage.LOSSES, "bce", "mil", "smoothness"}
+    assert totals[-1]["bce"] + totals[-1]["mil"] < 0.95 * (totals[0]["bce"] + totals[0]["mil"])
+
+
+def test_the_masks_of_an_image_share_the_weight_of_its_objects(root: Path) -> None:
+    """Whatever the number of regions: the losses of all masks alike are those of one."""
+    config = tiny_config(root, **IN_PROPOSALS)
+    step = fresh_step(config)
+    with torch.no_grad():
+        for parameter in step.model.mask_head.parameters():
+            parameter.zero_()
+    (batch,) = first_batches(config, 1)
+    plan = step.plan(batch)
+    terms = step(batch, plan, plan.counts, warmup=1.0, processes=1)
+    assert float((terms.weighted["bce"] + terms.weighted["mil"]).detach()) == pytest.approx(math.log(2), rel=1e-5)
+    assert float(terms.unweighted["bce"].detach()) > 0
+
+
+@pytest.mark.parametrize("supervision", ["split", "masks", "boxes"])
+def test_parts_of_a_batch_change_nothing_in_proposals(root: Path, supervision: str) -> None:
+    kept: dict[str, Any] = {} if supervision == "split" else {"supervision": {"source": supervision, "split": None}}
+    whole = tiny_config(root, **IN_PROPOSALS, **kept)
+    halves = tiny_config(root, **IN_PROPOSALS, **kept, optim={"accumulation": 2})
+    same_in_two_parts(fresh_step(whole), whole, halves)
+
+
+def test_images_without_instances_in_proposals(root: Path) -> None:
+    config = tiny_config(root, **IN_PROPOSALS)
+    for empty in ([0], [0, 1, 2, 3]):
+        module = fresh_step(config)
+        losses, _ = losses_and_gradients(module, [without_instances(first_batches(config, 1)[0], empty)])
+        assert torch.isfinite(losses).all()
+        assert all(parameter.grad is not None for parameter in module.parameters())
+
+
+def test_withheld_masks_change_nothing_in_proposals(tmp_path: Path) -> None:
+    changed = {name: getattr(tiny_config(tmp_path, **IN_PROPOSALS), name) for name in ("model", "objective")}
+    runs = [make_data(tmp_path / str(poisoned), poisoned=poisoned) for poisoned in (False, True)]
+    clean, poisoned = (everything(run.model_copy(update=changed)) for run in runs)
+    assert clean[1] == poisoned[1]
+    assert torch.equal(clean[2], poisoned[2])
+
+
+@pytest.mark.parametrize("objective", [{"box": "projection+pairwise"}, {"mask": "labelled", "box": "none"}])
+def test_edges_in_proposals_are_refused(root: Path, objective: dict[str, str]) -> None:
+    config = tiny_config(root, **{**IN_PROPOSALS, "objective": objective})
+    with pytest.raises(UserError, match="mask_regions = 'proposals' learns masks in boxes that follow"):
+        fresh_step(config)
+
+
+def test_a_detector_with_regions_has_no_other_mask_head() -> None:
+    with pytest.raises(UserError, match=r"makes masks in boxes: mask_head\.kind must be 'regions', not 'rays'"):
+        tiny_config(Path(), model={**DETECTORS["mask_rcnn"], "mask_head": HEADS["rays"]})

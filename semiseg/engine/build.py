@@ -76,10 +76,19 @@ def without_initial_weights(config: RunConfig) -> RunConfig:
 def build_step(config: RunConfig, *, num_classes: int) -> TrainStep:
     """The model with its assignment and losses."""
     model = build_model(config.model, num_classes=num_classes)
-    objective = build_objective(config.objective)
+    objective, detector = build_objective(config.objective), detector_step(config.model, model)
     if not learns_masks(config):
         model.freeze_masks()
         objective = replace(objective, affinity="colour")
+    elif detector.own_regions and {"labelled", "projection+pairwise", "projection+learned"} & {
+        objective.mask,
+        objective.box,
+    }:
+        raise UserError(
+            "model.detector.mask_regions = 'proposals' learns masks in boxes that follow from predictions, where edges "
+            "cannot be counted before: objective.mask must be 'dice' or 'bce' and objective.box 'none', 'projection', "
+            "'box_as_mask', 'mil' or 'mil+smooth'"
+        )
     elif objective.level_set > 0 and mask_stride(config.model) is None:
         kind = config.model.mask_head.kind
         raise UserError(f"objective.level_set needs a mask head with masks on whole images, not {kind!r}")
@@ -87,7 +96,7 @@ def build_step(config: RunConfig, *, num_classes: int) -> TrainStep:
         _require_neighbours(config)
     return TrainStep(
         model,
-        detector=detector_step(config.model, model),
+        detector=detector,
         objective=objective,
         max_mask_positives=config.model.mask_head.max_positives,
         # After all other parts: those have the same first weights with and without it.
