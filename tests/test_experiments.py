@@ -13,13 +13,13 @@ from PIL import Image
 
 from semiseg.commands.known_classes import COCO_CLASSES
 from semiseg.config import RunConfig, learns_masks
-from semiseg.config.model import DynamicMaskHead, ResNetBackbone
+from semiseg.config.model import DynamicMaskHead, RegionDetector, RegionMaskHead, ResNetBackbone
 from semiseg.config.read import digest, merge, parse_config, read_toml
 from semiseg.engine.build import RunData, build_data, build_training_loader
 from semiseg.engine.optim import learning_rate
 from semiseg.engine.session import start_accelerator
 from semiseg.engine.train import optimizer_step, prepare
-from semiseg.losses.terms import MASK_LOSSES, TERMS
+from semiseg.losses.terms import MASK_LOSSES, OPTIONAL_MASK_LOSSES, TERMS
 from semiseg.report.published import read_published
 from semiseg.splits import load_split
 from semiseg.structures.inputs import Supervision
@@ -27,7 +27,7 @@ from semiseg.studies.file import Study, StudyRun, load_study, study_runs
 from semiseg.studies.identity import run_identity
 from semiseg.studies.report import report_row
 from tests.coco_files import make_coco, polygon_annotation
-from tests.tiny import TINY, dynamic, fcos, nested
+from tests.tiny import DETECTORS, TINY, nested
 
 ROOT = Path(__file__).parent.parent
 STUDIES = sorted(path.stem for path in (ROOT / "experiments").glob("*.toml"))
@@ -95,7 +95,7 @@ def test_rows_are_named_as_in_the_paper(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "table"), COCO_TABLES.items())
 def test_coco_studies_have_all_rows_of_their_table(name: str, table: str) -> None:
-    wanted = [row for row in printed_rows(table) if table != "4" or row.startswith(("condinst", "boxinst"))]
+    wanted = [row for row in printed_rows(table) if table != "4" or not row.startswith(("yolact", "polarmask"))]
     assert load_study(name).tables[0].rows == wanted
     assert {run.config.data.val_annotations for run in study_runs(load_study(name))} == {
         "annotations/instances_val2017.json"
@@ -110,33 +110,36 @@ def test_runs_that_several_tables_show_are_trained_once() -> None:
     assert ids["coco_neighbourhood"]["size3-dilation2"] == boxes
     assert ids["coco_table2"]["dice"] == ids["coco_voc_splits"]["full-masks"]
     assert ids["coco_table2"]["redesigned"] == ids["coco_tau"]["full"]
-    # 8 rows of Table 4, 6 of Tables 6 and 7 (of which 4 depend on the split), and 1 + 1 + 2 + 2 + 3 of the others.
+    # 11 rows of Table 4, 6 of Tables 6 and 7 (of which 4 depend on the split), and 1 + 1 + 2 + 2 + 3 of the others.
     distinct = {run_id for study in ids.values() for run_id in study.values()}
-    assert len(distinct) == 8 + 6 + 1 + 2 + 2 + 3
+    assert len(distinct) == 11 + 6 + 1 + 2 + 2 + 3
 
 
 def test_table_4_is_the_papers_recipe() -> None:
     runs = {run.row: run.config for run in study_runs(load_study("coco_table4"))}
     for row, config in runs.items():
         optim = config.optim
-        drops = (210_000, 250_000) if row.endswith("3x") or row.startswith("condinst") else (60_000, 80_000)
+        full = row.startswith(("mask-rcnn", "condinst"))
+        drops = (210_000, 250_000) if row.endswith("3x") or full else (60_000, 80_000)
         steps = optim.steps or 0
         assert steps == {210_000: 270_000, 60_000: 90_000}[drops[0]], row
+        others = row.startswith(("mask-rcnn", "bbtp"))
+        rate = 0.02 if others else 0.01
         for number, drop in enumerate(drops):
             before, after = (learning_rate(optim, step=step, steps=steps) for step in (drop - 1, drop))
-            assert (before, after) == pytest.approx((0.01 * 0.1**number, 0.001 * 0.1**number)), row
+            assert (before, after) == pytest.approx((rate * 0.1**number, rate * 0.1 ** (number + 1))), row
         assert (optim.batch_size, config.data.long_side) == (16, 1333)
         assert isinstance(config.model.backbone, ResNetBackbone)
-        assert isinstance(config.model.backbone, ResNetBackbone)
         assert config.model.backbone.depth == (50 if "r50" in row else 101), row
-        assert isinstance(config.model.mask_head, DynamicMaskHead)
-        assert config.model.mask_head.feature_channels == (8 if row.startswith("condinst") else 16), row
-        assert config.supervision.source == ("masks" if row.startswith("condinst") else "boxes"), row
+        if isinstance(config.model.mask_head, DynamicMaskHead):
+            assert config.model.mask_head.feature_channels == (8 if row.startswith("condinst") else 16), row
+        assert isinstance(config.model.mask_head, DynamicMaskHead) != others
+        assert config.supervision.source == ("masks" if full else "boxes"), row
         assert (config.model.neck.kind, config.model.neck.channels) == (
             ("bifpn", 160) if "bifpn" in row else ("fpn", 256)
         )
         assert deformable_interval(config) == (1 if "dcn" in row else 0), row
-        sides = [800] if row.endswith("noaug") else [640, 672, 704, 736, 768, 800]
+        sides = [800] if row.endswith("noaug") or row.startswith("bbtp") else [640, 672, 704, 736, 768, 800]
         assert config.data.short_sides == sides, row
 
 
@@ -148,14 +151,19 @@ def deformable_interval(config: RunConfig) -> int:
 def tiny(config: RunConfig, root: Path) -> RunConfig:
     """The run at the smallest size that keeps what defines it: supervision, objective, neck, kind of backbone."""
     values = config.model_dump(mode="json", exclude={"data", "optim", "runtime", "init_from"})
-    assert isinstance(config.model.mask_head, DynamicMaskHead)
     bottlenecks = deformable_interval(config) > 0
+    head = config.model.mask_head
     small = {
-        "mask_head.feature_channels": config.model.mask_head.feature_channels,
+        **({"mask_head.feature_channels": head.feature_channels} if isinstance(head, DynamicMaskHead) else {}),
         **{"detector.strides": [8, 16, 32, 64, 128], "detector.level_ranges": [16, 32, 64, 128]},
         **({"neck.kind": "bifpn", "neck.repeats": 1} if config.model.neck.kind == "bifpn" else {}),
     }
-    changes: dict[str, Any] = {**TINY, "model": merge(TINY["model"], nested(small))}
+    if isinstance(head, RegionMaskHead):
+        detector = config.model.detector
+        assert isinstance(detector, RegionDetector)
+        small = merge(DETECTORS["mask_rcnn"], {"detector": {"mask_regions": detector.mask_regions}})
+        small = merge(small, {"mask_head": {"margin": head.margin, "class_agnostic": head.class_agnostic}})
+    changes: dict[str, Any] = {**TINY, **merge({"model": TINY["model"]}, {"model": nested(small)})}
     if bottlenecks:
         changes["model"]["backbone"] = {"depth": 50, "weights": "random"}
     del changes["supervision"]
@@ -233,15 +241,16 @@ def test_the_first_step_of_every_run(roots: dict[str, Path], tmp_path: Path) -> 
         kinds = [type(module).__name__ for module in model.modules()]
         assert ("BiFPN" in kinds) == (run.config.model.neck.kind == "bifpn"), where
         assert kinds.count("DeformableConv") == (13 if deformable_interval(run.config) else 0), where
-        before = {part: part.weight.detach().clone() for part in (dynamic(model).controller, fcos(model).class_logits)}
+        parts = (list(model.mask_head.parameters()), list(model.detector.parameters()))
+        before = [[parameter.detach().clone() for parameter in part] for part in parts]
         loader = build_training_loader(
             config, tables[source], steps=1, start_step=0, processes=1, rank=0, pin_memory=False
         )
         report = optimizer_step(state, list(loader), out=tmp_path)
         assert report is not None
         assert torch.isfinite(report.weighted).all(), where
-        changed = [not torch.equal(weight, part.weight) for part, weight in before.items()]
+        changed = [not all(map(torch.equal, weights, part)) for weights, part in zip(before, parts, strict=True)]
         assert changed == [learns_masks(config), True], where
         counts = dict(zip(state.step_module.count_names, report.counts.tolist(), strict=True))
-        losses = {name for name in (*MASK_LOSSES, "pairwise_learned") if counts.get(name, 0) > 0}
+        losses = {name for name in (*MASK_LOSSES, *OPTIONAL_MASK_LOSSES) if counts.get(name, 0) > 0}
         assert losses == expected_losses(config), where

@@ -80,10 +80,7 @@ def build_step(config: RunConfig, *, num_classes: int) -> TrainStep:
     if not learns_masks(config):
         model.freeze_masks()
         objective = replace(objective, affinity="colour")
-    elif detector.own_regions and {"labelled", "projection+pairwise", "projection+learned"} & {
-        objective.mask,
-        objective.box,
-    }:
+    elif detector.own_regions and _counts_edges(config):
         raise UserError(
             "model.detector.mask_regions = 'proposals' learns masks in boxes that follow from predictions, where edges "
             "cannot be counted before: objective.mask must be 'dice' or 'bce' and objective.box 'none', 'projection', "
@@ -115,6 +112,13 @@ def _require_neighbours(config: RunConfig) -> None:
             f"allowed: less than the {cells} cells of a mask's longer side ({config.model.mask_cells}, data.long_side "
             f"{config.data.long_side})"
         )
+
+
+def _counts_edges(config: RunConfig) -> bool:
+    """Whether an instance of the run may get a loss whose denominator counts edges."""
+    source, goal = config.supervision.source, config.objective
+    of_masks = source != "boxes" and goal.mask == "labelled"
+    return of_masks or (source != "masks" and goal.box in ("projection+pairwise", "projection+learned"))
 
 
 def _build_affinity(config: ModelConfig, model: Segmenter, objective: Objective) -> AffinityBranch:

@@ -31,13 +31,19 @@ from semiseg.studies.identity import (
 )
 
 PUBLISHED = "boxinst"
-_MASK_LOSS = {"dice": "Dice", "labelled": "projection and pairwise terms with labelled edges"}
+_MASK_LOSS = {
+    "dice": "Dice",
+    "labelled": "projection and pairwise terms with labelled edges",
+    "bce": "binary cross entropy",
+}
 _BOX_LOSS = {
     "none": "no mask loss",
     "projection": "BoxInst's projection term",
     "projection+pairwise": "BoxInst's projection and pairwise terms",
     "projection+learned": "BoxInst's projection and pairwise terms, the edges learned from the masks",
     "box_as_mask": "Dice with the filled box as mask",
+    "mil": "BBTP's bags of rows and columns",
+    "mil+smooth": "BBTP's bags of rows and columns and its smoothness",
 }
 # What the words for a row's supervision say already; everything else in `set` follows as it is written.
 _IN_WORDS = {"supervision.source", "supervision.split", "objective.mask", "objective.box"}
@@ -161,8 +167,8 @@ def _row(study: Study, name: str, config: RunConfig) -> ReportRow:
 def report_row(name: str, label: str, meaning: str, config: RunConfig) -> ReportRow:
     """A row of a report, with the terms of BoxInst that objects without a mask get, or all of them in place of Dice."""
     every_mask = config.supervision.source == "masks"
-    if every_mask:
-        projection = pairwise = "yes" if config.objective.mask == "labelled" else ""
+    if every_mask or config.objective.box.startswith("mil"):
+        projection = pairwise = "yes" if every_mask and config.objective.mask == "labelled" else ""
     else:
         box = config.objective.box
         projection, pairwise = ("yes" if term in box else "no" for term in ("projection", "pairwise"))
