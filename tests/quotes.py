@@ -212,8 +212,8 @@ QUOTES = (
     ),
     Quote(
         "docs/LEARNED_AFFINITY.md",
-        "trained on another kind of processor (AVX-512 without AMX), three seeds reach {} and {} unseen AP with learned "
-        "edges and with colour's, and with masks for 9 of 12 classes {} and {}",
+        "trained on another kind of processor (AVX-512 without AMX), three seeds reach {} and {} unseen AP with "
+        "learned edges and with colour's, and with masks for 9 of 12 classes {} and {}",
         learned_elsewhere,
     ),
     Quote(
