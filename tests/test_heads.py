@@ -239,8 +239,9 @@ BOXES = torch.tensor(
 )
 
 
-def test_prototypes_are_weighted_by_a_convolution_of_the_box_tower() -> None:
-    model = network("prototypes").train()
+@pytest.mark.parametrize("start", ["box", "nothing"])
+def test_prototypes_are_weighted_by_a_convolution_of_the_box_tower(start: str) -> None:
+    model = network("prototypes", start=start).train()
     head = model.mask_head
     assert isinstance(head, PrototypeMasks)
     outputs, queries = outputs_of(model), queries_at(BOXES)
@@ -258,6 +259,10 @@ def test_prototypes_are_weighted_by_a_convolution_of_the_box_tower() -> None:
         expected = sum(
             weight * each for weight, each in zip(weights, outputs.mask_inputs.prototypes[image], strict=True)
         )
+        if start == "box":
+            expected = expected + torch.tensor(
+                [[box_logit(BOXES[query], row, column) for column in range(24)] for row in range(16)]
+            )
         torch.testing.assert_close(masks.logits[query], expected, rtol=1e-4, atol=1e-5)
     assert outputs.mask_inputs.prototypes.min() == 0 < outputs.mask_inputs.prototypes.max()
 
@@ -269,6 +274,14 @@ def test_prototypes_are_weighted_by_a_convolution_of_the_box_tower() -> None:
                 y, x = 4 * row + 2, 4 * column + 2
                 inside = x0 - 4 <= x <= x1 + 4 and y0 - 4 <= y <= y1 + 4
                 assert bool(cut[query, row, column].isfinite()) == inside
+
+
+def box_logit(box: Tensor, row: int, column: int) -> float:
+    """What a cell of stride 4 has from the box: how many cells inside it is, from -4 to 1."""
+    x0, y0, x1, y1 = box.tolist()
+    y, x = 4 * row + 2.5, 4 * column + 2.5
+    inner: float = min(x - x0, x1 - x, y - y0, y1 - y) / 4
+    return min(max(inner, -4.0), 1.0)
 
 
 def test_known_sums_of_prototypes() -> None:

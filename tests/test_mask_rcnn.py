@@ -507,3 +507,24 @@ def test_edges_in_proposals_are_refused(root: Path, objective: dict[str, str]) -
 def test_a_detector_with_regions_has_no_other_mask_head() -> None:
     with pytest.raises(UserError, match=r"makes masks in boxes: mask_head\.kind must be 'regions', not 'rays'"):
         tiny_config(Path(), model={**DETECTORS["mask_rcnn"], "mask_head": HEADS["rays"]})
+
+
+@pytest.mark.parametrize("head", ["dynamic", "rays", "regions"])
+def test_crop_losses_teach_every_head(root: Path, head: str) -> None:
+    model = {"mask_head": HEADS[head]}
+    whole, halves = (
+        tiny_config(root, model=model, objective=IN_PROPOSALS["objective"], optim={"accumulation": parts})
+        for parts in (1, 2)
+    )
+    same_in_two_parts(fresh_step(whole), whole, halves)
+    step = fresh_step(whole)
+    (batch,) = first_batches(whole, 1)
+    plan = step.plan(batch)
+    terms = step(batch, plan, plan.counts, warmup=1.0, processes=1)
+    count = dict(zip(step.count_names, plan.counts.tolist(), strict=True))
+    assert 0 < count["bce"] == count["mask_masks"] < count["masks"]
+    assert 0 < count["mil"] == count["smoothness"] == count["box_masks"]
+    shares = {"bce": 1.0, "mil": 1.0, "smoothness": 0.05}
+    for name, weight in shares.items():
+        expected = weight * terms.unweighted[name] * count[name] / count["masks"]
+        torch.testing.assert_close(terms.weighted[name], expected.detach(), rtol=1e-6, atol=0)

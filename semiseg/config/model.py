@@ -166,6 +166,7 @@ class PrototypeMaskHead(Section):
     channels: PositiveInt = 256  # of the convolutions that make them, and their number before the features are doubled
     convs: Layers = 3
     norm: Literal["none", "gn"] = "none"  # behind each of them; the original has none, random weights need one
+    start: Literal["box", "nothing"] = "box"  # what a mask is before prototypes say anything; "nothing" = the original
     feature_stride: PositiveInt = 8  # of the level that they are made from; theirs is half of it
     stride: PositiveInt = 4  # of the mask logits
     max_positives: PositiveInt = 64  # of an image whose mask is predicted in a step, shared out over its objects

@@ -99,6 +99,7 @@ def build_mask_head(config: ModelConfig, *, num_classes: int) -> MaskHead:
                 norm=head.norm,
                 level_stride=head.feature_stride,
                 stride=head.stride,
+                from_box=head.start == "box",
             )
         case RayMaskHead():
             return RayMasks(

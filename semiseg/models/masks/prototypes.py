@@ -2,7 +2,9 @@
 
 In training a mask is the whole map, in evaluation it ends a cell beyond its box. Cut to the box in training, too, a
 mask that fills its box would satisfy every loss of a box: only cells outside of it teach the background.
-Source: YOLACT (Bolya et al. 2019), section 3.
+A mask begins as its box, of which prototypes take away: they stand for no place, and without that a mask has first to
+learn where its object is. The box is the object's in training, the detection's in evaluation.
+Source: YOLACT (Bolya et al. 2019), section 3; the box is this project's.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from semiseg.models.upsample import aligned_upsample
 from semiseg.structures.grids import WholeMap
 from semiseg.structures.inputs import grid_size, require
 from semiseg.structures.outputs import MaskLogits, MaskQueries, Outputs
+
+INSIDE, OUTSIDE = 1.0, -4.0  # bounds of what a box gives to the logits of its mask
 
 
 @dataclass(frozen=True)
@@ -38,14 +42,25 @@ class PrototypeMasks(MaskHead):
     """Prototypes from one level of the pyramid, their weights from the features of the box tower.
 
     Attributes:
+        from_box: whether a mask begins as its box.
         level_stride, edge_stride, stride: input pixels per cell of the level, the prototypes and the predicted masks.
         learns: False in a training that has no mask loss.
     """
 
     def __init__(
-        self, in_channels: int, *, prototypes: int, channels: int, convs: int, norm: str, level_stride: int, stride: int
+        self,
+        in_channels: int,
+        *,
+        prototypes: int,
+        channels: int,
+        convs: int,
+        norm: str,
+        level_stride: int,
+        stride: int,
+        from_box: bool,
     ) -> None:
         super().__init__()
+        self.from_box = from_box
         self.level_stride, self.edge_stride, self.stride = level_stride, level_stride // 2, stride
         self.edge_channels = channels
         widths = [in_channels, *[channels] * convs]
@@ -98,6 +113,8 @@ class PrototypeMasks(MaskHead):
         with torch.autocast(weights.device.type, enabled=False):
             logits = weighted_sums(inputs.prototypes.float(), weights.float(), queries)
             logits = aligned_upsample(logits.unsqueeze(1), self.edge_stride // self.stride).squeeze(1)
+        if self.from_box:
+            logits = logits + inner_distances(queries.boxes_xyxy, self.stride, logits.shape).clamp(OUTSIDE, INSIDE)
         if not self.training:
             logits = logits.masked_fill(~inside_boxes(queries.boxes_xyxy, self.stride, logits.shape), float("-inf"))
         grid = WholeMap(self.stride, (logits.shape[1], logits.shape[2]))
@@ -117,6 +134,14 @@ def weighted_sums(prototypes: Tensor, weights: Tensor, queries: MaskQueries) -> 
     by_image = zip(weights.split(list(counts)), prototypes.flatten(2), strict=True)
     sums = torch.cat([own @ maps for own, maps in by_image]).view(-1, *prototypes.shape[-2:])
     return sums if order is None else sums[torch.argsort(order)]
+
+
+def inner_distances(boxes_xyxy: Tensor, stride: int, shape: Sequence[int]) -> Tensor:
+    """How far each cell (Q, h, w) lies inside its query's box (Q, 4), in cells; negative outside."""
+    x0, y0, x1, y1 = boxes_xyxy[:, :, None].unbind(1)  # (Q, 1) each
+    rows, columns = (torch.arange(side, device=x0.device) * stride + stride // 2 + 0.5 for side in shape[-2:])
+    across, down = torch.minimum(columns - x0, x1 - columns), torch.minimum(rows - y0, y1 - rows)
+    return torch.minimum(down[:, :, None], across[:, None, :]) / stride
 
 
 def inside_boxes(boxes_xyxy: Tensor, stride: int, shape: Sequence[int]) -> Tensor:
