@@ -8,14 +8,68 @@ Source: PolarMask (Xie et al. 2020), section 3.2; `marched_rays` are this projec
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass, replace
 
 import numpy as np
+import torch
+from torch import Tensor
+
+from semiseg.structures.inputs import Targets
+from semiseg.structures.rays import RayTargets
 
 NO_RAY = 1e-6  # pixels: of a ray that meets nothing of the mask
 STEP = 0.25  # pixels between two looks at the mask along a ray
 DEGREES = (0, 1, -1, 2, -2, 3, -3)  # where the contour rule looks for a pixel of the contour, in its order
 # The eight neighbours of a pixel as (row, column), clockwise where rows go down.
 AROUND = ((0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1), (-1, 0), (-1, 1))
+
+
+@dataclass(frozen=True)
+class RayRule:
+    """What of rays a run learns from."""
+
+    count: int  # K
+    _: KW_ONLY
+    contour: bool  # the original's rule, in place of marching
+    everywhere: bool  # see `RayTargets`
+    # (targets, padded_size_hw, num_images) -> the positives: instances (P,), locations (P,) and where these are (P, 2)
+    positives: Callable[[Targets, tuple[int, int], int], tuple[Tensor, Tensor, Tensor]]
+
+
+# The cut-out of an input that holds a mask, (h, w) bool, and the pixel (x, y) of its first cell.
+Raster = tuple[np.ndarray, tuple[int, int]]
+
+
+def ray_targets(
+    targets: Targets, rasters: Sequence[Raster], rule: RayRule, padded_size_hw: tuple[int, int], num_images: int
+) -> RayTargets:
+    """How far the masks of a batch reach from the locations that are positive for their instances.
+
+    Args:
+        targets: still without rays.
+        rasters: of the M masks.
+        padded_size_hw, num_images: of the batch.
+    """
+    centres = (targets.boxes_xyxy[:, :2] + targets.boxes_xyxy[:, 2:]) / 2
+    contours = [largest_contour(mask) if rule.contour else None for mask, _ in rasters]
+    owners = targets.mask_instance.tolist()
+    if rule.everywhere:
+        for owner, (mask, corner), contour in zip(owners, rasters, contours, strict=True):
+            if mask.any():
+                own = mass_centre(mask) if contour is None else contour_centre(contour)
+                centres[owner] = torch.from_numpy(own + corner).float()
+    nothing = torch.zeros(0, dtype=torch.int64)
+    rays = RayTargets(centres, nothing, nothing, torch.zeros(0, rule.count), rule.everywhere)
+    instance, location, xy = rule.positives(replace(targets, rays=rays), padded_size_hw, num_images)
+    distances = torch.zeros(len(instance), rule.count)
+    for owner, (mask, corner), contour in zip(owners, rasters, contours, strict=True):
+        own = instance == owner
+        points = xy[own].double().numpy() - corner
+        found = marched_rays(mask, points, rule.count) if contour is None else contour_rays(contour, points, rule.count)
+        distances[own] = torch.from_numpy(found)
+    with_mask = torch.isin(instance, targets.mask_instance)
+    return RayTargets(centres, instance[with_mask], location[with_mask], distances[with_mask], rule.everywhere)
 
 
 def marched_rays(mask: np.ndarray, points_xy: np.ndarray, count: int) -> np.ndarray:
@@ -37,9 +91,12 @@ def marched_rays(mask: np.ndarray, points_xy: np.ndarray, count: int) -> np.ndar
     farthest = np.linalg.norm(points_xy[:, None] - corners, axis=2).max()
     reach = np.arange(1, int(farthest / STEP) + 2) * STEP  # (S,)
     padded = np.pad(mask, 1)  # what lies beyond is looked up in the border
-    # floor of value + 1.5: the nearest pixel, counted from the border
-    column = (points_xy[:, :1, None] + np.cos(angle)[:, None] * reach + 1.5).astype(np.int32).clip(0, width + 1)
-    row = (points_xy[:, 1:, None] + np.sin(angle)[:, None] * reach + 1.5).astype(np.int32).clip(0, height + 1)
+    # The nearest pixel. Whole pixels are added afterwards, so that rounding does not depend on where the mask stands.
+    way = np.round([np.cos(angle), np.sin(angle)], 12)[:, None, :, None] * reach  # (xy, 1, K, S)
+    whole = np.floor(points_xy).astype(np.int64)
+    part = (points_xy - whole).T[:, :, None, None]
+    pixel = np.floor(part + way + 0.5).astype(np.int64) + whole.T[:, :, None, None] + 1
+    column, row = pixel[0].clip(0, width + 1), pixel[1].clip(0, height + 1)
     inside = padded[row, column]  # (P, K, S)
     last = len(reach) - 1 - inside[:, :, ::-1].argmax(2)
     return np.where(inside.any(2), reach[last], NO_RAY).astype(np.float32)
@@ -72,7 +129,7 @@ def contour_rays(contour_xy: np.ndarray, points_xy: np.ndarray, count: int) -> n
     for shift in reversed(DEGREES):  # the first that is known is written last
         at = (wanted + shift) % 360
         rays = np.where(known[:, at], farthest[:, at], rays)
-    return np.maximum(rays, NO_RAY).astype(np.float32)
+    return np.asarray(np.maximum(rays, NO_RAY), dtype=np.float32)
 
 
 def mass_centre(mask: np.ndarray) -> np.ndarray:
@@ -90,12 +147,10 @@ def contour_centre(contour_xy: np.ndarray) -> np.ndarray:
     x0, y0 = np.roll(x, 1), np.roll(y, 1)
     area = (x * y0 - y * x0) / 2
     # One after the other, as the original adds: what should be a whole number may fall short of it and be cut.
-    total, *moments = (
-        np.add.accumulate(each)[-1] for each in (area, area * (x + x0) / 3, area * (y + y0) / 3)
-    )
+    total, *moments = (np.add.accumulate(each)[-1] for each in (area, area * (x + x0) / 3, area * (y + y0) / 3))
     if total == 0:
-        return np.floor(np.array([x.mean(), y.mean()]))
-    return np.trunc(np.array(moments) / total)
+        return np.array([x.mean() // 1, y.mean() // 1])
+    return np.array([int(each / total) for each in moments], dtype=np.float64)
 
 
 def largest_contour(mask: np.ndarray) -> np.ndarray:
