@@ -160,9 +160,7 @@ class TrainStep(nn.Module):
         count = dict(zip(self.count_names, counts.unbind(), strict=True))
         of_detector = self.detector.losses(outputs, plan.assignment, targets, count, processes=processes)
         rays = None if plan.rays is None else self.model.mask_head.distances(outputs, plan.rays)
-        masks = mask_losses(
-            mask_logits, wanted, count, warmup=warmup, processes=processes, learned=learned, rays=rays
-        )
+        masks = mask_losses(mask_logits, wanted, count, warmup=warmup, processes=processes, learned=learned, rays=rays)
         return masks.with_detection(of_detector)
 
     def _in_own_regions(
