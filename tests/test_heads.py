@@ -303,54 +303,115 @@ def test_a_mask_that_fills_its_box_is_only_anchored_outside_of_it() -> None:
     assert sums[1.25] == pytest.approx(2 * (1 - 2 * 12 / (12 + 14)), abs=1e-4)  # 12 of 14 rows and columns
 
 
-def test_rays_are_a_convolution_of_their_tower_in_strides() -> None:
-    model = network("rays")
-    model.requires_grad_(False)
+def ray_numbers(model: Segmenter, outputs: DenseOutputs) -> Tensor:
+    """(B, rays, R): the convolution of the tower everywhere, times its level's scale."""
     head = model.mask_head
     assert isinstance(head, RayMasks)
-    outputs, queries = outputs_of(model), queries_at(BOXES)
     features = outputs.mask_inputs.features.transpose(1, 2)
     maps = [
         part.unflatten(2, size)
         for part, size in zip(features.split([96, 24, 6], 2), [(8, 12), (4, 6), (2, 3)], strict=True)
     ]
-    everywhere = torch.cat(
-        [
-            (head.level_scales[level] * head.rays(each)).exp().flatten(2) * stride
-            for level, (each, stride) in enumerate(zip(maps, (8, 16, 32), strict=True))
-        ],
-        dim=2,
-    )
-    distances = head.distances(outputs, queries)
-    expected = everywhere[queries.image_index, :, queries.location_index]
+    return torch.cat([(head.level_scales[n] * head.rays(each)).flatten(2) for n, each in enumerate(maps)], dim=2)
+
+
+def test_rays_of_the_original_are_a_convolution_in_strides() -> None:
+    model = network("rays", start="stride")
+    model.requires_grad_(False)
+    outputs, queries = outputs_of(model), queries_at(BOXES)
+    distances = model.mask_head.distances(outputs, queries)
+    expected = ray_numbers(model, outputs).exp() * outputs.locations.stride
+    expected = expected[queries.image_index, :, queries.location_index]
     torch.testing.assert_close(distances, expected, rtol=1e-4, atol=1e-4)
-    masks = model.predict_masks(outputs, queries)
-    centres = outputs.locations.xy[queries.location_index]
+
+
+def test_rays_end_in_the_box_and_begin_with_its_ellipse() -> None:
+    model = network("rays")
+    model.requires_grad_(False)
+    outputs = outputs_of(model)
+    centres = outputs.locations.xy[queries_at(BOXES).location_index]
+    reach = torch.tensor([[3.0, 9, 30, 20], [20, 5, 4, 8], [9, 9, 9, 9], [2, 30, 40, 4], [15, 6, 7, 8], [0, 8, 9, 9]])
+    queries = queries_at(torch.cat([centres - reach[:, :2], centres + reach[:, 2:]], dim=1))
+    numbers = ray_numbers(model, outputs)[queries.image_index, :, queries.location_index]
+    distances = model.mask_head.distances(outputs, queries)
     for query in range(6):
-        for row, column in ((0, 0), (7, 11), (15, 23), (3, 20)):
-            dx, dy = 4 * column + 2 - float(centres[query, 0]), 4 * row + 2 - float(centres[query, 1])
-            turn = math.atan2(dy, dx) % (2 * math.pi) / (2 * math.pi) * 12
-            before, share = int(turn) % 12, turn - int(turn)
-            reach = float(distances[query, before]) * (1 - share) + float(distances[query, (before + 1) % 12]) * share
-            assert float(masks.logits[query, row, column]) == pytest.approx((reach - math.hypot(dx, dy)) / 4, abs=1e-3)
+        left, top, right, bottom = (value + 2 for value in reach[query].tolist())  # and half a cell
+        for ray in range(12):
+            x, y = math.cos(ray * math.pi / 6), math.sin(ray * math.pi / 6)
+            across = math.inf if abs(x) < 1e-9 else (right if x > 0 else left) / abs(x)
+            down = math.inf if abs(y) < 1e-9 else (bottom if y > 0 else top) / abs(y)
+            room, number = min(across, down), float(numbers[query, ray])
+            low, high = 0.0, 1000.0  # of the ellipse's radius, by halving
+            half_x, half_y = (left + right) / 2, (top + bottom) / 2
+            px, py = (left - right) / 2 / half_x, (top - bottom) / 2 / half_y
+            shrunk = min(1.0, 0.95 / max(math.hypot(px, py), 1e-9))
+            for _ in range(60):
+                middle = (low + high) / 2
+                away = math.hypot(px * shrunk + middle * x / half_x, py * shrunk + middle * y / half_y)
+                low, high = (middle, high) if away < 1 else (low, middle)
+            first = min(max(0.95 * low / room, 0.02), 0.97)
+            share = 1 / (1 + (1 - first) / first * math.exp(-number))
+            assert float(distances[query, ray]) == pytest.approx(room * share, rel=1e-3)
+            assert float(distances[query, ray]) < room
+    outside = queries_at(torch.tensor([[200.0, 200, 220, 210]] * 6))
+    assert torch.isfinite(model.mask_head.distances(outputs, outside)).all()
+    for parameter in model.mask_head.parameters():
+        parameter.data.zero_()
+    fresh = network("rays", rays=360)
+    for parameter in fresh.mask_head.parameters():
+        parameter.data.zero_()
+    box = torch.tensor([[-28.0, -12, 36, 12]]) + torch.tensor([4.0, 4]).repeat(
+        2
+    )  # around a location of the first level
+    around = MaskQueries(torch.tensor([0]), torch.tensor([0]), torch.tensor([0]), box, torch.tensor([0]))
+    ends = fresh.mask_head.distances(outputs_of(fresh), around)[0]
+    assert ends[[0, 180]].tolist() == pytest.approx([0.95 * 38, 0.95 * 30], abs=0.6)
+    assert ends[22] < 0.8 * math.hypot(38, 14), "where the corner of the box is"
+
+
+def test_masks_of_rays_are_distances_to_their_polygon() -> None:
+    model = network("rays")
+    model.requires_grad_(False)
+    outputs, queries = outputs_of(model), queries_at(BOXES)
+    distances, masks = model.mask_head.distances(outputs, queries), model.predict_masks(outputs, queries)
+    centres = outputs.locations.xy[queries.location_index].tolist()
+    for query in range(6):
+        ends = [
+            (float(d) * math.cos(k * math.pi / 6), float(d) * math.sin(k * math.pi / 6))
+            for k, d in enumerate(distances[query].clamp(min=0.01))
+        ]
+        for row, column in ((0, 0), (7, 11), (15, 23), (3, 20), (2, 3), (9, 17)):
+            dx, dy = 4 * column + 2 - centres[query][0], 4 * row + 2 - centres[query][1]
+            side = int(math.atan2(dy, dx) % (2 * math.pi) / (2 * math.pi) * 12) % 12
+            (x0, y0), (x1, y1) = ends[side], ends[(side + 1) % 12]
+            away = ((x1 - x0) * (dy - y0) - (y1 - y0) * (dx - x0)) / math.hypot(x1 - x0, y1 - y0)
+            if away < 0:  # beyond: along the ray
+                offset = (x0 * y1 - y0 * x1) / math.hypot(x1 - x0, y1 - y0)
+                away /= max((offset - away) / math.hypot(dx, dy), 0.02)
+            assert float(masks.logits[query, row, column]) == pytest.approx(away, rel=1e-2, abs=1e-2)
 
 
 def test_drawn_rays_of_a_disc_a_square_and_their_gradient() -> None:
     grid, centre = WholeMap(1, (64, 64)), torch.tensor([[30.0, 33.0]])
-    disc = draw_rays(torch.full((1, 36), 20.0), centre, grid)[0] > 0
     y, x = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
-    truth = torch.hypot(x - 30.0, y - 33.0) < 20
-    assert torch.equal(disc, truth)
+    away = torch.hypot(x - 30.0, y - 33.0)
+    disc = draw_rays(torch.full((1, 360), 20.0), centre, grid)[0]
+    truth = away < 20
+    assert int(((disc > 0) & truth).sum()) / int(((disc > 0) | truth).sum()) > 0.99
+    torch.testing.assert_close(disc[away > 0], (20 - away)[away > 0], rtol=0, atol=0.02)
     angles = torch.arange(36) * (2 * math.pi / 36)
     square = 10 / torch.maximum(angles.cos().abs(), angles.sin().abs())
-    assert square[[0, 1, 4]].tolist() == pytest.approx([10, 10.1543, 13.0541], abs=1e-4)
-    assert float(square.sum()) == pytest.approx(403.1770, abs=1e-3)
-    drawn = draw_rays(1.05 * square[None], centre, grid)[0] > 0
+    drawn = draw_rays(1.05 * square[None], centre, grid)[0]
     filled = ((x - 30).abs() < 10.5) & ((y - 33).abs() < 10.5)
-    assert int((drawn & filled).sum()) / int((drawn | filled).sum()) > 0.97
-    distances = torch.rand(2, 5, dtype=torch.float64, requires_grad=True) * 9 + 1
-    centres = torch.tensor([[3.0, 5.0], [6.0, 2.0]], dtype=torch.float64)
-    assert gradcheck(lambda values: draw_rays(values, centres, WholeMap(2, (5, 6))), distances)
+    assert int(((drawn > 0) & filled).sum()) / int(((drawn > 0) | filled).sum()) > 0.97
+    assert drawn[33, 28:40].tolist() == pytest.approx([8.5, 9.5] + [10.5 - n for n in range(10)], abs=1e-3)
+    spike = torch.full((1, 36), 2.0)
+    spike[0, 0] = 20.0
+    assert 0 < float(draw_rays(spike, centre, grid)[0, 33, 40]) < 0.5, "the middle of a spike is near its outline"
+    assert float(draw_rays(spike, centre, grid)[0, 33, 53]) == pytest.approx(-3, abs=0.2)
+    distances = torch.rand(2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 9 + 1
+    centres = torch.tensor([[3.2, 5.1], [6.3, 2.4]], dtype=torch.float64)
+    assert gradcheck(lambda values: draw_rays(values, centres, WholeMap(2, (5, 6))), distances.requires_grad_())
 
 
 def test_regions_are_the_tower_on_aligned_features_of_the_level_that_fits() -> None:

@@ -41,7 +41,7 @@ from semiseg.engine.step import TrainStep
 from semiseg.errors import UserError, UserNotice
 from semiseg.splits import load_split
 from semiseg.structures.inputs import Batch, Targets
-from tests.tiny import COUNT_NAMES, LOSS_NAMES, dynamic, fcos, some_masks, tiny_config
+from tests.tiny import COUNT_NAMES, LOSS_NAMES, dynamic, fcos, some_masks, some_rays, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +92,7 @@ def without_instances(batch: Batch, images: list[int]) -> Batch:
         crowd_boxes_xyxy=targets.crowd_boxes_xyxy,
         crowd_image_index=targets.crowd_image_index,
         mask_stride=targets.mask_stride,
+        rays=some_rays(targets.rays, kept),
     )
     return replace(batch, targets=changed)
 

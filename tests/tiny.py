@@ -20,6 +20,7 @@ from semiseg.models.segmenter import Segmenter
 from semiseg.structures.inputs import Targets
 from semiseg.structures.masks import MASK_BITS, EncodedMasks
 from semiseg.structures.outputs import MaskQueries
+from semiseg.structures.rays import RayTargets
 
 TINY: dict[str, Any] = {
     "data": {
@@ -116,6 +117,20 @@ def some_masks(targets: Targets, kept: Tensor) -> dict[str, Any]:
 
 LOSS_NAMES = LOSSES + MASK_LOSSES  # of a step with FCOS and no option
 COUNT_NAMES = COUNTS + MASK_COUNTS
+
+
+def some_rays(rays: RayTargets | None, kept: Tensor) -> RayTargets | None:
+    """The rays of those of the instances that are kept (N,) bool, which are numbered anew."""
+    if rays is None:
+        return None
+    number, ours = torch.cumsum(kept, 0) - 1, kept[rays.instance_index]
+    return RayTargets(
+        rays.centres_xy[kept],
+        number[rays.instance_index[ours]],
+        rays.location_index[ours],
+        rays.distances[ours],
+        rays.everywhere,
+    )
 
 
 def make_queries(image_index: Sequence[int] | Tensor, location_index: Sequence[int] | Tensor) -> MaskQueries:

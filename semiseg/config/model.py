@@ -183,11 +183,21 @@ class RayMaskHead(Section):
 
     kind: Literal["rays"] = "rays"
     rays: Annotated[int, Field(ge=3)] = 36
+    # What a ray is measured by: its room in the object's (the detection's) box, or its level's stride, as the original.
+    start: Literal["box", "stride"] = "box"
     tower_convs: Layers = 4
     tower_groups: PositiveInt = 32
+    # What objective.mask = "rays" learns: the last place of each ray in the mask, or the original's rule of contours.
+    targets: Literal["mask", "contour"] = "mask"
     stride: PositiveInt = 4  # of the mask logits that are drawn from the rays
-    softness: Annotated[float, Field(gt=0)] = 1.0  # cells of these over which a logit falls by 1
+    softness: Annotated[float, Field(gt=0)] = 0.25  # cells of these over which a logit falls by 1
     max_positives: PositiveInt = 64  # of an image whose mask is predicted in a step, shared out over its objects
+
+    @model_validator(mode="after")
+    def _rays_are_whole_degrees(self) -> RayMaskHead:
+        if self.targets == "contour" and 360 % self.rays:
+            raise ValueError(f"targets = 'contour' needs rays that divide 360, not {self.rays}")
+        return self
 
 
 class RegionMaskHead(Section):

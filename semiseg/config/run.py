@@ -94,7 +94,7 @@ class ObjectiveConfig(Section):
     BBTP's, with its smoothness as `mil+smooth`.
     """
 
-    mask: Literal["dice", "labelled", "bce"] = "dice"
+    mask: Literal["dice", "labelled", "bce", "rays"] = "dice"  # `rays`: PolarMask's own, for its mask head on FCOS
     box: Literal[
         "none", "projection", "projection+pairwise", "projection+learned", "box_as_mask", "mil", "mil+smooth"
     ] = "projection+pairwise"
@@ -190,6 +190,16 @@ class RunConfig(Section):
     runtime: RuntimeConfig = RuntimeConfig()
     seed: Seed = 0
     init_from: str | None = None  # checkpoint or model folder whose weights the run starts from
+
+    @model_validator(mode="after")
+    def _rays_are_predicted(self) -> RunConfig:
+        heads = (self.model.detector.kind, self.model.mask_head.kind)
+        if self.objective.mask == "rays" and heads != ("fcos", "rays"):
+            raise ValueError(
+                "objective.mask = 'rays' needs model.mask_head.kind = 'rays' on model.detector.kind = 'fcos', "
+                f"not {heads[1]!r} on {heads[0]!r}"
+            )
+        return self
 
     def identity(self, *, initial: bool = False) -> dict[str, Any]:
         """What can change the numbers of the run: the config without paths, workers, logging and the split's name.

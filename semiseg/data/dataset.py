@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any, Literal, Protocol
@@ -20,6 +20,7 @@ from torch.utils.data import get_worker_info
 
 from semiseg.data.images import read_image
 from semiseg.data.rasterise import cell_centres, outlines_to_rle, read_cells, run_lengths
+from semiseg.data.rays import Raster, RayRule, ray_targets
 from semiseg.data.table import Table
 from semiseg.data.transforms import Geometry, Transform
 from semiseg.data.workers import workers_lack
@@ -105,6 +106,7 @@ class InstanceDataset:
     transform: Transform
     mask_stride: int | None  # of the mask grid, in input pixels; None = masks stay encoded, for grids of their own
     bottom_rows_without_affinity: int = 0  # rows of the *original* whose colours are not to be trusted (COCO: 10)
+    rays: RayRule | None = None  # what of rays is learned from, if anything
 
     def __len__(self) -> int:
         return len(self.table.rows)
@@ -130,19 +132,29 @@ class InstanceDataset:
         shared, sizes_hw = get_worker_info() is not None, [geometry.input_hw for geometry in geometries]
         with workers_lack() if shared else nullcontext():
             images, views = empty_batch(sizes_hw, size_divisor, channels_last=True, shared=shared)
+        padded_hw = (images.shape[-2], images.shape[-1])
         bottom = [self.bottom_rows_without_affinity * item.input_hw[0] // item.original_hw[0] for item in geometries]
         batch = Batch(
             images=images,
             image_sizes_hw=torch.tensor(sizes_hw, dtype=torch.int64),
             image_ids=tuple(row["image_id"] for row in rows),
             bottom_rows_without_affinity=torch.tensor(bottom, dtype=torch.int64),
-            targets=_targets(instances, geometries, self.mask_stride, (images.shape[-2], images.shape[-1])),
+            targets=self._targets(instances, geometries, padded_hw),
             seeds=tuple(seed for _, seed in keys),
         )
         for row, geometry, view in zip(rows, geometries, views, strict=True):
             path = self.table.images_folder / row["file_name"]
             geometry.image(read_image(path, size_hw=geometry.original_hw), view)
         return batch
+
+    def _targets(
+        self, images: Sequence[Instances], geometries: Sequence[Geometry], padded_hw: tuple[int, int]
+    ) -> Targets:
+        targets = _targets(images, geometries, self.mask_stride, padded_hw)
+        if self.rays is None:
+            return targets
+        rasters = [raster for each in zip(images, geometries, strict=True) for raster in _rasters(*each)]
+        return replace(targets, rays=ray_targets(targets, rasters, self.rays, padded_hw, len(images)))
 
 
 def _targets(
@@ -195,6 +207,23 @@ def _cells(
         rows, columns = geometry.source_rows(rows), geometry.source_columns(columns)
         inside[stored] = read_cells([rles[index] for index in stored], geometry.original_hw, rows=rows, columns=columns)
     return cells
+
+
+def _rasters(instances: Instances, geometry: Geometry) -> list[Raster]:
+    """The masks of one image in input pixels, each as far as its box and a pixel around it."""
+    rasters: list[Raster] = []
+    boxes = geometry.boxes(instances.boxes_xyxy[instances.mask_instance]).tolist()
+    for mask, rle, box in zip(instances.masks, _rles(instances.masks, geometry), boxes, strict=True):
+        height, width = geometry.input_hw
+        columns = np.arange(max(int(box[0]) - 1, 0), min(int(box[2]) + 2, width))
+        rows = np.arange(max(int(box[1]) - 1, 0), min(int(box[3]) + 2, height))
+        if isinstance(mask, bytes):
+            at = {"rows": geometry.source_rows(rows), "columns": geometry.source_columns(columns)}
+            cells = read_cells([rle], geometry.original_hw, **at)
+        else:
+            cells = read_cells([rle], geometry.input_hw, rows=rows, columns=columns)
+        rasters.append((cells[0], (int(columns[0]), int(rows[0]))))
+    return rasters
 
 
 def _rles(masks: Sequence[Mask], geometry: Geometry) -> list[bytes]:

@@ -13,6 +13,7 @@ from semiseg.data.table import Table, load_table
 from semiseg.data.transforms import Resize
 from semiseg.engine.detection import detector_step
 from semiseg.engine.processes import images_in_evaluation, parts_per_step
+from semiseg.engine.rays import build_ray_rule
 from semiseg.engine.step import TrainStep
 from semiseg.errors import UserError
 from semiseg.losses.terms import Objective
@@ -147,6 +148,7 @@ def train_dataset(config: RunConfig, data: RunData) -> InstanceDataset:
         transform=Resize(short_sides=config.data.short_sides, long_side=config.data.long_side, flip=config.data.flip),
         mask_stride=mask_stride(config.model),
         bottom_rows_without_affinity=config.data.bottom_rows_without_affinity,
+        rays=build_ray_rule(config, data.train),
     )
 
 

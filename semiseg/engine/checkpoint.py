@@ -39,7 +39,7 @@ DESCRIPTION_NAME, SCORE_NAME = "config.json", "best.json"  # in a model folder; 
 # stride of the mask logits, which only says how far they are upsampled.
 FREE_SETTINGS = {
     *("backbone.weights", "backbone.frozen_stages"),
-    *("detector.centre_radius", "mask_head.stride", "mask_head.max_positives"),
+    *("detector.centre_radius", "mask_head.stride", "mask_head.max_positives", "mask_head.targets"),
 }
 PYRAMID_LEVEL = re.compile(r"(neck\.fpn\.(?:inner|layer)_blocks\.)(\d+)\.")
 BATCH_NORMS = ("bn", "sync_bn", "frozen_bn")  # one function in evaluation, with the same weights

@@ -20,7 +20,7 @@ from semiseg.models.detectors.region_targets import Draw, RegionAssignment, assi
 from semiseg.models.detectors.sample import sample_positives
 from semiseg.models.segmenter import Segmenter
 from semiseg.structures.inputs import Targets
-from semiseg.structures.outputs import MaskQueries
+from semiseg.structures.outputs import Assignment, MaskQueries
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,16 +52,21 @@ def detector_step(config: ModelConfig, model: Segmenter) -> DetectorStep:
     return _fcos_step(config.detector)
 
 
+def fcos_assignment(config: FCOSDetector) -> Callable[..., Assignment]:
+    """FCOS's `DetectorStep.assign`."""
+    return partial(
+        assign,
+        strides=config.strides,
+        level_ranges=[float(limit) for limit in config.level_ranges],
+        centre_radius=config.centre_radius,
+    )
+
+
 def _fcos_step(config: FCOSDetector) -> DetectorStep:
     return DetectorStep(
         loss_names=fcos.LOSSES,
         count_names=fcos.COUNTS,
-        assign=partial(
-            assign,
-            strides=config.strides,
-            level_ranges=[float(limit) for limit in config.level_ranges],
-            centre_radius=config.centre_radius,
-        ),
+        assign=fcos_assignment(config),
         counts=fcos.detection_counts,
         sample=sample_positives,
         losses=fcos.mean_detection_losses,

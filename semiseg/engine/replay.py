@@ -17,6 +17,7 @@ from semiseg.engine.optim import pairwise_warmup
 from semiseg.errors import UserError
 from semiseg.structures.inputs import Batch, Targets
 from semiseg.structures.masks import EncodedMasks
+from semiseg.structures.rays import RayTargets
 
 if TYPE_CHECKING:
     from semiseg.engine.train import TrainState
@@ -86,4 +87,6 @@ def _from_values(values: dict[str, Any]) -> Batch:
     targets = dict(values["targets"])
     if targets.get("encoded") is not None:
         targets["encoded"] = EncodedMasks(**targets["encoded"])
+    if targets.get("rays") is not None:
+        targets["rays"] = RayTargets(**targets["rays"])
     return Batch(**{**values, "image_ids": tuple(values["image_ids"]), "targets": Targets(**targets)})

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from semiseg.engine.detection import DetectorStep
+from semiseg.engine.rays import ray_goals, ray_queries, with_polar_centreness
 from semiseg.losses.learned import AffinityTargets, LearnedEdges, affinity_targets
 from semiseg.losses.terms import (
     LossTerms,
@@ -45,9 +46,10 @@ class StepPlan:
 
     assignment: Any  # the detector's own: what is positive for which instance, and what is ignored
     mask_targets: MaskTargets  # what each instance's mask may learn from
-    quotas: Tensor  # (N,) int64, positives of each instance that get a mask loss
+    quotas: Tensor  # (N,) int64, positives of each instance whose mask is predicted
     queries: tuple[int, ...]  # how many masks each image gets
     counts: Tensor  # (len(TrainStep.count_names),) float64, this batch's share of every denominator
+    rays: MaskQueries | None = None  # the positives whose rays are learned, in the order of `mask_targets.rays`
 
 
 class TrainStep(nn.Module):
@@ -104,11 +106,18 @@ class TrainStep(nn.Module):
         grid = self.model.mask_grid(targets.boxes_xyxy, size_hw)
         instances = instance_terms(targets, grid, objective=self.objective)
         # Quotas are shared out whatever the supervision; masks are then computed only where a term will use them.
-        quotas = torch.where(instances.used, quotas.clamp(max=self.model.mask_head.most_per_instance), 0)
+        shared = torch.where(instances.used, quotas.clamp(max=self.model.mask_head.most_per_instance), 0)
+        quotas = torch.where(instances.drawn, shared, 0)
         queries = sums_by_image(targets.image_index, quotas, num_images)
         sizes = loss_sizes(instances, quotas, objective=self.objective)
+        of_rays = None
+        if "rays" in instances.chosen:
+            assignment = with_polar_centreness(assignment, targets)
+            of_rays = (ray_goals(targets, instances.chosen["rays"]), ray_queries(targets))
 
-        assignment, instances, quotas = send((assignment, instances, quotas), batch.images.device)
+        assignment, instances, quotas, shared, of_rays = send(
+            (assignment, instances, quotas, shared, of_rays), batch.images.device
+        )
         targets = _targets(batch)
         affinity = self.affinity_targets(batch, targets) if self.affinity is not None else None
         wanted = MaskTargets(
@@ -120,11 +129,12 @@ class TrainStep(nn.Module):
             lab=cell_colours(batch, instances, affinity),
             soft=soft_cells(targets, instances),
             sizes=sizes,
+            rays=None if of_rays is None else of_rays[0],
         )
         own = self.detector.counts(assignment, wanted.box_only)
         of_detector = torch.stack([own[name].double() for name in self.detector.count_names])
-        counts = torch.cat([of_detector, term_counts(targets, wanted, quotas)])
-        return StepPlan(assignment, wanted, quotas, tuple(queries), counts)
+        counts = torch.cat([of_detector, term_counts(targets, wanted, shared)])
+        return StepPlan(assignment, wanted, quotas, tuple(queries), counts, None if of_rays is None else of_rays[1])
 
     def forward(self, batch: Batch, plan: StepPlan, counts: Tensor, *, warmup: float, processes: int) -> LossTerms:
         """The losses of one batch.
@@ -149,7 +159,8 @@ class TrainStep(nn.Module):
             learned = LearnedEdges(logits, self.affinity.trust())
         count = dict(zip(self.count_names, counts.unbind(), strict=True))
         of_detector = self.detector.losses(outputs, plan.assignment, targets, count, processes=processes)
-        masks = mask_losses(mask_logits, wanted, count, warmup=warmup, processes=processes, learned=learned)
+        rays = None if plan.rays is None else self.model.mask_head.distances(outputs, plan.rays)
+        masks = mask_losses(mask_logits, wanted, count, warmup=warmup, processes=processes, learned=learned, rays=rays)
         return masks.with_detection(of_detector)
 
     def _in_own_regions(

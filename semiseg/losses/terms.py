@@ -39,12 +39,13 @@ from semiseg.losses.learned import (
     affinity_loss,
 )
 from semiseg.losses.level_set import level_set_loss
+from semiseg.losses.rays import LEAST_CENTRENESS, RayGoals, ray_loss_sum
 from semiseg.losses.regions import region_cells, region_edges, region_inside, soft_masks
 from semiseg.structures.grids import MaskGrid, Regions, WholeMap
 from semiseg.structures.inputs import Batch, Supervision, Targets
 from semiseg.structures.outputs import MaskLogits
 
-MaskObjective = Literal["dice", "labelled", "bce"]
+MaskObjective = Literal["dice", "labelled", "bce", "rays"]
 BoxObjective = Literal[
     "none", "projection", "projection+pairwise", "projection+learned", "box_as_mask", "mil", "mil+smooth"
 ]
@@ -55,9 +56,11 @@ TERMS: Mapping[tuple[Supervision, str], tuple[str, ...]] = {
     (Supervision.MASK, "dice"): ("dice",),
     (Supervision.MASK, "labelled"): ("projection", "pairwise_labelled"),
     (Supervision.MASK, "bce"): ("bce",),
+    (Supervision.MASK, "rays"): ("rays",),
     (Supervision.PSEUDO, "dice"): ("dice",),
     (Supervision.PSEUDO, "labelled"): ("projection", "pairwise_labelled"),
     (Supervision.PSEUDO, "bce"): ("bce",),
+    (Supervision.PSEUDO, "rays"): ("rays",),
     (Supervision.BOX, "none"): (),
     (Supervision.BOX, "projection"): ("projection",),
     (Supervision.BOX, "projection+pairwise"): ("projection", "pairwise"),
@@ -79,7 +82,7 @@ EDGE_LOSSES = ("pairwise", "pairwise_labelled", "pairwise_learned")
 LEARNED_LOSSES = ("pairwise_learned", "affinity")
 # Losses that a step names where its objective has them, each of which sums over masks.
 CROP_LOSSES = ("bce", "mil", "smoothness")
-OPTIONAL_MASK_LOSSES = ("pairwise_learned", "level_set", *CROP_LOSSES)
+OPTIONAL_MASK_LOSSES = ("pairwise_learned", "level_set", *CROP_LOSSES, "rays")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +117,8 @@ class Objective:
     @property
     def _optional(self) -> tuple[str, ...]:
         used = {*TERMS[Supervision.MASK, self.mask], *TERMS[Supervision.BOX, self.box]}
-        crops = tuple(name for name in CROP_LOSSES if name in used)
-        return ("level_set", *crops) if self.level_set > 0 else crops
+        own = tuple(name for name in (*CROP_LOSSES, "rays") if name in used)
+        return ("level_set", *own) if self.level_set > 0 else own
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,12 @@ class InstanceTerms:
         nothing = torch.zeros_like(self.box_only)
         return torch.stack([nothing, *self.chosen.values()]).any(0)
 
+    @property
+    def drawn(self) -> Tensor:
+        """(N,) bool: which instances get a loss of the masks' cells; `rays` looks at what these are drawn from."""
+        nothing = torch.zeros_like(self.box_only)
+        return torch.stack([nothing, *(gets for name, gets in self.chosen.items() if name != "rays")]).any(0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class MaskTargets(InstanceTerms):
@@ -152,6 +161,7 @@ class MaskTargets(InstanceTerms):
     affinity: AffinityTargets | None = None  # what learned affinity learns from; None without it
     lab: Tensor | None = None  # (B, 3, h, w) the cells' colours, where an instance gets `level_set`
     soft: Tensor | None = None  # (M, h, w) float, the shares of the cells that are inside, where `bce` wants those
+    rays: RayGoals | None = None  # where the objective learns from rays
     # See `loss_sizes`; None = they are read back from the device when they are needed
     sizes: Mapping[str, int] | None = None
 
@@ -320,6 +330,8 @@ def term_counts(targets: Targets, prepared: MaskTargets, quotas: Tensor) -> Tens
             index = prepared.edge_index(targets.image_index, instances)
             each = each * edge_counts(prepared.cells, prepared.edges[name], index)
         counts[name] = each.sum()
+    if prepared.rays is not None:
+        counts["rays"] = prepared.rays.centreness.double().sum()
     if prepared.affinity is not None:
         counts["affinity"] = prepared.affinity.known.sum()
         counts |= zip(COLOUR_COUNTS, prepared.affinity.colour_counts(), strict=True)
@@ -334,6 +346,7 @@ def mask_losses(
     warmup: float,
     processes: int,
     learned: LearnedEdges | None = None,
+    rays: Tensor | None = None,
 ) -> LossTerms:
     """The mask losses of one accumulation part on one process, as its share of the whole optimizer step.
 
@@ -346,6 +359,7 @@ def mask_losses(
         weighted level_set         = objective.level_set warmup (n.box_masks / max(n.masks, 1)) unweighted
         weighted bce, mil          = as dice; smoothness 0.05 times that
         affinity                   = p S / max(n.affinity, 1)
+        rays                       = (n.mask_masks / max(n.masks, 1)) p S / max(n.rays, 1e-6), n.rays their centreness
 
     so that (sum of dice + sum of projection) / P + (P_box / P) pairwise is METHOD's mixed loss. Sums over the parts
     of a step and means over its processes (which data parallelism takes of gradients) give the values of the step.
@@ -360,15 +374,16 @@ def mask_losses(
         warmup: factor of the edge losses in [0, 1]: min(step / W, 1) with step from 1.
         processes: number of processes that share the step.
         learned: the branch's prediction for the batch, exactly where `prepared.affinity` is given.
+        rays: (K, rays) predicted input pixels, exactly where `prepared.rays` is given: one row for each row of it.
 
     Returns:
         Every loss of the objective, 0 where nothing is there to sum. Their total carries a graph through the masks
         and the branch even then.
     """
-    sums = _mask_sums(mask_logits, prepared, count, learned)
+    sums = _mask_sums(mask_logits, prepared, count, learned, rays)
     shares = _shares(count, warmup, prepared.objective)
     names = prepared.objective.loss_names
-    factors = {name: processes / count[name].clamp(min=1) for name in names}
+    factors = {name: processes / count[name].clamp(min=LEAST_CENTRENESS if name == "rays" else 1) for name in names}
     unweighted = {name: sums[name] * factors[name].to(sums[name].dtype) for name in names}
     weighted = {
         name: value * shares[name].to(value.dtype) if name in shares else value for name, value in unweighted.items()
@@ -389,11 +404,16 @@ def _shares(count: Mapping[str, Tensor], warmup: float, objective: Objective) ->
         "level_set": objective.level_set * of_boxes,
         **{name: count[name] / masks for name in ("bce", "mil") if name in count},
         **{name: SMOOTHNESS_WEIGHT * count[name] / masks for name in ("smoothness",) if name in count},
+        "rays": count["mask_masks"] / masks,
     }
 
 
 def _mask_sums(
-    mask_logits: MaskLogits, prepared: MaskTargets, count: Mapping[str, Tensor], learned: LearnedEdges | None
+    mask_logits: MaskLogits,
+    prepared: MaskTargets,
+    count: Mapping[str, Tensor],
+    learned: LearnedEdges | None,
+    rays: Tensor | None,
 ) -> dict[str, Tensor]:
     logits, image, instance = mask_logits.logits, mask_logits.image_index, mask_logits.instance_index
     if not _same_cells(mask_logits.grid, prepared.grid):
@@ -416,6 +436,8 @@ def _mask_sums(
     if len(logits) and prepared.lab is not None:
         each = level_set_loss(logits, prepared.cells[instance], prepared.lab, image)
         sums["level_set"] = torch.where(prepared.chosen["level_set"][instance], each, 0).sum()
+    if rays is not None and prepared.rays is not None:
+        sums["rays"] = ray_loss_sum(rays, prepared.rays, prepared.weight)
     # One loss with a graph is enough, and a graph for nothing costs a map of zeros. Without any, the masks take part in
     # the 0 (those of no queries are on the graph, too), so that no process waits for a gradient that never comes.
     zero = at_least_float32(logits.new_zeros(()) if sums else logits[:0].sum())

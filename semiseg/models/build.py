@@ -105,6 +105,7 @@ def build_mask_head(config: ModelConfig, *, num_classes: int) -> MaskHead:
             return RayMasks(
                 channels,
                 rays=head.rays,
+                start=head.start,
                 tower_convs=head.tower_convs,
                 groups=head.tower_groups,
                 strides=config.detector.strides,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from semiseg.structures.grids import MaskGrid, Regions
 from semiseg.structures.masks import EncodedMasks
+from semiseg.structures.rays import RayTargets
 from semiseg.structures.transfer import map_tensors
 
 
@@ -54,6 +55,7 @@ class Targets:
         crowd_image_index: (K,) int64 in 0..B-1.
         mask_stride: stride of the mask grid in input pixels; None = every mask has a grid of its own: then `masks` is
             (M, 0, 0), and `encoded` has them.
+        rays: how far the masks reach, where the objective is learned from that.
     """
 
     boxes_xyxy: Tensor
@@ -67,6 +69,7 @@ class Targets:
     crowd_image_index: Tensor
     mask_stride: int | None
     encoded: EncodedMasks | None = None
+    rays: RayTargets | None = None
 
     def __post_init__(self) -> None:
         count, mask_count = self.boxes_xyxy.shape[0], self.masks.shape[0]

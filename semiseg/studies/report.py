@@ -35,6 +35,7 @@ _MASK_LOSS = {
     "dice": "Dice",
     "labelled": "projection and pairwise terms with labelled edges",
     "bce": "binary cross entropy",
+    "rays": "PolarMask's loss of rays",
 }
 _BOX_LOSS = {
     "none": "no mask loss",

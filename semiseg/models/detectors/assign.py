@@ -34,7 +34,8 @@ def assign(
     included. Of several boxes the smallest wins, at equal areas the first.
 
     Deviation: the square is centred on the box for every instance, as the reference's mask centroid would let
-    supervision leak into the assignment (docs/NUMERICS.md).
+    supervision leak into the assignment (docs/NUMERICS.md). Where every instance of a run has a mask, `targets.rays`
+    may name other centres.
 
     Args:
         targets: N boxes in input pixels; on the host, unless reading back the number of positives does no harm.
@@ -45,7 +46,8 @@ def assign(
         centre_radius: in strides.
     """
     levels = _levels(sizes_hw, strides, level_ranges, targets.boxes_xyxy.device)
-    instance_index, location_index, distances, stride = _candidates(levels, targets.boxes_xyxy, centre_radius)
+    centres = None if targets.rays is None else targets.rays.centres_xy
+    instance_index, location_index, distances, stride = _candidates(levels, targets.boxes_xyxy, centres, centre_radius)
     winner = _smallest_box(instance_index, location_index, targets, levels.num_locations)
     instance_index, location_index = instance_index[winner], location_index[winner]
     image_index = targets.image_index[instance_index]
@@ -95,15 +97,17 @@ def _levels(
     return _Levels(sizes, stride, offset, lower, upper, sizes_hw)
 
 
-def _candidates(levels: _Levels, boxes_xyxy: Tensor, centre_radius: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Which locations could predict which box: K pairs, by instance, then location.
+def _candidates(
+    levels: _Levels, boxes_xyxy: Tensor, centres_xy: Tensor | None, centre_radius: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Which locations could predict which box: K pairs, by instance, then location; centres are the boxes' own if None.
 
     Returns:
         instance (K,), location (K,), distances to left, top, right, bottom (K, 4) in pixels, stride (K,).
     """
     low, high = boxes_xyxy[:, None, :2, None], boxes_xyxy[:, None, 2:, None]  # (N, 1, xy, 1)
     stride, offset = levels.stride[:, None, None], levels.offset[:, None, None]  # (L, 1, 1)
-    centre, reach = (low + high) / 2, centre_radius * stride
+    centre, reach = (low + high) / 2 if centres_xy is None else centres_xy[:, None, :, None], centre_radius * stride
     # A square 2 r strides wide holds at most ceil(2 r) cells; one more on either side bears rounding.
     count = min(math.ceil(2 * centre_radius) + 2, max(max(size) for size in levels.sizes_hw))
     first = ((centre - reach - offset) / stride).floor().long()  # (N, L, xy, 1)

@@ -49,6 +49,13 @@ class MaskHead(nn.Module, ABC):
         """(B, `edge_channels`, h, w) of the whole images, of a forward in training, for learned affinity."""
         raise NotImplementedError(f"{type(self).__name__} has no features of the whole image")
 
+    def distances(self, outputs: Outputs, queries: MaskQueries) -> Tensor:
+        """(Q, rays) input pixels, how far the masks reach from the queried locations, of a head that predicts that.
+
+        Without queries still on the graph of every parameter of this head.
+        """
+        raise NotImplementedError(f"{type(self).__name__} predicts no rays")
+
     @abstractmethod
     def freeze(self) -> None:
         """For a training that has no mask loss: nothing here is trained, nor computed in it where that is dear."""

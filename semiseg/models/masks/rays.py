@@ -1,8 +1,8 @@
 """PolarMask's mask head: a mask is a centre and how far it reaches in evenly spaced directions.
 
-The rays are drawn as a map whose logit falls with the distance from the outline, so that every loss of masks and boxes
-works on them. Shapes that a centre does not see whole (rings, crescents) are out of reach.
-Source: PolarMask (Xie et al. 2020), section 3; the drawing is this project's.
+The polygon through the rays' ends is drawn as a map whose logit falls with the distance from the outline, so that every
+loss of masks and boxes works on it. Shapes that a centre does not see whole (rings, crescents) are out of reach.
+Source: PolarMask (Xie et al. 2020), section 3; the drawing and rays that end in a box are this project's.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,10 @@ from semiseg.structures.inputs import grid_size
 from semiseg.structures.outputs import MaskLogits, MaskQueries, Outputs
 
 LARGEST_LOG = 7.0  # of a ray in strides of its level: a thousand, whatever the features
+FIRST_SHARE = 0.95  # of the ellipse's radius, with which rays that start from a box begin
+SHARES = (0.02, 0.97)  # of a ray's room in the box: what it can begin with
+SHORTEST = 0.01  # input pixels: of a ray where it is drawn, and of its room
+STEEPEST = 0.02  # cosine between a ray and what stands upright on the outline
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,8 @@ class RayMasks(MaskHead):
     """A tower of its own beside the detector's two, and one distance for each direction.
 
     Attributes:
+        start: what a ray is measured by. "stride": that of its level, without end (the original's). "box": its room in
+            the query's box, which it never leaves; at first the rays end near the ellipse in the box.
         strides: of the levels at which the detector predicts, finest first.
         stride: input pixels per cell of the drawn masks.
         softness: cells over which a logit falls by 1.
@@ -46,6 +53,7 @@ class RayMasks(MaskHead):
         channels: int,
         *,
         rays: int,
+        start: Literal["stride", "box"],
         tower_convs: int,
         groups: int,
         strides: Sequence[int],
@@ -53,7 +61,7 @@ class RayMasks(MaskHead):
         softness: float,
     ) -> None:
         super().__init__()
-        self.strides, self.stride, self.softness = tuple(strides), stride, softness
+        self.start, self.strides, self.stride, self.softness = start, tuple(strides), stride, softness
         self.tower = conv_tower(channels, tower_convs, groups)
         self.rays = nn.Conv2d(channels, rays, kernel_size=3, padding=1)
         self.learns = True
@@ -88,7 +96,13 @@ class RayMasks(MaskHead):
         inputs, locations = outputs.mask_inputs, outputs.locations
         x = convolve_at(self.rays, inputs.features, outputs, queries, inputs.padded_hw).float()
         scaled = self.level_scales[locations.level[queries.location_index]][:, None] * x
-        return scaled.clamp(max=LARGEST_LOG).exp() * locations.stride[queries.location_index][:, None]
+        if self.start == "stride":
+            return scaled.clamp(max=LARGEST_LOG).exp() * locations.stride[queries.location_index][:, None]
+        # The box and half a cell: cells that the box includes are not on the outline of a mask that fills it.
+        boxes = queries.boxes_xyxy + queries.boxes_xyxy.new_tensor([-0.5, -0.5, 0.5, 0.5]) * self.stride
+        room, ellipse = rooms(locations.xy[queries.location_index], boxes, x.shape[1])
+        first = (FIRST_SHARE * ellipse / room).clamp(*SHARES).logit()
+        return room * (scaled + first).sigmoid()
 
     def predict_masks(self, outputs: Outputs, queries: MaskQueries) -> MaskLogits:
         """As `MaskHead.predict_masks`: the rays of the queried locations, drawn."""
@@ -98,13 +112,41 @@ class RayMasks(MaskHead):
         return MaskLogits(logits, queries.image_index, queries.instance_index, grid)
 
 
-def draw_rays(distances: Tensor, centres_xy: Tensor, grid: WholeMap) -> Tensor:
-    """By how many input pixels the outline lies beyond each cell, as seen from the centre: (Q, h, w).
+def directions(count: int, device: torch.device) -> Tensor:
+    """(2, count) float32 unit vectors x, y: ray k points to the angle 2 pi k / count, from x towards y."""
+    angle = torch.arange(count, device=device) * (2 * math.pi / count)
+    return torch.stack([angle.cos(), angle.sin()])
 
-    The outline between two rays is linear in the angle.
+
+def rooms(centres_xy: Tensor, boxes_xyxy: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """How far rays from points reach in a box, and in the ellipse that touches its sides: (Q, count) each, > 0.
 
     Args:
-        distances: (Q, rays) input pixels; ray k points to the angle 2 pi k / rays, from x towards y.
+        centres_xy: (Q, 2); a point outside the box (outside the ellipse) is taken for one at its border.
+        boxes_xyxy: (Q, 4) in the same frame.
+    """
+    way = directions(count, centres_xy.device)
+    before, after = (centres_xy - boxes_xyxy[:, :2]), (boxes_xyxy[:, 2:] - centres_xy)
+    side = torch.where(way > 0, after[:, :, None], before[:, :, None]).clamp(min=SHORTEST)  # (Q, xy, count)
+    to_box = (side / way.abs().clamp(min=1e-6)).amin(1)
+    # In units of the half axes the ellipse is a circle: |point + t way| = 1.
+    half = ((boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]) / 2).clamp(min=SHORTEST)
+    point = (centres_xy - (boxes_xyxy[:, :2] + boxes_xyxy[:, 2:]) / 2) / half
+    point = point * (FIRST_SHARE / point.norm(dim=1, keepdim=True).clamp(min=FIRST_SHARE))
+    scaled = way / half[:, :, None]
+    square, along = scaled.square().sum(1), (point[:, :, None] * scaled).sum(1)
+    inner = 1 - point.square().sum(1, keepdim=True)
+    return to_box, ((along.square() + square * inner).sqrt() - along) / square
+
+
+def draw_rays(distances: Tensor, centres_xy: Tensor, grid: WholeMap) -> Tensor:
+    """How far inside the polygon through the rays' ends each cell lies, negative beyond it: (Q, h, w) input pixels.
+
+    Inside it is the distance to the line of the side that the cell looks at, so that the middle of a thin spike is not
+    far inside; beyond it is measured along the ray, so that nothing grows from a spike's tip.
+
+    Args:
+        distances: (Q, rays) input pixels, see `directions`.
         centres_xy: (Q, 2) input pixels.
     """
     rows, columns = (
@@ -113,10 +155,17 @@ def draw_rays(distances: Tensor, centres_xy: Tensor, grid: WholeMap) -> Tensor:
     dx = (columns[None] - centres_xy[:, :1])[:, None, :]  # (Q, 1, w)
     dy = (rows[None] - centres_xy[:, 1:])[:, :, None]  # (Q, h, 1)
     number = distances.shape[1]
-    turn = torch.atan2(dy, dx) * (number / (2 * math.pi)) % number  # (Q, h, w), in rays
-    before = turn.floor()
-    share = turn - before
-    before = before.long() % number  # the remainder of a tiny negative angle is rounded to `number` itself
-    size = before.shape
-    here, there = (distances.gather(1, index.flatten(1)).view(size) for index in (before, (before + 1) % number))
-    return torch.lerp(here, there, share) - torch.hypot(dx, dy)
+    ends = distances.clamp(min=SHORTEST)[:, None] * directions(number, distances.device).to(distances.dtype)
+    x, y = ends.unbind(1)
+    along_x, along_y = (ends.roll(-1, 2) - ends).unbind(1)  # the sides, from each end to the next
+    length = torch.hypot(along_x, along_y)
+    upright_x, upright_y = along_y / length, -along_x / length  # outwards
+    offset = x * upright_x + y * upright_y  # of the side's line from the centre
+    # Which side each cell looks at; the remainder of a tiny negative angle is rounded to `number` itself.
+    side = (torch.atan2(dy, dx) * (number / (2 * math.pi)) % number).long() % number  # (Q, h, w)
+    flat = side.flatten(1)
+    offset, upright_x, upright_y = (each.gather(1, flat).view(side.shape) for each in (offset, upright_x, upright_y))
+    outwards = upright_x * dx + upright_y * dy
+    inside = offset - outwards
+    cosine = outwards / torch.hypot(dx, dy).clamp(min=SHORTEST)
+    return torch.where(inside < 0, inside / cosine.clamp(min=STEEPEST), inside)
