@@ -27,7 +27,7 @@ from semiseg.studies.file import Study, StudyRun, load_study, study_runs
 from semiseg.studies.identity import run_identity
 from semiseg.studies.report import report_row
 from tests.coco_files import make_coco, polygon_annotation
-from tests.tiny import DETECTORS, TINY, nested
+from tests.tiny import DETECTORS, HEADS, TINY, nested
 
 ROOT = Path(__file__).parent.parent
 STUDIES = sorted(path.stem for path in (ROOT / "experiments").glob("*.toml"))
@@ -67,7 +67,7 @@ def test_there_is_a_study_for_every_table() -> None:
 
 def test_the_studies_of_shapes_have_one_base() -> None:
     names = [name for name in STUDIES if name.startswith("shapes")]
-    assert len(names) == 9
+    assert len(names) == 10
     for name in names:
         written = read_toml(ROOT / "experiments" / f"{name}.toml")
         assert written["base"] == "shapes"
@@ -158,9 +158,11 @@ def tiny(config: RunConfig, root: Path) -> RunConfig:
         **{"detector.strides": [8, 16, 32, 64, 128], "detector.level_ranges": [16, 32, 64, 128]},
         **({"neck.kind": "bifpn", "neck.repeats": 1} if config.model.neck.kind == "bifpn" else {}),
     }
-    if isinstance(head, RegionMaskHead):
-        detector = config.model.detector
-        assert isinstance(detector, RegionDetector)
+    detector = config.model.detector
+    if not isinstance(head, DynamicMaskHead):
+        small["mask_head"] = HEADS[head.kind]
+    if isinstance(detector, RegionDetector):
+        assert isinstance(head, RegionMaskHead)
         small = merge(DETECTORS["mask_rcnn"], {"detector": {"mask_regions": detector.mask_regions}})
         small = merge(small, {"mask_head": {"margin": head.margin, "class_agnostic": head.class_agnostic}})
     changes: dict[str, Any] = {**TINY, **merge({"model": TINY["model"]}, {"model": nested(small)})}
