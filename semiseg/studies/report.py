@@ -220,8 +220,9 @@ def schedule_sentence(configs: Sequence[RunConfig]) -> str:
     """Length, optimiser, backbone and mask losses; what differs between the rows is left to their own description."""
     backbones = [config.model.backbone for config in configs]
     return (
-        f"{_each(_length(config) for config in configs)} of {_each(config.optim.batch_size for config in configs)} "
-        f"images, {_each(config.optim.optimizer for config in configs)}, "
+        f"{_each(_length(config) for config in configs)} of "
+        f"{_each(f'{config.optim.batch_size} images' for config in configs)}, "
+        f"{_each(config.optim.optimizer for config in configs)}, "
         f"rate {_each(f'{config.optim.learning_rate:g}' for config in configs)} "
         f"({_each(config.optim.schedule for config in configs)}); "
         f"backbone {_each(f'resnet{one.depth}' if one.kind == 'resnet' else one.kind for one in backbones)}, "
