@@ -72,7 +72,7 @@ def build_report(report: ReportInput, *, out: Path, published: Path) -> Path:
     caption = "Mask AP in percent; error bars: standard deviation over seeds, dots: single seeds."
     blocks = [
         f"# {escape_markdown(report.title)}",
-        f"**Question.** {escape_markdown(report.question)}",
+        *([f"**Question.** {escape_markdown(report.question)}"] if report.question else []),
         f"**Answer.** {answer(page.tables)}",
         *(f"> {warning}" for warning in warnings(report)),
         *page.figures.show("ap", bars, alt=f"mask AP of every row {groups}", caption=caption),
