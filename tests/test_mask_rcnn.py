@@ -528,3 +528,9 @@ def test_crop_losses_teach_every_head(root: Path, head: str) -> None:
     for name, weight in shares.items():
         expected = weight * terms.unweighted[name] * count[name] / count["masks"]
         torch.testing.assert_close(terms.weighted[name], expected.detach(), rtol=1e-6, atol=0)
+
+
+def test_a_wanted_score_is_the_threshold_of_class_probabilities() -> None:
+    regions = tiny_config(Path(), model=DETECTORS["mask_rcnn"]).model
+    assert regions.threshold_of(0.5) == 0.5
+    assert tiny_config(Path()).model.threshold_of(0.5) == 0.25

@@ -71,7 +71,7 @@ def predict(
     options = PredictOptions(
         short_side=shorter,
         long_side=long_side or round(trained.long_side * shorter / trained.short_side),
-        score_threshold=trained.score_threshold if score is None else score**2,
+        score_threshold=trained.score_threshold if score is None else loaded.info.config.threshold_of(score),
         drawn_score=drawn_score if overlays else None,
         batch_size=batch,
         workers=min(os.cpu_count() or 1, 4),

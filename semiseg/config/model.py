@@ -280,6 +280,13 @@ class ModelConfig(Section):
         head = self.mask_head
         return f"{2 * head.size} cells a box" if head.kind == "regions" else f"stride {head.stride}"
 
+    def threshold_of(self, score: float) -> float:
+        """The `inference.score_threshold` that keeps detections of at least this score.
+
+        FCOS's scores are roots of class probability x centreness, those of other detectors are class probabilities.
+        """
+        return score**2 if self.detector.kind == "fcos" else score
+
     @property
     def size_divisor(self) -> int:
         """Padded images divide by it: the coarsest stride of the backbone, 32."""
