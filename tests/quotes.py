@@ -182,6 +182,38 @@ def shares_lines(reports: Path) -> list[str]:
     return markdown_table(headings, lines, texts=1).splitlines()
 
 
+def heads_lines(reports: Path) -> list[str]:
+    """AP of each mask head on all classes by supervision, and what its way to say a mask could reach."""
+    heads = {
+        "CondInst's (dynamic filters)": "whole map, stride 2",
+        "YOLACT's (prototypes)": "whole map, stride 2",
+        "PolarMask's (rays)": "36 rays from the box's centre",
+        "Mask R-CNN's (regions)": "28 x 28 cells of 1.25 times the box",
+    }
+    with (reports / "shapes_heads/ceilings.csv").open(encoding="utf-8") as file:
+        ceilings = {line["way"]: line["ceiling"] for line in csv.DictReader(file)}
+    tables = {"full": "AP", "mixed": "all AP", "mixed, unseen": "unseen AP", "boxes": "AP", "none": "all AP"}
+    lines = [
+        [
+            head,
+            *(
+                cell(reports, f"shapes_heads/tables/{name.split(',')[0]}.md", column, head)
+                for name, column in tables.items()
+            ),
+            ceilings[way],
+        ]
+        for head, way in heads.items()
+    ]
+    supervision = (
+        "every mask",
+        "3 of 12 classes",
+        "unseen classes of these",
+        "boxes alone",
+        "3 of 12, nothing of others",
+    )
+    return markdown_table(("mask head", *supervision, "ceiling"), lines, texts=1).splitlines()
+
+
 QUOTES = (
     Quote(
         "README.md",
@@ -269,6 +301,7 @@ TABLES = (
         lambda reports: table_below(reports / "shapes_learned/report.md", "### Learned edges"),
     ),
     QuotedTable("docs/LEARNED_AFFINITY.md", "What are a few masks worth?", shares_lines),
+    QuotedTable("docs/HEADS.md", "Shapes, the same detector, losses", heads_lines),
     QuotedTable("docs/NUMERICS.md", "Order of the rows by processor and seed", processor_lines),
     QuotedTable("docs/PERFORMANCE.md", "The full form, `python -m benchmarks --json", bench_lines),
 )
