@@ -325,6 +325,25 @@ def test_parts_of_a_batch_change_nothing(root: Path, supervision: str) -> None:
     same_in_two_parts(fresh_step(whole), whole, config_of(root, supervision, optim={"accumulation": 2}))
 
 
+@pytest.mark.parametrize("supervision", SUPERVISION)
+def test_two_processes_are_one(root: Path, supervision: str) -> None:
+    config = config_of(root, supervision)
+    module = fresh_step(config)
+    losses, gradient = losses_and_gradients(module, first_batches(config, 1))
+    batches = [first_batches(config, 1, processes=2, rank=rank)[0] for rank in range(2)]
+    plans = [module.plan(batch) for batch in batches]
+    counts = torch.stack([plan.counts for plan in plans]).sum(0)
+    module.zero_grad()
+    found = torch.zeros_like(losses)
+    for batch, plan in zip(batches, plans, strict=True):
+        terms = module(batch, plan, counts, warmup=0.7, processes=2)
+        (terms.total / 2).backward()  # as data parallelism takes means
+        found += torch.stack([terms.weighted[name].detach() for name in module.loss_names]).double() / 2
+    torch.testing.assert_close(found, losses, rtol=1e-6, atol=1e-6)
+    both = torch.cat([p.grad.flatten() for p in module.parameters() if p.requires_grad and p.grad is not None])
+    assert float((both - gradient).norm()) <= 1e-6 * float(gradient.norm())
+
+
 @pytest.mark.parametrize("supervision", ["mixed", "full"])
 @pytest.mark.parametrize("empty", [[0], [0, 1, 2, 3]])
 def test_images_without_instances(root: Path, supervision: str, empty: list[int]) -> None:
