@@ -5,36 +5,48 @@ from __future__ import annotations
 import math
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck
 
 from semiseg.config import RunConfig
-from semiseg.config.read import read_json
+from semiseg.config.model import FCOSDetector
+from semiseg.config.read import digest, read_json
 from semiseg.data.rays import (
     NO_RAY,
+    RayRule,
     contour_centre,
     contour_rays,
     largest_contour,
     marched_rays,
     mass_centre,
+    ray_targets,
 )
+from semiseg.engine import train as training
+from semiseg.engine.build import build_data
 from semiseg.engine.checkpoint import load_tensors
+from semiseg.engine.detection import fcos_assignment
 from semiseg.engine.logs import read_log
+from semiseg.engine.rays import positives_of
+from semiseg.engine.replay import replay_step
 from semiseg.engine.run import execute_run
 from semiseg.engine.step import TrainStep
 from semiseg.errors import UserError
 from semiseg.losses.rays import polar_centreness, polar_iou_loss
 from semiseg.structures.inputs import Batch, Supervision
 from tests.test_heads import SUPERVISION
+from tests.test_host_syncs import MIXED, fake_step, make_batch, plan_of
 from tests.test_poison import everything, make_data, with_source
 from tests.test_train import first_batches, fresh_step, losses_and_gradients, same_in_two_parts, without_instances
-from tests.tiny import HEADS, tiny_config
+from tests.tiny import HEADS, TINY, tiny_config
 
 RULES = ["mask", "contour"]
 
@@ -313,6 +325,25 @@ def test_parts_of_a_batch_change_nothing(root: Path, supervision: str) -> None:
     same_in_two_parts(fresh_step(whole), whole, config_of(root, supervision, optim={"accumulation": 2}))
 
 
+@pytest.mark.parametrize("supervision", SUPERVISION)
+def test_two_processes_are_one(root: Path, supervision: str) -> None:
+    config = config_of(root, supervision)
+    module = fresh_step(config)
+    losses, gradient = losses_and_gradients(module, first_batches(config, 1))
+    batches = [first_batches(config, 1, processes=2, rank=rank)[0] for rank in range(2)]
+    plans = [module.plan(batch) for batch in batches]
+    counts = torch.stack([plan.counts for plan in plans]).sum(0)
+    module.zero_grad()
+    found = torch.zeros_like(losses)
+    for batch, plan in zip(batches, plans, strict=True):
+        terms = module(batch, plan, counts, warmup=0.7, processes=2)
+        (terms.total / 2).backward()  # as data parallelism takes means
+        found += torch.stack([terms.weighted[name].detach() for name in module.loss_names]).double() / 2
+    torch.testing.assert_close(found, losses, rtol=1e-6, atol=1e-6)
+    both = torch.cat([p.grad.flatten() for p in module.parameters() if p.requires_grad and p.grad is not None])
+    assert float((both - gradient).norm()) <= 1e-6 * float(gradient.norm())
+
+
 @pytest.mark.parametrize("supervision", ["mixed", "full"])
 @pytest.mark.parametrize("empty", [[0], [0, 1, 2, 3]])
 def test_images_without_instances(root: Path, supervision: str, empty: list[int]) -> None:
@@ -335,6 +366,56 @@ def test_rays_of_other_positives_are_refused(root: Path) -> None:
         step.plan(replace(batch, targets=replace(targets, rays=wrong)))
     with pytest.raises(ValueError, match="needs targets with rays"):
         step.plan(replace(batch, targets=replace(targets, rays=None)))
+
+
+def of_host_syncs() -> Batch:
+    """The batch of tests/test_host_syncs.py, its three masks noise in their boxes."""
+    batch, noise = make_batch(MIXED), np.random.default_rng(1)
+    assert batch.targets is not None
+    corners = batch.targets.boxes_xyxy[batch.targets.mask_instance, :2].floor().int().tolist()
+    rasters = [(noise.random((20, 20)) < 0.5, (int(x), int(y))) for x, y in corners]
+    detector = FCOSDetector.model_validate(TINY["model"]["detector"])
+    positives = partial(positives_of, assign=fcos_assignment(detector), strides=tuple(detector.strides))
+    rule = RayRule(12, contour=False, everywhere=False, positives=positives)
+    return replace(batch, targets=replace(batch.targets, rays=ray_targets(batch.targets, rasters, rule, (64, 64), 2)))
+
+
+def test_a_step_reads_nothing_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)  # fake tensors know no pinned memory
+    mode, batch, cuda = FakeTensorMode(), of_host_syncs(), torch.device("cuda:0")
+    assert batch.targets is not None
+    assert batch.targets.rays is not None
+    assert len(batch.targets.rays.instance_index) > 0
+    step = fake_step(mode, config_of(tmp_path), cuda)
+    with plan_of(mode, step, batch, cuda) as (on_device, plan, transfers, sent):
+        assert transfers.names == ["aten._to_copy.default"] * sent, "what is sent, and that is all"
+        terms = step(on_device, plan, plan.counts, warmup=0.5, processes=1)
+        assert len(transfers.names) == sent
+        assert terms.total.device == cuda
+
+
+def test_a_step_that_is_not_finite_is_replayed(root: Path, tmp_path: Path) -> None:
+    config = config_of(root)
+    state = training.prepare(config, build_data(config), Accelerator(cpu=True))
+    next(state.step_module.model.mask_head.parameters()).data.fill_(math.nan)
+    with pytest.raises(UserError, match=r"step 1: the loss is not finite \(.*rays nan.*--replay"):
+        training.optimizer_step(state, first_batches(config, 1), out=tmp_path)
+    (path,) = tmp_path.glob("nonfinite_step_*.pt")
+    assert "rays nan" in replay_step(path)
+
+
+def test_identities_hold_what_a_run_reads(root: Path) -> None:
+    def identity(supervision: str = "mixed", mask: str = "dice", **head: Any) -> str:
+        chosen = SUPERVISION[supervision]
+        objective = {**chosen.get("objective", {}), "mask": mask}
+        model = {"mask_head": {**HEADS["rays"], **head}}
+        return digest(tiny_config(root, **{**chosen, "objective": objective, "model": model}).identity())
+
+    usual = identity()
+    assert usual == identity(targets="contour") == identity(targets="mask", start="box")
+    names = [usual, identity(start="stride"), identity(mask="rays"), identity(mask="rays", targets="contour")]
+    assert len(set(names)) == 4
+    assert identity("box-only") == identity("box-only", mask="rays", targets="contour")
 
 
 def test_it_is_evaluated_and_resumes_to_the_bit(root: Path, tmp_path: Path) -> None:

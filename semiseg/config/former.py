@@ -62,7 +62,13 @@ _FIRST_SECTIONS = ("data", "supervision", "objective", "model", "optim")
 # that runs from before keep theirs.
 ADDED_LATER: dict[str, dict[str, Any]] = {
     "objective": {"affinity": "colour", "level_set": 0.0},
-    "model": {"deformable_interval": 0, "neck": "fpn", "neck_repeats": 6, "neck_norm": "bn"},
+    "model": {
+        "deformable_interval": 0,
+        "neck": "fpn",
+        "neck_repeats": 6,
+        "neck_norm": "bn",
+        "mask_head.targets": "mask",
+    },
 }
 
 
@@ -163,6 +169,7 @@ def without_unread(identity: dict[str, Any], *, initial: bool) -> dict[str, Any]
         (data, "bottom_rows_without_affinity", edges, 0),
         (model, "weights", not initial, "random"),
         (model, "max_mask_positives", from_masks or objective["box"] != "none", 5),
+        (model, "mask_head.targets", from_masks and objective["mask"] == "rays", "mask"),
         (model, "small_widths", model["backbone"] == "small", [24, 48, 96, 160]),
         (model, "neck_repeats", bifpn, 6),
         (model, "neck_norm", bifpn, "bn"),

@@ -93,11 +93,14 @@ def marched_rays(mask: np.ndarray, points_xy: np.ndarray, count: int) -> np.ndar
     padded = np.pad(mask, 1)  # what lies beyond is looked up in the border
     # The nearest pixel. Whole pixels are added afterwards, so that rounding does not depend on where the mask stands.
     way = np.round([np.cos(angle), np.sin(angle)], 12)[:, None, :, None] * reach  # (xy, 1, K, S)
-    whole = np.floor(points_xy).astype(np.int64)
+    whole = np.floor(points_xy).astype(np.int32)
     part = (points_xy - whole).T[:, :, None, None]
-    pixel = np.floor(part + way + 0.5).astype(np.int64) + whole.T[:, :, None, None] + 1
-    column, row = pixel[0].clip(0, width + 1), pixel[1].clip(0, height + 1)
-    inside = padded[row, column]  # (P, K, S)
+    if not part.any():  # of locations, which all see the same pixels around them
+        part = part[:, :1]
+    column, row = np.floor(part + way + 0.5).astype(np.int32)
+    x, y = whole.T[:, :, None, None]
+    column, row = (column + (x + 1)).clip(0, width + 1), (row + (y + 1)).clip(0, height + 1)
+    inside = padded.ravel()[row * (width + 2) + column]  # (P, K, S)
     last = len(reach) - 1 - inside[:, :, ::-1].argmax(2)
     return np.where(inside.any(2), reach[last], NO_RAY).astype(np.float32)
 

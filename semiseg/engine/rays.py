@@ -32,11 +32,11 @@ def build_ray_rule(config: RunConfig, train: Table) -> RayRule | None:
         head.rays,
         contour=head.targets == "contour",
         everywhere=source == "masks" and train.count_objects()[1] == 0,
-        positives=partial(_positives, assign=fcos_assignment(detector), strides=tuple(detector.strides)),
+        positives=partial(positives_of, assign=fcos_assignment(detector), strides=tuple(detector.strides)),
     )
 
 
-def _positives(
+def positives_of(
     targets: Targets,
     padded_size_hw: tuple[int, int],
     num_images: int,

@@ -13,6 +13,7 @@ from semiseg.losses.boxinst import (
 )
 from semiseg.losses.detection import detection_losses, generalised_iou
 from semiseg.losses.dice import dice_loss
+from semiseg.losses.rays import polar_centreness, polar_iou_loss
 
 __all__ = [
     "affinity_edges",
@@ -25,5 +26,7 @@ __all__ = [
     "mask_projection_loss",
     "neighbour_inside",
     "pairwise_loss",
+    "polar_centreness",
+    "polar_iou_loss",
     "projection_loss",
 ]

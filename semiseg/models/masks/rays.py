@@ -99,8 +99,8 @@ class RayMasks(MaskHead):
         if self.start == "stride":
             return scaled.clamp(max=LARGEST_LOG).exp() * locations.stride[queries.location_index][:, None]
         # The box and half a cell: cells that the box includes are not on the outline of a mask that fills it.
-        boxes = queries.boxes_xyxy + queries.boxes_xyxy.new_tensor([-0.5, -0.5, 0.5, 0.5]) * self.stride
-        room, ellipse = rooms(locations.xy[queries.location_index], boxes, x.shape[1])
+        centres = locations.xy[queries.location_index]
+        room, ellipse = rooms(centres, queries.boxes_xyxy, x.shape[1], margin=self.stride / 2)
         first = (FIRST_SHARE * ellipse / room).clamp(*SHARES).logit()
         return room * (scaled + first).sigmoid()
 
@@ -118,20 +118,22 @@ def directions(count: int, device: torch.device) -> Tensor:
     return torch.stack([angle.cos(), angle.sin()])
 
 
-def rooms(centres_xy: Tensor, boxes_xyxy: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def rooms(centres_xy: Tensor, boxes_xyxy: Tensor, count: int, *, margin: float) -> tuple[Tensor, Tensor]:
     """How far rays from points reach in a box, and in the ellipse that touches its sides: (Q, count) each, > 0.
 
     Args:
         centres_xy: (Q, 2); a point outside the box (outside the ellipse) is taken for one at its border.
         boxes_xyxy: (Q, 4) in the same frame.
+        margin: what a box is widened by on every side.
     """
+    low, high = boxes_xyxy[:, :2] - margin, boxes_xyxy[:, 2:] + margin
     way = directions(count, centres_xy.device)
-    before, after = (centres_xy - boxes_xyxy[:, :2]), (boxes_xyxy[:, 2:] - centres_xy)
+    before, after = centres_xy - low, high - centres_xy
     side = torch.where(way > 0, after[:, :, None], before[:, :, None]).clamp(min=SHORTEST)  # (Q, xy, count)
     to_box = (side / way.abs().clamp(min=1e-6)).amin(1)
     # In units of the half axes the ellipse is a circle: |point + t way| = 1.
-    half = ((boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]) / 2).clamp(min=SHORTEST)
-    point = (centres_xy - (boxes_xyxy[:, :2] + boxes_xyxy[:, 2:]) / 2) / half
+    half = ((high - low) / 2).clamp(min=SHORTEST)
+    point = (centres_xy - (low + high) / 2) / half
     point = point * (FIRST_SHARE / point.norm(dim=1, keepdim=True).clamp(min=FIRST_SHARE))
     scaled = way / half[:, :, None]
     square, along = scaled.square().sum(1), (point[:, :, None] * scaled).sum(1)
