@@ -104,14 +104,15 @@ def build_step(config: RunConfig, *, num_classes: int) -> TrainStep:
 
 def _require_neighbours(config: RunConfig) -> None:
     """A UserError if every neighbour of a cell lies beyond its mask, so that a loss on edges would be 0 for ever."""
-    objective, cells = config.objective, mask_cells(config.model, config.data.long_side)
+    longest = max(config.data.short_sides) if config.data.stretch else config.data.long_side
+    objective, cells = config.objective, mask_cells(config.model, longest)
     labelled = objective.mask == "labelled" and config.supervision.source != "boxes"
     edges = objective.box == "projection+pairwise" or objective.affinity == "learned" or labelled
     if edges and objective.affinity_dilation >= cells:
         raise UserError(
             f"objective.affinity_dilation = {objective.affinity_dilation}: no cell has a neighbour so far away, "
-            f"allowed: less than the {cells} cells of a mask's longer side ({config.model.mask_cells}, data.long_side "
-            f"{config.data.long_side})"
+            f"allowed: less than the {cells} cells of a mask's longer side ({config.model.mask_cells}, "
+            f"{'data.short_sides up to' if config.data.stretch else 'data.long_side'} {longest})"
         )
 
 
@@ -145,7 +146,12 @@ def train_dataset(config: RunConfig, data: RunData) -> InstanceDataset:
     return InstanceDataset(
         data.train,
         rule=build_rule(config.supervision.source, data.split),
-        transform=Resize(short_sides=config.data.short_sides, long_side=config.data.long_side, flip=config.data.flip),
+        transform=Resize(
+            short_sides=config.data.short_sides,
+            long_side=config.data.long_side,
+            flip=config.data.flip,
+            stretch=config.data.stretch,
+        ),
         mask_stride=mask_stride(config.model),
         bottom_rows_without_affinity=config.data.bottom_rows_without_affinity,
         rays=build_ray_rule(config, data.train),
@@ -190,7 +196,7 @@ def build_evaluation_loader(
     dataset = InstanceDataset(
         table,
         rule=build_rule("masks" if with_masks else "boxes", None),
-        transform=Resize([inference.short_side], inference.long_side),
+        transform=Resize([inference.short_side], inference.long_side, stretch=inference.stretch),
         mask_stride=mask_stride(model),
         bottom_rows_without_affinity=bottom_rows_without_affinity,
     )
