@@ -5,9 +5,12 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -19,16 +22,23 @@ import semiseg
 from semiseg.cli import app
 from semiseg.config.model import AnchorDetector
 from semiseg.data.transforms import Resize
+from semiseg.engine.anchor_step import semantic_targets
 from semiseg.engine.predict import LoadedModel
 from semiseg.errors import UserError
 from semiseg.interop.yolact import CLASSES, convert_state
-from semiseg.models.detectors.anchors import fast_nms, square_anchors
+from semiseg.losses.anchors import box_loss, class_loss, hardest_background, semantic_loss
+from semiseg.models.detectors.anchor_targets import AnchorAssignment, assign_squares, best_free_anchors
+from semiseg.models.detectors.anchors import WEIGHTS, fast_nms, square_anchors
+from semiseg.models.detectors.boxes import decode_boxes
 from semiseg.models.masks.prototypes import inside_parts
-from tests.tiny import tiny_config
+from semiseg.structures.inputs import Targets
+from tests.test_train import first_batches
+from tests.tiny import DETECTORS, tiny_config
 
 GOLDEN = Path(__file__).parent / "golden"
 SIDE, SCALES = 110, (1.0, 0.5**0.5, 2**0.5)  # a fifth of 550: levels of 14, 7, 4, 2 and 1 cells
 NUM_CLASSES = 4
+CPU = torch.device("cpu")
 
 
 # The network ---------------------------------------------------------------------------------------------------------
@@ -234,3 +244,182 @@ def test_stretched_images_have_one_size() -> None:
 def test_anchors_have_no_other_mask_head(kind: str) -> None:
     with pytest.raises(UserError, match=f"detector 'anchors' weighs prototypes: .* must be 'prototypes', not '{kind}'"):
         tiny_config(Path(), model={"detector": {"kind": "anchors"}, "mask_head": {"kind": kind}})
+
+
+# Its losses, beside the released implementation's numbers -------------------------------------------------------------
+
+
+def draw(key: str, *shape: int) -> Tensor:
+    """The numbers that `golden/README.md` says are drawn for a key."""
+    seed = zlib.crc32(f"yolact_loss_a.{key}".encode()) & 0xFFFFFFFF
+    return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, np.ndarray]:
+    with np.load(GOLDEN / "yolact_losses.npz") as file:
+        return dict(file)
+
+
+@pytest.fixture(scope="module")
+def targets(golden: dict[str, np.ndarray]) -> Targets:
+    """Two images of 160 x 160 pixels, every object with its mask; the last of the first image is a crowd."""
+    boxes = [torch.from_numpy(golden[f"gt{image}_boxes_rel"]) * 160 for image in range(2)]
+    labels = [torch.from_numpy(golden[f"gt{image}_labels"]) for image in range(2)]
+    masks = [torch.from_numpy(np.unpackbits(golden[f"gt{image}_masks_packed"], axis=-1)) for image in range(2)]
+    count = len(boxes[0]) - 1 + len(boxes[1])
+    return Targets(
+        boxes_xyxy=torch.cat([boxes[0][:-1], boxes[1]]),
+        labels=torch.cat([labels[0][:-1], labels[1]]),
+        image_index=torch.tensor([0] * (len(boxes[0]) - 1) + [1] * len(boxes[1])),
+        supervision=torch.ones(count, dtype=torch.int64),
+        masks=torch.cat([masks[0][:-1], masks[1]]).bool(),
+        mask_instance=torch.arange(count),
+        mask_weight=torch.ones(count),
+        crowd_boxes_xyxy=boxes[0][-1:],
+        crowd_image_index=torch.zeros(1, dtype=torch.int64),
+        mask_stride=1,
+    )
+
+
+def assigned(targets: Targets) -> AnchorAssignment:
+    sizes = [(cells, cells) for cells in (20, 10, 5, 3, 2)]
+    return assign_squares(
+        targets,
+        sizes_hw=sizes,
+        num_images=2,
+        padded_hw=(160, 160),
+        sides=(6, 13, 27, 55, 111),
+        scales=SCALES,
+        positive_iou=0.5,
+        negative_iou=0.4,
+        negatives=3,
+    )
+
+
+def close(found: Tensor, expected: np.ndarray) -> None:
+    wanted = torch.from_numpy(np.asarray(expected))
+    torch.testing.assert_close(found.to(wanted.dtype), wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+
+
+def test_matches_are_the_releaseds(golden: dict[str, np.ndarray], targets: Targets) -> None:
+    found = assigned(targets)
+    expected = torch.from_numpy(golden["conf_t"].astype(np.int64))
+    label = torch.where(found.background, 0, -1)
+    label[found.image_index, found.anchor_index] = targets.labels[found.instance_index] + 1
+    assert torch.equal(label, expected)
+    of_image = found.instance_index - 12 * found.image_index
+    own = torch.from_numpy(golden["idx_t"].astype(np.int64))[found.image_index, found.anchor_index]
+    assert torch.equal(of_image, own)
+    close(found.deltas, golden["loc_t_positives"])
+    assert found.negatives == tuple(3 * golden["num_pos"])
+
+
+def test_losses_and_gradients_are_the_releaseds(golden: dict[str, np.ndarray], targets: Targets) -> None:
+    found, count = assigned(targets), len(golden["conf_t"][0])
+    place = (found.image_index, found.anchor_index)
+    deltas = draw("loc", 2, count, 4).requires_grad_()
+    box = box_loss(deltas[place], found.deltas) / len(place[0])
+    box.backward()
+    close(box, golden["loss_B"])
+    assert deltas.grad is not None
+    close(deltas.grad[place], golden["grad_B_loc_positives"])
+    close(deltas.grad.norm(), golden["grad_B_loc_norm"])
+
+    logits = 1.5 * draw("conf", 2, count, 81)
+    logits[..., 0] += 3
+    logits.requires_grad_()
+    label = torch.from_numpy(golden["conf_t"].astype(np.int64)).clamp(min=0)
+    learning = hardest_background(logits, found.background, found.negatives)
+    learning[place] = True
+    assert np.array_equal(np.packbits(learning.numpy(), axis=-1), golden["ohem_used"])
+    of_class = class_loss(logits.flatten(0, 1), label.flatten(), learning.flatten()) / len(place[0])
+    of_class.backward()
+    close(of_class, golden["loss_C"])
+    assert logits.grad is not None
+    close(logits.grad[learning][::7], golden["grad_C_conf_used_every7"])
+    close(logits.grad.norm(), golden["grad_C_conf_norm"])
+
+    segments = draw("segm", 2, 80, 20, 20).requires_grad_()
+    present, known = semantic_targets(replace(targets, crowd_boxes_xyxy=torch.zeros(1, 4)), segments, (160, 160))
+    assert known.all()  # without the crowd's box: the released loss takes what is in it for background
+    semantic = semantic_loss(segments, present, known) / 2
+    semantic.backward()
+    close(semantic, golden["loss_S"])
+    assert segments.grad is not None
+    every = segments.grad.numel() // 2048
+    close(segments.grad.flatten()[::every][:512], golden["grad_S_segm_sub"])
+    close(segments.grad.norm(), golden["grad_S_segm_norm"])
+
+
+def test_boxes_crops_and_fast_nms_are_the_releaseds(golden: dict[str, np.ndarray], targets: Targets) -> None:
+    anchors = square_anchors([(n, n) for n in (20, 10, 5, 3, 2)], (160, 160), (6, 13, 27, 55, 111), SCALES, CPU)
+    boxes = decode_boxes(draw("loc", 2, len(anchors), 4)[0], anchors, WEIGHTS) / 160
+    close(boxes[::11], golden["decode_image0_every11"])
+    for name, given in (("ones", targets.boxes_xyxy[:4] / 160), ("odd", torch.from_numpy(golden["crop_odd_boxes"]))):
+        inside = inside_parts(given, (40, 40))
+        assert np.array_equal(np.packbits(inside.numpy(), axis=-1), golden[f"crop_{name}"])
+    boxes, scores = (torch.from_numpy(golden[f"nms_{name}"]) for name in ("boxes", "scores"))
+    index, label, _ = fast_nms(boxes, scores, threshold=0.5, per_class=200)
+    assert len(index) == int(golden["nms_kept_fast_all_classes"]) == 413
+    assert golden["nms_kept_ordinary_all_classes"] == 480
+    assert index[:100].tolist() == golden["nms_out_index"].tolist()
+    assert label[:100].tolist() == golden["nms_out_class"].tolist()
+
+
+# What the released implementation has not ----------------------------------------------------------------------------
+
+
+def test_every_object_has_an_anchor_the_best_pair_first() -> None:
+    iou = torch.rand(5, 30, generator=torch.Generator().manual_seed(1))
+    iou[2] = iou[0]
+    pairs = sorted((-float(iou[g, a]), g, a) for g in range(5) for a in range(30))
+    taken: dict[int, int] = {}
+    for _, own, anchor in pairs:
+        if own not in taken and anchor not in taken.values():
+            taken[own] = anchor
+    assert best_free_anchors(iou).tolist() == [taken[own] for own in range(5)]
+
+
+def test_boxes_without_masks_and_crowds_are_not_background_of_the_map(targets: Targets) -> None:
+    kept = torch.arange(20) % 3 > 0
+    some = replace(
+        targets,
+        supervision=kept.long(),
+        masks=targets.masks[kept],
+        mask_instance=torch.nonzero(kept)[:, 0],
+        mask_weight=torch.ones(int(kept.sum())),
+    )
+    present, known = semantic_targets(some, torch.zeros(2, 80, 20, 20), (160, 160))
+    expected_present, expected_known = torch.zeros_like(present), torch.ones_like(known)
+    centres = torch.arange(20) * 8 + 4.0
+
+    def inside(box: Tensor) -> Tensor:
+        x0, y0, x1, y1 = box
+        rows, columns = ((centres >= low) & (centres <= high) for low, high in ((y0, y1), (x0, x1)))
+        return torch.logical_and(rows[:, None], columns)
+
+    expected_known[0, :, inside(targets.crowd_boxes_xyxy[0])] = False
+    for number in range(20):
+        image, label = int(targets.image_index[number]), int(targets.labels[number])
+        if kept[number]:
+            corners = [targets.masks[number, 3 + i :: 8, 3 + j :: 8].int() for i in range(2) for j in range(2)]
+            expected_present[image, label] |= torch.stack(corners).sum(0) > 2
+        else:
+            expected_known[image, label, inside(targets.boxes_xyxy[number])] = False
+    assert torch.equal(present, expected_present)
+    assert torch.equal(known, expected_known | expected_present)
+    assert not known.all()
+
+
+def test_the_map_is_the_same_from_cells_and_from_encoded_masks(tmp_path: Path) -> None:
+    found = []
+    for cells in ({"cells": "parts"}, {"cells": "strided", "stride": 1}):
+        head = {**DETECTORS["yolact"]["mask_head"], **cells}
+        config = tiny_config(tmp_path, model={**DETECTORS["yolact"], "mask_head": head})
+        (batch,) = first_batches(config, 1)
+        assert batch.targets is not None
+        assert (batch.targets.encoded is None) == (cells["cells"] == "strided")
+        found.append(semantic_targets(batch.targets, torch.zeros(4, 16, 8, 8), (64, 64)))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert 0 < int(found[0][0].sum()) < found[0][0].numel()
