@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import box_iou, nms
@@ -21,9 +22,13 @@ from typer.testing import CliRunner
 import semiseg
 from semiseg.cli import app
 from semiseg.config.model import AnchorDetector
+from semiseg.config.read import merge
 from semiseg.data.transforms import Resize
 from semiseg.engine.anchor_step import semantic_targets
+from semiseg.engine.build import build_step
 from semiseg.engine.predict import LoadedModel
+from semiseg.engine.predict_files import PredictOptions, predict_files
+from semiseg.engine.run import execute_run
 from semiseg.errors import UserError
 from semiseg.interop.yolact import CLASSES, convert_state
 from semiseg.losses.anchors import box_loss, class_loss, hardest_background, semantic_loss
@@ -32,8 +37,9 @@ from semiseg.models.detectors.anchors import WEIGHTS, fast_nms, square_anchors
 from semiseg.models.detectors.boxes import decode_boxes
 from semiseg.models.masks.prototypes import inside_parts
 from semiseg.structures.inputs import Targets
-from tests.test_train import first_batches
-from tests.tiny import DETECTORS, tiny_config
+from tests.distributed_worker import LEARNED
+from tests.test_train import first_batches, fresh_step, losses_and_gradients
+from tests.tiny import DETECTORS, nested, tiny_config
 
 GOLDEN = Path(__file__).parent / "golden"
 SIDE, SCALES = 110, (1.0, 0.5**0.5, 2**0.5)  # a fifth of 550: levels of 14, 7, 4, 2 and 1 cells
@@ -244,6 +250,62 @@ def test_stretched_images_have_one_size() -> None:
 def test_anchors_have_no_other_mask_head(kind: str) -> None:
     with pytest.raises(UserError, match=f"detector 'anchors' weighs prototypes: .* must be 'prototypes', not '{kind}'"):
         tiny_config(Path(), model={"detector": {"kind": "anchors"}, "mask_head": {"kind": kind}})
+
+
+@pytest.mark.parametrize("objective", [LEARNED, {"level_set": 1.0}])
+def test_masks_in_parts_have_no_loss_of_whole_maps(objective: dict[str, Any]) -> None:
+    config = tiny_config(Path(), model=DETECTORS["yolact"], objective=objective)
+    with pytest.raises(UserError, match=r"needs .* whole images, not 'prototypes' with cells in parts"):
+        build_step(config, num_classes=3)
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        ({"neck": {"form": "yolact", "coarse": "pool"}}, "form 'yolact' makes its coarse levels by convolutions"),
+        ({"mask_head.cells": "parts", "mask_head.stride": 2}, "stride must be half of feature_stride"),
+        ({"detector.anchor_sides": [8]}, "anchor_sides needs 3 values for 3 strides"),
+        ({"detector.negative_iou": 0.6}, "negative_iou must not be above positive_iou"),
+    ],
+)
+def test_what_does_not_fit_is_told(model: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        tiny_config(Path(), model=merge(DETECTORS["yolact"], nested(model)))
+
+
+def test_it_trains_and_is_evaluated_on_stretched_images_of_odd_size(tmp_path: Path) -> None:
+    """70 pixels have levels of 9, 5 and 3 cells and masks of 18 x 18; nothing is padded."""
+    sides: dict[str, Any] = {
+        "data": {"short_sides": [70], "stretch": True},
+        "inference": {"short_side": 70, "stretch": True},
+    }
+    config = tiny_config(tmp_path, model=DETECTORS["yolact"], optim={"steps": 2}, **sides)
+    (batch,) = first_batches(config, 1)
+    assert batch.images.shape[-2:] == (70, 70)
+    result = execute_run(config, out=tmp_path / "run", progress=False)
+    assert result is not None
+    loaded = semiseg.load_model(tmp_path / "run", device="cpu")
+    outputs = loaded.network(batch.images[:1], batch.image_sizes_hw[:1])
+    assert outputs.mask_inputs.prototypes.shape[-2:] == (18, 18)
+    Image.new("RGB", (100, 40)).save(tmp_path / "wide.png")
+    options = PredictOptions(
+        short_side=70, long_side=70, stretch=True, score_threshold=0.0, drawn_score=None, batch_size=1, workers=1
+    )
+    (tmp_path / "out").mkdir()
+    predict_files(loaded, [tmp_path / "wide.png"], out=tmp_path / "out", options=options, progress=False, report=print)
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert len(found) > 0
+    assert all(each["segmentation"]["size"] == [40, 100] for each in found)
+
+
+def test_anchors_weigh_prototypes_of_any_kind_of_cells(tmp_path: Path) -> None:
+    """With cells at pixels of the stride inputs are padded as for every other head, and edges may be learned."""
+    head = {**DETECTORS["yolact"]["mask_head"], "cells": "strided"}
+    config = tiny_config(tmp_path, model={**DETECTORS["yolact"], "mask_head": head}, objective=LEARNED)
+    assert config.model.size_divisor == 32
+    losses, _ = losses_and_gradients(fresh_step(config), first_batches(config, 1))
+    assert torch.isfinite(losses).all()
+    assert losses[-1] > 0
 
 
 # Its losses, beside the released implementation's numbers -------------------------------------------------------------

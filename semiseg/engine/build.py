@@ -88,8 +88,7 @@ def build_step(config: RunConfig, *, num_classes: int) -> TrainStep:
             "'box_as_mask', 'mil' or 'mil+smooth'"
         )
     elif objective.level_set > 0 and mask_stride(config.model) is None:
-        kind = config.model.mask_head.kind
-        raise UserError(f"objective.level_set needs a mask head with masks on whole images, not {kind!r}")
+        raise UserError(f"objective.level_set needs masks on whole images, not {_head_in_words(config.model)}")
     else:
         _require_neighbours(config)
     return TrainStep(
@@ -126,10 +125,14 @@ def _counts_edges(config: RunConfig) -> bool:
 def _build_affinity(config: ModelConfig, model: Segmenter, objective: Objective) -> AffinityBranch:
     head, stride = model.mask_head, mask_stride(config)
     if head.edge_channels is None or stride is None:
-        kind = config.mask_head.kind
-        raise UserError(f"objective.affinity = 'learned' needs a mask head with features of whole images, not {kind!r}")
+        own = _head_in_words(config)
+        raise UserError(f"objective.affinity = 'learned' needs a mask head with features of whole images, not {own}")
     edges = objective.affinity_size**2 // 2
     return AffinityBranch(head.edge_channels, factor=head.edge_stride // stride, edges=edges)
+
+
+def _head_in_words(config: ModelConfig) -> str:
+    return f"{config.mask_head.kind!r}{' with cells in parts' if config.masks_in_parts else ''}"
 
 
 def compile_network(model: Segmenter, *, backend: str = "inductor") -> None:
