@@ -419,7 +419,7 @@ def test_boxes_crops_and_fast_nms_are_the_releaseds(golden: dict[str, np.ndarray
     boxes = decode_boxes(draw("loc", 2, len(anchors), 4)[0], anchors, WEIGHTS) / 160
     close(boxes[::11], golden["decode_image0_every11"])
     for name, given in (("ones", targets.boxes_xyxy[:4] / 160), ("odd", torch.from_numpy(golden["crop_odd_boxes"]))):
-        inside = inside_parts(given, (40, 40))
+        inside = inside_parts(40 * given, (40, 40))
         assert np.array_equal(np.packbits(inside.numpy(), axis=-1), golden[f"crop_{name}"])
     boxes, scores = (torch.from_numpy(golden[f"nms_{name}"]) for name in ("boxes", "scores"))
     index, label, _ = fast_nms(boxes, scores, threshold=0.5, per_class=200)

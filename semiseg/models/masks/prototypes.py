@@ -140,7 +140,9 @@ class PrototypeMasks(MaskHead):
         if self.from_box:
             logits = logits + inner_distances(boxes, stride, logits.shape).clamp(OUTSIDE, INSIDE)
         if not self.training:
-            inside = (inside_parts if self.in_parts else partial(inside_boxes, stride=stride))(boxes, shape=logits.shape)
+            inside = (inside_parts if self.in_parts else partial(inside_boxes, stride=stride))(
+                boxes, shape=logits.shape
+            )
             logits = logits.masked_fill(~inside, float("-inf"))
         grid = self.grid(queries.boxes_xyxy, padded_hw)
         return MaskLogits(logits, queries.image_index, queries.instance_index, grid)
