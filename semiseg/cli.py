@@ -96,7 +96,7 @@ def root(
 VERBS: dict[typer.Typer, dict[str, Callable[..., None]]] = {
     splits: {"list": split.list_splits, "show": split.show, "make": split.make},
     data_sets: {"check": data.check, "shapes": data.shapes},
-    conversions: {"adelaidet": convert.adelaidet, "torchvision": convert.torchvision},
+    conversions: {"adelaidet": convert.adelaidet, "torchvision": convert.torchvision, "yolact": convert.yolact},
     app: {
         "train": train.train,
         "evaluate": train.evaluate,

@@ -7,6 +7,7 @@ folder that holds them: `weights.py` (rebuilds the checkpoint), `batch.npz` and 
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -21,16 +22,18 @@ import semiseg
 from semiseg.cli import app
 from semiseg.structures.outputs import Detections
 
-FOLDER = os.environ.get("SEMISEG_GOLDEN")
+FOLDER, PEERS = (os.environ.get(name) for name in ("SEMISEG_GOLDEN", "SEMISEG_GOLDEN_PEERS"))
 LARGEST_BOX_DIFFERENCE = 0.01  # px
 LARGEST_SCORE_DIFFERENCE = 1e-4
 SMALLEST_SHARE_OF_EQUAL_PIXELS = 0.999
 
-pytestmark = pytest.mark.skipif(FOLDER is None, reason="SEMISEG_GOLDEN names no folder of golden numbers")
+pytestmark = pytest.mark.skipif(FOLDER is PEERS is None, reason="no folder of golden numbers is named")
 
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if FOLDER is None:
+        pytest.skip("SEMISEG_GOLDEN names no folder of golden numbers")
     folder = tmp_path_factory.mktemp("golden")
     checkpoint = folder / "boxinst_r50.pth"
     subprocess.run([sys.executable, str(Path(FOLDER or "") / "weights.py"), "boxinst_r50", str(checkpoint)], check=True)
@@ -87,3 +90,24 @@ def compare_masks(ours: Tensor, packed: Tensor, width: int) -> None:
     pixels = theirs[0].numel()
     print(f"  {int(differing.sum())} of {theirs.numel()} mask pixels differ, at most {int(differing.max())} in a mask")
     assert int(differing.max()) <= (1 - SMALLEST_SHARE_OF_EQUAL_PIXELS) * pixels
+
+
+def test_detections_and_masks_of_yolact(tmp_path: Path) -> None:
+    """Its golden numbers may lie in another folder, `SEMISEG_GOLDEN_PEERS`, with a `weights.py` and `stretch.py`."""
+    if PEERS is None:
+        pytest.skip("SEMISEG_GOLDEN_PEERS names no folder of golden numbers")
+    checkpoint = tmp_path / "yolact.pth"
+    subprocess.run([sys.executable, str(Path(PEERS) / "weights.py"), "yolact_r50_550", str(checkpoint)], check=True)
+    told = CliRunner().invoke(app, ["convert", "yolact", str(checkpoint), str(tmp_path / "model")])
+    assert told.exit_code == 0, told.output
+    stretch = runpy.run_path(str(Path(PEERS) / "stretch.py"))["stretch_u8"]
+    with np.load(Path(PEERS) / "batch.npz") as given, np.load(Path(PEERS) / "yolact_r50_550_eval.npz") as values:
+        for number in range(2):
+            own = {key.removeprefix(f"u8{number}_"): values[key] for key in values.files if f"u8{number}_" in key}
+            image = torch.from_numpy(stretch(given[f"image{number}_bgr_u8_chw"], 550)[::-1].copy())
+            size = tuple(own["orig_hw"].tolist())
+            (found,) = semiseg.detect(semiseg.load_model(tmp_path / "model"), [image], output_sizes=[size])
+            boxes, scores, labels = (torch.from_numpy(own[key]) for key in ("boxes_out_float", "scores", "classes"))
+            partner = match(found, boxes, scores, labels)
+            areas = found.masks[partner].flatten(1).sum(dim=1)
+            assert int((areas - torch.from_numpy(own["mask_area"])).abs().max()) <= 4

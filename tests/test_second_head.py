@@ -69,7 +69,7 @@ def _second_head(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_needs_masks_of_whole_images_is_refused(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, objective={"box": "projection", "level_set": 0.1})
-    with pytest.raises(UserError, match=r"objective\.level_set needs a mask head with masks on whole images"):
+    with pytest.raises(UserError, match=r"objective\.level_set needs masks on whole images"):
         build_step(config, num_classes=2)
     config = tiny_config(tmp_path, objective={"box": "projection+learned", "affinity": "learned"})
     with pytest.raises(UserError, match=r"objective\.affinity = 'learned' needs a mask head with features of whole"):

@@ -68,6 +68,11 @@ DETECTORS: dict[str, dict[str, Any]] = {
         },
         "mask_head": HEADS["regions"],
     },
+    "yolact": {
+        "neck": {"form": "yolact"},
+        "detector": {"kind": "anchors", "strides": [8, 16, 32], "anchor_sides": [12, 24, 48]},
+        "mask_head": {**HEADS["prototypes"], "cells": "parts"},
+    },
 }
 
 

@@ -85,6 +85,35 @@ def torchvision(
     typer.echo(_summary(converted, checkpoint, out))
 
 
+def yolact(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A released YOLACT file with a ResNet, .pth.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Model folder to write; an existing model folder is replaced.")
+    ],
+    annotations: Annotated[
+        Path | None, typer.Option(help="COCO json with the model's classes. Default, for 80 classes: COCO's.")
+    ] = None,
+    side: Annotated[int, typer.Option(min=32, help="Side in pixels to which images are stretched: 550, 700, 400.")] = (
+        550
+    ),
+) -> None:
+    """Convert a released YOLACT checkpoint.
+
+    Example: semiseg convert yolact yolact_resnet50_54_800000.pth models/yolact_r50
+    """
+    _check_out(out)
+    from semiseg.engine.checkpoint import ModelInfo, save_model
+    from semiseg.interop.checkpoints import read_state
+    from semiseg.interop.yolact import convert_state
+
+    converted = convert_state(read_state(checkpoint), side=side, where=str(checkpoint))
+    class_names, category_ids = _classes(converted.num_classes, annotations, checkpoint)
+    inference = InferenceConfig(short_side=side, long_side=side, stretch=True, nms_threshold=0.5)
+    info = ModelInfo(config=converted.config, class_names=class_names, category_ids=category_ids, inference=inference)
+    save_model(out.resolve(), converted.weights, info)
+    typer.echo(_summary(converted, checkpoint, out))
+
+
 def _check_out(out: Path) -> None:
     """Only a new or empty folder or a model folder may be written; anything else would be lost."""
     require_folder(out.absolute().parent)

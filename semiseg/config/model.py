@@ -68,6 +68,16 @@ class FPNNeck(Section):
     kind: Literal["fpn"] = "fpn"
     channels: PositiveInt = 256
     coarse: Literal["convs", "pool"] = "convs"  # how levels beyond 32 are made; "pool" = every second cell (R-CNN's)
+    # "yolact": levels are doubled bilinearly, with a ReLU behind those up to 32 and none between those beyond
+    form: Literal["usual", "yolact"] = "usual"
+
+    @model_validator(mode="after")
+    def _levels_are_convolved(self) -> FPNNeck:
+        if self.form == "yolact" and self.coarse != "convs":
+            raise ValueError(
+                f"form 'yolact' makes its coarse levels by convolutions: coarse must not be {self.coarse!r}"
+            )
+        return self
 
 
 class BiFPNNeck(Section):
@@ -137,6 +147,30 @@ class RegionDetector(Section):
         return self
 
 
+class AnchorDetector(Section):
+    """YOLACT's: square anchors, each of which is classified, moved and given weights of the prototypes."""
+
+    kind: Literal["anchors"] = "anchors"
+    strides: list[PositiveInt] = [8, 16, 32, 64, 128]  # of the levels that have anchors
+    anchor_sides: list[PositiveInt] = [24, 48, 96, 192, 384]  # in pixels, one for each level; the usual ones for 550
+    # Sides of the anchors of a location by its level's; the original means other ratios of height and width by these
+    anchor_scales: Annotated[list[Deviation], Field(min_length=1)] = [1.0, 0.5**0.5, 2**0.5]
+    positive_iou: Probability = 0.5  # an anchor from here on learns its object,
+    negative_iou: Probability = 0.4  # and below here background
+    negatives: PositiveInt = 3  # of an image by its positives: the hardest learn background
+    candidates_per_class: PositiveInt = 200  # before NMS
+
+    @model_validator(mode="after")
+    def _levels_fit(self) -> AnchorDetector:
+        if len(self.anchor_sides) != len(self.strides):
+            raise ValueError(f"anchor_sides needs {len(self.strides)} values for {len(self.strides)} strides")
+        if any(b != 2 * a for a, b in pairwise(self.strides)) or self.strides[0] not in (4, 8):
+            raise ValueError("strides must start at 4 or 8, each twice the one before")
+        if self.negative_iou > self.positive_iou:
+            raise ValueError("negative_iou must not be above positive_iou")
+        return self
+
+
 class DynamicMaskHead(Section):
     """CondInst's: a branch of mask features, shared by an image, on which each object has filters of its own."""
 
@@ -169,10 +203,15 @@ class PrototypeMaskHead(Section):
     start: Literal["box", "nothing"] = "box"  # what a mask is before prototypes say anything; "nothing" = the original
     feature_stride: PositiveInt = 8  # of the level that they are made from; theirs is half of it
     stride: PositiveInt = 4  # of the mask logits
+    # Where cells stand: at pixels of the stride, or "parts": they are equal parts of the image, doubled as such; the
+    # original's, for images of any size
+    cells: Literal["strided", "parts"] = "strided"
     max_positives: PositiveInt = 64  # of an image whose mask is predicted in a step, shared out over its objects
 
     @model_validator(mode="after")
     def _strides_fit(self) -> PrototypeMaskHead:
+        if self.cells == "parts" and self.stride != self.feature_stride // 2:
+            raise ValueError("cells 'parts' are as many as the prototypes': stride must be half of feature_stride")
         if self.feature_stride not in (4, 8, 16) or self.feature_stride // 2 % self.stride:
             raise ValueError("feature_stride must be 4, 8 or 16 and half of it a multiple of stride")
         return self
@@ -226,7 +265,10 @@ Backbone = Annotated[
     Annotated[ResNetBackbone, Tag("resnet")] | Annotated[SmallBackbone, Tag("small")], Discriminator(_kind("resnet"))
 ]
 DetectorConfig = Annotated[
-    Annotated[FCOSDetector, Tag("fcos")] | Annotated[RegionDetector, Tag("regions")], Discriminator(_kind("fcos"))
+    Annotated[FCOSDetector, Tag("fcos")]
+    | Annotated[RegionDetector, Tag("regions")]
+    | Annotated[AnchorDetector, Tag("anchors")],
+    Discriminator(_kind("fcos")),
 ]
 MaskHeadConfig = Annotated[
     Annotated[DynamicMaskHead, Tag("dynamic")]
@@ -258,6 +300,9 @@ class ModelConfig(Section):
         if self.detector.kind == "regions" and self.mask_head.kind != "regions":
             kind = self.mask_head.kind
             raise ValueError(f"detector 'regions' makes masks in boxes: mask_head.kind must be 'regions', not {kind!r}")
+        if self.detector.kind == "anchors" and self.mask_head.kind != "prototypes":
+            head = self.mask_head.kind
+            raise ValueError(f"detector 'anchors' weighs prototypes: mask_head.kind must be 'prototypes', not {head!r}")
         for name, part in (("detector", self.detector), ("mask_head", self.mask_head)):
             if isinstance(part, FCOSDetector | RayMaskHead) and self.neck.channels % part.tower_groups:
                 raise ValueError(f"neck.channels must divide by {name}.tower_groups")
@@ -288,9 +333,14 @@ class ModelConfig(Section):
         return score**2 if self.detector.kind == "fcos" else score
 
     @property
+    def masks_in_parts(self) -> bool:
+        """Whether the cells of masks are equal parts of the image, whatever its size."""
+        return self.mask_head.kind == "prototypes" and self.mask_head.cells == "parts"
+
+    @property
     def size_divisor(self) -> int:
-        """Padded images divide by it: the coarsest stride of the backbone, 32."""
-        return 32
+        """Padded images divide by it: the coarsest stride of the backbone, 32; 1 where no part needs whole cells."""
+        return 1 if self.masks_in_parts and self.detector.kind == "anchors" else 32
 
     def with_backbone_weights(self, weights: str) -> ModelConfig:
         """The same network, its backbone beginning with other weights."""
@@ -302,6 +352,7 @@ class InferenceConfig(Section):
 
     short_side: Side = 800  # of the resized image in pixels; the longer side never exceeds long_side
     long_side: Side = 1333
+    stretch: bool = False  # height and width both become the short side, whatever they are
     score_threshold: Probability = 0.05
     candidates_per_level: PositiveInt = 1000
     nms_threshold: Probability = 0.6

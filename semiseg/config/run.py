@@ -66,6 +66,7 @@ class DataConfig(Section):
     short_sides: Annotated[list[Side], Field(min_length=1)] = [640, 672, 704, 736, 768, 800]
     long_side: Side = 1333
     flip: Probability = 0.5
+    stretch: bool = False  # height and width both become the short side that is drawn, whatever the image's were
     bottom_rows_without_affinity: Annotated[int, Field(ge=0)] = 10
 
 

@@ -94,12 +94,15 @@ class Resize:
     short_sides: Sequence[int]  # one of them is drawn for each sample
     long_side: int  # upper limit of the longer side, in pixels
     flip: float = 0.0  # probability of the horizontal flip
+    stretch: bool = False  # height and width both become the drawn side
 
     def __call__(self, size_hw: tuple[int, int], seed: int) -> Geometry:
         # random.random() is the one draw whose values Python promises to keep between versions.
         generator = random.Random(seed)
         short_side = self.short_sides[int(generator.random() * len(self.short_sides))]
         flipped = generator.random() < self.flip
+        if self.stretch:
+            return Geometry(size_hw, (short_side, short_side), flipped)
         return Geometry(size_hw, resized_size(size_hw, short_side, self.long_side), flipped)
 
 

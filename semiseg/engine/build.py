@@ -88,8 +88,7 @@ def build_step(config: RunConfig, *, num_classes: int) -> TrainStep:
             "'box_as_mask', 'mil' or 'mil+smooth'"
         )
     elif objective.level_set > 0 and mask_stride(config.model) is None:
-        kind = config.model.mask_head.kind
-        raise UserError(f"objective.level_set needs a mask head with masks on whole images, not {kind!r}")
+        raise UserError(f"objective.level_set needs masks on whole images, not {_head_in_words(config.model)}")
     else:
         _require_neighbours(config)
     return TrainStep(
@@ -104,14 +103,15 @@ def build_step(config: RunConfig, *, num_classes: int) -> TrainStep:
 
 def _require_neighbours(config: RunConfig) -> None:
     """A UserError if every neighbour of a cell lies beyond its mask, so that a loss on edges would be 0 for ever."""
-    objective, cells = config.objective, mask_cells(config.model, config.data.long_side)
+    longest = max(config.data.short_sides) if config.data.stretch else config.data.long_side
+    objective, cells = config.objective, mask_cells(config.model, longest)
     labelled = objective.mask == "labelled" and config.supervision.source != "boxes"
     edges = objective.box == "projection+pairwise" or objective.affinity == "learned" or labelled
     if edges and objective.affinity_dilation >= cells:
         raise UserError(
             f"objective.affinity_dilation = {objective.affinity_dilation}: no cell has a neighbour so far away, "
-            f"allowed: less than the {cells} cells of a mask's longer side ({config.model.mask_cells}, data.long_side "
-            f"{config.data.long_side})"
+            f"allowed: less than the {cells} cells of a mask's longer side ({config.model.mask_cells}, "
+            f"{'data.short_sides up to' if config.data.stretch else 'data.long_side'} {longest})"
         )
 
 
@@ -125,10 +125,14 @@ def _counts_edges(config: RunConfig) -> bool:
 def _build_affinity(config: ModelConfig, model: Segmenter, objective: Objective) -> AffinityBranch:
     head, stride = model.mask_head, mask_stride(config)
     if head.edge_channels is None or stride is None:
-        kind = config.mask_head.kind
-        raise UserError(f"objective.affinity = 'learned' needs a mask head with features of whole images, not {kind!r}")
+        own = _head_in_words(config)
+        raise UserError(f"objective.affinity = 'learned' needs a mask head with features of whole images, not {own}")
     edges = objective.affinity_size**2 // 2
     return AffinityBranch(head.edge_channels, factor=head.edge_stride // stride, edges=edges)
+
+
+def _head_in_words(config: ModelConfig) -> str:
+    return f"{config.mask_head.kind!r}{' with cells in parts' if config.masks_in_parts else ''}"
 
 
 def compile_network(model: Segmenter, *, backend: str = "inductor") -> None:
@@ -145,7 +149,12 @@ def train_dataset(config: RunConfig, data: RunData) -> InstanceDataset:
     return InstanceDataset(
         data.train,
         rule=build_rule(config.supervision.source, data.split),
-        transform=Resize(short_sides=config.data.short_sides, long_side=config.data.long_side, flip=config.data.flip),
+        transform=Resize(
+            short_sides=config.data.short_sides,
+            long_side=config.data.long_side,
+            flip=config.data.flip,
+            stretch=config.data.stretch,
+        ),
         mask_stride=mask_stride(config.model),
         bottom_rows_without_affinity=config.data.bottom_rows_without_affinity,
         rays=build_ray_rule(config, data.train),
@@ -190,7 +199,7 @@ def build_evaluation_loader(
     dataset = InstanceDataset(
         table,
         rule=build_rule("masks" if with_masks else "boxes", None),
-        transform=Resize([inference.short_side], inference.long_side),
+        transform=Resize([inference.short_side], inference.long_side, stretch=inference.stretch),
         mask_stride=mask_stride(model),
         bottom_rows_without_affinity=bottom_rows_without_affinity,
     )

@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from semiseg.config.model import FCOSDetector, ModelConfig, RegionDetector
+from semiseg.config.model import AnchorDetector, FCOSDetector, ModelConfig, RegionDetector
+from semiseg.engine.anchor_step import anchor_counts, mean_anchor_losses
+from semiseg.losses import anchors as squares
 from semiseg.losses import detection as fcos
 from semiseg.losses import two_stage
 from semiseg.models.detectors import regions
+from semiseg.models.detectors.anchor_targets import assign_squares, sample_anchors
 from semiseg.models.detectors.assign import assign
 from semiseg.models.detectors.boxes import encode_boxes
 from semiseg.models.detectors.region_targets import Draw, RegionAssignment, assign_anchors, sample_regions
@@ -42,6 +45,7 @@ class DetectorStep:
     # (outputs, assignment, targets, count of the whole step, processes) -> by `loss_names`, as they are added up
     losses: Callable[..., dict[str, Tensor]]
     draws: bool = False  # whether `assign` takes the seeds of the images, too
+    sized: bool = False  # whether it takes height and width of the padded images
     own_regions: bool = False  # whether masks are asked for in other boxes than the objects', as predictions have it
 
 
@@ -49,6 +53,8 @@ def detector_step(config: ModelConfig, model: Segmenter) -> DetectorStep:
     """The functions of the configured detector."""
     if isinstance(config.detector, RegionDetector):
         return _region_step(config.detector, model)
+    if isinstance(config.detector, AnchorDetector):
+        return _anchor_step(config.detector)
     return _fcos_step(config.detector)
 
 
@@ -70,6 +76,25 @@ def _fcos_step(config: FCOSDetector) -> DetectorStep:
         counts=fcos.detection_counts,
         sample=sample_positives,
         losses=fcos.mean_detection_losses,
+    )
+
+
+def _anchor_step(config: AnchorDetector) -> DetectorStep:
+    return DetectorStep(
+        loss_names=squares.LOSSES,
+        count_names=squares.COUNTS,
+        assign=partial(
+            assign_squares,
+            sides=config.anchor_sides,
+            scales=config.anchor_scales,
+            positive_iou=config.positive_iou,
+            negative_iou=config.negative_iou,
+            negatives=config.negatives,
+        ),
+        counts=anchor_counts,
+        sample=sample_anchors,
+        losses=mean_anchor_losses,
+        sized=True,
     )
 
 

@@ -166,6 +166,8 @@ def _rescored(network: Segmenter, outputs: Outputs, candidates: Candidates, inpu
     mean = (probability * inside).sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)
     scores, order = (candidates.scores * mean).sort(descending=True, stable=True)
     moved = {name: getattr(candidates.queries, name)[order] for name in ("location_index", "boxes_xyxy", "labels")}
+    shape = candidates.queries.shape_index
+    moved["shape_index"] = None if shape is None else shape[order]
     return Candidates(scores, replace(candidates.queries, **moved))
 
 

@@ -46,6 +46,7 @@ class PredictOptions:
     drawn_score: float | None  # detections with at least this score are drawn; None = no overlays
     batch_size: int  # images predicted at a time; those of equal padded size share a forward
     workers: int  # threads that read and draw
+    stretch: bool = False  # height and width both become the short side
 
 
 @dataclass
@@ -162,7 +163,7 @@ def _read_ahead(
 def _read(image_id: int, path: Path, options: PredictOptions) -> _ImageFile:
     image = read_image(path, upright=True)
     height, width = image.shape[1:]
-    geometry = Resize([options.short_side], options.long_side)((height, width), 0)
+    geometry = Resize([options.short_side], options.long_side, stretch=options.stretch)((height, width), 0)
     picture = None if options.drawn_score is None else prepare_drawing(image.permute(1, 2, 0).numpy())
     # Names that are not UTF-8 stay readable in the JSON, if not openable.
     name = os.fsencode(path.as_posix()).decode("utf-8", errors="backslashreplace")

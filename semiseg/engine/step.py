@@ -93,9 +93,10 @@ class TrainStep(nn.Module):
         """
         targets = _targets(batch if loaded is None else loaded).to("cpu")
         num_images, size_hw = batch.images.shape[0], (batch.images.shape[-2], batch.images.shape[-1])
-        drawn_by = {"seeds": batch.seeds} if self.detector.draws else {}
+        more = {"seeds": batch.seeds} if self.detector.draws else {}
+        more |= {"padded_hw": size_hw} if self.detector.sized else {}
         sizes_hw = self.model.level_sizes(size_hw)
-        assignment = self.detector.assign(targets, sizes_hw=sizes_hw, num_images=num_images, **drawn_by)
+        assignment = self.detector.assign(targets, sizes_hw=sizes_hw, num_images=num_images, **more)
         quotas = mask_quotas(
             assignment,
             num_instances=targets.num_instances,

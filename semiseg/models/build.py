@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from semiseg.config.model import (
+    AnchorDetector,
     DynamicMaskHead,
     FCOSDetector,
     FPNNeck,
@@ -16,6 +17,7 @@ from semiseg.config.model import (
     ResNetBackbone,
 )
 from semiseg.models.bifpn import BiFPN
+from semiseg.models.detectors.anchors import AnchorDetector as OneStageDetector
 from semiseg.models.detectors.detector import Detector
 from semiseg.models.detectors.fcos import FCOSHead
 from semiseg.models.detectors.regions import RegionDetector as TwoStageDetector
@@ -44,6 +46,7 @@ def build_model(config: ModelConfig, *, num_classes: int) -> Segmenter:
         mask_head=build_mask_head(config, num_classes=num_classes),
         pixel_mean=config.pixel_mean,
         pixel_std=config.pixel_std,
+        size_divisor=config.size_divisor,
     )
 
 
@@ -64,6 +67,15 @@ def _build_detector(config: ModelConfig, *, num_classes: int) -> Detector:
                 proposal_nms=part.proposal_nms,
                 training_proposals=part.training_proposals,
             )
+        case AnchorDetector():
+            return OneStageDetector(
+                channels,
+                num_classes=num_classes,
+                strides=part.strides,
+                sides=part.anchor_sides,
+                scales=part.anchor_scales,
+                candidates_per_class=part.candidates_per_class,
+            )
         case FCOSDetector():
             return FCOSHead(
                 channels,
@@ -76,7 +88,9 @@ def _build_detector(config: ModelConfig, *, num_classes: int) -> Detector:
 
 def mask_stride(config: ModelConfig) -> int | None:
     """Stride in input pixels of the one grid of all masks; None where the mask head has a grid for each of them."""
-    return None if isinstance(config.mask_head, RegionMaskHead) else config.mask_head.stride
+    if isinstance(config.mask_head, RegionMaskHead) or config.masks_in_parts:
+        return None
+    return config.mask_head.stride
 
 
 def mask_cells(config: ModelConfig, long_side: int) -> int:
@@ -100,6 +114,8 @@ def build_mask_head(config: ModelConfig, *, num_classes: int) -> MaskHead:
                 level_stride=head.feature_stride,
                 stride=head.stride,
                 from_box=head.start == "box",
+                in_parts=config.masks_in_parts,
+                shapes=len(config.detector.anchor_scales) if isinstance(config.detector, AnchorDetector) else 1,
             )
         case RayMaskHead():
             return RayMasks(
@@ -176,5 +192,6 @@ def _build_neck(config: ModelConfig, backbone_channels: Sequence[int]) -> Featur
             first_stride=config.finest_stride,
             last_stride=strides[-1],
             coarse=neck.coarse,
+            form=neck.form,
         )
     return BiFPN(backbone_channels, neck.channels, repeats=neck.repeats, norm=neck.norm)

@@ -25,12 +25,21 @@ class FeaturePyramid(nn.Module):
         first_stride: of the finest level, 4, 8 or 16; finer maps of the backbone are not used.
         last_stride: of the coarsest level, a power of two; below 32 it counts as 32.
         coarse: "pool" = further levels are every second cell of the one before (Faster R-CNN's) and have no weights.
+        form: "yolact" = bilinear upsampling, a ReLU behind the levels up to 32, none between the further ones.
     """
 
     def __init__(
-        self, backbone_channels: Sequence[int], channels: int, *, first_stride: int, last_stride: int, coarse: str
+        self,
+        backbone_channels: Sequence[int],
+        channels: int,
+        *,
+        first_stride: int,
+        last_stride: int,
+        coarse: str,
+        form: str = "usual",
     ) -> None:
         super().__init__()
+        self.form = form
         self.channels = channels
         self.first_input = BACKBONE_STRIDES.index(first_stride)
         self.strides = list(BACKBONE_STRIDES[self.first_input :])
@@ -46,10 +55,20 @@ class FeaturePyramid(nn.Module):
         used = OrderedDict((str(stride), feature) for stride, feature in zip(BACKBONE_STRIDES, features, strict=True))
         for stride in BACKBONE_STRIDES[: self.first_input]:
             del used[str(stride)]
-        levels = list(self.fpn(used).values())
+        levels = self._bilinear(list(used.values())) if self.form == "yolact" else list(self.fpn(used).values())
         for number, conv in enumerate(self.extra):
-            levels.append(conv(levels[-1] if number == 0 or isinstance(conv, nn.MaxPool2d) else F.relu(levels[-1])))
+            as_it_is = number == 0 or isinstance(conv, nn.MaxPool2d) or self.form == "yolact"
+            levels.append(conv(levels[-1] if as_it_is else F.relu(levels[-1])))
         return dict(zip(self.strides, levels, strict=True))
+
+    def _bilinear(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """The levels up to 32; half-pixel, to the very size of the finer map, which may be odd."""
+        merged = [block(feature) for block, feature in zip(self.fpn.inner_blocks, features, strict=True)]
+        for number in reversed(range(len(merged) - 1)):
+            size = merged[number].shape[-2:]
+            coarser = F.interpolate(merged[number + 1], size=size, mode="bilinear", align_corners=False)
+            merged[number] = merged[number] + coarser
+        return [F.relu(block(level)) for block, level in zip(self.fpn.layer_blocks, merged, strict=True)]
 
     def parts_of_finer_levels(self, stride: int) -> list[nn.Module]:
         """What computes the levels finer than `stride` and no other: nothing passes from fine to coarse."""

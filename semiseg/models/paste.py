@@ -96,7 +96,7 @@ def _paste_regions(
 ) -> Tensor:
     """The cells' probabilities (M, h, w) at the centre of every output pixel, bilinear: (M, 1, H, W).
 
-    Half a cell beyond a region they have fallen to half, one cell beyond to 0.
+    Half a cell beyond a region they have fallen to half, one cell beyond to 0, if it is not the whole image.
     """
     scale = regions.boxes_xyxy.new_tensor([out / side for side, out in zip(input_hw, output_hw, strict=True)][::-1])
     low, high = (regions.boxes_xyxy.view(-1, 2, 2) * scale).unbind(1)  # (M, xy), output pixels
@@ -111,4 +111,6 @@ def _paste_regions(
         for axis, out in enumerate(output_hw[::-1])
     ]  # x (M, W) and y (M, H), where a region reaches from -1 to 1
     x, y = sides[0][:, None, :].expand(-1, output_hw[0], -1), sides[1][:, :, None].expand(-1, -1, output_hw[1])
-    return F.grid_sample(probability[:, None], torch.stack([x, y], dim=-1), mode="bilinear", align_corners=False)
+    beyond = "border" if regions.whole_image else "zeros"
+    places = torch.stack([x, y], dim=-1)
+    return F.grid_sample(probability[:, None], places, mode="bilinear", padding_mode=beyond, align_corners=False)

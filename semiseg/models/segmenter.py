@@ -47,11 +47,12 @@ class Segmenter(nn.Module):
         mask_head: MaskHead,
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
+        size_divisor: int = BACKBONE_STRIDES[-1],
     ) -> None:
         super().__init__()
         self.num_classes = detector.num_classes
         self.strides = detector.strides
-        self.size_divisor = BACKBONE_STRIDES[-1]
+        self.size_divisor = size_divisor
         self.backbone = backbone
         self.neck = neck
         self.detector = detector
@@ -88,7 +89,7 @@ class Segmenter(nn.Module):
         levels = self.neck(self.backbone(self.normalise(images, image_sizes_hw)))  # by stride
         size_hw = (images.shape[2], images.shape[3])
         outputs, features = self.detector.predict(levels, size_hw, image_sizes_hw)
-        return replace(outputs, mask_inputs=self.mask_head(levels, features))
+        return replace(outputs, mask_inputs=self.mask_head(levels, features), padded_hw=size_hw)
 
     def candidates(self, outputs: Outputs, image_sizes_hw: Tensor, **limits: Any) -> list[Candidates]:
         """See `Detector.candidates`."""

@@ -32,6 +32,8 @@ class Regions:
     size_hw: tuple[int, int]  # cells in y and x, the same for all
     # Pasted as torchvision does: with a cell around it, a region begins and ends at whole pixels of the output
     whole_pixels: bool = False
+    # Each is the whole image: beyond the centres of its outer cells a mask goes on as it is there
+    whole_image: bool = False
 
     def __post_init__(self) -> None:
         if self.boxes_xyxy.ndim != 2 or self.boxes_xyxy.shape[1] != 4:
@@ -39,7 +41,7 @@ class Regions:
 
     def of(self, index: Tensor | slice) -> Regions:
         """The grids of some of the masks."""
-        return Regions(self.boxes_xyxy[index], self.size_hw, self.whole_pixels)
+        return Regions(self.boxes_xyxy[index], self.size_hw, self.whole_pixels, self.whole_image)
 
     def centres(self) -> tuple[Tensor, Tensor]:
         """y of every row (N, h) and x of every column (N, w), in input pixels: pixel p reaches from p to p + 1."""

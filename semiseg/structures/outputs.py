@@ -37,6 +37,7 @@ class Outputs:
     """What the network predicts for a batch, the same in training and evaluation; each detector adds its own."""
 
     locations: Locations  # the R places of the levels at which the detector predicts
+    padded_hw: tuple[int, int] | None = None  # height and width of the padded images; None = none asked for them
     # From what the mask head makes the masks that it is asked for: its own structure, which nobody else looks into
     mask_inputs: Any = None
 
@@ -87,9 +88,11 @@ class MaskQueries:
     labels: Tensor  # (Q,) int64, its class
     # How many queries each image has, where `image_index` ascends and the numbers are known on the host; else None
     counts: tuple[int, ...] | None = None
+    shape_index: Tensor | None = None  # (Q,) int64, which of its location's anchors; None = there is only one
 
     def __post_init__(self) -> None:
         count = self.image_index.shape[0]
+        require(self.shape_index is None or self.shape_index.shape == (count,), "shape_index must be (Q,)")
         for name in ("location_index", "instance_index", "labels"):
             require(getattr(self, name).shape == (count,), f"{name} must be (Q,)")
         require(self.boxes_xyxy.shape == (count, 4), "boxes_xyxy must be (Q, 4)")

@@ -57,13 +57,13 @@ def match(
     return matched
 
 
-def in_crowds(candidates_xyxy: Tensor, crowd_boxes_xyxy: Tensor) -> Tensor:
-    """(K,) bool: more than half of the candidate's area lies in one of the crowd boxes (C, 4)."""
+def in_crowds(candidates_xyxy: Tensor, crowd_boxes_xyxy: Tensor, *, share: float = 0.5) -> Tensor:
+    """(K,) bool: more than such a share of the candidate's area lies in one of the crowd boxes (C, 4)."""
     low = torch.maximum(candidates_xyxy[:, None, :2], crowd_boxes_xyxy[None, :, :2])
     high = torch.minimum(candidates_xyxy[:, None, 2:], crowd_boxes_xyxy[None, :, 2:])
     shared = (high - low).clamp(min=0).prod(2)  # (K, C)
     area = (candidates_xyxy[:, 2:] - candidates_xyxy[:, :2]).prod(1)
-    return (shared > 0.5 * area[:, None]).any(1)
+    return (shared > share * area[:, None]).any(1)
 
 
 def drawn(wanted: Tensor, count: int, order: Tensor) -> Tensor:

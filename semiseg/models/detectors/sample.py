@@ -69,13 +69,9 @@ def sample_positives(
     place = (assignment.image_index, assignment.location_index)
     probability = outputs.class_logits[place].float().sigmoid().amax(dim=-1)  # (P,)
     score = probability * outputs.centreness_logits[place].float().sigmoid()
-    order = torch.argsort(score, descending=True, stable=True)  # positives come by image, then location
-    order = order[torch.argsort(assignment.instance_index[order], stable=True)]
-    instance_index = assignment.instance_index[order]
-    chosen = rank_in_group(instance_index) < quotas[instance_index]
-    if counts is None:
-        counts = sums_by_image(assignment.image_index[order], chosen, len(outputs.class_logits))
-    kept = order[torch.nonzero_static(chosen, size=sum(counts))[:, 0]]
+    kept, counts = best_of_instances(
+        score, assignment.image_index, assignment.instance_index, quotas, counts, len(outputs.class_logits)
+    )
     instance_index = assignment.instance_index[kept]
     return MaskQueries(
         image_index=assignment.image_index[kept],
@@ -85,6 +81,29 @@ def sample_positives(
         labels=targets.labels[instance_index],
         counts=tuple(counts),
     )
+
+
+def best_of_instances(
+    score: Tensor,
+    image_index: Tensor,
+    instance_index: Tensor,
+    quotas: Tensor,
+    counts: Sequence[int] | None,
+    num_images: int,
+) -> tuple[Tensor, Sequence[int]]:
+    """Which of P positives, by image, have the best scores (P,) of their instance, as many as its quota (N,).
+
+    Returns:
+        (Q,) int64, by instance, best first, equal ones in their order; and `counts`, or if they are None, the numbers
+        of each image, read back from the device.
+    """
+    order = torch.argsort(score, descending=True, stable=True)
+    order = order[torch.argsort(instance_index[order], stable=True)]
+    instance = instance_index[order]
+    chosen = rank_in_group(instance) < quotas[instance]
+    if counts is None:
+        counts = sums_by_image(image_index[order], chosen, num_images)
+    return order[torch.nonzero_static(chosen, size=sum(counts))[:, 0]], counts
 
 
 def sums_by_image(image_index: Tensor, numbers: Tensor, num_images: int) -> list[int]:

@@ -49,13 +49,13 @@ def select_detections(
     for image in range(outputs.class_logits.shape[0]):
         scores = outputs.class_logits[image].float().sigmoid()  # (R, C)
         scores = scores * outputs.centreness_logits[image, :, None].float().sigmoid()
-        scores = scores * _cell_exists(outputs.locations, own_sizes[image])[:, None]
+        scores = scores * cell_exists(outputs.locations, own_sizes[image])[:, None]
         location, label = _best_per_level(scores, outputs.locations.counts, score_threshold, candidates_per_level)
         score, boxes = scores[location, label], decode_boxes(outputs, image, location)
         # double: batched_nms keeps classes apart by large offsets, which in float32 would round the boxes
         shifted = boxes.double() - boxes.amin() if len(boxes) else boxes.double()  # and supposes coordinates >= 0
         kept = batched_nms(shifted, score.double(), label, nms_threshold)[:max_detections]
-        kept = kept[_overlaps_image(boxes[kept], image_sizes_hw[image])]
+        kept = kept[overlaps_image(boxes[kept], image_sizes_hw[image])]
         results.append(
             Candidates(
                 scores=score[kept].sqrt(),
@@ -78,13 +78,13 @@ def decode_boxes(outputs: DenseOutputs, image: int, location: Tensor) -> Tensor:
     return torch.cat([centre - reach[:, :2], centre + reach[:, 2:]], dim=1)
 
 
-def _cell_exists(locations: Locations, size_hw: Tensor) -> Tensor:
+def cell_exists(locations: Locations, size_hw: Tensor) -> Tensor:
     """(R,) bool: the cell of the location begins inside an input of this size."""
     corner = locations.xy - torch.div(locations.stride, 2, rounding_mode="floor")[:, None]
     return (corner < size_hw.flip(0)).all(dim=1)
 
 
-def _overlaps_image(boxes_xyxy: Tensor, size_hw: Tensor) -> Tensor:
+def overlaps_image(boxes_xyxy: Tensor, size_hw: Tensor) -> Tensor:
     """(N,) bool: the box has some area inside the unpadded image."""
     low, high = boxes_xyxy[:, :2].clamp(min=0), torch.minimum(boxes_xyxy[:, 2:], size_hw.flip(0))
     return (high > low).all(dim=1)
