@@ -212,7 +212,7 @@ def test_the_papers_studies_are_the_same_runs_on_one_gpu_and_on_eight() -> None:
     assert len(names) == 7
     for name in names:
         for run in study_runs(load_study(str(ROOT / "experiments" / f"{name}.toml"))):
-            parts = run.config.optim.batch_size // 16
+            parts = run.config.optim.batch_size // (8 * run.config.runtime.images_per_process)
             assert [parts_per_step(run.config, gpus) for gpus in (8, 4, 2, 1)] == [parts * n for n in (1, 2, 4, 8)], (
                 name
             )

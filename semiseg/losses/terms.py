@@ -485,7 +485,8 @@ def _crop_sum(name: str, logits: Tensor, instance: Tensor, prepared: MaskTargets
     cells = prepared.cells[instance]
     if name == "bce":
         masks = (prepared.masks if prepared.soft is None else prepared.soft)[prepared.mask_row[instance]]
-        each = cross_entropy_loss(logits, masks, cells if isinstance(prepared.grid, WholeMap) else None)
+        whole = isinstance(prepared.grid, WholeMap) or prepared.grid.whole_image
+        each = cross_entropy_loss(logits, masks, cells if whole else None)
     else:
         each = bag_loss(logits, cells) if name == "mil" else smoothness_loss(logits)
     return torch.where(prepared.chosen[name][instance], each * prepared.weight[instance], 0).sum()
