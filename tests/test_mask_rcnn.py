@@ -26,6 +26,8 @@ from semiseg.engine.predict import LoadedModel
 from semiseg.errors import UserError
 from semiseg.interop.torchvision import MASKS, SCORES, convert_state
 from semiseg.losses import two_stage
+from semiseg.losses.affinity import inside_of_neighbours
+from semiseg.losses.boxinst import pairwise_loss, projection_loss
 from semiseg.losses.crops import bag_loss, cross_entropy_loss, smoothness_loss
 from semiseg.losses.regions import region_cells, soft_masks
 from semiseg.models.detectors.boxes import decode_boxes, encode_boxes, in_crowds, match
@@ -534,3 +536,24 @@ def test_a_wanted_score_is_the_threshold_of_class_probabilities() -> None:
     regions = tiny_config(Path(), model=DETECTORS["mask_rcnn"]).model
     assert regions.threshold_of(0.5) == 0.5
     assert tiny_config(Path()).model.threshold_of(0.5) == 0.25
+
+
+def test_stripes_satisfy_no_loss_of_a_box() -> None:
+    """Every other row of cells: without edges between the cells of a pair as good a minimum as the object itself."""
+    rows = torch.arange(28)[None, :, None].expand(1, 28, 28)
+    stripes = torch.where(rows % 2 == 0, 8.0, -8.0)
+    cells, index = torch.tensor([[0, 28, 0, 28]]), torch.zeros(1, dtype=torch.int64)
+    assert float(projection_loss(stripes, cells)) < 0.4
+    costs = {}
+    for dilation in (2, 1):
+        inside = torch.ones(1, 28, dtype=torch.bool)
+        edges = inside_of_neighbours(inside, inside, size=3, dilation=dilation)
+        sums, counts = pairwise_loss(stripes, cells, edges, index, size=3, dilation=dilation)
+        costs[dilation] = float(sums / counts)
+    assert costs[2] < 0.01
+    assert costs[1] > 3
+
+
+@pytest.mark.parametrize(("head", "dilation"), [("dynamic", 2), ("prototypes", 2), ("regions", 1)])
+def test_cells_of_regions_are_held_to_the_next_ones(root: Path, head: str, dilation: int) -> None:
+    assert fresh_step(tiny_config(root, model={"mask_head": HEADS[head]})).objective.affinity_dilation == dilation

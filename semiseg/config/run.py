@@ -103,7 +103,7 @@ class ObjectiveConfig(Section):
     level_set: Annotated[float, Field(ge=0)] = 0.0  # weight of the level set loss on an instance's box; 0 = without
     affinity_threshold: Probability = 0.3
     affinity_size: Literal[3, 5, 7] = 3
-    affinity_dilation: Annotated[int, Field(ge=1, le=64)] = 2
+    affinity_dilation: Annotated[int, Field(ge=1, le=64)] = 2  # mask_head.kind = 'regions' has 1
     pairwise_warmup_steps: Annotated[int, Field(ge=0)] | None = None
 
     @model_validator(mode="after")

@@ -69,6 +69,16 @@ def build_objective(config: ObjectiveConfig) -> Objective:
     )
 
 
+def joined_dilation(config: RunConfig) -> int:
+    """The dilation of the neighbourhood, 1 where cells of masks are predicted each by itself, as those of regions are.
+
+    Neighbours n cells apart join every n-th cell alone: nothing holds a cell and the next one together, and masks of
+    stripes or with holes in every other cell satisfy projection and pairwise as well as the object does. CondInst's
+    maps cannot have them, since they are interpolated from cells n times as large.
+    """
+    return 1 if config.model.mask_head.kind == "regions" else config.objective.affinity_dilation
+
+
 def without_initial_weights(config: RunConfig) -> RunConfig:
     """The same run for a model whose weights will all be loaded: its backbone need not find any of its own."""
     return config.model_copy(update={"model": config.model.with_backbone_weights("random")})
@@ -78,6 +88,7 @@ def build_step(config: RunConfig, *, num_classes: int) -> TrainStep:
     """The model with its assignment and losses."""
     model = build_model(config.model, num_classes=num_classes)
     objective, detector = build_objective(config.objective), detector_step(config.model, model)
+    objective = replace(objective, affinity_dilation=joined_dilation(config))
     if not learns_masks(config):
         model.freeze_masks()
         objective = replace(objective, affinity="colour")
