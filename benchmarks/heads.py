@@ -1,9 +1,9 @@
 """Rows `mask_rcnn_step` and `mask_rcnn_detect`: our Mask R-CNN beside torchvision's own, with its weights.
 
-The training step is forward, losses and backward of one image with a frozen batch norm, as released weights have it; the
-update, the same for both, is left out. What is drawn differs, so the timed steps are not compared: one more is, in which
-nothing is drawn (all anchors and all regions take part) and both networks are given the same proposals. Those of the
-networks themselves are compared by `mask_rcnn_detect`, whose detections follow from them.
+The training step is forward, losses and backward of one image with a frozen batch norm, as released weights have it;
+the update, the same for both, is left out. What is drawn differs, so the timed steps are not compared: one more is, in
+which nothing is drawn (all anchors and all regions take part) and both networks are given the same proposals. Those of
+the networks themselves are compared by `mask_rcnn_detect`, whose detections follow from them.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ BOX_DISTANCE, SCORE_DISTANCE = 0.05, 1e-3  # pixels, and of a detection's score
 SHARE_FOUND, SHARE_OF_PIXELS = 0.98, 1e-3  # of the detections that both sides have, of their masks' pixels that differ
 
 
-def torchvision_network(size_hw: tuple[int, int], *, classes: int, frozen: bool = True, **limits: int) -> MaskRCNN:
+def torchvision_network(size_hw: tuple[int, int], *, classes: int, frozen: bool, **limits: int) -> MaskRCNN:
     """torchvision's ResNet-50 network with weights that give many detections, of boxes and masks of many kinds.
 
     Args:
@@ -79,8 +79,10 @@ def torchvision_network(size_hw: tuple[int, int], *, classes: int, frozen: bool 
 
 def network_of(sizes: Sizes) -> MaskRCNN:
     """torchvision's network of a row: with as many proposals of a level as of an image, as ours has them."""
-    kept = {f"rpn_{part}_nms_top_n_{mode}": sizes["proposals"] for part in ("pre", "post") for mode in ("train", "test")}
-    return torchvision_network((sizes["height"], sizes["width"]), classes=sizes["classes"], **kept)
+    kept = {
+        f"rpn_{part}_nms_top_n_{mode}": sizes["proposals"] for part in ("pre", "post") for mode in ("train", "test")
+    }
+    return torchvision_network((sizes["height"], sizes["width"]), classes=sizes["classes"], frozen=True, **kept)
 
 
 def ellipses(boxes_xyxy: Tensor, size_hw: tuple[int, int]) -> Tensor:
@@ -302,7 +304,7 @@ def same_detections(ours: Result, theirs: Result) -> bool:
     pairs = [[ours["rles"][partner[number]], theirs["rles"][number]] for number in np.flatnonzero(near)]
     union = sum(int(rle_codec.area(rle_codec.merge(pair))) for pair in pairs)
     both = sum(int(rle_codec.area(rle_codec.merge(pair, intersect=True))) for pair in pairs)
-    return 0 < union and union - both <= SHARE_OF_PIXELS * union
+    return union > 0 and union - both <= SHARE_OF_PIXELS * union
 
 
 MASK_RCNN_DETECT = Row(
