@@ -1,4 +1,5 @@
-"""Rows `mask_rcnn_step` and `mask_rcnn_detect`: our Mask R-CNN beside torchvision's own, with its weights.
+"""Rows `mask_rcnn_step` and `mask_rcnn_detect`: our Mask R-CNN beside torchvision's own, with its weights. Row
+`crop_losses`: the losses of masks in regions of their own.
 
 The training step is forward, losses and backward of one image with a frozen batch norm, as released weights have it;
 the update, the same for both, is left out. What is drawn differs, so the timed steps are not compared: one more is, in
@@ -20,14 +21,20 @@ from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 
+from benchmarks import straightforward as plain
 from benchmarks.inputs import coco_like_boxes, picture
-from benchmarks.measure import Place, Result, Row, Side, Sizes, Task
+from benchmarks.masks import LOGIT_DEVIATION, SHARE_OF_EDGES, normal_quantiles
+from benchmarks.measure import Close, Place, Result, Row, Side, Sizes, Task
+from benchmarks.plain_step import DILATION, SIZE
 from benchmarks.step import CloseGradients, gradients_result
 from semiseg.config import InferenceConfig
 from semiseg.engine.detection import detector_step
 from semiseg.engine.predict import coco_results, each_image
 from semiseg.engine.step import TrainStep
 from semiseg.interop.torchvision import convert_state
+from semiseg.losses.affinity import inside_of_neighbours
+from semiseg.losses.boxinst import cell_profiles, pairwise_loss, projection_loss
+from semiseg.losses.crops import bag_loss, cross_entropy_loss
 from semiseg.losses.terms import Objective
 from semiseg.models.build import build_model
 from semiseg.structures.inputs import Batch, Targets
@@ -316,4 +323,68 @@ MASK_RCNN_DETECT = Row(
     quick_passes=2,
     prepare=prepare_detect,
     agree=same_detections,
+)
+
+
+# crop_losses ---------------------------------------------------------------------------------------------------------
+
+
+def prepare_crops(side: Side, sizes: Sizes, place: Place) -> Task:
+    """`crop_losses`: the first half of the instances has masks, the second boxes alone."""
+    logits, masks, cells, edges = crop_inputs(sizes)
+    half = sizes["instances"] // 2
+    index = torch.arange(len(cells))
+    rows, columns = cell_profiles(cells, (logits.shape[1], logits.shape[2]))
+    box_masks = (rows[:, :, None] & columns[:, None, :]).float()
+
+    def run() -> dict[str, Tensor | None]:
+        logits.grad = None
+        given, boxed = logits[:half], logits[half:]
+        if side == "ours":
+            losses = {
+                "bce": cross_entropy_loss(given, masks),
+                "projection": projection_loss(boxed, cells),
+                "mil": bag_loss(boxed, cells),
+            }
+            sums, counts = pairwise_loss(boxed, cells, edges, index, size=SIZE, dilation=DILATION)
+        else:
+            losses = {
+                "bce": plain.cross_entropy(given, masks),
+                "projection": plain.projection(boxed, box_masks),
+                "mil": plain.bags(boxed, cells),
+            }
+            sums, counts = plain.pairwise_sums(boxed, box_masks, edges, size=SIZE, dilation=DILATION)
+        means = {name: each.mean() for name, each in losses.items()} | {"pairwise": sums.sum() / counts.sum()}
+        torch.stack(list(means.values())).sum().backward()
+        return {**{name: each.detach() for name, each in means.items()}, "gradient": logits.grad}
+
+    return Task(run)
+
+
+def crop_inputs(sizes: Sizes) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Logits (Q, h, w) that want a gradient; of the half with masks (Q / 2, h, w) in [0, 1]; of the other boxes as
+    cells (Q / 2, 4) and edges (Q / 2, K, h, w) bool.
+
+    A box fills its region but for a tenth on each side, as with margin 1.25.
+    """
+    generator = torch.Generator().manual_seed(10)
+    count, half, side = sizes["instances"], sizes["instances"] // 2, sizes["cells"]
+    logits = torch.stack([normal_quantiles((side, side), generator) for _ in range(count)]).mul_(LOGIT_DEVIATION)
+    masks = torch.rand(count - half, side, side, generator=generator)
+    border = round(side / 10)
+    cells = torch.tensor([[border, side - border] * 2] * half)
+    row_in, column_in = (torch.ones(half, side, dtype=torch.bool) for _ in range(2))
+    inside = inside_of_neighbours(row_in, column_in, size=SIZE, dilation=DILATION)
+    edges = inside & (torch.rand(inside.shape, generator=generator) < SHARE_OF_EDGES)
+    return logits.requires_grad_(), masks, cells, edges
+
+
+CROP_LOSSES = Row(
+    name="crop_losses",
+    sizes={"instances": 64, "cells": 28},
+    tiny={"instances": 4, "cells": 14},
+    passes=40,
+    quick_passes=20,
+    prepare=prepare_crops,
+    agree=Close(2e-5),
 )

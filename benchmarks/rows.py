@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import data, evaluation, heads, learned, masks, step
+from benchmarks import data, evaluation, head_steps, heads, learned, masks, step
 from benchmarks.measure import Place, Row, Side, Sizes, Task
 from semiseg.errors import UserError
 
@@ -45,6 +45,8 @@ NAMED_ROWS: tuple[Row, ...] = (
     learned.LEARNED_SHAPES,
     heads.MASK_RCNN_STEP,
     heads.MASK_RCNN_DETECT,
+    heads.CROP_LOSSES,
+    *head_steps.STEPS,
 )
 # Rows that need something that not every machine has.
 OPTIONAL_ROWS: tuple[Row, ...] = (

@@ -86,6 +86,28 @@ def pairwise_sums(
     return (losses * weights).sum((1, 2, 3)), weights.sum((1, 2, 3))
 
 
+def cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
+    """(N,) mean binary cross entropies of logits (N, h, w) against masks (N, h, w) in [0, 1]."""
+    losses = -(masks * F.logsigmoid(logits) + (1 - masks) * F.logsigmoid(-logits))
+    return losses.flatten(1).mean(1)
+
+
+def bags(logits: Tensor, boxes: Tensor) -> Tensor:
+    """(N,) mean binary cross entropies of each mask's rows and columns by their largest cell: logits (N, h, w).
+
+    Args:
+        boxes: (N, 4) row0, row1, column0, column1, half open: rows and columns in it are to have a cell of the object.
+    """
+    losses = []
+    for one, (row0, row1, column0, column1) in zip(logits, boxes.tolist(), strict=True):
+        rows, columns = one.amax(1), one.amax(0)
+        wanted_rows, wanted_columns = torch.zeros_like(rows), torch.zeros_like(columns)
+        wanted_rows[row0:row1], wanted_columns[column0:column1] = 1, 1
+        largest, wanted = torch.cat((rows, columns)), torch.cat((wanted_rows, wanted_columns))
+        losses.append(F.binary_cross_entropy_with_logits(largest, wanted))
+    return torch.stack(losses)
+
+
 # Colour affinity -----------------------------------------------------------------------------------------------------
 
 
@@ -159,6 +181,50 @@ def dynamic_masks(
         if layer < layers - 1:
             maps = F.relu(maps)
     return maps[0]
+
+
+def convolved_at(
+    weight: Tensor,
+    bias: Tensor,
+    features: Tensor,
+    sizes_hw: Sequence[tuple[int, int]],
+    image_index: Tensor,
+    location_index: Tensor,
+) -> Tensor:
+    """(Q, out) of a 3x3 convolution of every level, everywhere, at the chosen locations of the images (Q,).
+
+    Args:
+        features: (B, R, channels) level after level; sizes_hw: of the levels.
+    """
+    maps, start = [], 0
+    for height, width in sizes_hw:
+        level = features[:, start : start + height * width].transpose(1, 2).unflatten(2, (height, width))
+        maps.append(F.conv2d(level, weight, bias, padding=1).flatten(2))
+        start += height * width
+    return torch.cat(maps, dim=2)[image_index, :, location_index]
+
+
+def prototype_masks(prototypes: Tensor, weights: Tensor, image_index: Tensor) -> Tensor:
+    """Mask logits (Q, h, w): each one's sum of its image's prototypes (B, K, h, w) by its weights (Q, K)."""
+    masks = []
+    for own, image in zip(weights, image_index.tolist(), strict=True):
+        masks.append((own[:, None, None] * prototypes[image]).sum(0))
+    return torch.stack(masks)
+
+
+def ray_masks(distances: Tensor, centres_xy: Tensor, stride: int, grid_hw: tuple[int, int]) -> Tensor:
+    """(Q, h, w) how many pixels each cell lies within the outline: distances (Q, rays) from the centres (Q, 2)."""
+    x = torch.arange(grid_hw[1]) * stride + stride // 2
+    y = torch.arange(grid_hw[0]) * stride + stride // 2
+    masks = []
+    for own, centre in zip(distances, centres_xy, strict=True):
+        across, down = torch.broadcast_tensors(x - centre[0], y[:, None] - centre[1])
+        turn = torch.remainder(torch.atan2(down, across), 2 * math.pi) / (2 * math.pi) * len(own)
+        before = turn.floor().long()
+        share = turn - before
+        reach = own[before % len(own)] * (1 - share) + own[(before + 1) % len(own)] * share
+        masks.append(reach - torch.sqrt(across**2 + down**2))
+    return torch.stack(masks)
 
 
 def cut_filters(filters: Tensor, widths: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
