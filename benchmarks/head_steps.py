@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import roi_align
 
@@ -28,8 +28,8 @@ from semiseg.engine.step import StepPlan, TrainStep
 from semiseg.losses.boxinst import cell_profiles
 from semiseg.losses.terms import Objective
 from semiseg.models.build import build_model
-from semiseg.models.masks.prototypes import PrototypeMasks
-from semiseg.models.masks.rays import RayMasks
+from semiseg.models.masks.prototypes import INSIDE, OUTSIDE, PrototypeMasks
+from semiseg.models.masks.rays import FIRST_SHARE, SHARES, SHORTEST, STEEPEST, RayMasks, rooms
 from semiseg.models.masks.regions import RegionMasks
 from semiseg.models.segmenter import Segmenter
 from semiseg.structures.inputs import Batch
@@ -95,7 +95,8 @@ def prepare(kind: str, side: Side, sizes: Sizes, place: Place) -> Task:
 def our_losses(step: TrainStep, batch: Batch) -> dict[str, Tensor]:
     """Those of a step, as they are added up."""
     plan = step.plan(batch, batch)
-    return step(batch, plan, plan.counts, warmup=1.0, processes=1).weighted
+    losses: dict[str, Tensor] = step(batch, plan, plan.counts, warmup=1.0, processes=1).weighted
+    return losses
 
 
 def plain_losses(step: TrainStep, batch: Batch) -> dict[str, Tensor]:
@@ -124,24 +125,38 @@ def _mask_losses(logits: Tensor, queries: MaskQueries, plan: StepPlan) -> tuple[
 
 def plain_masks(model: Segmenter, outputs: Outputs, queries: MaskQueries) -> Tensor:
     """Mask logits (Q, h, w) of a model of one of the three kinds, one query after the other."""
-    head, inputs, places = model.mask_head, outputs.mask_inputs, (queries.image_index, queries.location_index)
-    if isinstance(head, RegionMasks):
-        return _plain_regions(head, inputs, queries)
-    finest = outputs.locations.counts[0]
-    if isinstance(head, PrototypeMasks):
-        height, width = (side * head.edge_stride for side in inputs.prototypes.shape[-2:])
-        sizes_hw = model.level_sizes((height, width))
-        assert sizes_hw[0][0] * sizes_hw[0][1] == finest
-        assert head.weights.bias is not None
-        weights = plain.convolved_at(head.weights.weight, head.weights.bias, inputs.weight_features, sizes_hw, *places)
-        return plain.prototype_masks(inputs.prototypes, weights.tanh(), queries.image_index)
-    assert isinstance(head, RayMasks)
-    assert head.rays.bias is not None
-    sizes_hw, stride = model.level_sizes(inputs.padded_hw), outputs.locations.stride[places[1]]
-    rays = plain.convolved_at(head.rays.weight, head.rays.bias, inputs.features, sizes_hw, *places)
-    distances = (head.level_scales[outputs.locations.level[places[1]], None] * rays).exp() * stride[:, None]
+    if isinstance(model.mask_head, RegionMasks):
+        return _plain_regions(model.mask_head, outputs.mask_inputs, queries)
+    if isinstance(model.mask_head, PrototypeMasks):
+        return _plain_prototypes(model, model.mask_head, outputs, queries)
+    assert isinstance(model.mask_head, RayMasks)
+    return _plain_rays(model, model.mask_head, outputs, queries)
+
+
+def _plain_prototypes(model: Segmenter, head: PrototypeMasks, outputs: Outputs, queries: MaskQueries) -> Tensor:
+    prototypes = outputs.mask_inputs.prototypes
+    grid_hw = (prototypes.shape[2], prototypes.shape[3])
+    sizes_hw = model.level_sizes((grid_hw[0] * head.edge_stride, grid_hw[1] * head.edge_stride))
+    weights = _convolved(head.weights, outputs.mask_inputs.weight_features, sizes_hw, queries).tanh()
+    depths = plain.box_depths(queries.boxes_xyxy, head.stride, grid_hw).clamp(OUTSIDE, INSIDE)
+    return plain.prototype_masks(prototypes, weights, queries.image_index) + depths
+
+
+def _plain_rays(model: Segmenter, head: RayMasks, outputs: Outputs, queries: MaskQueries) -> Tensor:
+    inputs, location = outputs.mask_inputs, queries.location_index
+    centres = outputs.locations.xy[location]
+    numbers = _convolved(head.rays, inputs.features, model.level_sizes(inputs.padded_hw), queries)
+    numbers = head.level_scales[outputs.locations.level[location], None] * numbers
+    room, ellipse = rooms(centres, queries.boxes_xyxy, numbers.shape[1], margin=head.stride / 2)
+    distances = room * (numbers + (FIRST_SHARE * ellipse / room).clamp(*SHARES).logit()).sigmoid()
     grid_hw = (inputs.padded_hw[0] // head.stride, inputs.padded_hw[1] // head.stride)
-    return plain.ray_masks(distances, outputs.locations.xy[places[1]], head.stride, grid_hw) / head.stride
+    masks = plain.ray_masks(distances, centres, head.stride, grid_hw, shortest=SHORTEST, steepest=STEEPEST)
+    return masks / (head.softness * head.stride)
+
+
+def _convolved(conv: nn.Conv2d, features: Tensor, sizes_hw: list[tuple[int, int]], queries: MaskQueries) -> Tensor:
+    assert conv.bias is not None
+    return plain.convolved_at(conv.weight, conv.bias, features, sizes_hw, queries.image_index, queries.location_index)
 
 
 def _plain_regions(head: RegionMasks, levels: tuple[Tensor, ...], queries: MaskQueries) -> Tensor:

@@ -205,25 +205,50 @@ def convolved_at(
 
 
 def prototype_masks(prototypes: Tensor, weights: Tensor, image_index: Tensor) -> Tensor:
-    """Mask logits (Q, h, w): each one's sum of its image's prototypes (B, K, h, w) by its weights (Q, K)."""
+    """Sums (Q, h, w) of each one's own image's prototypes (B, K, h, w) by its weights (Q, K)."""
     masks = []
     for own, image in zip(weights, image_index.tolist(), strict=True):
         masks.append((own[:, None, None] * prototypes[image]).sum(0))
     return torch.stack(masks)
 
 
-def ray_masks(distances: Tensor, centres_xy: Tensor, stride: int, grid_hw: tuple[int, int]) -> Tensor:
-    """(Q, h, w) how many pixels each cell lies within the outline: distances (Q, rays) from the centres (Q, 2)."""
+def box_depths(boxes_xyxy: Tensor, stride: int, grid_hw: tuple[int, int]) -> Tensor:
+    """(Q, h, w) how far the centre of each cell's pixel lies inside a box (Q, 4), in cells; negative outside."""
+    x = torch.arange(grid_hw[1]) * stride + stride // 2 + 0.5
+    y = torch.arange(grid_hw[0]) * stride + stride // 2 + 0.5
+    depths = []
+    for x0, y0, x1, y1 in boxes_xyxy:
+        sides = torch.broadcast_tensors(x - x0, x1 - x, (y - y0)[:, None], (y1 - y)[:, None])
+        depths.append(torch.stack(sides).amin(0) / stride)
+    return torch.stack(depths)
+
+
+def ray_masks(
+    distances: Tensor, centres_xy: Tensor, stride: int, grid_hw: tuple[int, int], *, shortest: float, steepest: float
+) -> Tensor:
+    """(Q, h, w) how many pixels each cell lies within the polygon through the ends of rays.
+
+    Inside that is the distance from the line of the side that the cell looks at; outside, along its own ray.
+
+    Args:
+        distances: (Q, rays) from the centres (Q, 2).
+        shortest: pixels of a ray; steepest: least cosine between a ray and what stands upright on a side.
+    """
     x = torch.arange(grid_hw[1]) * stride + stride // 2
     y = torch.arange(grid_hw[0]) * stride + stride // 2
+    angle = torch.arange(distances.shape[1]) * (2 * math.pi / distances.shape[1])
+    way = torch.stack((angle.cos(), angle.sin()), dim=1)
     masks = []
     for own, centre in zip(distances, centres_xy, strict=True):
-        across, down = torch.broadcast_tensors(x - centre[0], y[:, None] - centre[1])
-        turn = torch.remainder(torch.atan2(down, across), 2 * math.pi) / (2 * math.pi) * len(own)
-        before = turn.floor().long()
-        share = turn - before
-        reach = own[before % len(own)] * (1 - share) + own[(before + 1) % len(own)] * share
-        masks.append(reach - torch.sqrt(across**2 + down**2))
+        across, down = torch.broadcast_tensors(x - centre[0], (y - centre[1])[:, None])
+        ends = own.clamp(min=shortest)[:, None] * way
+        sides = ends.roll(-1, 0) - ends
+        upright = torch.stack((sides[:, 1], -sides[:, 0]), dim=1) / torch.linalg.norm(sides, dim=1, keepdim=True)
+        looks_at = torch.remainder(torch.atan2(down, across) * (len(own) / (2 * math.pi)), len(own)).long() % len(own)
+        outwards = upright[looks_at, 0] * across + upright[looks_at, 1] * down
+        inside = (ends * upright).sum(1)[looks_at] - outwards
+        cosine = outwards / torch.sqrt(across**2 + down**2).clamp(min=shortest)
+        masks.append(torch.where(inside < 0, inside / cosine.clamp(min=steepest), inside))
     return torch.stack(masks)
 
 

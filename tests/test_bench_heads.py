@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 from benchmarks import heads
 from benchmarks.__main__ import main
+from benchmarks.measure import Place
 from benchmarks.rows import NAMED_ROWS
 from semiseg.engine.predict import encode_masks
 
@@ -45,13 +47,13 @@ def test_detections_are_the_same_in_any_order_and_nothing_else() -> None:
     ours = {name: values if name == "rles" else np.array(values) for name, values in moved.items()}
     assert heads.same_detections(ours, theirs)
     for name, wrong in (("boxes", 1.0), ("scores", 0.01), ("labels", 1)):
-        assert not heads.same_detections({**ours, name: ours[name] + wrong}, theirs), name
+        assert not heads.same_detections({**ours, name: np.add(ours[name], wrong)}, theirs), name
     assert not heads.same_detections({**ours, "rles": ours["rles"][::-1]}, theirs)
     assert not heads.same_detections({name: values[:2] for name, values in ours.items()}, theirs)
 
 
-def test_the_row_of_crops_notices_a_wrong_gradient() -> None:
-    task = heads.prepare_crops("ours", heads.CROP_LOSSES.sizes_at("tiny"), heads.Place(torch.device("cpu"), None))  # type: ignore[arg-type]
+def test_the_row_of_crops_notices_a_wrong_gradient(tmp_path: Path) -> None:
+    task = heads.prepare_crops("ours", heads.CROP_LOSSES.sizes_at("tiny"), Place(torch.device("cpu"), tmp_path))
     right = {name: value.numpy() for name, value in task.run().items()}
     assert heads.CROP_LOSSES.agree(right, right)
     for name, values in right.items():
