@@ -178,7 +178,7 @@ def _row(kind: str) -> Row:
         name=f"step_{kind}",
         sizes={"images": 2, "height": 512, "width": 640, "boxes": 8, "classes": 80, "small": 0},
         tiny={"height": 64, "width": 96, "boxes": 2, "classes": 3, "small": 1},
-        passes=6,
+        passes=4,
         quick_passes=2,
         prepare=made,
         agree=CloseGradients(every=5e-2),

@@ -27,7 +27,7 @@ from benchmarks.masks import LOGIT_DEVIATION, SHARE_OF_EDGES, normal_quantiles
 from benchmarks.measure import Close, Place, Result, Row, Side, Sizes, Task
 from benchmarks.plain_step import DILATION, SIZE
 from benchmarks.step import CloseGradients, gradients_result
-from semiseg.config import InferenceConfig
+from semiseg.config import InferenceConfig, ModelConfig
 from semiseg.engine.detection import detector_step
 from semiseg.engine.predict import coco_results, each_image
 from semiseg.engine.step import TrainStep
@@ -37,6 +37,8 @@ from semiseg.losses.boxinst import cell_profiles, pairwise_loss, projection_loss
 from semiseg.losses.crops import bag_loss, cross_entropy_loss
 from semiseg.losses.terms import Objective
 from semiseg.models.build import build_model
+from semiseg.models.detectors.regions import RegionDetector
+from semiseg.models.segmenter import Segmenter
 from semiseg.structures.inputs import Batch, Targets
 from semiseg.structures.masks import MASK_BITS, EncodedMasks
 
@@ -89,7 +91,10 @@ def network_of(sizes: Sizes) -> MaskRCNN:
     kept = {
         f"rpn_{part}_nms_top_n_{mode}": sizes["proposals"] for part in ("pre", "post") for mode in ("train", "test")
     }
-    return torchvision_network((sizes["height"], sizes["width"]), classes=sizes["classes"], frozen=True, **kept)
+    size_hw, detections = (sizes["height"], sizes["width"]), sizes.get("detections", 100)
+    return torchvision_network(
+        size_hw, classes=sizes["classes"], frozen=True, box_detections_per_img=detections, **kept
+    )
 
 
 def ellipses(boxes_xyxy: Tensor, size_hw: tuple[int, int]) -> Tensor:
@@ -152,25 +157,27 @@ def given_proposals(boxes_xyxy: Tensor, sizes: Sizes) -> Tensor:
     return proposals.clamp(min=0).minimum(torch.tensor([size_hw[1], size_hw[0]] * 2))
 
 
-def our_step(model: MaskRCNN, sizes: Sizes, *, drawn: int | None = None) -> TrainStep:
-    """The step of torchvision's network, converted, with masks in proposals; `drawn` of each draw."""
+def our_network(model: MaskRCNN) -> tuple[Segmenter, ModelConfig]:
+    """torchvision's network, converted, and its configuration."""
     converted = convert_state(model.state_dict(), kept=None, where="torchvision's network")
-    changed: dict[str, Any] = {"mask_regions": "proposals", "training_proposals": sizes["proposals"]}
+    network = build_model(converted.config, num_classes=converted.num_classes)
+    network.load_state_dict(converted.weights)
+    return network.to(memory_format=torch.channels_last), converted.config
+
+
+def our_step(network: Segmenter, config: ModelConfig, *, drawn: int | None = None) -> TrainStep:
+    """The training step of a network, with masks in proposals; `drawn` of each draw, whatever they are."""
+    changed: dict[str, Any] = {"mask_regions": "proposals"}
     if drawn is not None:
         changed |= {"anchors_drawn": drawn, "regions_drawn": drawn, "positive_anchors": 1.0, "positive_regions": 1.0}
-    detector = converted.config.detector.model_copy(update=changed)
-    config = converted.config.model_copy(update={"detector": detector})
-    network = build_model(config, num_classes=converted.num_classes)
-    network.load_state_dict(converted.weights)
-    step = TrainStep(
+    config = config.model_copy(update={"detector": config.detector.model_copy(update=changed)})
+    objective = Objective(mask="bce", box="none", affinity_threshold=0.3, affinity_size=3, affinity_dilation=2)
+    return TrainStep(
         network,
         detector=detector_step(config, network),
-        objective=Objective(
-            mask="bce", box="none", affinity_threshold=0.3, affinity_size=3, affinity_dilation=2, affinity="colour"
-        ),
+        objective=objective,
         max_mask_positives=config.mask_head.max_positives,
     )
-    return step.to(memory_format=torch.channels_last)
 
 
 def prepare_step(side: Side, sizes: Sizes, place: Place) -> Task:
@@ -178,7 +185,10 @@ def prepare_step(side: Side, sizes: Sizes, place: Place) -> Task:
     model = network_of(sizes)
     if side == "straightforward":
         return Task(_their_run(model, sizes), lambda _: _their_result(model, sizes))
-    return Task(_our_run(our_step(model, sizes), sizes), lambda _: _our_result(sizes))
+    network, config = our_network(model)
+    assert isinstance(network.detector, RegionDetector)
+    network.detector.training_proposals = sizes["proposals"]
+    return Task(_our_run(our_step(network, config), sizes), lambda _: _our_result(network, config, sizes))
 
 
 def _our_run(step: TrainStep, sizes: Sizes) -> Callable[[], Tensor]:
@@ -218,13 +228,12 @@ def _their_run(model: MaskRCNN, sizes: Sizes) -> Callable[[], Tensor]:
     return run
 
 
-def _our_result(sizes: Sizes) -> dict[str, Any]:
+def _our_result(network: Segmenter, config: ModelConfig, sizes: Sizes) -> dict[str, Any]:
     """Losses and gradients where nothing is drawn, of given proposals."""
-    step = our_step(network_of(sizes), sizes, drawn=EVERYTHING)
     proposals = given_proposals(objects(sizes)[1], sizes)
-    step.model.detector.proposals = lambda outputs, *, number: [proposals]  # type: ignore[assignment]
-    losses = _our_run(step, sizes)()
-    return gradients_result(losses, _gradients(step.model))
+    network.detector.proposals = lambda outputs, *, number: [proposals]  # type: ignore[assignment]
+    losses = _our_run(our_step(network, config, drawn=EVERYTHING), sizes)()
+    return gradients_result(losses, _gradients(network))
 
 
 def _their_result(model: MaskRCNN, sizes: Sizes) -> dict[str, Any]:
@@ -236,7 +245,8 @@ def _their_result(model: MaskRCNN, sizes: Sizes) -> dict[str, Any]:
     losses = _their_run(model, sizes)()
     gradients = {name: torch.zeros_like(value) for name, value in model.state_dict().items()} | _gradients(model)
     converted = convert_state(gradients, kept=None, where="torchvision's gradients")
-    trained = {name for name, _ in build_model(converted.config, num_classes=sizes["classes"]).named_parameters()}
+    with torch.device("meta"):
+        trained = dict(build_model(converted.config, num_classes=sizes["classes"]).named_parameters())
     return gradients_result(losses, {name: converted.weights[name] for name in trained})
 
 
@@ -250,7 +260,7 @@ MASK_RCNN_STEP = Row(
     sizes={"height": 800, "width": 1216, "boxes": 8, "classes": 80, "proposals": 2000},
     quick={"height": 512, "width": 640},
     tiny={"height": 64, "width": 96, "boxes": 2, "classes": 3, "proposals": 100},
-    passes=6,
+    passes=4,
     quick_passes=2,
     prepare=prepare_step,
     agree=CloseGradients(every=5e-2),
@@ -265,8 +275,10 @@ def prepare_detect(side: Side, sizes: Sizes, place: Place) -> Task:
     image, model = picture((sizes["height"], sizes["width"]), seed=0), network_of(sizes)
     if side == "straightforward":
         return Task(lambda: _their_detections(model, image))
-    network = our_step(model, sizes).model.eval().requires_grad_(False)
-    limits = InferenceConfig(candidates_per_level=sizes["proposals"], nms_threshold=0.5)
+    network = our_network(model)[0].eval().requires_grad_(False)
+    limits = InferenceConfig(
+        candidates_per_level=sizes["proposals"], nms_threshold=0.5, max_detections=sizes["detections"]
+    )
     size_hw, ids = (image.shape[1], image.shape[2]), range(1, sizes["classes"] + 1)
 
     def run() -> list[dict[str, Any]]:
@@ -316,10 +328,10 @@ def same_detections(ours: Result, theirs: Result) -> bool:
 
 MASK_RCNN_DETECT = Row(
     name="mask_rcnn_detect",
-    sizes={"height": 800, "width": 1216, "boxes": 8, "classes": 80, "proposals": 1000},
+    sizes={"height": 800, "width": 1216, "classes": 80, "proposals": 1000, "detections": 100},
     quick={"height": 512, "width": 640},
-    tiny={"height": 64, "width": 96, "classes": 3, "proposals": 100},
-    passes=6,
+    tiny={"height": 64, "width": 96, "classes": 3, "proposals": 100, "detections": 20},
+    passes=4,
     quick_passes=2,
     prepare=prepare_detect,
     agree=same_detections,
