@@ -73,7 +73,7 @@ def loss_inputs(sizes: Sizes, device: torch.device) -> tuple[Tensor, Tensor, Ten
     generator = torch.Generator().manual_seed(1)
     count, images, grid_hw = sizes["instances"], sizes["images"], (sizes["rows"], sizes["columns"])
     size_hw = (STRIDE * grid_hw[0], STRIDE * grid_hw[1])
-    logits = torch.stack([_normal_quantiles(grid_hw, generator) for _ in range(count)])
+    logits = torch.stack([normal_quantiles(grid_hw, generator) for _ in range(count)])
     logits = logits.mul_(LOGIT_DEVIATION).to(device).requires_grad_()
     cells = box_cells(coco_like_boxes(count, size_hw, seed=2), stride=STRIDE, grid_hw=grid_hw)
     image_sizes, bottom = torch.tensor([size_hw] * images), torch.zeros(images, dtype=torch.int64)
@@ -82,7 +82,7 @@ def loss_inputs(sizes: Sizes, device: torch.device) -> tuple[Tensor, Tensor, Ten
     return logits, cells.to(device), edges.to(device), shared_out(count, images).to(device)
 
 
-def _normal_quantiles(size_hw: tuple[int, int], generator: torch.Generator) -> Tensor:
+def normal_quantiles(size_hw: tuple[int, int], generator: torch.Generator) -> Tensor:
     """(h, w) the quantiles of a normal distribution in random order: no two are alike, nor are their sigmoids.
 
     Of random numbers some differ by so little that their sigmoids are one float32 number. Where these are the largest

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import data, evaluation, learned, masks, step
+from benchmarks import data, evaluation, head_steps, heads, learned, masks, step
 from benchmarks.measure import Place, Row, Side, Sizes, Task
 from semiseg.errors import UserError
 
@@ -40,7 +40,14 @@ ROWS: tuple[Row, ...] = (
     data.DATA,
 )
 # Rows that are measured only where they are named.
-NAMED_ROWS: tuple[Row, ...] = (learned.LEARNED_STEP, learned.LEARNED_SHAPES)
+NAMED_ROWS: tuple[Row, ...] = (
+    learned.LEARNED_STEP,
+    learned.LEARNED_SHAPES,
+    heads.MASK_RCNN_STEP,
+    heads.MASK_RCNN_DETECT,
+    heads.CROP_LOSSES,
+    *head_steps.STEPS,
+)
 # Rows that need something that not every machine has.
 OPTIONAL_ROWS: tuple[Row, ...] = (
     evaluation.EVALUATION_HOTCOCO,

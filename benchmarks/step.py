@@ -11,7 +11,7 @@ the coarsest level of a small image one ReLU is a good part of a gradient. Such 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -182,10 +182,14 @@ def training_batch(sizes: Sizes) -> Batch:
 
 
 def step_result(losses: Tensor, model: nn.Module) -> dict[str, Any]:
+    """As `gradients_result`, of the parameters that have a gradient."""
+    return gradients_result(losses, {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+
+
+def gradients_result(losses: Tensor, gradients: Mapping[str, Tensor]) -> dict[str, Any]:
     """The losses, and of every gradient, by name, `signed_sums` (parameters, sums)."""
-    gradients = {name: p.grad for name, p in sorted(model.named_parameters()) if p.grad is not None}
-    sums = torch.stack([signed_sums(gradient) for gradient in gradients.values()])
-    return {"losses": losses, "names": list(gradients), "sums": sums}
+    names = sorted(gradients)
+    return {"losses": losses, "names": names, "sums": torch.stack([signed_sums(gradients[name]) for name in names])}
 
 
 def signed_sums(gradient: Tensor) -> Tensor:

@@ -86,6 +86,28 @@ def pairwise_sums(
     return (losses * weights).sum((1, 2, 3)), weights.sum((1, 2, 3))
 
 
+def cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
+    """(N,) mean binary cross entropies of logits (N, h, w) against masks (N, h, w) in [0, 1]."""
+    losses = -(masks * F.logsigmoid(logits) + (1 - masks) * F.logsigmoid(-logits))
+    return losses.flatten(1).mean(1)
+
+
+def bags(logits: Tensor, boxes: Tensor) -> Tensor:
+    """(N,) mean binary cross entropies of each mask's rows and columns by their largest cell: logits (N, h, w).
+
+    Args:
+        boxes: (N, 4) row0, row1, column0, column1, half open: rows and columns in it are to have a cell of the object.
+    """
+    losses = []
+    for one, (row0, row1, column0, column1) in zip(logits, boxes.tolist(), strict=True):
+        rows, columns = one.amax(1), one.amax(0)
+        wanted_rows, wanted_columns = torch.zeros_like(rows), torch.zeros_like(columns)
+        wanted_rows[row0:row1], wanted_columns[column0:column1] = 1, 1
+        largest, wanted = torch.cat((rows, columns)), torch.cat((wanted_rows, wanted_columns))
+        losses.append(F.binary_cross_entropy_with_logits(largest, wanted))
+    return torch.stack(losses)
+
+
 # Colour affinity -----------------------------------------------------------------------------------------------------
 
 
@@ -159,6 +181,75 @@ def dynamic_masks(
         if layer < layers - 1:
             maps = F.relu(maps)
     return maps[0]
+
+
+def convolved_at(
+    weight: Tensor,
+    bias: Tensor,
+    features: Tensor,
+    sizes_hw: Sequence[tuple[int, int]],
+    image_index: Tensor,
+    location_index: Tensor,
+) -> Tensor:
+    """(Q, out) of a 3x3 convolution of every level, everywhere, at the chosen locations of the images (Q,).
+
+    Args:
+        features: (B, R, channels) level after level; sizes_hw: of the levels.
+    """
+    maps, start = [], 0
+    for height, width in sizes_hw:
+        level = features[:, start : start + height * width].transpose(1, 2).unflatten(2, (height, width))
+        maps.append(F.conv2d(level, weight, bias, padding=1).flatten(2))
+        start += height * width
+    return torch.cat(maps, dim=2)[image_index, :, location_index]
+
+
+def prototype_masks(prototypes: Tensor, weights: Tensor, image_index: Tensor) -> Tensor:
+    """Sums (Q, h, w) of each one's own image's prototypes (B, K, h, w) by its weights (Q, K)."""
+    masks = []
+    for own, image in zip(weights, image_index.tolist(), strict=True):
+        masks.append((own[:, None, None] * prototypes[image]).sum(0))
+    return torch.stack(masks)
+
+
+def box_depths(boxes_xyxy: Tensor, stride: int, grid_hw: tuple[int, int]) -> Tensor:
+    """(Q, h, w) how far the centre of each cell's pixel lies inside a box (Q, 4), in cells; negative outside."""
+    x = torch.arange(grid_hw[1]) * stride + stride // 2 + 0.5
+    y = torch.arange(grid_hw[0]) * stride + stride // 2 + 0.5
+    depths = []
+    for x0, y0, x1, y1 in boxes_xyxy:
+        sides = torch.broadcast_tensors(x - x0, x1 - x, (y - y0)[:, None], (y1 - y)[:, None])
+        depths.append(torch.stack(sides).amin(0) / stride)
+    return torch.stack(depths)
+
+
+def ray_masks(
+    distances: Tensor, centres_xy: Tensor, stride: int, grid_hw: tuple[int, int], *, shortest: float, steepest: float
+) -> Tensor:
+    """(Q, h, w) how many pixels each cell lies within the polygon through the ends of rays.
+
+    Inside that is the distance from the line of the side that the cell looks at; outside, along its own ray.
+
+    Args:
+        distances: (Q, rays) from the centres (Q, 2).
+        shortest: pixels of a ray; steepest: least cosine between a ray and what stands upright on a side.
+    """
+    x = torch.arange(grid_hw[1]) * stride + stride // 2
+    y = torch.arange(grid_hw[0]) * stride + stride // 2
+    angle = torch.arange(distances.shape[1]) * (2 * math.pi / distances.shape[1])
+    way = torch.stack((angle.cos(), angle.sin()), dim=1)
+    masks = []
+    for own, centre in zip(distances, centres_xy, strict=True):
+        across, down = torch.broadcast_tensors(x - centre[0], (y - centre[1])[:, None])
+        ends = own.clamp(min=shortest)[:, None] * way
+        sides = ends.roll(-1, 0) - ends
+        upright = torch.stack((sides[:, 1], -sides[:, 0]), dim=1) / torch.linalg.norm(sides, dim=1, keepdim=True)
+        looks_at = torch.remainder(torch.atan2(down, across) * (len(own) / (2 * math.pi)), len(own)).long() % len(own)
+        outwards = upright[looks_at, 0] * across + upright[looks_at, 1] * down
+        inside = (ends * upright).sum(1)[looks_at] - outwards
+        cosine = outwards / torch.sqrt(across**2 + down**2).clamp(min=shortest)
+        masks.append(torch.where(inside < 0, inside / cosine.clamp(min=steepest), inside))
+    return torch.stack(masks)
 
 
 def cut_filters(filters: Tensor, widths: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:

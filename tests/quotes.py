@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -85,8 +86,8 @@ def table_below(path: Path, heading: str) -> list[str]:
     return [line for line in below[first : below.index("", first)] if line.startswith("|")]
 
 
-def bench_lines(reports: Path) -> list[str]:
-    rows = json.loads((reports / "benchmarks/bench.json").read_text(encoding="utf-8"))["rows"]
+def bench_lines(reports: Path, name: str = "bench.json") -> list[str]:
+    rows = json.loads((reports / "benchmarks" / name).read_text(encoding="utf-8"))["rows"]
     lines = [
         "| row | seconds | straightforward | speed-up | MB over the inputs | straightforward | ratio |",
         "|---|---:|---:|---:|---:|---:|---:|",
@@ -304,6 +305,7 @@ TABLES = (
     QuotedTable("docs/HEADS.md", "Shapes, the same detector, losses", heads_lines),
     QuotedTable("docs/NUMERICS.md", "Order of the rows by processor and seed", processor_lines),
     QuotedTable("docs/PERFORMANCE.md", "The full form, `python -m benchmarks --json", bench_lines),
+    QuotedTable("docs/PERFORMANCE.md", "The rows of mask heads, `python", partial(bench_lines, name="heads.json")),
 )
 
 

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.detection import MaskRCNN
-from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
-from torchvision.ops import FrozenBatchNorm2d, box_iou
+from torchvision.ops import box_iou
 from typer.testing import CliRunner
 
 import semiseg
+from benchmarks import straightforward as plain
+from benchmarks.heads import ellipses, masked_targets, torchvision_network
 from semiseg.cli import app
 from semiseg.engine.detection import mean_region_losses
 from semiseg.engine.predict import LoadedModel
@@ -34,8 +35,6 @@ from semiseg.models.detectors.boxes import decode_boxes, encode_boxes, in_crowds
 from semiseg.models.detectors.region_targets import Draw, assign_anchors, sample_regions
 from semiseg.models.detectors.regions import RegionDetector, RegionOutputs
 from semiseg.structures.grids import Regions
-from semiseg.structures.inputs import Targets
-from semiseg.structures.masks import MASK_BITS, EncodedMasks
 from semiseg.structures.outputs import MaskQueries
 from tests.test_poison import everything, make_data
 from tests.test_train import first_batches, fresh_step, losses_and_gradients, same_in_two_parts, without_instances
@@ -59,34 +58,9 @@ def released_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def theirs(*, frozen: bool) -> MaskRCNN:
-    """torchvision's network with weights that give many detections, of boxes and masks of many kinds."""
-    torch.manual_seed(3)
-    norm = FrozenBatchNorm2d if frozen else nn.BatchNorm2d
-    body = resnet_fpn_backbone(backbone_name="resnet50", weights=None, norm_layer=norm, trainable_layers=5)
-    model = MaskRCNN(
-        body,
-        num_classes=CLASSES + 1,
-        min_size=min(SIZE),
-        max_size=max(SIZE),
-        **{f"rpn_{part}_nms_top_n_{mode}": PROPOSALS for part in ("pre", "post") for mode in ("train", "test")},
-    )
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, FrozenBatchNorm2d | nn.BatchNorm2d):
-                module.eps = 0.0 if frozen else module.eps
-        for name, value in model.state_dict().items():
-            if name.endswith("running_var"):
-                value.uniform_(0.5, 2.0)
-            elif name.endswith("running_mean"):
-                value.normal_(std=0.1)
-            elif name.endswith("bn3.weight"):
-                value.mul_(0.3)  # keeps the activations of the residual stages near 1
-        model.rpn.head.cls_logits.weight.mul_(30)
-        model.rpn.head.bbox_pred.weight.mul_(10)
-        model.roi_heads.box_predictor.cls_score.weight.mul_(40)
-        model.roi_heads.box_predictor.bbox_pred.weight.mul_(20)
-        model.roi_heads.mask_predictor.mask_fcn_logits.weight.mul_(5)
-    return model.eval()
+    """torchvision's network of the benchmark, for these images."""
+    limits = {f"rpn_{part}_nms_top_n_{mode}": PROPOSALS for part in ("pre", "post") for mode in ("train", "test")}
+    return torchvision_network(SIZE, classes=CLASSES, frozen=frozen, **limits)
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["released", "batch norm"])
@@ -136,37 +110,7 @@ def test_detections_and_masks_are_torchvisions(both: tuple[MaskRCNN, LoadedModel
 def objects() -> tuple[Tensor, Tensor, Tensor]:
     """Boxes, labels and masks of four objects, one of them larger than every anchor's reach, two that overlap."""
     boxes = torch.tensor([[8.0, 10, 60, 70], [40, 30, 110, 90], [70, 5, 100, 40], [2, 60, 30, 94]])
-    rows, columns = torch.meshgrid(torch.arange(SIZE[0]) + 0.5, torch.arange(SIZE[1]) + 0.5, indexing="ij")
-    places = torch.stack([columns, rows])  # (xy, H, W)
-    centre, half = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2
-    inside = ((places - centre[:, :, None, None]) / half[:, :, None, None]).square().sum(1) < 1
-    return boxes, torch.tensor([0, 3, 3, 5]), inside
-
-
-def encoded(masks: Tensor) -> EncodedMasks:
-    """Masks (M, H, W) bool as the loader would give them."""
-    columns = masks.transpose(1, 2).flatten(1).int()
-    before = F.pad(columns, (1, 0))[:, :-1]
-    mask, pixel = (columns != before).nonzero().unbind(1)
-    size = torch.tensor([masks.shape[1:]] * len(masks))
-    return EncodedMasks((mask << MASK_BITS) + pixel, size, size, torch.zeros(len(masks), dtype=torch.bool))
-
-
-def targets_of(boxes: Tensor, labels: Tensor, masks: Tensor) -> Targets:
-    count = len(boxes)
-    return Targets(
-        boxes_xyxy=boxes,
-        labels=labels,
-        image_index=torch.zeros(count, dtype=torch.int64),
-        supervision=torch.ones(count, dtype=torch.int64),
-        masks=torch.zeros(count, 0, 0, dtype=torch.bool),
-        mask_instance=torch.arange(count),
-        mask_weight=torch.ones(count),
-        crowd_boxes_xyxy=torch.zeros(0, 4),
-        crowd_image_index=torch.zeros(0, dtype=torch.int64),
-        mask_stride=None,
-        encoded=encoded(masks),
-    )
+    return boxes, torch.tensor([0, 3, 3, 5]), ellipses(boxes, SIZE)
 
 
 def their_losses(model: MaskRCNN, image: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
@@ -199,7 +143,7 @@ def test_training_losses_are_torchvisions(both: tuple[MaskRCNN, LoadedModel], im
     network = ours.network
     detector = network.detector
     assert isinstance(detector, RegionDetector)
-    targets = targets_of(*objects())
+    targets = masked_targets(*objects())
     sizes_hw = network.level_sizes(SIZE)
     assignment = assign_anchors(
         targets,
@@ -278,7 +222,7 @@ def test_what_lies_in_a_crowd_is_no_background() -> None:
 
 
 def anchors_drawn(seed: int, draw: Draw, crowd: Tensor | None = None) -> Any:
-    targets = targets_of(*objects())
+    targets = masked_targets(*objects())
     if crowd is not None:
         zeros = torch.zeros(len(crowd), dtype=torch.int64)
         targets = replace(targets, crowd_boxes_xyxy=crowd, crowd_image_index=zeros)
@@ -376,11 +320,7 @@ def test_a_bag_is_one_cell_of_the_gradient() -> None:
     logits = torch.randn(3, 9, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     cells = torch.tensor([[1, 5, 2, 6], [0, 9, 0, 7], [4, 4, 3, 3]])
     loss, values = bag_loss(logits, cells), logits.detach()
-    for q, (row0, row1, column0, column1) in enumerate(cells.tolist()):
-        terms = [(float(values[q, i].max()), row0 <= i < row1) for i in range(9)]
-        terms += [(float(values[q, :, j].max()), column0 <= j < column1) for j in range(7)]
-        expected = sum(math.log1p(math.exp(-x if inside else x)) for x, inside in terms) / 16
-        assert float(loss[q].detach()) == pytest.approx(expected, rel=1e-12)
+    torch.testing.assert_close(loss.detach(), plain.bags(values, cells))
     (gradient,) = torch.autograd.grad(loss.sum(), logits)
     assert int(gradient[0].count_nonzero()) <= 16
     assert torch.autograd.gradcheck(lambda x: bag_loss(x, cells), logits)
@@ -403,7 +343,7 @@ def test_cross_entropy_counts_all_of_a_region_and_the_box_of_a_map() -> None:
     logits = torch.randn(2, 6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     masks = torch.rand(2, 6, 8, generator=torch.Generator().manual_seed(1)) > 0.5
     each = F.binary_cross_entropy_with_logits(logits, masks.double(), reduction="none")
-    torch.testing.assert_close(cross_entropy_loss(logits, masks), each.mean((1, 2)))
+    torch.testing.assert_close(cross_entropy_loss(logits, masks), plain.cross_entropy(logits, masks.double()))
     cells = torch.tensor([[1, 3, 2, 5], [0, 6, 0, 8]])
     expected = torch.stack([each[0, 0:4, 1:6].mean(), each[1].mean()])
     torch.testing.assert_close(cross_entropy_loss(logits, masks, cells), expected)

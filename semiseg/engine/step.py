@@ -128,7 +128,7 @@ class TrainStep(nn.Module):
             edges=loss_edges(batch, targets, instances, affinity, objective=self.objective),
             affinity=affinity,
             lab=cell_colours(batch, instances, affinity),
-            soft=soft_cells(targets, instances),
+            soft=None if self.detector.own_regions else soft_cells(targets, instances),
             sizes=sizes,
             rays=None if of_rays is None else of_rays[0],
         )

@@ -73,8 +73,24 @@ def soft_masks(masks: EncodedMasks, regions: Regions) -> Tensor:
     number, drawn = own.unique(return_inverse=True)  # a mask that several regions look at is drawn once
     first = torch.zeros_like(number).scatter_(0, drawn, torch.arange(len(own), device=own.device))
     height, width = masks.input_hw.amax(0).tolist() if len(masks) else (1, 1)
-    rows, columns = ((torch.arange(side, device=own.device) + 0.5).expand(len(number), -1) for side in (height, width))
-    whole = masks.of(first).at(rows, columns)[:, None].float()
+    whole = torch.zeros(len(number), 1, height, width, device=own.device)
+    low, high = _extents(drawn, len(number), regions.boxes_xyxy)
+    for row, (x0, y0, x1, y1) in enumerate(torch.cat([low, high], dim=1).tolist()):
+        top, left, bottom, right = max(y0, 0), max(x0, 0), min(y1, height), min(x1, width)
+        if top >= bottom or left >= right:
+            continue
+        ys, xs = (torch.arange(*ends, device=own.device)[None] + 0.5 for ends in ((top, bottom), (left, right)))
+        whole[row, 0, top:bottom, left:right] = masks.of(first[row : row + 1]).at(ys, xs)[0]
     where = torch.cat([drawn[:, None].to(regions.boxes_xyxy.dtype), regions.boxes_xyxy], dim=1)
     cells: Tensor = roi_align(whole, where, regions.size_hw, aligned=False)[:, 0]
     return cells
+
+
+def _extents(drawn: Tensor, count: int, boxes_xyxy: Tensor) -> tuple[Tensor, Tensor]:
+    """The pixels (count, xy), half open, that bilinear samples in the boxes (K, 4) of each mask (K,) can look at."""
+    index = drawn[:, None].expand(-1, 2)
+    low, high = (
+        boxes_xyxy.new_zeros(count, 2).scatter_reduce(0, index, corners, kind, include_self=False)
+        for corners, kind in ((boxes_xyxy[:, :2], "amin"), (boxes_xyxy[:, 2:], "amax"))
+    )
+    return low.floor().long() - 1, high.floor().long() + 3

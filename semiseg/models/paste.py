@@ -110,7 +110,26 @@ def _paste_regions(
         (torch.arange(out, device=low.device) + 0.5 - low[:, None, axis]) / (high - low)[:, None, axis] * 2 - 1
         for axis, out in enumerate(output_hw[::-1])
     ]  # x (M, W) and y (M, H), where a region reaches from -1 to 1
-    x, y = sides[0][:, None, :].expand(-1, output_hw[0], -1), sides[1][:, :, None].expand(-1, -1, output_hw[1])
-    beyond = "border" if regions.whole_image else "zeros"
-    places = torch.stack([x, y], dim=-1)
+    if regions.whole_image:
+        return _sampled(probability, *sides, beyond="border")
+    pasted = probability.new_zeros(len(probability), 1, *output_hw)
+    # only where a mask is not 0, which is a small part of the image
+    ends = [_first_and_last(side, 1 + 2 / cells) for side, cells in zip(sides, regions.size_hw[::-1], strict=True)]
+    for number, (left, right, top, bottom) in enumerate(torch.cat(ends, dim=1).tolist()):
+        x, y = sides[0][number : number + 1, left:right], sides[1][number : number + 1, top:bottom]
+        if x.numel() and y.numel():
+            own = probability[number : number + 1]
+            pasted[number : number + 1, :, top:bottom, left:right] = _sampled(own, x, y, beyond="zeros")
+    return pasted
+
+
+def _sampled(probability: Tensor, x: Tensor, y: Tensor, *, beyond: str) -> Tensor:
+    """(M, 1, H, W) of cells (M, h, w) at the columns' x (M, W) and the rows' y (M, H), of which -1 to 1 is inside."""
+    across, down = x[:, None, :].expand(-1, y.shape[1], -1), y[:, :, None].expand(-1, -1, x.shape[1])
+    places = torch.stack([across, down], dim=-1)
     return F.grid_sample(probability[:, None], places, mode="bilinear", padding_mode=beyond, align_corners=False)
+
+
+def _first_and_last(side: Tensor, reach: float) -> Tensor:
+    """(M, 2) int64, half open: where ascending numbers (M, n) lie between -reach and reach."""
+    return torch.stack([(side < -reach).sum(1), (side <= reach).sum(1)], dim=1)

@@ -33,9 +33,11 @@ def region_features(
     """
     side = (rois[:, 3:] - rois[:, 1:3]).prod(1).sqrt() / margin
     level = (torch.log2(side / LARGE_SIDE * 16 / strides[0]) + 1e-6).floor().long().clamp(0, len(levels) - 1)
-    result = levels[0].new_zeros(len(rois), levels[0].shape[1], size, size)
+    of_levels, places = [], []
     for number, (features, stride) in enumerate(zip(levels, strides, strict=True)):
         (chosen,) = torch.nonzero(level == number, as_tuple=True)
         own = roi_align(features.float(), rois[chosen], size, 1 / stride, sampling_ratio=SAMPLES, aligned=aligned)
-        result = result.index_copy(0, chosen, own.to(result.dtype))
-    return result
+        of_levels.append(own.to(levels[0].dtype))
+        places.append(chosen)
+    # by level, then back: one copy there and one of the gradient; copies into zeros would be one for each level
+    return torch.cat(of_levels).index_select(0, torch.argsort(torch.cat(places)))

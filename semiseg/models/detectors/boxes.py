@@ -68,10 +68,15 @@ def in_crowds(candidates_xyxy: Tensor, crowd_boxes_xyxy: Tensor, *, share: float
 
 def drawn(wanted: Tensor, count: int, order: Tensor) -> Tensor:
     """At most `count` of the wanted (K,) bool, those that come first in an order (K,) of random numbers: (K,) bool."""
-    place = torch.argsort(torch.where(wanted, order, torch.inf), stable=True)
+    if count <= 0:
+        return torch.zeros_like(wanted)
+    if count >= len(wanted):
+        return wanted
+    numbers = torch.where(wanted, order, torch.inf)
+    near = torch.nonzero((numbers <= numbers.kthvalue(count).values) & wanted)[:, 0]  # more where numbers are equal
     chosen = torch.zeros_like(wanted)
-    chosen[place[:count]] = True
-    return chosen & wanted
+    chosen[near[torch.argsort(numbers[near], stable=True)[:count]]] = True
+    return chosen
 
 
 def random_order(seed: int, purpose: int, count: int, device: torch.device) -> Tensor:
