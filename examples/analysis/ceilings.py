@@ -10,6 +10,8 @@ and makes no other mistake comes near it).
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -108,7 +110,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     lines = [(name, f"{iou:.1f}", f"{ceiling:.1f}") for name, (iou, ceiling) in found.items()]
     print(markdown_table(("a mask said as", "mean IoU", "ceiling"), lines, texts=1))
     if given.csv is not None:
-        write_text(given.csv, "".join(",".join(line) + "\n" for line in [("way", "iou", "ceiling"), *lines]))
+        written = io.StringIO()
+        csv.writer(written, lineterminator="\n").writerows([("way", "iou", "ceiling"), *lines])
+        write_text(given.csv, written.getvalue())
 
 
 if __name__ == "__main__":
