@@ -28,8 +28,8 @@ def adelaidet(
     annotations: Annotated[
         Path | None, typer.Option(help="COCO json with the model's classes. Default, for 80 classes: COCO's.")
     ] = None,
-    short_side: Annotated[int, typer.Option(min=32, help="Short side of images in evaluation, in pixels.")] = 800,
-    long_side: Annotated[int, typer.Option(min=32, help="Largest long side, in pixels.")] = 1333,
+    short_side: Annotated[int, typer.Option(min=32, max=65536, help="Short side of images in evaluation.")] = 800,
+    long_side: Annotated[int, typer.Option(min=32, max=65536, help="Largest long side, in pixels.")] = 1333,
 ) -> None:
     """Convert a released CondInst or BoxInst checkpoint.
 
@@ -63,8 +63,8 @@ def torchvision(
     annotations: Annotated[
         Path | None, typer.Option(help="COCO json with the model's classes. Default, for 91 outputs: COCO's 80.")
     ] = None,
-    short_side: Annotated[int, typer.Option(min=32, help="Short side of images in evaluation, in pixels.")] = 800,
-    long_side: Annotated[int, typer.Option(min=32, help="Largest long side, in pixels.")] = 1333,
+    short_side: Annotated[int, typer.Option(min=32, max=65536, help="Short side of images in evaluation.")] = 800,
+    long_side: Annotated[int, typer.Option(min=32, max=65536, help="Largest long side, in pixels.")] = 1333,
 ) -> None:
     """Convert torchvision's Mask R-CNN into a model folder.
 
@@ -76,7 +76,8 @@ def torchvision(
     from semiseg.interop.torchvision import SCORES, convert_state
 
     state = read_state(checkpoint)
-    of_coco = annotations is None and SCORES in state and state[SCORES].shape[0] == max(COCO_CATEGORY_IDS) + 1
+    rows = state[SCORES].shape[:1] if SCORES in state else ()
+    of_coco = annotations is None and rows == (max(COCO_CATEGORY_IDS) + 1,)
     converted = convert_state(state, kept=COCO_CATEGORY_IDS if of_coco else None, where=str(checkpoint))
     class_names, category_ids = _classes(converted.num_classes, annotations, checkpoint)
     inference = InferenceConfig(short_side=short_side, long_side=long_side, nms_threshold=0.5)
@@ -93,9 +94,9 @@ def yolact(
     annotations: Annotated[
         Path | None, typer.Option(help="COCO json with the model's classes. Default, for 80 classes: COCO's.")
     ] = None,
-    side: Annotated[int, typer.Option(min=32, help="Side in pixels to which images are stretched: 550, 700, 400.")] = (
-        550
-    ),
+    side: Annotated[
+        int, typer.Option(min=32, max=65536, help="Pixels to which images are stretched: 550, 700, 400.")
+    ] = (550),
 ) -> None:
     """Convert a released YOLACT checkpoint.
 

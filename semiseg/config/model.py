@@ -15,6 +15,7 @@ from semiseg.config.section import Layers, PositiveInt, Probability, Section, Si
 
 Norm = Literal["bn", "sync_bn", "gn", "frozen_bn"]
 Deviation = Annotated[float, Field(gt=0)]
+Scale = Annotated[float, Field(ge=1 / 64, le=64)]  # of sides or areas by others
 BIFPN_STRIDES = (8, 16, 32, 64, 128)
 
 
@@ -118,7 +119,7 @@ class RegionDetector(Section):
     kind: Literal["regions"] = "regions"
     strides: list[PositiveInt] = [4, 8, 16, 32, 64]  # of the levels that have anchors; regions come from those up to 32
     anchor_sides: list[PositiveInt] = [32, 64, 128, 256, 512]  # of a square anchor in pixels, one for each level
-    anchor_ratios: Annotated[list[Deviation], Field(min_length=1)] = [0.5, 1.0, 2.0]  # height by width
+    anchor_ratios: Annotated[list[Scale], Field(min_length=1)] = [0.5, 1.0, 2.0]  # height by width
     positive_iou: Probability = 0.7  # an anchor from here on learns its object,
     negative_iou: Probability = 0.3  # and below here background
     anchors_drawn: PositiveInt = 256  # of an image, to learn from, at most; and the share that may be positive:
@@ -154,7 +155,7 @@ class AnchorDetector(Section):
     strides: list[PositiveInt] = [8, 16, 32, 64, 128]  # of the levels that have anchors
     anchor_sides: list[PositiveInt] = [24, 48, 96, 192, 384]  # in pixels, one for each level; the usual ones for 550
     # Sides of the anchors of a location by its level's; the original means other ratios of height and width by these
-    anchor_scales: Annotated[list[Deviation], Field(min_length=1)] = [1.0, 0.5**0.5, 2**0.5]
+    anchor_scales: Annotated[list[Scale], Field(min_length=1)] = [1.0, 0.5**0.5, 2**0.5]
     positive_iou: Probability = 0.5  # an anchor from here on learns its object,
     negative_iou: Probability = 0.4  # and below here background
     negatives: PositiveInt = 3  # of an image by its positives: the hardest learn background
@@ -248,7 +249,7 @@ class RegionMaskHead(Section):
     norm: Literal["none", "gn"] = "none"  # behind each of them; the original has none, random weights need one
     size: PositiveInt = 14  # cells of the features in each direction; the mask has twice as many
     # Width and height of the region by those of the box: what a box alone teaches lies at the border between them.
-    margin: Annotated[float, Field(ge=1)] = 1.25
+    margin: Annotated[float, Field(ge=1, le=8)] = 1.25
     aligned: bool = True  # False = the first RoIAlign, half a feature cell beside (torchvision's)
     class_agnostic: bool = True  # one mask for all classes, not one for each: unseen ones would learn from boxes alone
     feature_stride: PositiveInt = 4  # of the finest level that features are taken from

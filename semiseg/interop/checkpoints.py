@@ -50,6 +50,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise UserError(f"{path}: not a state dict: {key!r} is {type(value).__name__}, expected a tensor")
+        _require_numbers(value, f"{path}: {key}")
     return dict(state)
 
 
@@ -91,6 +92,15 @@ def fitted(
         else torch.zeros(expected[key].shape, dtype=expected[key].dtype)
         for key, name in names.items()
     }
+
+
+def _require_numbers(weight: Tensor, what: str) -> None:
+    """Refuses a weight that no network could compute with."""
+    if weight.layout != torch.strided or weight.is_complex():
+        kind = f"{str(weight.dtype).removeprefix('torch.')}, {str(weight.layout).removeprefix('torch.')}"
+        raise UserError(f"{what} is {kind}; expected a dense tensor of real numbers")
+    if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
+        raise UserError(f"{what} has values that are not finite")
 
 
 def _refuse_unmatched(*, unknown: list[str], missing: list[str], reshaped: list[str], where: str) -> None:

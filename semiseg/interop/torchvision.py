@@ -1,8 +1,8 @@
 """torchvision's Mask R-CNN with a ResNet and FPN: its state dicts under present and released names.
 
 Released weights run with a frozen batch norm whose epsilon is 0: their file has no counters of batches. A network of
-torchvision's own with batch norm has epsilon 1e-5 and counters. Here every frozen norm adds 1e-5, so that this is taken
-off the variances of the former. Source of the names: torchvision 0.29's models and the files themselves.
+torchvision's own with batch norm has epsilon 1e-5 and counters. Here every frozen norm adds 1e-5, for which the weights
+of the former make up. Source of the names: torchvision 0.29's models and the files themselves.
 """
 
 from __future__ import annotations
@@ -62,10 +62,17 @@ def convert_state(state: Mapping[str, Tensor], *, kept: tuple[int, ...] | None, 
     left = sorted(set(renamed) - set(names.values()) - set(counters))
     weights = fitted(renamed, names, expected, left, where=where)
     if not counters:
-        for key in weights:
-            if key.endswith("running_var"):
-                weights[key] -= EPSILON
+        _without_epsilon(weights)
     return Converted(weights=weights, config=config, num_classes=len(labels), dropped=tuple(counters))
+
+
+def _without_epsilon(weights: dict[str, Tensor]) -> None:
+    """Gives norms whose epsilon is 0 weights with which an epsilon of 1e-5 computes the same."""
+    for key, variance in weights.items():
+        if key.endswith("running_var"):
+            name = key.removesuffix("running_var") + "weight"
+            exact = variance.double()
+            weights[name] = (weights[name].double() * ((exact + EPSILON) / exact).sqrt()).to(variance.dtype)
 
 
 def _today(key: str) -> str:
@@ -89,9 +96,12 @@ def _recognise(state: Mapping[str, Tensor], where: str) -> int:
         if key not in state:
             first = ", ".join(list(state)[:3]) or "none"
             raise UserError(f"{where}: not a Mask R-CNN of torchvision: no key {key}; its first keys are {first}")
-    if state[SCORES].ndim != 2 or state[MASKS].ndim != 4 or len(state[SCORES]) != len(state[MASKS]):
+    fits = state[SCORES].ndim == 2 and state[MASKS].ndim == 4 and len(state[SCORES]) == len(state[MASKS])
+    if not fits or len(state[SCORES]) < 2:
         counts = f"{tuple(state[SCORES].shape)} and {tuple(state[MASKS].shape)}"
-        raise UserError(f"{where}: {SCORES} and {MASKS} are {counts}, expected as many classes in both")
+        raise UserError(
+            f"{where}: {SCORES} and {MASKS} are {counts}, expected as many classes in both, one beside the background"
+        )
     block = re.compile(r"backbone\.body\.layer([1-4])\.(\d+)\.")
     blocks = [(int(found[1]), int(found[2])) for key in state if (found := block.match(key))]
     stages = tuple(1 + max((last for stage, last in blocks if stage == number), default=-1) for number in (1, 2, 3, 4))
