@@ -17,6 +17,7 @@ import platform
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,8 @@ def _rows(asked: argparse.Namespace) -> list[str]:
     measured = []
     for row in chosen_rows(asked.only):
         print(f"measuring {row.name}", file=sys.stderr)
+        if scale == "tiny" and row.tiny_agree is not None:
+            row = replace(row, agree=row.tiny_agree)
         passes = {"full": row.passes, "quick": row.quick_passes, "tiny": 1}[scale]
         measured.append(measure_row(row, sizes=row.sizes_at(scale), passes=passes, own_processes=scale != "tiny"))
     # Where the JSON goes to the output, the table goes beside it.

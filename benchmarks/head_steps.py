@@ -181,7 +181,7 @@ def _row(kind: str) -> Row:
         passes=4,
         quick_passes=2,
         prepare=made,
-        agree=CloseGradients(every=5e-2),
+        agree=CloseGradients(every=5e-2, half=1.5e-2),
     )
 
 

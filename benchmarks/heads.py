@@ -263,7 +263,7 @@ MASK_RCNN_STEP = Row(
     passes=4,
     quick_passes=2,
     prepare=prepare_step,
-    agree=CloseGradients(every=5e-2),
+    agree=CloseGradients(every=5e-2, half=1.5e-2),
 )
 
 

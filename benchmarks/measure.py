@@ -74,6 +74,7 @@ class Row:
             the first one's if there is no other.
         prepare: builds the inputs of a side, seeded, and returns its work.
         agree: whether the results of ours and of the straightforward side are the same, within the row's tolerance.
+        tiny_agree: the same at tiny sizes, where rounding shows more; None = `agree`.
         device: "cpu" or "cuda".
         package: an optional package that the row needs.
         facts: from sizes and seconds to further keys of the JSON, such as images per second.
@@ -87,6 +88,7 @@ class Row:
     quick_passes: int
     prepare: Callable[[Side, Sizes, Place], Task]
     agree: Callable[[Result, Result], bool]
+    tiny_agree: Callable[[Result, Result], bool] | None = None
     device: str = "cpu"
     package: str | None = None
     facts: Callable[[Sizes, float], dict[str, float]] | None = None

@@ -221,12 +221,13 @@ def test_the_lines_can_be_pasted(model_folder: Path) -> None:
 
 def test_which_settings_are_compared() -> None:
     """All but the free ones, so that a new setting is compared until somebody says otherwise."""
-    assert leaves(ModelConfig().model_dump()).keys() >= FREE_SETTINGS
+    rays = model_config({"mask_head.kind": "rays"})
+    assert {*leaves(ModelConfig().model_dump()), *leaves(rays.model_dump())} >= FREE_SETTINGS
     released = {**BIFPN, "backbone.weights": "random", "backbone.stride_in_1x1": True}
     reference, plain = model_config(released), ModelConfig()
     both = ["backbone.stride_in_1x1", "neck.kind", "neck.channels"]
     assert differing_settings(reference, plain) == [*both, "neck.repeats", "neck.norm"]
-    assert differing_settings(plain, reference) == both
+    assert differing_settings(plain, reference) == [*both, "neck.coarse", "neck.form"]
     fewer = model_config(released, {"neck.repeats": 3, "neck.norm": "gn"})
     assert differing_settings(reference, fewer) == ["neck.repeats", "neck.norm"]
     assert differing_settings(reference, model_config(released, {"neck.norm": "sync_bn"})) == []
@@ -246,7 +247,10 @@ def test_rows_of_the_shipped_studies_fit_their_pretraining() -> None:
         for run in study_runs(load_study(name)):
             if run.init is not None:
                 compared += 1
-                assert differing_settings(run.init.config.model, run.config.model) == [], name
+                differing = differing_settings(run.init.config.model, run.config.model)
+                if name == "shapes_heads":  # a detector may start a network with another mask head
+                    differing = [key for key in differing if not key.startswith("mask_head.")]
+                assert differing == [], name
     assert compared >= 30
 
 
