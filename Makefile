@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 
 .PHONY: quickstart quickstart-short bench-quick test lint types clean
 
-## quickstart: train and evaluate every run of experiments/shapes.toml and write reports/shapes/ (6 to 17 minutes on two cores)
+## quickstart: train and evaluate every run of experiments/shapes.toml and write reports/shapes/ (7 to 17 minutes on two cores)
 quickstart: $(STAMP)
 	$(BIN)/semiseg run shapes --jobs 2 --reproduce
 
