@@ -35,7 +35,14 @@ from semiseg.structures.grids import Regions, WholeMap
 from semiseg.structures.outputs import DenseOutputs, MaskQueries
 from tests.distributed_worker import LEARNED
 from tests.test_poison import everything, make_data
-from tests.test_train import first_batches, fresh_step, losses_and_gradients, same_in_two_parts, without_instances
+from tests.test_train import (
+    first_batches,
+    fresh_step,
+    learned,
+    losses_and_gradients,
+    same_in_two_parts,
+    without_instances,
+)
 from tests.tiny import DETECTORS, HEADS, make_queries, model_of, tiny_config
 
 OTHERS = [*(name for name in HEADS if name != "dynamic"), *DETECTORS]
@@ -71,15 +78,7 @@ def test_it_learns(root: Path, head: str, supervision: str) -> None:
     config = config_of(root, head, **SUPERVISION[supervision])
     step = fresh_step(config)
     (batch,) = first_batches(config, 1)
-    plan = step.plan(batch)
-    optimizer = torch.optim.Adam(step.parameters(), lr=0.005)
-    totals = []
-    for _ in range(14):
-        terms = step(batch, plan, plan.counts, warmup=1.0, processes=1)
-        terms.total.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        totals.append({name: float(value.detach()) for name, value in terms.weighted.items()})
+    totals = learned(step, batch)
     masks = {name: value for name, value in totals[0].items() if name in ("dice", "projection", "pairwise")}
     assert {name for name, value in masks.items() if value > 0} == USED[supervision]
     assert sum(totals[-1][name] for name in masks) < 0.95 * sum(masks.values())
@@ -116,20 +115,27 @@ def test_a_dilation_beyond_the_masks_is_refused(root: Path, head: str, cells: in
             build_step(config, num_classes=3)
 
 
+def same_after_a_cut(config: RunConfig, folder: Path) -> dict[str, Any]:
+    """The metrics of a run of four steps in `whole`, whose copy in `cut` goes on from step 2 to the same weights."""
+    execute_run(config, out=folder / "whole", progress=False)
+    shutil.copytree(folder / "whole", folder / "cut")
+    for name in ("checkpoints/step_00000004.pt", "result.json"):
+        (folder / "cut" / name).unlink()
+    shutil.rmtree(folder / "cut" / "model")
+    execute_run(config, out=folder / "cut", progress=False)
+    whole, cut = (load_tensors(folder / name / "checkpoints" / "step_00000004.pt") for name in ("whole", "cut"))
+    assert all(torch.equal(value, cut["model"][name]) for name, value in whole["model"].items())
+    results = [read_json(folder / name / "result.json")["metrics"] for name in ("whole", "cut")]
+    assert results[0] == results[1]
+    metrics: dict[str, Any] = results[0]
+    return metrics
+
+
 @pytest.mark.parametrize("head", OTHERS)
 def test_it_is_evaluated_and_resumes_to_the_bit(root: Path, tmp_path: Path, head: str) -> None:
     config = config_of(root, head, runtime={"checkpoint_every": 2})
-    execute_run(config, out=tmp_path / "whole", progress=False)
-    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-    for name in ("checkpoints/step_00000004.pt", "result.json"):
-        (tmp_path / "cut" / name).unlink()
-    shutil.rmtree(tmp_path / "cut" / "model")
-    execute_run(config, out=tmp_path / "cut", progress=False)
-    whole, cut = (load_tensors(tmp_path / name / "checkpoints" / "step_00000004.pt") for name in ("whole", "cut"))
-    assert all(torch.equal(value, cut["model"][name]) for name, value in whole["model"].items())
-    results = [read_json(tmp_path / name / "result.json")["metrics"] for name in ("whole", "cut")]
-    assert results[0] == results[1]
-    assert results[0]["segm"] is not None
+    metrics = same_after_a_cut(config, tmp_path)
+    assert metrics["segm"] is not None
     picture = torch.zeros(3, 40, 56, dtype=torch.uint8)
     (detections,) = semiseg.detect(semiseg.load_model(tmp_path / "whole"), [picture], score_threshold=0.0)
     assert detections.masks.shape[1:] == (40, 56)

@@ -37,7 +37,14 @@ from semiseg.models.detectors.regions import RegionDetector, RegionOutputs
 from semiseg.structures.grids import Regions
 from semiseg.structures.outputs import MaskQueries
 from tests.test_poison import everything, make_data
-from tests.test_train import first_batches, fresh_step, losses_and_gradients, same_in_two_parts, without_instances
+from tests.test_train import (
+    first_batches,
+    fresh_step,
+    learned,
+    losses_and_gradients,
+    same_in_two_parts,
+    without_instances,
+)
 from tests.tiny import DETECTORS, HEADS, tiny_config
 
 CLASSES = 6
@@ -387,15 +394,7 @@ def test_masks_are_learned_in_proposals(root: Path) -> None:
     config = tiny_config(root, **IN_PROPOSALS)
     step = fresh_step(config)
     (batch,) = first_batches(config, 1)
-    plan = step.plan(batch)
-    optimizer = torch.optim.Adam(step.parameters(), lr=0.005)
-    totals = []
-    for _ in range(14):
-        terms = step(batch, plan, plan.counts, warmup=1.0, processes=1)
-        terms.total.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        totals.append({name: float(value.detach()) for name, value in terms.weighted.items()})
+    totals = learned(step, batch)
     assert {name for name, value in totals[0].items() if value > 0} == {*two_stage.LOSSES, "bce", "mil", "smoothness"}
     assert totals[-1]["bce"] + totals[-1]["mil"] < 0.95 * (totals[0]["bce"] + totals[0]["mil"])
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch.autograd import gradcheck
 
 from semiseg.config import RunConfig
 from semiseg.config.model import FCOSDetector
-from semiseg.config.read import digest, read_json
+from semiseg.config.read import digest
 from semiseg.data.rays import (
     NO_RAY,
     RayRule,
@@ -32,17 +31,15 @@ from semiseg.data.rays import (
 )
 from semiseg.engine import train as training
 from semiseg.engine.build import build_data
-from semiseg.engine.checkpoint import load_tensors
 from semiseg.engine.detection import fcos_assignment
 from semiseg.engine.logs import read_log
 from semiseg.engine.rays import positives_of
 from semiseg.engine.replay import replay_step
-from semiseg.engine.run import execute_run
 from semiseg.engine.step import TrainStep
 from semiseg.errors import UserError
 from semiseg.losses.rays import polar_centreness, polar_iou_loss
 from semiseg.structures.inputs import Batch, Supervision
-from tests.test_heads import SUPERVISION
+from tests.test_heads import SUPERVISION, same_after_a_cut
 from tests.test_host_syncs import MIXED, fake_step, make_batch, plan_of
 from tests.test_poison import everything, make_data, with_source
 from tests.test_train import first_batches, fresh_step, losses_and_gradients, same_in_two_parts, without_instances
@@ -420,16 +417,7 @@ def test_identities_hold_what_a_run_reads(root: Path) -> None:
 
 def test_it_is_evaluated_and_resumes_to_the_bit(root: Path, tmp_path: Path) -> None:
     config = config_of(root, runtime={"checkpoint_every": 2, "workers": 2})
-    execute_run(config, out=tmp_path / "whole", progress=False)
-    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-    for name in ("checkpoints/step_00000004.pt", "result.json"):
-        (tmp_path / "cut" / name).unlink()
-    shutil.rmtree(tmp_path / "cut" / "model")
-    execute_run(config, out=tmp_path / "cut", progress=False)
-    whole, cut = (load_tensors(tmp_path / name / "checkpoints" / "step_00000004.pt") for name in ("whole", "cut"))
-    assert all(torch.equal(value, cut["model"][name]) for name, value in whole["model"].items())
-    results = [read_json(tmp_path / name / "result.json")["metrics"] for name in ("whole", "cut")]
-    assert results[0] == results[1]
+    same_after_a_cut(config, tmp_path)
     assert any(line["losses"]["rays"] > 0 for line in read_log(tmp_path / "whole" / "log.jsonl") if "losses" in line)
 
 

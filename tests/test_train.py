@@ -241,6 +241,20 @@ def test_accumulation_changes_neither_losses_nor_gradients(root: Path) -> None:
     same_in_two_parts(fresh_step(whole), whole, halves)
 
 
+def learned(step: TrainStep, batch: Batch, *, steps: int = 14) -> list[dict[str, float]]:
+    """The weighted losses of each of so many steps on one batch."""
+    plan = step.plan(batch)
+    optimizer = torch.optim.Adam(step.parameters(), lr=0.005)
+    losses = []
+    for _ in range(steps):
+        terms = step(batch, plan, plan.counts, warmup=1.0, processes=1)
+        terms.total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append({name: float(value.detach()) for name, value in terms.weighted.items()})
+    return losses
+
+
 def same_in_two_parts(module: TrainStep, whole: RunConfig, halves: RunConfig) -> None:
     """Losses and gradients of a step of four images, and of the same in two parts."""
     losses, gradient = losses_and_gradients(module, first_batches(whole, 1))

@@ -20,16 +20,21 @@ if TYPE_CHECKING:
     from semiseg.interop.checkpoints import Converted
 
 
+Out = Annotated[
+    Path, typer.Argument(metavar="OUT", help="Model folder to write; an existing model folder is replaced.")
+]
+ShortSide = Annotated[int, typer.Option(min=32, max=65536, help="Short side of images in evaluation.")]
+LongSide = Annotated[int, typer.Option(min=32, max=65536, help="Largest long side, in pixels.")]
+
+
 def adelaidet(
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A released CondInst or BoxInst file, .pth.")],
-    out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="Model folder to write; an existing model folder is replaced.")
-    ],
+    out: Out,
     annotations: Annotated[
         Path | None, typer.Option(help="COCO json with the model's classes. Default, for 80 classes: COCO's.")
     ] = None,
-    short_side: Annotated[int, typer.Option(min=32, max=65536, help="Short side of images in evaluation.")] = 800,
-    long_side: Annotated[int, typer.Option(min=32, max=65536, help="Largest long side, in pixels.")] = 1333,
+    short_side: ShortSide = 800,
+    long_side: LongSide = 1333,
 ) -> None:
     """Convert a released CondInst or BoxInst checkpoint.
 
@@ -38,40 +43,28 @@ def adelaidet(
     Example: semiseg convert adelaidet BoxInst_MS_R_50_3x.pth models/boxinst_r50
     """
     _check_out(out)
-    from semiseg.engine.checkpoint import ModelInfo, save_model
     from semiseg.interop.adelaidet import convert_checkpoint
 
-    converted = convert_checkpoint(checkpoint)
-    class_names, category_ids = _classes(converted.num_classes, annotations, checkpoint)
-    info = ModelInfo(
-        config=converted.config,
-        class_names=class_names,
-        category_ids=category_ids,
-        inference=InferenceConfig(short_side=short_side, long_side=long_side),
-    )
-    save_model(out.resolve(), converted.weights, info)
-    typer.echo(_summary(converted, checkpoint, out))
+    inference = InferenceConfig(short_side=short_side, long_side=long_side)
+    _write(convert_checkpoint(checkpoint), checkpoint, out, annotations, inference)
 
 
 def torchvision(
     checkpoint: Annotated[
         Path, typer.Argument(metavar="CKPT", help="State dict of torchvision's maskrcnn_resnet50_fpn, .pth.")
     ],
-    out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="Model folder to write; an existing model folder is replaced.")
-    ],
+    out: Out,
     annotations: Annotated[
         Path | None, typer.Option(help="COCO json with the model's classes. Default, for 91 outputs: COCO's 80.")
     ] = None,
-    short_side: Annotated[int, typer.Option(min=32, max=65536, help="Short side of images in evaluation.")] = 800,
-    long_side: Annotated[int, typer.Option(min=32, max=65536, help="Largest long side, in pixels.")] = 1333,
+    short_side: ShortSide = 800,
+    long_side: LongSide = 1333,
 ) -> None:
     """Convert torchvision's Mask R-CNN into a model folder.
 
     Example: semiseg convert torchvision maskrcnn_resnet50_fpn_coco-bf2d0c1e.pth models/maskrcnn_r50
     """
     _check_out(out)
-    from semiseg.engine.checkpoint import ModelInfo, save_model
     from semiseg.interop.checkpoints import read_state
     from semiseg.interop.torchvision import SCORES, convert_state
 
@@ -79,40 +72,31 @@ def torchvision(
     rows = state[SCORES].shape[:1] if SCORES in state else ()
     of_coco = annotations is None and rows == (max(COCO_CATEGORY_IDS) + 1,)
     converted = convert_state(state, kept=COCO_CATEGORY_IDS if of_coco else None, where=str(checkpoint))
-    class_names, category_ids = _classes(converted.num_classes, annotations, checkpoint)
     inference = InferenceConfig(short_side=short_side, long_side=long_side, nms_threshold=0.5)
-    info = ModelInfo(config=converted.config, class_names=class_names, category_ids=category_ids, inference=inference)
-    save_model(out.resolve(), converted.weights, info)
-    typer.echo(_summary(converted, checkpoint, out))
+    _write(converted, checkpoint, out, annotations, inference)
 
 
 def yolact(
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A released YOLACT file with a ResNet, .pth.")],
-    out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="Model folder to write; an existing model folder is replaced.")
-    ],
+    out: Out,
     annotations: Annotated[
         Path | None, typer.Option(help="COCO json with the model's classes. Default, for 80 classes: COCO's.")
     ] = None,
     side: Annotated[
         int, typer.Option(min=32, max=65536, help="Pixels to which images are stretched: 550, 700, 400.")
-    ] = (550),
+    ] = 550,
 ) -> None:
     """Convert a released YOLACT checkpoint.
 
     Example: semiseg convert yolact yolact_resnet50_54_800000.pth models/yolact_r50
     """
     _check_out(out)
-    from semiseg.engine.checkpoint import ModelInfo, save_model
     from semiseg.interop.checkpoints import read_state
     from semiseg.interop.yolact import convert_state
 
     converted = convert_state(read_state(checkpoint), side=side, where=str(checkpoint))
-    class_names, category_ids = _classes(converted.num_classes, annotations, checkpoint)
     inference = InferenceConfig(short_side=side, long_side=side, stretch=True, nms_threshold=0.5)
-    info = ModelInfo(config=converted.config, class_names=class_names, category_ids=category_ids, inference=inference)
-    save_model(out.resolve(), converted.weights, info)
-    typer.echo(_summary(converted, checkpoint, out))
+    _write(converted, checkpoint, out, annotations, inference)
 
 
 def _check_out(out: Path) -> None:
@@ -131,6 +115,18 @@ def _check_out(out: Path) -> None:
         except UserError:
             reason = "holds no readable model of semiseg, but what would be lost; give a new folder"
             raise UserError(f"{out}: {reason}") from None
+
+
+def _write(
+    converted: Converted, checkpoint: Path, out: Path, annotations: Path | None, inference: InferenceConfig
+) -> None:
+    """Writes the model folder and says what it is of."""
+    from semiseg.engine.checkpoint import ModelInfo, save_model
+
+    names, ids = _classes(converted.num_classes, annotations, checkpoint)
+    info = ModelInfo(config=converted.config, class_names=names, category_ids=ids, inference=inference)
+    save_model(out.resolve(), converted.weights, info)
+    typer.echo(_summary(converted, checkpoint, out))
 
 
 def _classes(count: int, annotations: Path | None, checkpoint: Path) -> tuple[tuple[str, ...], tuple[int, ...]]:

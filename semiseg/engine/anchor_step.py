@@ -16,8 +16,12 @@ from semiseg.structures.inputs import Supervision, Targets
 
 def anchor_counts(assignment: AnchorAssignment, box_only: Tensor) -> dict[str, Tensor]:
     """By `losses.anchors.COUNTS`."""
-    numbers = {"positives": len(assignment.anchor_index), "images": len(assignment.negatives)}
-    return {name: torch.tensor(number, device=box_only.device) for name, number in numbers.items()}
+    return on_device(box_only.device, positives=len(assignment.anchor_index), images=len(assignment.negatives))
+
+
+def on_device(device: torch.device, **numbers: int) -> dict[str, Tensor]:
+    """Numbers that the host knows, as tensors by their names."""
+    return {name: torch.tensor(number, device=device) for name, number in numbers.items()}
 
 
 def mean_anchor_losses(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from semiseg.config.model import AnchorDetector, FCOSDetector, ModelConfig, RegionDetector
-from semiseg.engine.anchor_step import anchor_counts, mean_anchor_losses
+from semiseg.engine.anchor_step import anchor_counts, mean_anchor_losses, on_device
 from semiseg.losses import anchors as squares
 from semiseg.losses import detection as fcos
 from semiseg.losses import two_stage
@@ -20,7 +20,7 @@ from semiseg.models.detectors.anchor_targets import assign_squares, sample_ancho
 from semiseg.models.detectors.assign import assign
 from semiseg.models.detectors.boxes import encode_boxes
 from semiseg.models.detectors.region_targets import Draw, RegionAssignment, assign_anchors, sample_regions
-from semiseg.models.detectors.sample import sample_positives
+from semiseg.models.detectors.sample import queries_of, sample_positives
 from semiseg.models.segmenter import Segmenter
 from semiseg.structures.inputs import Targets
 from semiseg.structures.outputs import Assignment, MaskQueries
@@ -126,8 +126,7 @@ def _region_step(config: RegionDetector, model: Segmenter) -> DetectorStep:
 
 
 def _region_counts(assignment: RegionAssignment, box_only: Tensor) -> dict[str, Tensor]:
-    numbers = {"anchors": len(assignment.anchor_index), "images": len(assignment.seeds)}
-    return {name: torch.tensor(number, device=box_only.device) for name, number in numbers.items()}
+    return on_device(box_only.device, anchors=len(assignment.anchor_index), images=len(assignment.seeds))
 
 
 def queries_of_boxes(
@@ -140,14 +139,7 @@ def queries_of_boxes(
 ) -> MaskQueries:
     """The objects' own boxes, of those whose quota is 1 and not 0: how many is known beforehand."""
     instance = torch.nonzero_static(quotas > 0, size=sum(counts))[:, 0]
-    return MaskQueries(
-        image_index=targets.image_index[instance],
-        location_index=torch.zeros_like(instance),  # masks are made from boxes
-        instance_index=instance,
-        boxes_xyxy=targets.boxes_xyxy[instance],
-        labels=targets.labels[instance],
-        counts=counts,
-    )
+    return queries_of(targets, instance, torch.zeros_like(instance), counts=counts)  # masks are made from boxes
 
 
 def queries_of_proposals(
@@ -163,13 +155,8 @@ def queries_of_proposals(
     found = sampled(outputs, assignment, targets)
     wanted = (found.instance >= 0) & (_of(quotas, found.instance) > 0)
     instance = found.instance[wanted]
-    return MaskQueries(
-        image_index=targets.image_index[instance],
-        location_index=torch.zeros_like(instance),
-        instance_index=instance,
-        boxes_xyxy=torch.cat(found.boxes_xyxy)[wanted],
-        labels=targets.labels[instance],
-    )
+    queries = queries_of(targets, instance, torch.zeros_like(instance))
+    return replace(queries, boxes_xyxy=torch.cat(found.boxes_xyxy)[wanted])
 
 
 def mean_region_losses(

@@ -16,6 +16,7 @@ from semiseg.data.table import Table
 from semiseg.engine.detection import fcos_assignment
 from semiseg.losses.rays import RayGoals, polar_centreness
 from semiseg.models.detectors.fcos import make_locations
+from semiseg.models.detectors.sample import queries_of
 from semiseg.structures.inputs import Supervision, Targets, grid_size
 from semiseg.structures.outputs import Assignment, MaskQueries
 from semiseg.structures.rays import RayTargets
@@ -80,14 +81,7 @@ def ray_goals(targets: Targets, chosen: Tensor) -> RayGoals:
 def ray_queries(targets: Targets) -> MaskQueries:
     """Where the rays of `ray_goals` are predicted."""
     rays = _rays(targets)
-    instance = rays.instance_index
-    return MaskQueries(
-        image_index=targets.image_index[instance],
-        location_index=rays.location_index,
-        instance_index=instance,
-        boxes_xyxy=targets.boxes_xyxy[instance],
-        labels=targets.labels[instance],
-    )
+    return queries_of(targets, rays.instance_index, rays.location_index)
 
 
 def _rays(targets: Targets) -> RayTargets:

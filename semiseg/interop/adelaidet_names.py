@@ -12,7 +12,7 @@ from semiseg.config import ModelConfig
 from semiseg.config.model import DynamicMaskHead, FCOSDetector
 from semiseg.config.read import parse_config
 from semiseg.errors import UserError
-from semiseg.interop.checkpoints import RESNETS
+from semiseg.interop.checkpoints import resnet_depth
 from semiseg.models.masks.dynamic import filter_shapes, num_filter_numbers
 
 BACKBONE = "backbone.bottom_up."  # behind it `backbone.` where the neck is a BiFPN
@@ -138,12 +138,7 @@ def _width(state: Mapping[str, Tensor], key: str, usual: int) -> int:
 def _depth(state: Mapping[str, Tensor], bottom: str, where: str) -> int:
     prefix = re.escape(bottom)
     blocks = tuple(_count(state, rf"{prefix}res{n}\.(\d+)\..+") for n in STAGES)
-    if blocks not in RESNETS:
-        known = " and ".join(f"{'-'.join(map(str, count))} (resnet{depth})" for count, depth in RESNETS.items())
-        raise UserError(
-            f"{where}: the stages {bottom}res2 to res5 have {'-'.join(map(str, blocks))} blocks; known are {known}"
-        )
-    return RESNETS[blocks]
+    return resnet_depth(blocks, what=f"the stages {bottom}res2 to res5 have", where=where)
 
 
 def _deformable_interval(state: Mapping[str, Tensor], bottom: str, where: str) -> int:

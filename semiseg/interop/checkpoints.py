@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from semiseg.engine.checkpoint import BATCHES_SEEN, load_tensors
 from semiseg.errors import UserError
 from semiseg.models.build import build_model
 
-RESNETS = {(3, 4, 6, 3): 50, (3, 4, 23, 3): 101}  # blocks of the stages -> depth
+RESNETS: dict[tuple[int, ...], int] = {(3, 4, 6, 3): 50, (3, 4, 23, 3): 101}  # blocks of the stages -> depth
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,29 @@ def read_state(path: Path) -> dict[str, Tensor]:
             raise UserError(f"{path}: not a state dict: {key!r} is {type(value).__name__}, expected a tensor")
         _require_numbers(value, f"{path}: {key}")
     return dict(state)
+
+
+def require_keys(state: Mapping[str, Tensor], keys: Iterable[str], *, network: str, where: str) -> None:
+    """A UserError if one of the keys that every such network has is absent."""
+    for key in keys:
+        if key not in state:
+            first = ", ".join(list(state)[:3]) or "none"
+            raise UserError(f"{where}: not {network}: no key {key}; its first keys are {first}")
+
+
+def resnet_depth(blocks: Sequence[int], *, what: str, where: str) -> int:
+    """The depth of a ResNet with so many blocks in its stages, which `what` names in the UserError if there is none."""
+    if tuple(blocks) not in RESNETS:
+        known = " and ".join(f"{'-'.join(map(str, count))} (resnet{depth})" for count, depth in RESNETS.items())
+        raise UserError(f"{where}: {what} {'-'.join(map(str, blocks))} blocks; known are {known}")
+    return RESNETS[tuple(blocks)]
+
+
+def depth_by_keys(state: Iterable[str], pattern: str, stages: Sequence[int], *, where: str) -> int:
+    """The same by the numbers of stage and block that a pattern's two groups take at the beginning of keys."""
+    blocks = [(int(found[1]), int(found[2])) for key in state if (found := re.match(pattern, key))]
+    counts = [1 + max((last for stage, last in blocks if stage == number), default=-1) for number in stages]
+    return resnet_depth(counts, what="the backbone has", where=where)
 
 
 def shapes_of(config: ModelConfig, *, num_classes: int) -> dict[str, Tensor]:

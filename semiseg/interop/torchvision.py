@@ -17,7 +17,7 @@ from semiseg.config import ModelConfig
 from semiseg.config.read import parse_config
 from semiseg.engine.checkpoint import BATCHES_SEEN
 from semiseg.errors import UserError
-from semiseg.interop.checkpoints import RESNETS, Converted, fitted, shapes_of
+from semiseg.interop.checkpoints import Converted, depth_by_keys, fitted, require_keys, shapes_of
 
 EPSILON = 1e-5  # of a frozen norm here
 RENAMED = (  # pattern of a key in released files, and today's
@@ -92,23 +92,15 @@ def _file_name(key: str) -> str:
 
 def _recognise(state: Mapping[str, Tensor], where: str) -> int:
     """The depth of the ResNet; a UserError where it is not a Mask R-CNN of torchvision's first version."""
-    for key in (SCORES, MASKS, "rpn.head.cls_logits.weight", "backbone.body.conv1.weight"):
-        if key not in state:
-            first = ", ".join(list(state)[:3]) or "none"
-            raise UserError(f"{where}: not a Mask R-CNN of torchvision: no key {key}; its first keys are {first}")
+    keys = (SCORES, MASKS, "rpn.head.cls_logits.weight", "backbone.body.conv1.weight")
+    require_keys(state, keys, network="a Mask R-CNN of torchvision", where=where)
     fits = state[SCORES].ndim == 2 and state[MASKS].ndim == 4 and len(state[SCORES]) == len(state[MASKS])
     if not fits or len(state[SCORES]) < 2:
         counts = f"{tuple(state[SCORES].shape)} and {tuple(state[MASKS].shape)}"
         raise UserError(
             f"{where}: {SCORES} and {MASKS} are {counts}, expected as many classes in both, one beside the background"
         )
-    block = re.compile(r"backbone\.body\.layer([1-4])\.(\d+)\.")
-    blocks = [(int(found[1]), int(found[2])) for key in state if (found := block.match(key))]
-    stages = tuple(1 + max((last for stage, last in blocks if stage == number), default=-1) for number in (1, 2, 3, 4))
-    if stages not in RESNETS:
-        known = " and ".join(f"{'-'.join(map(str, count))} (resnet{depth})" for count, depth in RESNETS.items())
-        raise UserError(f"{where}: the backbone has {'-'.join(map(str, stages))} blocks; known are {known}")
-    return RESNETS[stages]
+    return depth_by_keys(state, r"backbone\.body\.layer([1-4])\.(\d+)\.", (1, 2, 3, 4), where=where)
 
 
 def _config(state: Mapping[str, Tensor], depth: int, where: str) -> ModelConfig:

@@ -15,7 +15,7 @@ from semiseg.config import ModelConfig
 from semiseg.config.read import parse_config
 from semiseg.engine.checkpoint import BATCHES_SEEN
 from semiseg.errors import UserError
-from semiseg.interop.checkpoints import RESNETS, Converted, fitted, shapes_of
+from semiseg.interop.checkpoints import Converted, depth_by_keys, fitted, require_keys, shapes_of
 
 USUAL_SIDE = 550  # of the image, for which the anchors have these sides; those of other networks are in proportion
 ANCHOR_SIDES = (24, 48, 96, 192, 384)
@@ -68,19 +68,12 @@ def convert_state(state: Mapping[str, Tensor], *, side: int, where: str) -> Conv
 
 def _recognise(state: Mapping[str, Tensor], where: str) -> tuple[int, int]:
     """Depth of the ResNet and number of classes."""
-    for key in (CLASSES, "proto_net.0.weight", "fpn.lat_layers.0.weight", "backbone.conv1.weight"):
-        if key not in state:
-            first = ", ".join(list(state)[:3]) or "none"
-            raise UserError(f"{where}: not a YOLACT with a ResNet: no key {key}; its first keys are {first}")
+    keys = (CLASSES, "proto_net.0.weight", "fpn.lat_layers.0.weight", "backbone.conv1.weight")
+    require_keys(state, keys, network="a YOLACT with a ResNet", where=where)
     if state[CLASSES].ndim != 4 or len(state[CLASSES]) % SHAPES or len(state[CLASSES]) < 2 * SHAPES:
         raise UserError(f"{where}: {CLASSES} is {tuple(state[CLASSES].shape)}, expected {SHAPES} anchors of a location")
-    block = re.compile(r"backbone\.layers\.([0-3])\.(\d+)\.")
-    blocks = [(int(found[1]), int(found[2])) for key in state if (found := block.match(key))]
-    stages = tuple(1 + max((last for stage, last in blocks if stage == number), default=-1) for number in range(4))
-    if stages not in RESNETS:
-        known = " and ".join(f"{'-'.join(map(str, count))} (resnet{depth})" for count, depth in RESNETS.items())
-        raise UserError(f"{where}: the backbone has {'-'.join(map(str, stages))} blocks; known are {known}")
-    return RESNETS[stages], len(state[CLASSES]) // SHAPES - 1
+    depth = depth_by_keys(state, r"backbone\.layers\.([0-3])\.(\d+)\.", (0, 1, 2, 3), where=where)
+    return depth, len(state[CLASSES]) // SHAPES - 1
 
 
 def _config(depth: int, side: int, where: str) -> ModelConfig:

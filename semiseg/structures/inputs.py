@@ -96,6 +96,10 @@ class Targets:
         require(own == (grid.stride, grid.size_hw), f"the masks have stride and size {own}, but their grid is {grid}")
         return self.masks
 
+    def crowds_of(self, image: int) -> Tensor:
+        """(k, 4) the crowd boxes of an image."""
+        return self.crowd_boxes_xyxy[self.crowd_image_index == image]
+
     def of_queries(self, instance: Tensor, image_index: Tensor) -> Targets:
         """Each of Q instances (Q,), in images (Q,) ascending, as an instance of its own; the masks stay encoded."""
         require(self.encoded is not None, "masks that are sampled already cannot be cut out")

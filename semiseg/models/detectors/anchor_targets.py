@@ -6,19 +6,18 @@ Source: YOLACT's released matching; SSD (Liu et al. 2016), section 2.2.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
 from semiseg.models.detectors.anchors import WEIGHTS, AnchorOutputs, square_anchors
-from semiseg.models.detectors.boxes import encode_boxes, in_crowds, match
-from semiseg.models.detectors.sample import best_of_instances
+from semiseg.models.detectors.boxes import BACKGROUND, NEITHER, encode_boxes, in_crowds, match
+from semiseg.models.detectors.sample import best_of_instances, queries_of
 from semiseg.structures.inputs import Targets
 from semiseg.structures.outputs import MaskQueries
 
-BACKGROUND, NEITHER = -1, -2
 CROWD_SHARE = 0.7  # of a background anchor's area in a crowd, above which it learns nothing
 
 
@@ -65,8 +64,8 @@ def assign_squares(
         matched = match(anchors, boxes, positive_iou=positive_iou, negative_iou=negative_iou)
         if len(own):
             matched[best_free_anchors(box_iou(boxes, anchors))] = torch.arange(len(own))
-        crowds = targets.crowd_boxes_xyxy[targets.crowd_image_index == image]
-        matched[(matched == BACKGROUND) & in_crowds(anchors, crowds, share=CROWD_SHARE)] = NEITHER
+        in_crowd = in_crowds(anchors, targets.crowds_of(image), share=CROWD_SHARE)
+        matched[(matched == BACKGROUND) & in_crowd] = NEITHER
         (positive,) = torch.nonzero(matched >= 0, as_tuple=True)
         background[image] = matched == BACKGROUND
         counts.append(min(negatives * len(positive), int(background[image].sum())))
@@ -109,12 +108,5 @@ def sample_anchors(
         score, assignment.image_index, assignment.instance_index, quotas, counts, len(outputs.class_logits)
     )
     instance, anchor = assignment.instance_index[kept], assignment.anchor_index[kept]
-    return MaskQueries(
-        image_index=assignment.image_index[kept],
-        location_index=anchor // outputs.shapes,
-        instance_index=instance,
-        boxes_xyxy=targets.boxes_xyxy[instance],
-        labels=targets.labels[instance],
-        counts=tuple(counts),
-        shape_index=anchor % outputs.shapes,
-    )
+    queries = queries_of(targets, instance, anchor // outputs.shapes, counts=tuple(counts))
+    return replace(queries, shape_index=anchor % outputs.shapes)

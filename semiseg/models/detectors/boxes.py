@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
+BACKGROUND, NEITHER = -1, -2  # what a candidate without an object learns, see `match`
 LARGEST_LOG = math.log(1000 / 16)  # of a side by its anchor's
 
 
@@ -40,16 +41,16 @@ def clip_boxes(boxes_xyxy: Tensor, size_hw: Tensor) -> Tensor:
 def match(
     candidates_xyxy: Tensor, boxes_xyxy: Tensor, *, positive_iou: float, negative_iou: float, best_too: bool = False
 ) -> Tensor:
-    """Which of G objects each of K candidates is to learn: (K,) int64, -1 = background, -2 = neither.
+    """Which of G objects each of K candidates is to learn: (K,) int64; or `BACKGROUND`, or `NEITHER`.
 
     Positive from `positive_iou` on, background below `negative_iou`. With `best_too` a candidate that no other has a
     larger IoU than with some object is positive, whatever that IoU, for the object of its own largest IoU.
     """
     if not len(boxes_xyxy):
-        return torch.full((len(candidates_xyxy),), -1, dtype=torch.int64, device=candidates_xyxy.device)
+        return torch.full((len(candidates_xyxy),), BACKGROUND, dtype=torch.int64, device=candidates_xyxy.device)
     iou = box_iou(boxes_xyxy, candidates_xyxy)  # (G, K)
     best, index = iou.max(0)
-    matched = torch.where(best >= positive_iou, index, torch.where(best < negative_iou, -1, -2))
+    matched = torch.where(best >= positive_iou, index, torch.where(best < negative_iou, BACKGROUND, NEITHER))
     if best_too:
         largest = iou.amax(1, keepdim=True)
         reaches = ((iou == largest) & (largest > 0)).any(0)

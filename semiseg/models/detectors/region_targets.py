@@ -12,12 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from semiseg.models.detectors.boxes import drawn, in_crowds, match, random_order
+from semiseg.models.detectors.boxes import BACKGROUND, NEITHER, drawn, in_crowds, match, random_order
 from semiseg.models.detectors.regions import RegionOutputs, make_anchors
 from semiseg.structures.inputs import Targets
 
 ANCHORS, REGIONS = 1, 2  # the two draws of a sample
-BACKGROUND = -1
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def assign_anchors(
         matched = match(
             anchors, targets.boxes_xyxy[own], positive_iou=positive_iou, negative_iou=negative_iou, best_too=True
         )
-        matched[(matched == BACKGROUND) & in_crowds(anchors, _crowds(targets, image))] = -2
+        matched[(matched == BACKGROUND) & in_crowds(anchors, targets.crowds_of(image))] = NEITHER
         index = draw(matched, random_order(seeds[image], ANCHORS, len(anchors), anchors.device))
         parts.append((torch.full_like(index, image), index, _instance(matched[index], own)))
     image_index, anchor_index, instance = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -112,15 +111,11 @@ def sample_regions(
         own = torch.nonzero(targets.image_index == image)[:, 0]
         regions = torch.cat([found, targets.boxes_xyxy[own]])
         matched = match(regions, targets.boxes_xyxy[own], positive_iou=iou, negative_iou=iou)
-        matched[(matched == BACKGROUND) & in_crowds(regions, _crowds(targets, image))] = -2
+        matched[(matched == BACKGROUND) & in_crowds(regions, targets.crowds_of(image))] = NEITHER
         index = draw(matched, random_order(assignment.seeds[image], REGIONS, len(regions), regions.device))
         boxes.append(regions[index])
         instance.append(_instance(matched[index], own))
     return SampledRegions(tuple(boxes), torch.cat(instance))
-
-
-def _crowds(targets: Targets, image: int) -> Tensor:
-    return targets.crowd_boxes_xyxy[targets.crowd_image_index == image]
 
 
 def _instance(matched: Tensor, own: Tensor) -> Tensor:

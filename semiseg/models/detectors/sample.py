@@ -72,14 +72,21 @@ def sample_positives(
     kept, counts = best_of_instances(
         score, assignment.image_index, assignment.instance_index, quotas, counts, len(outputs.class_logits)
     )
-    instance_index = assignment.instance_index[kept]
+    instance, location = assignment.instance_index[kept], assignment.location_index[kept]
+    return queries_of(targets, instance, location, counts=tuple(counts))
+
+
+def queries_of(
+    targets: Targets, instance_index: Tensor, location_index: Tensor, *, counts: tuple[int, ...] | None = None
+) -> MaskQueries:
+    """The masks of instances (Q,) at locations (Q,), with the instances' own boxes and classes."""
     return MaskQueries(
-        image_index=assignment.image_index[kept],
-        location_index=assignment.location_index[kept],
+        image_index=targets.image_index[instance_index],
+        location_index=location_index,
         instance_index=instance_index,
         boxes_xyxy=targets.boxes_xyxy[instance_index],
         labels=targets.labels[instance_index],
-        counts=tuple(counts),
+        counts=counts,
     )
 
 
