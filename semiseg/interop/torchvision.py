@@ -62,14 +62,18 @@ def convert_state(state: Mapping[str, Tensor], *, kept: tuple[int, ...] | None, 
     left = sorted(set(renamed) - set(names.values()) - set(counters))
     weights = fitted(renamed, names, expected, left, where=where)
     if not counters:
-        _without_epsilon(weights)
+        _without_epsilon(weights, where)
     return Converted(weights=weights, config=config, num_classes=len(labels), dropped=tuple(counters))
 
 
-def _without_epsilon(weights: dict[str, Tensor]) -> None:
+def _without_epsilon(weights: dict[str, Tensor], where: str) -> None:
     """Gives norms whose epsilon is 0 weights with which an epsilon of 1e-5 computes the same."""
     for key, variance in weights.items():
         if key.endswith("running_var"):
+            if not bool((variance > 0).all()):
+                raise UserError(
+                    f"{where}: {_file_name(key)} has a variance that is not above 0, nor is there an epsilon"
+                )
             name = key.removesuffix("running_var") + "weight"
             exact = variance.double()
             weights[name] = (weights[name].double() * ((exact + EPSILON) / exact).sqrt()).to(variance.dtype)
