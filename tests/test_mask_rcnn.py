@@ -371,7 +371,7 @@ def test_a_file_of_another_network_is_told() -> None:
     with pytest.raises(UserError, match=r"1 unknown: roi_heads\.extra"):
         convert_state({**state, "roi_heads.extra": torch.zeros(1)}, kept=None, where="x.pth")
     flat = "backbone.body.bn1.running_var"
-    with pytest.raises(UserError, match=r"body\.bn1\.running_var has a variance not above 0"):
+    with pytest.raises(UserError, match=r"body\.bn1\.running_var has a variance that is not above 0"):
         convert_state({**state, flat: torch.zeros_like(state[flat])}, kept=None, where="x.pth")
     with pytest.raises(UserError, match="expected as many classes in both"):
         convert_state({**state, MASKS: state[MASKS][1:]}, kept=None, where="x.pth")
