@@ -243,7 +243,7 @@ def _their_result(model: MaskRCNN, sizes: Sizes) -> dict[str, Any]:
         part.fg_bg_sampler.batch_size_per_image, part.fg_bg_sampler.positive_fraction = EVERYTHING, 1.0
     model.rpn.filter_proposals = lambda *_: ([proposals], [])
     losses = _their_run(model, sizes)()
-    gradients = {name: torch.zeros_like(value) for name, value in model.state_dict().items()} | _gradients(model)
+    gradients = dict(model.state_dict()) | _gradients(model)  # the conversion needs the norms' variances
     converted = convert_state(gradients, kept=None, where="torchvision's gradients")
     with torch.device("meta"):
         trained = dict(build_model(converted.config, num_classes=sizes["classes"]).named_parameters())
