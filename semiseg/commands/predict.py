@@ -7,13 +7,16 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from semiseg.commands.train import Progress
+from semiseg.commands.train import Progress, Refine
 from semiseg.errors import UserError
 from semiseg.files import require_folder, require_there
+
+if TYPE_CHECKING:
+    from semiseg.engine.predict_files import Outcome, PredictOptions
 
 # Endings by which a folder's images are known; a file that is named itself may have any.
 IMAGE_SUFFIXES = (
@@ -43,6 +46,7 @@ def predict(
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 8,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: the GPU if there is one.")] = None,
+    refine: Refine = None,
     progress: Progress = None,
 ) -> None:
     """Predict images.
@@ -57,10 +61,7 @@ def predict(
 
     semiseg predict runs/mine/model photos 'more/**/*.png' --out predictions --drawn-score 0.6
     """
-    began = time.perf_counter()
-    require_folder(out)
-    require_there(model)
-    files = find_images(images)
+    began, files = time.perf_counter(), _inputs(model, images, out)
     from semiseg.engine.logs import shows_bars
     from semiseg.engine.predict import load_model
     from semiseg.engine.predict_files import PredictOptions, predict_files
@@ -75,14 +76,26 @@ def predict(
         drawn_score=drawn_score if overlays else None,
         batch_size=batch,
         workers=min(os.cpu_count() or 1, 4),
+        refine=refine or trained.refine,
     )
     outcome = predict_files(loaded, files, out=out, options=options, progress=shows_bars(progress), report=_report)
-    drawn = f"; of these {outcome.drawn} reach --drawn-score {drawn_score:g} and are drawn" if overlays else ""
     done = f"{_counted(len(outcome.images), 'image')}, {_counted(outcome.detections, 'detection')}"
-    typer.echo(f"{done}, {time.perf_counter() - began:.1f} s; written to {out}{drawn}")
+    typer.echo(f"{done}, {time.perf_counter() - began:.1f} s; written to {out}{_drawn(outcome, options)}")
     if outcome.unreadable:
-        typer.echo(f"semiseg: {_counted(outcome.unreadable, 'file')} could not be read", err=True)
+        _report(f"{_counted(outcome.unreadable, 'file')} could not be read")
         raise typer.Exit(1)
+
+
+def _inputs(model: Path, images: list[str], out: Path) -> list[Path]:
+    require_folder(out)
+    require_there(model)
+    return find_images(images)
+
+
+def _drawn(outcome: Outcome, options: PredictOptions) -> str:
+    if options.drawn_score is None:
+        return ""
+    return f"; of these {outcome.drawn} reach --drawn-score {options.drawn_score:g} and are drawn"
 
 
 def find_images(arguments: Sequence[str]) -> list[Path]:

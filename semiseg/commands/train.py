@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -26,6 +26,10 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change a value of the configuration. Repeatable.")
 ]
 Progress = Annotated[bool | None, typer.Option(help="Show progress bars. Default: on a terminal.")]
+Refine = Annotated[
+    Literal["none", "grabcut", "crf"] | None,
+    typer.Option(help="Make the masks by the colours of the image, too. Default: as the model was configured."),
+]
 
 
 def train(
@@ -74,7 +78,7 @@ def train(
 
 
 def evaluate(
-    folder: Annotated[Path, typer.Argument(help="Folder of a run, or a model folder.")],
+    folder: Annotated[Path | None, typer.Argument(help="Folder of a run, or a model folder.")] = None,
     annotations: Annotated[
         Path | None, typer.Option(help="COCO json to evaluate on. Default: the run's own validation data.")
     ] = None,
@@ -84,6 +88,10 @@ def evaluate(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the numbers, per class too, to this JSON file.")] = None,
     detections: Annotated[Path | None, typer.Option(help="Write the detections as COCO results.")] = None,
+    results: Annotated[
+        Path | None, typer.Option(help="Measure these COCO results, such as a run's detections.json, and no network.")
+    ] = None,
+    refine: Refine = None,
     fast: Annotated[bool, typer.Option("--fast", help="Match by hotcoco, if installed: the same numbers.")] = False,
     progress: Progress = None,
 ) -> None:
@@ -92,41 +100,63 @@ def evaluate(
     Box and mask AP by the official COCO evaluation, on all, seen and unseen classes. A json without annotations, such
     as COCO's image_info_test-dev2017.json, is only predicted: upload what --detections writes.
 
-    Example: semiseg evaluate runs/mine --split shapes_few_seen
+    Examples:
+
+    semiseg evaluate runs/mine --split shapes_few_seen
+
+    semiseg evaluate --results detections.json --annotations val.json --images val --refine grabcut
     """
-    if (annotations is None) != (images is None):
-        if annotations is not None and not annotations.is_file():
-            raise UserError(f"{annotations}: no such annotation file")
-        raise UserError("give both --annotations and --images, or neither")
     if split is not None:
         find("splits", split)  # a misspelt name is said before the work, not after it
-    for path in (out, detections):
-        if path is not None:
-            require_folder(path.parent)
-            if path.is_dir():
-                raise UserError(f"{path}: is a folder, expected a file to write")
-    require_there(folder)
+    _require_files(folder, annotations, images, results, written=(out, detections))
     from semiseg.engine.logs import shows_bars
     from semiseg.engine.run import evaluate_run
 
     bars = shows_bars(progress)
     metrics = evaluate_run(
-        folder, annotations=annotations, images=images, detections=detections, fast=fast, progress=bars
+        folder,
+        annotations=annotations,
+        images=images,
+        results=results,
+        refine=refine,
+        detections=detections,
+        fast=fast,
+        progress=bars,
     )
     if metrics is None:
         return
-    groups = {"all": tuple(metrics.instances)}
-    if split is not None:
-        from semiseg.splits import load_split
-
-        loaded = load_split(split, groups["all"])
-        groups |= {"unseen": loaded.unseen, "seen": loaded.seen}
-    typer.echo(_metrics_table(metrics, groups), nl=False)
+    typer.echo(_metrics_table(metrics, split), nl=False)
     if not any(metrics.instances.values()):
         written = f"; the detections are in {detections}" if detections is not None else ""
         typer.echo(f"no ground truth to measure AP on {metrics.images} images{written}")
     if out is not None:
-        write_text(out, json.dumps(metrics.to_dict(), indent=1, ensure_ascii=False) + "\n")
+        numbers = metrics.to_dict() | ({} if refine is None else {"refine": refine})
+        write_text(out, json.dumps(numbers, indent=1, ensure_ascii=False) + "\n")
+
+
+def _require_files(
+    folder: Path | None,
+    annotations: Path | None,
+    images: Path | None,
+    results: Path | None,
+    *,
+    written: tuple[Path | None, ...],
+) -> None:
+    """A UserError, before the work, if an evaluation lacks something to read or a place to write."""
+    if (annotations is None) != (images is None):
+        if annotations is not None and not annotations.is_file():
+            raise UserError(f"{annotations}: no such annotation file")
+        raise UserError("give both --annotations and --images, or neither")
+    for path in written:
+        if path is not None:
+            require_folder(path.parent)
+            if path.is_dir():
+                raise UserError(f"{path}: is a folder, expected a file to write")
+    if folder is None and (results is None or annotations is None):
+        raise UserError("give the folder of a run or a model, or --results with --annotations and --images")
+    for path in (folder, results):
+        if path is not None:
+            require_there(path)
 
 
 def read_config(path: Path, overrides: Sequence[str]) -> RunConfig:
@@ -140,10 +170,15 @@ def read_config(path: Path, overrides: Sequence[str]) -> RunConfig:
     return parse_run(values, where=str(path), overrides=overrides)
 
 
-def _metrics_table(metrics: Metrics, groups: dict[str, tuple[str, ...]]) -> str:
+def _metrics_table(metrics: Metrics, split: str | None) -> str:
     from semiseg.evaluation.coco_metrics import METRIC_NAMES
     from semiseg.report.tables import text_table
+    from semiseg.splits import load_split
 
+    groups = {"all": tuple(metrics.instances)}
+    if split is not None:
+        loaded = load_split(split, groups["all"])
+        groups |= {"unseen": loaded.unseen, "seen": loaded.seen}
     lines = []
     for what, kind in (("mask", "segm"), ("box", "bbox")):
         for group, classes in groups.items():

@@ -359,3 +359,4 @@ class InferenceConfig(Section):
     nms_threshold: Probability = 0.6
     max_detections: PositiveInt = 100
     rescore: bool = False  # at last, a score times the mean probability of its mask's cells above one half
+    refine: Literal["none", "grabcut", "crf"] = "none"  # what makes masks of them, from the colours of the image

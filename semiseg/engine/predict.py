@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,12 +17,14 @@ import torch
 from numpy.typing import NDArray
 from pycocotools import mask as rle_codec
 from torch import Tensor
+from torchvision.transforms.v2.functional import resize
 
 from semiseg.config import InferenceConfig
 from semiseg.engine.checkpoint import ModelInfo, load_model_folder
 from semiseg.errors import UserError
 from semiseg.models.build import build_model
 from semiseg.models.paste import MASK_THRESHOLD, iter_masks, to_output_boxes
+from semiseg.models.refine import Refiner, build_refiner
 from semiseg.models.segmenter import Segmenter
 from semiseg.structures.grids import WholeMap
 from semiseg.structures.inputs import pad_images
@@ -115,6 +118,7 @@ def find_instances(
     *,
     output_sizes: Sequence[tuple[int, int]],
     limits: InferenceConfig,
+    originals: Callable[[int], Tensor] | None = None,
     forward_pixels: int = FORWARD_PIXELS,
 ) -> Iterator[ImageDetections]:
     """Yields the detections of every image once, group by group (see `forward_groups`), not in the images' order.
@@ -125,8 +129,11 @@ def find_instances(
         network: in evaluation mode; the images are moved to its device.
         images: (3, H, W) uint8 RGB each, of any sizes; the network sees them as they are.
         output_sizes: (height, width) of boxes and masks, for each image.
-        limits: which candidates are kept; its sizes are not read.
+        limits: which candidates are kept, and how masks are refined; its sizes are not read.
+        originals: number of an image -> (3, height, width) uint8 of its output size, which refined masks follow; None =
+            the image itself, resized.
     """
+    refiner = build_refiner(limits.refine)
     sizes = [(image.shape[1], image.shape[2]) for image in images]
     device = network.pixel_mean.device
     for numbers in forward_groups(sizes, size_divisor=network.size_divisor, forward_pixels=forward_pixels):
@@ -145,14 +152,27 @@ def find_instances(
             input_hw, output_hw = sizes[number], output_sizes[number]
             if limits.rescore:
                 candidates = _rescored(network, outputs, candidates, input_hw)
+            boxes_xyxy, refine = to_output_boxes(candidates.boxes_xyxy, input_hw, output_hw), None
+            if refiner is not None:
+                original = _resized(images[number], output_hw) if originals is None else originals(number)
+                refine = partial(_refined, refiner, original, boxes_xyxy)
             yield ImageDetections(
                 number=number,
                 output_hw=output_hw,
-                boxes_xyxy=to_output_boxes(candidates.boxes_xyxy, input_hw, output_hw),
+                boxes_xyxy=boxes_xyxy,
                 scores=candidates.scores,
                 labels=candidates.labels,
-                masks=iter_masks(network, outputs, candidates.queries, input_hw, output_hw),
+                masks=iter_masks(network, outputs, candidates.queries, input_hw, output_hw, refine=refine),
             )
+
+
+def _refined(refiner: Refiner, image: Tensor, boxes_xyxy: Tensor, numbers: Tensor, probabilities: Tensor) -> Tensor:
+    return refiner(image, boxes_xyxy[numbers], probabilities)
+
+
+def _resized(image: Tensor, size_hw: tuple[int, int]) -> Tensor:
+    same = (image.shape[1], image.shape[2]) == size_hw
+    return image if same else resize(image, list(size_hw), antialias=True)
 
 
 def _rescored(network: Segmenter, outputs: Outputs, candidates: Candidates, input_hw: tuple[int, int]) -> Candidates:
@@ -178,10 +198,11 @@ def each_image(
     *,
     output_sizes: Sequence[tuple[int, int]],
     limits: InferenceConfig,
+    originals: Callable[[int], Tensor] | None = None,
 ) -> list[Made]:
     """What `make` gives for the detections of each image, in the order of the images; else as `find_instances`."""
     with torch.inference_mode():
-        instances = find_instances(network, images, output_sizes=output_sizes, limits=limits)
+        instances = find_instances(network, images, output_sizes=output_sizes, limits=limits, originals=originals)
         made = {detections.number: make(detections) for detections in instances}
     return [made[number] for number in range(len(images))]
 

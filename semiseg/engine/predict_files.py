@@ -29,6 +29,7 @@ from semiseg.engine.checkpoint import ModelInfo, write_json
 from semiseg.engine.predict import LoadedModel, coco_results, each_image
 from semiseg.errors import UserError
 from semiseg.files import require_nothing_else, whole_file, write_bytes
+from semiseg.models.refine import RefinerName
 from semiseg.overlays import Drawn, draw_detections, prepare_drawing, written_name
 
 RESULTS_NAME, IMAGES_NAME, OVERLAYS_NAME = "results.json", "images.json", "overlays"
@@ -47,6 +48,7 @@ class PredictOptions:
     batch_size: int  # images predicted at a time; those of equal padded size share a forward
     workers: int  # threads that read and draw
     stretch: bool = False  # height and width both become the short side
+    refine: RefinerName = "none"  # what makes masks of probabilities, by the colours of the image
 
 
 @dataclass
@@ -67,6 +69,7 @@ class _ImageFile:
     original_hw: tuple[int, int]
     input: Tensor  # (3, H, W) uint8
     picture: Image.Image | None
+    original: Tensor | None  # (3, H, W) uint8, where masks are refined by its colours
 
 
 def predict_files(
@@ -168,7 +171,8 @@ def _read(image_id: int, path: Path, options: PredictOptions) -> _ImageFile:
     # Names that are not UTF-8 stay readable in the JSON, if not openable.
     name = os.fsencode(path.as_posix()).decode("utf-8", errors="backslashreplace")
     entry = {"id": image_id, "file_name": name, "width": width, "height": height}
-    return _ImageFile(entry, (height, width), geometry.image(image), picture)
+    original = image if options.refine != "none" else None
+    return _ImageFile(entry, (height, width), geometry.image(image), picture, original)
 
 
 def _predict(model: LoadedModel, batch: Sequence[_ImageFile], options: PredictOptions) -> list[list[dict[str, Any]]]:
@@ -179,8 +183,16 @@ def _predict(model: LoadedModel, batch: Sequence[_ImageFile], options: PredictOp
         [item.input for item in batch],
         lambda detections: coco_results(detections, image_id=ids[detections.number], category_ids=category_ids),
         output_sizes=[item.original_hw for item in batch],
-        limits=model.info.inference.model_copy(update={"score_threshold": options.score_threshold}),
+        limits=model.info.inference.model_copy(
+            update={"score_threshold": options.score_threshold, "refine": options.refine}
+        ),
+        originals=None if options.refine == "none" else lambda number: _required(batch[number].original),
     )
+
+
+def _required(image: Tensor | None) -> Tensor:
+    assert image is not None
+    return image
 
 
 def _draw(item: _ImageFile, results: Sequence[dict[str, Any]], info: ModelInfo, overlay: Path) -> None:

@@ -28,7 +28,7 @@ from semiseg.data.table import Table, load_table
 from semiseg.engine.build import RunData, build_data, build_evaluation_loader
 from semiseg.engine.checkpoint import load_model_folder, write_json
 from semiseg.engine.edges import edge_quality
-from semiseg.engine.evaluate import predict_table
+from semiseg.engine.evaluate import predict_table, refined_results
 from semiseg.engine.logs import LOG_NAME, read_log, shows_bars
 from semiseg.engine.predict import build_network
 from semiseg.engine.processes import describe_change, fit_to_processes
@@ -39,6 +39,7 @@ from semiseg.engine.train import save_trained, train, trained_model
 from semiseg.errors import UserError, UserNotice
 from semiseg.evaluation.coco_metrics import Metrics, evaluate_detections
 from semiseg.evaluation.precision import Backend, require_backend
+from semiseg.models.refine import RefinerName
 from semiseg.models.segmenter import Segmenter
 from semiseg.results import RESULT_NAME
 
@@ -226,6 +227,13 @@ def evaluate_model(
     results, image_ids = predict_table(model, loader, table, accelerator, limits=inference, progress=progress)
     if not accelerator.is_main_process:
         return None
+    return _measured(results, image_ids, table, runtime, detections)
+
+
+def _measured(
+    results: list[dict[str, Any]], image_ids: list[int], table: Table, runtime: RuntimeConfig, detections: Path | None
+) -> Metrics:
+    """The metrics of results, which are also written to a file where one is named."""
     if detections is not None:
         write_json(detections, results)
     return evaluate_detections(
@@ -240,10 +248,12 @@ def evaluate_model(
 
 @accelerate_for_one_run()
 def evaluate_run(
-    folder: Path,
+    folder: Path | None,
     *,
     annotations: Path | None = None,
     images: Path | None = None,
+    results: Path | None = None,
+    refine: RefinerName | None = None,
     detections: Path | None = None,
     fast: bool = False,
     progress: bool = True,
@@ -253,25 +263,18 @@ def evaluate_run(
     The metrics are on the main process, None elsewhere.
 
     Args:
-        folder: a run's folder (with `config.json` and `model/`) or a model folder.
+        folder: a run's folder (with `config.json` and `model/`) or a model folder; None with `results` alone.
         annotations, images: a COCO json and its image folder; needed for a model folder, both or neither. A json
             without annotations, such as COCO's test sets, is only predicted: the metrics are None.
+        results: COCO results that are measured in place of the network's.
+        refine: how masks are refined, see `models/refine.py`; None = as the model was configured, or not at all those
+            of `results`.
         detections: where to write the detections as COCO results.
         fast: take hotcoco for the numbers, as a run with `runtime.fast_evaluation` does anyway.
     """
-    weights, info = load_model_folder(folder / "model" if (folder / "model").is_dir() else folder)
-    if annotations is not None and images is not None:
-        runtime, seed = RuntimeConfig(), 0
-        files, cache = AnnotatedImages(annotations, images), annotations.parent / "arrow"
-    elif annotations is None and images is None and (folder / "model").is_dir():
-        values = read_json(folder / "config.json")
-        config = parse_recorded(values.get("config", {}), where=str(folder / "config.json"))
-        runtime, seed = config.runtime, config.seed
-        files, cache = ensure_files(config.data, sets=("val",))["val"], cache_folder(config.data)
-    else:
-        raise UserError(f"{folder}: give both the annotation file and the image folder to evaluate a model folder on")
-    if fast:
-        runtime = runtime.model_copy(update={"fast_evaluation": True})
+    where = folder or Path()
+    loaded = None if results else load_model_folder(where / "model" if (where / "model").is_dir() else where)
+    files, cache, runtime, seed = _evaluation_files(folder, annotations, images, fast=fast)
     require_backend(_backend(runtime))
     accelerator = start_accelerator(runtime, seed=seed)
     with accelerator.main_process_first(), accelerator.local_main_process_first():
@@ -281,21 +284,44 @@ def evaluate_run(
             f"{table.annotations_file}: has no annotations, so there is nothing to measure; name a file for the "
             "detections ('--detections out.json')"
         )
-    if info.class_names != table.class_names:
-        differing = ", ".join(sorted(set(info.class_names) ^ set(table.class_names))) or "their order"
-        raise UserError(f"{folder}: its classes differ from those of {table.annotations_file} in {differing}")
     if accelerator.is_main_process:
         _warn_of_missing_masks(table)
+    if results is not None:
+        if not accelerator.is_main_process:
+            return None
+        found = refined_results(results, table, refine=refine or "none", progress=progress)
+        return _measured(found, list(table.original_sizes_hw()), table, runtime, detections)
+    assert loaded is not None
+    weights, info = loaded
+    if info.class_names != table.class_names:
+        differing = ", ".join(sorted(set(info.class_names) ^ set(table.class_names))) or "their order"
+        raise UserError(f"{where}: its classes differ from those of {table.annotations_file} in {differing}")
     return evaluate_model(
-        build_network(weights, info, where=folder).to(accelerator.device),
+        build_network(weights, info, where=where).to(accelerator.device),
         table=table,
         accelerator=accelerator,
         config=info.config,
-        inference=info.inference,
+        inference=info.inference if refine is None else info.inference.model_copy(update={"refine": refine}),
         runtime=runtime,
         progress=progress,
         detections=detections,
     )
+
+
+def _evaluation_files(
+    folder: Path | None, annotations: Path | None, images: Path | None, *, fast: bool
+) -> tuple[AnnotatedImages, Path, RuntimeConfig, int]:
+    """The data to measure on, the folder of its Arrow table, and a run's runtime and seed, or the usual ones."""
+    if annotations is not None and images is not None:
+        cache, runtime = annotations.parent / "arrow", RuntimeConfig(fast_evaluation=fast)
+        return AnnotatedImages(annotations, images), cache, runtime, 0
+    if folder is not None and annotations is None and images is None and (folder / "model").is_dir():
+        values = read_json(folder / "config.json")
+        config = parse_recorded(values.get("config", {}), where=str(folder / "config.json"))
+        files = ensure_files(config.data, sets=("val",))["val"]
+        runtime = config.runtime.model_copy(update={"fast_evaluation": fast or config.runtime.fast_evaluation})
+        return files, cache_folder(config.data), runtime, config.seed
+    raise UserError(f"{folder}: give both the annotation file and the image folder to evaluate a model folder on")
 
 
 def _backend(runtime: RuntimeConfig) -> Backend:

@@ -191,12 +191,12 @@ def _trained_alike(folder: Path, mine: dict[str, Any]) -> Path | None:
 
 
 def _trained(identity: dict[str, Any]) -> dict[str, Any]:
-    """An identity without what only evaluation reads."""
+    """An identity without what only evaluation reads: the section `inference`, and what of it was in others before."""
     trained = {
         name: {key: value for key, value in identity[name].items() if f"{name}.{key}" not in INFERENCE_KEYS}
         for name in ("data", "model")
     }
-    return identity | trained
+    return {name: value for name, value in (identity | trained).items() if name != "inference"}
 
 
 def _first_difference(recorded: Any, wanted: Any, path: str = "") -> str:

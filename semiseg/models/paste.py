@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -39,6 +39,7 @@ def iter_masks(
     input_hw: tuple[int, int],
     output_hw: tuple[int, int],
     *,
+    refine: Callable[[Tensor, Tensor], Tensor] | None = None,
     chunk_pixels: int = CHUNK_PIXELS,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields the masks of one image's detections a few at a time: (numbers (M,) int64, masks (M, H, W) bool).
@@ -52,6 +53,7 @@ def iter_masks(
         queries: of one image; the numbers count them from 0.
         input_hw: size of the image in the input, before padding.
         output_hw: size of the masks.
+        refine: (numbers (M,), probabilities (M, H, W)) -> masks (M, H, W) bool; None = those above one half.
         chunk_pixels: see above.
     """
     largest = max(input_hw[0] * input_hw[1], output_hw[0] * output_hw[1])
@@ -61,11 +63,24 @@ def iter_masks(
     for start in range(0, logits.shape[0], size):
         chunk = logits[start : start + size]
         numbers = torch.arange(start, start + chunk.shape[0], device=logits.device)
-        yield numbers, paste_masks(chunk, predicted.grid.of(numbers), input_hw, output_hw)
+        own = predicted.grid.of(numbers)
+        if refine is None:
+            yield numbers, paste_masks(chunk, own, input_hw, output_hw)
+        else:
+            yield numbers, refine(numbers, paste_probabilities(chunk, own, input_hw, output_hw))
 
 
 def paste_masks(logits: Tensor, grid: MaskGrid, input_hw: tuple[int, int], output_hw: tuple[int, int]) -> Tensor:
-    """Masks (M, H, W) bool in output pixels from the logits (M, h, w) of one image on their grid: above one half.
+    """Masks (M, H, W) bool in output pixels from the logits (M, h, w) of one image on their grid: above one half."""
+    probability = paste_probabilities(logits, grid, input_hw, output_hw)
+    # in place, then to bool: on a CPU a fifth of the time of a comparison that writes bool
+    return probability.gt_(MASK_THRESHOLD).to(torch.bool)
+
+
+def paste_probabilities(
+    logits: Tensor, grid: MaskGrid, input_hw: tuple[int, int], output_hw: tuple[int, int]
+) -> Tensor:
+    """Probabilities (M, H, W) in output pixels from the logits (M, h, w) of one image on their grid.
 
     Raises:
         ValueError: a map that does not cover the image.
@@ -74,8 +89,7 @@ def paste_masks(logits: Tensor, grid: MaskGrid, input_hw: tuple[int, int], outpu
         probability = _paste_regions(logits.float().sigmoid(), grid, input_hw, output_hw)
     else:
         probability = _paste_map(logits, grid.stride, input_hw, output_hw)
-    # in place, then to bool: on a CPU a fifth of the time of a comparison that writes bool
-    return probability[:, 0].gt_(MASK_THRESHOLD).to(torch.bool)
+    return probability[:, 0]
 
 
 def _paste_map(logits: Tensor, stride: int, input_hw: tuple[int, int], output_hw: tuple[int, int]) -> Tensor:
