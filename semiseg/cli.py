@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from semiseg import __version__
-from semiseg.commands import convert, data, predict, split, study, train
+from semiseg.commands import convert, data, predict, pseudo, split, study, train
 from semiseg.errors import UserError
 from semiseg.files import FULL
 
@@ -101,6 +101,7 @@ VERBS: dict[typer.Typer, dict[str, Callable[..., None]]] = {
         "train": train.train,
         "evaluate": train.evaluate,
         "predict": predict.predict,
+        "pseudo": pseudo.pseudo,
         "run": study.run,
         "status": study.status,
         "report": study.report,

@@ -8,6 +8,7 @@ from typing import get_args
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from benchmarks import straightforward as plain
 from semiseg.losses.affinity import neighbour_offsets
@@ -23,6 +24,7 @@ from semiseg.losses.terms import (
     MaskObjective,
     MaskTargets,
     Objective,
+    PseudoObjective,
     instance_terms,
     loss_edges,
     mask_losses,
@@ -38,11 +40,14 @@ STRIDE, GRID = 4, (8, 8)
 R, C = 6, 3
 
 
-def objective(mask: MaskObjective = "dice", box: BoxObjective = "projection+pairwise") -> Objective:
+def objective(
+    mask: MaskObjective = "dice",
+    box: BoxObjective = "projection+pairwise",
+    pseudo: PseudoObjective | None = None,
+) -> Objective:
     affinity: Affinity = "learned" if box == "projection+learned" else "colour"
-    return Objective(
-        mask=mask, box=box, affinity_threshold=0.3, affinity_size=3, affinity_dilation=2, affinity=affinity
-    )
+    neighbours = {"affinity_size": 3, "affinity_dilation": 2}
+    return Objective(mask=mask, box=box, affinity_threshold=0.3, **neighbours, affinity=affinity, pseudo=pseudo)
 
 
 TRUST = 0.25  # in learned edges, where the objective has them
@@ -93,7 +98,8 @@ def prepare(batch: Batch, goal: Objective) -> MaskTargets:
     instances = instance_terms(batch.targets, WholeMap(STRIDE, GRID), objective=goal)
     affinity = affinity_of(batch) if goal.affinity == "learned" else None
     edges = loss_edges(batch, batch.targets, instances, affinity, objective=goal)
-    return MaskTargets(**vars(instances), objective=goal, masks=batch.targets.masks, edges=edges, affinity=affinity)
+    masks, known = batch.targets.masks, batch.targets.mask_known
+    return MaskTargets(**vars(instances), objective=goal, masks=masks, known=known, edges=edges, affinity=affinity)
 
 
 def affinity_of(batch: Batch) -> AffinityTargets:
@@ -170,7 +176,7 @@ class Step:
 
 def mask_total(terms: LossTerms) -> Tensor:
     return torch.stack(
-        [terms.weighted[name] for name in (*MASK_LOSSES, "pairwise_learned") if name in terms.weighted]
+        [terms.weighted[name] for name in (*MASK_LOSSES, "pairwise_learned", "bce") if name in terms.weighted]
     ).sum()
 
 
@@ -194,6 +200,9 @@ def slow_mask_loss(step: Step, goal: Objective, warmup: float) -> Tensor:
     targets, batch = step.targets, step.batch
     masks = dict(zip(targets.mask_instance.tolist(), targets.masks.double(), strict=True))
     weights = dict(zip(targets.mask_instance.tolist(), targets.mask_weight.tolist(), strict=True))
+    known_cells = torch.ones_like(targets.masks) if targets.mask_known is None else targets.mask_known
+    known_of = dict(zip(targets.mask_instance.tolist(), known_cells, strict=True))
+    around_cell = torch.tensor([-STRIDE, -STRIDE, STRIDE, STRIDE])
     similar = [
         plain.similarity(
             batch.images[b],
@@ -205,53 +214,71 @@ def slow_mask_loss(step: Step, goal: Objective, warmup: float) -> Tensor:
         )
         for b in range(2)
     ]
-    per_mask, pairs, pair_count = torch.zeros(()).double(), torch.zeros(()).double(), 0
-    labelled, labelled_count, all_masks, box_masks = torch.zeros(()).double(), 0, 0, 0
-    learned, learned_count, trust = torch.zeros(()).double(), 0, TRUST if goal.affinity == "learned" else 0.0
+    per_mask, labelled, labelled_count = torch.zeros(()).double(), torch.zeros(()).double(), 0
+    all_masks, edge_masks, mask_masks = 0, 0, 0
+    pairs, pair_count, learned, learned_count = torch.zeros(()).double(), 0, torch.zeros(()).double(), 0
+    trust = TRUST if goal.affinity == "learned" else 0.0
     alone = of_all_neighbours(affinity_of(batch).of_one_box.float(), 3, 2).bool()
     labels = of_all_neighbours(step.edge_logits.sigmoid(), 3, 2)
     for q, n in enumerate(step.mask_logits.instance_index.tolist()):
         logits, of_image = step.logits[q : q + 1], similar[int(targets.image_index[n])][None]
         box = plain.box_mask(targets.boxes_xyxy[n], GRID, STRIDE).double()[None]
-        if n in masks:
-            if not masks[n].any():
-                continue
+        edges_of_box = False
+        if n in masks and not masks[n].any():
+            continue
+        if targets.supervision[n] == PSEUDO:
+            assert goal.pseudo is not None
+            known = known_of[n]
+            scores, mask = logits.sigmoid()[:, known], masks[n][known][None]
+            if goal.pseudo == "bce":
+                around = (plain.box_mask(targets.boxes_xyxy[n] + around_cell, GRID, STRIDE).bool() & known)[None]
+                each = F.binary_cross_entropy_with_logits(logits, masks[n][None], reduction="none")
+                per_mask = per_mask + weights[n] * each[around].mean()
+            else:
+                per_mask = per_mask + weights[n] * plain.dice(scores[..., None], mask[..., None]).sum()
+            if "projection" in goal.pseudo:
+                per_mask = per_mask + plain.projection(logits, box).sum()
+            edges_of_box = "pairwise" in goal.pseudo
+        elif n in masks:
+            mask_masks += 1
             if goal.mask == "dice":
-                per_mask = per_mask + weights[n] * plain.dice(logits.sigmoid(), masks[n][None]).sum()
+                per_mask = per_mask + plain.dice(logits.sigmoid(), masks[n][None]).sum()
             else:
                 mask, inside = masks[n][None], of_image > 0
-                per_mask = per_mask + weights[n] * plain.projection(logits, mask).sum()
+                per_mask = per_mask + plain.projection(logits, mask).sum()
                 total, number = plain.pairwise_sums(logits, box, inside, size=3, dilation=2, labels=mask)
-                labelled, labelled_count = labelled + weights[n] * total.sum(), labelled_count + int(number)
+                labelled, labelled_count = labelled + total.sum(), labelled_count + int(number)
         else:
             if not box.any() or goal.box == "none":
                 continue
-            box_masks += 1
+            edge_masks += 1
             if goal.box == "box_as_mask":
                 per_mask = per_mask + plain.dice(logits.sigmoid(), box).sum()
             else:
                 per_mask = per_mask + plain.projection(logits, box).sum()
-            if goal.box in ("projection+pairwise", "projection+learned"):
-                own = alone[int(targets.image_index[n])][None]
-                for where, factor in ((own, 1 - trust), (~own, 1.0)):
-                    total, number = plain.pairwise_sums(logits, box, (of_image >= 0.3) & where, size=3, dilation=2)
-                    pairs, pair_count = pairs + factor * total.sum(), pair_count + int(number)
-            if goal.box == "projection+learned":
-                edges = alone[int(targets.image_index[n])] & box[0].bool()
-                same = plain.edge_losses(logits, size=3, dilation=2)[0][edges]
-                y = labels[int(targets.image_index[n])][edges]
-                each = (1 - y) * same - y * torch.log1p(-torch.exp(-same))
-                learned, learned_count = learned + each.sum(), learned_count + len(each)
         all_masks += 1
-    share = box_masks / max(all_masks, 1)
+        edge_masks += edges_of_box
+        box_only = n not in masks
+        if edges_of_box or (box_only and goal.box in ("projection+pairwise", "projection+learned")):
+            own = alone[int(targets.image_index[n])][None]
+            for where, factor in ((own, 1 - trust), (~own, 1.0)):
+                total, number = plain.pairwise_sums(logits, box, (of_image >= 0.3) & where, size=3, dilation=2)
+                pairs, pair_count = pairs + factor * total.sum(), pair_count + int(number)
+        if goal.box == "projection+learned" and (edges_of_box or box_only):
+            edges = alone[int(targets.image_index[n])] & box[0].bool()
+            same = plain.edge_losses(logits, size=3, dilation=2)[0][edges]
+            y = labels[int(targets.image_index[n])][edges]
+            each = (1 - y) * same - y * torch.log1p(-torch.exp(-same))
+            learned, learned_count = learned + each.sum(), learned_count + len(each)
     pairwise = pairs / max(pair_count, 1) + 2 * trust * learned / max(learned_count, 1)
-    loss = per_mask / max(all_masks, 1) + share * warmup * pairwise
-    return loss + (1 - share) * warmup * labelled / max(labelled_count, 1)
+    loss = per_mask / max(all_masks, 1) + edge_masks / max(all_masks, 1) * warmup * pairwise
+    return loss + mask_masks / max(all_masks, 1) * warmup * labelled / max(labelled_count, 1)
 
 
 def test_the_table_is_complete() -> None:
     expected = {(BOX, name) for name in get_args(BoxObjective)}
-    expected |= {(kind, name) for kind in (MASK, PSEUDO) for name in get_args(MaskObjective)}
+    expected |= {(MASK, name) for name in get_args(MaskObjective)}
+    expected |= {(PSEUDO, name) for name in get_args(PseudoObjective)}
     assert set(TERMS) == expected
     assert {name for terms in TERMS.values() for name in terms} == {
         *MASK_LOSSES,
@@ -264,8 +291,43 @@ def test_the_table_is_complete() -> None:
 @pytest.mark.parametrize("mask", ["dice", "labelled"])  # `bce`, `mil` and `rays` have plain loops in their own tests
 @pytest.mark.parametrize("box", [name for name in get_args(BoxObjective) if not name.startswith("mil")])
 def test_a_mixed_batch_equals_the_formula_in_a_plain_loop(mask: MaskObjective, box: BoxObjective) -> None:
-    step = Step(make_batch([PSEUDO, *MIXED[1:]]))
-    goal = objective(mask, box)
+    check_against_the_loop(make_batch([PSEUDO, *MIXED[1:]]), objective(mask, box, pseudo="dice"))
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("pseudo", get_args(PseudoObjective))
+@pytest.mark.parametrize("box", ["none", "projection+pairwise", "projection+learned"])
+def test_pseudo_masks_equal_the_formula(box: BoxObjective, pseudo: PseudoObjective, known: bool) -> None:
+    batch = make_batch([PSEUDO, BOX, PSEUDO, BOX, PSEUDO, MASK, MASK])
+    assert batch.targets is not None
+    if known:
+        cells = torch.rand(len(batch.targets.masks), *GRID, generator=torch.Generator().manual_seed(4)) < 0.7
+        cells |= (batch.targets.mask_weight == 1)[:, None, None]
+        batch = replace(batch, targets=replace(batch.targets, mask_known=cells))
+    check_against_the_loop(batch, objective("dice", box, pseudo=pseudo))
+
+
+def test_cells_that_are_not_known_count_for_nobody() -> None:
+    batch = make_batch([PSEUDO] * 7)
+    assert batch.targets is not None
+    known = torch.rand(7, *GRID, generator=torch.Generator().manual_seed(4)) < 0.7
+    flipped = torch.where(known, batch.targets.masks, ~batch.targets.masks)
+    for pseudo in ("dice", "bce"):
+        goal, found = objective("dice", "none", pseudo=pseudo), []
+        for masks in (batch.targets.masks, flipped):
+            step = Step(replace(batch, targets=replace(batch.targets, masks=masks, mask_known=known)))
+            total = step.losses(goal).weighted[pseudo]
+            (gradient,) = torch.autograd.grad(total, step.logits, retain_graph=True)
+            unknown = ~known[step.mask_logits.instance_index]
+            used = (batch.targets.masks & known)[step.mask_logits.instance_index].any(2).any(1)
+            assert not gradient[unknown].any()
+            assert gradient[used].any()
+            found.append(total.detach())
+        torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=0)
+
+
+def check_against_the_loop(batch: Batch, goal: Objective) -> None:
+    step = Step(batch)
     terms = step.losses(goal, warmup=0.4)
     expected = slow_mask_loss(step, goal, 0.4)
     torch.testing.assert_close(mask_total(terms), expected, rtol=1e-9, atol=0)

@@ -62,7 +62,8 @@ _FIRST_SECTIONS = ("data", "supervision", "objective", "model", "optim")
 # that runs from before keep theirs.
 ADDED_LATER: dict[str, dict[str, Any]] = {
     "data": {"stretch": False},
-    "objective": {"affinity": "colour", "level_set": 0.0},
+    "supervision": {"pseudo": None},
+    "objective": {"affinity": "colour", "level_set": 0.0, "pseudo": "dice"},
     "model": {
         "deformable_interval": 0,
         "neck": "fpn",
@@ -158,18 +159,21 @@ def without_unread(identity: dict[str, Any], *, initial: bool) -> dict[str, Any]
         identity[name] for name in ("data", "supervision", "objective", "model", "optim")
     )
     from_masks = supervision["source"] != "boxes"
+    pseudo = supervision.get("pseudo") is not None
     coloured = objective["box"] == "projection+pairwise" or objective.get("affinity") == "learned"
+    coloured = coloured or (pseudo and "pairwise" in objective.get("pseudo", ""))
     edges = coloured or (from_masks and objective["mask"] == "labelled")
     step, bifpn = optim["schedule"] == "step", model.get("neck") == "bifpn"
     for section, key, is_read, value in (
         (objective, "mask", from_masks, "dice"),
+        (objective, "pseudo", pseudo, "dice"),
         (objective, "affinity_threshold", coloured, 0.1),
         (objective, "affinity_size", edges, 5),
         (objective, "affinity_dilation", edges, 2),
         (objective, "pairwise_warmup_steps", edges, 250),
         (data, "bottom_rows_without_affinity", edges, 0),
         (model, "weights", not initial, "random"),
-        (model, "max_mask_positives", from_masks or objective["box"] != "none", 5),
+        (model, "max_mask_positives", from_masks or pseudo or objective["box"] != "none", 5),
         (model, "mask_head.targets", from_masks and objective["mask"] == "rays", "mask"),
         (model, "small_widths", model["backbone"] == "small", [24, 48, 96, 160]),
         (model, "neck_repeats", bifpn, 6),
@@ -184,6 +188,6 @@ def without_unread(identity: dict[str, Any], *, initial: bool) -> dict[str, Any]
             section[key] = value
     for name, added in ADDED_LATER.items():
         for key, value in added.items():
-            if identity[name].get(key) == value:
+            if identity[name].get(key, ...) == value:
                 del identity[name][key]
     return identity

@@ -25,6 +25,8 @@ from semiseg.errors import UserError
 # was a version keep theirs.
 ALGORITHM_VERSION = 1
 
+PSEUDO_MAKERS = ("grabcut", "crf")  # values of `supervision.pseudo` that are no files
+
 
 class ShapesConfig(Section):
     """The embedded data set, for `data.format = "shapes"`."""
@@ -79,6 +81,9 @@ class SupervisionConfig(Section):
 
     source: Literal["split", "masks", "boxes", "as_annotated"] = "as_annotated"
     split: str | None = None  # name or path; also defines the seen and unseen classes of the evaluation
+    # Masks for instances that are left with a box: a COCO json of whoever made them, or `grabcut` or `crf`, which make
+    # theirs on first use (docs/PSEUDO_MASKS.md).
+    pseudo: str | None = None
 
     @model_validator(mode="after")
     def _split_is_named(self) -> SupervisionConfig:
@@ -100,6 +105,7 @@ class ObjectiveConfig(Section):
         "none", "projection", "projection+pairwise", "projection+learned", "box_as_mask", "mil", "mil+smooth"
     ] = "projection+pairwise"
     affinity: Literal["colour", "learned"] = "colour"  # `learned` adds the branch that learns edges from masks
+    pseudo: Literal["dice", "bce", "dice+projection", "dice+projection+pairwise"] = "dice"  # of `supervision.pseudo`
     level_set: Annotated[float, Field(ge=0)] = 0.0  # weight of the level set loss on an instance's box; 0 = without
     affinity_threshold: Probability = 0.3
     affinity_size: Literal[3, 5, 7] = 3
@@ -219,6 +225,9 @@ class RunConfig(Section):
         if values["data"]["format"] != "shapes":
             del values["data"]["shapes"]
         del values["supervision"]["split"]
+        pseudo = self.supervision.pseudo
+        if pseudo is not None and pseudo not in PSEUDO_MAKERS:
+            values["supervision"]["pseudo"] = file_digest(Path(pseudo))
         weights = self.model.backbone.weights
         if not initial and weights not in ("imagenet", "random"):
             values["model"]["weights"] = file_digest(Path(weights))
@@ -230,8 +239,9 @@ class RunConfig(Section):
 
 
 def learns_masks(config: RunConfig) -> bool:
-    """Whether an instance can get a mask loss: none can if all masks are withheld and boxes alone have no loss."""
-    return config.supervision.source != "boxes" or config.objective.box != "none"
+    """Whether an instance can get a mask loss: none can without masks of any kind if boxes alone have no loss."""
+    supervision = config.supervision
+    return supervision.source != "boxes" or config.objective.box != "none" or supervision.pseudo is not None
 
 
 def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -50,7 +50,7 @@ def read_coco(path: Path, *, report: Reporter | None = None, annotations_require
     section; the list `annotations` may be missing where it is not required, for images to be predicted.
     """
     report = report or stop_at_errors(path)
-    raw, digest = _parse(path, SECTIONS if annotations_required else ("images", "categories"))
+    raw, digest = parse_sections(path, SECTIONS if annotations_required else ("images", "categories"))
     return coco_file(raw, path, digest, report)
 
 
@@ -122,7 +122,7 @@ def annotation(
     return {"category_id": category_id, "bbox": box, "area": area, "iscrowd": int(is_crowd), **segmentation}
 
 
-def _parse(path: Path, needed: Sequence[str]) -> tuple[dict[str, Any], str]:
+def parse_sections(path: Path, needed: Sequence[str]) -> tuple[dict[str, Any], str]:
     """The json's content and the digest of its bytes; every section of `needed` is there, each a list."""
     try:
         content = path.read_bytes()
@@ -140,9 +140,9 @@ def _parse(path: Path, needed: Sequence[str]) -> tuple[dict[str, Any], str]:
         raise UserError(f"{path}: expected an object with {', '.join(SECTIONS)}, not {_kind_of(raw)}")
     missing = [name for name in SECTIONS if not isinstance(raw.get(name, None if name in needed else []), list)]
     if missing:
-        raise UserError(f"{path}: no list {' and no list '.join(map(repr, missing))}; needed: {', '.join(SECTIONS)}")
+        raise UserError(f"{path}: no list {' and no list '.join(map(repr, missing))}; needed: {', '.join(needed)}")
     for name in ("images", "categories"):
-        if not raw[name]:
+        if name in needed and not raw[name]:
             raise UserError(f"{path}: the list {name!r} is empty")
     return raw, hashlib.sha256(content).hexdigest()
 

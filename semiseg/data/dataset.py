@@ -6,7 +6,7 @@ passes on only what is kept; crowd regions pass on their box alone, for every cl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from semiseg.data.images import read_image
+from semiseg.data.pseudo import PseudoMask, PseudoMasks
 from semiseg.data.rasterise import cell_centres, outlines_to_rle, read_cells, run_lengths
 from semiseg.data.rays import Raster, RayRule, ray_targets
 from semiseg.data.table import Table
@@ -63,7 +64,7 @@ def _keep_all_or_none(keep: bool, class_name: str, annotation_id: int) -> bool:
 class Instances:
     """What is left of one image's annotations behind the barrier; boxes in original pixels.
 
-    `masks[i]` belongs to instance `mask_instance[i]`; exactly the instances with supervision MASK have one.
+    `masks[i]` belongs to instance `mask_instance[i]`; exactly the instances whose supervision is not BOX have one.
     """
 
     boxes_xyxy: np.ndarray
@@ -72,25 +73,47 @@ class Instances:
     masks: list[Mask]
     mask_instance: list[int]
     crowd_boxes_xyxy: np.ndarray
+    mask_weight: list[float]  # of each mask
+    mask_known: list[bytes | None]  # RLE of the pixels that the mask says something of; None = all
 
 
-def withhold(objects: Sequence[dict[str, Any]], *, class_names: Sequence[str], rule: MaskRule) -> Instances:
+def withhold(
+    objects: Sequence[dict[str, Any]],
+    *,
+    class_names: Sequence[str],
+    rule: MaskRule,
+    pseudo: Mapping[int, PseudoMask] | None = None,
+) -> Instances:
     """The leak barrier: `objects` of a table row -> what the rule lets a training know.
 
-    The rule decides per instance; the value of a withheld mask is not looked at.
+    The rule decides per instance; the value of a withheld mask is not looked at. Instances that are left with a box
+    alone get the pseudo mask of their annotation id, if there is one.
     """
+    given = pseudo or {}
     crowd = [item["box_xyxy"] for item in objects if item["is_crowd"]]
     instances = [item for item in objects if not item["is_crowd"]]
     keeps = [item["has_mask"] and rule(class_names[item["label"]], item["annotation_id"]) for item in instances]
-    with_mask = [index for index, keep in enumerate(keeps) if keep]
+    found = [None if keep else given.get(item["annotation_id"]) for item, keep in zip(instances, keeps, strict=True)]
+    kinds = [
+        Supervision.MASK if keep else Supervision.BOX if mask is None else Supervision.PSEUDO
+        for keep, mask in zip(keeps, found, strict=True)
+    ]
+    with_mask = [index for index, kind in enumerate(kinds) if kind != Supervision.BOX]
     return Instances(
         boxes_xyxy=np.array([item["box_xyxy"] for item in instances], dtype=np.float64).reshape(-1, 4),
         labels=[item["label"] for item in instances],
-        supervision=[int(Supervision.MASK if keep else Supervision.BOX) for keep in keeps],
-        masks=[instances[index]["rle_counts"] or instances[index]["polygons"] for index in with_mask],
+        supervision=[int(kind) for kind in kinds],
+        masks=[mask.rle_counts if (mask := found[i]) else _annotated(instances[i]) for i in with_mask],
         mask_instance=with_mask,
         crowd_boxes_xyxy=np.array(crowd, dtype=np.float64).reshape(-1, 4),
+        mask_weight=[mask.weight if (mask := found[i]) else 1.0 for i in with_mask],
+        mask_known=[mask.known_counts if (mask := found[i]) else None for i in with_mask],
     )
+
+
+def _annotated(item: dict[str, Any]) -> Mask:
+    mask: Mask = item["rle_counts"] or item["polygons"]
+    return mask
 
 
 @dataclass(frozen=True)
@@ -107,16 +130,19 @@ class InstanceDataset:
     mask_stride: int | None  # of the mask grid, in input pixels; None = masks stay encoded, for grids of their own
     bottom_rows_without_affinity: int = 0  # rows of the *original* whose colours are not to be trusted (COCO: 10)
     rays: RayRule | None = None  # what of rays is learned from, if anything
+    pseudo: PseudoMasks | None = None  # masks for instances that the rule leaves with a box alone
 
     def __len__(self) -> int:
         return len(self.table.rows)
 
     def has_masks(self) -> bool:
-        """Whether the rule leaves any instance its mask; looks no further than the first."""
-        return any(self._withheld(row).masks for row in self.table.rows)
+        """Whether the rule leaves any instance its annotated mask; looks no further than the first."""
+        names = self.table.class_names
+        return any(withhold(row["objects"], class_names=names, rule=self.rule).masks for row in self.table.rows)
 
-    def _withheld(self, row: dict[str, Any]) -> Instances:
-        return withhold(row["objects"], class_names=self.table.class_names, rule=self.rule)
+    def _withheld(self, row: dict[str, Any], index: int) -> Instances:
+        pseudo = None if self.pseudo is None else self.pseudo.of(index)
+        return withhold(row["objects"], class_names=self.table.class_names, rule=self.rule, pseudo=pseudo)
 
     def batch(self, keys: Sequence[Key], *, size_divisor: int) -> Batch:
         """The images of some keys with their instances; height and width of the padded batch divide by `size_divisor`.
@@ -125,7 +151,7 @@ class InstanceDataset:
         `UserError` if an image is missing, damaged or not of the size that the annotations state.
         """
         rows = [self.table.rows[index] for index, _ in keys]
-        instances = [self._withheld(row) for row in rows]
+        instances = [self._withheld(row, index) for row, (index, _) in zip(rows, keys, strict=True)]
         geometries = [
             self.transform((row["height"], row["width"]), seed) for row, (_, seed) in zip(rows, keys, strict=True)
         ]
@@ -172,12 +198,32 @@ def _targets(
         supervision=torch.tensor([kind for item in images for kind in item.supervision], dtype=torch.int64),
         masks=_cells([item.masks for item in images], geometries, stride, padded_hw),
         mask_instance=torch.tensor(mask_instance, dtype=torch.int64),
-        mask_weight=torch.ones(len(mask_instance)),
+        mask_weight=torch.tensor([weight for item in images for weight in item.mask_weight], dtype=torch.float32),
         crowd_boxes_xyxy=_boxes([item.crowd_boxes_xyxy for item in images], geometries),
         crowd_image_index=numbers.repeat_interleave(torch.tensor([len(item.crowd_boxes_xyxy) for item in images])),
         mask_stride=stride,
         encoded=_encoded([item.masks for item in images], geometries) if stride is None else None,
+        **_known(images, geometries, stride, padded_hw),
     )
+
+
+def _known(
+    images: Sequence[Instances], geometries: Sequence[Geometry], stride: int | None, padded_hw: tuple[int, int]
+) -> dict[str, Any]:
+    """`Targets.mask_known` or `encoded_known`; nothing where every mask of the batch is known everywhere."""
+    if all(known is None for item in images for known in item.mask_known):
+        return {}
+    everywhere = [outlines_to_rle([_frame(geometry.original_hw)], geometry.original_hw) for geometry in geometries]
+    rles = [[known or whole for known in item.mask_known] for item, whole in zip(images, everywhere, strict=True)]
+    if stride is None:
+        return {"encoded_known": _encoded(rles, geometries)}
+    return {"mask_known": _cells(rles, geometries, stride, padded_hw)}
+
+
+def _frame(size_hw: tuple[int, int]) -> np.ndarray:
+    """The outline of a whole image."""
+    height, width = size_hw
+    return np.array([0, 0, width, 0, width, height, 0, height], dtype=np.float64)
 
 
 def _boxes(boxes_xyxy: Sequence[np.ndarray], geometries: Sequence[Geometry]) -> Tensor:

@@ -102,7 +102,7 @@ def load_table(annotations: Path, images: Path, *, cache: Path, annotations_requ
     fingerprint = file_digest(annotations, 64)[:16]
     folder = cache / f"{annotations.stem}-{fingerprint}-v{CONVERTER_VERSION}"
     try:
-        rows, classes = _open(folder, lambda path: _convert(annotations, images, path, annotations_required))
+        rows, classes = open_rows(folder, lambda path: _convert(annotations, images, path, annotations_required))
     except OSError as error:
         raise UserError(f"{cache}: the Arrow table cannot be written: {error.strerror or error}") from None
     table = Table(
@@ -120,8 +120,8 @@ def load_table(annotations: Path, images: Path, *, cache: Path, annotations_requ
     return table
 
 
-def _open(folder: Path, convert: Callable[[Path], None]) -> tuple[datasets.Dataset, dict[str, Any]]:
-    """The rows and the classes, converted first if they are not there: by one process, since it needs gigabytes.
+def open_rows(folder: Path, convert: Callable[[Path], None]) -> tuple[datasets.Dataset, dict[str, Any]]:
+    """The rows and what stands beside them, converted first if they are not there: by one process, it needs gigabytes.
 
     A damaged table is made anew beside itself and stays: what cannot be opened here, say for a stale handle of a
     network file system, may be mapped into the memory of other jobs.
@@ -140,13 +140,13 @@ def _open(folder: Path, convert: Callable[[Path], None]) -> tuple[datasets.Datas
 
 
 def _read(folder: Path) -> tuple[datasets.Dataset, dict[str, Any]]:
-    """The rows and the classes of a table; a ValueError if the files are not those that were written.
+    """The rows and what `classes.json` says of them; a ValueError if the files are not those that were written.
 
     The digest is looked at before the rows are mapped, about 0.1 s per 100 MB; tables from before there was one have
     none.
     """
     rows, classes = folder / "rows.arrow", json.loads((folder / "classes.json").read_text(encoding="utf-8"))
-    if not isinstance(classes, dict) or not {"class_names", "category_ids"} <= set(classes):
+    if not isinstance(classes, dict) or not ({"class_names", "category_ids"} <= set(classes) or "summary" in classes):
         raise ValueError("damaged")
     written = classes.pop("digest", None)
     if written is not None and written != digest([file_digest(rows), classes]):

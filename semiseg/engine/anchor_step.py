@@ -58,15 +58,16 @@ def mean_anchor_losses(
 def semantic_targets(targets: Targets, logits: Tensor, padded_hw: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Where each class is, by the given masks, and where that is known: (B, C, h, w) bool both, of the map's cells.
 
-    Not known are, outside of given masks, the cells in a box of the class that has no mask, and those in a crowd.
+    Not known are, outside of given masks, the cells in a box of the class that has no annotated one, and those in a
+    crowd. Of a pseudo mask, cells that it says nothing of are outside.
     """
     images, classes, *size = logits.shape
     size_hw = (size[0], size[1])
     masks = _masks_at(targets, size_hw, padded_hw)
     label, image = targets.labels[targets.mask_instance], targets.image_index[targets.mask_instance]
     present = losses.classes_present(masks, label, image, num_images=images, num_classes=classes)
-    box_only = (targets.supervision == Supervision.BOX)[:, None, None]
-    in_box = losses.cells_in_boxes(targets.boxes_xyxy, padded_hw, size_hw) & box_only
+    unsure = (targets.supervision != Supervision.MASK)[:, None, None]
+    in_box = losses.cells_in_boxes(targets.boxes_xyxy, padded_hw, size_hw) & unsure
     hidden = losses.classes_present(in_box, targets.labels, targets.image_index, num_images=images, num_classes=classes)
     in_crowd = losses.cells_in_boxes(targets.crowd_boxes_xyxy, padded_hw, size_hw)
     one_class = torch.zeros_like(targets.crowd_image_index)
@@ -77,11 +78,14 @@ def semantic_targets(targets: Targets, logits: Tensor, padded_hw: tuple[int, int
 def _masks_at(targets: Targets, size_hw: tuple[int, int], padded_hw: tuple[int, int]) -> Tensor:
     """The masks (M, h, w) bool on a grid of equal parts: as they are given, or the four pixels at a cell's centre."""
     if targets.encoded is None:
-        return losses.shrunk(targets.masks, size_hw)
+        masks = targets.masks if targets.mask_known is None else targets.masks & targets.mask_known
+        return losses.shrunk(masks, size_hw)
     # twice as many rows and columns: of each two, one is half a pixel before a cell's centre and one as far behind it
     whole = targets.boxes_xyxy.new_tensor([0, 0, padded_hw[1], padded_hw[0]]).expand(len(targets.mask_instance), 4)
     step = whole.new_tensor([-0.5, 0.5])
     rows, columns = ((centre[..., None] + step).flatten(1) for centre in Regions(whole, size_hw).centres())
-    pixels = targets.encoded.at(rows, columns).view(-1, size_hw[0], 2, size_hw[1], 2)
-    inside: Tensor = pixels.sum((2, 4))
+    pixels = targets.encoded.at(rows, columns)
+    if targets.encoded_known is not None:
+        pixels &= targets.encoded_known.at(rows, columns)
+    inside: Tensor = pixels.view(-1, size_hw[0], 2, size_hw[1], 2).sum((2, 4))
     return inside > 2

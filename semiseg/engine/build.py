@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast, get_args
 
 from semiseg.config import InferenceConfig, ModelConfig, ObjectiveConfig, RunConfig, RuntimeConfig, learns_masks
 from semiseg.config.read import digest
 from semiseg.data.dataset import InstanceDataset, build_rule
 from semiseg.data.loader import BatchLoader, StepBatches, build_loader, eval_batches
+from semiseg.data.pseudo import PseudoMasks, load_pseudo
 from semiseg.data.sources import cache_folder, ensure_files
 from semiseg.data.table import Table, load_table
 from semiseg.data.transforms import Resize
 from semiseg.engine.detection import detector_step
+from semiseg.engine.logs import shows_bars
 from semiseg.engine.processes import images_in_evaluation, parts_per_step
+from semiseg.engine.pseudo import Maker, make_pseudo
 from semiseg.engine.rays import build_ray_rule
 from semiseg.engine.step import TrainStep
 from semiseg.errors import UserError
@@ -30,6 +35,7 @@ class RunData:
     train: Table  # one row per image
     val: Table  # of the same classes in the same order
     split: ClassSplit | None  # None when the run names none
+    pseudo: PseudoMasks | None = None  # for training instances with a box alone
 
     @property
     def fingerprint(self) -> str:
@@ -53,11 +59,25 @@ def build_data(config: RunConfig) -> RunData:
         differing = ", ".join(sorted(set(train.class_names) ^ set(val.class_names))) or "their order"
         raise UserError(f"{val.annotations_file}: classes differ from {train.annotations_file} in {differing}")
     split = None if config.supervision.split is None else load_split(config.supervision.split, train.class_names)
-    return RunData(train, val, split)
+    return RunData(train, val, split, _build_pseudo(config, train))
 
 
-def build_objective(config: ObjectiveConfig) -> Objective:
-    """The losses' own description of the objective."""
+def _build_pseudo(config: RunConfig, train: Table) -> PseudoMasks | None:
+    """The pseudo masks of a run; those of a maker are made on first use."""
+    wanted = config.supervision.pseudo
+    if wanted is None:
+        return None
+    cache = cache_folder(config.data)
+    if wanted in get_args(Maker):
+        path = cache.parent / "pseudo" / f"{wanted}-{train.fingerprint}.json"
+        if not path.exists():
+            make_pseudo(train, path, maker=cast(Maker, wanted), progress=shows_bars(None))
+        return load_pseudo(path, train, cache=cache)
+    return load_pseudo(Path(wanted), train, cache=cache)
+
+
+def build_objective(config: ObjectiveConfig, *, with_pseudo: bool = False) -> Objective:
+    """The losses' own description of the objective; `with_pseudo`: the run has pseudo masks."""
     return Objective(
         mask=config.mask,
         box=config.box,
@@ -66,6 +86,7 @@ def build_objective(config: ObjectiveConfig) -> Objective:
         affinity_dilation=config.affinity_dilation,
         affinity=config.affinity,
         level_set=config.level_set,
+        pseudo=config.pseudo if with_pseudo else None,
     )
 
 
@@ -87,7 +108,8 @@ def without_initial_weights(config: RunConfig) -> RunConfig:
 def build_step(config: RunConfig, *, num_classes: int) -> TrainStep:
     """The model with its assignment and losses."""
     model = build_model(config.model, num_classes=num_classes)
-    objective, detector = build_objective(config.objective), detector_step(config.model, model)
+    objective = build_objective(config.objective, with_pseudo=config.supervision.pseudo is not None)
+    detector = detector_step(config.model, model)
     objective = replace(objective, affinity_dilation=joined_dilation(config))
     if not learns_masks(config):
         model.freeze_masks()
@@ -118,6 +140,7 @@ def _require_neighbours(config: RunConfig) -> None:
     objective, cells = config.objective, mask_cells(config.model, longest)
     labelled = objective.mask == "labelled" and config.supervision.source != "boxes"
     edges = objective.box == "projection+pairwise" or objective.affinity == "learned" or labelled
+    edges = edges or _pseudo_edges(config)
     if edges and objective.affinity_dilation >= cells:
         raise UserError(
             f"objective.affinity_dilation = {objective.affinity_dilation}: no cell has a neighbour so far away, "
@@ -130,7 +153,12 @@ def _counts_edges(config: RunConfig) -> bool:
     """Whether an instance of the run may get a loss whose denominator counts edges."""
     source, goal = config.supervision.source, config.objective
     of_masks = source != "boxes" and goal.mask == "labelled"
-    return of_masks or (source != "masks" and goal.box in ("projection+pairwise", "projection+learned"))
+    of_boxes = source != "masks" and goal.box in ("projection+pairwise", "projection+learned")
+    return of_masks or of_boxes or _pseudo_edges(config)
+
+
+def _pseudo_edges(config: RunConfig) -> bool:
+    return config.supervision.pseudo is not None and "pairwise" in config.objective.pseudo
 
 
 def _build_affinity(config: ModelConfig, model: Segmenter, objective: Objective) -> AffinityBranch:
@@ -169,6 +197,7 @@ def train_dataset(config: RunConfig, data: RunData) -> InstanceDataset:
         mask_stride=mask_stride(config.model),
         bottom_rows_without_affinity=config.data.bottom_rows_without_affinity,
         rays=build_ray_rule(config, data.train),
+        pseudo=data.pseudo,
     )
 
 

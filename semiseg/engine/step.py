@@ -128,6 +128,7 @@ class TrainStep(nn.Module):
             edges=loss_edges(batch, targets, instances, affinity, objective=self.objective),
             affinity=affinity,
             lab=cell_colours(batch, instances, affinity),
+            known=targets.known_on(instances.grid),
             soft=None if self.detector.own_regions else soft_cells(targets, instances),
             sizes=sizes,
             rays=None if of_rays is None else of_rays[0],
@@ -185,6 +186,7 @@ class TrainStep(nn.Module):
             objective=self.objective,
             masks=of_queries.masks_on(logits.grid),
             edges={},
+            known=of_queries.known_on(logits.grid),
             soft=soft_cells(of_queries, instances),
         )
         return replace(logits, instance_index=torch.arange(len(share), device=share.device)), prepared

@@ -16,7 +16,9 @@ from semiseg.losses.dice import at_least_float32
 SMOOTHNESS_WEIGHT = 0.05  # beside the bags
 
 
-def cross_entropy_loss(logits: Tensor, masks: Tensor, cells: Tensor | None = None) -> Tensor:
+def cross_entropy_loss(
+    logits: Tensor, masks: Tensor, cells: Tensor | None = None, known: Tensor | None = None
+) -> Tensor:
     """Mean binary cross entropy of each mask over its cells: (Q,).
 
     Args:
@@ -24,13 +26,19 @@ def cross_entropy_loss(logits: Tensor, masks: Tensor, cells: Tensor | None = Non
         masks: (Q, h, w) bool, or float in [0, 1].
         cells: (Q, 4) boxes on the grid, see `boxinst.box_cells`; the mean is over their cells and one around them.
             None = over all: a region is the box already.
+        known: (Q, h, w) bool, the cells that count; None = all.
     """
     logits = at_least_float32(logits)
     each = F.binary_cross_entropy_with_logits(logits, masks.to(logits.dtype), reduction="none")
-    if cells is None:
+    if cells is None and known is None:
         return each.mean((1, 2))
+    if cells is None:
+        cells = torch.tensor([0, each.shape[1], 0, each.shape[2]], device=each.device).expand(len(each), 4)
     around = cells + cells.new_tensor([-1, 1, -1, 1])
     rows, columns = (side.to(each.dtype) for side in cell_profiles(around, (each.shape[1], each.shape[2])))
+    if known is not None:
+        counted = rows[:, :, None] * columns[:, None, :] * known
+        return (each * counted).sum((1, 2)) / counted.sum((1, 2)).clamp(min=1)
     total = torch.einsum("qhw,qh,qw->q", each, rows, columns)
     return total / (rows.sum(1) * columns.sum(1)).clamp(min=1)
 

@@ -94,7 +94,7 @@ def affinity_targets(
     cells = box_cells(targets.boxes_xyxy, stride=grid.stride, grid_hw=grid.size_hw)
     lab = rgb_to_lab(downsample_images(batch.images, stride=grid.stride))
     distances = lab_distances(lab, size=size, dilation=dilation)
-    boxed, image_index = targets.supervision == Supervision.BOX, targets.image_index
+    boxed, image_index = targets.supervision != Supervision.MASK, targets.image_index  # pseudo masks do not teach edges
     numbers = torch.arange(1, len(boxed) + 1, device=lab.device)
     of_masks, of_boxes, owner = (
         _cover(cells, image_index, value, len(lab), grid) for value in ((~boxed).long(), boxed.long(), numbers)

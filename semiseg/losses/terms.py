@@ -46,6 +46,7 @@ from semiseg.structures.inputs import Batch, Supervision, Targets
 from semiseg.structures.outputs import MaskLogits
 
 MaskObjective = Literal["dice", "labelled", "bce", "rays"]
+PseudoObjective = Literal["dice", "bce", "dice+projection", "dice+projection+pairwise"]
 BoxObjective = Literal[
     "none", "projection", "projection+pairwise", "projection+learned", "box_as_mask", "mil", "mil+smooth"
 ]
@@ -57,10 +58,11 @@ TERMS: Mapping[tuple[Supervision, str], tuple[str, ...]] = {
     (Supervision.MASK, "labelled"): ("projection", "pairwise_labelled"),
     (Supervision.MASK, "bce"): ("bce",),
     (Supervision.MASK, "rays"): ("rays",),
+    # The box of a pseudo mask is annotated, so that projection compares with it and not with the mask.
     (Supervision.PSEUDO, "dice"): ("dice",),
-    (Supervision.PSEUDO, "labelled"): ("projection", "pairwise_labelled"),
     (Supervision.PSEUDO, "bce"): ("bce",),
-    (Supervision.PSEUDO, "rays"): ("rays",),
+    (Supervision.PSEUDO, "dice+projection"): ("dice", "projection"),
+    (Supervision.PSEUDO, "dice+projection+pairwise"): ("dice", "projection", "pairwise"),
     (Supervision.BOX, "none"): (),
     (Supervision.BOX, "projection"): ("projection",),
     (Supervision.BOX, "projection+pairwise"): ("projection", "pairwise"),
@@ -96,6 +98,7 @@ class Objective:
     affinity_dilation: int
     affinity: Affinity = "colour"
     level_set: float = 0.0
+    pseudo: PseudoObjective | None = None  # for instances with a pseudo mask; None = there are none in the run
 
     @property
     def loss_names(self) -> tuple[str, ...]:
@@ -109,14 +112,18 @@ class Objective:
         return (*MASK_COUNTS, *self._optional, *learned)
 
     def terms_of(self, supervision: Supervision) -> tuple[str, ...]:
-        if supervision != Supervision.BOX:
+        if supervision == Supervision.MASK:
             return TERMS[supervision, self.mask]
+        if supervision == Supervision.PSEUDO:
+            terms = () if self.pseudo is None else TERMS[supervision, self.pseudo]
+            learned = "pairwise" in terms and self.box == "projection+learned"
+            return (*terms, "pairwise_learned") if learned else terms
         terms = TERMS[supervision, self.box]
         return (*terms, "level_set") if self.level_set > 0 and "projection" in terms else terms
 
     @property
     def _optional(self) -> tuple[str, ...]:
-        used = {*TERMS[Supervision.MASK, self.mask], *TERMS[Supervision.BOX, self.box]}
+        used = {name for kind in Supervision for name in self.terms_of(kind)}
         own = tuple(name for name in (*CROP_LOSSES, "rays") if name in used)
         return ("level_set", *own) if self.level_set > 0 else own
 
@@ -130,11 +137,13 @@ class InstanceTerms:
     # masks show, is not among the keys.
     chosen: dict[str, Tensor]
     box_only: Tensor  # (N,) bool, whether the supervision is BOX
+    pseudo: Tensor  # (N,) bool, whether it is PSEUDO
     grid: MaskGrid  # of the N instances' masks
     cells: Tensor  # (N, 4) int64, the box on the mask grid, see `boxinst.box_cells`
     mask_row: Tensor  # (N,) int64, row among the given masks; without meaning where `box_only`
-    # (N,) float32 factor of each instance's mask losses: `Targets.mask_weight`, 1 where there is no mask
-    weight: Tensor
+    weight: Tensor  # (N,) float32 factor of each instance's mask losses
+    # (N,) float32 one more, of the losses that compare with its mask: `Targets.mask_weight`, 1 where there is no mask
+    mask_weight: Tensor
 
     @property
     def used(self) -> Tensor:
@@ -160,6 +169,7 @@ class MaskTargets(InstanceTerms):
     edges: dict[str, Tensor]
     affinity: AffinityTargets | None = None  # what learned affinity learns from; None without it
     lab: Tensor | None = None  # (B, 3, h, w) the cells' colours, where an instance gets `level_set`
+    known: Tensor | None = None  # (M, h, w) bool, the cells of `masks` that count; None = all
     soft: Tensor | None = None  # (M, h, w) float, the shares of the cells that are inside, where `bce` wants those
     rays: RayGoals | None = None  # where the objective learns from rays
     # See `loss_sizes`; None = they are read back from the device when they are needed
@@ -195,18 +205,22 @@ def instance_terms(targets: Targets, grid: MaskGrid, *, objective: Objective) ->
         cells = region_cells(targets.boxes_xyxy, grid, pixels=not objective.box.startswith("mil"))
     has_cell = cells[:, 1] > cells[:, 0]
     # `any` as a maximum of bytes, which is 20 times faster
-    has_cell[targets.mask_instance] = targets.masks_on(grid).flatten(1).view(torch.uint8).amax(1) > 0
+    masks, known = targets.masks_on(grid), targets.known_on(grid)
+    masks = masks if known is None else masks & known
+    has_cell[targets.mask_instance] = masks.flatten(1).view(torch.uint8).amax(1) > 0
     mask_row = torch.zeros_like(targets.supervision)
     mask_row[targets.mask_instance] = torch.arange(len(targets.mask_instance), device=mask_row.device)
-    weight = torch.ones_like(has_cell, dtype=torch.float32)
-    weight[targets.mask_instance] = targets.mask_weight
+    mask_weight = torch.ones_like(has_cell, dtype=torch.float32)
+    mask_weight[targets.mask_instance] = targets.mask_weight
     return InstanceTerms(
         chosen=_choose(targets, objective, has_cell),
         box_only=targets.supervision == Supervision.BOX,
+        pseudo=targets.supervision == Supervision.PSEUDO,
         grid=grid,
         cells=cells,
         mask_row=mask_row,
-        weight=weight,
+        weight=torch.ones_like(mask_weight),
+        mask_weight=mask_weight,
     )
 
 
@@ -312,16 +326,18 @@ def term_counts(targets: Targets, prepared: MaskTargets, quotas: Tensor) -> Tens
 
     Returns:
         (len(objective.count_names),) float64: `masks` P, sampled positives that get any mask loss, of which
-        `box_masks` P_box are box-supervised and `mask_masks` are not; and the number that each mask loss sums over,
-        all counted per sampled positive. With learned affinity also the known edges of all images, and
-        `COLOUR_COUNTS` of these.
+        `box_masks` P_box are box-supervised, or learn from a pseudo mask and the edges in their box, and `mask_masks`
+        have an annotated mask; and the number that each mask loss sums over, all counted per sampled positive. With
+        learned affinity also the known edges of all images, and `COLOUR_COUNTS` of these.
     """
-    box = prepared.box_only
+    annotated, edged = ~(prepared.box_only | prepared.pseudo), prepared.box_only
+    if "pairwise" in prepared.objective.terms_of(Supervision.PSEUDO):
+        edged = edged | prepared.pseudo
     used = quotas * prepared.used
     counts: dict[str, Tensor] = {
         "masks": used.sum(),
-        "box_masks": (used * box).sum(),
-        "mask_masks": (used * ~box).sum(),
+        "box_masks": (used * edged).sum(),
+        "mask_masks": (used * annotated).sum(),
     }
     for name in MASK_LOSSES + OPTIONAL_MASK_LOSSES:
         each = quotas * prepared.chosen[name] if name in prepared.chosen else quotas.new_zeros(1)
@@ -356,15 +372,15 @@ def mask_losses(
         weighted dice, projection  = (n.t / max(n.masks, 1)) unweighted
         weighted pairwise_labelled = warmup (n.mask_masks / max(n.masks, 1)) unweighted
         weighted pairwise[_learned] = warmup (n.box_masks / max(n.masks, 1)) unweighted
-        weighted level_set         = objective.level_set warmup (n.box_masks / max(n.masks, 1)) unweighted
+        weighted level_set         = objective.level_set warmup (n.level_set / max(n.masks, 1)) unweighted
         weighted bce, mil          = as dice; smoothness 0.05 times that
         affinity                   = p S / max(n.affinity, 1)
         rays                       = (n.mask_masks / max(n.masks, 1)) p S / max(n.rays, 1e-6), n.rays their centreness
 
     so that (sum of dice + sum of projection) / P + (P_box / P) pairwise is METHOD's mixed loss. Sums over the parts
     of a step and means over its processes (which data parallelism takes of gradients) give the values of the step.
-    Pseudo masks scale their sums by their weight and count as one. Deviation: the labelled edges, for which the
-    method names no weight, take the same kind of share and warm-up as the coloured ones (docs/NUMERICS.md).
+    Pseudo masks scale what compares with them by their weight and count as one. Deviation: the labelled edges, for
+    which the method names no weight, take the same kind of share and warm-up as the coloured ones (docs/NUMERICS.md).
     `pairwise_learned` takes the place of `pairwise`, which it equals until learned labels are trusted.
 
     Args:
@@ -401,7 +417,7 @@ def _shares(count: Mapping[str, Tensor], warmup: float, objective: Objective) ->
         "pairwise": of_boxes,
         "pairwise_labelled": warmup * count["mask_masks"] / masks,
         "pairwise_learned": of_boxes,
-        "level_set": objective.level_set * of_boxes,
+        **({"level_set": objective.level_set * warmup * count["level_set"] / masks} if "level_set" in count else {}),
         **{name: count[name] / masks for name in ("bce", "mil") if name in count},
         **{name: SMOOTHNESS_WEIGHT * count[name] / masks for name in ("smoothness",) if name in count},
         "rays": count["mask_masks"] / masks,
@@ -459,7 +475,21 @@ def _dice_sum(logits: Tensor, instance: Tensor, prepared: MaskTargets) -> Tensor
     if number < len(logits):
         rows = torch.nonzero_static(wanted, size=number)[:, 0]
         logits, instance = logits[rows], instance[rows]
-    return (dice_loss(logits, _masks_of(instance, prepared)) * prepared.weight[instance]).sum()
+    masks = _masks_of(instance, prepared)
+    if prepared.known is not None:  # elsewhere the score is 0 and so is the target, which adds nothing to any sum
+        known = _known(instance, prepared.known, prepared)
+        logits, masks = logits.masked_fill(~known, -torch.inf), masks & known
+    return (dice_loss(logits, masks) * _mask_factor(instance, prepared)).sum()
+
+
+def _known(instance: Tensor, known: Tensor, prepared: MaskTargets) -> Tensor:
+    """(Q, h, w) bool: the cells of which the masks of instances (Q,) say something; all of those without one."""
+    return known[prepared.mask_row[instance]] | prepared.box_only[instance, None, None]
+
+
+def _mask_factor(instance: Tensor, prepared: MaskTargets) -> Tensor:
+    """(Q,) of the losses that compare with masks."""
+    return (prepared.weight * prepared.mask_weight)[instance]
 
 
 def _masks_of(instance: Tensor, prepared: MaskTargets) -> Tensor:
@@ -477,7 +507,7 @@ def _projection_sum(logits: Tensor, instance: Tensor, prepared: MaskTargets) -> 
     each = projection_loss(logits, prepared.cells[instance])
     if len(prepared.masks) and "projection" in prepared.objective.terms_of(Supervision.MASK):
         given = mask_projection_loss(logits, prepared.masks[prepared.mask_row[instance]])
-        each = torch.where(prepared.box_only[instance], each, given)
+        each = torch.where((prepared.box_only | prepared.pseudo)[instance], each, given)
     return torch.where(prepared.chosen["projection"][instance], each * prepared.weight[instance], 0).sum()
 
 
@@ -486,10 +516,13 @@ def _crop_sum(name: str, logits: Tensor, instance: Tensor, prepared: MaskTargets
     if name == "bce":
         masks = (prepared.masks if prepared.soft is None else prepared.soft)[prepared.mask_row[instance]]
         whole = isinstance(prepared.grid, WholeMap) or prepared.grid.whole_image
-        each = cross_entropy_loss(logits, masks, cells if whole else None)
+        known = None if prepared.known is None else _known(instance, prepared.known, prepared)
+        each = cross_entropy_loss(logits, masks, cells if whole else None, known)
+        factor = _mask_factor(instance, prepared)
     else:
         each = bag_loss(logits, cells) if name == "mil" else smoothness_loss(logits)
-    return torch.where(prepared.chosen[name][instance], each * prepared.weight[instance], 0).sum()
+        factor = prepared.weight[instance]
+    return torch.where(prepared.chosen[name][instance], each * factor, 0).sum()
 
 
 def _learned_sum(

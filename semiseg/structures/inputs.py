@@ -50,12 +50,14 @@ class Targets:
         supervision: (N,) int64, values of `Supervision`.
         masks: (M, h, w) bool on the mask grid of the *padded* batch, (h, w) = grid_size(padded size, mask_stride).
         mask_instance: (M,) int64, index into the N instances; exactly those whose supervision is not BOX.
-        mask_weight: (M,) float32, weight of each mask in its loss (1 for annotated masks).
+        mask_weight: (M,) float32, weight of each mask in the losses that compare with it (1 for annotated masks).
         crowd_boxes_xyxy: (K, 4) float32, input pixels: regions that are neither object nor background.
         crowd_image_index: (K,) int64 in 0..B-1.
         mask_stride: stride of the mask grid in input pixels; None = every mask has a grid of its own: then `masks` is
             (M, 0, 0), and `encoded` has them.
         rays: how far the masks reach, where the objective is learned from that.
+        mask_known: (M, h, w) bool, the cells of which the masks say something; None = all, or see `encoded_known`.
+        encoded_known: the same in place of it where masks are encoded.
     """
 
     boxes_xyxy: Tensor
@@ -70,6 +72,8 @@ class Targets:
     mask_stride: int | None
     encoded: EncodedMasks | None = None
     rays: RayTargets | None = None
+    mask_known: Tensor | None = None
+    encoded_known: EncodedMasks | None = None
 
     def __post_init__(self) -> None:
         count, mask_count = self.boxes_xyxy.shape[0], self.masks.shape[0]
@@ -96,6 +100,12 @@ class Targets:
         require(own == (grid.stride, grid.size_hw), f"the masks have stride and size {own}, but their grid is {grid}")
         return self.masks
 
+    def known_on(self, grid: MaskGrid) -> Tensor | None:
+        """Of which of `masks_on(grid)` the masks say something; None = of all."""
+        if isinstance(grid, Regions) and self.encoded_known is not None:
+            return self.encoded_known.at(*grid.of(self.mask_instance).centres())
+        return self.mask_known
+
     def crowds_of(self, image: int) -> Tensor:
         """(k, 4) the crowd boxes of an image."""
         return self.crowd_boxes_xyxy[self.crowd_image_index == image]
@@ -119,6 +129,7 @@ class Targets:
             mask_instance=with_mask,
             mask_weight=self.mask_weight[rows],
             encoded=self.encoded.of(rows),
+            encoded_known=None if self.encoded_known is None else self.encoded_known.of(rows),
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Targets:

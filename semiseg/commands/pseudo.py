@@ -1,0 +1,61 @@
+"""`semiseg pseudo`: masks for boxes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import typer
+
+from semiseg.commands.train import Progress
+from semiseg.errors import UserError
+from semiseg.files import require_folder, require_there
+
+
+def pseudo(
+    annotations: Annotated[Path, typer.Argument(help="COCO json; of its annotations only the boxes are looked at.")],
+    images: Annotated[Path, typer.Argument(help="Folder of its images.")],
+    out: Annotated[Path, typer.Option(help="COCO json to write, for supervision.pseudo.")],
+    maker: Annotated[
+        Literal["grabcut", "crf", "model"],
+        typer.Option(help="What makes the masks: GrabCut or a dense CRF of each box, or a trained model."),
+    ],
+    model: Annotated[Path | None, typer.Option(help="Of --maker model: its folder, or that of a finished run.")] = None,
+    refine: Annotated[
+        Literal["grabcut", "crf"] | None, typer.Option(help="Of --maker model: make its masks follow the colours, too.")
+    ] = None,
+    agree: Annotated[
+        bool,
+        typer.Option("--agree", help="Of --maker model: lower the weight of masks that GrabCut does not agree with."),
+    ] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="Images at a time. Default: one for each core.")] = None,
+    device: Annotated[str | None, typer.Option(help="Of --maker model: cpu, cuda, ... Default: a GPU if any.")] = None,
+    progress: Progress = None,
+) -> None:
+    """Make masks for the boxes of a data set.
+
+    Train on them with --set supervision.pseudo=FILE: instances that have a box alone then learn from these masks. No
+    mask of the annotations is looked at. Can be interrupted at any time; the same command continues.
+
+    Examples:
+
+    semiseg pseudo data/mine/train.json data/mine/train --maker grabcut --out data/mine/pseudo.json
+
+    semiseg pseudo data/mine/train.json data/mine/train --maker model --model runs/mine --out data/mine/pseudo.json
+    """
+    if (maker == "model") != (model is not None) or (maker != "model" and (refine or agree)):
+        raise UserError("--model, --refine and --agree go with --maker model, which needs --model")
+    require_folder(out.absolute().parent)
+    if model is not None:
+        require_there(model)
+    from semiseg.data.table import load_table
+    from semiseg.engine.logs import shows_bars
+    from semiseg.engine.predict import load_model
+    from semiseg.engine.pseudo import make_pseudo
+
+    chosen = load_model(model, device=device) if maker == "model" and model is not None else maker
+    table = load_table(annotations, images, cache=annotations.parent / "arrow")
+    counts = make_pseudo(
+        table, out, maker=cast(Any, chosen), refine=refine, agree=agree, workers=workers, progress=shows_bars(progress)
+    )
+    typer.echo(f"{out}: {', '.join(f'{count} {source}' for source, count in sorted(counts.items()))}")

@@ -1,0 +1,247 @@
+"""Pseudo masks from a COCO json, whoever made them: each goes to an object of the training's own annotations.
+
+They reach a training through `dataset.py`, which gives them to instances that have nothing but their box.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+from datasets import Features, List, Value
+from datasets.arrow_writer import ArrowWriter
+from pycocotools import mask as rle_codec
+
+from semiseg.config.read import digest, file_digest
+from semiseg.data.coco import parse_sections, read_segmentation
+from semiseg.data.problems import BadValue
+from semiseg.data.rasterise import outlines_to_rle
+from semiseg.data.table import Table, open_rows
+from semiseg.errors import UserError
+from semiseg.files import whole_folder
+
+READER_VERSION = 1  # raise it when rows change
+SAME_BOX = 0.9  # IoU from which a mask of unknown id belongs to a box
+OWN_BOX = 0.5  # IoU below which an annotation of a known id is another object's
+LEAST_INSIDE = 0.5  # share of a mask that lies in its box; the rest is cut off
+FEATURES = Features(
+    {
+        "image_id": Value("int64"),
+        "masks": List(
+            {
+                "annotation_id": Value("int64"),  # of the table's object
+                "weight": Value("float64"),
+                "rle_counts": Value("binary"),  # compressed, of the stored image
+                "known_counts": Value("binary"),  # likewise, the cells that the mask says something of; null = all
+            }
+        ),
+    }
+)
+
+
+class PseudoMask(NamedTuple):
+    """A mask for one instance."""
+
+    rle_counts: bytes
+    weight: float  # in [0, 1]
+    known_counts: bytes | None
+
+
+@dataclass(frozen=True)
+class PseudoMasks:
+    """The masks for the objects of a table, memory-mapped like it."""
+
+    rows: datasets.Dataset  # of the form `FEATURES`, one per image of the table and in its order
+    summary: str  # what of the file fits, in a sentence
+
+    def of(self, index: int) -> dict[int, PseudoMask]:
+        """Annotation id -> mask, for the image of a row."""
+        return {
+            each["annotation_id"]: PseudoMask(each["rle_counts"], each["weight"], each["known_counts"])
+            for each in self.rows[index]["masks"]
+        }
+
+
+def load_pseudo(path: Path, table: Table, *, cache: Path) -> PseudoMasks:
+    """The masks that a COCO json has for the objects of a table, matched once and then read from the cache.
+
+    An annotation belongs to the object of its id in the same image, where their boxes overlap by an IoU of `OWN_BOX`;
+    else to the object of that image whose box is the same (`SAME_BOX`). Images are the same by id and file name, or by
+    file name. A mask is cut to the box of its object. Beside `segmentation` are read `mask_weight` in [0, 1] (1 where
+    it is missing) and `mask_known`, an RLE of the pixels that the mask says something of.
+
+    Raises:
+        UserError: no such file, or not such a one; no image in common; another image size; a mask that lies outside
+            its box; a weight outside [0, 1].
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file of pseudo masks; 'semiseg pseudo' makes one")
+    name = digest([file_digest(path, 64), table.fingerprint])[:16]
+    folder = cache / f"pseudo-{name}-v{READER_VERSION}"
+    try:
+        rows, about = open_rows(folder, partial(_match, path, table))
+    except OSError as error:
+        raise UserError(f"{cache}: the Arrow table cannot be written: {error.strerror or error}") from None
+    return PseudoMasks(rows, str(about["summary"]))
+
+
+def _match(path: Path, table: Table, folder: Path) -> None:
+    raw = parse_sections(path, ("images", "annotations"))[0]
+    images = _by_table(path, raw["images"], table)
+    by_image: defaultdict[Any, list[dict[str, Any]]] = defaultdict(list)
+    for number, entry in enumerate(raw["annotations"]):
+        if not isinstance(entry, dict) or "image_id" not in entry:
+            raise UserError(f"{path}: annotations[{number}] is no object with an 'image_id'")
+        if entry.get("segmentation"):
+            by_image[entry["image_id"]].append(entry)
+    counts: Counter[str] = Counter(masks=sum(map(len, by_image.values())))
+    with whole_folder(folder) as temporary:
+        rows = temporary / "rows.arrow"
+        with ArrowWriter(features=FEATURES, path=str(rows)) as writer:
+            for row in table.rows:
+                entries = by_image.get(images.get(row["image_id"]), [])
+                masks = list(_masks_of(path, row, entries))
+                counts["objects"] += sum(not item["is_crowd"] for item in row["objects"])
+                counts["matched"] += len(masks)
+                writer.write({"image_id": row["image_id"], "masks": masks})
+            writer.finalize()
+        about: dict[str, Any] = {"summary": f"{path}: {_in_words(counts)}"}
+        about["digest"] = digest([file_digest(rows), about])
+        (temporary / "classes.json").write_text(json.dumps(about), encoding="utf-8")
+
+
+def _in_words(counts: Mapping[str, int]) -> str:
+    left = counts["masks"] - counts["matched"]
+    text = f"pseudo masks for {counts['matched']} of {counts['objects']} objects"
+    return f"{text}; {left} of the file's {counts['masks']} masks belong to none of them" if left else text
+
+
+def _by_table(path: Path, entries: Sequence[Any], table: Table) -> dict[int, Any]:
+    """Image id of the table -> image id of the file, for those that both have."""
+    by_id: dict[Any, dict[str, Any]] = {}
+    for number, entry in enumerate(entries):
+        if not isinstance(entry, dict) or not {"id", "file_name"} <= entry.keys():
+            raise UserError(f"{path}: images[{number}] is no object with 'id' and 'file_name'")
+        by_id[entry["id"]] = entry
+    by_name = {_name(entry["file_name"]): image_id for image_id, entry in by_id.items()}
+    found = {}
+    columns = (table.rows.data.column(name).to_pylist() for name in ("image_id", "file_name", "height", "width"))
+    for image_id, file_name, height, width in zip(*columns, strict=True):
+        own, name = by_id.get(image_id), _name(file_name)
+        other = image_id if own is not None and _name(own["file_name"]) == name else by_name.get(name)
+        if other is None:
+            continue
+        entry, found[image_id] = by_id[other], other
+        for side, length in (("height", height), ("width", width)):
+            if entry.get(side, length) != length:
+                raise UserError(
+                    f"{path}: image {other} ({entry['file_name']}): {side!r} is {entry[side]!r}, allowed: {length}, "
+                    f"as in {table.annotations_file}"
+                )
+    if not found:
+        raise UserError(
+            f"{path}: none of its {len(by_id)} images is one of the {len(table)} of {table.annotations_file}, by their "
+            f"file names, such as {next(iter(by_name), 'none')!r}"
+        )
+    return found
+
+
+def _name(file_name: Any) -> str:
+    return PurePosixPath(str(file_name).replace("\\", "/")).name
+
+
+def _masks_of(path: Path, row: dict[str, Any], entries: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """What `FEATURES` has of the image of a row."""
+    objects = {item["annotation_id"]: item for item in row["objects"] if not item["is_crowd"]}
+    for annotation_id, entry in _pairs(path, objects, entries).items():
+        where = f"{path}: annotation {entry.get('id')}"
+        weight = entry.get("mask_weight", 1)
+        if type(weight) not in (int, float) or not 0 <= weight <= 1:
+            raise UserError(f"{where}: 'mask_weight' is {weight!r}, allowed: a number from 0 to 1")
+        size_hw = (row["height"], row["width"])
+        mask = _within(
+            _counts(entry["segmentation"], size_hw, where), objects[annotation_id]["box_xyxy"], size_hw, where
+        )
+        known = _counts(entry["mask_known"], size_hw, where) if entry.get("mask_known") else None
+        if mask is not None:
+            yield {"annotation_id": annotation_id, "weight": float(weight), "rle_counts": mask, "known_counts": known}
+
+
+def _pairs(
+    path: Path, objects: Mapping[int, dict[str, Any]], entries: Sequence[dict[str, Any]]
+) -> dict[int, dict[str, Any]]:
+    """Annotation id -> the file's entry for that object: by the id, else by the box, the most alike first."""
+    boxes = [_corners(path, entry) for entry in entries]
+    pairs: dict[int, dict[str, Any]] = {}
+    left = []
+    for entry, box in zip(entries, boxes, strict=True):
+        own = objects.get(entry["id"]) if type(entry.get("id")) is int else None
+        if own is not None and (box is None or _iou(box, own["box_xyxy"]) >= OWN_BOX):
+            pairs[entry["id"]] = entry
+        elif box is not None:
+            left.append((entry, box))
+    alike = [
+        (_iou(box, item["box_xyxy"]), number, annotation_id)
+        for number, (_, box) in enumerate(left)
+        for annotation_id, item in objects.items()
+        if annotation_id not in pairs
+    ]
+    taken: set[int] = set()
+    for iou, number, annotation_id in sorted(alike, key=lambda each: (-each[0], each[1], each[2])):
+        if iou >= SAME_BOX and number not in taken and annotation_id not in pairs:
+            taken.add(number)
+            pairs[annotation_id] = left[number][0]
+    return pairs
+
+
+def _corners(path: Path, entry: dict[str, Any]) -> list[float] | None:
+    """The box xyxy of an entry; None where it has none."""
+    box = entry.get("bbox")
+    if box is None:
+        return None
+    if not isinstance(box, list) or len(box) != 4 or not all(type(v) in (int, float) and math.isfinite(v) for v in box):
+        raise UserError(f"{path}: annotation {entry.get('id')}: 'bbox' is {box!r}, allowed: four numbers")
+    return [box[0], box[1], box[0] + box[2], box[1] + box[3]]
+
+
+def _iou(one: Sequence[float], other: Sequence[float]) -> float:
+    across = min(one[2], other[2]) - max(one[0], other[0])
+    down = min(one[3], other[3]) - max(one[1], other[1])
+    common = max(across, 0) * max(down, 0)
+    areas = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (one, other))
+    return common / (areas - common) if areas > common else 0.0
+
+
+def _counts(value: Any, size_hw: tuple[int, int], where: str) -> bytes:
+    try:
+        polygons, counts = read_segmentation(value, size_hw=size_hw)
+    except BadValue as bad:
+        raise UserError(f"{where}: {bad.text}") from None
+    if counts is None:
+        counts = outlines_to_rle([np.array(polygon) for polygon in polygons or [[0.0] * 6]], size_hw)
+    return counts
+
+
+def _within(counts: bytes, box_xyxy: Sequence[float], size_hw: tuple[int, int], where: str) -> bytes | None:
+    """The mask cut to the pixels that its box touches; None where nothing is in it."""
+    x0, y0 = math.floor(box_xyxy[0]), math.floor(box_xyxy[1])
+    x1, y1 = math.ceil(box_xyxy[2]), math.ceil(box_xyxy[3])
+    mask = {"size": list(size_hw), "counts": counts}
+    box = rle_codec.frPyObjects([[x0, y0, x1 - x0, y1 - y0]], *size_hw)[0]
+    inside = rle_codec.merge([mask, box], intersect=True)
+    area, common = int(rle_codec.area(mask)), int(rle_codec.area(inside))
+    if common < LEAST_INSIDE * area:
+        raise UserError(
+            f"{where}: only {common} of the {area} pixels of its mask are in the box of its object, "
+            f"{[round(v, 2) for v in box_xyxy]} (xyxy); allowed: at least half"
+        )
+    cut: bytes = inside["counts"]
+    return cut if common else None
