@@ -51,12 +51,14 @@ SUPERVISION: dict[str, dict[str, Any]] = {
     "mixed": {},
     "box-only": {"supervision": {"source": "boxes", "split": None}},
     "none": {"objective": {"box": "none"}},
+    "pseudo": {"supervision": {"pseudo": "grabcut"}, "objective": {"pseudo": "dice+projection"}},
 }
 USED = {
     "full": {"dice"},
     "mixed": {"dice", "projection", "pairwise"},
     "box-only": {"projection", "pairwise"},
     "none": {"dice"},
+    "pseudo": {"dice", "projection"},
 }
 
 

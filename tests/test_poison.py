@@ -24,7 +24,9 @@ from tests.tiny import TINY, tiny_config
 SHAPES = TINY["data"]["shapes"]
 
 
-def make_data(root: Path, *, poisoned: bool, objective: dict[str, str] | None = None) -> RunConfig:
+def make_data(
+    root: Path, *, poisoned: bool, objective: dict[str, str] | None = None, pseudo: str | None = None
+) -> RunConfig:
     """Shapes as a COCO data set in which every fifth annotation is a crowd; poisoned: unseen masks are noise."""
     split = load_split("shapes_few_seen", SHAPES_CLASSES)
     folder = ensure_shapes(root, images=SHAPES["train_images"], image_size=64, seed=SHAPES["train_seed"])
@@ -48,7 +50,7 @@ def make_data(root: Path, *, poisoned: bool, objective: dict[str, str] | None = 
         "val_annotations": str((folder / "annotations.json").relative_to(root)),
         "val_images": str((folder / "images").relative_to(root)),
     }
-    return tiny_config(root, data=data, objective=objective or {})
+    return tiny_config(root, data=data, objective=objective or {}, supervision={"pseudo": pseudo})
 
 
 def everything(config: RunConfig) -> tuple[list[Batch], list[float], Tensor]:
@@ -72,10 +74,17 @@ def with_source(config: RunConfig, source: str) -> RunConfig:
     return config.model_copy(update={"supervision": config.supervision.model_copy(update={"source": source})})
 
 
-@pytest.mark.parametrize("objective", [{}, LEARNED], ids=["colour", "learned"])
-def test_withheld_masks_change_nothing(tmp_path: Path, objective: dict[str, str]) -> None:
-    clean = everything(make_data(tmp_path / "clean", poisoned=False, objective=objective))
-    poisoned = everything(make_data(tmp_path / "poisoned", poisoned=True, objective=objective))
+@pytest.mark.parametrize(
+    ("objective", "pseudo"),
+    [({}, None), (LEARNED, None), ({**LEARNED, "pseudo": "dice+projection+pairwise"}, "grabcut")],
+    ids=["colour", "learned", "pseudo masks"],
+)
+def test_withheld_masks_change_nothing(tmp_path: Path, objective: dict[str, str], pseudo: str | None) -> None:
+    configs = [
+        make_data(tmp_path / str(poisoned), poisoned=poisoned, objective=objective, pseudo=pseudo)
+        for poisoned in (False, True)
+    ]
+    clean, poisoned = map(everything, configs)
     for mine, theirs in zip(clean[0], poisoned[0], strict=True):
         assert mine.image_ids == theirs.image_ids
         assert torch.equal(mine.images, theirs.images)
@@ -90,7 +99,8 @@ def test_withheld_masks_change_nothing(tmp_path: Path, objective: dict[str, str]
         assert mine.targets.encoded is theirs.targets.encoded is None
     targets = [batch.targets for batch in clean[0] if batch.targets]
     assert sum(len(each.crowd_boxes_xyxy) for each in targets) > 0
-    assert 0 < sum(len(each.masks) for each in targets) < sum(each.num_instances for each in targets)
+    count, masks = sum(each.num_instances for each in targets), sum(len(each.masks) for each in targets)
+    assert 0 < masks < count if pseudo is None else 0 < masks == count
     assert clean[1] == poisoned[1]
     assert torch.equal(clean[2], poisoned[2])
 

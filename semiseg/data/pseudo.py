@@ -235,7 +235,7 @@ def _within(counts: bytes, box_xyxy: Sequence[float], size_hw: tuple[int, int], 
     x0, y0 = math.floor(box_xyxy[0]), math.floor(box_xyxy[1])
     x1, y1 = math.ceil(box_xyxy[2]), math.ceil(box_xyxy[3])
     mask = {"size": list(size_hw), "counts": counts}
-    box = rle_codec.frPyObjects([[x0, y0, x1 - x0, y1 - y0]], *size_hw)[0]
+    box = rle_codec.frPyObjects(np.array([[x0, y0, x1 - x0, y1 - y0]], dtype=np.float64), *size_hw)[0]
     inside = rle_codec.merge([mask, box], intersect=True)
     area, common = int(rle_codec.area(mask)), int(rle_codec.area(inside))
     if common < LEAST_INSIDE * area:
