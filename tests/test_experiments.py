@@ -67,7 +67,7 @@ def test_there_is_a_study_for_every_table() -> None:
 
 def test_the_studies_of_shapes_have_one_base() -> None:
     names = [name for name in STUDIES if name.startswith("shapes")]
-    assert len(names) == 11
+    assert len(names) == 12
     for name in names:
         written = read_toml(ROOT / "experiments" / f"{name}.toml")
         assert written["base"] == "shapes"

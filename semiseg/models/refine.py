@@ -6,6 +6,7 @@ paper's Table 5, and what SDI's pseudo masks are made by); the CRF is BBTP's (do
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
@@ -32,6 +33,7 @@ LEAST_IOU = 0.15  # with the box: what GrabCut finds below that is not the objec
 CRF_ITERATIONS = 5
 CRF_SIDE = 96  # cells: a kernel of 96 x 96 has 85 million numbers
 CRF_CLIP = 1e-5
+LEAST_EXPONENT = -40.0
 GAUSSIAN_WEIGHT, GAUSSIAN_PIXELS = 0.05, 3.0
 BILATERAL_WEIGHT, BILATERAL_PIXELS, BILATERAL_COLOURS = 0.005, 60.0, 10.0
 
@@ -144,17 +146,19 @@ def crf(image: Tensor, boxes_xyxy: Tensor, probabilities: Tensor | None) -> Tens
     image, probabilities = image.to(boxes_xyxy.device), probabilities.float()
     if max(height, width) <= CRF_SIDE:
         return _settled(image, probabilities, 1.0) > MASK_THRESHOLD if len(masks) else masks
-    for number, box in enumerate(pixel_boxes(boxes_xyxy, (height, width))):
-        x0, y0, x1, y1 = crop_around(box, (height, width))
+    crops = [crop_around(box, (height, width)) for box in pixel_boxes(boxes_xyxy, (height, width))]
+    sizes = [_at_most((y1 - y0, x1 - x0), CRF_SIDE) for x0, y0, x1, y1 in crops]
+    # One memory for all kernels: a fresh one of 64 MB takes longer to get than to fill.
+    room = image.new_empty(max((rows * columns for rows, columns in sizes), default=0) ** 2, dtype=torch.float32)
+    for number, ((x0, y0, x1, y1), cells_hw) in enumerate(zip(crops, sizes, strict=True)):
         own = probabilities[number : number + 1, y0:y1, x0:x1]
-        cells_hw = _at_most(own.shape[1:], CRF_SIDE)
         colours = _resized(image[:, y0:y1, x0:x1].float(), cells_hw)
-        settled = _settled(colours, _resized(own, cells_hw), max(own.shape[1:]) / max(cells_hw))
+        settled = _settled(colours, _resized(own, cells_hw), max(y1 - y0, x1 - x0) / max(cells_hw), room)
         masks[number, y0:y1, x0:x1] = _resized(settled, (y1 - y0, x1 - x0))[0] > MASK_THRESHOLD
     return masks
 
 
-def _at_most(size_hw: torch.Size, longest: int) -> tuple[int, int]:
+def _at_most(size_hw: tuple[int, int], longest: int) -> tuple[int, int]:
     """The size, made smaller in proportion where its longer side has more."""
     scale = min(longest / max(size_hw), 1.0)
     return max(round(size_hw[0] * scale), 1), max(round(size_hw[1] * scale), 1)
@@ -167,16 +171,17 @@ def _resized(maps: Tensor, size_hw: tuple[int, int]) -> Tensor:
     return F.interpolate(maps[None], size=size_hw, mode="bilinear", antialias=True)[0]
 
 
-def _settled(image: Tensor, probabilities: Tensor, stride: float) -> Tensor:
+def _settled(image: Tensor, probabilities: Tensor, stride: float, room: Tensor | None = None) -> Tensor:
     """Probabilities (N, h, w) after the mean field, on cells that are so many pixels apart."""
-    kernel = crf_kernel(image.to(probabilities.dtype), stride=stride)
+    kernel = crf_kernel(image.to(probabilities.dtype), stride=stride, room=room)
     return mean_field(probabilities.flatten(1), kernel).view_as(probabilities)
 
 
-def crf_kernel(image: Tensor, *, stride: float = 1.0) -> Tensor:
+def crf_kernel(image: Tensor, *, stride: float = 1.0, room: Tensor | None = None) -> Tensor:
     """How strongly each two cells of an image (3, h, w) are bound: (h w, h w), symmetric, its diagonal 0.
 
-    A cell stands for `stride` x `stride` pixels, so that both weights grow with its area.
+    A cell stands for `stride` x `stride` pixels, so that both weights grow with its area. `room`: (at least (h w)^2,)
+    numbers that are overwritten by the result.
     """
     height, width = image.shape[1:]
     x = stride * (torch.arange(width, dtype=image.dtype, device=image.device) - (width - 1) / 2)
@@ -185,10 +190,16 @@ def crf_kernel(image: Tensor, *, stride: float = 1.0) -> Tensor:
     colours = image.flatten(1).T - image.flatten(1).mean(1)  # a difference of great numbers would lose digits
     features = torch.cat([places / BILATERAL_PIXELS, colours / BILATERAL_COLOURS], dim=1)
     # -|a - b|^2 / 2 = a b - |a|^2 / 2 - |b|^2 / 2 as one product of matrices
+    # and the logarithm of the weight
     half, ones = features.square().sum(1, keepdim=True) / -2, torch.ones_like(features[:, :1])
-    kernel = torch.cat([features, half, ones], dim=1) @ torch.cat([features, ones, half], dim=1).T
-    kernel.clamp_(max=0).exp_().mul_(BILATERAL_WEIGHT * stride**2)
-    near_x, near_y = ((side[:, None] - side).square().div(-2 * GAUSSIAN_PIXELS**2).exp() for side in (x, y))
+    left = torch.cat([features, half + math.log(BILATERAL_WEIGHT * stride**2), ones], dim=1)
+    cells = height * width
+    kernel = image.new_empty(cells, cells) if room is None else room[: cells**2].view(cells, cells)
+    # Clamped where the result would be a denormal number, with which everything takes ten times as long.
+    torch.mm(left, torch.cat([features, ones, half], dim=1).T, out=kernel).clamp_(min=2 * LEAST_EXPONENT).exp_()
+    near_x, near_y = (
+        (side[:, None] - side).square().div(-2 * GAUSSIAN_PIXELS**2).clamp(min=LEAST_EXPONENT).exp() for side in (x, y)
+    )
     # The Gaussian of a place is that of its row times that of its column.
     kernel.view(height, width, height, width).addcmul_(
         near_y[:, None, :, None], near_x[None, :, None, :], value=GAUSSIAN_WEIGHT * stride**2
