@@ -82,13 +82,13 @@ def test_rows_are_named_as_in_the_paper(name: str) -> None:
     assert study_runs(study)
     for table in study.tables:
         if table.number is not None:
-            assert set(table.rows) - set(printed_rows(str(table.number))) <= {"full-masks", "0.3", "learned"}, (
-                table.name
-            )
+            left_out = set(table.rows) - set(printed_rows(str(table.number)))
+            assert left_out <= {"full-masks", "0.3", "learned", "sdi-r101"}, table.name
     rows = {run.row: report_row(run.row, "", "", run.config) for run in study_runs(study)}
     for table in study.tables:
         printed = PUBLISHED[PUBLISHED["table"] == str(table.number)].set_index("row")
-        for row in set(table.rows) & set(printed.index):
+        # GrabCut's masks come from no loss; our row says by which the boxes were trained
+        for row in set(table.rows) & set(printed.index) - {"grabcut-r101"}:
             assert {rows[row].projection} == set(printed.loc[[row], "projection"]), (table.name, row)
             assert {rows[row].pairwise} == set(printed.loc[[row], "pairwise"]), (table.name, row)
 

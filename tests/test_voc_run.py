@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ from semiseg.engine.run import execute_run
 from semiseg.structures.inputs import Supervision
 from semiseg.studies.file import load_study, study_runs
 from semiseg.studies.identity import data_digest
-from tests.tiny import LOSS_NAMES, TINY
+from tests.tiny import DETECTORS, LOSS_NAMES, TINY
 from tests.voc_files import make_voc
 
 TABLE5 = Path(__file__).parent.parent / "experiments" / "voc_table5.toml"
@@ -31,30 +32,54 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def tiny(config: RunConfig, root: Path) -> RunConfig:
+def tiny(config: RunConfig, root: Path, network: dict[str, Any] | None = None) -> RunConfig:
     """The run with a network of a few channels and two steps; data, supervision and objective stay."""
     sizes = {name: TINY["data"][name] for name in ("short_sides", "long_side")}
     changes = {
         "data": {"root": str(root), **sizes},
-        **{name: TINY[name] for name in ("model", "inference")},
+        "inference": {**TINY["inference"], "refine": config.inference.refine},
         "optim": {"steps": 2, "batch_size": 4, "warmup_steps": 0},
         "runtime": TINY["runtime"] | {"checkpoint_every": 100},
     }
-    return parse_config(RunConfig, merge(config.model_dump(mode="json"), changes), where="tiny")
+    values = {**config.model_dump(mode="json"), "model": merge(TINY["model"], network or {})}
+    return parse_config(RunConfig, merge(values, changes), where="tiny")
 
 
 def test_the_study_is_table_5s() -> None:
     study = load_study(str(TABLE5))
-    assert [(table.number, table.split, table.rows) for table in study.tables] == [
-        (5, None, ["boxinst-r50", "boxinst-r101"])
-    ]
-    for run, depth in zip(study_runs(study), (50, 101), strict=True):
-        config = run.config
+    rows = ["grabcut-r101", "sdi-r101", "bbtp-r101", "bbtp-crf-r101", "boxinst-r50", "boxinst-r101"]
+    assert [(table.number, table.split, table.rows) for table in study.tables] == [(5, None, rows)]
+    for run in study_runs(study):
+        config, depth = run.config, 50 if run.row == "boxinst-r50" else 101
         assert isinstance(config.model.backbone, ResNetBackbone)
         assert (config.model.backbone.depth, config.model.backbone.weights) == (depth, "imagenet")
         assert (config.data.format, config.data.voc.train_set, config.data.voc.val_set) == ("voc", "train_aug", "val")
-        assert (config.supervision.source, config.objective.box) == ("boxes", "projection+pairwise")
-        assert (config.objective.affinity_threshold, config.data.bottom_rows_without_affinity) == (0.1, 0)
+        assert config.supervision.source == "boxes"
+        assert config.data.bottom_rows_without_affinity == 0
+        if "boxinst" in run.row:
+            assert (config.objective.box, config.objective.affinity_threshold) == ("projection+pairwise", 0.1)
+
+
+@pytest.mark.skipif(not HAS_SCIPY, reason="train_aug needs SBD, whose files SciPy reads")
+@pytest.mark.parametrize(
+    ("row", "used"),
+    [
+        ("grabcut-r101", {"projection", "pairwise"}),
+        ("sdi-r101", {"dice"}),
+        ("bbtp-crf-r101", {"mil", "smoothness"}),
+    ],
+)
+def test_first_steps_of_the_other_rows(root: Path, tmp_path: Path, row: str, used: set[str]) -> None:
+    pytest.importorskip("cv2")
+    run = study_runs(load_study(str(TABLE5)), only=[row])[0]
+    network = DETECTORS["mask_rcnn"] if row.startswith("bbtp") else {}
+    config = tiny(run.config, root, network)
+    assert config.inference.refine == run.config.inference.refine
+    result = execute_run(config, out=tmp_path, progress=False)
+    lines = [line for line in read_log(tmp_path / "log.jsonl") if "losses" in line]
+    names = {"dice", "projection", "pairwise", "mil", "smoothness"}
+    assert {name for line in lines for name, value in line["losses"].items() if name in names and value > 0} == used
+    assert result["metrics"]["segm"] is not None
 
 
 @pytest.mark.skipif(not HAS_SCIPY, reason="train_aug needs SBD, whose files SciPy reads")
