@@ -18,7 +18,7 @@ from semiseg.engine.run import execute_run
 from semiseg.structures.inputs import Supervision
 from semiseg.studies.file import load_study, study_runs
 from semiseg.studies.identity import data_digest
-from tests.tiny import DETECTORS, LOSS_NAMES, TINY
+from tests.tiny import DETECTORS, LOSS_NAMES, TINY, tiny_config
 from tests.voc_files import make_voc
 
 TABLE5 = Path(__file__).parent.parent / "experiments" / "voc_table5.toml"
@@ -41,7 +41,8 @@ def tiny(config: RunConfig, root: Path, network: dict[str, Any] | None = None) -
         "optim": {"steps": 2, "batch_size": 4, "warmup_steps": 0},
         "runtime": TINY["runtime"] | {"checkpoint_every": 100},
     }
-    values = {**config.model_dump(mode="json"), "model": merge(TINY["model"], network or {})}
+    model = tiny_config(root, model=network or {}).model.model_dump(mode="json")
+    values = {**config.model_dump(mode="json"), "model": model}
     return parse_config(RunConfig, merge(values, changes), where="tiny")
 
 
