@@ -126,6 +126,9 @@ def evaluate(
     if metrics is None:
         return
     typer.echo(_metrics_table(metrics, split), nl=False)
+    if metrics.voc is not None:
+        by_voc = ", ".join(f"{name} {value:.1f}" for name, value in metrics.voc.items())
+        typer.echo(f"mask AP by VOC's own rules: {by_voc}")
     if not any(metrics.instances.values()):
         written = f"; the detections are in {detections}" if detections is not None else ""
         typer.echo(f"no ground truth to measure AP on {metrics.images} images{written}")

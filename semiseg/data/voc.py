@@ -36,7 +36,7 @@ from semiseg.files import require_folder, settle, write_text
 
 logger = logging.getLogger(__name__)
 
-CONVERTER_VERSION = 1  # raise it when the json changes: older files are then left alone and made anew
+CONVERTER_VERSION = 2  # raise it when the json changes: older files are then left alone and made anew
 # In alphabetical order, which is that of the indices 1..20 in `SegmentationClass` and of SBD's categories.
 VOC_CLASSES: tuple[str, ...] = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -61,6 +61,7 @@ class _ImageRecord:
     size_hw: tuple[int, int]
     objects: dict[int, dict[str, Any]]  # number of the object, from 1 -> its COCO annotation, without ids
     misfits: list[str] = field(default_factory=list)  # which masks contradict their object and were left out
+    void: dict[str, Any] | None = None  # RLE of the pixels that are nobody's, where there is a map
 
 
 class _XmlObject(NamedTuple):
@@ -182,7 +183,8 @@ def _coco(records: Sequence[_ImageRecord], image_set: str) -> dict[str, Any]:
     for number, record in enumerate(records, start=1):
         image_id = int(record.name.replace("_", "")) if has_digits else number
         height, width = record.size_hw
-        images.append({"id": image_id, "file_name": f"{record.name}.jpg", "height": height, "width": width})
+        entry = {"id": image_id, "file_name": f"{record.name}.jpg", "height": height, "width": width}
+        images.append(entry if record.void is None else {**entry, "void": record.void})  # of VOC's own AP
         for object_number, item in record.objects.items():
             annotations.append({"id": image_id * IDS_PER_IMAGE + object_number, "image_id": image_id, **item})
     return {
@@ -207,16 +209,19 @@ def _voc_record(voc: Path, name: str, *, masks_required: bool, ignored_without_m
     map_path = voc / "SegmentationObject" / f"{name}.png"
     masks: dict[int, np.ndarray] = {}
     misfits: list[str] = []
+    void = None
     if masks_required or map_path.is_file():
         class_path = voc / "SegmentationClass" / f"{name}.png"
         classes = _read_indices(class_path, size_hw) if class_path.is_file() else None
-        masks, misfits = _masks(_read_indices(map_path, size_hw), classes, annotated, str(map_path))
+        indices = _read_indices(map_path, size_hw)
+        masks, misfits = _masks(indices, classes, annotated, str(map_path))
+        void = annotation(0, indices == VOID)["segmentation"]
     objects = {}
     for number, item in enumerate(annotated, start=1):
         mask = masks.get(number)
         is_crowd = item.difficult or (mask is None and ignored_without_mask)
         objects[number] = annotation(item.category_id, mask, item.box_xywh, is_crowd=is_crowd)
-    return _ImageRecord(name, size_hw, objects, misfits)
+    return _ImageRecord(name, size_hw, objects, misfits, void)
 
 
 @contextmanager

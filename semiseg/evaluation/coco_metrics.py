@@ -25,6 +25,7 @@ from pydantic import TypeAdapter, ValidationError
 from semiseg.config.read import explain
 from semiseg.errors import UserError
 from semiseg.evaluation.precision import Backend, coco_precision
+from semiseg.evaluation.voc_metrics import voc_metrics
 from semiseg.splits import normalise
 
 METRIC_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -55,6 +56,7 @@ class Metrics:
     instances: Mapping[str, int]  # class -> number of ground-truth instances without crowd
     bbox: TypeMetrics
     segm: TypeMetrics | None  # None if not every ground-truth instance has a mask to compare with
+    voc: Mapping[str, float] | None = None  # masks by PASCAL VOC's own rules, see `voc_metrics`; None elsewhere
 
     def group(self, iou_type: str, classes: Collection[str]) -> Numbers:
         """Means over any classes, e.g. another split's unseen ones; iou_type is "bbox" or "segm"."""
@@ -63,7 +65,10 @@ class Metrics:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable; `from_dict` restores it exactly."""
-        return {"unit": "percent", **asdict(self)}
+        values = {"unit": "percent", **asdict(self)}
+        if self.voc is None:
+            del values["voc"]
+        return values
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Metrics:
@@ -118,7 +123,7 @@ def evaluate_detections(
     segm = None
     if prepare_masks(truth):
         segm = _type_metrics(coco_precision(truth, results, "segm", backend=backend), class_names)
-    return Metrics(len(truth.imgs), instances, bbox, segm)
+    return Metrics(len(truth.imgs), instances, bbox, segm, None if segm is None else voc_metrics(truth, results))
 
 
 def group_means(per_class: Mapping[str, Numbers | None], classes: Collection[str]) -> Numbers:

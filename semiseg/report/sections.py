@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 from semiseg.evaluation.matching import IOU_THRESHOLDS, RESAMPLES, Interval
+from semiseg.evaluation.voc_metrics import VOC_THRESHOLDS
 from semiseg.report.aggregate import (
     BEST,
     LEARNED,
@@ -153,6 +154,7 @@ def table_section(page: PageContext, numbers: TableNumbers) -> list[str]:
         *difference_section(report, numbers, page.printed),
         *_box_section(numbers),
         *_edge_section(report, numbers),
+        *_voc_section(report, numbers),
     ]
 
 
@@ -266,6 +268,23 @@ def _edge_section(report: ReportInput, numbers: TableNumbers) -> list[str]:
         "not. Calibration error: how far the learned probabilities lie from what is true, by twentieths."
     )
     return ["### Learned edges", text, markdown_table(("row", "classes", *shown.values()), lines, texts=2)]
+
+
+def _voc_section(report: ReportInput, numbers: TableNumbers) -> list[str]:
+    lines = []
+    for row in numbers.table.rows:
+        found = [run.metrics.get("voc") for name, _, run in report.cells(numbers.table) if name == row.name]
+        runs = [numbers_of for numbers_of in found if numbers_of]
+        if runs:
+            measured = pd.DataFrame(runs)
+            means, deviations = measured.mean(), measured.std()
+            lines.append([row.label, *(number(means[key], deviations[key]) for key in VOC_THRESHOLDS)])
+    if not lines:
+        return []
+    text = (
+        "Mask AP as BBTP's and SDI's papers count it: void pixels and difficult objects left out, all points of recall."
+    )
+    return ["### By VOC's own rules", text, markdown_table(("row", *VOC_THRESHOLDS), lines)]
 
 
 def class_section(_: PageContext, numbers: TableNumbers) -> list[str]:
