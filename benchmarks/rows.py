@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import data, evaluation, head_steps, heads, learned, masks, step
+from benchmarks import data, evaluation, head_steps, heads, learned, masks, refine, step
 from benchmarks.measure import Place, Row, Side, Sizes, Task
 from semiseg.errors import UserError
 
@@ -43,6 +43,8 @@ ROWS: tuple[Row, ...] = (
 NAMED_ROWS: tuple[Row, ...] = (
     learned.LEARNED_STEP,
     learned.LEARNED_SHAPES,
+    refine.CRF,
+    refine.GRABCUT,
     heads.MASK_RCNN_STEP,
     heads.MASK_RCNN_DETECT,
     heads.CROP_LOSSES,
@@ -67,11 +69,11 @@ def chosen_rows(names: Sequence[str]) -> tuple[Row, ...]:
     here = ROWS + tuple(row for row in OPTIONAL_ROWS if _lacks(row) is None)
     if not names:
         return here
-    here += NAMED_ROWS
+    here += tuple(row for row in NAMED_ROWS if _lacks(row) is None)
     known = [row.name for row in here]
     wrong = [name for name in names if name not in known]
     if wrong:
-        lacks = {row.name: _lacks(row) for row in OPTIONAL_ROWS}.get(wrong[0])
+        lacks = {row.name: _lacks(row) for row in OPTIONAL_ROWS + NAMED_ROWS}.get(wrong[0])
         reason = "no such row" if lacks is None else f"this machine has no {lacks}"
         raise UserError(f"--only {wrong[0]}: {reason}; rows here: {', '.join(known)}")
     return tuple(row for row in here if row.name in names)

@@ -14,6 +14,9 @@ from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner
 
+from benchmarks import refine as rows
+from benchmarks import straightforward as plain
+from benchmarks.__main__ import main
 from semiseg.cli import app
 from semiseg.data.detections import decoded, read_results
 from semiseg.engine.predict import encode_masks, load_model
@@ -44,28 +47,6 @@ def iou(one: Tensor, other: Tensor) -> float:
 # CRF -----------------------------------------------------------------------------------------------------------------
 
 
-def two_label_sums(probabilities: Tensor, image: Tensor, iterations: int) -> np.ndarray:
-    """The mean field as it is defined: for each cell and label the sum over all other cells and their other label."""
-    width, colours = image.shape[2], image.flatten(1).T.numpy()
-    y, x = np.divmod(np.arange(len(colours)), width)
-    inside = probabilities.clamp(1e-5, 1 - 1e-5).numpy()
-    belief = np.stack([1 - inside, inside])
-    unary = -np.log(belief)
-    for _ in range(iterations):
-        cost = unary.copy()
-        for i in range(len(colours)):
-            near = np.exp(-((x - x[i]) ** 2 + (y - y[i]) ** 2) / (2 * 3.0**2))
-            far = ((x - x[i]) ** 2 + (y - y[i]) ** 2) / (2 * 60.0**2)
-            alike = np.exp(-far - ((colours - colours[i]) ** 2).sum(1) / (2 * 10.0**2))
-            weight = 0.05 * near + 0.005 * alike
-            weight[i] = 0
-            for label in (0, 1):
-                cost[label, i] += (weight * belief[1 - label]).sum()
-        belief = np.exp(-cost) / np.exp(-cost).sum(0)
-    found: np.ndarray = belief[1]
-    return found
-
-
 def test_the_matrix_form_is_the_sum_over_both_labels() -> None:
     image = noisy_disc(24, radius=7, centre=(11, 12))[0][:, :19].double()
     probabilities = torch.rand(2, 19 * 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -74,8 +55,8 @@ def test_the_matrix_form_is_the_sum_over_both_labels() -> None:
     torch.testing.assert_close(kernel, kernel.T, rtol=0, atol=1e-15)
     assert not kernel.diagonal().any()
     for own in probabilities:
-        expected = two_label_sums(own, image, iterations=5)
-        torch.testing.assert_close(mean_field(own[None], kernel)[0].numpy(), expected, rtol=0, atol=1e-12)
+        expected = plain.two_label_sums(own, image, iterations=5)
+        torch.testing.assert_close(mean_field(own[None], kernel)[0], expected, rtol=0, atol=1e-12)
 
 
 def test_a_cell_that_stands_for_more_pixels_counts_for_as_many() -> None:
@@ -283,3 +264,14 @@ def test_an_evaluation_of_nothing_is_a_sentence() -> None:
         result = CliRunner().invoke(app, ["evaluate", *arguments])
         assert result.exit_code == 2
         assert "give the folder of a run or a model, or --results with --annotations and --images" in result.output
+
+
+def test_the_rows_of_the_benchmark_agree_and_notice_a_wrong_mask(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--tiny", "--only", "crf", "--only", "grabcut", "--json", "-"]) == 0
+    found = json.loads(capsys.readouterr().out)["rows"]
+    assert {row["name"]: row["same_result"] for row in found} == {"crf": True, "grabcut": True}
+    masks = np.zeros((2, 6, 6), dtype=bool)
+    masks[:, 1:5, 1:5] = True
+    assert rows.alike_masks({"masks": masks}, {"masks": masks})
+    assert not rows.alike_masks({"masks": masks}, {"masks": np.roll(masks, 1, axis=2)})
+    assert not rows.same_probabilities({"probabilities": masks + 0.002}, {"probabilities": masks + 0.0})

@@ -157,9 +157,10 @@ def _require_files(
                 raise UserError(f"{path}: is a folder, expected a file to write")
     if folder is None and (results is None or annotations is None):
         raise UserError("give the folder of a run or a model, or --results with --annotations and --images")
-    for path in (folder, results):
-        if path is not None:
-            require_there(path)
+    if folder is not None:
+        require_there(folder)
+    if results is not None and not results.is_file():
+        raise UserError(f"{results}: no such file of detections")
 
 
 def read_config(path: Path, overrides: Sequence[str]) -> RunConfig:
