@@ -96,11 +96,12 @@ class ObjectiveConfig(Section):
     """Which mask loss an instance gets, by its supervision, and the constants of the BoxInst losses (docs/METHOD.md).
 
     `box_as_mask` trains the Dice loss on the filled box (the first row of the paper's Table 3). `projection+learned`
-    replaces colour's edges by those that the masks of other instances have taught. `bce` is Mask R-CNN's loss, `mil`
-    BBTP's, with its smoothness as `mil+smooth`.
+    replaces colour's edges by those that the masks of other instances have taught. `bce` is Mask R-CNN's loss,
+    `crop_bce` YOLACT's, `mil` BBTP's, with its smoothness as `mil+smooth`.
     """
 
-    mask: Literal["dice", "labelled", "bce", "rays"] = "dice"  # `rays`: PolarMask's own, for its mask head on FCOS
+    # `rays`: PolarMask's own, for its mask head on FCOS
+    mask: Literal["dice", "labelled", "bce", "crop_bce", "rays"] = "dice"
     box: Literal[
         "none", "projection", "projection+pairwise", "projection+learned", "box_as_mask", "mil", "mil+smooth"
     ] = "projection+pairwise"
@@ -199,7 +200,12 @@ class RunConfig(Section):
     init_from: str | None = None  # checkpoint or model folder whose weights the run starts from
 
     @model_validator(mode="after")
-    def _rays_are_predicted(self) -> RunConfig:
+    def _objective_fits_the_heads(self) -> RunConfig:
+        if self.objective.mask == "crop_bce" and self.model.mask_head.kind == "regions":
+            raise ValueError(
+                "objective.mask = 'crop_bce' cuts masks of whole images to their boxes: model.mask_head.kind must be "
+                "'dynamic', 'prototypes' or 'rays', not 'regions', whose loss is 'bce'"
+            )
         heads = (self.model.detector.kind, self.model.mask_head.kind)
         if self.objective.mask == "rays" and heads != ("fcos", "rays"):
             raise ValueError(
