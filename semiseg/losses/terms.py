@@ -46,7 +46,7 @@ from semiseg.losses.level_set import level_set_loss
 from semiseg.losses.rays import LEAST_CENTRENESS, RayGoals, ray_loss_sum
 from semiseg.losses.regions import crop_cells, region_cells, region_edges, region_inside, shrunk_cells, soft_masks
 from semiseg.structures.grids import MaskGrid, Regions, WholeMap
-from semiseg.structures.inputs import Batch, Supervision, Targets
+from semiseg.structures.inputs import Batch, Supervision, Targets, has_mask
 from semiseg.structures.outputs import MaskLogits
 
 MaskObjective = Literal["dice", "labelled", "bce", "crop_bce", "rays"]
@@ -120,6 +120,8 @@ class Objective:
     def terms_of(self, supervision: Supervision) -> tuple[str, ...]:
         if supervision == Supervision.MASK:
             return TERMS[supervision, self.mask]
+        if supervision == Supervision.CUT:
+            return ()
         if supervision == Supervision.PSEUDO:
             terms = () if self.pseudo is None else TERMS[supervision, self.pseudo]
             learned = "pairwise" in terms and self.box == "projection+learned"
@@ -142,7 +144,7 @@ class InstanceTerms:
     # where they have none) has a cell. A loss that no instance of the batch can get, as the numbers of instances and of
     # masks show, is not among the keys.
     chosen: dict[str, Tensor]
-    box_only: Tensor  # (N,) bool, whether the supervision is BOX
+    box_only: Tensor  # (N,) bool, whether the supervision is BOX or CUT
     pseudo: Tensor  # (N,) bool, whether it is PSEUDO
     grid: MaskGrid  # of the N instances' masks
     cells: Tensor  # (N, 4) int64, the box on the mask grid, see `boxinst.box_cells`
@@ -221,7 +223,7 @@ def instance_terms(targets: Targets, grid: MaskGrid, *, objective: Objective) ->
     mask_weight[targets.mask_instance] = targets.mask_weight
     return InstanceTerms(
         chosen=_choose(targets, objective, has_cell),
-        box_only=targets.supervision == Supervision.BOX,
+        box_only=~has_mask(targets.supervision),
         pseudo=targets.supervision == Supervision.PSEUDO,
         grid=grid,
         cells=cells,
@@ -328,7 +330,7 @@ def loss_sizes(instances: InstanceTerms, quotas: Tensor, *, objective: Objective
 
 
 def _choose(targets: Targets, objective: Objective, has_cell: Tensor) -> dict[str, Tensor]:
-    with_mask = len(targets.mask_instance)  # instances whose supervision is not BOX: known without asking the device
+    with_mask = len(targets.mask_instance)  # instances that have one: known without asking the device
     kinds = [Supervision.BOX] * (with_mask < targets.num_instances)
     kinds += [Supervision.MASK, Supervision.PSEUDO] * (with_mask > 0)
     chosen: dict[str, Tensor] = {}
