@@ -64,7 +64,7 @@ class View:
         x0, y0, x1, y1 = self.window
         canvas = torch.tensor(self.fill, dtype=torch.uint8).expand(y1 - y0, x1 - x0, 3).contiguous().permute(2, 0, 1)
         canvas[:, there[0], there[1]] = part
-        return torch.rot90(canvas, self.turns, (1, 2))
+        return torch.rot90(canvas, self.turns, (1, 2)) if self.turns else canvas  # no turn would be a copy
 
     def instances(self, found: Instances) -> Instances:
         """What is left of an image's objects, in pixels of the view.
