@@ -131,13 +131,17 @@ def test_the_rules_for_cut_objects() -> None:
     masks = [encode(corner), encode(corner), encode(hidden)]
     crowds = [[0, 0, 20, 15], [52, 0, 60, 60]]
     view = View((60, 60), (10, 10, 50, 50), least_box=0.05)
-    found = view.instances(known(boxes, kinds, masks, crowds))
+    told = np.random.default_rng(3).random((60, 60)) < 0.5  # of the pseudo mask
+    given = replace(known(boxes, kinds, masks, crowds), mask_known=[None, encode(told), None])
+    found = view.instances(given)
     assert found.labels == [0, 1, 2, 3]
     assert found.supervision == [BOX, MASK, CUT, PSEUDO]
     assert found.boxes_xyxy.tolist() == [[10, 10, 30, 30], [20, 10, 40, 35], [20, 10, 40, 35], [20, 10, 40, 35]]
     assert found.mask_instance == [1, 3]
     assert found.mask_weight == [1.0, 0.5]
     assert all((decode(mask, (40, 40)) == corner[10:50, 10:50]).all() for mask in found.masks)
+    assert found.mask_known[0] is None
+    assert (decode(found.mask_known[1], (40, 40)) == told[10:50, 10:50]).all()
     # Nothing is learnt in what is left of a crowd and of 4 and 6; 5 and 7 are not to be seen.
     assert found.crowd_boxes_xyxy.tolist() == [[0, 0, 10, 5], [30, 30, 40, 38], [2, 2, 3.5, 20]]
 
