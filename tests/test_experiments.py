@@ -128,6 +128,8 @@ def test_table_4_is_the_papers_recipe() -> None:
         if row.startswith("yolact"):
             assert (steps, optim.batch_size, optim.learning_rate) == (800_000, 8, 0.001)
             assert [800 * share for share in optim.milestones] == [280, 600, 700, 750]
+            assert (config.objective.mask, config.data.augment.crop) == ("crop_bce", "ssd")
+            assert config.data.augment.least_box == pytest.approx(4 / 550)
             continue
         assert steps == {210_000: 270_000, 60_000: 90_000}[drops[0]], row
         others = row.startswith(("mask-rcnn", "bbtp"))
@@ -185,6 +187,7 @@ def tiny(config: RunConfig, root: Path) -> RunConfig:
         files |= {"train_annotations": "instances.json", "val_annotations": "instances.json"}
         changes["data"] |= {"format": "coco", "short_sides": [64], **files}
         changes["data"]["bottom_rows_without_affinity"] = config.data.bottom_rows_without_affinity
+    changes["data"]["augment"] = config.data.augment.model_dump(mode="json")
     return parse_config(RunConfig, merge(values, changes), where="tiny")
 
 

@@ -36,6 +36,7 @@ OBJECTIVES = [
     ("labelled", "projection+pairwise"),
     ("dice", "projection+learned"),
     ("dice", "box_as_mask"),
+    ("crop_bce", "projection+pairwise"),
 ]
 
 

@@ -44,7 +44,7 @@ def test_every_block_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.Monkey
                 result = CliRunner().invoke(app, arguments)
                 assert result.exit_code == 0, f"{line}\n{result.output}\n{result.exception!r}"
                 ran.append(arguments[0])
-    assert ran.count("train") == 3
+    assert ran.count("train") == 4
     assert {"data", "evaluate", "predict", "split", "run"} <= set(ran)
     content = json.loads((tmp_path / "data/toy/train/annotations.json").read_text(encoding="utf-8"))
     with_mask = ["segmentation" in annotation for annotation in content["annotations"]]

@@ -27,6 +27,7 @@ from semiseg.losses.terms import (
     PseudoObjective,
     instance_terms,
     loss_edges,
+    mask_crops,
     mask_losses,
     term_counts,
 )
@@ -99,7 +100,10 @@ def prepare(batch: Batch, goal: Objective) -> MaskTargets:
     affinity = affinity_of(batch) if goal.affinity == "learned" else None
     edges = loss_edges(batch, batch.targets, instances, affinity, objective=goal)
     masks, known = batch.targets.masks, batch.targets.mask_known
-    return MaskTargets(**vars(instances), objective=goal, masks=masks, known=known, edges=edges, affinity=affinity)
+    crops = mask_crops(batch.targets, instances)
+    return MaskTargets(
+        **vars(instances), objective=goal, masks=masks, known=known, edges=edges, affinity=affinity, crops=crops
+    )
 
 
 def affinity_of(batch: Batch) -> AffinityTargets:
@@ -176,7 +180,7 @@ class Step:
 
 def mask_total(terms: LossTerms) -> Tensor:
     return torch.stack(
-        [terms.weighted[name] for name in (*MASK_LOSSES, "pairwise_learned", "bce") if name in terms.weighted]
+        [terms.weighted[name] for name in (*MASK_LOSSES, "pairwise_learned", *CROP_LOSSES) if name in terms.weighted]
     ).sum()
 
 
@@ -243,6 +247,12 @@ def slow_mask_loss(step: Step, goal: Objective, warmup: float) -> Tensor:
             mask_masks += 1
             if goal.mask == "dice":
                 per_mask = per_mask + plain.dice(logits.sigmoid(), masks[n][None]).sum()
+            elif goal.mask == "crop_bce":
+                around = plain.box_mask(targets.boxes_xyxy[n] + around_cell, GRID, STRIDE).bool()
+                each = F.binary_cross_entropy_with_logits(logits[0], masks[n], reduction="none")
+                width, height = (targets.boxes_xyxy[n, 2:] - targets.boxes_xyxy[n, :2]).double() / STRIDE
+                total = each[around].sum() + 100 * masks[n][~around].sum()
+                per_mask = per_mask + 6.125 * total / (width * height).clamp(min=1)
             else:
                 mask, inside = masks[n][None], of_image > 0
                 per_mask = per_mask + plain.projection(logits, mask).sum()
@@ -288,7 +298,7 @@ def test_the_table_is_complete() -> None:
     }
 
 
-@pytest.mark.parametrize("mask", ["dice", "labelled"])  # `bce`, `mil` and `rays` have plain loops in their own tests
+@pytest.mark.parametrize("mask", ["dice", "labelled", "crop_bce"])  # the others have plain loops in tests of their own
 @pytest.mark.parametrize("box", [name for name in get_args(BoxObjective) if not name.startswith("mil")])
 def test_a_mixed_batch_equals_the_formula_in_a_plain_loop(mask: MaskObjective, box: BoxObjective) -> None:
     check_against_the_loop(make_batch([PSEUDO, *MIXED[1:]]), objective(mask, box, pseudo="dice"))

@@ -32,10 +32,13 @@ from semiseg.engine.run import execute_run
 from semiseg.errors import UserError
 from semiseg.interop.yolact import CLASSES, convert_state
 from semiseg.losses.anchors import box_loss, class_loss, hardest_background, semantic_loss
+from semiseg.losses.boxinst import cell_profiles
+from semiseg.losses.regions import crop_cells
 from semiseg.models.detectors.anchor_targets import AnchorAssignment, assign_squares, best_free_anchors
 from semiseg.models.detectors.anchors import WEIGHTS, fast_nms, square_anchors
 from semiseg.models.detectors.boxes import decode_boxes
 from semiseg.models.masks.prototypes import inside_parts
+from semiseg.structures.grids import Regions
 from semiseg.structures.inputs import Targets
 from tests.distributed_worker import LEARNED
 from tests.test_train import first_batches, fresh_step, losses_and_gradients
@@ -317,14 +320,22 @@ def draw(key: str, *shape: int) -> Tensor:
     return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
 
 
-@pytest.fixture(scope="module")
-def golden() -> dict[str, np.ndarray]:
+def golden_numbers() -> dict[str, np.ndarray]:
     with np.load(GOLDEN / "yolact_losses.npz") as file:
         return dict(file)
 
 
 @pytest.fixture(scope="module")
+def golden() -> dict[str, np.ndarray]:
+    return golden_numbers()
+
+
+@pytest.fixture(scope="module")
 def targets(golden: dict[str, np.ndarray]) -> Targets:
+    return golden_targets(golden)
+
+
+def golden_targets(golden: dict[str, np.ndarray]) -> Targets:
     """Two images of 160 x 160 pixels, every object with its mask; the last of the first image is a crowd."""
     boxes = [torch.from_numpy(golden[f"gt{image}_boxes_rel"]) * 160 for image in range(2)]
     labels = [torch.from_numpy(golden[f"gt{image}_labels"]) for image in range(2)]
@@ -420,6 +431,10 @@ def test_boxes_crops_and_fast_nms_are_the_releaseds(golden: dict[str, np.ndarray
     close(boxes[::11], golden["decode_image0_every11"])
     for name, given in (("ones", targets.boxes_xyxy[:4] / 160), ("odd", torch.from_numpy(golden["crop_odd_boxes"]))):
         inside = inside_parts(40 * given, (40, 40))
+        if name == "ones":  # in training as in prediction
+            grid = Regions(torch.tensor([[0.0, 0.0, 160.0, 160.0]]).expand(4, 4), (40, 40))
+            rows, columns = cell_profiles(crop_cells(160 * given, grid)[0], (40, 40))
+            assert torch.equal(inside, rows[:, :, None] & columns[:, None, :])
         assert np.array_equal(np.packbits(inside.numpy(), axis=-1), golden[f"crop_{name}"])
     boxes, scores = (torch.from_numpy(golden[f"nms_{name}"]) for name in ("boxes", "scores"))
     index, label, _ = fast_nms(boxes, scores, threshold=0.5, per_class=200)

@@ -2,6 +2,7 @@
 
 from semiseg.config.model import InferenceConfig, ModelConfig
 from semiseg.config.run import (
+    AugmentConfig,
     DataConfig,
     ObjectiveConfig,
     OptimConfig,
@@ -14,6 +15,7 @@ from semiseg.config.run import (
 )
 
 __all__ = [
+    "AugmentConfig",
     "DataConfig",
     "InferenceConfig",
     "ModelConfig",

@@ -11,11 +11,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from semiseg.config.section import Layers, PositiveInt, Probability, Section, Side
+from semiseg.config.section import Layers, PositiveInt, Probability, Scale, Section, Side
 
 Norm = Literal["bn", "sync_bn", "gn", "frozen_bn"]
 Deviation = Annotated[float, Field(gt=0)]
-Scale = Annotated[float, Field(ge=1 / 64, le=64)]  # of sides or areas by others
 BIFPN_STRIDES = (8, 16, 32, 64, 128)
 
 

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from semiseg.config.former import as_recorded, with_present_keys, without_unread
 from semiseg.config.model import InferenceConfig, ModelConfig
 from semiseg.config.read import file_digest, parse_config, read_toml
-from semiseg.config.section import PositiveInt, Probability, Section, Seed, Side
+from semiseg.config.section import PositiveInt, Probability, Scale, Section, Seed, Side
 from semiseg.errors import UserError
 
 # Of the training: raise it with every change of the code after which the same configuration trains to other numbers (a
@@ -52,6 +52,36 @@ class HubConfig(Section):
     val_split: str = "validation"
 
 
+class AugmentConfig(Section):
+    """How training images are varied beside their size and flip, drawn anew for every sample; by default not at all.
+
+    An object whose centre a crop leaves out is dropped, what is visible of it is a region where nothing is learnt. One
+    with a box alone that is cut keeps what is left of the box for the detector and gets no mask loss (docs/METHOD.md).
+    """
+
+    photometric: Probability = 0.0  # of each of brightness, contrast, saturation and hue, in torchvision's ranges
+    # With probability 1/2 the image lies anywhere on a canvas of the mean colour, of up to so many times its sides.
+    expand: Annotated[float, Field(ge=1, le=8)] = 1.0
+    # `random`: any window; `ssd`: SSD's, with the centre of an object and in five of six cases an IoU with one
+    crop: Literal["none", "random", "ssd"] = "none"
+    crop_least: Annotated[float, Field(gt=0, le=1)] = 0.3  # share of each side that a crop has at least
+    rotations: Annotated[list[int], Field(min_length=1)] = [0]  # degrees to the left, one of which is drawn
+    scale: Annotated[list[Scale], Field(min_length=2, max_length=2)] = [1.0, 1.0]  # factor of the sides, between these
+    least_box: Annotated[float, Field(ge=0, lt=1)] = 0.0  # objects narrower or lower, by the image's side, are dropped
+
+    @model_validator(mode="after")
+    def _boxes_stay_boxes(self) -> AugmentConfig:
+        turns = [0, 90, 180, 270]
+        if other := [angle for angle in self.rotations if angle not in turns]:
+            raise ValueError(
+                f"rotations has {other[0]}: of an object turned by it a box alone does not tell the box, "
+                "so that box supervision would be wrong; allowed: 0, 90, 180, 270"
+            )
+        if self.scale[0] > self.scale[1]:
+            raise ValueError(f"scale goes from the smaller to the larger factor, not {self.scale}")
+        return self
+
+
 class DataConfig(Section):
     """Where images and annotations are and how they become batches."""
 
@@ -70,6 +100,21 @@ class DataConfig(Section):
     flip: Probability = 0.5
     stretch: bool = False  # height and width both become the short side that is drawn, whatever the image's were
     bottom_rows_without_affinity: Annotated[int, Field(ge=0)] = 10
+    augment: AugmentConfig = AugmentConfig()
+
+    @model_validator(mode="after")
+    def _augmented_images_are_usable(self) -> DataConfig:
+        if min(self.short_sides) * self.augment.scale[0] < 32:
+            raise ValueError(
+                f"augment.scale makes images of a short side of {min(self.short_sides)} x {self.augment.scale[0]} "
+                "pixels, allowed: at least 32"
+            )
+        if any(self.augment.rotations) and self.bottom_rows_without_affinity:
+            raise ValueError(
+                "augment.rotations turns the bottom rows away: bottom_rows_without_affinity must be 0, "
+                f"not {self.bottom_rows_without_affinity}"
+            )
+        return self
 
 
 class SupervisionConfig(Section):
@@ -96,11 +141,12 @@ class ObjectiveConfig(Section):
     """Which mask loss an instance gets, by its supervision, and the constants of the BoxInst losses (docs/METHOD.md).
 
     `box_as_mask` trains the Dice loss on the filled box (the first row of the paper's Table 3). `projection+learned`
-    replaces colour's edges by those that the masks of other instances have taught. `bce` is Mask R-CNN's loss, `mil`
-    BBTP's, with its smoothness as `mil+smooth`.
+    replaces colour's edges by those that the masks of other instances have taught. `bce` is Mask R-CNN's loss,
+    `crop_bce` YOLACT's, `mil` BBTP's, with its smoothness as `mil+smooth`.
     """
 
-    mask: Literal["dice", "labelled", "bce", "rays"] = "dice"  # `rays`: PolarMask's own, for its mask head on FCOS
+    # `rays`: PolarMask's own, for its mask head on FCOS
+    mask: Literal["dice", "labelled", "bce", "crop_bce", "rays"] = "dice"
     box: Literal[
         "none", "projection", "projection+pairwise", "projection+learned", "box_as_mask", "mil", "mil+smooth"
     ] = "projection+pairwise"
@@ -199,7 +245,12 @@ class RunConfig(Section):
     init_from: str | None = None  # checkpoint or model folder whose weights the run starts from
 
     @model_validator(mode="after")
-    def _rays_are_predicted(self) -> RunConfig:
+    def _objective_fits_the_heads(self) -> RunConfig:
+        if self.objective.mask == "crop_bce" and self.model.mask_head.kind == "regions":
+            raise ValueError(
+                "objective.mask = 'crop_bce' cuts masks of whole images to their boxes: model.mask_head.kind must be "
+                "'dynamic', 'prototypes' or 'rays', not 'regions', whose loss is 'bce'"
+            )
         heads = (self.model.detector.kind, self.model.mask_head.kind)
         if self.objective.mask == "rays" and heads != ("fcos", "rays"):
             raise ValueError(
@@ -224,6 +275,12 @@ class RunConfig(Section):
             del values["data"][name]
         if values["data"]["format"] != "shapes":
             del values["data"]["shapes"]
+        if augment := self.data.augment.model_dump(mode="json", exclude_defaults=True):
+            if self.data.augment.crop == "none":
+                augment.pop("crop_least", None)
+            values["data"]["augment"] = augment
+        if not augment:
+            del values["data"]["augment"]
         del values["supervision"]["split"]
         pseudo = self.supervision.pseudo
         if pseudo is not None and pseudo not in PSEUDO_MAKERS:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
+Scale = Annotated[float, Field(ge=1 / 64, le=64)]  # of sides or areas by others
 Layers = Annotated[int, Field(ge=0, le=100)]  # of a kind; more would be a slip, and take hours to build
 Side = Annotated[int, Field(ge=32, le=2**16)]  # of an image in pixels; 32 is the coarsest stride of the backbone
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy takes

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from semiseg.data.augment import Augmentation, View
 from semiseg.data.images import read_image
 from semiseg.data.pseudo import PseudoMask, PseudoMasks
 from semiseg.data.rasterise import cell_centres, outlines_to_rle, read_cells, run_lengths
@@ -62,9 +63,9 @@ def _keep_all_or_none(keep: bool, class_name: str, annotation_id: int) -> bool:
 
 @dataclass(frozen=True)
 class Instances:
-    """What is left of one image's annotations behind the barrier; boxes in original pixels.
+    """What is left of one image's annotations behind the barrier; boxes in original pixels, or in those of a view.
 
-    `masks[i]` belongs to instance `mask_instance[i]`; exactly the instances whose supervision is not BOX have one.
+    `masks[i]` belongs to instance `mask_instance[i]`; exactly those whose supervision is MASK or PSEUDO have one.
     """
 
     boxes_xyxy: np.ndarray
@@ -131,6 +132,7 @@ class InstanceDataset:
     bottom_rows_without_affinity: int = 0  # rows of the *original* whose colours are not to be trusted (COCO: 10)
     rays: RayRule | None = None  # what of rays is learned from, if anything
     pseudo: PseudoMasks | None = None  # masks for instances that the rule leaves with a box alone
+    augmentation: Augmentation | None = None  # what makes another image of one before it is resized
 
     def __len__(self) -> int:
         return len(self.table.rows)
@@ -152,14 +154,18 @@ class InstanceDataset:
         """
         rows = [self.table.rows[index] for index, _ in keys]
         instances = [self._withheld(row, index) for row, (index, _) in zip(rows, keys, strict=True)]
-        geometries = [
-            self.transform((row["height"], row["width"]), seed) for row, (_, seed) in zip(rows, keys, strict=True)
-        ]
+        seen = [self._view(*each) for each in zip(rows, instances, keys, strict=True)]
+        instances = [own if view is None else view.instances(own) for own, view in zip(instances, seen, strict=True)]
+        stored = [(row["height"], row["width"]) for row in rows]
+        whole = [size if view is None else view.size_hw for size, view in zip(stored, seen, strict=True)]
+        geometries = [self.transform(size, seed) for size, (_, seed) in zip(whole, keys, strict=True)]
         shared, sizes_hw = get_worker_info() is not None, [geometry.input_hw for geometry in geometries]
         with workers_lack() if shared else nullcontext():
-            images, views = empty_batch(sizes_hw, size_divisor, channels_last=True, shared=shared)
+            images, places = empty_batch(sizes_hw, size_divisor, channels_last=True, shared=shared)
         padded_hw = (images.shape[-2], images.shape[-1])
-        bottom = [self.bottom_rows_without_affinity * item.input_hw[0] // item.original_hw[0] for item in geometries]
+        count = self.bottom_rows_without_affinity
+        rows_without = [count if view is None else view.bottom_rows(count) for view in seen]
+        bottom = [n * each.input_hw[0] // each.original_hw[0] for n, each in zip(rows_without, geometries, strict=True)]
         batch = Batch(
             images=images,
             image_sizes_hw=torch.tensor(sizes_hw, dtype=torch.int64),
@@ -168,10 +174,15 @@ class InstanceDataset:
             targets=self._targets(instances, geometries, padded_hw),
             seeds=tuple(seed for _, seed in keys),
         )
-        for row, geometry, view in zip(rows, geometries, views, strict=True):
-            path = self.table.images_folder / row["file_name"]
-            geometry.image(read_image(path, size_hw=geometry.original_hw), view)
+        for row, size_hw, view, geometry, place in zip(rows, stored, seen, geometries, places, strict=True):
+            image = read_image(self.table.images_folder / row["file_name"], size_hw=size_hw)
+            geometry.image(image if view is None else view.image(image), place)
         return batch
+
+    def _view(self, row: dict[str, Any], instances: Instances, key: Key) -> View | None:
+        if self.augmentation is None:
+            return None
+        return self.augmentation((row["height"], row["width"]), instances.boxes_xyxy, key[1])
 
     def _targets(
         self, images: Sequence[Instances], geometries: Sequence[Geometry], padded_hw: tuple[int, int]

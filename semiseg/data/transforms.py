@@ -95,15 +95,20 @@ class Resize:
     long_side: int  # upper limit of the longer side, in pixels
     flip: float = 0.0  # probability of the horizontal flip
     stretch: bool = False  # height and width both become the drawn side
+    scale: tuple[float, float] = (1.0, 1.0)  # between which a factor of all sides is drawn
 
     def __call__(self, size_hw: tuple[int, int], seed: int) -> Geometry:
         # random.random() is the one draw whose values Python promises to keep between versions.
         generator = random.Random(seed)
         short_side = self.short_sides[int(generator.random() * len(self.short_sides))]
         flipped = generator.random() < self.flip
+        long_side, (low, high) = self.long_side, self.scale
+        if high > 1 or low < 1:
+            factor = low + (high - low) * generator.random()
+            short_side, long_side = (max(1, round(side * factor)) for side in (short_side, long_side))
         if self.stretch:
             return Geometry(size_hw, (short_side, short_side), flipped)
-        return Geometry(size_hw, resized_size(size_hw, short_side, self.long_side), flipped)
+        return Geometry(size_hw, resized_size(size_hw, short_side, long_side), flipped)
 
 
 def resized_size(size_hw: tuple[int, int], short_side: int, long_side: int) -> tuple[int, int]:

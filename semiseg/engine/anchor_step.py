@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from semiseg.losses import anchors as losses
+from semiseg.losses.regions import shrunk_cells
 from semiseg.models.detectors.anchor_targets import AnchorAssignment
 from semiseg.models.detectors.anchors import AnchorOutputs
 from semiseg.structures.grids import Regions
@@ -80,12 +81,5 @@ def _masks_at(targets: Targets, size_hw: tuple[int, int], padded_hw: tuple[int, 
     if targets.encoded is None:
         masks = targets.masks if targets.mask_known is None else targets.masks & targets.mask_known
         return losses.shrunk(masks, size_hw)
-    # twice as many rows and columns: of each two, one is half a pixel before a cell's centre and one as far behind it
     whole = targets.boxes_xyxy.new_tensor([0, 0, padded_hw[1], padded_hw[0]]).expand(len(targets.mask_instance), 4)
-    step = whole.new_tensor([-0.5, 0.5])
-    rows, columns = ((centre[..., None] + step).flatten(1) for centre in Regions(whole, size_hw).centres())
-    pixels = targets.encoded.at(rows, columns)
-    if targets.encoded_known is not None:
-        pixels &= targets.encoded_known.at(rows, columns)
-    inside: Tensor = pixels.view(-1, size_hw[0], 2, size_hw[1], 2).sum((2, 4))
-    return inside > 2
+    return shrunk_cells(Regions(whole, size_hw), targets.encoded, targets.encoded_known)

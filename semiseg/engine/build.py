@@ -6,8 +6,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast, get_args
 
-from semiseg.config import InferenceConfig, ModelConfig, ObjectiveConfig, RunConfig, RuntimeConfig, learns_masks
+from semiseg.config import (
+    AugmentConfig,
+    InferenceConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    RunConfig,
+    RuntimeConfig,
+    learns_masks,
+)
 from semiseg.config.read import digest
+from semiseg.data.augment import Augmentation
 from semiseg.data.dataset import InstanceDataset, build_rule
 from semiseg.data.loader import BatchLoader, StepBatches, build_loader, eval_batches
 from semiseg.data.pseudo import PseudoMasks, load_pseudo
@@ -137,6 +146,7 @@ def build_step(config: RunConfig, *, num_classes: int) -> TrainStep:
 def _require_neighbours(config: RunConfig) -> None:
     """A UserError if every neighbour of a cell lies beyond its mask, so that a loss on edges would be 0 for ever."""
     longest = max(config.data.short_sides) if config.data.stretch else config.data.long_side
+    longest = round(longest * config.data.augment.scale[1])
     objective, cells = config.objective, mask_cells(config.model, longest)
     labelled = objective.mask == "labelled" and config.supervision.source != "boxes"
     edges = objective.box == "projection+pairwise" or objective.affinity == "learned" or labelled
@@ -193,12 +203,25 @@ def train_dataset(config: RunConfig, data: RunData) -> InstanceDataset:
             long_side=config.data.long_side,
             flip=config.data.flip,
             stretch=config.data.stretch,
+            scale=(config.data.augment.scale[0], config.data.augment.scale[1]),
         ),
         mask_stride=mask_stride(config.model),
         bottom_rows_without_affinity=config.data.bottom_rows_without_affinity,
         rays=build_ray_rule(config, data.train),
         pseudo=data.pseudo,
+        augmentation=_build_augmentation(config),
     )
+
+
+def _build_augmentation(config: RunConfig) -> Augmentation | None:
+    """What makes another image of one; None where only its size and flip are drawn."""
+    wanted, usual = config.data.augment, AugmentConfig()
+    names = ("photometric", "expand", "crop", "rotations", "least_box")
+    if all(getattr(wanted, name) == getattr(usual, name) for name in names):
+        return None
+    red, green, blue = (min(max(round(value), 0), 255) for value in config.model.pixel_mean)
+    own = {name: getattr(wanted, name) for name in names}
+    return Augmentation(**own, crop_least=wanted.crop_least, fill=(red, green, blue))
 
 
 def build_training_loader(

@@ -17,7 +17,7 @@ from semiseg.engine.detection import fcos_assignment
 from semiseg.losses.rays import RayGoals, polar_centreness
 from semiseg.models.detectors.fcos import make_locations
 from semiseg.models.detectors.sample import queries_of
-from semiseg.structures.inputs import Supervision, Targets, grid_size
+from semiseg.structures.inputs import Targets, grid_size, has_mask
 from semiseg.structures.outputs import Assignment, MaskQueries
 from semiseg.structures.rays import RayTargets
 
@@ -58,7 +58,7 @@ def with_polar_centreness(assignment: Assignment, targets: Targets) -> Assignmen
     An instance whose mask has no pixel keeps FCOS's.
     """
     rays = _rays(targets)
-    with_mask = targets.supervision[assignment.instance_index] != Supervision.BOX
+    with_mask = has_mask(targets.supervision[assignment.instance_index])
     place = with_mask.nonzero()[:, 0]
     same = torch.equal(assignment.instance_index[place], rays.instance_index)
     if not same or not torch.equal(assignment.location_index[place], rays.location_index):

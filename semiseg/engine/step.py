@@ -27,6 +27,7 @@ from semiseg.losses.terms import (
     instance_terms,
     loss_edges,
     loss_sizes,
+    mask_crops,
     mask_losses,
     soft_cells,
     term_counts,
@@ -131,6 +132,7 @@ class TrainStep(nn.Module):
             known=targets.known_on(instances.grid),
             soft=None if self.detector.own_regions else soft_cells(targets, instances),
             sizes=sizes,
+            crops=mask_crops(targets, instances),
             rays=None if of_rays is None else of_rays[0],
         )
         own = self.detector.counts(assignment, wanted.box_only)

@@ -31,6 +31,38 @@ def region_cells(boxes_xyxy: Tensor, regions: Regions, *, pixels: bool = True) -
     return cells
 
 
+def crop_cells(boxes_xyxy: Tensor, regions: Regions) -> tuple[Tensor, Tensor]:
+    """YOLACT's crops on grids of whole images: the cells that begin in the box (N, 4) or a cell beside it.
+
+    Returns:
+        (N, 4) int64, half open; and (N,) float, the area of the box itself in cells.
+    """
+    bounds, area = [], torch.ones_like(boxes_xyxy[:, 0])
+    for axis, count in ((1, regions.size_hw[0]), (0, regions.size_hw[1])):
+        start, end = regions.boxes_xyxy[:, axis], regions.boxes_xyxy[:, axis + 2]
+        low, high = ((boxes_xyxy[:, side] - start) * count / (end - start) for side in (axis, axis + 2))
+        bounds += [(low - 1).ceil().clamp(min=0), (high + 1).ceil().clamp(max=count)]
+        area = area * (high - low)
+    return torch.stack(bounds, dim=1).long(), area
+
+
+def shrunk_cells(regions: Regions, masks: EncodedMasks, known: EncodedMasks | None = None) -> Tensor:
+    """(M, h, w) bool: where masks, interpolated bilinearly at cells' centres, exceed one half: of four pixels three.
+
+    Args:
+        regions: one for each mask; known: the pixels of the masks that count, None = all.
+    """
+    # twice as many rows and columns: of each two, one is half a pixel before a cell's centre and one as far behind it
+    step = regions.boxes_xyxy.new_tensor([-0.5, 0.5])
+    rows, columns = ((centre[..., None] + step).flatten(1) for centre in regions.centres())
+    pixels = masks.at(rows, columns)
+    if known is not None:
+        pixels &= known.at(rows, columns)
+    height, width = regions.size_hw
+    inside: Tensor = pixels.view(-1, height, 2, width, 2).sum((2, 4))
+    return inside > 2
+
+
 def region_inside(
     regions: Regions, image_index: Tensor, image_sizes_hw: Tensor, bottom_rows: Tensor, *, size: int, dilation: int
 ) -> Tensor:

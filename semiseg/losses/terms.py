@@ -30,22 +30,26 @@ from semiseg.losses.boxinst import (
     patch_cells,
     projection_loss,
 )
-from semiseg.losses.crops import SMOOTHNESS_WEIGHT, bag_loss, cross_entropy_loss, smoothness_loss
-from semiseg.losses.dice import at_least_float32, dice_loss
-from semiseg.losses.learned import (
-    COLOUR_COUNTS,
-    AffinityTargets,
-    LearnedEdges,
-    affinity_loss,
+from semiseg.losses.crops import (
+    CROP_WEIGHT,
+    SMOOTHNESS_WEIGHT,
+    Crops,
+    bag_loss,
+    crop_loss,
+    cross_entropy_loss,
+    one_around,
+    smoothness_loss,
 )
+from semiseg.losses.dice import at_least_float32, dice_loss
+from semiseg.losses.learned import COLOUR_COUNTS, AffinityTargets, LearnedEdges, affinity_loss
 from semiseg.losses.level_set import level_set_loss
 from semiseg.losses.rays import LEAST_CENTRENESS, RayGoals, ray_loss_sum
-from semiseg.losses.regions import region_cells, region_edges, region_inside, soft_masks
+from semiseg.losses.regions import crop_cells, region_cells, region_edges, region_inside, shrunk_cells, soft_masks
 from semiseg.structures.grids import MaskGrid, Regions, WholeMap
-from semiseg.structures.inputs import Batch, Supervision, Targets
+from semiseg.structures.inputs import Batch, Supervision, Targets, has_mask
 from semiseg.structures.outputs import MaskLogits
 
-MaskObjective = Literal["dice", "labelled", "bce", "rays"]
+MaskObjective = Literal["dice", "labelled", "bce", "crop_bce", "rays"]
 PseudoObjective = Literal["dice", "bce", "dice+projection", "dice+projection+pairwise"]
 BoxObjective = Literal[
     "none", "projection", "projection+pairwise", "projection+learned", "box_as_mask", "mil", "mil+smooth"
@@ -57,6 +61,7 @@ TERMS: Mapping[tuple[Supervision, str], tuple[str, ...]] = {
     (Supervision.MASK, "dice"): ("dice",),
     (Supervision.MASK, "labelled"): ("projection", "pairwise_labelled"),
     (Supervision.MASK, "bce"): ("bce",),
+    (Supervision.MASK, "crop_bce"): ("crop_bce",),
     (Supervision.MASK, "rays"): ("rays",),
     # The box of a pseudo mask is annotated, so that projection compares with it and not with the mask.
     (Supervision.PSEUDO, "dice"): ("dice",),
@@ -83,7 +88,8 @@ EDGE_LOSSES = ("pairwise", "pairwise_labelled", "pairwise_learned")
 # With learned affinity there are two losses more, which sum over edges, and counts of the colour rule's answers.
 LEARNED_LOSSES = ("pairwise_learned", "affinity")
 # Losses that a step names where its objective has them, each of which sums over masks.
-CROP_LOSSES = ("bce", "mil", "smoothness")
+CROP_LOSSES = ("bce", "crop_bce", "mil", "smoothness")
+_WEIGHTS = {"bce": 1.0, "mil": 1.0, "crop_bce": CROP_WEIGHT, "smoothness": SMOOTHNESS_WEIGHT}
 OPTIONAL_MASK_LOSSES = ("pairwise_learned", "level_set", *CROP_LOSSES, "rays")
 
 
@@ -114,6 +120,8 @@ class Objective:
     def terms_of(self, supervision: Supervision) -> tuple[str, ...]:
         if supervision == Supervision.MASK:
             return TERMS[supervision, self.mask]
+        if supervision == Supervision.CUT:
+            return ()
         if supervision == Supervision.PSEUDO:
             terms = () if self.pseudo is None else TERMS[supervision, self.pseudo]
             learned = "pairwise" in terms and self.box == "projection+learned"
@@ -136,7 +144,7 @@ class InstanceTerms:
     # where they have none) has a cell. A loss that no instance of the batch can get, as the numbers of instances and of
     # masks show, is not among the keys.
     chosen: dict[str, Tensor]
-    box_only: Tensor  # (N,) bool, whether the supervision is BOX
+    box_only: Tensor  # (N,) bool, whether the supervision is BOX or CUT
     pseudo: Tensor  # (N,) bool, whether it is PSEUDO
     grid: MaskGrid  # of the N instances' masks
     cells: Tensor  # (N, 4) int64, the box on the mask grid, see `boxinst.box_cells`
@@ -171,6 +179,7 @@ class MaskTargets(InstanceTerms):
     lab: Tensor | None = None  # (B, 3, h, w) the cells' colours, where an instance gets `level_set`
     known: Tensor | None = None  # (M, h, w) bool, the cells of `masks` that count; None = all
     soft: Tensor | None = None  # (M, h, w) float, the shares of the cells that are inside, where `bce` wants those
+    crops: Crops | None = None  # where an instance gets `crop_bce`
     rays: RayGoals | None = None  # where the objective learns from rays
     # See `loss_sizes`; None = they are read back from the device when they are needed
     sizes: Mapping[str, int] | None = None
@@ -214,7 +223,7 @@ def instance_terms(targets: Targets, grid: MaskGrid, *, objective: Objective) ->
     mask_weight[targets.mask_instance] = targets.mask_weight
     return InstanceTerms(
         chosen=_choose(targets, objective, has_cell),
-        box_only=targets.supervision == Supervision.BOX,
+        box_only=~has_mask(targets.supervision),
         pseudo=targets.supervision == Supervision.PSEUDO,
         grid=grid,
         cells=cells,
@@ -282,6 +291,22 @@ def soft_cells(targets: Targets, instances: InstanceTerms) -> Tensor | None:
     return soft_masks(targets.encoded, grid.of(targets.mask_instance))
 
 
+def mask_crops(targets: Targets, instances: InstanceTerms) -> Crops | None:
+    """`MaskTargets.crops`. On grids of parts boxes are cut and masks shrunk as YOLACT does it."""
+    if "crop_bce" not in instances.chosen:
+        return None
+    grid, boxes = instances.grid, targets.boxes_xyxy
+    if isinstance(grid, WholeMap):
+        cells, masks = one_around(instances.cells), targets.masks_on(grid)
+        area = (boxes[:, 2:] - boxes[:, :2]).prod(1) / grid.stride**2
+    else:
+        assert targets.encoded is not None
+        cells, area = crop_cells(boxes, grid)
+        masks = shrunk_cells(grid.of(targets.mask_instance), targets.encoded)
+    # smaller boxes are dropped by the original's augmentation: at 550 pixels and 138 cells, a side of 4 pixels is one
+    return Crops(cells, area.clamp(min=1), masks)
+
+
 def whole_map(grid: MaskGrid) -> WholeMap:
     """The grid, of which learned affinity and the level set need that it is an image's, not an instance's own."""
     if not isinstance(grid, WholeMap):
@@ -305,7 +330,7 @@ def loss_sizes(instances: InstanceTerms, quotas: Tensor, *, objective: Objective
 
 
 def _choose(targets: Targets, objective: Objective, has_cell: Tensor) -> dict[str, Tensor]:
-    with_mask = len(targets.mask_instance)  # instances whose supervision is not BOX: known without asking the device
+    with_mask = len(targets.mask_instance)  # instances that have one: known without asking the device
     kinds = [Supervision.BOX] * (with_mask < targets.num_instances)
     kinds += [Supervision.MASK, Supervision.PSEUDO] * (with_mask > 0)
     chosen: dict[str, Tensor] = {}
@@ -373,7 +398,7 @@ def mask_losses(
         weighted pairwise_labelled = warmup (n.mask_masks / max(n.masks, 1)) unweighted
         weighted pairwise[_learned] = warmup (n.box_masks / max(n.masks, 1)) unweighted
         weighted level_set         = objective.level_set warmup (n.level_set / max(n.masks, 1)) unweighted
-        weighted bce, mil          = as dice; smoothness 0.05 times that
+        weighted bce, mil          = as dice; smoothness 0.05 times that, crop_bce 6.125 times
         affinity                   = p S / max(n.affinity, 1)
         rays                       = (n.mask_masks / max(n.masks, 1)) p S / max(n.rays, 1e-6), n.rays their centreness
 
@@ -418,8 +443,7 @@ def _shares(count: Mapping[str, Tensor], warmup: float, objective: Objective) ->
         "pairwise_labelled": warmup * count["mask_masks"] / masks,
         "pairwise_learned": of_boxes,
         **({"level_set": objective.level_set * warmup * count["level_set"] / masks} if "level_set" in count else {}),
-        **{name: count[name] / masks for name in ("bce", "mil") if name in count},
-        **{name: SMOOTHNESS_WEIGHT * count[name] / masks for name in ("smoothness",) if name in count},
+        **{name: weight * count[name] / masks for name, weight in _WEIGHTS.items() if name in count},
         "rays": count["mask_masks"] / masks,
     }
 
@@ -518,6 +542,11 @@ def _crop_sum(name: str, logits: Tensor, instance: Tensor, prepared: MaskTargets
         whole = isinstance(prepared.grid, WholeMap) or prepared.grid.whole_image
         known = None if prepared.known is None else _known(instance, prepared.known, prepared)
         each = cross_entropy_loss(logits, masks, cells if whole else None, known)
+        factor = _mask_factor(instance, prepared)
+    elif name == "crop_bce":
+        assert prepared.crops is not None
+        crops, row = prepared.crops, prepared.mask_row[instance]
+        each = crop_loss(logits, crops.masks[row], crops.cells[instance], crops.area[instance])
         factor = _mask_factor(instance, prepared)
     else:
         each = bag_loss(logits, cells) if name == "mil" else smoothness_loss(logits)

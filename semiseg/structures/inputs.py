@@ -26,6 +26,12 @@ class Supervision(IntEnum):
     BOX = 0  # nothing: the mask was withheld or never annotated
     MASK = 1  # its annotated mask
     PSEUDO = 2  # a mask that a teacher or an imported prediction supplied, with a weight
+    CUT = 3  # less than BOX: a random crop has cut its box, of which it need not touch every side any more
+
+
+def has_mask(supervision: Tensor) -> Tensor:
+    """Of values of `Supervision` (N,), (N,) bool."""
+    return (supervision == Supervision.MASK) | (supervision == Supervision.PSEUDO)
 
 
 def require(condition: bool, message: str) -> None:
@@ -49,7 +55,7 @@ class Targets:
         image_index: (N,) int64 in 0..B-1, ascending.
         supervision: (N,) int64, values of `Supervision`.
         masks: (M, h, w) bool on the mask grid of the *padded* batch, (h, w) = grid_size(padded size, mask_stride).
-        mask_instance: (M,) int64, index into the N instances; exactly those whose supervision is not BOX.
+        mask_instance: (M,) int64, index into the N instances; exactly those whose supervision is MASK or PSEUDO.
         mask_weight: (M,) float32, weight of each mask in the losses that compare with it (1 for annotated masks).
         crowd_boxes_xyxy: (K, 4) float32, input pixels: regions that are neither object nor background.
         crowd_image_index: (K,) int64 in 0..B-1.
@@ -117,7 +123,7 @@ class Targets:
         row = torch.zeros_like(self.labels)
         row[self.mask_instance] = torch.arange(len(self.mask_instance), device=row.device)
         supervision = self.supervision[instance]
-        with_mask = torch.nonzero(supervision != Supervision.BOX)[:, 0]
+        with_mask = torch.nonzero(has_mask(supervision))[:, 0]
         rows = row[instance[with_mask]]
         return replace(
             self,

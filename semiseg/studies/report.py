@@ -35,6 +35,7 @@ _MASK_LOSS = {
     "dice": "Dice",
     "labelled": "projection and pairwise terms with labelled edges",
     "bce": "binary cross entropy",
+    "crop_bce": "binary cross entropy by the area of the box",
     "rays": "PolarMask's loss of rays",
 }
 _BOX_LOSS = {
