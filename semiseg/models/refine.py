@@ -1,7 +1,7 @@
 """Masks made better after the network, from the colours of the image: GrabCut in a box, and a dense CRF.
 
 Both are a `Refiner`, and neither looks at a class or a score. GrabCut needs a box alone (it is the GrabCut row of the
-paper's Table 5, and what SDI's pseudo masks are made by); the CRF is BBTP's (docs/METHOD.md section 12).
+paper's Table 5, and what SDI's pseudo masks are made by); the CRF is BBTP's (docs/METHOD.md, network).
 """
 
 from __future__ import annotations
