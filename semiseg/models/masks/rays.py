@@ -108,14 +108,20 @@ class RayMasks(MaskHead):
         """As `MaskHead.predict_masks`: the rays of the queried locations, drawn."""
         grid = self.grid(queries.boxes_xyxy, outputs.mask_inputs.padded_hw)
         centres = outputs.locations.xy[queries.location_index]
-        logits = draw_rays(self.distances(outputs, queries), centres, grid) / (self.softness * self.stride)
-        return MaskLogits(logits, queries.image_index, queries.instance_index, grid)
+        distances = self.distances(outputs, queries)
+        logits = draw_rays(distances, centres, grid) / (self.softness * self.stride)
+        return MaskLogits(logits, queries.image_index, queries.instance_index, grid, ray_ends(distances, centres))
 
 
 def directions(count: int, device: torch.device) -> Tensor:
     """(2, count) float32 unit vectors x, y: ray k points to the angle 2 pi k / count, from x towards y."""
     angle = torch.arange(count, device=device) * (2 * math.pi / count)
     return torch.stack([angle.cos(), angle.sin()])
+
+
+def ray_ends(distances: Tensor, centres_xy: Tensor) -> Tensor:
+    """(Q, K, 2) x, y of the ends of rays (Q, K) from points (Q, 2), in their frame."""
+    return centres_xy[:, None] + distances[:, :, None] * directions(distances.shape[1], distances.device).T
 
 
 def rooms(centres_xy: Tensor, boxes_xyxy: Tensor, count: int, *, margin: float) -> tuple[Tensor, Tensor]:
