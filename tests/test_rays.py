@@ -374,7 +374,7 @@ def of_host_syncs() -> Batch:
     rasters = [(noise.random((20, 20)) < 0.5, (int(x), int(y))) for x, y in corners]
     detector = FCOSDetector.model_validate(TINY["model"]["detector"])
     positives = partial(positives_of, assign=fcos_assignment(detector), strides=tuple(detector.strides))
-    rule = RayRule(12, contour=False, everywhere=False, positives=positives)
+    rule = RayRule(count=12, contour=False, everywhere=False, positives=positives)
     return replace(batch, targets=replace(batch.targets, rays=ray_targets(batch.targets, rasters, rule, (64, 64), 2)))
 
 
