@@ -143,13 +143,14 @@ def _plain_prototypes(model: Segmenter, head: PrototypeMasks, outputs: Outputs, 
 
 
 def _plain_rays(model: Segmenter, head: RayMasks, outputs: Outputs, queries: MaskQueries) -> Tensor:
-    inputs, location = outputs.mask_inputs, queries.location_index
+    location, padded_hw = queries.location_index, outputs.padded_hw
+    assert padded_hw is not None
     centres = outputs.locations.xy[location]
-    numbers = _convolved(head.rays, inputs.features, model.level_sizes(inputs.padded_hw), queries)
+    numbers = _convolved(head.rays, outputs.mask_inputs, model.level_sizes(padded_hw), queries)
     numbers = head.level_scales[outputs.locations.level[location], None] * numbers
     room, ellipse = rooms(centres, queries.boxes_xyxy, numbers.shape[1], margin=head.stride / 2)
     distances = room * (numbers + (FIRST_SHARE * ellipse / room).clamp(*SHARES).logit()).sigmoid()
-    grid_hw = (inputs.padded_hw[0] // head.stride, inputs.padded_hw[1] // head.stride)
+    grid_hw = (padded_hw[0] // head.stride, padded_hw[1] // head.stride)
     masks = plain.ray_masks(distances, centres, head.stride, grid_hw, shortest=SHORTEST, steepest=STEEPEST)
     return masks / (head.softness * head.stride)
 

@@ -54,7 +54,7 @@ def detect(
         output_sizes: (height, width) for each image, to which its boxes and masks are scaled; None = its own size.
         score_threshold: in [0, 1]; keeps detections whose class probability x centreness is greater. The `scores` that
             are returned are the square roots of that product, so 0.05 keeps scores above 0.224. Detectors other than
-            FCOS score by the class probability alone, which is compared as it is.
+            FCOS score by the class probability alone, which is compared as it is, and as PolarMask's own decoding does.
 
     Returns:
         one `Detections` for each image, on the CPU: `boxes` (N, 4) xyxy float32 in output pixels, `scores` (N,) float32

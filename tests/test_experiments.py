@@ -124,6 +124,7 @@ def test_table_4_is_the_papers_recipe() -> None:
         if row.startswith("polarmask"):  # 26 epochs of 118 287 images
             assert (steps, optim.batch_size, optim.learning_rate) == (96_108, 32, 0.02)
             assert [round(26 * share) for share in optim.milestones] == [18, 24]
+            assert (config.inference.decoding, config.inference.nms_threshold) == ("polarmask", 0.5)
             continue
         if row.startswith("yolact"):
             assert (steps, optim.batch_size, optim.learning_rate) == (800_000, 8, 0.001)

@@ -315,7 +315,7 @@ def ray_numbers(model: Segmenter, outputs: DenseOutputs) -> Tensor:
     """(B, rays, R): the convolution of the tower everywhere, times its level's scale."""
     head = model.mask_head
     assert isinstance(head, RayMasks)
-    features = outputs.mask_inputs.features.transpose(1, 2)
+    features = outputs.mask_inputs.transpose(1, 2)
     maps = [
         part.unflatten(2, size)
         for part, size in zip(features.split([96, 24, 6], 2), [(8, 12), (4, 6), (2, 3)], strict=True)

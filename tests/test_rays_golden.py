@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from semiseg.config.model import FCOSDetector
 from semiseg.data.rays import RayRule, contour_centre, contour_rays, largest_contour, ray_targets
 from semiseg.engine.detection import fcos_assignment
-from semiseg.engine.rays import positives_of, ray_goals, with_polar_centreness
-from semiseg.losses.rays import RayGoals, polar_centreness, polar_iou_loss, ray_loss_sum
+from semiseg.engine.rays import positives_of, with_rays
+from semiseg.losses.rays import polar_centreness, polar_iou_loss, ray_loss_sum
 from semiseg.structures.inputs import Supervision
+from semiseg.structures.rays import RayTargets
 from tests.tiny import box_targets
 
 FILE = Path(__file__).parent / "golden" / "rays.npz"
@@ -66,21 +67,24 @@ def test_positives_their_rays_and_centreness(golden: dict[str, np.ndarray]) -> N
         mask_weight=torch.ones(count),
     )
     assign, strides = fcos_assignment(detector), tuple(detector.strides)
-    rule = RayRule(36, contour=True, everywhere=True, positives=partial(positives_of, assign=assign, strides=strides))
+    rule = RayRule(
+        count=36, contour=True, everywhere=True, positives=partial(positives_of, assign=assign, strides=strides)
+    )
     rays = ray_targets(targets, [(mask, (0, 0)) for mask in masks_of(golden)], rule, (256, 384), 1)
     assert rays.location_index.tolist() == golden["positive_location"].tolist()
     assert rays.instance_index.tolist() == golden["positive_instance"].tolist()
     torch.testing.assert_close(rays.distances, torch.tensor(golden["positive_rays"][:, OURS]), rtol=0, atol=1e-4)
     targets = replace(targets, rays=rays)
     sizes = [(int(height), int(width)) for height, width in golden["level_hw"]]
-    assignment = with_polar_centreness(assign(targets, sizes_hw=sizes, num_images=1), targets)
+    assignment, queries = with_rays(assign(targets, sizes_hw=sizes, num_images=1), targets)
     starts = np.cumsum([0] + [height * width for height, width in sizes])
     stride = np.array(strides)[np.searchsorted(starts, golden["positive_location"], side="right") - 1]
     found = assignment.box_distances.numpy() * stride[:, None]
     assert found == pytest.approx(golden["positive_distances"], abs=1e-4)
     loss = F.binary_cross_entropy_with_logits(torch.tensor(golden["centreness_logits"]), assignment.centreness)
     assert float(loss) == pytest.approx(float(golden["centreness_loss"]), rel=1e-6)
-    assert torch.equal(ray_goals(targets, torch.ones(count, dtype=torch.bool)).centreness, assignment.centreness)
+    assert torch.equal(polar_centreness(rays.distances), assignment.centreness)
+    assert torch.equal(queries.location_index, rays.location_index)
 
 
 def test_the_polar_loss(golden: dict[str, np.ndarray]) -> None:
@@ -89,8 +93,9 @@ def test_the_polar_loss(golden: dict[str, np.ndarray]) -> None:
     weight = polar_centreness(target)
     assert weight.numpy() == pytest.approx(golden["polar_centreness"], rel=1e-6)
     assert polar_iou_loss(predicted, target).detach().numpy() == pytest.approx(golden["losses"], abs=1e-6)
-    goals = RayGoals(torch.zeros(len(target), dtype=torch.int64), target, weight)
-    loss = ray_loss_sum(predicted, goals, torch.ones(1)) / weight.sum()
+    nothing = torch.zeros(len(target), dtype=torch.int64)
+    targets = RayTargets(torch.zeros(1, 2), nothing, nothing, target, everywhere=True)
+    loss = ray_loss_sum(predicted, targets, torch.ones(1)) / weight.sum()
     assert float(loss.detach()) == pytest.approx(float(golden["loss"]), rel=1e-6)
     (gradient,) = torch.autograd.grad(loss, predicted)
     assert gradient.numpy() == pytest.approx(golden["gradient"], abs=1e-6 * float(abs(golden["gradient"]).max()))

@@ -67,12 +67,12 @@ def predict(
     from semiseg.engine.predict_files import PredictOptions, predict_files
 
     trained = (loaded := load_model(model, device=device)).info.inference
-    shorter = short_side or trained.short_side
+    config, shorter = loaded.info.config, short_side or trained.short_side
     options = PredictOptions(
         short_side=shorter,
         long_side=long_side or round(trained.long_side * shorter / trained.short_side),
         stretch=trained.stretch,
-        score_threshold=trained.score_threshold if score is None else loaded.info.config.threshold_of(score),
+        score_threshold=trained.score_threshold if score is None else config.threshold_of(score, trained.decoding),
         drawn_score=drawn_score if overlays else None,
         batch_size=batch,
         workers=min(os.cpu_count() or 1, 4),

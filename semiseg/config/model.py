@@ -14,6 +14,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from semiseg.config.section import Layers, PositiveInt, Probability, Scale, Section, Side
 
 Norm = Literal["bn", "sync_bn", "gn", "frozen_bn"]
+Decoding = Literal["usual", "polarmask"]
 Deviation = Annotated[float, Field(gt=0)]
 BIFPN_STRIDES = (8, 16, 32, 64, 128)
 
@@ -325,12 +326,22 @@ class ModelConfig(Section):
         head = self.mask_head
         return f"{2 * head.size} cells a box" if head.kind == "regions" else f"stride {head.stride}"
 
-    def threshold_of(self, score: float) -> float:
+    def threshold_of(self, score: float, decoding: Decoding = "usual") -> float:
         """The `inference.score_threshold` that keeps detections of at least this score.
 
         FCOS's scores are roots of class probability x centreness, those of other detectors are class probabilities.
+        PolarMask's are up to so much lower, and its threshold is for class probabilities: it keeps some below it.
         """
-        return score**2 if self.detector.kind == "fcos" else score
+        return score**2 if self.detector.kind == "fcos" and decoding == "usual" else score
+
+    def require_rays(self, setting: str) -> None:
+        """A ValueError that names the setting, if the network is not PolarMask's."""
+        kinds = (self.detector.kind, self.mask_head.kind)
+        if kinds != ("fcos", "rays"):
+            raise ValueError(
+                f"{setting} needs model.mask_head.kind = 'rays' on model.detector.kind = 'fcos', "
+                f"not {kinds[1]!r} on {kinds[0]!r}"
+            )
 
     @property
     def masks_in_parts(self) -> bool:
@@ -359,3 +370,4 @@ class InferenceConfig(Section):
     max_detections: PositiveInt = 100
     rescore: bool = False  # at last, a score times the mean probability of its mask's cells above one half
     refine: Literal["none", "grabcut", "crf"] = "none"  # what makes masks of them, from the colours of the image
+    decoding: Decoding = "usual"  # "polarmask" = the original's scores, boxes and masks, for its mask head on FCOS

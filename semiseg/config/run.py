@@ -251,12 +251,10 @@ class RunConfig(Section):
                 "objective.mask = 'crop_bce' cuts masks of whole images to their boxes: model.mask_head.kind must be "
                 "'dynamic', 'prototypes' or 'rays', not 'regions', whose loss is 'bce'"
             )
-        heads = (self.model.detector.kind, self.model.mask_head.kind)
-        if self.objective.mask == "rays" and heads != ("fcos", "rays"):
-            raise ValueError(
-                "objective.mask = 'rays' needs model.mask_head.kind = 'rays' on model.detector.kind = 'fcos', "
-                f"not {heads[1]!r} on {heads[0]!r}"
-            )
+        if self.objective.mask == "rays":
+            self.model.require_rays("objective.mask = 'rays'")
+        if self.inference.decoding == "polarmask":
+            self.model.require_rays("inference.decoding = 'polarmask'")
         return self
 
     def identity(self, *, initial: bool = False) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,12 +25,11 @@ DEGREES = (0, 1, -1, 2, -2, 3, -3)  # where the contour rule looks for a pixel o
 AROUND = ((0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1), (-1, 0), (-1, 1))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RayRule:
     """What of rays a run learns from."""
 
     count: int  # K
-    _: KW_ONLY
     contour: bool  # the original's rule, in place of marching
     everywhere: bool  # see `RayTargets`
     # (targets, padded_size_hw, num_images) -> the positives: instances (P,), locations (P,) and where these are (P, 2)
@@ -52,22 +51,22 @@ def ray_targets(
         padded_size_hw, num_images: of the batch.
     """
     centres = (targets.boxes_xyxy[:, :2] + targets.boxes_xyxy[:, 2:]) / 2
-    contours = [largest_contour(mask) if rule.contour else None for mask, _ in rasters]
-    owners = targets.mask_instance.tolist()
-    if rule.everywhere:
-        for owner, (mask, corner), contour in zip(owners, rasters, contours, strict=True):
-            if mask.any():
-                own = mass_centre(mask) if contour is None else contour_centre(contour)
-                centres[owner] = torch.from_numpy(own + corner).float()
+    shapes = [
+        (owner, mask, corner, largest_contour(mask) if rule.contour else None)
+        for owner, (mask, corner) in zip(targets.mask_instance.tolist(), rasters, strict=True)
+    ]
+    for owner, mask, corner, contour in shapes:
+        if rule.everywhere and mask.any():
+            own = mass_centre(mask) if contour is None else contour_centre(contour)
+            centres[owner] = torch.from_numpy(own + corner).float()
     nothing = torch.zeros(0, dtype=torch.int64)
     rays = RayTargets(centres, nothing, nothing, torch.zeros(0, rule.count), rule.everywhere)
     instance, location, xy = rule.positives(replace(targets, rays=rays), padded_size_hw, num_images)
     distances = torch.zeros(len(instance), rule.count)
-    for owner, (mask, corner), contour in zip(owners, rasters, contours, strict=True):
-        own = instance == owner
-        points = xy[own].double().numpy() - corner
+    for owner, mask, corner, contour in shapes:
+        points = xy[instance == owner].double().numpy() - corner
         found = marched_rays(mask, points, rule.count) if contour is None else contour_rays(contour, points, rule.count)
-        distances[own] = torch.from_numpy(found)
+        distances[instance == owner] = torch.from_numpy(found)
     with_mask = torch.isin(instance, targets.mask_instance)
     return RayTargets(centres, instance[with_mask], location[with_mask], distances[with_mask], rule.everywhere)
 
@@ -122,16 +121,14 @@ def contour_rays(contour_xy: np.ndarray, points_xy: np.ndarray, count: int) -> n
     # The original measures angles from y towards x, and cuts those: its ray k is the one at 90 degrees - k * 360 / K.
     degree = np.degrees(np.arctan2(offset[..., 0], offset[..., 1]))
     degree = np.where(degree < 0, degree + 360, degree).astype(np.int64) % 360
-    farthest = np.zeros((len(points_xy), 360))
+    farthest = np.full((len(points_xy), 360), -1.0)  # where there is no pixel
     rows = np.broadcast_to(np.arange(len(points_xy))[:, None], degree.shape)
     np.maximum.at(farthest, (rows, degree), np.linalg.norm(offset, axis=2))
-    known = np.zeros_like(farthest, dtype=np.bool_)
-    known[rows, degree] = True
     wanted = (90 - np.arange(count) * (360 // count)) % 360
     rays = np.full((len(points_xy), count), NO_RAY)
-    for shift in reversed(DEGREES):  # the first that is known is written last
-        at = (wanted + shift) % 360
-        rays = np.where(known[:, at], farthest[:, at], rays)
+    for shift in reversed(DEGREES):  # the first that has a pixel is written last
+        found = farthest[:, (wanted + shift) % 360]
+        rays = np.where(found >= 0, found, rays)
     return np.asarray(np.maximum(rays, NO_RAY), dtype=np.float32)
 
 
@@ -179,24 +176,16 @@ def largest_contour(mask: np.ndarray) -> np.ndarray:
 
 
 def _follow(mask: np.ndarray, start: tuple[int, int]) -> list[tuple[int, int]]:
-    """The border that begins at a pixel with nothing to its left, until it comes back as it began."""
-
-    def inside(pixel: tuple[int, int], direction: int) -> tuple[int, int] | None:
-        row, column = AROUND[direction % 8]
-        there = (pixel[0] + row, pixel[1] + column)
-        return there if mask[there] else None
-
-    west = 4
-    first = next((west + turn for turn in range(1, 9) if inside(start, west + turn)), None)
-    if first is None:
-        return [start]  # a single pixel
-    last, border, here, back = inside(start, first), [start], start, first
+    """The border that begins at a pixel with nothing to its left, until it would begin again."""
+    border: list[tuple[int, int]] = []
+    here, back = start, 4  # where it came from: the left
     while True:
-        # the other way round, from behind the pixel that it came from
-        turn = next(turn for turn in range(1, 9) if inside(here, back - turn))
-        there = inside(here, back - turn)
-        assert there is not None
-        if there == start and here == last:
+        around = [(here[0] + row, here[1] + column) for row, column in AROUND]
+        turn = next((turn for turn in range(1, 9) if mask[around[(back - turn) % 8]]), None)
+        if turn is None:
+            return [start]  # a single pixel
+        there = around[(back - turn) % 8]
+        if border[:2] == [here, there]:
             return border
-        border.append(there)
+        border.append(here)
         here, back = there, back - turn + 4

@@ -67,6 +67,12 @@ class _Description(Section):
     weights_sha256: str | None = None
 
     @model_validator(mode="after")
+    def _rays_are_predicted(self) -> _Description:
+        if self.inference.decoding == "polarmask":
+            self.model.require_rays("inference.decoding = 'polarmask'")
+        return self
+
+    @model_validator(mode="after")
     def _labels_are_told_apart(self) -> _Description:
         names, ids = self.class_names, self.category_ids
         if not names or len(names) != len(ids):

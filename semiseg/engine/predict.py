@@ -133,7 +133,7 @@ def find_instances(
         originals: number of an image -> (3, height, width) uint8 of its output size, which refined masks follow; None =
             the image itself, resized.
     """
-    refiner = build_refiner(limits.refine)
+    refiner, polar = build_refiner(limits.refine), limits.decoding == "polarmask"
     sizes = [(image.shape[1], image.shape[2]) for image in images]
     device = network.pixel_mean.device
     for numbers in forward_groups(sizes, size_divisor=network.size_divisor, forward_pixels=forward_pixels):
@@ -147,6 +147,7 @@ def find_instances(
             candidates_per_level=limits.candidates_per_level,
             nms_threshold=limits.nms_threshold,
             max_detections=limits.max_detections,
+            **({"decoding": limits.decoding} if polar else {}),  # other detectors know none
         )
         for number, candidates in zip(numbers, chosen, strict=True):
             input_hw, output_hw = sizes[number], output_sizes[number]
@@ -162,7 +163,9 @@ def find_instances(
                 boxes_xyxy=boxes_xyxy,
                 scores=candidates.scores,
                 labels=candidates.labels,
-                masks=iter_masks(network, outputs, candidates.queries, input_hw, output_hw, refine=refine),
+                masks=iter_masks(
+                    network, outputs, candidates.queries, input_hw, output_hw, refine=refine, polygons=polar
+                ),
             )
 
 

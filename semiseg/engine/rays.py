@@ -14,12 +14,11 @@ from semiseg.config.model import FCOSDetector, RayMaskHead
 from semiseg.data.rays import NO_RAY, RayRule
 from semiseg.data.table import Table
 from semiseg.engine.detection import fcos_assignment
-from semiseg.losses.rays import RayGoals, polar_centreness
+from semiseg.losses.rays import polar_centreness
 from semiseg.models.detectors.fcos import make_locations
 from semiseg.models.detectors.sample import queries_of
 from semiseg.structures.inputs import Targets, grid_size, has_mask
 from semiseg.structures.outputs import Assignment, MaskQueries
-from semiseg.structures.rays import RayTargets
 
 
 def build_ray_rule(config: RunConfig, train: Table) -> RayRule | None:
@@ -30,7 +29,7 @@ def build_ray_rule(config: RunConfig, train: Table) -> RayRule | None:
     assert isinstance(head, RayMaskHead)  # the configuration allows no other
     assert isinstance(detector, FCOSDetector)
     return RayRule(
-        head.rays,
+        count=head.rays,
         contour=head.targets == "contour",
         everywhere=source == "masks" and train.count_objects()[1] == 0,
         positives=partial(positives_of, assign=fcos_assignment(detector), strides=tuple(detector.strides)),
@@ -52,39 +51,22 @@ def positives_of(
     return assignment.instance_index, assignment.location_index, locations.xy[assignment.location_index]
 
 
-def with_polar_centreness(assignment: Assignment, targets: Targets) -> Assignment:
-    """The assignment with the centreness of rays, if every instance of the run has them; else as it is.
+def with_rays(assignment: Assignment, targets: Targets) -> tuple[Assignment, MaskQueries]:
+    """The assignment as rays want it, and where those of the targets are predicted.
 
-    An instance whose mask has no pixel keeps FCOS's.
+    If every instance of the run has a mask it has the centreness of rays; one whose mask has no pixel keeps FCOS's.
     """
-    rays = _rays(targets)
+    rays = targets.rays
+    if rays is None:
+        raise ValueError("objective.mask = 'rays' needs targets with rays")
     with_mask = has_mask(targets.supervision[assignment.instance_index])
     place = with_mask.nonzero()[:, 0]
     same = torch.equal(assignment.instance_index[place], rays.instance_index)
     if not same or not torch.equal(assignment.location_index[place], rays.location_index):
         raise ValueError("the rays of the targets are not those of the assignment's positives")
-    if not rays.everywhere:
-        return assignment
-    reached = (rays.distances > NO_RAY).any(1)
-    centreness = assignment.centreness.clone()
-    centreness[place[reached]] = polar_centreness(rays.distances[reached]).to(centreness.dtype)
-    return replace(assignment, centreness=centreness)
-
-
-def ray_goals(targets: Targets, chosen: Tensor) -> RayGoals:
-    """What the rays of a batch should be; `chosen` (N,) bool says which instances get the loss."""
-    rays = _rays(targets)
-    weight = polar_centreness(rays.distances) * chosen[rays.instance_index]
-    return RayGoals(rays.instance_index, rays.distances, weight)
-
-
-def ray_queries(targets: Targets) -> MaskQueries:
-    """Where the rays of `ray_goals` are predicted."""
-    rays = _rays(targets)
-    return queries_of(targets, rays.instance_index, rays.location_index)
-
-
-def _rays(targets: Targets) -> RayTargets:
-    if targets.rays is None:
-        raise ValueError("objective.mask = 'rays' needs targets with rays")
-    return targets.rays
+    if rays.everywhere:
+        reached = (rays.distances > NO_RAY).any(1)
+        centreness = assignment.centreness.clone()
+        centreness[place[reached]] = polar_centreness(rays.distances[reached]).to(centreness.dtype)
+        assignment = replace(assignment, centreness=centreness)
+    return assignment, queries_of(targets, rays.instance_index, rays.location_index)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from semiseg.engine.detection import DetectorStep
-from semiseg.engine.rays import ray_goals, ray_queries, with_polar_centreness
+from semiseg.engine.rays import with_rays
 from semiseg.losses.learned import AffinityTargets, LearnedEdges, affinity_targets
 from semiseg.losses.terms import (
     LossTerms,
@@ -112,13 +112,12 @@ class TrainStep(nn.Module):
         quotas = torch.where(instances.drawn, shared, 0)
         queries = sums_by_image(targets.image_index, quotas, num_images)
         sizes = loss_sizes(instances, quotas, objective=self.objective)
-        of_rays = None
+        rays = None
         if "rays" in instances.chosen:
-            assignment = with_polar_centreness(assignment, targets)
-            of_rays = (ray_goals(targets, instances.chosen["rays"]), ray_queries(targets))
+            assignment, rays = with_rays(assignment, targets)
 
-        assignment, instances, quotas, shared, of_rays = send(
-            (assignment, instances, quotas, shared, of_rays), batch.images.device
+        assignment, instances, quotas, shared, rays = send(
+            (assignment, instances, quotas, shared, rays), batch.images.device
         )
         targets = _targets(batch)
         affinity = self.affinity_targets(batch, targets) if self.affinity is not None else None
@@ -133,12 +132,12 @@ class TrainStep(nn.Module):
             soft=None if self.detector.own_regions else soft_cells(targets, instances),
             sizes=sizes,
             crops=mask_crops(targets, instances),
-            rays=None if of_rays is None else of_rays[0],
+            rays=None if rays is None else targets.rays,
         )
         own = self.detector.counts(assignment, wanted.box_only)
         of_detector = torch.stack([own[name].double() for name in self.detector.count_names])
         counts = torch.cat([of_detector, term_counts(targets, wanted, shared)])
-        return StepPlan(assignment, wanted, quotas, tuple(queries), counts, None if of_rays is None else of_rays[1])
+        return StepPlan(assignment, wanted, quotas, tuple(queries), counts, rays)
 
     def forward(self, batch: Batch, plan: StepPlan, counts: Tensor, *, warmup: float, processes: int) -> LossTerms:
         """The losses of one batch.

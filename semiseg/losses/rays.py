@@ -5,23 +5,13 @@ Source: PolarMask (Xie et al., CVPR 2020, arXiv 1909.13226), sections 3.3 and 3.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from semiseg.losses.dice import at_least_float32
+from semiseg.structures.rays import RayTargets
 
 LEAST_CENTRENESS = 1e-6  # of a step, by which the loss of its rays is divided
-
-
-@dataclass(frozen=True)
-class RayGoals:
-    """What the rays at the positives of instances with a mask should be, of a batch."""
-
-    instance_index: Tensor  # (K,) int64
-    distances: Tensor  # (K, rays) input pixels > 0
-    centreness: Tensor  # (K,) in [0, 1], the weight of each; 0 where its instance gets no loss of rays
 
 
 def polar_iou_loss(predicted: Tensor, target: Tensor) -> Tensor:
@@ -45,10 +35,10 @@ def polar_centreness(distances: Tensor) -> Tensor:
     return torch.sqrt(shortest / longest)
 
 
-def ray_loss_sum(predicted: Tensor, goals: RayGoals, weight: Tensor) -> Tensor:
+def ray_loss_sum(predicted: Tensor, targets: RayTargets, weight: Tensor) -> Tensor:
     """The polar IoU losses of rays (K, rays) in input pixels, each times its centreness and its instance's weight (N,).
 
-    A scalar; without rays a zero on their graph. To be divided by the sum of the centreness of the whole step.
+    A scalar; without rays a zero on their graph. To be divided by the centreness of the whole step that has a weight.
     """
-    each = polar_iou_loss(predicted, goals.distances) * goals.centreness
-    return (each * weight[goals.instance_index]).sum()
+    each = polar_iou_loss(predicted, targets.distances) * polar_centreness(targets.distances)
+    return (each * weight[targets.instance_index]).sum()

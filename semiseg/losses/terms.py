@@ -43,11 +43,12 @@ from semiseg.losses.crops import (
 from semiseg.losses.dice import at_least_float32, dice_loss
 from semiseg.losses.learned import COLOUR_COUNTS, AffinityTargets, LearnedEdges, affinity_loss
 from semiseg.losses.level_set import level_set_loss
-from semiseg.losses.rays import LEAST_CENTRENESS, RayGoals, ray_loss_sum
+from semiseg.losses.rays import LEAST_CENTRENESS, polar_centreness, ray_loss_sum
 from semiseg.losses.regions import crop_cells, region_cells, region_edges, region_inside, shrunk_cells, soft_masks
 from semiseg.structures.grids import MaskGrid, Regions, WholeMap
 from semiseg.structures.inputs import Batch, Supervision, Targets, has_mask
 from semiseg.structures.outputs import MaskLogits
+from semiseg.structures.rays import RayTargets
 
 MaskObjective = Literal["dice", "labelled", "bce", "crop_bce", "rays"]
 PseudoObjective = Literal["dice", "bce", "dice+projection", "dice+projection+pairwise"]
@@ -180,7 +181,7 @@ class MaskTargets(InstanceTerms):
     known: Tensor | None = None  # (M, h, w) bool, the cells of `masks` that count; None = all
     soft: Tensor | None = None  # (M, h, w) float, the shares of the cells that are inside, where `bce` wants those
     crops: Crops | None = None  # where an instance gets `crop_bce`
-    rays: RayGoals | None = None  # where the objective learns from rays
+    rays: RayTargets | None = None  # where the objective learns from rays
     # See `loss_sizes`; None = they are read back from the device when they are needed
     sizes: Mapping[str, int] | None = None
 
@@ -372,7 +373,8 @@ def term_counts(targets: Targets, prepared: MaskTargets, quotas: Tensor) -> Tens
             each = each * edge_counts(prepared.cells, prepared.edges[name], index)
         counts[name] = each.sum()
     if prepared.rays is not None:
-        counts["rays"] = prepared.rays.centreness.double().sum()
+        of_instances = prepared.chosen["rays"][prepared.rays.instance_index]
+        counts["rays"] = (polar_centreness(prepared.rays.distances) * of_instances).double().sum()
     if prepared.affinity is not None:
         counts["affinity"] = prepared.affinity.known.sum()
         counts |= zip(COLOUR_COUNTS, prepared.affinity.colour_counts(), strict=True)
@@ -477,7 +479,7 @@ def _mask_sums(
         each = level_set_loss(logits, prepared.cells[instance], prepared.lab, image)
         sums["level_set"] = torch.where(prepared.chosen["level_set"][instance], each, 0).sum()
     if rays is not None and prepared.rays is not None:
-        sums["rays"] = ray_loss_sum(rays, prepared.rays, prepared.weight)
+        sums["rays"] = ray_loss_sum(rays, prepared.rays, prepared.weight * prepared.chosen["rays"])
     # One loss with a graph is enough, and a graph for nothing costs a map of zeros. Without any, the masks take part in
     # the 0 (those of no queries are on the graph, too), so that no process waits for a gradient that never comes.
     zero = at_least_float32(logits.new_zeros(()) if sums else logits[:0].sum())

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -40,6 +42,7 @@ def iter_masks(
     output_hw: tuple[int, int],
     *,
     refine: Callable[[Tensor, Tensor], Tensor] | None = None,
+    polygons: bool = False,
     chunk_pixels: int = CHUNK_PIXELS,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields the masks of one image's detections a few at a time: (numbers (M,) int64, masks (M, H, W) bool).
@@ -54,6 +57,7 @@ def iter_masks(
         input_hw: size of the image in the input, before padding.
         output_hw: size of the masks.
         refine: (numbers (M,), probabilities (M, H, W)) -> masks (M, H, W) bool; None = those above one half.
+        polygons: the masks' outlines, filled, in place of their cells, see `fill_outlines`.
         chunk_pixels: see above.
     """
     largest = max(input_hw[0] * input_hw[1], output_hw[0] * output_hw[1])
@@ -64,7 +68,11 @@ def iter_masks(
         chunk = logits[start : start + size]
         numbers = torch.arange(start, start + chunk.shape[0], device=logits.device)
         own = predicted.grid.of(numbers)
-        if refine is None:
+        if polygons:
+            assert predicted.outlines_xy is not None  # the configuration allows no other head
+            masks = fill_outlines(predicted.outlines_xy[numbers], input_hw, output_hw)
+            yield numbers, masks if refine is None else refine(numbers, masks.float())
+        elif refine is None:
             yield numbers, paste_masks(chunk, own, input_hw, output_hw)
         else:
             yield numbers, refine(numbers, paste_probabilities(chunk, own, input_hw, output_hw))
@@ -90,6 +98,45 @@ def paste_probabilities(
     else:
         probability = _paste_map(logits, grid.stride, input_hw, output_hw)
     return probability[:, 0]
+
+
+def fill_outlines(outlines_xy: Tensor, input_hw: tuple[int, int], output_hw: tuple[int, int]) -> Tensor:
+    """Masks (M, H, W) bool in output pixels of polygons (M, K, 2) in input pixels, as PolarMask makes them.
+
+    Their ends are brought into the image, scaled and cut to whole pixels; the lines between them belong to the mask.
+    """
+    (height, width), (output_height, output_width) = input_hw, output_hw
+    limit = outlines_xy.new_tensor([width - 1, height - 1])
+    scale = outlines_xy.new_tensor([output_width / width, output_height / height])
+    # What rounding leaves of a whole pixel is not cut to the one before.
+    points = (torch.minimum(outlines_xy.clamp(min=0), limit) * scale + 1e-4).long()
+    masks = np.zeros((len(points), *output_hw), dtype=bool)
+    for mask, polygon in zip(masks, points.cpu().numpy(), strict=True):
+        _fill(mask, polygon)
+    return torch.from_numpy(masks).to(outlines_xy.device)
+
+
+def _fill(mask: NDArray[np.bool_], polygon: NDArray[np.int64]) -> None:
+    """Sets what a polygon (K, 2) of whole x, y encloses by the even-odd rule, and its sides, in exact arithmetic."""
+    corner = polygon.min(0)
+    width, height = polygon.max(0) - corner + 1
+    inside = mask[corner[1] : corner[1] + height, corner[0] : corner[0] + width]
+    first, last = polygon - corner, np.roll(polygon - corner, -1, axis=0)
+    # Each row turns from outside to inside, or back, at the first pixel that is not left of a side.
+    falls = last[:, 1:] < first[:, 1:]
+    (x, y), way = np.where(falls, last, first).T, np.where(falls, first - last, last - first)
+    row, side = np.nonzero((y <= (rows := np.arange(height)[:, None])) & (rows < y + way[:, 1]))
+    column = x[side] - (row - y[side]) * -way[side, 0] // way[side, 1]
+    turns = np.zeros((height, width + 1), dtype=bool)
+    np.logical_xor.at(turns, (row, column), True)
+    inside |= np.logical_xor.accumulate(turns, axis=1)[:, :width]
+    # Sides are drawn from left to right, a pixel for each step of the longer way; halves stay behind.
+    leftwards = last[:, :1] < first[:, :1]
+    start, way = np.where(leftwards, last, first), np.where(leftwards, first - last, last - first)
+    steps = abs(way).max(1).clip(min=1)[:, None, None]
+    step = np.arange(steps.max() + 1)[:, None].clip(max=steps)  # (K, S, 1)
+    drawn = start[:, None] - np.sign(way)[:, None] * ((steps - 2 * step * abs(way)[:, None]) // (2 * steps))
+    inside[drawn[..., 1], drawn[..., 0]] = True
 
 
 def _paste_map(logits: Tensor, stride: int, input_hw: tuple[int, int], output_hw: tuple[int, int]) -> Tensor:

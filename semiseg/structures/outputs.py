@@ -107,6 +107,8 @@ class MaskLogits:
     image_index: Tensor  # (Q,) int64
     instance_index: Tensor  # (Q,) int64, see `MaskQueries`
     grid: MaskGrid  # where the cells stand: targets, losses and pasting ask it and nothing else
+    # (Q, K, 2) x, y in input pixels, of a head whose masks are polygons: what `inference.decoding = "polarmask"` fills
+    outlines_xy: Tensor | None = None
 
     def __post_init__(self) -> None:
         count = self.logits.shape[0]
@@ -123,8 +125,8 @@ class Candidates:
     """The chosen detections of one image, best first, before their masks."""
 
     scores: Tensor  # (N,) float32 in [0, 1], descending
-    # Their boxes and labels, and where their masks come from; `instance_index` is 0..N-1. The boxes are unclipped, and
-    # each has some area inside the unpadded image.
+    # Their boxes and labels, and where their masks come from; `instance_index` is 0..N-1. Boxes may reach beyond the
+    # unpadded image, but each has some area inside.
     queries: MaskQueries
 
     def __len__(self) -> int:

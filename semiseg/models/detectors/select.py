@@ -25,6 +25,7 @@ def select_detections(
     nms_threshold: float,
     max_detections: int,
     size_divisor: int = BACKBONE_STRIDES[-1],
+    decoding: str = "usual",
 ) -> list[Candidates]:
     """Chooses the detections of each image (METHOD section 3, inference).
 
@@ -43,22 +44,28 @@ def select_detections(
         nms_threshold: of the IoU above which the lower-scored box of a class goes.
         max_detections: per image.
         size_divisor: to multiples of which an image alone is padded.
+        decoding: "polarmask" = the original's: the threshold is for the class probability p, the score is
+            p (centreness + 1/2) / 1.5 (theirs is not divided), and boxes end in the middle of the image's outer pixels
+            before NMS, in which both pixels at their ends count.
     """
+    polar = decoding == "polarmask"
     own_sizes = (image_sizes_hw + size_divisor - 1) // size_divisor * size_divisor
     results = []
     for image in range(outputs.class_logits.shape[0]):
-        scores = outputs.class_logits[image].float().sigmoid()  # (R, C)
-        scores = scores * outputs.centreness_logits[image, :, None].float().sigmoid()
-        scores = scores * cell_exists(outputs.locations, own_sizes[image])[:, None]
-        location, label = _best_per_level(scores, outputs.locations.counts, score_threshold, candidates_per_level)
+        scores, asked = _scores(outputs, image, cell_exists(outputs.locations, own_sizes[image]), polar=polar)
+        above, counts = asked > score_threshold, outputs.locations.counts
+        location, label = _best_per_level(scores, above, counts, candidates_per_level)
         score, boxes = scores[location, label], decode_boxes(outputs, image, location)
+        if polar:
+            boxes = torch.minimum(boxes.clamp(min=0), (image_sizes_hw[image].flip(0) - 1).repeat(2))
         # double: batched_nms keeps classes apart by large offsets, which in float32 would round the boxes
         shifted = boxes.double() - boxes.amin() if len(boxes) else boxes.double()  # and supposes coordinates >= 0
+        shifted[:, 2:] += int(polar)
         kept = batched_nms(shifted, score.double(), label, nms_threshold)[:max_detections]
         kept = kept[overlaps_image(boxes[kept], image_sizes_hw[image])]
         results.append(
             Candidates(
-                scores=score[kept].sqrt(),
+                scores=score[kept] if polar else score[kept].sqrt(),
                 queries=MaskQueries(
                     image_index=torch.full_like(kept, image),
                     location_index=location[kept],
@@ -90,11 +97,22 @@ def overlaps_image(boxes_xyxy: Tensor, size_hw: Tensor) -> Tensor:
     return (high > low).all(dim=1)
 
 
-def _best_per_level(scores: Tensor, level_counts: Sequence[int], threshold: float, count: int) -> tuple[Tensor, Tensor]:
-    """(locations (K,), labels (K,)) of the `count` best scores (R, C) above the threshold in each level."""
+def _scores(outputs: DenseOutputs, image: int, exists: Tensor, *, polar: bool) -> tuple[Tensor, Tensor]:
+    """The scores (R, C) of an image, and what the threshold is for; 0 where a location does not exist (R,)."""
+    probability = outputs.class_logits[image].float().sigmoid()
+    centreness = outputs.centreness_logits[image, :, None].float().sigmoid()
+    if polar:
+        return probability * (centreness + 0.5) / 1.5 * exists[:, None], probability * exists[:, None]
+    scores = probability * centreness * exists[:, None]
+    return scores, scores
+
+
+def _best_per_level(scores: Tensor, above: Tensor, level_counts: Sequence[int], count: int) -> tuple[Tensor, Tensor]:
+    """(locations (K,), labels (K,)) of the `count` best scores (R, C) in each level, of those that are `above`."""
     best = []
-    for level_scores, start in zip(scores.split(list(level_counts)), _starts(level_counts), strict=True):
-        place = (level_scores > threshold).nonzero()  # (k, 2) by location, then class
+    levels = (values.split(list(level_counts)) for values in (scores, above))
+    for level_scores, level_above, start in zip(*levels, _starts(level_counts), strict=True):
+        place = level_above.nonzero()  # (k, 2) by location, then class
         order = torch.argsort(level_scores[place[:, 0], place[:, 1]], descending=True, stable=True)[:count]
         best.append(place[order] + place.new_tensor([start, 0]))
     location, label = torch.cat(best).unbind(1)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -26,14 +25,6 @@ FIRST_SHARE = 0.95  # of the ellipse's radius, with which rays that start from a
 SHARES = (0.02, 0.97)  # of a ray's room in the box: what it can begin with
 SHORTEST = 0.01  # input pixels: of a ray where it is drawn, and of its room
 STEEPEST = 0.02  # cosine between a ray and what stands upright on the outline
-
-
-@dataclass(frozen=True)
-class RayInputs:
-    """What masks are made from, of a batch; see `Outputs.mask_inputs`."""
-
-    features: Tensor  # (B, R, F') behind the tower, from which the rays are computed where a mask is wanted
-    padded_hw: tuple[int, int]  # height and width of the padded images
 
 
 class RayMasks(MaskHead):
@@ -80,12 +71,10 @@ class RayMasks(MaskHead):
         """The tower."""
         return (self.tower,)
 
-    def forward(self, levels: Mapping[int, Tensor], box_towers: Sequence[Tensor]) -> RayInputs:
-        """As `MaskHead.forward`; the features are 0 in a training without masks."""
-        height, width = levels[self.strides[0]].shape[-2:]
+    def forward(self, levels: Mapping[int, Tensor], box_towers: Sequence[Tensor]) -> Tensor:
+        """As `MaskHead.forward`: (B, R, F') behind the tower, 0 in a training without masks."""
         tower = torch.zeros_like if self.training and not self.learns else self.tower
-        features = flatten_levels([tower(levels[stride]) for stride in self.strides])
-        return RayInputs(features, (height * self.strides[0], width * self.strides[0]))
+        return flatten_levels([tower(levels[stride]) for stride in self.strides])
 
     def grid(self, boxes_xyxy: Tensor, padded_size_hw: tuple[int, int]) -> WholeMap:
         """The whole padded map at `stride`, whatever the boxes."""
@@ -93,8 +82,9 @@ class RayMasks(MaskHead):
 
     def distances(self, outputs: Outputs, queries: MaskQueries) -> Tensor:
         """(Q, rays) float32, input pixels from the queried locations; see `draw_rays`."""
-        inputs, locations = outputs.mask_inputs, outputs.locations
-        x = convolve_at(self.rays, inputs.features, outputs, queries, inputs.padded_hw).float()
+        locations, padded_hw = outputs.locations, outputs.padded_hw
+        assert padded_hw is not None
+        x = convolve_at(self.rays, outputs.mask_inputs, outputs, queries, padded_hw).float()
         scaled = self.level_scales[locations.level[queries.location_index]][:, None] * x
         if self.start == "stride":
             return scaled.clamp(max=LARGEST_LOG).exp() * locations.stride[queries.location_index][:, None]
@@ -106,16 +96,22 @@ class RayMasks(MaskHead):
 
     def predict_masks(self, outputs: Outputs, queries: MaskQueries) -> MaskLogits:
         """As `MaskHead.predict_masks`: the rays of the queried locations, drawn."""
-        grid = self.grid(queries.boxes_xyxy, outputs.mask_inputs.padded_hw)
-        centres = outputs.locations.xy[queries.location_index]
-        logits = draw_rays(self.distances(outputs, queries), centres, grid) / (self.softness * self.stride)
-        return MaskLogits(logits, queries.image_index, queries.instance_index, grid)
+        distances, centres = self.distances(outputs, queries), outputs.locations.xy[queries.location_index]
+        assert outputs.padded_hw is not None
+        grid = self.grid(queries.boxes_xyxy, outputs.padded_hw)
+        logits = draw_rays(distances, centres, grid) / (self.softness * self.stride)
+        return MaskLogits(logits, queries.image_index, queries.instance_index, grid, ray_ends(distances, centres))
 
 
 def directions(count: int, device: torch.device) -> Tensor:
     """(2, count) float32 unit vectors x, y: ray k points to the angle 2 pi k / count, from x towards y."""
     angle = torch.arange(count, device=device) * (2 * math.pi / count)
     return torch.stack([angle.cos(), angle.sin()])
+
+
+def ray_ends(distances: Tensor, centres_xy: Tensor) -> Tensor:
+    """(Q, K, 2) x, y of the ends of rays (Q, K) from points (Q, 2), in their frame."""
+    return centres_xy[:, None] + distances[:, :, None] * directions(distances.shape[1], distances.device).T
 
 
 def rooms(centres_xy: Tensor, boxes_xyxy: Tensor, count: int, *, margin: float) -> tuple[Tensor, Tensor]:
