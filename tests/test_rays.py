@@ -263,7 +263,7 @@ def terms_of(step: TrainStep, batch: Batch, warmup: float = 0.7) -> dict[str, fl
     return {name: float(value.detach()) for name, value in terms.weighted.items()}
 
 
-@pytest.mark.parametrize("supervision", [name for name in SUPERVISION if name != "pseudo"])  # those learn by Dice
+@pytest.mark.parametrize("supervision", SUPERVISION)
 def test_the_loss_of_a_step_beside_a_plain_loop(root: Path, supervision: str) -> None:
     config = config_of(root, supervision)
     step = fresh_step(config)
