@@ -259,6 +259,22 @@ QUOTES = (
     ),
     Quote(
         "docs/LEARNED_AFFINITY.md",
+        "{} AP with learned edges beside {} with colour's where a tenth of the objects has a mask, {} beside {} with a "
+        "third; box AP is not lower ({} beside {} with a tenth)",
+        lambda reports: [
+            *(
+                cell(reports, f"shapes_scratch/tables/percent_{share}.md", "AP", row)
+                for share in (10, 33)
+                for row in ("projection + learned affinity", "projection + pairwise")
+            ),
+            *(
+                cell(reports, "shapes_scratch/report.md", "box AP", row)
+                for row in ("projection + learned affinity", "projection + pairwise")
+            ),
+        ],
+    ),
+    Quote(
+        "docs/LEARNED_AFFINITY.md",
         "with half of the masks it reaches what all masks give ({}, the same seeds in `reports/shapes_seeds/`)",
         lambda reports: [cell(reports, "shapes_seeds/tables/table6.md", "all AP", "full-masks")],
     ),
@@ -302,6 +318,12 @@ TABLES = (
         lambda reports: table_below(reports / "shapes_learned/report.md", "### Learned edges"),
     ),
     QuotedTable("docs/LEARNED_AFFINITY.md", "What are a few masks worth?", shares_lines),
+    QuotedTable(
+        "docs/PSEUDO_MASKS.md",
+        "Table 5 of the paper with Shapes",
+        lambda reports: (reports / "shapes_table5/tables/table5.md").read_text(encoding="utf-8").splitlines(),
+    ),
+    QuotedTable("docs/PSEUDO_MASKS.md", "What they cost, `python", partial(bench_lines, name="refine.json")),
     QuotedTable("docs/HEADS.md", "Shapes, the same detector, losses", heads_lines),
     QuotedTable("docs/NUMERICS.md", "Order of the rows by processor and seed", processor_lines),
     QuotedTable("docs/PERFORMANCE.md", "The full form, `python -m benchmarks --json", bench_lines),

@@ -130,26 +130,63 @@ def test_images_are_known_by_their_names_whatever_their_ids(files: CocoFiles) ->
     assert found.of(1).keys() == {21}
 
 
+def test_images_of_one_name_in_different_folders_are_not_mixed_up(tmp_path: Path) -> None:
+    """Whatever the ids: each mask is as wide as its image's number says."""
+    files = make_coco(tmp_path, sizes_hw=[SIZE, SIZE], annotations=[boxed(n, n, [0, 0, 40, 40]) for n in (1, 2)])
+    for folder in ("a", "b"):
+        (files.images / folder).mkdir()
+        (files.images / ("001.png" if folder == "a" else "002.png")).rename(files.images / folder / "1.png")
+
+    def rename(content: dict[str, Any]) -> None:
+        for image, folder in zip(content["images"], "ab", strict=True):
+            image["file_name"] = f"{folder}/1.png"
+
+    files = files.rewrite(rename)
+    masks = {"a": rle_of(rectangle(0, 0, 10, 30)), "b": rle_of(rectangle(0, 0, 20, 30))}
+    for ids in ({"a": 1, "b": 2}, {"a": 2, "b": 1}, {"a": 11, "b": 12}):
+        images = [{"id": ids[folder], "file_name": f"./{folder}/1.png"} for folder in "ab"]
+        entries = [boxed(50 + ids[folder], ids[folder], [0, 0, 40, 40], segmentation=masks[folder]) for folder in "ab"]
+        found = imported(files, entries, images=images)
+        widths = [int(decoded(next(iter(found.of(n).values())).rle_counts).any(0).sum()) for n in (0, 1)]
+        assert widths == [10, 20], ids
+    entry = boxed(9, 5, [0, 0, 40, 40], segmentation=masks["a"])
+    alone = imported(files, [entry], images=[{"id": 5, "file_name": "a/1.png"}])
+    assert (len(alone.of(0)), len(alone.of(1))) == (1, 0)
+    with pytest.raises(UserError, match="none of its 1 images"):  # which of the two it is cannot be known
+        imported(files, [], images=[{"id": 1, "file_name": "1.png"}])
+
+
+def test_an_annotation_id_stands_once(files: CocoFiles) -> None:
+    entry = boxed(12, 1, [35, 20, 70, 60], segmentation=rle_of(rectangle(38, 25, 60, 55)))
+    with pytest.raises(UserError, match=r"annotations\[1\]: annotation id 12 is used twice"):
+        imported(files, [entry, entry])
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"mask_weight": 1.2}, r"annotation 12: 'mask_weight' is 1.2, allowed: a number from 0 to 1"),
+        ({"mask_weight": 1.2}, r"annotation 12: 'mask_weight' is '1.2', allowed: a number from 0 to 1"),
         ({"mask_weight": "high"}, r"annotation 12: 'mask_weight' is 'high', allowed"),
         ({"segmentation": rle_of(np.ones((3, 4)))}, r"annotation 12: RLE has size \[3, 4\], allowed"),
-        ({"mask_known": rle_of(np.ones((3, 4)))}, r"annotation 12: RLE has size \[3, 4\], allowed"),
+        ({"mask_known": rle_of(np.ones((3, 4)))}, r"annotation 12: mask_known: RLE has size \[3, 4\], allowed"),
         (
             {"segmentation": rle_of(rectangle(0, 0, 30, 30))},
             r"annotation 12: only 0 of the 900 pixels of its mask are in the box of its object, \[35.0, 20.0",
         ),
         ({"bbox": [1, 2]}, r"annotation 12: 'bbox' is \[1, 2\], allowed: four numbers"),
-        ({"image_id": None}, None),
+        ({"bbox": [10**400, 0, 1, 1]}, r"annotation 12: 'bbox' is .*, allowed: four numbers"),
+        ({"mask_known": {}}, r"annotation 12: mask_known: is empty, allowed: polygons or an RLE"),
+        ({"mask_known": 5}, r"annotation 12: mask_known: 'segmentation' is neither"),
+        ({"image_id": None}, r"annotations\[0\] is no object with 'image_id', each a number or a text"),
+        ({"image_id": [1]}, r"annotations\[0\] is no object with 'image_id', each a number or a text"),
+        ({"id": {}}, r"annotations\[0\] is no object with 'id', each a number or a text"),
+        ({"image_id": "1"}, r"none of its 1 masks belongs to one of the 4 objects of .*, by annotation id or by box"),
+        ({"segmentation": None}, r"none of its 0 masks belongs to one of the 4 objects"),
+        ({"iscrowd": 1}, r"none of its 0 masks belongs to one of the 4 objects"),
     ],
 )
-def test_a_file_that_does_not_fit_is_a_sentence(files: CocoFiles, change: dict[str, Any], sentence: str | None) -> None:
+def test_a_file_that_does_not_fit_is_a_sentence(files: CocoFiles, change: dict[str, Any], sentence: str) -> None:
     entry = boxed(12, 1, [35, 20, 70, 60], segmentation=rle_of(rectangle(38, 25, 60, 55)))
-    if sentence is None:  # of no image: nobody's, and counted
-        assert "0 of 4 objects" in imported(files, [{**entry, **change}]).summary
-        return
     with pytest.raises(UserError, match=sentence):
         imported(files, [{**entry, **change}])
     assert not list((files.annotations.parent / "arrow").glob("pseudo-*"))

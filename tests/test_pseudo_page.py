@@ -17,6 +17,7 @@ SMALLER = {"--images 500": "--images 4", "steps = 500": "steps = 2"}
 pytest.importorskip("cv2")
 
 
+@pytest.mark.filterwarnings("ignore:.*pseudo masks for")  # says how many fit
 def test_every_block_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     text = PAGE.read_text(encoding="utf-8")

@@ -70,6 +70,7 @@ def test_the_study_is_table_5s() -> None:
         ("bbtp-crf-r101", {"mil", "smoothness"}),
     ],
 )
+@pytest.mark.filterwarnings("ignore:.*pseudo masks for")
 def test_first_steps_of_the_other_rows(root: Path, tmp_path: Path, row: str, used: set[str]) -> None:
     pytest.importorskip("cv2")
     run = study_runs(load_study(str(TABLE5)), only=[row])[0]

@@ -140,7 +140,8 @@ def parse_sections(path: Path, needed: Sequence[str]) -> tuple[dict[str, Any], s
         raise UserError(f"{path}: expected an object with {', '.join(SECTIONS)}, not {_kind_of(raw)}")
     missing = [name for name in SECTIONS if not isinstance(raw.get(name, None if name in needed else []), list)]
     if missing:
-        raise UserError(f"{path}: no list {' and no list '.join(map(repr, missing))}; needed: {', '.join(needed)}")
+        expected = ", ".join(dict.fromkeys([*needed, *missing]))
+        raise UserError(f"{path}: no list {' and no list '.join(map(repr, missing))}; needed: {expected}")
     for name in ("images", "categories"):
         if name in needed and not raw[name]:
             raise UserError(f"{path}: the list {name!r} is empty")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as rle_codec
 
-from semiseg.data.coco import read_segmentation
+from semiseg.data.coco import is_finite, read_segmentation
 from semiseg.data.problems import BadValue
 from semiseg.data.rasterise import outlines_to_rle
 from semiseg.errors import UserError
@@ -72,7 +71,7 @@ def _read(
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and is_finite(value)
 
 
 def decoded(rle: Mapping[str, Any]) -> NDArray[np.bool_]:

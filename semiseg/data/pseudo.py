@@ -21,14 +21,14 @@ from datasets.arrow_writer import ArrowWriter
 from pycocotools import mask as rle_codec
 
 from semiseg.config.read import digest, file_digest
-from semiseg.data.coco import parse_sections, read_segmentation
+from semiseg.data.coco import is_finite, parse_sections, read_segmentation
 from semiseg.data.problems import BadValue
 from semiseg.data.rasterise import outlines_to_rle
 from semiseg.data.table import Table, open_rows
 from semiseg.errors import UserError
 from semiseg.files import whole_folder
 
-READER_VERSION = 1  # raise it when rows change
+READER_VERSION = 2  # raise it when rows change
 SAME_BOX = 0.9  # IoU from which a mask of unknown id belongs to a box
 OWN_BOX = 0.5  # IoU below which an annotation of a known id is another object's
 LEAST_INSIDE = 0.5  # share of a mask that lies in its box; the rest is cut off
@@ -60,7 +60,7 @@ class PseudoMasks:
     """The masks for the objects of a table, memory-mapped like it."""
 
     rows: datasets.Dataset  # of the form `FEATURES`, one per image of the table and in its order
-    summary: str  # what of the file fits, in a sentence
+    summary: str  # what of which file fits, in a sentence
 
     def of(self, index: int) -> dict[int, PseudoMask]:
         """Annotation id -> mask, for the image of a row."""
@@ -74,13 +74,14 @@ def load_pseudo(path: Path, table: Table, *, cache: Path) -> PseudoMasks:
     """The masks that a COCO json has for the objects of a table, matched once and then read from the cache.
 
     An annotation belongs to the object of its id in the same image, where their boxes overlap by an IoU of `OWN_BOX`;
-    else to the object of that image whose box is the same (`SAME_BOX`). Images are the same by id and file name, or by
-    file name. A mask is cut to the box of its object. Beside `segmentation` are read `mask_weight` in [0, 1] (1 where
-    it is missing) and `mask_known`, an RLE of the pixels that the mask says something of.
+    else to the object of that image whose box is the same (`SAME_BOX`). Images are the same by file name, without the
+    folders where only one of each side is called so. A mask is cut to the box of its object. Beside `segmentation` are
+    read `mask_weight` in [0, 1] (1 where it is missing) and `mask_known`, an RLE of the pixels that the mask says
+    something of.
 
     Raises:
-        UserError: no such file, or not such a one; no image in common; another image size; a mask that lies outside
-            its box; a weight outside [0, 1].
+        UserError: no such file, or not such a one; no image or no object in common; another image size; a mask that
+            lies outside its box; a weight outside [0, 1].
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file of pseudo masks; 'semiseg pseudo' makes one")
@@ -90,17 +91,23 @@ def load_pseudo(path: Path, table: Table, *, cache: Path) -> PseudoMasks:
         rows, about = open_rows(folder, partial(_match, path, table))
     except OSError as error:
         raise UserError(f"{cache}: the Arrow table cannot be written: {error.strerror or error}") from None
-    return PseudoMasks(rows, str(about["summary"]))
+    return PseudoMasks(rows, f"{path}: {about['summary']}")
 
 
 def _match(path: Path, table: Table, folder: Path) -> None:
     raw = parse_sections(path, ("images", "annotations"))[0]
     images = _by_table(path, raw["images"], table)
     by_image: defaultdict[Any, list[dict[str, Any]]] = defaultdict(list)
+    known: set[Any] = set()
     for number, entry in enumerate(raw["annotations"]):
-        if not isinstance(entry, dict) or "image_id" not in entry:
-            raise UserError(f"{path}: annotations[{number}] is no object with an 'image_id'")
-        if entry.get("segmentation"):
+        where = f"{path}: annotations[{number}]"
+        _require_ids(entry, ("image_id",), where)
+        if (own := entry.get("id")) is not None:
+            _require_ids(entry, ("id",), where)
+            if own in known:
+                raise UserError(f"{where}: annotation id {own} is used twice")
+            known.add(own)
+        if entry.get("segmentation") and not entry.get("iscrowd"):
             by_image[entry["image_id"]].append(entry)
     counts: Counter[str] = Counter(masks=sum(map(len, by_image.values())))
     with whole_folder(folder) as temporary:
@@ -113,7 +120,12 @@ def _match(path: Path, table: Table, folder: Path) -> None:
                 counts["matched"] += len(masks)
                 writer.write({"image_id": row["image_id"], "masks": masks})
             writer.finalize()
-        about: dict[str, Any] = {"summary": f"{path}: {_in_words(counts)}"}
+        if counts["objects"] and not counts["matched"]:
+            raise UserError(
+                f"{path}: none of its {counts['masks']} masks belongs to one of the {counts['objects']} objects of "
+                f"{table.annotations_file}, by annotation id or by box"
+            )
+        about: dict[str, Any] = {"summary": _in_words(counts)}
         about["digest"] = digest([file_digest(rows), about])
         (temporary / "classes.json").write_text(json.dumps(about), encoding="utf-8")
 
@@ -127,16 +139,19 @@ def _in_words(counts: Mapping[str, int]) -> str:
 def _by_table(path: Path, entries: Sequence[Any], table: Table) -> dict[int, Any]:
     """Image id of the table -> image id of the file, for those that both have."""
     by_id: dict[Any, dict[str, Any]] = {}
+    by_name, by_last = defaultdict(list), defaultdict(list)  # the name with its folders, and without
     for number, entry in enumerate(entries):
-        if not isinstance(entry, dict) or not {"id", "file_name"} <= entry.keys():
-            raise UserError(f"{path}: images[{number}] is no object with 'id' and 'file_name'")
+        _require_ids(entry, ("id", "file_name"), f"{path}: images[{number}]")
         by_id[entry["id"]] = entry
-    by_name = {_name(entry["file_name"]): image_id for image_id, entry in by_id.items()}
-    found = {}
-    columns = (table.rows.data.column(name).to_pylist() for name in ("image_id", "file_name", "height", "width"))
+        by_name[_name(entry["file_name"])].append(entry["id"])
+        by_last[_name(entry["file_name"]).name].append(entry["id"])
+    found: dict[int, Any] = {}
+    columns = [table.rows.data.column(name).to_pylist() for name in ("image_id", "file_name", "height", "width")]
+    called = Counter(_name(file_name).name for file_name in columns[1])
     for image_id, file_name, height, width in zip(*columns, strict=True):
-        own, name = by_id.get(image_id), _name(file_name)
-        other = image_id if own is not None and _name(own["file_name"]) == name else by_name.get(name)
+        name = _name(file_name)
+        alike = by_name.get(name) or (by_last.get(name.name, []) if called[name.name] == 1 else [])
+        other = image_id if image_id in alike else alike[0] if len(alike) == 1 else None
         if other is None:
             continue
         entry, found[image_id] = by_id[other], other
@@ -149,13 +164,19 @@ def _by_table(path: Path, entries: Sequence[Any], table: Table) -> dict[int, Any
     if not found:
         raise UserError(
             f"{path}: none of its {len(by_id)} images is one of the {len(table)} of {table.annotations_file}, by their "
-            f"file names, such as {next(iter(by_name), 'none')!r}"
+            f"file names, such as {str(next(iter(by_name), 'none'))!r}"
         )
     return found
 
 
-def _name(file_name: Any) -> str:
-    return PurePosixPath(str(file_name).replace("\\", "/")).name
+def _name(file_name: Any) -> PurePosixPath:
+    """Without `.` and in POSIX form, whoever wrote it."""
+    return PurePosixPath(str(file_name).replace("\\", "/"))
+
+
+def _require_ids(entry: Any, keys: Sequence[str], where: str) -> None:
+    if not isinstance(entry, dict) or not all(type(entry.get(key)) in (int, str) for key in keys):
+        raise UserError(f"{where} is no object with {' and '.join(map(repr, keys))}, each a number or a text")
 
 
 def _masks_of(path: Path, row: dict[str, Any], entries: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -165,12 +186,14 @@ def _masks_of(path: Path, row: dict[str, Any], entries: Sequence[dict[str, Any]]
         where = f"{path}: annotation {entry.get('id')}"
         weight = entry.get("mask_weight", 1)
         if type(weight) not in (int, float) or not 0 <= weight <= 1:
-            raise UserError(f"{where}: 'mask_weight' is {weight!r}, allowed: a number from 0 to 1")
+            raise UserError(f"{where}: 'mask_weight' is {str(weight)[:40]!r}, allowed: a number from 0 to 1")
         size_hw = (row["height"], row["width"])
         mask = _within(
             _counts(entry["segmentation"], size_hw, where), objects[annotation_id]["box_xyxy"], size_hw, where
         )
-        known = _counts(entry["mask_known"], size_hw, where) if entry.get("mask_known") else None
+        known = entry.get("mask_known")
+        if known is not None:
+            known = _counts(known, size_hw, f"{where}: mask_known")
         if mask is not None:
             yield {"annotation_id": annotation_id, "weight": float(weight), "rle_counts": mask, "known_counts": known}
 
@@ -207,7 +230,7 @@ def _corners(path: Path, entry: dict[str, Any]) -> list[float] | None:
     box = entry.get("bbox")
     if box is None:
         return None
-    if not isinstance(box, list) or len(box) != 4 or not all(type(v) in (int, float) and math.isfinite(v) for v in box):
+    if not isinstance(box, list) or len(box) != 4 or not all(type(v) in (int, float) and is_finite(v) for v in box):
         raise UserError(f"{path}: annotation {entry.get('id')}: 'bbox' is {box!r}, allowed: four numbers")
     return [box[0], box[1], box[0] + box[2], box[1] + box[3]]
 
@@ -225,8 +248,10 @@ def _counts(value: Any, size_hw: tuple[int, int], where: str) -> bytes:
         polygons, counts = read_segmentation(value, size_hw=size_hw)
     except BadValue as bad:
         raise UserError(f"{where}: {bad.text}") from None
+    if counts is None and not polygons:
+        raise UserError(f"{where}: is empty, allowed: polygons or an RLE")
     if counts is None:
-        counts = outlines_to_rle([np.array(polygon) for polygon in polygons or [[0.0] * 6]], size_hw)
+        counts = outlines_to_rle([np.array(polygon) for polygon in polygons], size_hw)
     return counts
 
 

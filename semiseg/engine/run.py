@@ -72,6 +72,8 @@ def execute_run(
     if accelerator.is_main_process:
         _warn_of_missing_masks(data.val)
         _warn_of_objects_without_masks(config, data)
+        if data.pseudo is not None:
+            warnings.warn(data.pseudo.summary, UserNotice, stacklevel=2)
     inputs = run_inputs(config, data)
     for name, value in inputs.items():
         same_on_all_ranks(value, where=f"the run's {name!r}", remedy="give each machine the same files")
