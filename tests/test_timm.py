@@ -98,8 +98,7 @@ def test_it_trains(root: Path, name: str) -> None:
     assert all(parameter.grad is not None for parameter in trained)  # several processes wait for each of them
 
 
-@pytest.mark.parametrize(("depth", "network"), [(18, resnet18), (50, resnet50)])
-@pytest.mark.parametrize("norm", ["bn", "frozen_bn"])
+@pytest.mark.parametrize(("depth", "network", "norm"), [(18, resnet18, "bn"), (50, resnet50, "frozen_bn")])
 def test_resnets_are_torchvisions(tmp_path: Path, depth: Literal[18, 50], network: Any, norm: str) -> None:
     path = tmp_path / "weights.pth"
     torch.save(unsettled(network()), path)
@@ -186,7 +185,7 @@ def test_frozen_stages_stay_and_the_others_learn(name: str, count: int) -> None:
 
 def test_frozen_stages_are_torchvisions() -> None:
     """Stem and first stage, then a stage each."""
-    for count in range(5):
+    for count in (1, 3):
         trained = {
             n.split(".")[1] for n, p in build("resnet18", frozen_stages=count).named_parameters() if p.requires_grad
         }
