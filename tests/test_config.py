@@ -36,7 +36,7 @@ def parse(values: dict[str, Any]) -> RunConfig:
         ({"seed": "1"}, r"'seed': .*integer.* \(value: '1'\)"),
         ({"data": {"flip": 1.5}}, r"'data\.flip': .*less than or equal to 1.* \(value: 1\.5\)"),
         ({"data": {"short_sides": [0]}}, r"'data\.short_sides\.0': .*greater than or equal to 32"),
-        ({"model": {"backbone": {"kind": "vgg"}}}, r"'model\.backbone\.kind': .*'resnet', 'small' \(value: 'vgg'\)"),
+        ({"model": {"backbone": {"kind": "vgg"}}}, r"'model\.backbone\.kind': .*'small', 'timm' \(value: 'vgg'\)"),
         ({"model": {"backbone": {"kind": ["vgg"]}}}, r"'model\.backbone\.kind': .*'resnet', 'small'"),
         ({"model": {"neck": 3}}, r"'model\.neck' is a table of its own now \(value: 3\)"),
         ({"model": {"backbone": {"resnet": {"depth": 18}}}}, r"unknown key 'model\.backbone\.resnet'"),

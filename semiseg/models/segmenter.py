@@ -15,6 +15,7 @@ from semiseg.models.detectors.fcos import make_locations
 from semiseg.models.fpn import FeaturePyramid
 from semiseg.models.masks.head import MaskHead
 from semiseg.models.resnet import BACKBONE_STRIDES, ResNetFeatures, SmallResNet
+from semiseg.models.timm_features import TimmFeatures
 from semiseg.structures.grids import MaskGrid
 from semiseg.structures.inputs import grid_size
 from semiseg.structures.outputs import Candidates, Locations, MaskLogits, MaskQueries, Outputs
@@ -41,7 +42,7 @@ class Segmenter(nn.Module):
     def __init__(
         self,
         *,
-        backbone: ResNetFeatures | SmallResNet,
+        backbone: ResNetFeatures | SmallResNet | TimmFeatures,
         neck: FeaturePyramid | BiFPN,
         detector: Detector,
         mask_head: MaskHead,

@@ -226,7 +226,7 @@ def schedule_sentence(configs: Sequence[RunConfig]) -> str:
         f"{_each(config.optim.optimizer for config in configs)}, "
         f"rate {_each(f'{config.optim.learning_rate:g}' for config in configs)} "
         f"({_each(config.optim.schedule for config in configs)}); "
-        f"backbone {_each(f'resnet{one.depth}' if one.kind == 'resnet' else one.kind for one in backbones)}, "
+        f"backbone {_each(one.title for one in backbones)}, "
         f"masks at {_each(config.model.mask_cells for config in configs)}, "
         f"τ = {_each(f'{config.objective.affinity_threshold:g}' for config in configs)}."
     )
@@ -250,7 +250,12 @@ def pretraining_sentence(config: RunConfig) -> str:
 
 def initial_weights_in_words(configs: Sequence[RunConfig]) -> str:
     """What the rows start from where a study has no pretraining of its own."""
-    names = {"imagenet": "ImageNet weights of its backbone", "random": "random weights"}
+    names = {
+        "imagenet": "ImageNet weights of its backbone",
+        "hub": "timm's weights of its backbone",
+        "package": "ImageNet weights of its backbone",
+        "random": "random weights",
+    }
     given = ["the weights of a given model"] if any(config.init_from is not None for config in configs) else []
     weights = [config.model.backbone.weights for config in configs if config.init_from is None]
     return " or ".join(dict.fromkeys([*given, *(names.get(name, "given weights of its backbone") for name in weights)]))
