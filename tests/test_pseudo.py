@@ -30,6 +30,7 @@ from semiseg.models.paste import paste_probabilities
 from semiseg.structures.grids import Regions
 from semiseg.structures.inputs import Supervision
 from tests.coco_files import CocoFiles, make_coco
+from tests.model_folders import make_model
 from tests.test_train import first_batches, fresh_step, losses_and_gradients
 from tests.tiny import DETECTORS, HEADS, model_of, tiny_config
 
@@ -301,7 +302,7 @@ def test_an_interruption_loses_the_images_at_hand_alone(
     assert not (tmp_path / "cut.json").exists()
     with part.open("a") as file:
         file.write('[[12, "half a li')  # as a power cut leaves it
-    with pytest.raises(UserError, match=r"cut\.json\.part: was begun with other annotations, another maker or model"):
+    with pytest.raises(UserError, match=r"cut\.json\.part: was begun with other data, another maker or model, or by"):
         made(files, "cut.json", "crf")
     looked_at.append(-1)
     assert made(files, "cut.json", workers=1) == whole
@@ -309,6 +310,42 @@ def test_an_interruption_loses_the_images_at_hand_alone(
     assert not part.exists()
     with pytest.raises(UserError, match="is there already"):
         made(files, "cut.json")
+
+
+def test_a_part_of_somebody_else_is_left_alone(files: CocoFiles) -> None:
+    for text in ("my own notes", '{"maker": 1}\n', "\n"):
+        part = files.annotations.with_name("mine.json.part")
+        part.write_text(text)
+        with pytest.raises(UserError, match=r"mine\.json\.part: was begun .* or by somebody else; remove it first"):
+            made(files, "mine.json")
+        assert part.read_text() == text
+    header = json.dumps({"version": making.FORMAT_VERSION, "annotations": table_of(files).fingerprint})[:20]
+    part.write_text(header)  # as a power cut leaves the first line
+    assert len(made(files, "mine.json")["annotations"]) == 4
+
+
+def test_a_file_that_another_process_made_is_not_taken_for_ones_own(
+    files: CocoFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = files.annotations.with_name("both.json")
+
+    def first(folder: Path, make: Any, **_: Any) -> bool:
+        out.write_text("the other's")
+        return False
+
+    monkeypatch.setattr(making, "make_once", first)
+    with pytest.raises(UserError, match=r"both\.json: was made by another process meanwhile"):
+        made(files, "both.json")
+    assert out.read_text() == "the other's"
+    out.unlink()
+    assert make_pseudo(table_of(files), out, maker="crf", shared=True, progress=False) == {}
+
+
+def test_a_model_of_other_classes_makes_no_masks(files: CocoFiles, tmp_path: Path) -> None:
+    make_model(tmp_path / "model", class_names=("cat", "dog", "wolf"))
+    with pytest.raises(UserError, match=r"instances\.json: its classes differ from the model's in bird, fish, wolf"):
+        make_pseudo(table_of(files), tmp_path / "x.json", maker=load_model(tmp_path / "model"), progress=False)
+    assert not list(tmp_path.glob("x.json*"))
 
 
 @pytest.fixture(scope="module")

@@ -152,6 +152,9 @@ def test_void_pixels_and_difficult_objects_count_for_nobody(tmp_path: Path) -> N
     again = [detection(rectangle(0, 0, 10, 10), score) for score in (0.9, 0.8)]
     assert measured(tmp_path, data, again) == dict.fromkeys(VOC_THRESHOLDS, 100.0)  # a false one after the last object
     assert measured(tmp_path, data, []) == dict.fromkeys(VOC_THRESHOLDS, 0.0)
+    difficult = content([(1, 1, rectangle(0, 0, 5, 5), True)], {})
+    (tmp_path / "difficult.json").write_text(json.dumps(difficult))
+    assert voc_metrics(load_ground_truth(tmp_path / "difficult.json"), again) is None
     del data["images"][0]["void"]
     (tmp_path / "plain.json").write_text(json.dumps(data))
     assert voc_metrics(load_ground_truth(tmp_path / "plain.json"), again) is None

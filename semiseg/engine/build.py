@@ -26,7 +26,7 @@ from semiseg.data.transforms import Resize
 from semiseg.engine.detection import detector_step
 from semiseg.engine.logs import shows_bars
 from semiseg.engine.processes import images_in_evaluation, parts_per_step
-from semiseg.engine.pseudo import Maker, make_pseudo
+from semiseg.engine.pseudo import Maker, made_file, make_pseudo
 from semiseg.engine.rays import build_ray_rule
 from semiseg.engine.step import TrainStep
 from semiseg.errors import UserError
@@ -78,9 +78,9 @@ def _build_pseudo(config: RunConfig, train: Table) -> PseudoMasks | None:
         return None
     cache = cache_folder(config.data)
     if wanted in get_args(Maker):
-        path = cache.parent / "pseudo" / f"{wanted}-{train.fingerprint}.json"
+        path = made_file(train, cast(Maker, wanted), folder=cache.parent / "pseudo")
         if not path.exists():
-            make_pseudo(train, path, maker=cast(Maker, wanted), progress=shows_bars(None))
+            make_pseudo(train, path, maker=cast(Maker, wanted), shared=True, progress=shows_bars(None))
         return load_pseudo(path, train, cache=cache)
     return load_pseudo(Path(wanted), train, cache=cache)
 

@@ -12,7 +12,6 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -22,13 +21,14 @@ from pycocotools import mask as rle_codec
 from torch import Tensor
 from tqdm import tqdm
 
+from semiseg.config.read import digest
 from semiseg.data.images import read_image
-from semiseg.data.table import Table
+from semiseg.data.table import Table, sampled_digest
 from semiseg.data.transforms import Resize
 from semiseg.engine.detection import detector_step, queries_of_boxes
 from semiseg.engine.predict import LoadedModel, encode_masks
 from semiseg.errors import UserError
-from semiseg.files import make_once, whole_file
+from semiseg.files import make_once, whole_file, writing_errors
 from semiseg.models.detectors.sample import sums_by_image
 from semiseg.models.paste import MASK_THRESHOLD, paste_probabilities
 from semiseg.models.refine import Refiner, build_refiner, crf, grabcut_or_box, opencv, pixel_boxes
@@ -62,6 +62,7 @@ def make_pseudo(
     refine: Maker | None = None,
     agree: bool = False,
     workers: int | None = None,
+    shared: bool = False,
     progress: bool = True,
 ) -> dict[str, int]:
     """Writes a COCO json with a mask for each object of a table, and says how many came from where.
@@ -76,18 +77,20 @@ def make_pseudo(
         refine: what makes the masks of a model follow the colours, too.
         agree: multiply the weights of a model by the IoU with GrabCut's mask.
         workers: images at a time; None = as many as there are cores.
+        shared: other processes may make this very file, which is then taken; else that is a UserError.
     """
     if out.exists():
         raise UserError(f"{out}: is there already; remove it, or name another file")
     if isinstance(maker, LoadedModel):
+        _require_classes(maker, table)
         if agree:
             opencv()
         make, name = _of_model(maker, None if refine is None else build_refiner(refine), agree=agree), "model"
     else:
         make, name = _of_boxes(maker), maker
-    digest = _weights_digest(maker) if isinstance(maker, LoadedModel) else None
-    settings = {"version": FORMAT_VERSION, "annotations": table.fingerprint, "maker": name, "refine": refine}
-    header = {**settings, "agree": agree, "model": digest}
+    weights = _weights_digest(maker) if isinstance(maker, LoadedModel) else None
+    settings = {"version": FORMAT_VERSION, "annotations": table.fingerprint, "images": sampled_digest(table)}
+    header = {**settings, "maker": name, "refine": refine, "agree": agree, "model": weights}
     counts: dict[str, int] = {}
     part = out.with_name(f"{out.name}.part")
 
@@ -102,13 +105,25 @@ def make_pseudo(
         counts.update(_assemble(table, part, out))
         part.unlink()
 
-    make_once(out, write, ready=out.exists, waiting=f"{out}: another process makes it; waiting")
+    waiting = f"{out.parent}: another process makes pseudo masks there; waiting"
+    if not make_once(out, write, ready=out.exists, waiting=waiting) and not shared:
+        raise UserError(f"{out}: was made by another process meanwhile; remove it, or name another file")
     return counts
 
 
-def _weights_digest(model: LoadedModel) -> str:
-    from semiseg.config.read import digest
+def made_file(table: Table, maker: Maker, *, folder: Path) -> Path:
+    """Where the masks of a maker are kept for the boxes and images of a table."""
+    key = digest([FORMAT_VERSION, table.fingerprint, sampled_digest(table)])[:16]
+    return folder / f"{maker}-{key}.json"
 
+
+def _require_classes(model: LoadedModel, table: Table) -> None:
+    if model.class_names != table.class_names:
+        differing = ", ".join(sorted(set(model.class_names) ^ set(table.class_names))) or "their order"
+        raise UserError(f"{table.annotations_file}: its classes differ from the model's in {differing}")
+
+
+def _weights_digest(model: LoadedModel) -> str:
     weights = model.network.state_dict().items()
     return digest([[name, float(value.double().sum()), float(value.double().abs().sum())] for name, value in weights])
 
@@ -123,12 +138,18 @@ class _Part:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._path.open("a+b")
         self._file.seek(0)
+        first = json.dumps(self._header).encode() + b"\n"
         end = 0
         for number, line in enumerate(self._file):
+            # A header that was cut off is the beginning of this one.
+            if number == 0 and not first.startswith(line):
+                self._file.close()
+                raise UserError(
+                    f"{self._path}: was begun with other data, another maker or model, or by somebody else; remove it "
+                    "first"
+                )
             if not line.endswith(b"\n"):
                 break
-            if number == 0:
-                self._require_alike(line)
             end, self.done = end + len(line), number
         self._file.truncate(end)
         self._file.seek(0, os.SEEK_END)
@@ -140,17 +161,10 @@ class _Part:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def _require_alike(self, line: bytes) -> None:
-        written: Any = None
-        with suppress(ValueError):
-            written = json.loads(line)
-        if written != self._header:
-            self._file.close()
-            raise UserError(f"{self._path}: was begun with other annotations, another maker or model; remove it first")
-
     def add(self, line: Any) -> None:
-        self._file.write(json.dumps(line).encode() + b"\n")
-        self._file.flush()
+        with writing_errors(self._path):
+            self._file.write(json.dumps(line).encode() + b"\n")
+            self._file.flush()
 
 
 def _undone(table: Table, done: int, make: MakeMasks, workers: int) -> Iterator[list[list[Any]]]:

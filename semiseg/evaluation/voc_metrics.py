@@ -19,7 +19,8 @@ VOID_KEY = "void"  # of an image of the annotations: an RLE
 
 
 def voc_metrics(truth: COCO, results: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
-    """AP in percent by the names of `VOC_THRESHOLDS`; None where the annotations say nothing of void pixels.
+    """AP in percent by the names of `VOC_THRESHOLDS`; None where the annotations say nothing of void pixels, or have
+    no object to find.
 
     Args:
         truth: of a file that `data/voc.py` wrote: objects that are "difficult" are crowd, images have `void`.
@@ -45,6 +46,8 @@ def voc_metrics(truth: COCO, results: Sequence[Mapping[str, Any]]) -> dict[str, 
     for (_, category_id), there in objects.items():
         numbers[category_id] += sum(not each["iscrowd"] for each in there)
     classes = [category_id for category_id, number in numbers.items() if number]
+    if not classes:
+        return None
     ap = np.array([_areas(judged[key], numbers[key]) for key in classes]).reshape(-1, len(VOC_THRESHOLDS))
     return {name: round(100 * float(value), 10) for name, value in zip(VOC_THRESHOLDS, ap.mean(0), strict=True)}
 
