@@ -27,5 +27,10 @@ def near_hint(name: str, known: Iterable[str], *, otherwise: str | None = None) 
     return f" Known: {', '.join(known) or 'none'}." if otherwise is None else otherwise
 
 
+def differing_names(one: Iterable[str], other: Iterable[str]) -> str:
+    """In what two lists of names, which are not the same, differ."""
+    return ", ".join(sorted(set(one) ^ set(other))) or "their order"
+
+
 def _plain(name: str) -> str:
     return name.casefold().replace("_", " ").replace("-", " ").strip()

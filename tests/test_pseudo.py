@@ -23,7 +23,7 @@ from semiseg.data.transforms import Resize
 from semiseg.engine import pseudo as making
 from semiseg.engine.build import build_data, train_dataset
 from semiseg.engine.predict import LoadedModel, load_model
-from semiseg.engine.pseudo import MasksAtBoxes, make_pseudo
+from semiseg.engine.pseudo import make_pseudo, masks_at_boxes
 from semiseg.engine.run import execute_run
 from semiseg.errors import UserError
 from semiseg.models.paste import paste_probabilities
@@ -360,13 +360,13 @@ def test_a_model_of_any_kind_has_masks_for_given_boxes(root: Path, tmp_path: Pat
     model = load_model(tmp_path / "run", device="cpu")
     image = torch.randint(0, 256, (3, 64, 64), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     boxes, labels = torch.tensor([[4.0, 6, 40, 50], [20, 20, 60, 58], [9.0, 9, 9.6, 9.5]]), torch.tensor([0, 2, 1])
-    found = MasksAtBoxes(model)(image, boxes, labels, (96, 128))
+    found = masks_at_boxes(model, image, boxes, labels, (96, 128))
     assert len(found) == 3
     for probability in found[:2]:
         assert probability is not None
         assert probability.shape == (96, 128)
         assert 0 <= float(probability.min()) <= float(probability.max()) <= 1
-    assert MasksAtBoxes(model)(image, boxes[:0], labels[:0], (64, 64)) == []
+    assert masks_at_boxes(model, image, boxes[:0], labels[:0], (64, 64)) == []
     data = build_data(config)
     counts = make_pseudo(data.train, tmp_path / "pseudo.json", maker=model, agree=True, progress=False)
     assert counts.get("model", 0) > 0
@@ -388,7 +388,7 @@ def test_a_models_masks_are_the_mean_over_the_places_it_learns_at(root: Path, tm
         batch.targets.labels[first],
     )
     model = fake_loaded(step.model, config.model)
-    found = MasksAtBoxes(model)(image, boxes, labels, (height, width))
+    found = masks_at_boxes(model, image, boxes, labels, (height, width))
     with torch.no_grad():
         outputs = step.model.eval()(image[None], torch.tensor([[height, width]]))
         for box, label, mine in zip(boxes, labels, found, strict=True):

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from fractions import Fraction
@@ -38,6 +39,7 @@ from semiseg.data.shapes import (
     make_shapes,
 )
 from semiseg.data.shapes_drawing import FAMILIES, SAMPLES, UNIT, Draws, Outline, fill
+from semiseg.data.workers import results_of
 from semiseg.errors import UserError
 
 PICTURES = 60
@@ -258,6 +260,27 @@ def test_stopping_several_processes_leaves_nothing(tmp_path: Path, how: str) -> 
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_an_interrupt_while_work_is_handed_to_a_pool_acts_after_it() -> None:
+    """Inside the pool's code it can leave a lock held, for which the pool's end waits for ever."""
+    before, handed = signal.getsignal(signal.SIGINT), list[int]()
+
+    def items() -> Iterator[int]:
+        for item in range(1000):
+            if item == 500:
+                signal.raise_signal(signal.SIGINT)
+            handed.append(item)
+            yield item
+
+    done: list[int] = []
+    with ThreadPoolExecutor(2) as pool:
+        results = results_of(pool, abs, items())
+        with pytest.raises(KeyboardInterrupt):
+            done.extend(results)
+    assert len(handed) == 1000
+    assert done == []
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_another_seed_is_another_data_set(tmp_path: Path) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Literal
 
 import typer
 
 from semiseg.commands.train import Progress
+from semiseg.config.run import Maker
 from semiseg.errors import UserError
 from semiseg.files import require_folder, require_there
 
@@ -22,7 +23,7 @@ def pseudo(
     ],
     model: Annotated[Path | None, typer.Option(help="Of --maker model: its folder, or that of a finished run.")] = None,
     refine: Annotated[
-        Literal["grabcut", "crf"] | None, typer.Option(help="Of --maker model: make its masks follow the colours, too.")
+        Maker | None, typer.Option(help="Of --maker model: make its masks follow the colours, too.")
     ] = None,
     agree: Annotated[
         bool,
@@ -50,12 +51,17 @@ def pseudo(
         require_there(model)
     from semiseg.data.table import load_table
     from semiseg.engine.logs import shows_bars
-    from semiseg.engine.predict import load_model
+    from semiseg.engine.predict import LoadedModel, load_model
     from semiseg.engine.pseudo import make_pseudo
 
-    chosen = load_model(model, device=device) if maker == "model" and model is not None else maker
+    chosen: Maker | LoadedModel
+    if maker == "model":
+        assert model is not None
+        chosen = load_model(model, device=device)
+    else:
+        chosen = maker
     table = load_table(annotations, images, cache=annotations.parent / "arrow")
     counts = make_pseudo(
-        table, out, maker=cast(Any, chosen), refine=refine, agree=agree, workers=workers, progress=shows_bars(progress)
+        table, out, maker=chosen, refine=refine, agree=agree, workers=workers, progress=shows_bars(progress)
     )
     typer.echo(f"{out}: {', '.join(f'{count} {source}' for source, count in sorted(counts.items()))}")

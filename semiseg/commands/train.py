@@ -7,12 +7,13 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from semiseg.config import RunConfig, load_run_config, parse_run
 from semiseg.config.former import with_present_keys
+from semiseg.config.model import RefinerName
 from semiseg.config.read import read_json
 from semiseg.errors import UserError
 from semiseg.files import require_folder, require_there, write_text
@@ -27,7 +28,7 @@ Overrides = Annotated[
 ]
 Progress = Annotated[bool | None, typer.Option(help="Show progress bars. Default: on a terminal.")]
 Refine = Annotated[
-    Literal["none", "grabcut", "crf"] | None,
+    RefinerName | None,
     typer.Option(help="Make the masks by the colours of the image, too. Default: as the model was configured."),
 ]
 

@@ -17,6 +17,7 @@ from semiseg.errors import UserError
 
 Norm = Literal["bn", "sync_bn", "gn", "frozen_bn"]
 Decoding = Literal["usual", "polarmask"]
+RefinerName = Literal["none", "grabcut", "crf"]
 Deviation = Annotated[float, Field(gt=0)]
 BIFPN_STRIDES = (8, 16, 32, 64, 128)
 
@@ -447,5 +448,5 @@ class InferenceConfig(Section):
     nms_threshold: Probability = 0.6
     max_detections: PositiveInt = 100
     rescore: bool = False  # at last, a score times the mean probability of its mask's cells above one half
-    refine: Literal["none", "grabcut", "crf"] = "none"  # what makes masks of them, from the colours of the image
+    refine: RefinerName = "none"  # what makes masks of them, from the colours of the image
     decoding: Decoding = "usual"  # "polarmask" = the original's scores, boxes and masks, for its mask head on FCOS

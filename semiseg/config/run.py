@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -25,7 +25,7 @@ from semiseg.errors import UserError
 # was a version keep theirs.
 ALGORITHM_VERSION = 1
 
-PSEUDO_MAKERS = ("grabcut", "crf")  # values of `supervision.pseudo` that are no files
+Maker = Literal["grabcut", "crf"]  # of pseudo masks, from boxes: values of `supervision.pseudo` that are no files
 
 
 class ShapesConfig(Section):
@@ -281,7 +281,7 @@ class RunConfig(Section):
             del values["data"]["augment"]
         del values["supervision"]["split"]
         pseudo = self.supervision.pseudo
-        if pseudo is not None and pseudo not in PSEUDO_MAKERS:
+        if pseudo is not None and pseudo not in get_args(Maker):
             values["supervision"]["pseudo"] = file_digest(Path(pseudo))
         backbone = self.model.backbone
         if not initial and not backbone.names_weights:

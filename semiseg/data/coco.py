@@ -16,7 +16,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from semiseg.data.problems import BadValue, Kind, Problem, Reporter, stop_at_errors
-from semiseg.data.rasterise import MORE, run_lengths
+from semiseg.data.rasterise import MORE, outlines_to_rle, run_lengths
 from semiseg.errors import UserError
 from semiseg.splits import normalise
 
@@ -253,6 +253,17 @@ def read_segmentation(value: Any, *, size_hw: tuple[int, int]) -> tuple[list[lis
         )
     # Some tools write [[]] for "not annotated": an outline without a point says nothing about the mask.
     return [_read_polygon(polygon, index, size_hw) for index, polygon in enumerate(value) if polygon], None
+
+
+def read_counts(value: Any, *, size_hw: tuple[int, int]) -> bytes | None:
+    """The mask of `read_segmentation` as counts of a compressed RLE, outlines drawn at `size_hw`; None = no mask."""
+    polygons, counts = read_segmentation(value, size_hw=size_hw)
+    return outlines_to_rle([np.array(polygon) for polygon in polygons], size_hw) if polygons else counts
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number as `is_finite` has it, and no truth value."""
+    return type(value) in (int, float) and is_finite(value)
 
 
 def is_finite(value: float) -> bool:

@@ -11,9 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as rle_codec
 
-from semiseg.data.coco import is_finite, read_segmentation
+from semiseg.data.coco import is_number, read_counts
 from semiseg.data.problems import BadValue
-from semiseg.data.rasterise import outlines_to_rle
 from semiseg.errors import UserError
 
 
@@ -51,27 +50,21 @@ def _read(
         if type(entry[name]) is not int or entry[name] not in known:
             raise UserError(f"{where}: {name} {entry[name]!r} is not in the annotation file")
     box = entry["bbox"]
-    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
+    if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
         raise UserError(f"{where}: 'bbox' is {box!r}, allowed: four numbers [x, y, width, height]")
-    if not _is_number(entry["score"]):
+    if not is_number(entry["score"]):
         raise UserError(f"{where}: 'score' is {entry['score']!r}, allowed: a number")
     result = {name: entry[name] for name in needed[:4]}
     if masks:
         size_hw = sizes_hw[entry["image_id"]]
         try:
-            polygons, counts = read_segmentation(entry["segmentation"], size_hw=size_hw)
+            counts = read_counts(entry["segmentation"], size_hw=size_hw)
         except BadValue as bad:
             raise UserError(f"{where}: {bad.text}") from None
         if counts is None:
-            if not polygons:
-                raise UserError(f"{where}: 'segmentation' is empty, allowed: an RLE or polygons")
-            counts = outlines_to_rle([np.array(polygon) for polygon in polygons], size_hw)
+            raise UserError(f"{where}: 'segmentation' is empty, allowed: an RLE or polygons")
         result["segmentation"] = {"size": list(size_hw), "counts": counts.decode("ascii")}
     return result
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and is_finite(value)
 
 
 def decoded(rle: Mapping[str, Any]) -> NDArray[np.bool_]:

@@ -17,6 +17,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from semiseg.data.problems import BadValue, Kind, Problem
+from semiseg.data.workers import results_of
 from semiseg.errors import UserError
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def image_problems(
     bar = tqdm(total=len(entries), desc=title, unit=" images", delay=1, disable=None)
     with ThreadPoolExecutor(os.cpu_count()) as threads, bar:
         for first in range(0, len(entries), IMAGES_AT_ONCE):
-            for problem in threads.map(problem_of, entries[first : first + IMAGES_AT_ONCE]):
+            for problem in results_of(threads, problem_of, entries[first : first + IMAGES_AT_ONCE]):
                 bar.update()
                 if problem is not None:
                     yield problem

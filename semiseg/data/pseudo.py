@@ -16,14 +16,15 @@ from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
+import torch
 from datasets import Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 from pycocotools import mask as rle_codec
+from torchvision.ops import box_iou
 
 from semiseg.config.read import digest, file_digest
-from semiseg.data.coco import is_finite, parse_sections, read_segmentation
+from semiseg.data.coco import is_number, parse_sections, read_counts
 from semiseg.data.problems import BadValue
-from semiseg.data.rasterise import outlines_to_rle
 from semiseg.data.table import Table, open_rows
 from semiseg.errors import UserError
 from semiseg.files import whole_folder
@@ -203,25 +204,29 @@ def _pairs(
 ) -> dict[int, dict[str, Any]]:
     """Annotation id -> the file's entry for that object: by the id, else by the box, the most alike first."""
     boxes = [_corners(path, entry) for entry in entries]
+    ids = list(objects)
+    theirs = torch.tensor([box or [0.0] * 4 for box in boxes], dtype=torch.float64).view(-1, 4)
+    ours = torch.tensor([objects[each]["box_xyxy"] for each in ids], dtype=torch.float64).view(-1, 4)
+    ious = box_iou(theirs, ours).tolist()
     pairs: dict[int, dict[str, Any]] = {}
     left = []
-    for entry, box in zip(entries, boxes, strict=True):
-        own = objects.get(entry["id"]) if type(entry.get("id")) is int else None
-        if own is not None and (box is None or _iou(box, own["box_xyxy"]) >= OWN_BOX):
-            pairs[entry["id"]] = entry
+    for number, (entry, box) in enumerate(zip(entries, boxes, strict=True)):
+        own = entry["id"] if type(entry.get("id")) is int and entry["id"] in objects else None
+        if own is not None and (box is None or ious[number][ids.index(own)] >= OWN_BOX):
+            pairs[own] = entry
         elif box is not None:
-            left.append((entry, box))
+            left.append(number)
     alike = [
-        (_iou(box, item["box_xyxy"]), number, annotation_id)
-        for number, (_, box) in enumerate(left)
-        for annotation_id, item in objects.items()
-        if annotation_id not in pairs
+        (-iou, number, annotation_id)
+        for number in left
+        for annotation_id, iou in zip(ids, ious[number], strict=True)
+        if iou >= SAME_BOX and annotation_id not in pairs
     ]
     taken: set[int] = set()
-    for iou, number, annotation_id in sorted(alike, key=lambda each: (-each[0], each[1], each[2])):
-        if iou >= SAME_BOX and number not in taken and annotation_id not in pairs:
+    for _, number, annotation_id in sorted(alike):
+        if number not in taken and annotation_id not in pairs:
             taken.add(number)
-            pairs[annotation_id] = left[number][0]
+            pairs[annotation_id] = entries[number]
     return pairs
 
 
@@ -230,28 +235,18 @@ def _corners(path: Path, entry: dict[str, Any]) -> list[float] | None:
     box = entry.get("bbox")
     if box is None:
         return None
-    if not isinstance(box, list) or len(box) != 4 or not all(type(v) in (int, float) and is_finite(v) for v in box):
+    if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
         raise UserError(f"{path}: annotation {entry.get('id')}: 'bbox' is {box!r}, allowed: four numbers")
     return [box[0], box[1], box[0] + box[2], box[1] + box[3]]
 
 
-def _iou(one: Sequence[float], other: Sequence[float]) -> float:
-    across = min(one[2], other[2]) - max(one[0], other[0])
-    down = min(one[3], other[3]) - max(one[1], other[1])
-    common = max(across, 0) * max(down, 0)
-    areas = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (one, other))
-    return common / (areas - common) if areas > common else 0.0
-
-
 def _counts(value: Any, size_hw: tuple[int, int], where: str) -> bytes:
     try:
-        polygons, counts = read_segmentation(value, size_hw=size_hw)
+        counts = read_counts(value, size_hw=size_hw)
     except BadValue as bad:
         raise UserError(f"{where}: {bad.text}") from None
-    if counts is None and not polygons:
-        raise UserError(f"{where}: is empty, allowed: polygons or an RLE")
     if counts is None:
-        counts = outlines_to_rle([np.array(polygon) for polygon in polygons], size_hw)
+        raise UserError(f"{where}: is empty, allowed: polygons or an RLE")
     return counts
 
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from semiseg.config.read import digest
 from semiseg.data.coco import annotation
 from semiseg.data.shapes_drawing import FAMILIES, Draws, Frame, Patch, Picture, fill, turned
-from semiseg.data.workers import START_METHOD, available_cores, live_as_long_as_the_main_process
+from semiseg.data.workers import START_METHOD, available_cores, live_as_long_as_the_main_process, results_of
 from semiseg.errors import UserError
 from semiseg.files import make_once, settle, whole_folder
 
@@ -143,11 +143,7 @@ def _on_every_core(draw: Callable[[int], Annotations], images: int) -> Generator
         return
     fork = multiprocessing.get_context(START_METHOD)
     with ProcessPoolExecutor(available_cores(), fork, initializer=live_as_long_as_the_main_process) as pool:
-        try:
-            yield from pool.map(draw, range(images), chunksize=PICTURES_AT_A_TIME)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        yield from results_of(pool, draw, range(images), at_a_time=PICTURES_AT_A_TIME)
 
 
 def _is_complete(folder: Path, images: int) -> bool:

@@ -12,11 +12,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Executor
 from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing.connection import wait
 from types import FrameType
-from typing import Literal
+from typing import Literal, TypeVar
 
 from semiseg.errors import UserError
 
@@ -24,6 +25,8 @@ StartMethod = Literal["fork", "forkserver", "spawn"]
 # Forked workers share what this process has imported. Others import torch again, 0.5 GB each, and Python's own choice
 # differs between its versions. Elsewhere than on Linux forking is unsafe: None leaves the choice to the platform.
 START_METHOD: StartMethod | None = "fork" if sys.platform == "linux" else None
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 TOGETHER_SECONDS = 2.0  # signals so close to each other are one
 
 
@@ -90,6 +93,25 @@ class StopOnSignal(ExitStack):
             yield
         finally:
             self._at_once = False
+
+
+def results_of(
+    pool: Executor, work: Callable[[Item], Result], items: Iterable[Item], *, at_a_time: int = 1
+) -> Generator[Result, None, None]:
+    """`pool.map`, in which Ctrl-C and SIGTERM act between two results, and what has not begun is given up.
+
+    Inside the pool's own code, an interrupt can leave a lock held for which the pool's end then waits for ever: while
+    thousands of items were handed over, one in fifty did.
+    """
+    with StopOnSignal() as stop:
+        try:
+            for result in pool.map(work, items, chunksize=at_a_time):
+                if stop.requested:
+                    raise KeyboardInterrupt
+                yield result
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from semiseg.config import (
     learns_masks,
 )
 from semiseg.config.read import digest
+from semiseg.config.run import Maker
 from semiseg.data.augment import Augmentation
 from semiseg.data.dataset import InstanceDataset, build_rule
 from semiseg.data.loader import BatchLoader, StepBatches, build_loader, eval_batches
@@ -26,10 +27,10 @@ from semiseg.data.transforms import Resize
 from semiseg.engine.detection import detector_step
 from semiseg.engine.logs import shows_bars
 from semiseg.engine.processes import images_in_evaluation, parts_per_step
-from semiseg.engine.pseudo import Maker, made_file, make_pseudo
+from semiseg.engine.pseudo import made_file, make_pseudo
 from semiseg.engine.rays import build_ray_rule
 from semiseg.engine.step import TrainStep
-from semiseg.errors import UserError
+from semiseg.errors import UserError, differing_names
 from semiseg.losses.terms import Objective
 from semiseg.models.affinity import AffinityBranch
 from semiseg.models.build import build_model, mask_cells, mask_stride
@@ -65,7 +66,7 @@ def build_data(config: RunConfig) -> RunData:
     }
     train, val = tables["train"], tables["val"]
     if train.class_names != val.class_names:
-        differing = ", ".join(sorted(set(train.class_names) ^ set(val.class_names))) or "their order"
+        differing = differing_names(train.class_names, val.class_names)
         raise UserError(f"{val.annotations_file}: classes differ from {train.annotations_file} in {differing}")
     split = None if config.supervision.split is None else load_split(config.supervision.split, train.class_names)
     return RunData(train, val, split, _build_pseudo(config, train))

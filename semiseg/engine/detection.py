@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -47,6 +47,20 @@ class DetectorStep:
     draws: bool = False  # whether `assign` takes the seeds of the images, too
     sized: bool = False  # whether it takes height and width of the padded images
     own_regions: bool = False  # whether masks are asked for in other boxes than the objects', as predictions have it
+
+    def assignment(
+        self,
+        targets: Targets,
+        *,
+        sizes_hw: Sequence[tuple[int, int]],
+        num_images: int,
+        seeds: tuple[int, ...],
+        padded_hw: tuple[int, int],
+    ) -> Any:
+        """What `assign` gives, which takes of the images' seeds and padded size what it asks for."""
+        more: dict[str, Any] = {"seeds": seeds} if self.draws else {}
+        more |= {"padded_hw": padded_hw} if self.sized else {}
+        return self.assign(targets, sizes_hw=sizes_hw, num_images=num_images, **more)
 
 
 def detector_step(config: ModelConfig, model: Segmenter) -> DetectorStep:

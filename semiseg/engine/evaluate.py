@@ -15,13 +15,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from semiseg.config import InferenceConfig
+from semiseg.config.model import RefinerName
 from semiseg.data.detections import decoded, read_results
 from semiseg.data.images import read_image
 from semiseg.data.loader import BatchLoader
 from semiseg.data.table import Table
 from semiseg.engine.predict import coco_results, each_image, encode_masks
 from semiseg.engine.session import gather_to_main
-from semiseg.models.refine import RefinerName, build_refiner
+from semiseg.models.refine import build_refiner
 from semiseg.models.segmenter import Segmenter
 from semiseg.structures.inputs import Batch
 

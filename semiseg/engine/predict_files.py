@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from semiseg.config.model import RefinerName
 from semiseg.config.read import read_json
 from semiseg.data.images import read_image
 from semiseg.data.transforms import Resize
@@ -29,7 +30,6 @@ from semiseg.engine.checkpoint import ModelInfo, write_json
 from semiseg.engine.predict import LoadedModel, coco_results, each_image
 from semiseg.errors import UserError
 from semiseg.files import require_nothing_else, whole_file, write_bytes
-from semiseg.models.refine import RefinerName
 from semiseg.overlays import Drawn, draw_detections, prepare_drawing, written_name
 
 RESULTS_NAME, IMAGES_NAME, OVERLAYS_NAME = "results.json", "images.json", "overlays"
@@ -178,6 +178,7 @@ def _read(image_id: int, path: Path, options: PredictOptions) -> _ImageFile:
 def _predict(model: LoadedModel, batch: Sequence[_ImageFile], options: PredictOptions) -> list[list[dict[str, Any]]]:
     """Each image's detections as COCO results."""
     ids, category_ids = [item.entry["id"] for item in batch], model.info.category_ids
+    originals = [item.original for item in batch if item.original is not None]  # of all or of none
     return each_image(
         model.network,
         [item.input for item in batch],
@@ -186,13 +187,8 @@ def _predict(model: LoadedModel, batch: Sequence[_ImageFile], options: PredictOp
         limits=model.info.inference.model_copy(
             update={"score_threshold": options.score_threshold, "refine": options.refine}
         ),
-        originals=None if options.refine == "none" else lambda number: _required(batch[number].original),
+        originals=originals.__getitem__ if originals else None,
     )
-
-
-def _required(image: Tensor | None) -> Tensor:
-    assert image is not None
-    return image
 
 
 def _draw(item: _ImageFile, results: Sequence[dict[str, Any]], info: ModelInfo, overlay: Path) -> None:

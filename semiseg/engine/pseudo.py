@@ -12,9 +12,8 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from pycocotools import mask as rle_codec
@@ -22,19 +21,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from semiseg.config.read import digest
+from semiseg.config.run import Maker
 from semiseg.data.images import read_image
 from semiseg.data.table import Table, sampled_digest
 from semiseg.data.transforms import Resize
 from semiseg.engine.detection import detector_step, queries_of_boxes
 from semiseg.engine.predict import LoadedModel, encode_masks
-from semiseg.errors import UserError
+from semiseg.errors import UserError, differing_names
 from semiseg.files import make_once, whole_file, writing_errors
 from semiseg.models.detectors.sample import sums_by_image
 from semiseg.models.paste import MASK_THRESHOLD, paste_probabilities
-from semiseg.models.refine import Refiner, build_refiner, crf, grabcut_or_box, opencv, pixel_boxes
+from semiseg.models.refine import Refiner, build_refiner, crf, grabcut, grabcut_or_box, opencv, pixel_boxes
 from semiseg.structures.inputs import Targets, pad_images
 
-Maker = Literal["grabcut", "crf"]
 FORMAT_VERSION = 1  # raise it when other masks come out: parts of before are then refused
 # Of a box's centre and of its sides to be the object, from which the CRF begins. Chosen among eleven on photographs and
 # on Shapes: with 0.5 everywhere nothing leaves the box, with 0.9 everywhere little does.
@@ -119,7 +118,7 @@ def made_file(table: Table, maker: Maker, *, folder: Path) -> Path:
 
 def _require_classes(model: LoadedModel, table: Table) -> None:
     if model.class_names != table.class_names:
-        differing = ", ".join(sorted(set(model.class_names) ^ set(table.class_names))) or "their order"
+        differing = differing_names(model.class_names, table.class_names)
         raise UserError(f"{table.annotations_file}: its classes differ from the model's in {differing}")
 
 
@@ -155,7 +154,6 @@ class _Part:
         self._file.seek(0, os.SEEK_END)
         if end == 0:
             self.add(self._header)
-            self.done = 0
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -286,12 +284,12 @@ def _box_probabilities(box_xyxy: Tensor, image: Tensor) -> Tensor:
 def _of_model(model: LoadedModel, refiner: Refiner | None, *, agree: bool) -> MakeMasks:
     inference = model.info.inference
     geometry = Resize([inference.short_side], inference.long_side, stretch=inference.stretch)
-    masks_at = MasksAtBoxes(model)
 
     def make(image: Tensor, boxes_xyxy: Tensor, labels: Tensor) -> list[Made | None]:
         size_hw = (image.shape[1], image.shape[2])
         chosen = geometry(size_hw, 0)
-        found = masks_at(chosen.image(image), chosen.boxes(boxes_xyxy.numpy()), labels, size_hw)
+        inputs = chosen.image(image), chosen.boxes(boxes_xyxy.numpy()), labels
+        found = masks_at_boxes(model, *inputs, size_hw)
         made: list[Made | None] = []
         for box, probability in zip(boxes_xyxy.split(1), found, strict=True):
             if probability is None:
@@ -303,7 +301,7 @@ def _of_model(model: LoadedModel, refiner: Refiner | None, *, agree: bool) -> Ma
             if refiner is not None:
                 mask = refiner(image, box, probability[None])[0] & inside
             if agree:
-                other = torch.from_numpy(grabcut_or_box(image, box)[0][0])
+                other = grabcut(image, box)[0]
                 weight *= float((mask & other).sum() / (mask | other).sum().clamp(min=1))
             made.append(Made(mask, weight, "model"))
         return made
@@ -311,46 +309,38 @@ def _of_model(model: LoadedModel, refiner: Refiner | None, *, agree: bool) -> Ma
     return make
 
 
-@dataclass(frozen=True)
-class MasksAtBoxes:
-    """The masks of a trained model for given boxes: at the places that it would learn them at."""
+@torch.inference_mode()
+def masks_at_boxes(
+    model: LoadedModel, image: Tensor, boxes_xyxy: Tensor, labels: Tensor, output_hw: tuple[int, int]
+) -> list[Tensor | None]:
+    """A trained model's masks for given boxes: at the places that it would learn them at.
 
-    model: LoadedModel
-
-    @torch.inference_mode()
-    def __call__(
-        self, image: Tensor, boxes_xyxy: Tensor, labels: Tensor, output_hw: tuple[int, int]
-    ) -> list[Tensor | None]:
-        """Of each box (N, 4), in pixels of the input (3, H, W), the mean probabilities (height, width) of its masks.
-
-        None where the detector has no place for a box, as for one of less than a cell.
-        """
-        network, device = self.model.network, self.model.device
-        images, sizes_hw = pad_images([image.to(device)], network.size_divisor)
-        outputs = network(images, sizes_hw.to(device))
-        targets = _boxes_alone(boxes_xyxy, labels)
-        step = detector_step(self.model.info.config, network)
-        padded_hw = (images.shape[2], images.shape[3])
-        more: dict[str, Any] = {"seeds": (0,)} if step.draws else {}
-        more |= {"padded_hw": padded_hw} if step.sized else {}
-        assignment = step.assign(targets, sizes_hw=network.level_sizes(padded_hw), num_images=1, **more)
-        most = min(MOST_POSITIVES, network.mask_head.most_per_instance)
-        quotas = torch.bincount(assignment.instance_index, minlength=len(labels)).clamp(max=most)
-        sample = queries_of_boxes if step.own_regions else step.sample
-        counts = tuple(sums_by_image(targets.image_index, quotas, 1))
-        queries = sample(outputs, assignment, targets.to(device), quotas.to(device), counts=counts)
-        predicted = network.predict_masks(outputs, queries)
-        of = predicted.instance_index.cpu()
-        found: list[Tensor | None] = []
-        for number in range(len(labels)):
-            own = (of == number).nonzero()[:, 0].to(device)
-            if len(own) == 0:
-                found.append(None)
-                continue
-            input_hw = (image.shape[1], image.shape[2])
-            grid = predicted.grid.of(own)
-            found.append(paste_probabilities(predicted.logits[own], grid, input_hw, output_hw).mean(0).cpu())
-        return found
+    Of each box (N, 4), in pixels of the input (3, H, W), the mean probabilities (height, width) of its masks; None
+    where the detector has no place for a box, as for one of less than a cell.
+    """
+    network, device = model.network, model.device
+    images, sizes_hw = pad_images([image.to(device)], network.size_divisor)
+    outputs = network(images, sizes_hw.to(device))
+    targets, step = _boxes_alone(boxes_xyxy, labels), detector_step(model.info.config, network)
+    padded_hw = (images.shape[2], images.shape[3])
+    assignment = step.assignment(
+        targets, sizes_hw=network.level_sizes(padded_hw), num_images=1, seeds=(0,), padded_hw=padded_hw
+    )
+    most = min(MOST_POSITIVES, network.mask_head.most_per_instance)
+    quotas = torch.bincount(assignment.instance_index, minlength=len(labels)).clamp(max=most)
+    sample = queries_of_boxes if step.own_regions else step.sample
+    counts = tuple(sums_by_image(targets.image_index, quotas, 1))
+    queries = sample(outputs, assignment, targets.to(device), quotas.to(device), counts=counts)
+    predicted = network.predict_masks(outputs, queries)
+    of, input_hw = predicted.instance_index.cpu(), (image.shape[1], image.shape[2])
+    found: list[Tensor | None] = []
+    for number in range(len(labels)):
+        own = (of == number).nonzero()[:, 0].to(device)
+        pasted = None
+        if len(own):
+            pasted = paste_probabilities(predicted.logits[own], predicted.grid.of(own), input_hw, output_hw)
+        found.append(None if pasted is None else pasted.mean(0).cpu())
+    return found
 
 
 def _boxes_alone(boxes_xyxy: Tensor, labels: Tensor) -> Targets:

@@ -21,6 +21,7 @@ import torch
 from accelerate import Accelerator
 
 from semiseg.config import InferenceConfig, ModelConfig, RunConfig, RuntimeConfig, parse_recorded
+from semiseg.config.model import RefinerName
 from semiseg.config.read import read_json
 from semiseg.data.problems import describe_missing_masks
 from semiseg.data.sources import AnnotatedImages, cache_folder, ensure_files
@@ -36,10 +37,9 @@ from semiseg.engine.run_folder import adopt_training, check_folder, run_inputs, 
 from semiseg.engine.session import accelerate_for_one_run, same_on_all_ranks, start_accelerator
 from semiseg.engine.step import TrainStep
 from semiseg.engine.train import save_trained, train, trained_model
-from semiseg.errors import UserError, UserNotice
+from semiseg.errors import UserError, UserNotice, differing_names
 from semiseg.evaluation.coco_metrics import Metrics, evaluate_detections
 from semiseg.evaluation.precision import Backend, require_backend
-from semiseg.models.refine import RefinerName
 from semiseg.models.segmenter import Segmenter
 from semiseg.results import RESULT_NAME
 
@@ -296,7 +296,7 @@ def evaluate_run(
     assert loaded is not None
     weights, info = loaded
     if info.class_names != table.class_names:
-        differing = ", ".join(sorted(set(info.class_names) ^ set(table.class_names))) or "their order"
+        differing = differing_names(info.class_names, table.class_names)
         raise UserError(f"{where}: its classes differ from those of {table.annotations_file} in {differing}")
     return evaluate_model(
         build_network(weights, info, where=where).to(accelerator.device),

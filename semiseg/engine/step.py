@@ -94,10 +94,10 @@ class TrainStep(nn.Module):
         """
         targets = _targets(batch if loaded is None else loaded).to("cpu")
         num_images, size_hw = batch.images.shape[0], (batch.images.shape[-2], batch.images.shape[-1])
-        more = {"seeds": batch.seeds} if self.detector.draws else {}
-        more |= {"padded_hw": size_hw} if self.detector.sized else {}
         sizes_hw = self.model.level_sizes(size_hw)
-        assignment = self.detector.assign(targets, sizes_hw=sizes_hw, num_images=num_images, **more)
+        assignment = self.detector.assignment(
+            targets, sizes_hw=sizes_hw, num_images=num_images, seeds=batch.seeds, padded_hw=size_hw
+        )
         quotas = mask_quotas(
             assignment,
             num_instances=targets.num_instances,

@@ -155,6 +155,11 @@ class InstanceTerms:
     mask_weight: Tensor
 
     @property
+    def annotated(self) -> Tensor:
+        """(N,) bool: whose supervision is MASK."""
+        return ~(self.box_only | self.pseudo)
+
+    @property
     def used(self) -> Tensor:
         """(N,) bool: which instances get any mask loss."""
         nothing = torch.zeros_like(self.box_only)
@@ -356,14 +361,14 @@ def term_counts(targets: Targets, prepared: MaskTargets, quotas: Tensor) -> Tens
         have an annotated mask; and the number that each mask loss sums over, all counted per sampled positive. With
         learned affinity also the known edges of all images, and `COLOUR_COUNTS` of these.
     """
-    annotated, edged = ~(prepared.box_only | prepared.pseudo), prepared.box_only
+    edged = prepared.box_only
     if "pairwise" in prepared.objective.terms_of(Supervision.PSEUDO):
         edged = edged | prepared.pseudo
     used = quotas * prepared.used
     counts: dict[str, Tensor] = {
         "masks": used.sum(),
         "box_masks": (used * edged).sum(),
-        "mask_masks": (used * annotated).sum(),
+        "mask_masks": (used * prepared.annotated).sum(),
     }
     for name in MASK_LOSSES + OPTIONAL_MASK_LOSSES:
         each = quotas * prepared.chosen[name] if name in prepared.chosen else quotas.new_zeros(1)
@@ -533,7 +538,7 @@ def _projection_sum(logits: Tensor, instance: Tensor, prepared: MaskTargets) -> 
     each = projection_loss(logits, prepared.cells[instance])
     if len(prepared.masks) and "projection" in prepared.objective.terms_of(Supervision.MASK):
         given = mask_projection_loss(logits, prepared.masks[prepared.mask_row[instance]])
-        each = torch.where((prepared.box_only | prepared.pseudo)[instance], each, given)
+        each = torch.where(prepared.annotated[instance], given, each)
     return torch.where(prepared.chosen["projection"][instance], each * prepared.weight[instance], 0).sum()
 
 

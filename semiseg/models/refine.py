@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from semiseg.config.model import RefinerName
 from semiseg.errors import UserError
 from semiseg.models.paste import MASK_THRESHOLD
 
-RefinerName = Literal["none", "grabcut", "crf"]
 # (image (3, H, W) uint8 RGB, boxes_xyxy (N, 4), probabilities (N, H, W) or None) -> masks (N, H, W) bool, on the device
 # of the boxes; everything in the image's pixels.
 Refiner = Callable[[Tensor, Tensor, Tensor | None], Tensor]

@@ -15,7 +15,7 @@ from pathlib import Path, PurePath
 
 from semiseg.config import RunConfig, parse_recorded
 from semiseg.config.read import digest, parse_config, read_json
-from semiseg.errors import UserError, near_hint
+from semiseg.errors import UserError, differing_names, near_hint
 from semiseg.report.aggregate import ReportInput, ReportTable
 from semiseg.report.provenance import identity_settings, recorded_values, run_settings, unmeant
 from semiseg.results import RESULT_NAME, Result, read, same_validation_data
@@ -189,7 +189,7 @@ def _common_classes(runs: Sequence[RecordedRun]) -> tuple[str, ...]:
     for run in runs:
         own = tuple(run.result.metrics["instances"])
         if own != classes:
-            differing = ", ".join(sorted({*own} ^ {*classes})) or "their order"
+            differing = differing_names(own, classes)
             raise UserError(f"{runs[0]} and {run} have different classes: they differ in {differing}")
         if not same_validation_data(first, run.result):
             fingerprints = "; ".join(
