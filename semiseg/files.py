@@ -127,12 +127,18 @@ def make_once(folder: Path, make: Callable[[], None], *, ready: Callable[[], boo
 def _acquire(path: Path, *, warn: bool = False, wait: bool = False) -> FileLock | None:
     """Makes and locks a file until `_release` or the end of the process; None where the file system has no locks.
 
-    A TimeoutError if another process holds it and it is not to be waited for.
+    A TimeoutError if another process holds it and it is not to be waited for, a UserError where no file can be.
     """
     from filelock import FileLock  # not above: only who writes waits for it
 
     # No file that stands for a lock where there are none: a killed process would leave it for ever.
     file = FileLock(path, fallback_to_soft=False)
+    try:
+        path.touch()
+    except FileNotFoundError:  # which filelock takes for a lock of somebody else, and waits for ever
+        raise UserError(f"{path.parent}: no file can be made there") from None
+    except OSError:  # left to filelock
+        pass
     try:
         file.acquire(blocking=wait)
     except OSError as error:

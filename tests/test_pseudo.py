@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +20,7 @@ from typer.testing import CliRunner
 from semiseg.cli import app
 from semiseg.data.dataset import InstanceDataset, build_rule, withhold
 from semiseg.data.pseudo import PseudoMask, PseudoMasks, load_pseudo
+from semiseg.data.sources import cache_folder
 from semiseg.data.table import Table, load_table
 from semiseg.data.transforms import Resize
 from semiseg.engine import pseudo as making
@@ -177,7 +180,7 @@ def test_an_annotation_id_stands_once(files: CocoFiles) -> None:
         ({"bbox": [1, 2]}, r"annotation 12: 'bbox' is \[1, 2\], allowed: four numbers"),
         ({"bbox": [10**400, 0, 1, 1]}, r"annotation 12: 'bbox' is .*, allowed: four numbers"),
         ({"mask_known": {}}, r"annotation 12: mask_known: is empty, allowed: polygons or an RLE"),
-        ({"mask_known": 5}, r"annotation 12: mask_known: 'segmentation' is neither"),
+        ({"mask_known": 5}, r"annotation 12: mask_known: the mask is neither"),
         ({"image_id": None}, r"annotations\[0\] is no object with 'image_id', each a number or a text"),
         ({"image_id": [1]}, r"annotations\[0\] is no object with 'image_id', each a number or a text"),
         ({"id": {}}, r"annotations\[0\] is no object with 'id', each a number or a text"),
@@ -197,6 +200,11 @@ def test_a_file_of_other_images_is_a_sentence(files: CocoFiles) -> None:
     images = files.content["images"]
     with pytest.raises(UserError, match=r"none of its 1 images is one of the 2 of .*instances.json"):
         imported(files, [], images=[{"id": 1, "file_name": "other.jpg"}])
+    assert imported(
+        files, [boxed(12, 1, [35, 20, 70, 60], segmentation=rle_of(rectangle(38, 25, 60, 55)))], categories=None
+    )
+    with pytest.raises(UserError, match=r"no list 'images'; needed: images, annotations"):
+        imported(files, [], images=None)
     with pytest.raises(UserError, match=r"image 1 \(001.png\): 'height' is 63, allowed: 64, as in"):
         imported(files, [], images=[{**images[0], "height": 63}, images[1]])
     (path := files.images / "lists.json").write_text(json.dumps({"images": images}))
@@ -324,6 +332,24 @@ def test_a_part_of_somebody_else_is_left_alone(files: CocoFiles) -> None:
     assert len(made(files, "mine.json")["annotations"]) == 4
 
 
+def test_a_full_disk_names_the_file(files: CocoFiles) -> None:
+    table_of(files)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"full\.json\.part: file too large"):
+            made(files, "full.json")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert len(made(files, "full.json")["annotations"]) == 4
+
+
+@pytest.mark.skipif(not os.access("/proc", os.W_OK), reason="no folder here takes a file that then cannot be made")
+def test_where_no_lock_can_be_made_nobody_is_waited_for(files: CocoFiles) -> None:
+    with pytest.raises(UserError, match="/proc: no file can be made there"):
+        make_pseudo(table_of(files), Path("/proc/masks.json"), maker="crf", progress=False)
+
+
 def test_a_file_that_another_process_made_is_not_taken_for_ones_own(
     files: CocoFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -423,6 +449,13 @@ def test_a_run_makes_the_masks_that_it_names_once(root: Path, monkeypatch: pytes
     assert data.pseudo is not None
     monkeypatch.setattr(making, "_of_row", lambda *_: pytest.fail("made again"))
     assert build_data(config).pseudo is not None
+    (path,) = (cache_folder(config.data).parent / "pseudo").glob("*.json")
+    content = path.read_text()
+    for changed in (content.replace('"mask_weight": 1.0', '"mask_weight": 0.0', 1), content[:-10], "{}"):
+        path.write_text(changed)
+        with pytest.raises(UserError, match=r"grabcut-\w+\.json: was changed since it was made; remove it"):
+            build_data(config)
+    path.write_text(content)
     (batch,) = first_batches(config, 1)
     assert batch.targets is not None
     assert set(batch.targets.supervision.tolist()) == {Supervision.PSEUDO}

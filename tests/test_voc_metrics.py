@@ -11,6 +11,7 @@ import pytest
 from pycocotools import mask as rle_codec
 
 from semiseg.data.voc import ensure_voc
+from semiseg.errors import UserError
 from semiseg.evaluation.coco_metrics import evaluate_detections, load_ground_truth
 from semiseg.evaluation.voc_metrics import VOC_THRESHOLDS, voc_metrics
 from tests.voc_files import make_voc
@@ -68,7 +69,7 @@ def detection(mask: np.ndarray, score: float, *, image: int = 1, category: int =
 def measured(tmp_path: Path, data: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, float]:
     path = tmp_path / "truth.json"
     path.write_text(json.dumps(data))
-    found = voc_metrics(load_ground_truth(path), results)
+    found = voc_metrics(load_ground_truth(path), results, where=path)
     assert found is not None
     return found
 
@@ -154,10 +155,17 @@ def test_void_pixels_and_difficult_objects_count_for_nobody(tmp_path: Path) -> N
     assert measured(tmp_path, data, []) == dict.fromkeys(VOC_THRESHOLDS, 0.0)
     difficult = content([(1, 1, rectangle(0, 0, 5, 5), True)], {})
     (tmp_path / "difficult.json").write_text(json.dumps(difficult))
-    assert voc_metrics(load_ground_truth(tmp_path / "difficult.json"), again) is None
+    assert voc_metrics(load_ground_truth(tmp_path / "difficult.json"), again, where=tmp_path) is None
+    data["images"][0]["void"] = {"size": [SIDE, SIDE], "counts": [200, *[10, 10] * 10]}  # not compressed
+    assert measured(tmp_path, data, [spilled]) == dict.fromkeys(VOC_THRESHOLDS, 100.0)
+    wrongs: list[Any] = [5, [], {}, {"size": [3, 4], "counts": [12]}, {"size": [SIDE, SIDE], "counts": 3}]
+    for wrong in wrongs:
+        data["images"][0]["void"] = wrong
+        with pytest.raises(UserError, match=r"\.json: image 1: 'void' is no mask, allowed: an RLE of size \[20, 20\]"):
+            measured(tmp_path, data, [spilled])
     del data["images"][0]["void"]
     (tmp_path / "plain.json").write_text(json.dumps(data))
-    assert voc_metrics(load_ground_truth(tmp_path / "plain.json"), again) is None
+    assert voc_metrics(load_ground_truth(tmp_path / "plain.json"), again, where=tmp_path) is None
 
 
 def test_the_conversion_says_which_pixels_are_void(tmp_path: Path) -> None:

@@ -138,7 +138,8 @@ def parse_sections(path: Path, needed: Sequence[str]) -> tuple[dict[str, Any], s
         raise UserError(f"{path}: not JSON: no text that a JSON reader understands") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected an object with {', '.join(SECTIONS)}, not {_kind_of(raw)}")
-    missing = [name for name in SECTIONS if not isinstance(raw.get(name, None if name in needed else []), list)]
+    given = [name for name in SECTIONS if name in needed or raw.get(name) is not None]
+    missing = [name for name in given if not isinstance(raw.get(name), list)]
     if missing:
         expected = ", ".join(dict.fromkeys([*needed, *missing]))
         raise UserError(f"{path}: no list {' and no list '.join(map(repr, missing))}; needed: {expected}")
@@ -249,7 +250,7 @@ def read_segmentation(value: Any, *, size_hw: tuple[int, int]) -> tuple[list[lis
         return [], _read_rle(value, size_hw)
     if not isinstance(value, list) or not all(isinstance(polygon, list) for polygon in value):
         raise BadValue(
-            Kind.POLYGON, "'segmentation' is neither a list of polygons (each a list of numbers) nor an RLE object"
+            Kind.POLYGON, "the mask is neither a list of polygons (each a list of numbers) nor an RLE object"
         )
     # Some tools write [[]] for "not annotated": an outline without a point says nothing about the mask.
     return [_read_polygon(polygon, index, size_hw) for index, polygon in enumerate(value) if polygon], None

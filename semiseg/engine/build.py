@@ -27,7 +27,7 @@ from semiseg.data.transforms import Resize
 from semiseg.engine.detection import detector_step
 from semiseg.engine.logs import shows_bars
 from semiseg.engine.processes import images_in_evaluation, parts_per_step
-from semiseg.engine.pseudo import made_file, make_pseudo
+from semiseg.engine.pseudo import made_file, make_pseudo, require_as_made
 from semiseg.engine.rays import build_ray_rule
 from semiseg.engine.step import TrainStep
 from semiseg.errors import UserError, differing_names
@@ -82,6 +82,7 @@ def _build_pseudo(config: RunConfig, train: Table) -> PseudoMasks | None:
         path = made_file(train, cast(Maker, wanted), folder=cache.parent / "pseudo")
         if not path.exists():
             make_pseudo(train, path, maker=cast(Maker, wanted), shared=True, progress=shows_bars(None))
+        require_as_made(path)
         return load_pseudo(path, train, cache=cache)
     return load_pseudo(Path(wanted), train, cache=cache)
 

@@ -6,6 +6,7 @@ interruption; at the end the file appears whole.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -34,10 +35,11 @@ from semiseg.models.paste import MASK_THRESHOLD, paste_probabilities
 from semiseg.models.refine import Refiner, build_refiner, crf, grabcut, grabcut_or_box, opencv, pixel_boxes
 from semiseg.structures.inputs import Targets, pad_images
 
-FORMAT_VERSION = 1  # raise it when other masks come out: parts of before are then refused
+FORMAT_VERSION = 2  # raise it when other masks come out: parts of before are then refused
 # Of a box's centre and of its sides to be the object, from which the CRF begins. Chosen among eleven on photographs and
 # on Shapes: with 0.5 everywhere nothing leaves the box, with 0.9 everywhere little does.
 CENTRE_PROBABILITY, SIDE_PROBABILITY = 0.8, 0.6
+_DIGEST = b', "digest": "'  # what stands before that of all that is before it, at a file's end
 MOST_POSITIVES = 5  # of an instance, whose masks are averaged
 
 
@@ -157,7 +159,8 @@ class _Part:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        with writing_errors(self._path):  # what a full disk did not take is tried again
+            self._file.close()
 
     def add(self, line: Any) -> None:
         with writing_errors(self._path):
@@ -205,11 +208,17 @@ def _assemble(table: Table, part: Path, out: Path) -> dict[str, int]:
     images = [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
     classes = zip(table.category_ids, table.class_names, strict=True)
     categories = [{"id": category_id, "name": name} for category_id, name in classes]
+    content = hashlib.sha256()
     with whole_file(out) as file, part.open("rb") as lines:
+
+        def write(text: bytes) -> None:
+            content.update(text)
+            file.write(text)
+
         header = json.loads(next(lines))
         about = {"description": "pseudo masks", "maker": {key: header[key] for key in ("maker", "refine", "agree")}}
         head = json.dumps({"info": about, "images": images, "categories": categories}, ensure_ascii=False)
-        file.write(head[:-1].encode() + b', "annotations": [')
+        write(head[:-1].encode() + b', "annotations": [')
         separator = b"\n"
         for row, line in zip(table.rows, lines, strict=True):
             made = {each[0]: each[1:] for each in json.loads(line)}
@@ -217,10 +226,21 @@ def _assemble(table: Table, part: Path, out: Path) -> dict[str, int]:
                 entry = _annotation(row, item, made.get(item["annotation_id"]), table.category_ids)
                 source = entry.get("mask_source", "crowd region" if item["is_crowd"] else "without a mask")
                 counts[source] = counts.get(source, 0) + 1
-                file.write(separator + json.dumps(entry).encode())
+                write(separator + json.dumps(entry).encode())
                 separator = b",\n"
-        file.write(b"\n]}\n")
+        write(b"\n]")
+        file.write(_DIGEST + content.hexdigest().encode() + b'"}\n')
     return counts
+
+
+def require_as_made(path: Path) -> None:
+    """A UserError if a file of masks is not what `make_pseudo` wrote: a run's identity knows its maker alone."""
+    content, _, end = path.read_bytes().rpartition(_DIGEST)
+    if not end.startswith(hashlib.sha256(content).hexdigest().encode()):
+        raise UserError(
+            f"{path}: was changed since it was made; remove it, and it is made again, or name a copy of it as "
+            "supervision.pseudo"
+        )
 
 
 def _annotation(

@@ -123,7 +123,13 @@ def evaluate_detections(
     segm = None
     if prepare_masks(truth):
         segm = _type_metrics(coco_precision(truth, results, "segm", backend=backend), class_names)
-    return Metrics(len(truth.imgs), instances, bbox, segm, None if segm is None else voc_metrics(truth, results))
+    return Metrics(
+        len(truth.imgs),
+        instances,
+        bbox,
+        segm,
+        None if segm is None else voc_metrics(truth, results, where=annotations_file),
+    )
 
 
 def group_means(per_class: Mapping[str, Numbers | None], classes: Collection[str]) -> Numbers:

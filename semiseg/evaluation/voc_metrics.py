@@ -8,26 +8,32 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
+from semiseg.errors import UserError
+
 VOC_THRESHOLDS = {"AP25": 0.25, "AP50": 0.5, "AP70": 0.7, "AP75": 0.75}
 VOID_KEY = "void"  # of an image of the annotations: an RLE
 
 
-def voc_metrics(truth: COCO, results: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
+def voc_metrics(truth: COCO, results: Sequence[Mapping[str, Any]], *, where: Path) -> dict[str, float] | None:
     """AP in percent by the names of `VOC_THRESHOLDS`; None where the annotations say nothing of void pixels, or have
     no object to find.
 
     Args:
         truth: of a file that `data/voc.py` wrote: objects that are "difficult" are crowd, images have `void`.
         results: COCO results, see `coco_metrics.evaluate_detections`.
+        where: the file of `truth`, for a UserError where `void` is no mask.
     """
     if not any(VOID_KEY in image for image in truth.imgs.values()):
         return None
+    voids = {image_id: _void(truth, image_id, where) for image_id in truth.imgs}
     objects, found = defaultdict(list), defaultdict(list)
     for each in truth.anns.values():
         if each.get("segmentation"):
@@ -36,10 +42,9 @@ def voc_metrics(truth: COCO, results: Sequence[Mapping[str, Any]]) -> dict[str, 
         found[result["image_id"], result["category_id"]].append(result)
     judged: defaultdict[int, list[tuple[float, np.ndarray, np.ndarray]]] = defaultdict(list)
     for image_id, category_id in found:
-        image = truth.imgs[image_id]
         own = sorted(found[image_id, category_id], key=lambda result: -result["score"])
         there = objects.get((image_id, category_id), [])
-        ious = _ious(own, [truth.annToRLE(each) for each in there], image.get(VOID_KEY))
+        ious = _ious(own, [truth.annToRLE(each) for each in there], voids[image_id])
         hits, counted = _judge(ious, np.array([bool(each["iscrowd"]) for each in there]))
         judged[category_id] += zip((result["score"] for result in own), hits, counted, strict=True)
     numbers: dict[int, int] = defaultdict(int)
@@ -52,11 +57,25 @@ def voc_metrics(truth: COCO, results: Sequence[Mapping[str, Any]]) -> dict[str, 
     return {name: round(100 * float(value), 10) for name, value in zip(VOC_THRESHOLDS, ap.mean(0), strict=True)}
 
 
-def _ious(own: Sequence[Mapping[str, Any]], there: Sequence[Any], void: Mapping[str, Any] | None) -> np.ndarray:
+def _void(truth: COCO, image_id: int, where: Path) -> dict[str, Any] | None:
+    """The RLE of an image's void pixels, of whatever form of COCO's they are; None where nothing is said of them."""
+    image = truth.imgs[image_id]
+    value = image.get(VOID_KEY)
+    if value is None:
+        return None
+    size_hw = [image["height"], image["width"]]
+    with suppress(AttributeError, LookupError, TypeError, ValueError):
+        mask: dict[str, Any] = truth.annToRLE({"image_id": image_id, "segmentation": value})
+        if rle.decode(mask).shape == tuple(size_hw):
+            return mask
+    raise UserError(f"{where}: image {image_id}: {VOID_KEY!r} is no mask, allowed: an RLE of size {size_hw}")
+
+
+def _ious(own: Sequence[Mapping[str, Any]], there: Sequence[Any], void: dict[str, Any] | None) -> np.ndarray:
     """(D, G) of the detections' masks, without void pixels, and the objects'."""
     masks = [dict(result["segmentation"]) for result in own]
     if void is not None:
-        clear = rle.encode(np.asfortranarray(1 - rle.decode(dict(void))))
+        clear = rle.encode(np.asfortranarray(1 - rle.decode(void)))
         masks = [rle.merge([mask, clear], intersect=True) for mask in masks]
     if not there:
         return np.zeros((len(masks), 0))
