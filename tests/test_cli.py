@@ -277,6 +277,10 @@ def test_a_report_elsewhere_reads_the_studys_own_record(folder: Path) -> None:
     (folder / "mine").mkdir()
     (folder / "mine" / "results.jsonl").write_text("")
     call("report", "shapes", "--out", "mine")
+    call("report", "shapes", "--without-pictures", "--out", "bare")
+    page = Path("bare/report.md").read_text(encoding="utf-8")
+    assert "Pictures" not in page
+    assert "semiseg report shapes --without-pictures --out bare" in page
     assert "table6 lacks `neither` seed 0" in (folder / "mine" / "report.md").read_text()
     assert "semiseg run shapes --out mine" in (folder / "mine" / "report.md").read_text()
 

@@ -329,6 +329,18 @@ def test_without_run_folders_and_an_earlier_report_there_are_no_pictures(study: 
 
 
 @pytest.mark.usefixtures("quickly_drawn")
+def test_a_report_without_pictures_has_none_and_keeps_none(study: ReportInput, tmp_path: Path) -> None:
+    build_report(study, out=tmp_path, published=PUBLISHED)
+    drawn = sorted(path.name for path in (tmp_path / "figures").glob("*_pictures.png"))
+    assert drawn
+    text = build_report(replace(study, pictures=False), out=tmp_path, published=PUBLISHED).read_text(encoding="utf-8")
+    assert not list((tmp_path / "figures").glob("*_pictures.png"))
+    assert "pictures.png" not in text
+    assert "### Pictures" not in text
+    assert "Failures" in text
+
+
+@pytest.mark.usefixtures("quickly_drawn")
 def test_a_table_without_unseen_classes_says_nothing_of_them(study: ReportInput, tmp_path: Path) -> None:
     table = replace(TABLES[0], split="", split_digest="", seen=CLASSES, unseen=(), published="3")
     results = {key: value for key, value in study.results.items() if key[0] == "table6"}

@@ -41,7 +41,7 @@ def test_shipped_files_work_in_an_empty_folder(installed: Path, tmp_path: Path) 
     environment = {**os.environ, "PYTHONPATH": str(installed)}
     where = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert Path(where.stdout.strip()).is_relative_to(installed), "the wheel's copy is not the one that is imported"
-    assert call(installed, tmp_path, "split", "list").count("shipped") == 13
+    assert call(installed, tmp_path, "split", "list").count("shipped") == 15
     assert "20 seen, 60 unseen" in call(installed, tmp_path, "split", "show", "coco_voc20_seen")
     assert "11 of 11 runs to train" in call(installed, tmp_path, "run", "shapes", "--dry-run")
     assert list(tmp_path.iterdir()) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,6 +25,9 @@ Overrides = Annotated[
     ),
 ]
 Seeds = Annotated[str | None, typer.Option(metavar="0,1,2", help="Seeds, instead of the study's.")]
+WithoutPictures = Annotated[
+    bool, typer.Option("--without-pictures", help="A report without images, where these must not be copied.")
+]
 Out = Annotated[Path | None, typer.Option(help="Folder of record and report. Default: reports/<study>.")]
 
 
@@ -44,6 +48,7 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only list what would be trained, with times of finished runs alike.")
     ] = False,
+    without_pictures: WithoutPictures = False,
     out: Out = None,
 ) -> None:
     """Train what is missing of a study, then report.
@@ -81,7 +86,8 @@ def run(
         if not reproduce and any(run_status(item, {}).state != "done" for item in planned):
             typer.echo("(some of them were recorded elsewhere; '--reproduce' trains them here)")
     recorded = None if overrides else reference_input(loaded)
-    _report(loaded, folder, record=folder, command=_command(study, overrides, seeds, out), recorded=recorded)
+    command = _command(study, overrides, seeds, out, without_pictures=without_pictures)
+    _report(loaded, folder, record=folder, command=command, pictures=not without_pictures, recorded=recorded)
 
 
 def status(
@@ -105,7 +111,13 @@ def status(
     typer.echo(status_text(loaded, folder, processes=processes))
 
 
-def report(study: StudyName, overrides: Overrides = None, seeds: Seeds = None, out: Out = None) -> None:
+def report(
+    study: StudyName,
+    overrides: Overrides = None,
+    seeds: Seeds = None,
+    without_pictures: WithoutPictures = False,
+    out: Out = None,
+) -> None:
     """Rebuild a report from recorded results.
 
     Needs no training, no data and no run folders. In an --out that has no record, from that in reports/<study>.
@@ -117,7 +129,8 @@ def report(study: StudyName, overrides: Overrides = None, seeds: Seeds = None, o
     loaded, folder = _load(study, overrides, seeds, out)
     record = record_folder(loaded, folder)
     require_report_folder(folder)
-    _report(loaded, folder, record=record, command=_command(study, overrides, seeds, out))
+    command = _command(study, overrides, seeds, out, without_pictures=without_pictures)
+    _report(loaded, folder, record=record, command=command, pictures=not without_pictures)
 
 
 def compare(
@@ -195,8 +208,11 @@ def _launch_file(name: str | None, processes: int) -> LaunchFile:
     return file
 
 
-def _command(study: str, overrides: list[str] | None, seeds: str | None, out: Path | None) -> list[str]:
+def _command(
+    study: str, overrides: list[str] | None, seeds: str | None, out: Path | None, *, without_pictures: bool = False
+) -> list[str]:
     changes = [part for item in overrides or [] for part in ("--set", item)]
+    changes += ["--without-pictures"] if without_pictures else []
     return ["semiseg", "run", study, *changes, *_typed({"--seeds": seeds, "--out": out})]
 
 
@@ -209,9 +225,16 @@ def _written(path: Path) -> str:
 
 
 def _report(
-    study: Study, folder: Path, *, record: Path, command: list[str], recorded: ReportInput | None = None
+    study: Study,
+    folder: Path,
+    *,
+    record: Path,
+    command: list[str],
+    pictures: bool,
+    recorded: ReportInput | None = None,
 ) -> None:
     from semiseg.studies.report import build, report_input
 
-    text, path = build(report_input(study, record, command=command), folder, recorded=recorded)
+    report = replace(report_input(study, record, command=command), pictures=pictures)
+    text, path = build(report, folder, recorded=recorded)
     typer.echo(f"\n{text}\n{_written(path)}")

@@ -101,6 +101,7 @@ class ReportInput:
     run_folders: Mapping[str, Path] = field(default_factory=dict)
     val_annotations: Path | None = None  # for the pictures, as is the other; may be None or gone
     val_images: Path | None = None
+    pictures: bool = True  # False: none, and an earlier report's are removed, as where photographs must not be copied
 
     def cells(self, table: ReportTable) -> list[tuple[str, int, Result]]:
         """(row name, seed, run) of every recorded cell of a table, in the order of rows and seeds."""

@@ -35,6 +35,10 @@ class FigureFiles:
     folder: Path
     earlier: Sequence[str] = ()  # blocks of the page that was there before, if it is of the same runs
 
+    def remove(self, name: str) -> None:
+        """Removes the file of a figure that an earlier report had."""
+        (self.folder / f"{name}.png").unlink(missing_ok=True)
+
     def show(self, name: str, png: bytes | None, *, alt: str, caption: str = "", absent: str = "") -> list[str]:
         """Blocks that show a figure, written as `name`.png.
 

@@ -30,7 +30,11 @@ _TILE, _GAP, _LINE = 200, 8, 16  # pixels: width of a picture, room around it, h
 
 def picture_section(page: PageContext, numbers: TableNumbers) -> list[str]:
     """Ground truth and all rows side by side."""
-    name, (content, note) = numbers.table.name, draw_pictures(page.report, numbers, page.stored)
+    name = numbers.table.name
+    if not page.report.pictures:
+        page.figures.remove(f"{name}_pictures")
+        return []
+    content, note = draw_pictures(page.report, numbers, page.stored)
     alt = f"ground truth and detections, {name}"
     return ["### Pictures", *page.figures.show(f"{name}_pictures", content, alt=alt, caption=note, absent=note)]
 

@@ -214,7 +214,7 @@ def data_sentence(data: DataConfig) -> str:
         )
     if data.format == "voc":
         return f"PASCAL VOC 2012: training on {data.voc.train_set}, validation on {data.voc.val_set}."
-    return f"COCO format: training on {data.train_images}, validation on {data.val_images}."
+    return f"COCO format in {data.root}: training on {data.train_images}, validation on {data.val_images}."
 
 
 def schedule_sentence(configs: Sequence[RunConfig]) -> str:
