@@ -1,7 +1,8 @@
-"""Where named files are found: class splits, studies, launch files, printed numbers and weights."""
+"""Where named files are found: class splits, studies, launch files, printed numbers and weights; and the cache."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +19,14 @@ _FOLDERS: dict[Kind, tuple[str, str, str]] = {
     "launch": ("experiments/launch", ".yaml", "launch file"),
     "published": ("reports/published", ".csv", "table of printed numbers"),
 }
+
+
+def cache_root(data: Path) -> Path:
+    """Below which is kept what is made of the data in a folder: there, or in SEMISEG_CACHE, for data read only.
+
+    What lies there has a digest in its name, so that several data sets may share it.
+    """
+    return Path(os.environ.get("SEMISEG_CACHE") or data)
 
 
 def find(kind: Kind, name: str) -> Path:

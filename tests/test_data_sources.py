@@ -131,6 +131,22 @@ def test_voc_is_a_source(tmp_path: Path) -> None:
     assert len(load_table(*files["val"], cache=cache_folder(config))) > 0
 
 
+@pytest.mark.filterwarnings("ignore:.* objects have no mask")
+def test_what_is_made_of_data_goes_where_it_may(coco: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_voc(coco.parent / "voc")
+    before = sorted(coco.parent.rglob("*"))
+    monkeypatch.setenv("SEMISEG_CACHE", str(coco.parent / "cache"))
+    build_data(tiny_config(coco, data={"format": "coco", "shapes": {}}, supervision={"split": None, "source": "boxes"}))
+    voc = DataConfig.model_validate({"format": "voc", "root": str(coco.parent / "voc"), "voc": {"train_set": "train"}})
+    assert ensure_files(voc) == expected_files(voc)
+    annotations, images = coco / "annotations" / "instances_val2017.json", coco / "val2017"
+    call("evaluate", model, "--annotations", annotations, "--images", images, code=0)
+    made = {path for path in coco.parent.rglob("*") if "cache" not in path.parts}
+    assert made == set(before)
+    assert {path.name for path in (coco.parent / "cache").iterdir()} == {"arrow", "semiseg"}
+    assert len(list((coco.parent / "cache" / "arrow").iterdir())) == 2
+
+
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     """A model folder with random weights and the classes of `make_coco`."""

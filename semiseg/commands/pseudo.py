@@ -49,6 +49,7 @@ def pseudo(
     require_folder(out.absolute().parent)
     if model is not None:
         require_there(model)
+    from semiseg.data.sources import tables_folder
     from semiseg.data.table import load_table
     from semiseg.engine.logs import shows_bars
     from semiseg.engine.predict import LoadedModel, load_model
@@ -60,7 +61,7 @@ def pseudo(
         chosen = load_model(model, device=device)
     else:
         chosen = maker
-    table = load_table(annotations, images, cache=annotations.parent / "arrow")
+    table = load_table(annotations, images, cache=tables_folder(annotations.parent))
     counts = make_pseudo(
         table, out, maker=chosen, refine=refine, agree=agree, workers=workers, progress=shows_bars(progress)
     )

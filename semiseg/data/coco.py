@@ -138,8 +138,7 @@ def parse_sections(path: Path, needed: Sequence[str]) -> tuple[dict[str, Any], s
         raise UserError(f"{path}: not JSON: no text that a JSON reader understands") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected an object with {', '.join(SECTIONS)}, not {_kind_of(raw)}")
-    given = [name for name in SECTIONS if name in needed or raw.get(name) is not None]
-    missing = [name for name in given if not isinstance(raw.get(name), list)]
+    missing = [name for name in SECTIONS if not isinstance(raw.get(name, None if name in needed else []), list)]
     if missing:
         expected = ", ".join(dict.fromkeys([*needed, *missing]))
         raise UserError(f"{path}: no list {' and no list '.join(map(repr, missing))}; needed: {expected}")

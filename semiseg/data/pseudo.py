@@ -88,10 +88,7 @@ def load_pseudo(path: Path, table: Table, *, cache: Path) -> PseudoMasks:
         raise UserError(f"{path}: no such file of pseudo masks; 'semiseg pseudo' makes one")
     name = digest([file_digest(path, 64), table.fingerprint])[:16]
     folder = cache / f"pseudo-{name}-v{READER_VERSION}"
-    try:
-        rows, about = open_rows(folder, partial(_match, path, table))
-    except OSError as error:
-        raise UserError(f"{cache}: the Arrow table cannot be written: {error.strerror or error}") from None
+    rows, about = open_rows(folder, partial(_match, path, table))
     return PseudoMasks(rows, f"{path}: {about['summary']}")
 
 

@@ -15,6 +15,7 @@ from semiseg.config import DataConfig
 from semiseg.data.shapes import ensure_shapes, shapes_folder
 from semiseg.data.voc import ensure_voc, voc_files
 from semiseg.errors import UserError
+from semiseg.project import cache_root
 
 HUB_PREFIX = "hf:"
 COCO_SITE = "http://images.cocodataset.org"
@@ -84,7 +85,12 @@ def cache_folder(config: DataConfig) -> Path:
         from semiseg.data.hub import hub_folder
 
         return hub_folder(hub_name) / "arrow"
-    return Path(config.root) / "arrow"
+    return tables_folder(Path(config.root))
+
+
+def tables_folder(data: Path) -> Path:
+    """Where the Arrow tables of the annotations in a folder lie."""
+    return cache_root(data) / "arrow"
 
 
 def _hub_name(config: DataConfig) -> str | None:

@@ -101,10 +101,7 @@ def load_table(annotations: Path, images: Path, *, cache: Path, annotations_requ
         raise UserError(f"{annotations}: no such annotation file")
     fingerprint = file_digest(annotations, 64)[:16]
     folder = cache / f"{annotations.stem}-{fingerprint}-v{CONVERTER_VERSION}"
-    try:
-        rows, classes = open_rows(folder, lambda path: _convert(annotations, images, path, annotations_required))
-    except OSError as error:
-        raise UserError(f"{cache}: the Arrow table cannot be written: {error.strerror or error}") from None
+    rows, classes = open_rows(folder, lambda path: _convert(annotations, images, path, annotations_required))
     table = Table(
         rows=rows,
         class_names=tuple(classes["class_names"]),
@@ -124,8 +121,18 @@ def open_rows(folder: Path, convert: Callable[[Path], None]) -> tuple[datasets.D
     """The rows and what stands beside them, converted first if they are not there: by one process, it needs gigabytes.
 
     A damaged table is made anew beside itself and stays: what cannot be opened here, say for a stale handle of a
-    network file system, may be mapped into the memory of other jobs.
+    network file system, may be mapped into the memory of other jobs. A UserError where it cannot be written.
     """
+    try:
+        return _open_rows(folder, convert)
+    except OSError as error:
+        raise UserError(
+            f"{folder.parent}: the Arrow table cannot be written: {error.strerror or error}; the environment variable "
+            "SEMISEG_CACHE names another place"
+        ) from None
+
+
+def _open_rows(folder: Path, convert: Callable[[Path], None]) -> tuple[datasets.Dataset, dict[str, Any]]:
     name, waiting = folder.name, f"{folder.parent}: another process converts annotations; waiting"
     for number in count(2):
         new = make_once(folder, partial(convert, folder), ready=folder.is_dir, waiting=waiting)

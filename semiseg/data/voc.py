@@ -33,6 +33,7 @@ from semiseg.data.coco import Box, annotation
 from semiseg.data.images import open_image
 from semiseg.errors import UserError
 from semiseg.files import require_folder, settle, write_text
+from semiseg.project import cache_root
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ class _XmlObject(NamedTuple):
 def voc_files(root: Path, image_set: str) -> tuple[Path, Path]:
     """Where `ensure_voc` has or would have its two paths; without a layout there, as the archive unpacks."""
     images = (_find_voc(root) or root / "VOCdevkit" / "VOC2012") / "JPEGImages"
-    return root / "semiseg" / f"voc2012_{image_set}_v{CONVERTER_VERSION}.json", images
+    return cache_root(root) / "semiseg" / f"voc2012_{image_set}_v{CONVERTER_VERSION}.json", images
 
 
 def ensure_voc(root: Path, image_set: str) -> tuple[Path, Path]:

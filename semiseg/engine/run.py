@@ -24,7 +24,7 @@ from semiseg.config import InferenceConfig, ModelConfig, RunConfig, RuntimeConfi
 from semiseg.config.model import RefinerName
 from semiseg.config.read import read_json
 from semiseg.data.problems import describe_missing_masks
-from semiseg.data.sources import AnnotatedImages, cache_folder, ensure_files
+from semiseg.data.sources import AnnotatedImages, cache_folder, ensure_files, tables_folder
 from semiseg.data.table import Table, load_table
 from semiseg.engine.build import RunData, build_data, build_evaluation_loader
 from semiseg.engine.checkpoint import load_model_folder, write_json
@@ -315,7 +315,7 @@ def _evaluation_files(
 ) -> tuple[AnnotatedImages, Path, RuntimeConfig, int]:
     """The data to measure on, the folder of its Arrow table, and a run's runtime and seed, or the usual ones."""
     if annotations is not None and images is not None:
-        cache, runtime = annotations.parent / "arrow", RuntimeConfig(fast_evaluation=fast)
+        cache, runtime = tables_folder(annotations.parent), RuntimeConfig(fast_evaluation=fast)
         return AnnotatedImages(annotations, images), cache, runtime, 0
     if folder is not None and annotations is None and images is None and (folder / "model").is_dir():
         values = read_json(folder / "config.json")
