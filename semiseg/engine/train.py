@@ -51,6 +51,7 @@ from semiseg.engine.processes import parts_per_step
 from semiseg.engine.replay import write_nonfinite_step
 from semiseg.engine.session import same_on_all_ranks
 from semiseg.engine.step import StepPlan, TrainStep
+from semiseg.engine.validation import validation_losses
 from semiseg.errors import UserError, UserNotice
 from semiseg.losses.learned import COLOUR_COUNTS
 from semiseg.models.segmenter import Segmenter
@@ -220,19 +221,25 @@ def open_log(state: TrainState, out: Path, *, progress: bool | None) -> Training
 
 
 def _validate(state: TrainState, validate: Validate, data: RunData, log: TrainingLog | None, out: Path) -> float:
-    """Scores the current weights and keeps them as `best/` if none before were better; the seconds that it took.
+    """Scores the current weights, by their losses too, and keeps them as `best/` if none before were better.
+
+    Gives the seconds that it took.
 
     What was better before is what the log says, not what is in `best/`: after an interruption that may be of steps that
     are about to be done again. The log is written last: without its line all of this is done again.
     """
     began = time.perf_counter()
-    metrics = validate(trained_model(state))
+    config, model = state.config, trained_model(state)
+    metrics = validate(model)
+    warmup = pairwise_warmup(state.step, state.steps, warmup_steps=config.objective.pairwise_warmup_steps)
+    losses = validation_losses(config, data, state.step_module, model, state.accelerator, warmup=warmup)
     if metrics is None or log is None:
         return time.perf_counter() - began
     scores = (score for step, score in _validations(out).items() if step < state.step)
+    metrics = {**metrics, **losses}
     if metrics.get("mask_AP", -1.0) > max(scores, default=-1.0):  # absent where no class has ground truth
         score = {"step": state.step, **metrics}
-        save_model(out / "best", trained_model(state).state_dict(), model_info(state.config, data), score=score)
+        save_model(out / "best", model.state_dict(), model_info(config, data), score=score)
     log.write({"step": state.step, "steps": state.steps, "seconds": log.seconds, "validation": metrics})
     return time.perf_counter() - began
 
