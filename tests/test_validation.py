@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from semiseg.config.read import digest
 from semiseg.engine import train as training
 from semiseg.engine.build import build_data, train_dataset
 from semiseg.engine.checkpoint import load_model_folder
@@ -17,6 +18,8 @@ from semiseg.engine.logs import read_log
 from semiseg.engine.run import execute_run
 from semiseg.engine.session import start_accelerator
 from semiseg.engine.validation import validation_losses
+from semiseg.errors import UserError
+from semiseg.models.segmenter import Segmenter
 from tests.test_train import fresh_step
 from tests.tiny import model_of, tiny_config
 
@@ -72,6 +75,62 @@ def test_a_run_logs_it_and_trains_as_without(root: Path, tmp_path: Path) -> None
     assert {f"loss_{name}" for name in ("classification", "box", "dice", "projection", "pairwise")} <= set(
         line["validation"]
     )
+
+
+def trained(root: Path, out: Path, scores: list[float], **optim: Any) -> tuple[int, list[dict[str, torch.Tensor]], Any]:
+    """Steps done, the weights at each validation, and the state, of a run whose n-th step has the n-th score."""
+    config = tiny_config(
+        root, optim={"steps": len(scores), **optim}, runtime={"evaluate_every": 1, "checkpoint_every": 1}
+    )
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def validate(model: Segmenter) -> dict[str, float]:
+        seen.append({name: value.clone() for name, value in model.state_dict().items()})
+        return {"mask_AP": scores[len(validations(out))]}
+
+    accelerator = start_accelerator(config.runtime, seed=0)
+    state = training.train(config, build_data(config), accelerator, out=out, progress=False, validate=validate)
+    return state.step, seen, state.step_module.model.state_dict()
+
+
+def validations(out: Path) -> list[float]:
+    return [line["validation"]["mask_AP"] for line in read_log(out / "log.jsonl") if "validation" in line]
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.mark.parametrize(
+    ("scores", "steps", "best"),
+    [([1, 3, 2, 3, 9, 9], 4, 2), ([1, 2, 1, 3, 2, 2.5], 6, 4), ([1, 2, 3, 4, 5, 6], 6, 6), ([0, 0, 0, 0, 0, 0], 3, 1)],
+)
+def test_patience_ends_a_training_with_its_best_weights(
+    root: Path, tmp_path: Path, scores: list[float], steps: int, best: int
+) -> None:
+    done, seen, model = trained(root, tmp_path, scores, patience=2)
+    assert (done, len(seen), validations(tmp_path)) == (steps, steps, scores[:steps])
+    assert same(model, seen[best - 1])
+    again, more, same_model = trained(root, tmp_path, scores, patience=2)  # as after an interruption of what follows
+    assert (again, more) == (steps, [])
+    assert same(same_model, model)
+
+
+def test_without_patience_all_steps_are_done_and_the_last_weights_stay(root: Path, tmp_path: Path) -> None:
+    done, seen, model = trained(root, tmp_path, [3, 2, 1, 1])
+    assert (done, len(seen)) == (4, 3)  # the end is measured by whoever called
+    assert not any(same(model, weights) for weights in seen)
+
+
+def test_patience_is_another_run_and_needs_validations(root: Path) -> None:
+    runs = [
+        tiny_config(root, optim={"patience": n}, runtime={"evaluate_every": every})
+        for n, every in ((0, 2), (2, 2), (2, 3))
+    ]
+    assert len({digest(run.identity()) for run in (*runs, tiny_config(root))}) == 3
+    assert runs[0].identity() == tiny_config(root).identity()
+    with pytest.raises(UserError, match=r"optim\.patience counts validations: runtime\.evaluate_every must not be 0"):
+        tiny_config(root, optim={"patience": 2})
 
 
 def test_the_averaged_weights_are_judged_where_there_are_any(root: Path) -> None:

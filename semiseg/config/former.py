@@ -63,6 +63,7 @@ _FIRST_SECTIONS = ("data", "supervision", "objective", "model", "optim")
 ADDED_LATER: dict[str, dict[str, Any]] = {
     "data": {"stretch": False},
     "supervision": {"pseudo": None},
+    "optim": {"patience": 0},
     "objective": {"affinity": "colour", "level_set": 0.0, "pseudo": "dice"},
     "model": {
         "deformable_interval": 0,

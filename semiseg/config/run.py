@@ -184,6 +184,9 @@ class OptimConfig(Section):
     accumulation: PositiveInt = 1
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    # So many validations (`runtime.evaluate_every`) in a row without a better AP end the training, and its model is the
+    # best that was validated; 0 = all steps, and the last weights
+    patience: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
     def _one_length(self) -> OptimConfig:
@@ -255,6 +258,8 @@ class RunConfig(Section):
             self.model.require_rays("objective.mask = 'rays'")
         if self.inference.decoding == "polarmask":
             self.model.require_rays("inference.decoding = 'polarmask'")
+        if self.optim.patience and not self.runtime.evaluate_every:
+            raise ValueError("optim.patience counts validations: runtime.evaluate_every must not be 0")
         return self
 
     def identity(self, *, initial: bool = False) -> dict[str, Any]:
@@ -286,6 +291,8 @@ class RunConfig(Section):
         backbone = self.model.backbone
         if not initial and not backbone.names_weights:
             values["model"]["weights"] = file_digest(Path(backbone.weights))
+        if self.optim.patience:
+            values["evaluate_every"] = self.runtime.evaluate_every
         if self.runtime.precision != "no":
             values["precision"] = self.runtime.precision
         if ALGORITHM_VERSION != 1:

@@ -163,7 +163,7 @@ def _train_and_evaluate(
     train_seconds = log[-1]["seconds"] if log else 0.0
     result = {
         "metrics": metrics.to_dict(),
-        "steps": state.steps,
+        "steps": state.step,
         "train_seconds": train_seconds,
         "seconds": max(train_seconds, round(time.perf_counter() - started, 2)),
         **_origin(config, data, accelerator),

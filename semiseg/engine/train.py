@@ -38,6 +38,7 @@ from semiseg.engine.checkpoint import (
     initial_weights,
     latest_checkpoint,
     load_initial,
+    load_model_folder,
     load_tensors,
     named_step,
     remove_old_checkpoints,
@@ -180,8 +181,12 @@ def train(
     with StopOnSignal() as stop, opened as log:
         batches, window, validated = iter(loader), _Window(), _is_validated(state, out)
         while state.step < state.steps:
-            if validate and state.step > 0 and state.step % config.runtime.evaluate_every == 0 and not validated:
-                window.started += _validate(state, validate, data, log, out)  # no part of the time of training
+            if validate and state.step > 0 and state.step % config.runtime.evaluate_every == 0:
+                if not validated:
+                    window.started += _validate(state, validate, data, log, out)  # no part of the time of training
+                if _has_lost_patience(state, out):
+                    _save(state, out)  # an interruption of the evaluation that follows costs no training
+                    break
             validated = False
             parts = _next_parts(batches, state, window, stop)
             if parts is None:
@@ -200,6 +205,10 @@ def train(
                 _save(state, out)
         if any(gather_object([stop.requested])):  # since the last step
             _stop(state, out)
+        if validate and config.optim.patience:
+            if not _is_validated(state, out):
+                _validate(state, validate, data, log, out)
+            _take_best(state, out)
     return state
 
 
@@ -248,6 +257,21 @@ def _validations(out: Path) -> dict[int, float]:
     """Step -> mask AP of each validation in the log."""
     lines = [line for line in read_log(out / LOG_NAME) if "validation" in line]
     return {line["step"]: line["validation"].get("mask_AP", -1.0) for line in lines}
+
+
+def _has_lost_patience(state: TrainState, out: Path) -> bool:
+    """Whether the last `optim.patience` validations were none better than one before; the same on all processes."""
+    patience, scores = state.config.optim.patience, list(_validations(out).values())
+    lost = 0 < patience < len(scores) and max(scores[-patience:]) <= max(scores[:-patience])
+    return bool(broadcast_object_list([lost])[0])
+
+
+def _take_best(state: TrainState, out: Path) -> None:
+    """Gives the model the weights of the best validation; the last ones stay where nothing could be measured."""
+    state.accelerator.wait_for_everyone()
+    same_on_all_ranks((out / "best").is_dir(), where=out)
+    if (out / "best").is_dir():
+        trained_model(state).load_state_dict(load_model_folder(out / "best")[0])
 
 
 def _is_validated(state: TrainState, out: Path) -> bool:
