@@ -25,6 +25,7 @@ from semiseg.errors import UserError
 # was a version keep theirs.
 ALGORITHM_VERSION = 1
 
+Tracker = Literal["wandb", "mlflow", "comet_ml", "clearml", "dvclive", "swanlab", "trackio"]
 Maker = Literal["grabcut", "crf"]  # of pseudo masks, from boxes: values of `supervision.pseudo` that are no files
 
 
@@ -221,6 +222,7 @@ class RuntimeConfig(Section):
     keep_checkpoints: PositiveInt = 2
     evaluate_every: Annotated[int, Field(ge=0)] = 0  # steps; 0 = only at the end
     tensorboard: bool = True
+    trackers: list[Tracker] = []  # that hear the log, too, through accelerate; each is to be installed
     channels_last: bool = True
     compile: bool = False  # by torch, before the first step, which takes minutes; for GPUs
     images_per_process: Annotated[int, Field(ge=0)] = 0

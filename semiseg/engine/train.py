@@ -46,7 +46,7 @@ from semiseg.engine.checkpoint import (
     save_checkpoint,
     save_model,
 )
-from semiseg.engine.logs import LOG_NAME, TrainingLog, read_log
+from semiseg.engine.logs import LOG_NAME, TrainingLog, read_log, start_trackers
 from semiseg.engine.optim import build_optimizer, learning_rate, pairwise_warmup
 from semiseg.engine.processes import parts_per_step
 from semiseg.engine.replay import write_nonfinite_step
@@ -225,6 +225,7 @@ def open_log(state: TrainState, out: Path, *, progress: bool | None) -> Training
         steps=state.steps,
         start_step=state.step,
         tensorboard=state.config.runtime.tensorboard,
+        trackers=start_trackers(state.config, run_name=out.name),
         progress=progress,
     )
 
