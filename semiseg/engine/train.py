@@ -167,27 +167,15 @@ def train(
     """
     state = prepare(config, data, accelerator)
     restore(state, out / "checkpoints")
-    loader = build_training_loader(
-        config,
-        data,
-        steps=state.steps,
-        start_step=state.step,
-        processes=accelerator.num_processes,
-        rank=accelerator.process_index,
-        pin_memory=accelerator.device.type == "cuda",
-    )
     opened = open_log(state, out, progress=progress) if accelerator.is_main_process else nullcontext()
     state.wrapped.train()
     with StopOnSignal() as stop, opened as log:
-        batches, window, validated = iter(loader), _Window(), _is_validated(state, out)
+        batches, window = _batches(state, data), _Window()
         while state.step < state.steps:
             if validate and state.step > 0 and state.step % config.runtime.evaluate_every == 0:
-                if not validated:
-                    window.started += _validate(state, validate, data, log, out)  # no part of the time of training
+                window.started += _validate(state, validate, data, log, out)  # no part of the time of training
                 if _has_lost_patience(state, out):
-                    _save(state, out)  # an interruption of the evaluation that follows costs no training
                     break
-            validated = False
             parts = _next_parts(batches, state, window, stop)
             if parts is None:
                 _stop(state, out)
@@ -206,10 +194,24 @@ def train(
         if any(gather_object([stop.requested])):  # since the last step
             _stop(state, out)
         if validate and config.optim.patience:
-            if not _is_validated(state, out):
-                _validate(state, validate, data, log, out)
+            _validate(state, validate, data, log, out)
             _take_best(state, out)
     return state
+
+
+def _batches(state: TrainState, data: RunData) -> Iterator[Batch]:
+    """This process's parts of the steps that are left."""
+    accelerator = state.accelerator
+    loader = build_training_loader(
+        state.config,
+        data,
+        steps=state.steps,
+        start_step=state.step,
+        processes=accelerator.num_processes,
+        rank=accelerator.process_index,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    return iter(loader)
 
 
 def _stop(state: TrainState, out: Path) -> NoReturn:
@@ -233,12 +235,14 @@ def open_log(state: TrainState, out: Path, *, progress: bool | None) -> Training
 def _validate(state: TrainState, validate: Validate, data: RunData, log: TrainingLog | None, out: Path) -> float:
     """Scores the current weights, by their losses too, and keeps them as `best/` if none before were better.
 
-    Gives the seconds that it took.
+    Gives the seconds that it took. What is logged already, before an interruption, is not done again.
 
     What was better before is what the log says, not what is in `best/`: after an interruption that may be of steps that
     are about to be done again. The log is written last: without its line all of this is done again.
     """
     began = time.perf_counter()
+    if _is_validated(state, out):
+        return 0.0
     config, model = state.config, trained_model(state)
     metrics = validate(model)
     warmup = pairwise_warmup(state.step, state.steps, warmup_steps=config.objective.pairwise_warmup_steps)
@@ -261,10 +265,16 @@ def _validations(out: Path) -> dict[int, float]:
 
 
 def _has_lost_patience(state: TrainState, out: Path) -> bool:
-    """Whether the last `optim.patience` validations were none better than one before; the same on all processes."""
+    """Whether the last `optim.patience` validations were none better than one before; the same on all processes.
+
+    If so, a checkpoint is written: an interruption of the evaluation that follows costs no training.
+    """
     patience, scores = state.config.optim.patience, list(_validations(out).values())
     lost = 0 < patience < len(scores) and max(scores[-patience:]) <= max(scores[:-patience])
-    return bool(broadcast_object_list([lost])[0])
+    lost = bool(broadcast_object_list([lost])[0])
+    if lost:
+        _save(state, out)
+    return lost
 
 
 def _take_best(state: TrainState, out: Path) -> None:
