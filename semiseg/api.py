@@ -15,6 +15,7 @@ from torch import Tensor
 from semiseg.config import RunConfig, load_run_config, parse_run
 from semiseg.config.read import digest
 from semiseg.config.run import refuse_frozen_random_weights
+from semiseg.data.reading import scaled
 from semiseg.engine import predict
 from semiseg.engine.predict import LoadedModel
 from semiseg.errors import UserError
@@ -50,7 +51,9 @@ def detect(
     (`model.info.inference.short_side`). An image's result does not depend on the others.
 
     Args:
-        images: a list of (3, H, W) uint8 RGB tensors on any device; sizes may differ.
+        images: a list of (3, H, W) uint8 RGB tensors on any device; sizes may differ. For a model that was trained with
+            `data.value_range`, tensors of another type hold stored values, which are scaled by `model.info.value_range`
+            as those of files are; grey ones may be (1, H, W).
         output_sizes: (height, width) for each image, to which its boxes and masks are scaled; None = its own size.
         score_threshold: in [0, 1]; keeps detections whose class probability x centreness is greater. The `scores` that
             are returned are the square roots of that product, so 0.05 keeps scores above 0.224. Detectors other than
@@ -68,7 +71,8 @@ def detect(
     if isinstance(images, Tensor) or not isinstance(images, Sequence):
         raise TypeError(f"images must be a list of tensors, not {type(images).__name__}")
     for number, image in enumerate(images):
-        _check_image(image, f"images[{number}]")
+        _check_image(image, f"images[{number}]", model.info.value_range)
+    images = [_scaled(image, model.info.value_range) for image in images]
     if output_sizes is None:
         sizes = [(image.shape[1], image.shape[2]) for image in images]
     elif len(output_sizes) != len(images):
@@ -128,13 +132,21 @@ def _check_model(model: LoadedModel) -> None:
         raise ValueError("model.network is in training mode; model.network.eval() ends it")
 
 
-def _check_image(image: Tensor, name: str) -> None:
+def _check_image(image: Tensor, name: str, value_range: tuple[float, float] | None) -> None:
     if not isinstance(image, Tensor):
         raise TypeError(f"{name} must be a tensor, not {type(image).__name__}")
-    if image.dtype != torch.uint8:
+    stored = value_range is not None and image.dtype not in (torch.uint8, torch.bool) and not image.is_complex()
+    if image.dtype != torch.uint8 and not stored:
         raise TypeError(f"{name} must be uint8 with values 0 to 255, not {str(image.dtype).removeprefix('torch.')}")
-    if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
+    channels = (1, 3) if stored else (3,)
+    if image.ndim != 3 or image.shape[0] not in channels or 0 in image.shape:
         raise ValueError(f"{name} must be (3, height, width), not {tuple(image.shape)}")
+
+
+def _scaled(image: Tensor, value_range: tuple[float, float] | None) -> Tensor:
+    if value_range is None or image.dtype == torch.uint8:
+        return image
+    return torch.from_numpy(scaled(image.detach().cpu().numpy(), value_range)).expand(3, -1, -1)
 
 
 def _size(size: Sequence[int], name: str) -> tuple[int, int]:

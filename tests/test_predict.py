@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from semiseg.cli import app
 from semiseg.commands.predict import find_images
 from semiseg.data.images import read_image
+from semiseg.data.reading import Reading
 from semiseg.engine import predict as predict_module
 from semiseg.engine import predict_files
 from semiseg.engine.predict import encode_masks, find_instances
@@ -150,11 +151,11 @@ def test_exif_orientation_is_applied_on_demand(folder: Path, orientation: int) -
     Image.fromarray(pixels).save("a.png", exif=exif)
     with Image.open("a.png") as image:
         upright = np.asarray(ImageOps.exif_transpose(image))
-    assert np.array_equal(read_image(Path("a.png"), upright=True).permute(1, 2, 0), upright)
+    assert np.array_equal(read_image(Path("a.png"), reading=Reading(upright=True)).permute(1, 2, 0), upright)
     assert np.array_equal(read_image(Path("a.png")).permute(1, 2, 0), pixels)
     assert (upright.shape[:2] == (6, 4)) == (orientation >= 5)
     Image.fromarray(pixels).save("a.tif", exif=exif)  # Pillow turns these by itself
-    assert np.array_equal(read_image(Path("a.tif"), upright=True).permute(1, 2, 0), upright)
+    assert np.array_equal(read_image(Path("a.tif"), reading=Reading(upright=True)).permute(1, 2, 0), upright)
 
 
 def test_a_turned_photograph_is_predicted_upright(model: Path, folder: Path) -> None:
@@ -176,7 +177,7 @@ def test_a_turned_photograph_is_predicted_upright(model: Path, folder: Path) -> 
 
 def test_unreadable_exif_says_nothing(folder: Path) -> None:
     save(folder / "a.jpg", exif=b"Exif\x00\x00nonsense" + bytes(40))
-    assert read_image(folder / "a.jpg", upright=True).shape == (3, 40, 56)
+    assert read_image(folder / "a.jpg", reading=Reading(upright=True)).shape == (3, 40, 56)
 
 
 def test_every_common_kind_of_image(model: Path, folder: Path) -> None:

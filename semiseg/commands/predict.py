@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from semiseg.commands.train import Progress, Refine
+from semiseg.commands.train import Progress, Refine, ValueRange
 from semiseg.errors import UserError
 from semiseg.files import require_folder, require_there
 
@@ -47,6 +47,7 @@ def predict(
     batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 8,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: the GPU if there is one.")] = None,
     refine: Refine = None,
+    value_range: ValueRange = None,
     progress: Progress = None,
 ) -> None:
     """Predict images.
@@ -77,10 +78,20 @@ def predict(
         batch_size=batch,
         workers=min(os.cpu_count() or 1, 4),
         refine=refine or trained.refine,
+        value_range=value_range or loaded.info.value_range,
     )
     outcome = predict_files(loaded, files, out=out, options=options, progress=shows_bars(progress), report=_report)
     done = f"{_counted(len(outcome.images), 'image')}, {_counted(outcome.detections, 'detection')}"
     typer.echo(f"{done}, {time.perf_counter() - began:.1f} s; written to {out}{_drawn(outcome, options)}")
+    _report_losses(outcome)
+
+
+def _report_losses(outcome: Outcome) -> None:
+    """Says what of the files is not in the results; exits with 1 if any could not be read."""
+    from semiseg.data.reading import describe_few_greys
+
+    if (lost := describe_few_greys(outcome.greys, setting="--value-range {low} {high}")) is not None:
+        _report(lost)
     if outcome.unreadable:
         _report(f"{_counted(outcome.unreadable, 'file')} could not be read")
         raise typer.Exit(1)

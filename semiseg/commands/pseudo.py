@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from semiseg.commands.train import Progress
+from semiseg.commands.train import Progress, Upright, ValueRange
 from semiseg.config.run import Maker
 from semiseg.errors import UserError
 from semiseg.files import require_folder, require_there
@@ -29,6 +29,8 @@ def pseudo(
         bool,
         typer.Option("--agree", help="Of --maker model: lower the weight of masks that GrabCut does not agree with."),
     ] = False,
+    value_range: ValueRange = None,
+    upright: Upright = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Images at a time. Default: one for each core.")] = None,
     device: Annotated[str | None, typer.Option(help="Of --maker model: cpu, cuda, ... Default: a GPU if any.")] = None,
     progress: Progress = None,
@@ -49,19 +51,24 @@ def pseudo(
     require_folder(out.absolute().parent)
     if model is not None:
         require_there(model)
+    from semiseg.data.reading import Reading
     from semiseg.data.sources import tables_folder
     from semiseg.data.table import load_table
     from semiseg.engine.logs import shows_bars
     from semiseg.engine.predict import LoadedModel, load_model
     from semiseg.engine.pseudo import make_pseudo
+    from semiseg.engine.run import warn_of_images
 
     chosen: Maker | LoadedModel
     if maker == "model":
         assert model is not None
         chosen = load_model(model, device=device)
+        value_range = value_range or chosen.info.value_range
     else:
         chosen = maker
-    table = load_table(annotations, images, cache=tables_folder(annotations.parent))
+    reading = Reading(value_range, upright)
+    table = load_table(annotations, images, cache=tables_folder(annotations.parent), reading=reading)
+    warn_of_images(table)
     counts = make_pseudo(
         table, out, maker=chosen, refine=refine, agree=agree, workers=workers, progress=shows_bars(progress)
     )

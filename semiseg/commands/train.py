@@ -33,6 +33,26 @@ Refine = Annotated[
 ]
 
 
+def _black_below_white(values: tuple[float, float] | None) -> tuple[float, float] | None:
+    from semiseg.data.reading import wrong_range
+
+    if values is not None and (wrong := wrong_range(values)):
+        raise typer.BadParameter(wrong)
+    return values
+
+
+ValueRange = Annotated[
+    tuple[float, float] | None,
+    typer.Option(
+        metavar="LOW HIGH",
+        callback=_black_below_white,
+        help="Stored values that are black and white, of images with more than 8 bits. Default: the run's, or the "
+        "model's, or 0 and 65535.",
+    ),
+]
+Upright = Annotated[bool, typer.Option("--upright", help="Apply EXIF orientations: boxes are of upright images.")]
+
+
 def train(
     config: Annotated[Path | None, typer.Argument(help="Configuration of the run, TOML or JSON.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run.")] = None,
@@ -93,6 +113,8 @@ def evaluate(
         Path | None, typer.Option(help="Measure these COCO results, such as a run's detections.json, and no network.")
     ] = None,
     refine: Refine = None,
+    value_range: ValueRange = None,
+    upright: Upright = False,
     fast: Annotated[bool, typer.Option("--fast", help="Match by hotcoco, if installed: the same numbers.")] = False,
     progress: Progress = None,
 ) -> None:
@@ -110,10 +132,10 @@ def evaluate(
     if split is not None:
         find("splits", split)  # a misspelt name is said before the work, not after it
     _require_files(folder, annotations, images, results, written=(out, detections))
+    from semiseg.data.reading import Reading
     from semiseg.engine.logs import shows_bars
     from semiseg.engine.run import evaluate_run
 
-    bars = shows_bars(progress)
     metrics = evaluate_run(
         folder,
         annotations=annotations,
@@ -122,14 +144,12 @@ def evaluate(
         refine=refine,
         detections=detections,
         fast=fast,
-        progress=bars,
+        progress=shows_bars(progress),
+        reading=Reading(value_range, upright),
     )
     if metrics is None:
         return
     typer.echo(_metrics_table(metrics, split), nl=False)
-    if metrics.voc is not None:
-        by_voc = ", ".join(f"{name} {value:.1f}" for name, value in metrics.voc.items())
-        typer.echo(f"mask AP by VOC's own rules: {by_voc}")
     if not any(metrics.instances.values()):
         written = f"; the detections are in {detections}" if detections is not None else ""
         typer.echo(f"no ground truth to measure AP on {metrics.images} images{written}")
@@ -176,6 +196,7 @@ def read_config(path: Path, overrides: Sequence[str]) -> RunConfig:
 
 
 def _metrics_table(metrics: Metrics, split: str | None) -> str:
+    """The numbers of all classes and of a split's, and those by VOC's own rules where they are measured."""
     from semiseg.evaluation.coco_metrics import METRIC_NAMES
     from semiseg.report.tables import text_table
     from semiseg.splits import load_split
@@ -190,4 +211,8 @@ def _metrics_table(metrics: Metrics, split: str | None) -> str:
             numbers = metrics.group(kind, classes)
             values = ["–" if numbers[name] is None else f"{numbers[name]:.1f}" for name in METRIC_NAMES]  # noqa: RUF001
             lines.append([f"{what}, {group} ({len(classes)} classes)", *values])
-    return text_table(("percent", *METRIC_NAMES), lines)
+    table = text_table(("percent", *METRIC_NAMES), lines)
+    if metrics.voc is None:
+        return table
+    by_voc = ", ".join(f"{name} {value:.1f}" for name, value in metrics.voc.items())
+    return f"{table}mask AP by VOC's own rules: {by_voc}\n"

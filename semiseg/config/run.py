@@ -101,7 +101,16 @@ class DataConfig(Section):
     flip: Probability = 0.5
     stretch: bool = False  # height and width both become the short side that is drawn, whatever the image's were
     bottom_rows_without_affinity: Annotated[int, Field(ge=0)] = 10
+    upright: bool = False  # apply EXIF orientations: the annotations are of the upright images
+    # Stored values that are black and white, of images with more than 8 bits; None = 0 and 65535, floats are refused
+    value_range: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
     augment: AugmentConfig = AugmentConfig()
+
+    @model_validator(mode="after")
+    def _black_is_below_white(self) -> DataConfig:
+        if self.value_range is not None and self.value_range[0] >= self.value_range[1]:
+            raise ValueError(f"value_range is {self.value_range}, allowed: the value of black below that of white")
+        return self
 
     @model_validator(mode="after")
     def _augmented_images_are_usable(self) -> DataConfig:

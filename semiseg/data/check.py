@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from semiseg.data.coco import image_records, read_coco
-from semiseg.data.images import decoding_problem, image_problems
+from semiseg.data.images import decoding_problems, image_problems
 from semiseg.data.problems import Kind, Problem, describe_missing_masks
+from semiseg.data.reading import AS_STORED, Reading
 from semiseg.errors import UserError
 
 EXAMPLES = 3
@@ -67,8 +69,8 @@ class CheckReport:
         return "\n".join(lines)
 
 
-def check_annotations(annotations: Path, images: Path | None) -> CheckReport:
-    """Checks a COCO instances file and, where their folder is given, decodes every image in full.
+def check_annotations(annotations: Path, images: Path | None, reading: Reading = AS_STORED) -> CheckReport:
+    """Checks a COCO instances file and, where their folder is given, decodes every image in full, by the reading.
 
     A file or an image folder that does not exist is a `UserError`; everything else is a finding.
     """
@@ -99,7 +101,9 @@ def check_annotations(annotations: Path, images: Path | None) -> CheckReport:
                 Problem(Kind.NO_OBJECTS, "annotations", "no object is left to learn from; a crowd region is none")
             )
         if images is not None:
-            problems += image_problems(coco.images, images, decoding_problem, title="decoding")
+            problems += image_problems(
+                coco.images, images, partial(decoding_problems, reading=reading), title="decoding"
+            )
     findings = []
     for kind in Kind:
         alike = [f"{problem.where}: {problem.text}" for problem in problems if problem.kind is kind]

@@ -42,6 +42,7 @@ class Kind(Enum):
     BOX_CLIPPED = ("clipped", "box reaches over the edge of the image")
     MASK_OUTSIDE_BOX = ("notice", "mask lies outside its box")
     EXIF = ("notice", "image has an EXIF orientation that is not applied")
+    FEW_GREYS = ("notice", "image keeps almost none of its grey values in 8 bits")
 
     def __init__(self, severity: Severity, title: str) -> None:
         self.severity = severity

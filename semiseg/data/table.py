@@ -10,13 +10,13 @@ import json
 import logging
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import pyarrow
@@ -25,17 +25,23 @@ from datasets.arrow_writer import ArrowWriter
 from pyarrow import compute
 from tqdm import tqdm
 
-from semiseg.config.read import digest, file_digest
+from semiseg.config.read import digest, file_digest, read_json
 from semiseg.data.coco import NO_ANNOTATIONS, image_records, read_coco
-from semiseg.data.images import require_sizes
-from semiseg.data.problems import Problem, stop_at_errors
+from semiseg.data.images import Header, check_header, read_image, require_sizes
+from semiseg.data.problems import BadValue, Problem, stop_at_errors
+from semiseg.data.reading import AS_STORED, Greys, Reading, describe_few_greys
 from semiseg.errors import UserError
-from semiseg.files import make_once, whole_folder
+from semiseg.files import make_once, whole_folder, write_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
 CONVERTER_VERSION = 1  # raise it when records change: older tables are then left alone and made anew
 ROWS_PER_WRITE = 256
+HEADERS_NAME = "headers.json"  # beside the rows: what the headers of the images say
+LOOKED_AT = 64  # images of more than 8 bits that are decoded before a start
 
 OBJECT = {
     "annotation_id": Value("int64"),
@@ -68,6 +74,9 @@ class Table:
     annotations_file: Path
     fingerprint: str  # of the json's content; the images' content is not part of it
     annotated: bool = True  # false for a file that only lists images, such as COCO's test sets
+    reading: Reading = AS_STORED  # how the images' pixels are meant
+    # What of `Header` is true of any image -> how many, and the names of some of them
+    headers: Mapping[str, tuple[int, Sequence[str]]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -82,26 +91,63 @@ class Table:
         without = compute.and_(instances, compute.invert(compute.struct_field(objects, "has_mask")))
         return compute.sum(instances).as_py() or 0, compute.sum(without).as_py() or 0
 
+    def image(self, row: Mapping[str, Any], seen: Callable[[Greys], object] | None = None) -> Tensor:
+        """The pixels of a row's image, (3, H, W) uint8 RGB, as `read_image` gives them."""
+        size_hw = (row["height"], row["width"])
+        return read_image(self.images_folder / row["file_name"], size_hw=size_hw, reading=self.reading, seen=seen)
+
+    def image_notices(self, *, setting: str, upright: str) -> Iterator[str]:
+        """What is to be said of the images before they are used: orientations left out, grey values lost, with counts.
+
+        Of the images with more than 8 bits a channel some are decoded, at most `LOOKED_AT`.
+
+        Args:
+            setting: how a range of values is given, with {low} and {high}.
+            upright: how orientations are applied.
+        """
+        if "turned" in self.headers and not self.reading.upright:
+            number, names = self.headers["turned"]
+            yield (
+                f"{self.annotations_file}: {number} of {len(self)} images, such as {names[0]}, have an EXIF "
+                "orientation that is not applied: right for annotations of the pixels as stored; for those of upright "
+                f"images set {upright}"
+            )
+        found: dict[str, Greys] = {}
+        deep, names = self.headers.get("deep", (0, ()))
+        for name in names:
+            read_image(self.images_folder / name, reading=self.reading, seen=partial(found.__setitem__, name))
+        if (lost := describe_few_greys(found, setting=setting, among=deep)) is not None:
+            yield f"{self.annotations_file}: {lost}"
+
     def original_sizes_hw(self) -> dict[int, tuple[int, int]]:
         """Image id -> (height, width) of the stored image."""
         columns = (self.rows.data.column(name).to_pylist() for name in ("image_id", "height", "width"))
         return {image_id: (height, width) for image_id, height, width in zip(*columns, strict=True)}
 
 
-def load_table(annotations: Path, images: Path, *, cache: Path, annotations_required: bool = True) -> Table:
+def load_table(
+    annotations: Path,
+    images: Path,
+    *,
+    cache: Path,
+    annotations_required: bool = True,
+    reading: Reading = AS_STORED,
+) -> Table:
     """The table of a COCO instances json; converted on first use, with a progress bar.
 
     Of processes that ask at once one converts, and the others wait for it. The name in the cache comes from the json's
-    content and the converter's version. The first error of the annotations is a UserError, as are missing images and,
-    at the conversion, images of another size; for `annotations_required` see `read_coco`.
+    content, the converter's version and whether images are turned upright. The first error of the annotations is a
+    UserError, as are missing images and, at the conversion, images of another size; for `annotations_required` see
+    `read_coco`.
     """
     if not images.is_dir():
         raise UserError(f"{images}: no such image folder")
     if not annotations.exists():
         raise UserError(f"{annotations}: no such annotation file")
     fingerprint = file_digest(annotations, 64)[:16]
-    folder = cache / f"{annotations.stem}-{fingerprint}-v{CONVERTER_VERSION}"
-    rows, classes = open_rows(folder, lambda path: _convert(annotations, images, path, annotations_required))
+    folder = cache / f"{annotations.stem}-{fingerprint}-v{CONVERTER_VERSION}{'-upright' * reading.upright}"
+    convert = partial(_convert, annotations, images, annotations_required=annotations_required, reading=reading)
+    rows, classes = open_rows(folder, convert)
     table = Table(
         rows=rows,
         class_names=tuple(classes["class_names"]),
@@ -110,11 +156,42 @@ def load_table(annotations: Path, images: Path, *, cache: Path, annotations_requ
         annotations_file=annotations,
         fingerprint=fingerprint,
         annotated=classes.get("annotated", True),
+        reading=reading,
     )
     if annotations_required and not table.annotated:
         raise UserError(f"{annotations}: {NO_ANNOTATIONS}")
     _require_images(images, table.rows.data.column("file_name").to_pylist(), annotations)
-    return table
+    return replace(table, headers=_known_headers(table, folder / HEADERS_NAME))
+
+
+def _known_headers(table: Table, path: Path) -> dict[str, tuple[int, list[str]]]:
+    """What the images' headers say, from the file beside the table, or looked at once more where it is missing or old.
+
+    Old is what its examples no longer show: orientations are often mended after they have been named.
+    """
+    with suppress(OSError, ValueError, TypeError, KeyError, UserError, BadValue):
+        known = {what: (int(count), list(names)) for what, (count, names) in read_json(path).items()}
+        _, turned = known.get("turned", (0, []))
+        if not turned or any(check_header(table.images_folder / name, None, table.reading).turned for name in turned):
+            return known
+    columns = (table.rows.data.column(name).to_pylist() for name in ("file_name", "height", "width"))
+    entries = [
+        dict(zip(("file_name", "height", "width"), values, strict=True)) for values in zip(*columns, strict=True)
+    ]
+    known = _summary(require_sizes(entries, table.images_folder, table.reading))
+    with suppress(OSError):  # a cache may be somebody else's
+        write_text(path, json.dumps(known))
+    return known
+
+
+def _summary(headers: Mapping[str, Header]) -> dict[str, tuple[int, list[str]]]:
+    """What is true of any image -> of how many, and some of them, spread over all."""
+    known = {}
+    for what in Header._fields:
+        names = [name for name, header in headers.items() if getattr(header, what)]
+        if names:
+            known[what] = len(names), names[:: -(-len(names) // LOOKED_AT)]
+    return known
 
 
 def open_rows(folder: Path, convert: Callable[[Path], None]) -> tuple[datasets.Dataset, dict[str, Any]]:
@@ -186,7 +263,7 @@ def missing_images(folder: Path, file_names: list[str]) -> list[str]:
     return missing
 
 
-def _convert(annotations: Path, images: Path, folder: Path, annotations_required: bool) -> None:
+def _convert(annotations: Path, images: Path, folder: Path, *, annotations_required: bool, reading: Reading) -> None:
     """Writes the table to a temporary folder beside `folder`, whose name holds the digest, and renames it.
 
     Only here the images' headers are read, so that a wrong size stops a training before its first step.
@@ -209,7 +286,8 @@ def _convert(annotations: Path, images: Path, folder: Path, annotations_required
             for record in tqdm(records, total=total, desc=annotations.name, unit=" images", delay=1, disable=None):
                 writer.write(record)
             writer.finalize()
-        require_sizes(coco.images, images)
+        headers = _summary(require_sizes(coco.images, images, reading))
+        (temporary / HEADERS_NAME).write_text(json.dumps(headers), encoding="utf-8")
         classes = {"class_names": coco.class_names, "category_ids": coco.category_ids, "annotated": coco.annotated}
         classes["digest"] = digest([file_digest(path), classes])
         (temporary / "classes.json").write_text(json.dumps(classes, ensure_ascii=False), encoding="utf-8")

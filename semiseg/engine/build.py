@@ -21,7 +21,7 @@ from semiseg.data.augment import Augmentation
 from semiseg.data.dataset import InstanceDataset, build_rule
 from semiseg.data.loader import BatchLoader, StepBatches, build_loader, eval_batches
 from semiseg.data.pseudo import PseudoMasks, load_pseudo
-from semiseg.data.sources import cache_folder, ensure_files
+from semiseg.data.sources import cache_folder, ensure_files, reading_of
 from semiseg.data.table import Table, load_table
 from semiseg.data.transforms import Resize
 from semiseg.engine.detection import detector_step
@@ -59,9 +59,9 @@ class RunData:
 
 def build_data(config: RunConfig) -> RunData:
     """Opens (and on first use converts) both tables and loads the class split."""
-    cache = cache_folder(config.data)
+    cache, reading = cache_folder(config.data), reading_of(config.data)
     tables = {
-        name: load_table(files.annotations, files.images, cache=cache)
+        name: load_table(files.annotations, files.images, cache=cache, reading=reading)
         for name, files in ensure_files(config.data).items()
     }
     train, val = tables["train"], tables["val"]

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from semiseg.config.model import RefinerName
 from semiseg.config.read import read_json
 from semiseg.data.images import read_image
+from semiseg.data.reading import Greys, Reading
 from semiseg.data.transforms import Resize
 from semiseg.engine.checkpoint import ModelInfo, write_json
 from semiseg.engine.predict import LoadedModel, coco_results, each_image
@@ -49,6 +50,7 @@ class PredictOptions:
     workers: int  # threads that read and draw
     stretch: bool = False  # height and width both become the short side
     refine: RefinerName = "none"  # what makes masks of probabilities, by the colours of the image
+    value_range: tuple[float, float] | None = None  # of `Reading`
 
 
 @dataclass
@@ -59,6 +61,7 @@ class Outcome:
     detections: int = 0
     drawn: int = 0
     unreadable: int = 0
+    greys: dict[str, Greys] = field(default_factory=dict)  # of the images with more than 8 bits a channel, by name
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class _ImageFile:
     entry: dict[str, Any]  # COCO's, of the original
     original_hw: tuple[int, int]
     input: Tensor  # (3, H, W) uint8
+    greys: list[Greys]  # of an image with more than 8 bits
     picture: Image.Image | None
     original: Tensor | None  # (3, H, W) uint8, where masks are refined by its colours
 
@@ -111,6 +115,7 @@ def predict_files(
                         file.write((",\n" if outcome.detections else "[\n").encode() + json.dumps(result).encode())
                         outcome.detections += 1
                     outcome.images.append(item.entry)
+                    outcome.greys.update((item.entry["file_name"], each) for each in item.greys)
                     if options.drawn_score is not None:
                         visible = [result for result in results if result["score"] >= options.drawn_score]
                         outcome.drawn += len(visible)
@@ -164,7 +169,8 @@ def _read_ahead(
 
 
 def _read(image_id: int, path: Path, options: PredictOptions) -> _ImageFile:
-    image = read_image(path, upright=True)
+    greys: list[Greys] = []
+    image = read_image(path, reading=Reading(options.value_range, upright=True), seen=greys.append)
     height, width = image.shape[1:]
     geometry = Resize([options.short_side], options.long_side, stretch=options.stretch)((height, width), 0)
     picture = None if options.drawn_score is None else prepare_drawing(image.permute(1, 2, 0).numpy())
@@ -172,7 +178,7 @@ def _read(image_id: int, path: Path, options: PredictOptions) -> _ImageFile:
     name = os.fsencode(path.as_posix()).decode("utf-8", errors="backslashreplace")
     entry = {"id": image_id, "file_name": name, "width": width, "height": height}
     original = image if options.refine != "none" else None
-    return _ImageFile(entry, (height, width), geometry.image(image), picture, original)
+    return _ImageFile(entry, (height, width), geometry.image(image), greys, picture, original)
 
 
 def _predict(model: LoadedModel, batch: Sequence[_ImageFile], options: PredictOptions) -> list[list[dict[str, Any]]]:

@@ -24,7 +24,8 @@ from semiseg.config import InferenceConfig, ModelConfig, RunConfig, RuntimeConfi
 from semiseg.config.model import RefinerName
 from semiseg.config.read import read_json
 from semiseg.data.problems import describe_missing_masks
-from semiseg.data.sources import AnnotatedImages, cache_folder, ensure_files, tables_folder
+from semiseg.data.reading import AS_STORED, Reading
+from semiseg.data.sources import AnnotatedImages, cache_folder, ensure_files, reading_of, tables_folder
 from semiseg.data.table import Table, load_table
 from semiseg.engine.build import RunData, build_data, build_evaluation_loader
 from semiseg.engine.checkpoint import load_model_folder, write_json
@@ -44,6 +45,9 @@ from semiseg.models.segmenter import Segmenter
 from semiseg.results import RESULT_NAME
 
 PACKAGE = Path(__file__).resolve().parents[1]
+NOTHING_TO_MEASURE = (
+    "has no annotations, so there is nothing to measure; name a file for the detections ('--detections out.json')"
+)
 FROM_PYTHON = "called from Python"  # in the record, where nobody typed a command
 
 
@@ -70,6 +74,8 @@ def execute_run(
         data = build_data(config)
     _require_objects(data.train)
     if accelerator.is_main_process:
+        for table in (data.train, data.val):
+            warn_of_images(table, setting="data.value_range = [{low}, {high}]", upright="data.upright = true")
         _warn_of_missing_masks(data.val)
         _warn_of_objects_without_masks(config, data)
         if data.pseudo is not None:
@@ -101,6 +107,14 @@ def _require_objects(table: Table) -> None:
     """Refuses to train on a file from which nothing can be learnt."""
     if table.count_objects()[0] == 0:
         raise UserError(f"{table.annotations_file}: has no objects to learn from; a crowd region is none")
+
+
+def warn_of_images(
+    table: Table, *, setting: str = "--value-range {low} {high}", upright: str = "--upright", level: int = 3
+) -> None:
+    """Says what of the stored images is not used; the settings that would use it are those of verbs by default."""
+    for notice in table.image_notices(setting=setting, upright=upright):
+        warnings.warn(notice, UserNotice, stacklevel=level)
 
 
 def _warn_of_missing_masks(table: Table) -> None:
@@ -259,6 +273,7 @@ def evaluate_run(
     detections: Path | None = None,
     fast: bool = False,
     progress: bool = True,
+    reading: Reading = AS_STORED,
 ) -> Metrics | None:
     """Evaluates a run's folder on its own validation data, or any model folder on the given annotation file.
 
@@ -273,21 +288,22 @@ def evaluate_run(
             of `results`.
         detections: where to write the detections as COCO results.
         fast: take hotcoco for the numbers, as a run with `runtime.fast_evaluation` does anyway.
+        reading: how pixels are meant; what it leaves open as in the run, or by the model's range of values.
     """
     where = folder or Path()
     loaded = None if results else load_model_folder(where / "model" if (where / "model").is_dir() else where)
-    files, cache, runtime, seed = _evaluation_files(folder, annotations, images, fast=fast)
+    files, cache, runtime, seed, of_run = _evaluation_files(folder, annotations, images, fast=fast)
     require_backend(_backend(runtime))
     accelerator = start_accelerator(runtime, seed=seed)
     with accelerator.main_process_first(), accelerator.local_main_process_first():
-        table = load_table(files.annotations, files.images, cache=cache, annotations_required=False)
+        reading = reading.or_else(of_run).or_else(Reading(loaded[1].value_range if loaded else None))
+        table = load_table(*files, cache=cache, annotations_required=False, reading=reading)
     if not table.annotated and detections is None:
-        raise UserError(
-            f"{table.annotations_file}: has no annotations, so there is nothing to measure; name a file for the "
-            "detections ('--detections out.json')"
-        )
+        raise UserError(f"{table.annotations_file}: {NOTHING_TO_MEASURE}")
     if accelerator.is_main_process:
         _warn_of_missing_masks(table)
+        if results is None or refine is not None:
+            warn_of_images(table)
     if results is not None:
         if not accelerator.is_main_process:
             return None
@@ -295,9 +311,7 @@ def evaluate_run(
         return _measured(found, list(table.original_sizes_hw()), table, runtime, detections)
     assert loaded is not None
     weights, info = loaded
-    if info.class_names != table.class_names:
-        differing = differing_names(info.class_names, table.class_names)
-        raise UserError(f"{where}: its classes differ from those of {table.annotations_file} in {differing}")
+    _require_classes(info.class_names, table, where)
     return evaluate_model(
         build_network(weights, info, where=where).to(accelerator.device),
         table=table,
@@ -310,19 +324,25 @@ def evaluate_run(
     )
 
 
+def _require_classes(names: tuple[str, ...], table: Table, where: Path) -> None:
+    if names != table.class_names:
+        differing = differing_names(names, table.class_names)
+        raise UserError(f"{where}: its classes differ from those of {table.annotations_file} in {differing}")
+
+
 def _evaluation_files(
     folder: Path | None, annotations: Path | None, images: Path | None, *, fast: bool
-) -> tuple[AnnotatedImages, Path, RuntimeConfig, int]:
-    """The data to measure on, the folder of its Arrow table, and a run's runtime and seed, or the usual ones."""
+) -> tuple[AnnotatedImages, Path, RuntimeConfig, int, Reading]:
+    """The data to measure on, the folder of its Arrow table, and a run's runtime, seed and reading, or the usual."""
     if annotations is not None and images is not None:
         cache, runtime = tables_folder(annotations.parent), RuntimeConfig(fast_evaluation=fast)
-        return AnnotatedImages(annotations, images), cache, runtime, 0
+        return AnnotatedImages(annotations, images), cache, runtime, 0, AS_STORED
     if folder is not None and annotations is None and images is None and (folder / "model").is_dir():
         values = read_json(folder / "config.json")
         config = parse_recorded(values.get("config", {}), where=str(folder / "config.json"))
         files = ensure_files(config.data, sets=("val",))["val"]
         runtime = config.runtime.model_copy(update={"fast_evaluation": fast or config.runtime.fast_evaluation})
-        return files, cache_folder(config.data), runtime, config.seed
+        return files, cache_folder(config.data), runtime, config.seed, reading_of(config.data)
     raise UserError(f"{folder}: give both the annotation file and the image folder to evaluate a model folder on")
 
 

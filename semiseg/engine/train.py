@@ -523,4 +523,5 @@ def model_info(config: RunConfig, data: RunData) -> ModelInfo:
         class_names=data.train.class_names,
         category_ids=data.train.category_ids,
         inference=config.inference,
+        value_range=data.train.reading.value_range,
     )
