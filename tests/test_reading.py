@@ -25,6 +25,7 @@ from semiseg.data.reading import AS_STORED, Greys, Reading, describe_few_greys, 
 from semiseg.data.table import HEADERS_NAME, load_table
 from semiseg.engine.pseudo import made_file
 from semiseg.errors import UserError, UserNotice
+from semiseg.studies.report import protocol_fields
 from tests.coco_files import CocoFiles, make_coco
 from tests.model_folders import make_model
 from tests.tiny import tiny_config
@@ -271,6 +272,16 @@ def test_the_identity_of_a_run_has_them_where_they_are_chosen() -> None:
     assert chosen["data"] == plain["data"] | {"upright": True, "value_range": [0.0, 4095.0]}
     with pytest.raises(ValueError, match="allowed: the value of black below that of white"):
         RunConfig(data={"value_range": [4095, 0]})  # type: ignore[arg-type]
+
+
+def test_pictures_of_reports_show_what_the_run_saw(tmp_path: Path) -> None:
+    files = make_coco(tmp_path, sizes_hw=[(40, 56)])
+    (grey,) = store(files, STORED["12 of 16 bits"][0])
+    data = {"format": "coco", "root": str(tmp_path), "value_range": [0, 4080]}
+    data |= {"val_images": "images", "val_annotations": files.annotations.name}
+    config = tiny_config(tmp_path, data=data)
+    fields = protocol_fields([config], pretraining=None, classes=4)
+    assert np.array_equal(fields["pixels_of"](files.images / "001.tif"), np.repeat(grey[:, :, None], 3, axis=2))
 
 
 def run_verb(*words: object, code: int = 0) -> str:
