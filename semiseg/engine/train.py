@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -29,6 +30,7 @@ from semiseg.engine.build import (
     build_step,
     build_training_loader,
     compile_network,
+    require_normalisable,
     train_dataset,
     without_initial_weights,
 )
@@ -53,7 +55,8 @@ from semiseg.engine.replay import write_nonfinite_step
 from semiseg.engine.session import same_on_all_ranks
 from semiseg.engine.step import StepPlan, TrainStep
 from semiseg.engine.validation import validation_losses
-from semiseg.errors import UserError, UserNotice
+from semiseg.errors import StepError, UserError, UserNotice, lack_of_memory
+from semiseg.files import write_text
 from semiseg.losses.learned import COLOUR_COUNTS
 from semiseg.models.segmenter import Segmenter
 from semiseg.structures.inputs import Batch
@@ -128,6 +131,7 @@ def prepare(config: RunConfig, data: RunData, accelerator: Accelerator) -> Train
         if box != "projection+learned":
             message = f"{learning}: objective.box = {box!r} takes none of the learned edges, 'projection+learned' does"
             warnings.warn(message, UserNotice, stacklevel=2)
+    require_normalisable(config, data, step_module.model, accelerator)
     if config.runtime.channels_last:
         step_module.to(memory_format=torch.channels_last)
     if config.runtime.compile:
@@ -162,7 +166,9 @@ def train(
 
     Raises:
         UserError: on a loss or gradient of any process that is not finite, and then on all of them; the file named in
-            the message replays the step. Also if the processes do not find the same checkpoint.
+            the message replays the step. Also if the processes do not find the same checkpoint, and for norms that
+            could not be computed.
+        StepError: for any other error of a step.
         KeyboardInterrupt: after SIGINT or SIGTERM, with a checkpoint written.
     """
     state = prepare(config, data, accelerator)
@@ -176,10 +182,9 @@ def train(
                 window.started += _validate(state, validate, data, log, out)  # no part of the time of training
                 if _has_lost_patience(state, out):
                     break
-            parts = _next_parts(batches, state, window, stop)
-            if parts is None:
+            report = _next_step(batches, state, window, stop, out)
+            if report is None:
                 _stop(state, out)
-            report = optimizer_step(state, parts, out=out, stop=stop)
             window.add(report)
             if log:
                 log.advance()
@@ -212,6 +217,32 @@ def _batches(state: TrainState, data: RunData) -> Iterator[Batch]:
         pin_memory=accelerator.device.type == "cuda",
     )
     return iter(loader)
+
+
+@contextmanager
+def _named(state: TrainState, out: Path) -> Iterator[None]:
+    """Has every error of a step say its number; one that nobody expected is written to a file, with its traceback.
+
+    Raises:
+        UserError: for a UserError, and where memory is short.
+        StepError: for the rest, but for an OSError, which names its file.
+    """
+    step, rank = state.step + 1, state.accelerator.process_index
+    try:
+        yield
+    except UserError as error:
+        told = str(error)
+        raise UserError(told if told.startswith(f"step {step}: ") else f"step {step}: {told}") from error
+    except OSError:
+        raise
+    except Exception as error:
+        if (lack := lack_of_memory(error)) is not None:
+            remedy = "fewer images at a time (runtime.images_per_process) or smaller ones (data.short_sides) need less"
+            raise UserError(f"step {step}: {lack}; {remedy}") from error
+        path = out / f"error_step_{step:08d}_rank{rank}.txt"
+        write_text(path, traceback.format_exc())
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise StepError(f"step {step}: {type(error).__name__}: {reason}; {path} has the whole error") from error
 
 
 def _stop(state: TrainState, out: Path) -> NoReturn:
@@ -404,6 +435,15 @@ def _stop_nonfinite(
             f"'semiseg train --replay {path}' runs the step again"
         )
     raise UserError(gather_object(messages)[0])
+
+
+def _next_step(
+    batches: Iterator[Batch], state: TrainState, window: _Window, stop: StopOnSignal, out: Path
+) -> StepReport | None:
+    """Loads and does the next step; None if a signal came before it was loaded."""
+    with _named(state, out):
+        parts = _next_parts(batches, state, window, stop)
+        return None if parts is None else optimizer_step(state, parts, out=out, stop=stop)
 
 
 def _next_parts(batches: Iterator[Batch], state: TrainState, window: _Window, stop: StopOnSignal) -> list[Batch] | None:
