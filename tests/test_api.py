@@ -151,7 +151,9 @@ def test_rescored_by_the_mean_probability_of_their_masks(model: semiseg.LoadedMo
         with torch.no_grad():
             outputs = model.network(batch, sizes)
             (chosen,) = select_detections(
-                outputs, sizes, **limits.model_dump(exclude={"short_side", "long_side", "rescore", "refine", "stretch"})
+                outputs,
+                sizes,
+                **limits.model_dump(exclude={"short_side", "long_side", "rescore", "refine", "stretch", "area_limits"}),
             )
             masks = model.network.predict_masks(outputs, chosen.queries)
         assert isinstance(masks.grid, WholeMap)

@@ -41,6 +41,12 @@ def _black_below_white(values: tuple[float, float] | None) -> tuple[float, float
     return values
 
 
+def _smaller_first(areas: tuple[float, float] | None) -> tuple[float, float] | None:
+    if areas is not None and not 0 < areas[0] < areas[1] < float("inf"):
+        raise typer.BadParameter(f"[{areas[0]:g}, {areas[1]:g}]: allowed: two areas, the smaller one first")
+    return areas
+
+
 ValueRange = Annotated[
     tuple[float, float] | None,
     typer.Option(
@@ -48,6 +54,15 @@ ValueRange = Annotated[
         callback=_black_below_white,
         help="Stored values that are black and white, of images with more than 8 bits. Default: the run's, or the "
         "model's, or 0 and 65535.",
+    ),
+]
+AreaLimits = Annotated[
+    tuple[float, float] | None,
+    typer.Option(
+        metavar="SMALL LARGE",
+        callback=_smaller_first,
+        help="Areas in pixels up to which objects are small (APs) and from which large (APl). Default: the run's, or "
+        "COCO's 1024 and 9216.",
     ),
 ]
 Upright = Annotated[bool, typer.Option("--upright", help="Apply EXIF orientations: boxes are of upright images.")]
@@ -113,6 +128,7 @@ def evaluate(
         Path | None, typer.Option(help="Measure these COCO results, such as a run's detections.json, and no network.")
     ] = None,
     refine: Refine = None,
+    area_limits: AreaLimits = None,
     value_range: ValueRange = None,
     upright: Upright = False,
     fast: Annotated[bool, typer.Option("--fast", help="Match by hotcoco, if installed: the same numbers.")] = False,
@@ -146,6 +162,7 @@ def evaluate(
         fast=fast,
         progress=shows_bars(progress),
         reading=Reading(value_range, upright),
+        area_limits=area_limits,
     )
     if metrics is None:
         return
@@ -198,6 +215,7 @@ def read_config(path: Path, overrides: Sequence[str]) -> RunConfig:
 def _metrics_table(metrics: Metrics, split: str | None) -> str:
     """The numbers of all classes and of a split's, and those by VOC's own rules where they are measured."""
     from semiseg.evaluation.coco_metrics import METRIC_NAMES
+    from semiseg.evaluation.precision import AREA_LIMITS
     from semiseg.report.tables import text_table
     from semiseg.splits import load_split
 
@@ -212,6 +230,9 @@ def _metrics_table(metrics: Metrics, split: str | None) -> str:
             values = ["–" if numbers[name] is None else f"{numbers[name]:.1f}" for name in METRIC_NAMES]  # noqa: RUF001
             lines.append([f"{what}, {group} ({len(classes)} classes)", *values])
     table = text_table(("percent", *METRIC_NAMES), lines)
+    if metrics.area_limits != AREA_LIMITS:
+        small, large = metrics.area_limits
+        table += f"APs, APm, APl: of objects up to {small:g} pixels, to {large:g}, and above\n"
     if metrics.voc is None:
         return table
     by_voc = ", ".join(f"{name} {value:.1f}" for name, value in metrics.voc.items())

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -44,10 +44,8 @@ from semiseg.evaluation.precision import Backend, require_backend
 from semiseg.models.segmenter import Segmenter
 from semiseg.results import RESULT_NAME
 
+Changed = TypeVar("Changed", InferenceConfig, RuntimeConfig)
 PACKAGE = Path(__file__).resolve().parents[1]
-NOTHING_TO_MEASURE = (
-    "has no annotations, so there is nothing to measure; name a file for the detections ('--detections out.json')"
-)
 FROM_PYTHON = "called from Python"  # in the record, where nobody typed a command
 
 
@@ -110,11 +108,11 @@ def _require_objects(table: Table) -> None:
 
 
 def warn_of_images(
-    table: Table, *, setting: str = "--value-range {low} {high}", upright: str = "--upright", level: int = 3
+    table: Table, *, setting: str = "--value-range {low} {high}", upright: str = "--upright", looked_at: bool = True
 ) -> None:
     """Says what of the stored images is not used; the settings that would use it are those of verbs by default."""
-    for notice in table.image_notices(setting=setting, upright=upright):
-        warnings.warn(notice, UserNotice, stacklevel=level)
+    for notice in table.image_notices(setting=setting, upright=upright) if looked_at else ():
+        warnings.warn(notice, UserNotice, stacklevel=3)
 
 
 def _warn_of_missing_masks(table: Table) -> None:
@@ -243,11 +241,16 @@ def evaluate_model(
     results, image_ids = predict_table(model, loader, table, accelerator, limits=inference, progress=progress)
     if not accelerator.is_main_process:
         return None
-    return _measured(results, image_ids, table, runtime, detections)
+    return _measured(results, image_ids, table, runtime, detections, inference)
 
 
 def _measured(
-    results: list[dict[str, Any]], image_ids: list[int], table: Table, runtime: RuntimeConfig, detections: Path | None
+    results: list[dict[str, Any]],
+    image_ids: list[int],
+    table: Table,
+    runtime: RuntimeConfig,
+    detections: Path | None,
+    inference: InferenceConfig,
 ) -> Metrics:
     """The metrics of results, which are also written to a file where one is named."""
     if detections is not None:
@@ -259,6 +262,7 @@ def _measured(
         image_ids=image_ids,
         backend=_backend(runtime),
         fingerprint=table.fingerprint,
+        area_limits=(inference.area_limits[0], inference.area_limits[1]),
     )
 
 
@@ -274,6 +278,7 @@ def evaluate_run(
     fast: bool = False,
     progress: bool = True,
     reading: Reading = AS_STORED,
+    area_limits: tuple[float, float] | None = None,
 ) -> Metrics | None:
     """Evaluates a run's folder on its own validation data, or any model folder on the given annotation file.
 
@@ -288,61 +293,70 @@ def evaluate_run(
             of `results`.
         detections: where to write the detections as COCO results.
         fast: take hotcoco for the numbers, as a run with `runtime.fast_evaluation` does anyway.
+        area_limits: of APs, APm and APl, see `InferenceConfig`; None = as in the run.
         reading: how pixels are meant; what it leaves open as in the run, or by the model's range of values.
     """
     where = folder or Path()
     loaded = None if results else load_model_folder(where / "model" if (where / "model").is_dir() else where)
-    files, cache, runtime, seed, of_run = _evaluation_files(folder, annotations, images, fast=fast)
+    files, cache, run = _evaluation_files(folder, annotations, images)
+    runtime = _changed(run.runtime, fast_evaluation=fast or None)
     require_backend(_backend(runtime))
-    accelerator = start_accelerator(runtime, seed=seed)
+    accelerator = start_accelerator(runtime, seed=run.seed)
     with accelerator.main_process_first(), accelerator.local_main_process_first():
-        reading = reading.or_else(of_run).or_else(Reading(loaded[1].value_range if loaded else None))
+        reading = reading.or_else(reading_of(run.data)).or_else(Reading(loaded[1].value_range if loaded else None))
         table = load_table(*files, cache=cache, annotations_required=False, reading=reading)
-    if not table.annotated and detections is None:
-        raise UserError(f"{table.annotations_file}: {NOTHING_TO_MEASURE}")
+    _require_use(table, detections, where, loaded[1].class_names if loaded else table.class_names)
+    inference = _changed((loaded[1] if loaded else run).inference, refine=refine, area_limits=area_limits)
     if accelerator.is_main_process:
         _warn_of_missing_masks(table)
-        if results is None or refine is not None:
-            warn_of_images(table)
+        warn_of_images(table, looked_at=results is None or refine is not None)
     if results is not None:
         if not accelerator.is_main_process:
             return None
         found = refined_results(results, table, refine=refine or "none", progress=progress)
-        return _measured(found, list(table.original_sizes_hw()), table, runtime, detections)
+        return _measured(found, list(table.original_sizes_hw()), table, runtime, detections, inference)
     assert loaded is not None
     weights, info = loaded
-    _require_classes(info.class_names, table, where)
     return evaluate_model(
         build_network(weights, info, where=where).to(accelerator.device),
         table=table,
         accelerator=accelerator,
         config=info.config,
-        inference=info.inference if refine is None else info.inference.model_copy(update={"refine": refine}),
+        inference=inference,
         runtime=runtime,
         progress=progress,
         detections=detections,
     )
 
 
-def _require_classes(names: tuple[str, ...], table: Table, where: Path) -> None:
+def _changed(section: Changed, **values: Any) -> Changed:
+    """A section of the configuration with those of the values that are given."""
+    return section.model_copy(update={name: value for name, value in values.items() if value is not None})
+
+
+def _require_use(table: Table, detections: Path | None, where: Path, names: tuple[str, ...]) -> None:
+    """A UserError if nothing would come of predicting a table, or the model in `where` has other classes."""
+    if not table.annotated and detections is None:
+        raise UserError(
+            f"{table.annotations_file}: has no annotations, so there is nothing to measure; name a file for the "
+            "detections ('--detections out.json')"
+        )
     if names != table.class_names:
         differing = differing_names(names, table.class_names)
         raise UserError(f"{where}: its classes differ from those of {table.annotations_file} in {differing}")
 
 
 def _evaluation_files(
-    folder: Path | None, annotations: Path | None, images: Path | None, *, fast: bool
-) -> tuple[AnnotatedImages, Path, RuntimeConfig, int, Reading]:
-    """The data to measure on, the folder of its Arrow table, and a run's runtime, seed and reading, or the usual."""
+    folder: Path | None, annotations: Path | None, images: Path | None
+) -> tuple[AnnotatedImages, Path, RunConfig]:
+    """The data to measure on, the folder of its Arrow table, and the configuration of a run, or the usual one."""
     if annotations is not None and images is not None:
-        cache, runtime = tables_folder(annotations.parent), RuntimeConfig(fast_evaluation=fast)
-        return AnnotatedImages(annotations, images), cache, runtime, 0, AS_STORED
+        return AnnotatedImages(annotations, images), tables_folder(annotations.parent), RunConfig()
     if folder is not None and annotations is None and images is None and (folder / "model").is_dir():
         values = read_json(folder / "config.json")
         config = parse_recorded(values.get("config", {}), where=str(folder / "config.json"))
         files = ensure_files(config.data, sets=("val",))["val"]
-        runtime = config.runtime.model_copy(update={"fast_evaluation": fast or config.runtime.fast_evaluation})
-        return files, cache_folder(config.data), runtime, config.seed, reading_of(config.data)
+        return files, cache_folder(config.data), config
     raise UserError(f"{folder}: give both the annotation file and the image folder to evaluate a model folder on")
 
 

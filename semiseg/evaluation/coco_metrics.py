@@ -14,6 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from semiseg.config.read import explain
 from semiseg.errors import UserError
-from semiseg.evaluation.precision import Backend, coco_precision
+from semiseg.evaluation.precision import AREA_LIMITS, Backend, coco_precision
 from semiseg.evaluation.voc_metrics import voc_metrics
 from semiseg.splits import normalise
 
@@ -57,6 +58,7 @@ class Metrics:
     bbox: TypeMetrics
     segm: TypeMetrics | None  # None if not every ground-truth instance has a mask to compare with
     voc: Mapping[str, float] | None = None  # masks by PASCAL VOC's own rules, see `voc_metrics`; None elsewhere
+    area_limits: tuple[float, float] = AREA_LIMITS  # of APs, APm and APl, in pixels; others than COCO's are recorded
 
     def group(self, iou_type: str, classes: Collection[str]) -> Numbers:
         """Means over any classes, e.g. another split's unseen ones; iou_type is "bbox" or "segm"."""
@@ -68,6 +70,8 @@ class Metrics:
         values = {"unit": "percent", **asdict(self)}
         if self.voc is None:
             del values["voc"]
+        if self.area_limits == AREA_LIMITS:
+            del values["area_limits"]
         return values
 
     @staticmethod
@@ -91,6 +95,7 @@ def evaluate_detections(
     image_ids: Collection[int],
     backend: Backend = "pycocotools",
     fingerprint: str | None = None,
+    area_limits: tuple[float, float] = AREA_LIMITS,
 ) -> Metrics:
     """Evaluates detections, boxes and masks, quietly. No detections give 0.
 
@@ -101,6 +106,7 @@ def evaluate_detections(
         class_names: names of the labels 0..C-1, that is of the categories in the order of their ids.
         image_ids: the images that were looked at, each once; must be exactly the file's.
         fingerprint: of the file when it was read before (`Table.fingerprint`); None takes it as it is.
+        area_limits: areas in pixels up to which an object is small and from which it is large, of APs, APm and APl.
 
     Raises:
         UserError: image ids, classes or a detection do not fit the file, the file is not that of `fingerprint`, or the
@@ -118,17 +124,19 @@ def evaluate_detections(
     instances = {name: counts[key] for key, name in zip(sorted(truth.cats), class_names, strict=True)}
     if not truth.dataset["annotations"]:  # a test set; pycocotools would take minutes to find nothing
         nothing = TypeMetrics({ALL_CLASSES: _UNMEASURED}, dict.fromkeys(class_names))
-        return Metrics(len(truth.imgs), instances, bbox=nothing, segm=nothing)
-    bbox = _type_metrics(coco_precision(truth, results, "bbox", backend=backend), class_names)
+        return Metrics(len(truth.imgs), instances, bbox=nothing, segm=nothing, area_limits=area_limits)
+    precision = partial(coco_precision, truth, results, backend=backend, area_limits=area_limits)
+    bbox = _type_metrics(precision("bbox"), class_names)
     segm = None
     if prepare_masks(truth):
-        segm = _type_metrics(coco_precision(truth, results, "segm", backend=backend), class_names)
+        segm = _type_metrics(precision("segm"), class_names)
     return Metrics(
         len(truth.imgs),
         instances,
         bbox,
         segm,
         None if segm is None else voc_metrics(truth, results, where=annotations_file),
+        area_limits,
     )
 
 

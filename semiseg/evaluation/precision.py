@@ -27,6 +27,7 @@ Results = Sequence[Mapping[str, Any]]
 Precision = NDArray[np.float64]
 
 DETECTIONS_PER_IMAGE = 100  # and class: the limit of every AP that COCO reports
+AREA_LIMITS = (32.0**2, 96.0**2)  # COCO's, between small, medium and large objects
 CHECKED_IMAGES = 8  # at most, and at most one in 20: pycocotools' share of the time stays small
 
 
@@ -39,7 +40,14 @@ def require_backend(backend: Backend) -> None:
         )
 
 
-def coco_precision(truth: COCO, results: Results, iou_type: str, *, backend: Backend = "pycocotools") -> Precision:
+def coco_precision(
+    truth: COCO,
+    results: Results,
+    iou_type: str,
+    *,
+    backend: Backend = "pycocotools",
+    area_limits: tuple[float, float] = AREA_LIMITS,
+) -> Precision:
     """The precision of one quiet evaluation with 100 detections per image and class.
 
     Args:
@@ -47,16 +55,17 @@ def coco_precision(truth: COCO, results: Results, iou_type: str, *, backend: Bac
         results: COCO results with boxes and masks; left unchanged.
         iou_type: "bbox" or "segm". Masks go into the area ranges by their own area, not by their boxes'.
         backend: "hotcoco" gives the same array, and a `UserError` where a part of the images shows that it does not.
+        area_limits: areas in pixels up to which an object is small and from which it is large; one at a limit is both.
 
     Returns:
         (T IoU thresholds, R recalls, C classes by id, A areas, 1) in 0..1; -1 without ground truth of the area.
     """
     images = sorted(truth.imgs)
     if backend == "pycocotools":
-        return _pycocotools_precision(truth, results, iou_type, images)
+        return _pycocotools_precision(truth, results, iou_type, images, area_limits)
     require_backend(backend)
-    _check_equal(truth, results, iou_type, images)
-    return _hotcoco_precision(truth, results, iou_type, images)
+    _check_equal(truth, results, iou_type, images, area_limits)
+    return _hotcoco_precision(truth, results, iou_type, images, area_limits)
 
 
 def coco_evaluation(truth: COCO, results: Results, iou_type: str) -> COCOeval:
@@ -76,9 +85,11 @@ def coco_evaluation(truth: COCO, results: Results, iou_type: str) -> COCOeval:
     return evaluation
 
 
-def _precision(evaluation: Any) -> Precision:
+def _precision(evaluation: Any, area_limits: tuple[float, float]) -> Precision:
     """That of an evaluation of either package, quietly."""
     evaluation.params.maxDets = [DETECTIONS_PER_IMAGE]
+    (smallest, largest), (small, large) = evaluation.params.areaRng[0], area_limits
+    evaluation.params.areaRng = [[smallest, largest], [smallest, small], [small, large], [large, largest]]
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation.evaluate()
         evaluation.accumulate()
@@ -86,13 +97,17 @@ def _precision(evaluation: Any) -> Precision:
     return precision
 
 
-def _pycocotools_precision(truth: COCO, results: Results, iou_type: str, image_ids: Sequence[Any]) -> Precision:
+def _pycocotools_precision(
+    truth: COCO, results: Results, iou_type: str, image_ids: Sequence[Any], area_limits: tuple[float, float]
+) -> Precision:
     evaluation = coco_evaluation(truth, results, iou_type)
     evaluation.params.imgIds = image_ids
-    return _precision(evaluation)
+    return _precision(evaluation, area_limits)
 
 
-def _hotcoco_precision(truth: COCO, results: Results, iou_type: str, image_ids: Sequence[Any]) -> Precision:
+def _hotcoco_precision(
+    truth: COCO, results: Results, iou_type: str, image_ids: Sequence[Any], area_limits: tuple[float, float]
+) -> Precision:
     import hotcoco
 
     images = {image: index for index, image in enumerate(image_ids, start=1)}
@@ -106,7 +121,7 @@ def _hotcoco_precision(truth: COCO, results: Results, iou_type: str, image_ids: 
     if masks is not None:
         areas = np.asarray(hotcoco.mask.area(masks), dtype=np.float64).reshape(-1)
         predicted.update_anns(ids=np.arange(1, len(masks) + 1), area=areas)  # it had the boxes' areas
-    return _precision(hotcoco.COCOeval(objects, predicted, iou_type))
+    return _precision(hotcoco.COCOeval(objects, predicted, iou_type), area_limits)
 
 
 def _truth_columns(truth: COCO, images: Mapping[Any, int], classes: Mapping[Any, int], *, masks: bool) -> Any:
@@ -128,11 +143,14 @@ def _truth_columns(truth: COCO, images: Mapping[Any, int], classes: Mapping[Any,
     )
 
 
-def _check_equal(truth: COCO, results: Results, iou_type: str, images: Sequence[Any]) -> None:
+def _check_equal(
+    truth: COCO, results: Results, iou_type: str, images: Sequence[Any], area_limits: tuple[float, float]
+) -> None:
     """Compares both on some of the images, evenly spread over the file."""
     checked = images[:: max(20, -(-len(images) // CHECKED_IMAGES))]
     detections = [result for result in results if result["image_id"] in checked]
-    fast, official = (f(truth, detections, iou_type, checked) for f in (_hotcoco_precision, _pycocotools_precision))
+    both = (_hotcoco_precision, _pycocotools_precision)
+    fast, official = (each(truth, detections, iou_type, checked, area_limits) for each in both)
     if not np.array_equal(fast, official):
         raise UserError(
             f"hotcoco {version('hotcoco')} and pycocotools {version('pycocotools')} give different {iou_type} numbers "
