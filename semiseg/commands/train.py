@@ -21,6 +21,7 @@ from semiseg.project import find
 from semiseg.results import ap_in_words
 
 if TYPE_CHECKING:
+    from semiseg.evaluation.at_score import AtScore
     from semiseg.evaluation.coco_metrics import Metrics
 
 Overrides = Annotated[
@@ -63,6 +64,12 @@ AreaLimits = Annotated[
         callback=_smaller_first,
         help="Areas in pixels up to which objects are small (APs) and from which large (APl). Default: the run's, or "
         "COCO's 1024 and 9216.",
+    ),
+]
+AtLeast = Annotated[
+    float | None,
+    typer.Option(
+        min=0, max=1, help="Also say precision, recall, F1 and confusions of detections of at least this score."
     ),
 ]
 Upright = Annotated[bool, typer.Option("--upright", help="Apply EXIF orientations: boxes are of upright images.")]
@@ -129,6 +136,7 @@ def evaluate(
     ] = None,
     refine: Refine = None,
     area_limits: AreaLimits = None,
+    at_score: AtLeast = None,
     value_range: ValueRange = None,
     upright: Upright = False,
     fast: Annotated[bool, typer.Option("--fast", help="Match by hotcoco, if installed: the same numbers.")] = False,
@@ -163,16 +171,44 @@ def evaluate(
         progress=shows_bars(progress),
         reading=Reading(value_range, upright),
         area_limits=area_limits,
+        score=at_score,
     )
     if metrics is None:
         return
-    typer.echo(_metrics_table(metrics, split), nl=False)
-    if not any(metrics.instances.values()):
-        written = f"; the detections are in {detections}" if detections is not None else ""
-        typer.echo(f"no ground truth to measure AP on {metrics.images} images{written}")
+    _say_numbers(metrics, split, detections)
     if out is not None:
         numbers = metrics.to_dict() | ({} if refine is None else {"refine": refine})
         write_text(out, json.dumps(numbers, indent=1, ensure_ascii=False) + "\n")
+
+
+def _say_numbers(metrics: Metrics, split: str | None, detections: Path | None) -> None:
+    typer.echo(_metrics_table(metrics, split), nl=False)
+    if metrics.at_score is not None:
+        typer.echo(_counts_table(metrics.at_score), nl=False)
+    if not any(metrics.instances.values()):
+        written = f"; the detections are in {detections}" if detections is not None else ""
+        typer.echo(f"no ground truth to measure AP on {metrics.images} images{written}")
+
+
+def _counts_table(counts: AtScore) -> str:
+    """Precision, recall, F1 and the most frequent confusions of detections of at least a score."""
+    from semiseg.report.tables import text_table
+
+    of = "masks" if counts.of == "segm" else "boxes"
+    lines = []
+    for name in (None, *counts.objects):
+        numbers = ["–" if value is None else f"{value:.1f}" for value in counts.percent(name)]  # noqa: RUF001
+        lines.append([name or "all", *map(str, counts.counts(name)), *numbers])
+    head = (f"score >= {counts.score:g}", "objects", "detections", "found", "precision", "recall", "F1")
+    text = (
+        f"\nfound: by a detection of the class, {of} with an IoU of at least {counts.iou:g}\n{text_table(head, lines)}"
+    )
+    pairs = [(number, of, other) for of, row in counts.confused.items() for other, number in row.items()]
+    if pairs:
+        shown = [f"{of} as {other} {number}" for number, of, other in sorted(pairs, key=lambda pair: -pair[0])[:10]]
+        more = f", and {len(pairs) - 10} more pairs" if len(pairs) > 10 else ""
+        text += f"taken for another class: {', '.join(shown)}{more}\n"
+    return text
 
 
 def _require_files(

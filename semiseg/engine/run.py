@@ -232,6 +232,7 @@ def evaluate_model(
     runtime: RuntimeConfig,
     progress: bool,
     detections: Path | None = None,
+    score: float | None = None,
 ) -> Metrics | None:
     """Predicts and scores a table; the metrics on the main process, None elsewhere."""
     processes, rank = accelerator.num_processes, accelerator.process_index
@@ -241,16 +242,19 @@ def evaluate_model(
     results, image_ids = predict_table(model, loader, table, accelerator, limits=inference, progress=progress)
     if not accelerator.is_main_process:
         return None
-    return _measured(results, image_ids, table, runtime, detections, inference)
+    how = dict[str, Any](table=table, runtime=runtime, detections=detections, inference=inference, score=score)
+    return _measured(results, image_ids, **how)
 
 
 def _measured(
     results: list[dict[str, Any]],
     image_ids: list[int],
+    *,
     table: Table,
     runtime: RuntimeConfig,
     detections: Path | None,
     inference: InferenceConfig,
+    score: float | None = None,
 ) -> Metrics:
     """The metrics of results, which are also written to a file where one is named."""
     if detections is not None:
@@ -263,6 +267,7 @@ def _measured(
         backend=_backend(runtime),
         fingerprint=table.fingerprint,
         area_limits=(inference.area_limits[0], inference.area_limits[1]),
+        score=score,
     )
 
 
@@ -279,6 +284,7 @@ def evaluate_run(
     progress: bool = True,
     reading: Reading = AS_STORED,
     area_limits: tuple[float, float] | None = None,
+    score: float | None = None,
 ) -> Metrics | None:
     """Evaluates a run's folder on its own validation data, or any model folder on the given annotation file.
 
@@ -294,6 +300,7 @@ def evaluate_run(
         detections: where to write the detections as COCO results.
         fast: take hotcoco for the numbers, as a run with `runtime.fast_evaluation` does anyway.
         area_limits: of APs, APm and APl, see `InferenceConfig`; None = as in the run.
+        score: with which detections are counted, too, see `Metrics.at_score`.
         reading: how pixels are meant; what it leaves open as in the run, or by the model's range of values.
     """
     where = folder or Path()
@@ -310,22 +317,20 @@ def evaluate_run(
     if accelerator.is_main_process:
         _warn_of_missing_masks(table)
         warn_of_images(table, looked_at=results is None or refine is not None)
+    how = dict[str, Any](table=table, runtime=runtime, detections=detections, inference=inference, score=score)
     if results is not None:
         if not accelerator.is_main_process:
             return None
         found = refined_results(results, table, refine=refine or "none", progress=progress)
-        return _measured(found, list(table.original_sizes_hw()), table, runtime, detections, inference)
+        return _measured(found, list(table.original_sizes_hw()), **how)
     assert loaded is not None
     weights, info = loaded
     return evaluate_model(
         build_network(weights, info, where=where).to(accelerator.device),
-        table=table,
         accelerator=accelerator,
         config=info.config,
-        inference=inference,
-        runtime=runtime,
         progress=progress,
-        detections=detections,
+        **how,
     )
 
 

@@ -25,9 +25,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from semiseg.config.read import explain
 from semiseg.errors import UserError
-from semiseg.evaluation.precision import AREA_LIMITS, Backend, coco_precision
+from semiseg.evaluation.at_score import AtScore, at_score
+from semiseg.evaluation.precision import AREA_LIMITS, Backend, coco_precision, names_of_classes
 from semiseg.evaluation.voc_metrics import voc_metrics
-from semiseg.splits import normalise
 
 METRIC_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 ALL_CLASSES = "all"
@@ -59,6 +59,7 @@ class Metrics:
     segm: TypeMetrics | None  # None if not every ground-truth instance has a mask to compare with
     voc: Mapping[str, float] | None = None  # masks by PASCAL VOC's own rules, see `voc_metrics`; None elsewhere
     area_limits: tuple[float, float] = AREA_LIMITS  # of APs, APm and APl, in pixels; others than COCO's are recorded
+    at_score: AtScore | None = None  # of masks, or boxes where masks are not measured; None unless it was asked for
 
     def group(self, iou_type: str, classes: Collection[str]) -> Numbers:
         """Means over any classes, e.g. another split's unseen ones; iou_type is "bbox" or "segm"."""
@@ -68,8 +69,9 @@ class Metrics:
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable; `from_dict` restores it exactly."""
         values = {"unit": "percent", **asdict(self)}
-        if self.voc is None:
-            del values["voc"]
+        for name in ("voc", "at_score"):
+            if values[name] is None:
+                del values[name]
         if self.area_limits == AREA_LIMITS:
             del values["area_limits"]
         return values
@@ -96,6 +98,7 @@ def evaluate_detections(
     backend: Backend = "pycocotools",
     fingerprint: str | None = None,
     area_limits: tuple[float, float] = AREA_LIMITS,
+    score: float | None = None,
 ) -> Metrics:
     """Evaluates detections, boxes and masks, quietly. No detections give 0.
 
@@ -107,6 +110,7 @@ def evaluate_detections(
         image_ids: the images that were looked at, each once; must be exactly the file's.
         fingerprint: of the file when it was read before (`Table.fingerprint`); None takes it as it is.
         area_limits: areas in pixels up to which an object is small and from which it is large, of APs, APm and APl.
+        score: with which detections are counted (`Metrics.at_score`); None = they are not.
 
     Raises:
         UserError: image ids, classes or a detection do not fit the file, the file is not that of `fingerprint`, or the
@@ -137,6 +141,7 @@ def evaluate_detections(
         segm,
         None if segm is None else voc_metrics(truth, results, where=annotations_file),
         area_limits,
+        None if score is None else at_score(truth, results, "bbox" if segm is None else "segm", score=score),
     )
 
 
@@ -190,11 +195,6 @@ def load_ground_truth(annotations_file: Path, *, fingerprint: str | None = None)
             has_mask, (_, _, width, height) = bool(annotation.get("segmentation")), annotation["bbox"]
             annotation["area"] = float(rle.area(truth.annToRLE(annotation)) if has_mask else width * height)
     return truth
-
-
-def names_of_classes(truth: COCO) -> list[str]:
-    """Names of the labels 0..C-1, that is of the categories in the order of their ids."""
-    return [normalise(str(truth.cats[key]["name"])) for key in sorted(truth.cats)]
 
 
 def prepare_masks(truth: COCO) -> bool:

@@ -19,8 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools.coco import COCO
 
-from semiseg.evaluation.coco_metrics import names_of_classes
-from semiseg.evaluation.precision import Results, coco_evaluation
+from semiseg.evaluation.precision import Results, coco_evaluation, names_of_classes
 
 IOU_THRESHOLDS = tuple(round(0.5 + 0.05 * step, 2) for step in range(10))
 _THRESHOLDS = np.linspace(0.5, 0.95, 10)  # to the bit as pycocotools has them

@@ -21,6 +21,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from semiseg.errors import UserError
+from semiseg.splits import normalise
 
 Backend = Literal["pycocotools", "hotcoco"]
 Results = Sequence[Mapping[str, Any]]
@@ -66,6 +67,11 @@ def coco_precision(
     require_backend(backend)
     _check_equal(truth, results, iou_type, images, area_limits)
     return _hotcoco_precision(truth, results, iou_type, images, area_limits)
+
+
+def names_of_classes(truth: COCO) -> list[str]:
+    """Names of the labels 0..C-1, that is of the categories in the order of their ids."""
+    return [normalise(str(truth.cats[key]["name"])) for key in sorted(truth.cats)]
 
 
 def coco_evaluation(truth: COCO, results: Results, iou_type: str) -> COCOeval:
