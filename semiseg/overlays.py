@@ -16,6 +16,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from pycocotools import mask as rle_codec
 
+from semiseg.structures.rasterise import read_cells
+
 # Okabe and Ito 2008, distinguishable with any colour vision; black, which photographs are full of, is left out.
 COLOURS: tuple[Colour, ...] = (
     *((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66)),
@@ -108,7 +110,9 @@ def _paint_mask(drawing: Image.Image, rle: Mapping[str, Any], colour: Colour, *,
         return
     scale_x, scale_y = drawing.width / rle["size"][1], drawing.height / rle["size"][0]
     box = _scaled((x, y, width, height), scale_x, scale_y, drawing.size)
-    part = np.ascontiguousarray(rle_codec.decode(rle)[y : y + height, x : x + width]) * np.uint8(255)
+    counts = rle["counts"].encode() if isinstance(rle["counts"], str) else rle["counts"]
+    rows, columns = np.arange(y, y + height), np.arange(x, x + width)
+    part = np.ascontiguousarray(read_cells([counts], rle["size"], rows=rows, columns=columns)[0]) * np.uint8(255)
     scaled = Image.fromarray(part).resize((box[2] - box[0], box[3] - box[1]), Image.Resampling.BILINEAR)
     inside = ImageOps.expand(scaled.point(lambda value: 255 * (value >= 128)), line)
     core = inside.filter(ImageFilter.MinFilter(2 * line + 1))
