@@ -15,6 +15,7 @@ from torch import Tensor
 
 from benchmarks import straightforward as plain
 from semiseg.engine.predict import ImageDetections, coco_results, encode_masks, encode_placed
+from semiseg.models import paste
 from semiseg.models.detectors.fcos import make_locations
 from semiseg.models.detectors.select import select_detections
 from semiseg.models.paste import (
@@ -289,8 +290,12 @@ def shapes_of(kind: str, number: int, size_hw: tuple[int, int], generator: torch
 
 @pytest.mark.parametrize("kind", ["smooth", "noisy", "hard", "near one half"])
 @pytest.mark.parametrize("output_hw", [(52, 71), (400, 300), (31, 977), (640, 7), (20, 21)])
-def test_masks_where_they_are_equal_those_of_the_whole_image(kind: str, output_hw: tuple[int, int]) -> None:
+@pytest.mark.parametrize("small_image", [0, paste.SMALL_IMAGE])
+def test_masks_where_they_are_equal_those_of_the_whole_image(
+    kind: str, output_hw: tuple[int, int], small_image: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """To the bit, on maps and regions: whatever of the image is pasted, and however an RLE is made of it."""
+    monkeypatch.setattr(paste, "SMALL_IMAGE", small_image)
     generator, input_hw = torch.Generator().manual_seed(len(kind)), (52, 71)
     corner = torch.rand(4, 2, generator=generator) * torch.tensor([70.0, 50.0]) - 8
     boxes = torch.cat([corner, corner + 1 + 40 * torch.rand(4, 2, generator=generator)], dim=1)

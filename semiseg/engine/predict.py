@@ -252,12 +252,15 @@ def encode_placed(placed: PlacedMask, size_hw: tuple[int, int]) -> dict[str, Any
     changes = np.zeros(0, dtype=np.int64)
     if inside.size:
         # Where a pixel differs from the one above it; above and below all is outside.
-        differs = np.concatenate([inside[:1], inside[1:] ^ inside[:-1], inside[-1:]])
+        differs = np.empty((len(inside) + 1, inside.shape[1]), dtype=bool)
+        differs[0], differs[-1] = inside[0], inside[-1]
+        np.not_equal(inside[1:], inside[:-1], out=differs[1:-1])
         row, column = np.divmod(np.flatnonzero(differs), inside.shape[1])
-        changes = np.sort((placed.left + column) * height + placed.top + row)  # RLE runs down the columns
+        changes = (placed.left + column) * height + placed.top + row
+        changes.sort()  # RLE runs down the columns
         # Where the image ends with the mask, a run goes on in the next column.
-        goes_on = np.flatnonzero(changes[1:] == changes[:-1])
-        changes = np.delete(changes, np.concatenate([goes_on, goes_on + 1]))
+        if (goes_on := np.flatnonzero(changes[1:] == changes[:-1])).size:
+            changes = np.delete(changes, np.concatenate([goes_on, goes_on + 1]))
     counts = np.diff(changes, prepend=0, append=height * width)  # of pixels outside, inside, outside, ...
     if len(changes) and counts[-1] == 0:
         counts = counts[:-1]

@@ -20,6 +20,7 @@ from semiseg.structures.outputs import MaskLogits, MaskQueries, Outputs
 MASK_THRESHOLD = 0.5
 ALMOST_INSIDE = -1e-3  # a logit so far below one half that no rounding of what is made of it reaches that
 SMALL_SIDES = 129  # height + width of a result: below, torch resizes in another way on a CPU, which rounds otherwise
+SMALL_IMAGE = 2**16  # pixels, below which to look for the place of a mask takes longer than to make it whole
 CHUNK_PIXELS = 2**20  # of float masks held at once, or one mask: 4 MiB stay in cache, and the allocator keeps them
 
 
@@ -107,11 +108,18 @@ def placed_masks(
 ) -> Iterator[PlacedMask]:
     """Yields the masks of logits (M, h, w) on their grid, in output pixels: where a probability is above one half.
 
-    To the bit what `paste_probabilities` would give, made only where cells let it reach one half.
+    To the bit what `paste_probabilities` would give, made only where cells let it reach one half; on maps of small
+    images whole, many at once.
 
     Raises:
         ValueError: a map that does not cover the image.
     """
+    pixels = max(input_hw[0] * input_hw[1], output_hw[0] * output_hw[1])
+    if pixels <= SMALL_IMAGE and not isinstance(grid, Regions):
+        for some in logits.split(CHUNK_PIXELS // pixels):
+            masks = paste_probabilities(some, grid, input_hw, output_hw).gt_(MASK_THRESHOLD).to(torch.bool)
+            yield from (PlacedMask(mask, 0, 0) for mask in masks)
+        return
     cells = _cells_inside(logits)
     if isinstance(grid, Regions):
         sides = _sides(grid, input_hw, output_hw)
