@@ -18,11 +18,15 @@ from semiseg.config.run import refuse_frozen_random_weights
 from semiseg.data.reading import scaled
 from semiseg.engine import predict
 from semiseg.engine.predict import LoadedModel
+from semiseg.engine.tiles import Tiling, find_in_tiles
 from semiseg.errors import UserError
 from semiseg.splits import ClassSplit
 from semiseg.structures.outputs import Detections
 
 __all__ = ["ClassSplit", "Detections", "LoadedModel", "RunConfig", "UserError", "detect", "load_model", "train"]
+
+
+TILES_AT_ONCE = 8
 
 
 def load_model(folder: str | Path, *, device: str | torch.device | None = None) -> LoadedModel:
@@ -44,6 +48,8 @@ def detect(
     *,
     output_sizes: Sequence[tuple[int, int]] | None = None,
     score_threshold: float = 0.05,
+    tile: int | None = None,
+    overlap: int | None = None,
 ) -> list[Detections]:
     """Detects the instances in each image.
 
@@ -58,11 +64,14 @@ def detect(
         score_threshold: in [0, 1]; keeps detections whose class probability x centreness is greater. The `scores` that
             are returned are the square roots of that product, so 0.05 keeps scores above 0.224. Detectors other than
             FCOS score by the class probability alone, which is compared as it is, and as PolarMask's own decoding does.
+        tile: an image with a longer side is looked at in square tiles of so many pixels, and detections of one object
+            in several tiles become one (docs/API.md); without `output_sizes`. None = every image as a whole.
+        overlap: pixels that neighbouring tiles share, less than `tile`; None = an eighth of it.
 
     Returns:
         one `Detections` for each image, on the CPU: `boxes` (N, 4) xyxy float32 in output pixels, `scores` (N,) float32
         descending, `labels` (N,) int64 index into `model.class_names`, `masks` (N, height, width) bool. At most
-        `model.info.inference.max_detections` each.
+        `model.info.inference.max_detections` each, or of each tile.
 
     Raises:
         TypeError, ValueError: something else than described; the message names the image.
@@ -82,6 +91,9 @@ def detect(
     if not 0 <= score_threshold <= 1:
         raise ValueError(f"score_threshold must be in [0, 1], not {score_threshold!r}")
     limits = model.info.inference.model_copy(update={"score_threshold": score_threshold})
+    if tiling := _tiling(tile, overlap, output_sizes):
+        given: dict[str, Any] = {"tiling": tiling, "limits": limits, "batch_size": TILES_AT_ONCE}
+        return [predict.collected(find_in_tiles(model.network, image, **given)) for image in images]
     return predict.each_image(model.network, images, predict.collected, output_sizes=sizes, limits=limits)
 
 
@@ -147,6 +159,21 @@ def _scaled(image: Tensor, value_range: tuple[float, float] | None) -> Tensor:
     if value_range is None or image.dtype == torch.uint8:
         return image
     return torch.from_numpy(scaled(image.detach().cpu().numpy(), value_range)).expand(3, -1, -1)
+
+
+def _tiling(tile: int | None, overlap: int | None, output_sizes: object) -> Tiling | None:
+    if tile is None:
+        if overlap is not None:
+            raise ValueError("overlap says what tiles share; give their size as tile")
+        return None
+    overlap = tile // 8 if overlap is None and type(tile) is int else overlap
+    if type(tile) is not int or type(overlap) is not int:
+        raise TypeError(f"tile and overlap must be whole numbers of pixels, not {tile!r} and {overlap!r}")
+    if tile < 1 or not 0 <= overlap < tile:
+        raise ValueError(f"tile must be at least 1 and overlap from 0 to tile - 1, not {tile} and {overlap}")
+    if output_sizes is not None:
+        raise ValueError("with tile, boxes and masks are in the image's own pixels; leave out output_sizes")
+    return Tiling(tile, overlap)
 
 
 def _size(size: Sequence[int], name: str) -> tuple[int, int]:

@@ -23,6 +23,7 @@ from tests.model_folders import make_model
 from tests.tiny import tiny_config
 
 pytest.importorskip("hotcoco", reason="the extra `fast` is not installed")
+pytestmark = pytest.mark.filterwarnings("ignore:.*detections are not measured")  # images have up to 130
 
 HEIGHT, WIDTH = 110, 130
 CLASSES = ("a", "b", "c", "never", "only crowd", "only false")
@@ -203,6 +204,15 @@ def test_nothing_found_nothing_there_and_boxes_alone(tmp_path: Path) -> None:
     fast = evaluate_detections(boxes, results, class_names=LABELS, image_ids=range(14), backend="hotcoco")
     assert fast.segm is None
     assert fast == evaluate_detections(boxes, results, class_names=LABELS, image_ids=range(14))
+
+
+def test_another_limit_of_detections(tmp_path: Path) -> None:
+    annotations, results = random_case(3)
+    path = write(tmp_path / "val.json", annotations, images=sorted({a["image_id"] for a in annotations}))
+    results = [result for result in results if result["image_id"] in {a["image_id"] for a in annotations}]
+    one, two, many = (assert_equal_precision(path, results, max_dets=limit)[0] for limit in (1, 2, 300))
+    assert not np.array_equal(one, two)
+    assert not np.array_equal(one, many)
 
 
 def test_a_difference_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

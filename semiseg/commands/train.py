@@ -18,7 +18,7 @@ from semiseg.config.read import read_json
 from semiseg.errors import UserError
 from semiseg.files import require_folder, require_there, write_text
 from semiseg.project import find
-from semiseg.results import ap_in_words
+from semiseg.results import MAX_DETS, ap_in_words, limit_in_words
 
 if TYPE_CHECKING:
     from semiseg.evaluation.at_score import AtScore
@@ -31,6 +31,19 @@ Progress = Annotated[bool | None, typer.Option(help="Show progress bars. Default
 Refine = Annotated[
     RefinerName | None,
     typer.Option(help="Make the masks by the colours of the image, too. Default: as the model was configured."),
+]
+
+Annotations = Annotated[
+    Path | None, typer.Option(help="COCO json to evaluate on. Default: the run's own validation data.")
+]
+Fast = Annotated[bool, typer.Option("--fast", help="Match by hotcoco, if installed: the same numbers.")]
+MaxDets = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Measure the best so many detections of each image and class, COCO's maxDets. "
+        "Default: 100, as COCO does, or as many as the model keeps of an image if these are more.",
+    ),
 ]
 
 
@@ -117,14 +130,14 @@ def train(
         measured = ap_in_words(result["metrics"])
         if measured and result["metrics"].get("segm") is None:
             measured += ", mask AP not measured: objects without a mask"
+        if limit := limit_in_words(result["metrics"].get("max_dets", MAX_DETS)):
+            measured += f" ({limit})"
         typer.echo(f"{measured or 'no ground truth to measure AP'} after {result['steps']} steps; written to {out}")
 
 
 def evaluate(
     folder: Annotated[Path | None, typer.Argument(help="Folder of a run, or a model folder.")] = None,
-    annotations: Annotated[
-        Path | None, typer.Option(help="COCO json to evaluate on. Default: the run's own validation data.")
-    ] = None,
+    annotations: Annotations = None,
     images: Annotated[Path | None, typer.Option(help="Folder of the images, with --annotations.")] = None,
     split: Annotated[
         str | None, typer.Option(metavar="SPLIT", help="Also say the numbers of this split's unseen and seen classes.")
@@ -139,7 +152,8 @@ def evaluate(
     at_score: AtLeast = None,
     value_range: ValueRange = None,
     upright: Upright = False,
-    fast: Annotated[bool, typer.Option("--fast", help="Match by hotcoco, if installed: the same numbers.")] = False,
+    fast: Fast = False,
+    max_dets: MaxDets = None,
     progress: Progress = None,
 ) -> None:
     """Evaluate a model or a finished run.
@@ -172,6 +186,7 @@ def evaluate(
         reading=Reading(value_range, upright),
         area_limits=area_limits,
         score=at_score,
+        max_dets=max_dets,
     )
     if metrics is None:
         return
@@ -183,6 +198,8 @@ def evaluate(
 
 def _say_numbers(metrics: Metrics, split: str | None, detections: Path | None) -> None:
     typer.echo(_metrics_table(metrics, split), nl=False)
+    if limit := limit_in_words(metrics.max_dets):
+        typer.echo(limit)
     if metrics.at_score is not None:
         typer.echo(_counts_table(metrics.at_score), nl=False)
     if not any(metrics.instances.values()):

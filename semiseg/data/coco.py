@@ -16,9 +16,9 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from semiseg.data.problems import BadValue, Kind, Problem, Reporter, stop_at_errors
-from semiseg.data.rasterise import MORE, outlines_to_rle, run_lengths
 from semiseg.errors import UserError
 from semiseg.splits import normalise
+from semiseg.structures.rasterise import MORE, outlines_to_rle, run_lengths
 
 SECTIONS = ("images", "annotations", "categories")
 NO_ANNOTATIONS = f"no list 'annotations'; needed: {', '.join(SECTIONS)}"

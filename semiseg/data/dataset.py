@@ -20,7 +20,6 @@ from torch.utils.data import get_worker_info
 
 from semiseg.data.augment import Augmentation, View
 from semiseg.data.pseudo import PseudoMask, PseudoMasks
-from semiseg.data.rasterise import cell_centres, outlines_to_rle, read_cells, run_lengths
 from semiseg.data.rays import Raster, RayRule, ray_targets
 from semiseg.data.table import Table
 from semiseg.data.transforms import Geometry, Transform
@@ -28,6 +27,7 @@ from semiseg.data.workers import workers_lack
 from semiseg.errors import UserError
 from semiseg.structures.inputs import Batch, Supervision, Targets, empty_batch, grid_size
 from semiseg.structures.masks import MASK_BITS, EncodedMasks
+from semiseg.structures.rasterise import cell_centres, outlines_to_rle, read_cells, run_lengths
 
 Key = tuple[int, int]  # (row index, sample seed)
 Source = Literal["split", "masks", "boxes", "as_annotated"]

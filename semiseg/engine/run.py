@@ -42,7 +42,7 @@ from semiseg.errors import UserError, UserNotice, differing_names
 from semiseg.evaluation.coco_metrics import Metrics, evaluate_detections
 from semiseg.evaluation.precision import Backend, require_backend
 from semiseg.models.segmenter import Segmenter
-from semiseg.results import RESULT_NAME
+from semiseg.results import MAX_DETS, RESULT_NAME
 
 Changed = TypeVar("Changed", InferenceConfig, RuntimeConfig)
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -233,8 +233,12 @@ def evaluate_model(
     progress: bool,
     detections: Path | None = None,
     score: float | None = None,
+    max_dets: int | None = None,
 ) -> Metrics | None:
-    """Predicts and scores a table; the metrics on the main process, None elsewhere."""
+    """Predicts and scores a table; the metrics on the main process, None elsewhere.
+
+    `max_dets` None: nothing that the model keeps goes unmeasured, see `measured_detections`.
+    """
     processes, rank = accelerator.num_processes, accelerator.process_index
     loader = build_evaluation_loader(
         table, model=config, inference=inference, runtime=runtime, processes=processes, rank=rank
@@ -243,7 +247,12 @@ def evaluate_model(
     if not accelerator.is_main_process:
         return None
     how = dict[str, Any](table=table, runtime=runtime, detections=detections, inference=inference, score=score)
-    return _measured(results, image_ids, **how)
+    return _measured(results, image_ids, **how, max_dets=max_dets)
+
+
+def measured_detections(inference: InferenceConfig) -> int:
+    """How many detections of an image and class are measured: COCO's 100, or as many as the model keeps of an image."""
+    return max(MAX_DETS, inference.max_detections)
 
 
 def _measured(
@@ -255,6 +264,7 @@ def _measured(
     detections: Path | None,
     inference: InferenceConfig,
     score: float | None = None,
+    max_dets: int | None = None,
 ) -> Metrics:
     """The metrics of results, which are also written to a file where one is named."""
     if detections is not None:
@@ -268,6 +278,7 @@ def _measured(
         fingerprint=table.fingerprint,
         area_limits=(inference.area_limits[0], inference.area_limits[1]),
         score=score,
+        max_dets=max_dets or measured_detections(inference),
     )
 
 
@@ -281,6 +292,7 @@ def evaluate_run(
     refine: RefinerName | None = None,
     detections: Path | None = None,
     fast: bool = False,
+    max_dets: int | None = None,
     progress: bool = True,
     reading: Reading = AS_STORED,
     area_limits: tuple[float, float] | None = None,
@@ -299,7 +311,7 @@ def evaluate_run(
             of `results`.
         detections: where to write the detections as COCO results.
         fast: take hotcoco for the numbers, as a run with `runtime.fast_evaluation` does anyway.
-        area_limits: of APs, APm and APl, see `InferenceConfig`; None = as in the run.
+        area_limits, max_dets: see `evaluate_detections`; None = as in the run, and `measured_detections`.
         score: with which detections are counted, too, see `Metrics.at_score`.
         reading: how pixels are meant; what it leaves open as in the run, or by the model's range of values.
     """
@@ -309,29 +321,33 @@ def evaluate_run(
     runtime = _changed(run.runtime, fast_evaluation=fast or None)
     require_backend(_backend(runtime))
     accelerator = start_accelerator(runtime, seed=run.seed)
+    reading = reading.or_else(reading_of(run.data)).or_else(Reading(loaded[1].value_range if loaded else None))
     with accelerator.main_process_first(), accelerator.local_main_process_first():
-        reading = reading.or_else(reading_of(run.data)).or_else(Reading(loaded[1].value_range if loaded else None))
         table = load_table(*files, cache=cache, annotations_required=False, reading=reading)
     _require_use(table, detections, where, loaded[1].class_names if loaded else table.class_names)
     inference = _changed((loaded[1] if loaded else run).inference, refine=refine, area_limits=area_limits)
     if accelerator.is_main_process:
-        _warn_of_missing_masks(table)
-        warn_of_images(table, looked_at=results is None or refine is not None)
-    how = dict[str, Any](table=table, runtime=runtime, detections=detections, inference=inference, score=score)
+        _warn_of_what_is_measured(table, looked_at=results is None or refine is not None)
+    how = dict[str, Any](table=table, runtime=runtime, detections=detections, inference=inference)
+    how |= {"score": score, "max_dets": max_dets}
     if results is not None:
         if not accelerator.is_main_process:
             return None
         found = refined_results(results, table, refine=refine or "none", progress=progress)
         return _measured(found, list(table.original_sizes_hw()), **how)
     assert loaded is not None
-    weights, info = loaded
     return evaluate_model(
-        build_network(weights, info, where=where).to(accelerator.device),
+        build_network(*loaded, where=where).to(accelerator.device),
         accelerator=accelerator,
-        config=info.config,
+        config=loaded[1].config,
         progress=progress,
         **how,
     )
+
+
+def _warn_of_what_is_measured(table: Table, *, looked_at: bool) -> None:
+    _warn_of_missing_masks(table)
+    warn_of_images(table, looked_at=looked_at)
 
 
 def _changed(section: Changed, **values: Any) -> Changed:

@@ -13,6 +13,7 @@ from pycocotools.coco import COCO
 
 from semiseg.evaluation.matching import match_cells
 from semiseg.evaluation.precision import names_of_classes
+from semiseg.results import MAX_DETS
 
 Annotation = Mapping[str, Any]
 
@@ -54,6 +55,7 @@ def at_score(
     *,
     score: float,
     iou: float = 0.5,
+    max_dets: int = MAX_DETS,
 ) -> AtScore:
     """Matches the detections of at least a score: within each class as COCO does, then what is left across classes.
 
@@ -61,14 +63,14 @@ def at_score(
     the highest IoU, the best scores first, if that was not found either and the IoU is large enough.
 
     Args:
-        truth, results, iou_type: as of `matching.match_cells`.
+        truth, results, iou_type, max_dets: as of `matching.match_cells`.
     """
     taken = [result for result in results if result["score"] >= score]
     names = dict(zip(sorted(truth.cats), names_of_classes(truth), strict=True))
     objects, detections, found = (dict.fromkeys(names.values(), 0) for _ in range(3))
     lost: dict[Any, list[int]] = {}  # image -> numbers of detections without an object, and below of objects
     missed: dict[Any, list[int]] = {}
-    for cell in match_cells(truth, taken, iou_type, [iou]):
+    for cell in match_cells(truth, taken, iou_type, [iou], max_dets=max_dets):
         name, image = names[cell["category_id"]], cell["image_id"]
         counted, matched = ~cell["dtIgnore"][0].astype(bool), cell["dtMatches"][0] > 0
         own = [key for key, ignored in zip(cell["gtIds"], cell["gtIgnore"], strict=True) if not ignored]

@@ -11,23 +11,25 @@ import hashlib
 import io
 import json
 import math
+import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from semiseg.config.read import explain
-from semiseg.errors import UserError
+from semiseg.errors import UserError, UserNotice
 from semiseg.evaluation.at_score import AtScore, at_score
 from semiseg.evaluation.precision import AREA_LIMITS, Backend, coco_precision, names_of_classes
 from semiseg.evaluation.voc_metrics import voc_metrics
+from semiseg.results import MAX_DETS
 
 METRIC_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 ALL_CLASSES = "all"
@@ -59,6 +61,8 @@ class Metrics:
     segm: TypeMetrics | None  # None if not every ground-truth instance has a mask to compare with
     voc: Mapping[str, float] | None = None  # masks by PASCAL VOC's own rules, see `voc_metrics`; None elsewhere
     area_limits: tuple[float, float] = AREA_LIMITS  # of APs, APm and APl, in pixels; others than COCO's are recorded
+    # The best so many detections of each image and class were looked at; other than COCO's 100 it is recorded.
+    max_dets: Annotated[int, Field(ge=1)] = MAX_DETS
     at_score: AtScore | None = None  # of masks, or boxes where masks are not measured; None unless it was asked for
 
     def group(self, iou_type: str, classes: Collection[str]) -> Numbers:
@@ -74,6 +78,8 @@ class Metrics:
                 del values[name]
         if self.area_limits == AREA_LIMITS:
             del values["area_limits"]
+        if self.max_dets == MAX_DETS:
+            del values["max_dets"]
         return values
 
     @staticmethod
@@ -99,6 +105,7 @@ def evaluate_detections(
     fingerprint: str | None = None,
     area_limits: tuple[float, float] = AREA_LIMITS,
     score: float | None = None,
+    max_dets: int = MAX_DETS,
 ) -> Metrics:
     """Evaluates detections, boxes and masks, quietly. No detections give 0.
 
@@ -111,6 +118,7 @@ def evaluate_detections(
         fingerprint: of the file when it was read before (`Table.fingerprint`); None takes it as it is.
         area_limits: areas in pixels up to which an object is small and from which it is large, of APs, APm and APl.
         score: with which detections are counted (`Metrics.at_score`); None = they are not.
+        max_dets: of an image and class the best so many are measured (by VOC's rules all); a notice counts the others.
 
     Raises:
         UserError: image ids, classes or a detection do not fit the file, the file is not that of `fingerprint`, or the
@@ -128,8 +136,9 @@ def evaluate_detections(
     instances = {name: counts[key] for key, name in zip(sorted(truth.cats), class_names, strict=True)}
     if not truth.dataset["annotations"]:  # a test set; pycocotools would take minutes to find nothing
         nothing = TypeMetrics({ALL_CLASSES: _UNMEASURED}, dict.fromkeys(class_names))
-        return Metrics(len(truth.imgs), instances, bbox=nothing, segm=nothing, area_limits=area_limits)
-    precision = partial(coco_precision, truth, results, backend=backend, area_limits=area_limits)
+        return Metrics(len(truth.imgs), instances, nothing, nothing, area_limits=area_limits, max_dets=max_dets)
+    _say_what_is_cut(results, max_dets)
+    precision = partial(coco_precision, truth, results, backend=backend, area_limits=area_limits, max_dets=max_dets)
     bbox = _type_metrics(precision("bbox"), class_names)
     segm = None
     if prepare_masks(truth):
@@ -141,8 +150,23 @@ def evaluate_detections(
         segm,
         None if segm is None else voc_metrics(truth, results, where=annotations_file),
         area_limits,
-        None if score is None else at_score(truth, results, "bbox" if segm is None else "segm", score=score),
+        max_dets,
+        None
+        if score is None
+        else at_score(truth, results, "bbox" if segm is None else "segm", score=score, max_dets=max_dets),
     )
+
+
+def _say_what_is_cut(results: Sequence[Mapping[str, Any]], max_dets: int) -> None:
+    found = Counter((result["image_id"], result["category_id"]) for result in results)
+    most, cut = max(found.values(), default=0), sum(max(count - max_dets, 0) for count in found.values())
+    if cut:
+        warnings.warn(
+            f"{cut} of {len(results)} detections are not measured: of an image and class the best {max_dets} are, and "
+            f"there are up to {most} (evaluate --max-dets {most} looks at all)",
+            UserNotice,
+            stacklevel=3,
+        )
 
 
 def group_means(per_class: Mapping[str, Numbers | None], classes: Collection[str]) -> Numbers:

@@ -21,13 +21,13 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from semiseg.errors import UserError
+from semiseg.results import MAX_DETS
 from semiseg.splits import normalise
 
 Backend = Literal["pycocotools", "hotcoco"]
 Results = Sequence[Mapping[str, Any]]
 Precision = NDArray[np.float64]
 
-DETECTIONS_PER_IMAGE = 100  # and class: the limit of every AP that COCO reports
 AREA_LIMITS = (32.0**2, 96.0**2)  # COCO's, between small, medium and large objects
 CHECKED_IMAGES = 8  # at most, and at most one in 20: pycocotools' share of the time stays small
 
@@ -48,8 +48,9 @@ def coco_precision(
     *,
     backend: Backend = "pycocotools",
     area_limits: tuple[float, float] = AREA_LIMITS,
+    max_dets: int = MAX_DETS,
 ) -> Precision:
-    """The precision of one quiet evaluation with 100 detections per image and class.
+    """The precision of one quiet evaluation with the best `max_dets` detections of each image and class.
 
     Args:
         truth: from `coco_metrics.load_ground_truth`; with "segm" its outlines are replaced by RLE masks.
@@ -63,10 +64,10 @@ def coco_precision(
     """
     images = sorted(truth.imgs)
     if backend == "pycocotools":
-        return _pycocotools_precision(truth, results, iou_type, images, area_limits)
+        return _pycocotools_precision(truth, results, iou_type, images, area_limits, max_dets)
     require_backend(backend)
-    _check_equal(truth, results, iou_type, images, area_limits)
-    return _hotcoco_precision(truth, results, iou_type, images, area_limits)
+    _check_equal(truth, results, iou_type, images, area_limits, max_dets)
+    return _hotcoco_precision(truth, results, iou_type, images, area_limits, max_dets)
 
 
 def names_of_classes(truth: COCO) -> list[str]:
@@ -74,8 +75,8 @@ def names_of_classes(truth: COCO) -> list[str]:
     return [normalise(str(truth.cats[key]["name"])) for key in sorted(truth.cats)]
 
 
-def coco_evaluation(truth: COCO, results: Results, iou_type: str) -> COCOeval:
-    """pycocotools' evaluation, not started yet, of 100 detections per image and class; ids of results are 1, 2, ..."""
+def coco_evaluation(truth: COCO, results: Results, iou_type: str, *, max_dets: int) -> COCOeval:
+    """pycocotools' evaluation, not started yet, of `max_dets` per image and class; ids of results are 1, 2, ..."""
     # With boxes beside the masks loadRes would take the boxes' areas.
     hidden = "bbox" if iou_type == "segm" else "segmentation"
     detections = [{key: value for key, value in result.items() if key != hidden} for result in results]
@@ -87,13 +88,13 @@ def coco_evaluation(truth: COCO, results: Results, iou_type: str) -> COCOeval:
             predicted.dataset = {**truth.dataset, "annotations": []}
             predicted.createIndex()
         evaluation = COCOeval(truth, predicted, iou_type)
-    evaluation.params.maxDets = [DETECTIONS_PER_IMAGE]  # those with 1 and 10 are for recalls, which nobody reads
+    evaluation.params.maxDets = [max_dets]  # those with 1 and 10 are for recalls, which nobody reads
     return evaluation
 
 
-def _precision(evaluation: Any, area_limits: tuple[float, float]) -> Precision:
+def _precision(evaluation: Any, area_limits: tuple[float, float], max_dets: int) -> Precision:
     """That of an evaluation of either package, quietly."""
-    evaluation.params.maxDets = [DETECTIONS_PER_IMAGE]
+    evaluation.params.maxDets = [max_dets]
     (smallest, largest), (small, large) = evaluation.params.areaRng[0], area_limits
     evaluation.params.areaRng = [[smallest, largest], [smallest, small], [small, large], [large, largest]]
     with contextlib.redirect_stdout(io.StringIO()):
@@ -104,15 +105,25 @@ def _precision(evaluation: Any, area_limits: tuple[float, float]) -> Precision:
 
 
 def _pycocotools_precision(
-    truth: COCO, results: Results, iou_type: str, image_ids: Sequence[Any], area_limits: tuple[float, float]
+    truth: COCO,
+    results: Results,
+    iou_type: str,
+    image_ids: Sequence[Any],
+    area_limits: tuple[float, float],
+    max_dets: int,
 ) -> Precision:
-    evaluation = coco_evaluation(truth, results, iou_type)
+    evaluation = coco_evaluation(truth, results, iou_type, max_dets=max_dets)
     evaluation.params.imgIds = image_ids
-    return _precision(evaluation, area_limits)
+    return _precision(evaluation, area_limits, max_dets)
 
 
 def _hotcoco_precision(
-    truth: COCO, results: Results, iou_type: str, image_ids: Sequence[Any], area_limits: tuple[float, float]
+    truth: COCO,
+    results: Results,
+    iou_type: str,
+    image_ids: Sequence[Any],
+    area_limits: tuple[float, float],
+    max_dets: int,
 ) -> Precision:
     import hotcoco
 
@@ -127,7 +138,7 @@ def _hotcoco_precision(
     if masks is not None:
         areas = np.asarray(hotcoco.mask.area(masks), dtype=np.float64).reshape(-1)
         predicted.update_anns(ids=np.arange(1, len(masks) + 1), area=areas)  # it had the boxes' areas
-    return _precision(hotcoco.COCOeval(objects, predicted, iou_type), area_limits)
+    return _precision(hotcoco.COCOeval(objects, predicted, iou_type), area_limits, max_dets)
 
 
 def _truth_columns(truth: COCO, images: Mapping[Any, int], classes: Mapping[Any, int], *, masks: bool) -> Any:
@@ -150,13 +161,13 @@ def _truth_columns(truth: COCO, images: Mapping[Any, int], classes: Mapping[Any,
 
 
 def _check_equal(
-    truth: COCO, results: Results, iou_type: str, images: Sequence[Any], area_limits: tuple[float, float]
+    truth: COCO, results: Results, iou_type: str, images: Sequence[Any], area_limits: tuple[float, float], max_dets: int
 ) -> None:
     """Compares both on some of the images, evenly spread over the file."""
     checked = images[:: max(20, -(-len(images) // CHECKED_IMAGES))]
     detections = [result for result in results if result["image_id"] in checked]
     both = (_hotcoco_precision, _pycocotools_precision)
-    fast, official = (each(truth, detections, iou_type, checked, area_limits) for each in both)
+    fast, official = (each(truth, detections, iou_type, checked, area_limits, max_dets) for each in both)
     if not np.array_equal(fast, official):
         raise UserError(
             f"hotcoco {version('hotcoco')} and pycocotools {version('pycocotools')} give different {iou_type} numbers "
