@@ -95,7 +95,7 @@ def root(
 
 VERBS: dict[typer.Typer, dict[str, Callable[..., None]]] = {
     splits: {"list": split.list_splits, "show": split.show, "make": split.make},
-    data_sets: {"check": data.check, "split": data.split, "shapes": data.shapes},
+    data_sets: {"check": data.check, "split": data.split, "outlines": data.outlines, "shapes": data.shapes},
     conversions: {"adelaidet": convert.adelaidet, "torchvision": convert.torchvision, "yolact": convert.yolact},
     app: {
         "train": train.train,
@@ -109,7 +109,7 @@ VERBS: dict[typer.Typer, dict[str, Callable[..., None]]] = {
     },
 }
 app.add_typer(splits, name="split", help="Class splits: which classes have masks and which only boxes.")
-app.add_typer(data_sets, name="data", help="Data sets: check one, divide one, draw Shapes.")
+app.add_typer(data_sets, name="data", help="Data sets: check, divide, draw; detections as outlines.")
 app.add_typer(conversions, name="convert", help="Checkpoints of other implementations become model folders.")
 for group, verbs in VERBS.items():
     for name, verb in verbs.items():

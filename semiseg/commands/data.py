@@ -1,4 +1,4 @@
-"""`semiseg data`: check annotations, divide them, draw the embedded data set."""
+"""`semiseg data`: check annotations, divide them, write detections as outlines, draw the embedded data set."""
 
 from __future__ import annotations
 
@@ -82,6 +82,35 @@ def split(
     for path, content in files.items():
         write_text(path, json.dumps(content, ensure_ascii=False) + "\n")
         typer.echo(f"{path}: {len(content['images'])} images, {len(content['annotations'])} annotations")
+
+
+def outlines(
+    prediction: Annotated[Path, typer.Argument(help="Folder that 'semiseg predict' wrote.")],
+    out: Annotated[Path, typer.Option(help="COCO json to write.")],
+    score: Annotated[float, typer.Option(min=0, max=1, help="Of detections with at least this score.")] = 0.4,
+    error: Annotated[float, typer.Option(min=0, help="Pixels by which an outline may leave its mask's border.")] = 1.0,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+) -> None:
+    """Predictions as outlines, for labelling tools.
+
+    Writes one COCO json with images, categories and a few points for each object, to be corrected and trained on. Parts
+    of a mask are polygons of their own; holes are filled, since COCO's polygons have none.
+
+    Example: semiseg data outlines predictions --out corrected.json --score 0.5
+    """
+    if out.exists() and not force:
+        raise UserError(f"{out}: is there already; --force replaces it")
+    from semiseg.data.coco import parse_sections
+    from semiseg.data.detections import read_results
+    from semiseg.data.outlines import outline_annotations
+    from semiseg.files import write_text
+
+    content = parse_sections(prediction / "images.json", ("images", "categories"))[0]
+    sizes_hw = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
+    results = read_results(prediction / "results.json", sizes_hw, {entry["id"] for entry in content["categories"]})
+    content["annotations"] = list(outline_annotations(results, score=score, error=error))
+    write_text(out, json.dumps(content, ensure_ascii=False) + "\n")
+    typer.echo(f"{out}: {len(content['annotations'])} of {len(results)} detections, as outlines")
 
 
 def shapes(
