@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,7 +10,7 @@ import typer
 
 from semiseg.commands.train import Progress
 from semiseg.config.run import Maker
-from semiseg.errors import UserError
+from semiseg.errors import UserError, UserNotice
 from semiseg.files import require_folder, require_there
 
 
@@ -62,6 +63,8 @@ def pseudo(
     else:
         chosen = maker
     table = load_table(annotations, images, cache=tables_folder(annotations.parent))
+    for notice in table.notices():
+        warnings.warn(notice, UserNotice, stacklevel=2)
     counts = make_pseudo(
         table, out, maker=chosen, refine=refine, agree=agree, workers=workers, progress=shows_bars(progress)
     )

@@ -68,6 +68,7 @@ def train(
         raise UserError("train needs CONFIG and --out (or --replay FILE); see 'semiseg train --help'")
     values = read_config(config, overrides or [])
     from semiseg.engine.run import execute_run
+    from semiseg.evaluation.coco_metrics import describe_placed
 
     typed = shlex.join(["semiseg", *sys.argv[1:]])
     result = execute_run(values, out=out, resume=resume, progress=progress, command=typed)
@@ -75,6 +76,8 @@ def train(
         measured = ap_in_words(result["metrics"])
         if measured and result["metrics"].get("segm") is None:
             measured += ", mask AP not measured: objects without a mask"
+        if placed := result["metrics"].get("placed"):
+            measured += f" ({describe_placed(placed)})"
         typer.echo(f"{measured or 'no ground truth to measure AP'} after {result['steps']} steps; written to {out}")
 
 
@@ -127,9 +130,6 @@ def evaluate(
     if metrics is None:
         return
     typer.echo(_metrics_table(metrics, split), nl=False)
-    if metrics.voc is not None:
-        by_voc = ", ".join(f"{name} {value:.1f}" for name, value in metrics.voc.items())
-        typer.echo(f"mask AP by VOC's own rules: {by_voc}")
     if not any(metrics.instances.values()):
         written = f"; the detections are in {detections}" if detections is not None else ""
         typer.echo(f"no ground truth to measure AP on {metrics.images} images{written}")
@@ -176,7 +176,8 @@ def read_config(path: Path, overrides: Sequence[str]) -> RunConfig:
 
 
 def _metrics_table(metrics: Metrics, split: str | None) -> str:
-    from semiseg.evaluation.coco_metrics import METRIC_NAMES
+    """The numbers of all classes and of a split's, with what else is to be known of them."""
+    from semiseg.evaluation.coco_metrics import METRIC_NAMES, describe_placed
     from semiseg.report.tables import text_table
     from semiseg.splits import load_split
 
@@ -190,4 +191,8 @@ def _metrics_table(metrics: Metrics, split: str | None) -> str:
             numbers = metrics.group(kind, classes)
             values = ["–" if numbers[name] is None else f"{numbers[name]:.1f}" for name in METRIC_NAMES]  # noqa: RUF001
             lines.append([f"{what}, {group} ({len(classes)} classes)", *values])
-    return text_table(("percent", *METRIC_NAMES), lines)
+    text = text_table(("percent", *METRIC_NAMES), lines)
+    if metrics.voc is not None:
+        by_voc = ", ".join(f"{name} {value:.1f}" for name, value in metrics.voc.items())
+        text += f"mask AP by VOC's own rules: {by_voc}\n"
+    return text + (f"{describe_placed(metrics.placed)}\n" if metrics.placed else "")

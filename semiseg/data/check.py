@@ -6,18 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from pycocotools import mask as coco_mask
-
 from semiseg.data.coco import image_records, read_coco
 from semiseg.data.images import decoding_problem, image_problems
 from semiseg.data.problems import Kind, Problem, describe_missing_masks
 from semiseg.errors import UserError
+from semiseg.structures.objects import mask_box_xyxy
 
 EXAMPLES = 3
 MEANING = {
     "error": "must be mended: training refuses the file",
-    "dropped": "the annotation is left out of training",
+    "ignored": "neither an object nor background, in training and evaluation",
+    "mended": "so in training and evaluation",
     "clipped": "the box is cut to the image",
     "notice": "training takes it as it is; look whether it is meant",
 }
@@ -110,13 +109,9 @@ def check_annotations(annotations: Path, images: Path | None) -> CheckReport:
 
 def _mask_misses_box(item: dict[str, Any], size_hw: tuple[int, int]) -> bool:
     """Whether the mask's bounding box and the annotated one have no pixel in common; never, if the mask is empty."""
-    if item["rle_counts"] is not None:
-        left, top, width, height = coco_mask.toBbox({"size": list(size_hw), "counts": item["rle_counts"]})
-        if width == 0:
-            return False
-        right, bottom = left + width, top + height
-    else:
-        points = np.concatenate(item["polygons"]).reshape(-1, 2)
-        (left, top), (right, bottom) = points.min(axis=0), points.max(axis=0)
+    box = mask_box_xyxy(item["polygons"], item["rle_counts"], size_hw)
+    if box is None:
+        return False
+    left, top, right, bottom = box
     x0, y0, x1, y1 = item["box_xyxy"]
     return bool(left >= x1 or right <= x0 or top >= y1 or bottom <= y0)

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from semiseg.data.problems import BadValue, Kind, Problem, Reporter, stop_at_err
 from semiseg.data.rasterise import MORE, outlines_to_rle, run_lengths
 from semiseg.errors import UserError
 from semiseg.splits import normalise
+from semiseg.structures.objects import SMALLEST_SIDE, Box, Place, mask_box_xyxy, place
 
 SECTIONS = ("images", "annotations", "categories")
 NO_ANNOTATIONS = f"no list 'annotations'; needed: {', '.join(SECTIONS)}"
@@ -26,8 +28,6 @@ LARGEST_ID = 2**63 - 1  # ids are stored as int64
 LARGEST_SIDE = 2**31 - 1
 LONGEST_RUN = 8  # characters of a compressed RLE, five bits each
 ROUNDING = 0.02  # px: COCO writes two decimals, so a box at the edge may reach over it by this much unreported
-SMALLEST_SIDE = 1e-3  # px: a box thinner than this has no area
-Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,8 @@ def image_records(coco: CocoFile, *, report: Reporter | None = None) -> Iterator
     """Yields one record per image in the form of `table.FEATURES`; annotations with a problem are reported.
 
     Boxes become xyxy pixels of the stored image, clipped to it; RLE becomes its compressed form. An annotation whose
-    `segmentation` is absent, null, [] or {} has no mask, which is not an empty mask.
+    `segmentation` is absent, null, [] or {} has no mask, which is not an empty mask. One whose box has no area in the
+    image has its mask's, or is a crowd region, or is left out where nothing of it is in the image (`objects.place`).
     """
     report = report or stop_at_errors(coco.path)
     label_of = {category_id: label for label, category_id in enumerate(coco.category_ids)}
@@ -84,17 +85,20 @@ def image_records(coco: CocoFile, *, report: Reporter | None = None) -> Iterator
             where = f"annotation {entry['id']}"
             size_hw = (image["height"], image["width"])
             try:
-                box = _box(entry.get("bbox"), size_hw, where, report)
-                polygons, rle_counts = read_segmentation(entry.get("segmentation"), size_hw=size_hw)
+                _require_box(entry.get("bbox"))
+                (polygons, rle_counts), (box, origin) = _mask_and_place(entry, size_hw)
             except BadValue as bad:
                 report(bad.at(where))
+                continue
+            _report_box(entry["bbox"], box, origin, size_hw, where, report)
+            if box is None:
                 continue
             objects.append(
                 {
                     "annotation_id": entry["id"],
                     "label": label_of[entry["category_id"]],
-                    "box_xyxy": box,
-                    "is_crowd": bool(entry.get("iscrowd", 0)),
+                    "box_xyxy": list(box),
+                    "is_crowd": bool(entry.get("iscrowd", 0)) or origin == "region",
                     "has_mask": bool(polygons) or rle_counts is not None,
                     "polygons": polygons,
                     "rle_counts": rle_counts,
@@ -216,24 +220,57 @@ def _annotations(
     return by_image
 
 
-def _box(value: Any, size_hw: tuple[int, int], where: str, report: Reporter) -> list[float]:
-    """COCO's [x, y, width, height] as xyxy, clipped to the image."""
+def _require_box(value: Any) -> None:
     if not isinstance(value, list) or len(value) != 4 or any(type(v) not in (int, float) for v in value):
         raise BadValue(Kind.ANNOTATION, f"'bbox' is {_short(value)}, allowed: four numbers [x, y, width, height]")
-    x, y, width, height = value
     if not all(is_finite(v) for v in value):
         raise BadValue(Kind.NON_FINITE, f"'bbox' is {value}, allowed: finite numbers")
-    if width < SMALLEST_SIDE or height < SMALLEST_SIDE:
-        raise BadValue(Kind.BOX_NO_AREA, f"bbox {value} has no area; the annotation is dropped")
+
+
+def _mask_and_place(
+    entry: dict[str, Any], size_hw: tuple[int, int]
+) -> tuple[tuple[list[list[float]], bytes | None], Place]:
+    """What `read_segmentation` has of an annotation, and where it stands."""
+    value = entry.get("segmentation")
+    try:
+        mask = read_segmentation(value, size_hw=size_hw)
+    except BadValue:
+        if place(entry["bbox"], size_hw, None).origin == "box" or not _is_beside(value, size_hw):
+            raise
+        return ([], None), Place(None, "region")
+    mask_box = partial(mask_box_xyxy, *mask, size_hw)
+    return mask, place(entry["bbox"], size_hw, None if mask == ([], None) else mask_box)
+
+
+def _is_beside(value: Any, size_hw: tuple[int, int]) -> bool:
+    """Whether outlines lie outside of their image, however far; nobody will draw them."""
+    if not isinstance(value, list) or not all(isinstance(outline, list) and outline for outline in value):
+        return False
+    if not all(len(outline) % 2 == 0 and all(map(is_number, outline)) for outline in value):
+        return False
+    return mask_box_xyxy(value, None, size_hw) is None
+
+
+def _report_box(
+    value: list[float], box: Box | None, origin: str, size_hw: tuple[int, int], where: str, report: Reporter
+) -> None:
+    """Says what became of COCO's [x, y, width, height]."""
+    x, y, width, height = value
     bottom, right = size_hw
     image = f"its image of {right} x {bottom} (width x height)"
-    clipped = [float(v) for v in (max(x, 0), max(y, 0), min(x + width, right), min(y + height, bottom))]
-    if clipped[2] - clipped[0] < SMALLEST_SIDE or clipped[3] - clipped[1] < SMALLEST_SIDE:
-        raise BadValue(Kind.BOX_OUTSIDE, f"bbox {value} lies outside {image}; the annotation is dropped")
-    over = max(-x, -y, x + width - right, y + height - bottom)
-    if over > ROUNDING:
-        report(Problem(Kind.BOX_CLIPPED, where, f"bbox {value} reaches {over:g} px over {image}; it is clipped"))
-    return clipped
+    if origin == "box":
+        over = max(-x, -y, x + width - right, y + height - bottom)
+        if over > ROUNDING:
+            report(Problem(Kind.BOX_CLIPPED, where, f"bbox {value} reaches {over:g} px over {image}; it is clipped"))
+        return
+    no_area = width < SMALLEST_SIDE or height < SMALLEST_SIDE
+    what = f"bbox {value} has no area" if no_area else f"bbox {value} lies outside {image}"
+    if origin == "mask":
+        report(Problem(Kind.BOX_OF_MASK, where, f"{what}; the mask's box is taken: {list(box or ())} (x0, y0, x1, y1)"))
+        return
+    so = "is no object" if box is None else "is ignored like a crowd region"
+    kind = Kind.BOX_NO_AREA if no_area else Kind.BOX_OUTSIDE
+    report(Problem(kind, where, f"{what}, and there is no mask in the image; the annotation {so}"))
 
 
 def read_segmentation(value: Any, *, size_hw: tuple[int, int]) -> tuple[list[list[float]], bytes | None]:

@@ -6,7 +6,7 @@ The readers in `coco.py` and `images.py` state each problem once. Training stops
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -14,11 +14,11 @@ from typing import Literal
 
 from semiseg.errors import UserError
 
-Severity = Literal["error", "dropped", "clipped", "notice"]
+Severity = Literal["error", "ignored", "mended", "clipped", "notice"]
 
 
 class Kind(Enum):
-    """(severity, title). Errors stop a training; `dropped` and `clipped` change the annotation; a notice nothing."""
+    """(severity, title). Errors stop a training, a notice changes nothing, all others change the annotation."""
 
     FILE = ("error", "file is not COCO instances json")
     CATEGORY = ("error", "category entry is malformed")
@@ -37,8 +37,9 @@ class Kind(Enum):
     IMAGE_MISSING = ("error", "image file is missing")
     IMAGE_UNREADABLE = ("error", "image file cannot be decoded")
     IMAGE_SIZE = ("error", "image size differs from the json")
-    BOX_OUTSIDE = ("dropped", "box lies outside the image")
-    BOX_NO_AREA = ("dropped", "box has no area")
+    BOX_OUTSIDE = ("ignored", "box lies outside the image")
+    BOX_NO_AREA = ("ignored", "box has no area")
+    BOX_OF_MASK = ("mended", "box has no area in the image, the mask's is taken")
     BOX_CLIPPED = ("clipped", "box reaches over the edge of the image")
     MASK_OUTSIDE_BOX = ("notice", "mask lies outside its box")
     EXIF = ("notice", "image has an EXIF orientation that is not applied")
@@ -77,6 +78,16 @@ def describe_missing_masks(without: int, objects: int) -> str:
     have, them = ("has", "it") if without == 1 else ("have", "them")
     return (
         f"{without} of {objects} objects {have} no mask, so mask AP is not measured; give {them} one or set iscrowd 1"
+    )
+
+
+def describe_problems(counts: Mapping[str, int]) -> str:
+    """Counts by the names of `Kind` in words, such as "ignored: 2 x box has no area"."""
+    kinds = [Kind[name] for name in counts]
+    by_severity = {kind.severity: [each for each in kinds if each.severity == kind.severity] for kind in kinds}
+    return "; ".join(
+        f"{severity}: {', '.join(f'{counts[kind.name]} x {kind.title}' for kind in alike)}"
+        for severity, alike in by_severity.items()
     )
 
 

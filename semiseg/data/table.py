@@ -10,9 +10,9 @@ import json
 import logging
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -28,13 +28,13 @@ from tqdm import tqdm
 from semiseg.config.read import digest, file_digest
 from semiseg.data.coco import NO_ANNOTATIONS, image_records, read_coco
 from semiseg.data.images import require_sizes
-from semiseg.data.problems import Problem, stop_at_errors
+from semiseg.data.problems import Kind, Problem, describe_problems, stop_at_errors
 from semiseg.errors import UserError
 from semiseg.files import make_once, whole_folder
 
 logger = logging.getLogger(__name__)
 
-CONVERTER_VERSION = 1  # raise it when records change: older tables are then left alone and made anew
+CONVERTER_VERSION = 2  # raise it when records change: older tables are then left alone and made anew
 ROWS_PER_WRITE = 256
 
 OBJECT = {
@@ -68,6 +68,8 @@ class Table:
     annotations_file: Path
     fingerprint: str  # of the json's content; the images' content is not part of it
     annotated: bool = True  # false for a file that only lists images, such as COCO's test sets
+    # Name of a `Kind` -> how many annotations were not taken as they are, or are worth a look
+    problems: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -81,6 +83,14 @@ class Table:
             instances = compute.and_(instances, compute.is_in(label, pyarrow.array(labels, pyarrow.int64())))
         without = compute.and_(instances, compute.invert(compute.struct_field(objects, "has_mask")))
         return compute.sum(instances).as_py() or 0, compute.sum(without).as_py() or 0
+
+    def notices(self) -> list[str]:
+        """What is to be said of the annotations before they are used, with counts."""
+        return (
+            [f"{self.annotations_file}: {describe_problems(self.problems)}; `semiseg data check` lists them"]
+            if self.problems
+            else []
+        )
 
     def original_sizes_hw(self) -> dict[int, tuple[int, int]]:
         """Image id -> (height, width) of the stored image."""
@@ -110,6 +120,7 @@ def load_table(annotations: Path, images: Path, *, cache: Path, annotations_requ
         annotations_file=annotations,
         fingerprint=fingerprint,
         annotated=classes.get("annotated", True),
+        problems=classes.get("problems", {}),
     )
     if annotations_required and not table.annotated:
         raise UserError(f"{annotations}: {NO_ANNOTATIONS}")
@@ -191,12 +202,12 @@ def _convert(annotations: Path, images: Path, folder: Path, annotations_required
 
     Only here the images' headers are read, so that a wrong size stops a training before its first step.
     """
-    changes: Counter[str] = Counter()
+    problems: Counter[str] = Counter()
     stop = stop_at_errors(annotations)
 
     def report(problem: Problem) -> None:
         stop(problem)
-        changes[f"{problem.kind.severity} ({problem.kind.title})"] += 1
+        problems[problem.kind.name] += 1
 
     coco = read_coco(annotations, report=report, annotations_required=annotations_required)
     if coco.digest[:16] not in folder.name:
@@ -211,10 +222,9 @@ def _convert(annotations: Path, images: Path, folder: Path, annotations_required
             writer.finalize()
         require_sizes(coco.images, images)
         classes = {"class_names": coco.class_names, "category_ids": coco.category_ids, "annotated": coco.annotated}
+        classes["problems"] = {kind.name: problems[kind.name] for kind in Kind if kind.name in problems}
         classes["digest"] = digest([file_digest(path), classes])
         (temporary / "classes.json").write_text(json.dumps(classes, ensure_ascii=False), encoding="utf-8")
-    for title, times in changes.items():
-        logger.warning("%s: %d x %s; `semiseg data check` lists them", annotations, times, title)
 
 
 def _require_images(folder: Path, file_names: list[str], annotations: Path) -> None:

@@ -70,7 +70,8 @@ def execute_run(
         data = build_data(config)
     _require_objects(data.train)
     if accelerator.is_main_process:
-        _warn_of_missing_masks(data.val)
+        _warn_of_annotations(data.train)
+        _warn_of_annotations(data.val, measured=True)
         _warn_of_objects_without_masks(config, data)
         if data.pseudo is not None:
             warnings.warn(data.pseudo.summary, UserNotice, stacklevel=2)
@@ -103,8 +104,12 @@ def _require_objects(table: Table) -> None:
         raise UserError(f"{table.annotations_file}: has no objects to learn from; a crowd region is none")
 
 
-def _warn_of_missing_masks(table: Table) -> None:
-    """Says before the work, not by a dash in its result, that masks cannot be measured."""
+def _warn_of_annotations(table: Table, *, measured: bool = False) -> None:
+    """Says before the work what is taken in another way, and, not by a dash in the result, what cannot be measured."""
+    for notice in table.notices():
+        warnings.warn(notice, UserNotice, stacklevel=3)
+    if not measured:
+        return
     objects, without = table.count_objects()
     if without:
         warnings.warn(f"{table.annotations_file}: {describe_missing_masks(without, objects)}", UserNotice, stacklevel=3)
@@ -287,7 +292,7 @@ def evaluate_run(
             "detections ('--detections out.json')"
         )
     if accelerator.is_main_process:
-        _warn_of_missing_masks(table)
+        _warn_of_annotations(table, measured=True)
     if results is not None:
         if not accelerator.is_main_process:
             return None

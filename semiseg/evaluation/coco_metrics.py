@@ -14,6 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,12 @@ from semiseg.errors import UserError
 from semiseg.evaluation.precision import Backend, coco_precision
 from semiseg.evaluation.voc_metrics import voc_metrics
 from semiseg.splits import normalise
+from semiseg.structures.objects import Box, mask_box_xyxy, place
 
 METRIC_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 ALL_CLASSES = "all"
+PLACED = "placed"  # of the content of a ground truth: `Metrics.placed`
+PLACES = {"mask": "count with the box of their mask", "region": "are ignored"}
 
 Numbers = Mapping[str, float | None]
 
@@ -57,6 +61,8 @@ class Metrics:
     bbox: TypeMetrics
     segm: TypeMetrics | None  # None if not every ground-truth instance has a mask to compare with
     voc: Mapping[str, float] | None = None  # masks by PASCAL VOC's own rules, see `voc_metrics`; None elsewhere
+    # `PLACES` -> number of annotations whose box has no area in the image; None where there is none
+    placed: Mapping[str, int] | None = None
 
     def group(self, iou_type: str, classes: Collection[str]) -> Numbers:
         """Means over any classes, e.g. another split's unseen ones; iou_type is "bbox" or "segm"."""
@@ -66,9 +72,7 @@ class Metrics:
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable; `from_dict` restores it exactly."""
         values = {"unit": "percent", **asdict(self)}
-        if self.voc is None:
-            del values["voc"]
-        return values
+        return {name: value for name, value in values.items() if name not in ("voc", "placed") or value is not None}
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Metrics:
@@ -118,7 +122,7 @@ def evaluate_detections(
     instances = {name: counts[key] for key, name in zip(sorted(truth.cats), class_names, strict=True)}
     if not truth.dataset["annotations"]:  # a test set; pycocotools would take minutes to find nothing
         nothing = TypeMetrics({ALL_CLASSES: _UNMEASURED}, dict.fromkeys(class_names))
-        return Metrics(len(truth.imgs), instances, bbox=nothing, segm=nothing)
+        return Metrics(len(truth.imgs), instances, bbox=nothing, segm=nothing, placed=truth.dataset[PLACED])
     bbox = _type_metrics(coco_precision(truth, results, "bbox", backend=backend), class_names)
     segm = None
     if prepare_masks(truth):
@@ -129,6 +133,7 @@ def evaluate_detections(
         bbox,
         segm,
         None if segm is None else voc_metrics(truth, results, where=annotations_file),
+        truth.dataset[PLACED],
     )
 
 
@@ -149,7 +154,10 @@ def load_ground_truth(annotations_file: Path, *, fingerprint: str | None = None)
     """Reads a COCO instances json without pycocotools' prints and makes it safe to evaluate.
 
     Annotation ids become 1..n in file order: pycocotools takes a match with an annotation of id 0 for none, and
-    published files contain id 0 or text. A missing `iscrowd` is 0, a missing `area` the mask's, else the box's.
+    published files contain id 0 or text. A missing `iscrowd` is 0, a missing `area` the mask's, else the box's. What is
+    an object, and where, is decided as in training (`structures/objects.py`): those of which nothing is in the image
+    are left out.
+
     A UserError if the file is missing, no COCO instances file, or its digest does not begin with `fingerprint`.
     """
     try:
@@ -162,9 +170,8 @@ def load_ground_truth(annotations_file: Path, *, fingerprint: str | None = None)
         content = json.loads(text)
         truth = COCO()
         truth.dataset = {key: content[key] for key in ("images", "categories")}
-        truth.dataset["annotations"] = [
-            {**annotation, "id": key} for key, annotation in enumerate(content.get("annotations", []), start=1)
-        ]
+        numbered = ({**entry, "id": key} for key, entry in enumerate(content.get("annotations", []), start=1))
+        truth.dataset |= _placed(list(numbered), {image["id"]: image for image in content["images"]})
         with contextlib.redirect_stdout(io.StringIO()):
             truth.createIndex()
     except FileNotFoundError:
@@ -174,14 +181,48 @@ def load_ground_truth(annotations_file: Path, *, fingerprint: str | None = None)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{annotations_file}: not a COCO instances file: {error}") from None
     for annotation in truth.dataset["annotations"]:
-        annotation.setdefault("iscrowd", 0)
-        outlines = annotation.get("segmentation")
-        if isinstance(outlines, list):  # [[]], an outline without a point, is no mask
-            annotation["segmentation"] = [outline for outline in outlines if outline]
         if "area" not in annotation:
             has_mask, (_, _, width, height) = bool(annotation.get("segmentation")), annotation["bbox"]
             annotation["area"] = float(rle.area(truth.annToRLE(annotation)) if has_mask else width * height)
     return truth
+
+
+def _placed(annotations: list[dict[str, Any]], images: Mapping[Any, Mapping[str, Any]]) -> dict[str, Any]:
+    """The annotations, each where `objects.place` has it, and how many of them are not where their box is."""
+    kept, counts = [], Counter[str]()
+    for annotation in annotations:
+        annotation.setdefault("iscrowd", 0)
+        outlines = annotation.get("segmentation")
+        if isinstance(outlines, list):  # [[]], an outline without a point, is no mask
+            annotation["segmentation"] = [outline for outline in outlines if outline]
+        image, box_xywh = images.get(annotation["image_id"]), annotation.get("bbox")
+        if image is not None and isinstance(box_xywh, list) and len(box_xywh) == 4:
+            size_hw = (image["height"], image["width"])
+            has_mask = bool(annotation.get("segmentation"))
+            box, origin = place(box_xywh, size_hw, partial(_mask_box, annotation, size_hw) if has_mask else None)
+            if origin != "box":
+                counts[origin] += 1
+                if box is None:
+                    continue
+                annotation["bbox"] = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+                annotation["iscrowd"] = int(annotation["iscrowd"] or origin == "region")
+        kept.append(annotation)
+    return {"annotations": kept, PLACED: dict(counts) or None}
+
+
+def _mask_box(annotation: Mapping[str, Any], size_hw: tuple[int, int]) -> Box | None:
+    mask = annotation["segmentation"]
+    if isinstance(mask, list):
+        return mask_box_xyxy(mask, None, size_hw)
+    counts = mask["counts"]
+    return mask_box_xyxy([], rle.frPyObjects(mask, *size_hw)["counts"] if isinstance(counts, list) else counts, size_hw)
+
+
+def describe_placed(placed: Mapping[str, int]) -> str:
+    """What became of annotations whose box has no area in the image, in words."""
+    total, parts = sum(placed.values()), [f"{placed[key]} {text}" for key, text in PLACES.items() if placed.get(key)]
+    have = "annotation has a box" if total == 1 else "annotations have boxes"
+    return f"{total} {have} without area in the image: {', '.join(parts)}"
 
 
 def names_of_classes(truth: COCO) -> list[str]:

@@ -1,0 +1,177 @@
+"""One definition of the objects of a file, for training, evaluation and everything beside them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pycocotools import mask as rle
+
+from semiseg.data.check import check_annotations
+from semiseg.data.coco import image_records, read_coco
+from semiseg.data.problems import Kind
+from semiseg.data.pseudo import load_pseudo
+from semiseg.data.table import load_table
+from semiseg.evaluation.coco_metrics import Metrics, describe_placed, evaluate_detections, load_ground_truth
+from semiseg.structures.objects import mask_box_xyxy, place
+from tests.coco_files import CocoFiles, encode, make_coco
+
+SIZE = (64, 80)  # height, width
+SQUARE = [20, 10, 50, 10, 50, 40, 20, 40]  # an outline
+
+
+def annotation(number: int, box: list[float] | None, mask: Any = None, **more: Any) -> dict[str, Any]:
+    values = {"id": number, "image_id": 1, "category_id": 1, "bbox": box, "area": 900, "iscrowd": 0}
+    return values | ({} if mask is None else {"segmentation": mask}) | more
+
+
+def coco(folder: Path, *annotations: dict[str, Any], sizes: int = 1, **more: Any) -> CocoFiles:
+    return make_coco(folder, sizes_hw=[SIZE] * sizes, annotations=annotations, **more)
+
+
+def trained_objects(files: CocoFiles) -> dict[int, tuple[list[float], bool]]:
+    """Annotation id -> box xyxy and whether nothing is learnt there."""
+    records = image_records(read_coco(files.annotations))
+    return {each["annotation_id"]: (each["box_xyxy"], each["is_crowd"]) for r in records for each in r["objects"]}
+
+
+def measured_objects(files: CocoFiles) -> dict[int, tuple[list[float], bool]]:
+    """The same of an evaluation, whose boxes are not clipped."""
+    truth, ids = load_ground_truth(files.annotations), [a["id"] for a in files.content["annotations"]]
+    boxes = {ids[each["id"] - 1]: (each["bbox"], bool(each["iscrowd"])) for each in truth.dataset["annotations"]}
+    return {key: ([x, y, x + w, y + h], crowd) for key, ((x, y, w, h), crowd) in boxes.items()}
+
+
+def rectangle(left: int, top: int, right: int, bottom: int) -> np.ndarray:
+    mask = np.zeros(SIZE, bool)
+    mask[top:bottom, left:right] = True
+    return mask
+
+
+# where an annotation stands ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("box", "mask", "expected"),
+    [
+        ([1, 2, 3, 4], SQUARE, ([1, 2, 4, 6], False)),  # the annotated box, whatever the mask is
+        ([0, 0, 0, 0], SQUARE, ([20, 10, 50, 40], False)),
+        ([20, 10, 0, 30], SQUARE, ([20, 10, 50, 40], False)),
+        ([20, 10, -5, 30], SQUARE, ([20, 10, 50, 40], False)),
+        ([90, 10, 5, 5], SQUARE, ([20, 10, 50, 40], False)),  # beside the image
+        ([0, 0, 0, 0], [70, 50, 99, 50, 99, 99, 70, 99], ([70, 50, 80, 64], False)),  # a mask over the edge
+        ([0, 0, 0, 0], [90, 50, 99, 50, 99, 60], None),  # a mask beside the image
+        ([30, 9.8, 7, 0], [30, 9.8, 37, 9.8, 37, 9.8], None),  # an outline without area, as two of COCO's
+        ([90, 10, 5, 5], None, None),
+        ([-30, 4, 20, 20], None, None),
+        ([80, 10, 5, 5], None, None),
+        ([30, 20, 0, 0], None, ([29.5, 19.5, 30.5, 20.5], True)),  # a pixel of the image at least
+        ([0, 0, 0, 0], None, ([0, 0, 1, 1], True)),
+        ([80, 64, 0, 0], None, ([79, 63, 80, 64], True)),
+        ([30, 20, 10, 0], None, ([30, 19.5, 40, 20.5], True)),
+        ([30, 20, -10, 8], None, ([20, 20, 30, 28], True)),  # corners the other way round
+        ([75, 20, 30, 0], None, ([75, 19.5, 80, 20.5], True)),
+    ],
+)
+def test_training_and_evaluation_have_the_same_objects(
+    tmp_path: Path, box: list[float], mask: list[float] | None, expected: tuple[list[float], bool] | None
+) -> None:
+    given: list[Any] = [None if mask is None else [mask]]
+    if mask is not None:
+        outlines = rle.merge(rle.frPyObjects([mask], *SIZE))
+        given += [{"size": list(SIZE), "counts": outlines["counts"].decode()}, encode(rle.decode(outlines), False)]
+    for form in given:
+        files = coco(tmp_path, annotation(7, box, form))
+        wanted = {} if expected is None else {7: expected}
+        for found in (trained_objects(files), measured_objects(files)):
+            assert found.keys() == wanted.keys()
+            assert all(found[key][0] == pytest.approx(wanted[key][0], abs=1e-9) for key in wanted)
+            assert all(found[key][1] == wanted[key][1] for key in wanted)
+
+
+def test_a_crowd_without_a_box_stays_one(tmp_path: Path) -> None:
+    files = coco(tmp_path, annotation(1, [0, 0, 0, 0], [SQUARE], iscrowd=1))
+    assert trained_objects(files) == measured_objects(files) == {1: ([20, 10, 50, 40], True)}
+
+
+def test_the_mask_is_only_looked_at_where_the_box_does_not_do() -> None:
+    def unasked() -> None:
+        raise AssertionError
+
+    assert place((1, 2, 3, 4), SIZE, unasked).origin == "box"
+    assert mask_box_xyxy([], None, SIZE) is None
+    assert mask_box_xyxy([], encode(rectangle(3, 4, 9, 8), True)["counts"], SIZE) == (3, 4, 9, 8)
+
+
+def test_a_detector_that_finds_what_training_keeps_has_100(tmp_path: Path) -> None:
+    boxes: list[tuple[list[float], Any]] = [
+        ([2, 2, 12, 10], encode(rectangle(2, 2, 14, 12), True)),
+        ([0, 0, 0, 0], encode(rectangle(20, 10, 50, 40), True)),
+        ([200, 200, 10, 10], [[200, 200, 210, 200, 210, 210]]),
+        ([5, 5, 0, 0], None),
+    ]
+    files = coco(tmp_path, *(annotation(number, *each) for number, each in enumerate(boxes)))
+    results = [
+        {"image_id": 1, "category_id": 1, "score": 0.5, "bbox": [x0, y0, x1 - x0, y1 - y0]}
+        | {"segmentation": encode(rectangle(*(int(v) for v in (x0, y0, x1, y1))), True)}
+        for (x0, y0, x1, y1), crowd in trained_objects(files).values()
+        if not crowd
+    ]
+    on_the_region = {**results[0], "bbox": [4.6, 4.6, 0.8, 0.8], "score": 0.9}
+    on_the_region["segmentation"] = encode(rectangle(5, 5, 5, 5), True)
+    names = ("cat", "dog", "bird", "fish")
+    metrics = evaluate_detections(files.annotations, results, class_names=names, image_ids=[1])
+    assert metrics.segm is not None
+    assert (metrics.bbox.groups["all"]["AP"], metrics.segm.groups["all"]["AP"]) == (100, 100)
+    assert metrics.instances["cat"] == 2
+    assert metrics.placed == {"mask": 1, "region": 2}
+    assert Metrics.from_dict(json.loads(json.dumps(metrics.to_dict()))) == metrics
+    words = "3 annotations have boxes without area in the image: 1 count with the box of their mask, 2 are ignored"
+    assert describe_placed(metrics.placed) == words
+    boxes_only = evaluate_detections(
+        files.annotations, [*results, on_the_region], class_names=names, image_ids=[1]
+    ).bbox.groups["all"]["AP"]
+    assert boxes_only == 100, "a detection in an ignored region is neither right nor wrong"
+
+
+def test_a_file_without_such_boxes_records_nothing(tmp_path: Path) -> None:
+    files = coco(tmp_path, annotation(1, [1, 2, 3, 4], [SQUARE]))
+    metrics = evaluate_detections(files.annotations, [], class_names=("cat", "dog", "bird", "fish"), image_ids=[1])
+    assert metrics.placed is None
+    assert "placed" not in metrics.to_dict()
+
+
+def test_counts_are_said_at_every_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = coco(
+        tmp_path,
+        annotation(1, [0, 0, 0, 0], [SQUARE]),
+        annotation(2, [0, 0, 0, 0]),
+        annotation(3, [200, 0, 9, 9]),
+        annotation(4, [70, 0, 30, 9]),
+    )
+    said = (
+        "ignored: 1 x box lies outside the image, 1 x box has no area; mended: 1 x box has no area in the image, the "
+        "mask's is taken; clipped: 1 x box reaches over the edge of the image; `semiseg data check` lists them"
+    )
+    for _ in range(2):  # the second time from the cache
+        table = load_table(files.annotations, files.images, cache=tmp_path / "arrow")
+        assert table.notices() == [f"{files.annotations}: {said}"]
+        monkeypatch.setattr("semiseg.data.table._convert", None)
+    report = check_annotations(files.annotations, None)
+    kinds = [Kind.BOX_OUTSIDE, Kind.BOX_NO_AREA, Kind.BOX_OF_MASK, Kind.BOX_CLIPPED]
+    assert [finding.kind for finding in report.findings if finding.kind in kinds] == kinds
+    assert report.contents == {"images": 1, "classes": 4, "with mask": 1, "box only": 1, "crowd": 1}
+
+
+def test_pseudo_masks_find_an_object_whose_box_is_its_masks(tmp_path: Path) -> None:
+    """The file itself as the file of pseudo masks, as some labelling tools export it: no box, good outlines."""
+    files = coco(tmp_path, annotation(1, [0, 0, 0, 0], [SQUARE]), annotation(2, [60, 40, 0, 0]))
+    table = load_table(files.annotations, files.images, cache=tmp_path / "arrow")
+    found = load_pseudo(files.annotations, table, cache=tmp_path / "arrow")
+    assert found.of(0).keys() == {1}
+    renumbered = tmp_path / "other.json"
+    renumbered.write_text(json.dumps({**files.content, "annotations": [annotation(9, [0, 0, 0, 0], [SQUARE])]}))
+    assert load_pseudo(renumbered, table, cache=tmp_path / "arrow").of(0).keys() == {1}
