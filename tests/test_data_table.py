@@ -18,7 +18,8 @@ from PIL import Image
 
 from semiseg.data import table as table_module
 from semiseg.data.coco import image_records, read_coco
-from semiseg.data.table import Table, load_table, missing_images
+from semiseg.data.missing import missing_images
+from semiseg.data.table import Table, load_table
 from semiseg.errors import UserError
 from semiseg.files import lock, whole_folder
 from tests.coco_files import CocoFiles, make_coco

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from pycocotools import mask as rle
 
 from semiseg.data.check import check_annotations
 from semiseg.data.coco import image_records, read_coco
+from semiseg.data.missing import where_instead
 from semiseg.data.problems import Kind
 from semiseg.data.pseudo import load_pseudo
 from semiseg.data.table import load_table
+from semiseg.errors import UserError
 from semiseg.evaluation.coco_metrics import Metrics, describe_placed, evaluate_detections, load_ground_truth
 from semiseg.structures.objects import mask_box_xyxy, place
 from tests.coco_files import CocoFiles, encode, make_coco
@@ -175,3 +178,49 @@ def test_pseudo_masks_find_an_object_whose_box_is_its_masks(tmp_path: Path) -> N
     renumbered = tmp_path / "other.json"
     renumbered.write_text(json.dumps({**files.content, "annotations": [annotation(9, [0, 0, 0, 0], [SQUARE])]}))
     assert load_pseudo(renumbered, table, cache=tmp_path / "arrow").of(0).keys() == {1}
+
+
+# images under other names --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("stored", "named", "remedy"),
+    [
+        ("a.png", "images\\a.png", "'file_name' is to be 'a.png', not 'images\\\\a.png'"),
+        ("a.png", "..\\..\\media\\4\\a.png", "'file_name' is to be 'a.png'"),
+        ("a.png", "C:\\Users\\me\\a.png", "'file_name' is to be 'a.png'"),
+        ("a.png", "/home/other/a.png", "'file_name' is to be 'a.png'"),
+        ("a.png", "https://host/x/a.png?token=1", "'file_name' is to be 'a.png'"),
+        ("my a.png", "my%20a.png", "'file_name' is to be 'my a.png'"),
+        ("my a.png", "x%5Cmy%20a.png", "'file_name' is to be 'my a.png'"),
+        ("sub/a.png", "a.png", "for {images}/sub as the folder of images"),
+        ("sub/a.png", "other/a.png", "'file_name' is to be 'sub/a.png', not 'other/a.png'"),
+        ("a.png", "images/a.png", "for {images.parent} as the folder of images (data.train_images"),
+        ("../val/a.png", "a.png", "for {images.parent}/val as the folder of images"),
+        ("../val/a.png", "b\\a.png", "are in {images.parent}/val: name that as the folder of images"),
+        ("A.PNG", "a.png", "'file_name' is to be 'A.PNG'"),
+        ("a.jpg", "a.png", "'file_name' is to be 'a.jpg'"),
+        (unicodedata.normalize("NFD", "\u00e9.png"), "\u00e9.png", "'file_name' is to be"),
+    ],
+)
+def test_images_are_looked_for_by_their_base_names(tmp_path: Path, stored: str, named: str, remedy: str) -> None:
+    files = coco(tmp_path, annotation(1, [1, 2, 3, 4]))
+    (files.images / stored).parent.mkdir(exist_ok=True)
+    (files.images / "001.png").rename(files.images / stored)
+    files.rewrite(lambda content: content["images"][0].update(file_name=named))
+    with pytest.raises(UserError) as caught:
+        load_table(files.annotations, files.images, cache=tmp_path / "arrow")
+    remedy = remedy.format(images=files.images)
+    for text in (str(caught.value), check_annotations(files.annotations, files.images).render()):
+        assert remedy in text
+        assert "unpack their archive" not in text
+
+
+def test_the_folder_that_shares_most_is_meant(tmp_path: Path) -> None:
+    for name in ("images/a/1.png", "images/b/1.png", "images/b/2.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found = where_instead(tmp_path / "images", ["x\\b\\1.png", "x\\b\\2.png", "x\\b\\3.png"])
+    assert found is not None
+    assert found.startswith("2 of them are there under another name: 'file_name' is to be 'b/1.png'")
+    assert where_instead(tmp_path / "images", ["9.png"]) is None

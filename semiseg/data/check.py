@@ -8,6 +8,7 @@ from typing import Any
 
 from semiseg.data.coco import image_records, read_coco
 from semiseg.data.images import decoding_problem, image_problems
+from semiseg.data.missing import missing_images, where_instead
 from semiseg.data.problems import Kind, Problem, describe_missing_masks
 from semiseg.errors import UserError
 from semiseg.structures.objects import mask_box_xyxy
@@ -38,6 +39,7 @@ class CheckReport:
     annotations: Path
     contents: dict[str, int]
     findings: tuple[Finding, ...]
+    remedy: str | None = None  # where images that are missing lie
 
     @property
     def errors(self) -> tuple[Finding, ...]:
@@ -58,6 +60,8 @@ class CheckReport:
                 lines.extend(f"      {example}" for example in finding.examples)
                 if finding.count > len(finding.examples):
                     lines.append(f"      ... and {finding.count - len(finding.examples)} more")
+        if self.remedy is not None:
+            lines.append(self.remedy)
         with_mask, without = self.contents.get("with mask", 0), self.contents.get("box only", 0)
         if without:
             lines.append(f"for validation: {describe_missing_masks(without, with_mask + without)}")
@@ -78,7 +82,7 @@ def check_annotations(annotations: Path, images: Path | None) -> CheckReport:
     if images is not None and not images.is_dir():
         raise UserError(f"{images}: no such image folder")
     problems: list[Problem] = []
-
+    remedy: str | None = None
     contents: dict[str, int] = {}
     try:
         coco = read_coco(annotations, report=problems.append)
@@ -99,12 +103,15 @@ def check_annotations(annotations: Path, images: Path | None) -> CheckReport:
             )
         if images is not None:
             problems += image_problems(coco.images, images, decoding_problem, title="decoding")
+            missing = missing_images(images, [image["file_name"] for image in coco.images])
+            if missing and (found := where_instead(images, missing)):
+                remedy = f"of {len(missing)} missing images {found}"
     findings = []
     for kind in Kind:
         alike = [f"{problem.where}: {problem.text}" for problem in problems if problem.kind is kind]
         if alike:
             findings.append(Finding(kind, len(alike), tuple(alike[:EXAMPLES])))
-    return CheckReport(annotations, contents, tuple(findings))
+    return CheckReport(annotations, contents, tuple(findings), remedy)
 
 
 def _mask_misses_box(item: dict[str, Any], size_hw: tuple[int, int]) -> bool:

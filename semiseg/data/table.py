@@ -8,10 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -28,6 +26,7 @@ from tqdm import tqdm
 from semiseg.config.read import digest, file_digest
 from semiseg.data.coco import NO_ANNOTATIONS, image_records, read_coco
 from semiseg.data.images import require_sizes
+from semiseg.data.missing import require_images
 from semiseg.data.problems import Kind, Problem, describe_problems, stop_at_errors
 from semiseg.errors import UserError
 from semiseg.files import make_once, whole_folder
@@ -124,7 +123,7 @@ def load_table(annotations: Path, images: Path, *, cache: Path, annotations_requ
     )
     if annotations_required and not table.annotated:
         raise UserError(f"{annotations}: {NO_ANNOTATIONS}")
-    _require_images(images, table.rows.data.column("file_name").to_pylist(), annotations)
+    require_images(images, table.rows.data.column("file_name").to_pylist(), annotations)
     return table
 
 
@@ -183,20 +182,6 @@ def sampled_digest(table: Table, *, count: int = 256) -> str:
     return digest([file_digest(table.images_folder / name) for name in drawn])
 
 
-def missing_images(folder: Path, file_names: list[str]) -> list[str]:
-    """Those of the names, relative to `folder`, that are not there; one listing per folder, not one look per file."""
-    by_folder: defaultdict[str, list[str]] = defaultdict(list)
-    for name in file_names:
-        by_folder[os.path.dirname(name)].append(name)
-    missing: list[str] = []
-    for part, names in by_folder.items():
-        present: set[str] = set()
-        with suppress(FileNotFoundError, NotADirectoryError):
-            present.update(os.listdir(folder / part))
-        missing.extend(name for name in names if os.path.basename(name) not in present)
-    return missing
-
-
 def _convert(annotations: Path, images: Path, folder: Path, annotations_required: bool) -> None:
     """Writes the table to a temporary folder beside `folder`, whose name holds the digest, and renames it.
 
@@ -212,7 +197,7 @@ def _convert(annotations: Path, images: Path, folder: Path, annotations_required
     coco = read_coco(annotations, report=report, annotations_required=annotations_required)
     if coco.digest[:16] not in folder.name:
         raise UserError(f"{annotations}: was changed while it was read; start again when it is whole")
-    _require_images(images, [image["file_name"] for image in coco.images], annotations)
+    require_images(images, [image["file_name"] for image in coco.images], annotations)
     with whole_folder(folder) as temporary:
         path = temporary / "rows.arrow"
         with ArrowWriter(features=FEATURES, path=str(path), writer_batch_size=ROWS_PER_WRITE) as writer:
@@ -225,10 +210,3 @@ def _convert(annotations: Path, images: Path, folder: Path, annotations_required
         classes["problems"] = {kind.name: problems[kind.name] for kind in Kind if kind.name in problems}
         classes["digest"] = digest([file_digest(path), classes])
         (temporary / "classes.json").write_text(json.dumps(classes, ensure_ascii=False), encoding="utf-8")
-
-
-def _require_images(folder: Path, file_names: list[str], annotations: Path) -> None:
-    missing = missing_images(folder, file_names)
-    if missing:
-        text = f"{folder}: {len(missing)} of the {len(file_names)} images that {annotations} names are missing"
-        raise UserError(f"{text}, such as {missing[0]}; put them there, or unpack their archive again, in full")
