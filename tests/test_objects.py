@@ -17,10 +17,13 @@ from semiseg.data.missing import where_instead
 from semiseg.data.problems import Kind
 from semiseg.data.pseudo import load_pseudo
 from semiseg.data.table import load_table
+from semiseg.engine.build import build_data
 from semiseg.errors import UserError
 from semiseg.evaluation.coco_metrics import Metrics, describe_placed, evaluate_detections, load_ground_truth
-from semiseg.structures.objects import mask_box_xyxy, place
+from semiseg.structures.objects import groupings, mask_box_xyxy, place
+from semiseg.studies.identity import class_names
 from tests.coco_files import CocoFiles, encode, make_coco
+from tests.tiny import tiny_config
 
 SIZE = (64, 80)  # height, width
 SQUARE = [20, 10, 50, 10, 50, 40, 20, 40]  # an outline
@@ -162,7 +165,7 @@ def test_counts_are_said_at_every_start(tmp_path: Path, monkeypatch: pytest.Monk
     for _ in range(2):  # the second time from the cache
         table = load_table(files.annotations, files.images, cache=tmp_path / "arrow")
         assert table.notices() == [f"{files.annotations}: {said}"]
-        monkeypatch.setattr("semiseg.data.table._convert", None)
+        monkeypatch.setattr("semiseg.data.table._convert", print)
     report = check_annotations(files.annotations, None)
     kinds = [Kind.BOX_OUTSIDE, Kind.BOX_NO_AREA, Kind.BOX_OF_MASK, Kind.BOX_CLIPPED]
     assert [finding.kind for finding in report.findings if finding.kind in kinds] == kinds
@@ -178,6 +181,88 @@ def test_pseudo_masks_find_an_object_whose_box_is_its_masks(tmp_path: Path) -> N
     renumbered = tmp_path / "other.json"
     renumbered.write_text(json.dumps({**files.content, "annotations": [annotation(9, [0, 0, 0, 0], [SQUARE])]}))
     assert load_pseudo(renumbered, table, cache=tmp_path / "arrow").of(0).keys() == {1}
+
+
+# classes -------------------------------------------------------------------------------------------------------------
+
+GROUP = {"id": 0, "name": "things", "supercategory": "none"}
+CAT, DOG = ({"id": number, "name": name, "supercategory": "things"} for number, name in ((1, "cat"), (2, "dog")))
+
+
+@pytest.mark.parametrize(
+    ("categories", "used", "expected"),
+    [
+        ([GROUP, CAT, DOG], {1, 2}, [0]),
+        ([CAT, DOG, GROUP], {1}, [2]),
+        ([GROUP, CAT, DOG], {0, 1, 2}, []),  # a class of its own after all
+        ([GROUP, {**CAT, "name": "things"}], {1}, [0]),  # of the same name as the only class
+        ([{**CAT, "supercategory": "cat"}, DOG], {2}, []),  # its own supercategory, as COCO's person
+        ([{**GROUP, "name": " things"}, CAT], {1}, [0]),
+        (
+            [GROUP, {**GROUP, "id": 5, "name": "cats", "supercategory": "things"}, {**CAT, "supercategory": "cats"}],
+            {1},
+            [0, 1],
+        ),
+        ([{**CAT, "supercategory": "dog"}, {**DOG, "supercategory": "cat"}], set(), []),  # never all
+        ([GROUP, {"id": 1, "name": "cat"}, None, {"id": 2}], {1}, []),
+    ],
+)
+def test_groupings_are_no_classes(categories: list[Any], used: set[int], expected: list[int]) -> None:
+    assert groupings(categories, used) == expected
+
+
+def test_training_and_evaluation_have_the_same_classes(tmp_path: Path) -> None:
+    files = coco(tmp_path, annotation(1, [1, 2, 30, 40], [SQUARE]))
+    files.rewrite(lambda content: content.update(categories=[GROUP, CAT, DOG]))
+    table = load_table(files.annotations, files.images, cache=tmp_path / "arrow")
+    assert (table.class_names, table.category_ids) == (("cat", "dog"), (1, 2))
+    assert table.notices() == [f"{files.annotations}: no classes, only supercategories of others: things"]
+    assert table.classes_without_objects() == ["dog"]
+    metrics = evaluate_detections(files.annotations, [], class_names=table.class_names, image_ids=[1])
+    assert metrics.instances == {"cat": 1, "dog": 0}
+    report = check_annotations(files.annotations, None)
+    assert [finding.kind for finding in report.findings] == [Kind.GROUPING, Kind.CLASS_EMPTY]
+    assert report.errors == ()
+
+
+def test_what_groups_others_in_one_file_may_be_a_class_of_another(tmp_path: Path) -> None:
+    """The parent of a hierarchy, of which the validation images happen to show none."""
+    categories, entry = [{**GROUP, "id": 3}, CAT], annotation(1, [1, 2, 30, 40], [SQUARE])
+    train = coco(tmp_path / "train", entry, annotation(2, [3, 3, 9, 9], category_id=3))
+    val = coco(tmp_path / "val", entry)
+    for files in (train, val):
+        files.rewrite(lambda content: content.update(categories=categories))
+    paths = {f"{name}_{kind}": f"{name}/{file}" for name in ("train", "val") for kind, file in FILES.items()}
+    config = tiny_config(
+        tmp_path,
+        data={"format": "coco", "root": str(tmp_path), **paths},
+        supervision={"source": "masks", "split": None},
+    )
+    data = build_data(config)
+    assert data.train.class_names == data.val.class_names == ("cat", "things")
+    assert class_names(config.data) == ("cat", "things")
+    metrics = evaluate_detections(val.annotations, [], class_names=data.val.class_names, image_ids=[1])
+    assert metrics.instances == {"cat": 1, "things": 0}
+
+
+FILES = {"images": "images", "annotations": "instances.json"}
+
+
+def test_what_refers_to_a_refused_entry_is_not_judged_again(tmp_path: Path) -> None:
+    entries = [annotation(number, [1, 2, 30, 40], [SQUARE], category_id=1 + number % 2) for number in range(15)]
+    files = coco(tmp_path, *entries, annotation(99, [1, 2, 3, 4], image_id=2), annotation(98, [1, 2, 3, 4], image_id=9))
+
+    def change(content: dict[str, Any]) -> None:
+        content["categories"] = [CAT, {**DOG, "name": "cat"}]
+        content["images"].append({"id": 2, "file_name": "2.png", "height": 0, "width": 4})
+
+    files.rewrite(change)
+    report = check_annotations(files.annotations, None)
+    found = {finding.kind: finding.count for finding in report.errors}
+    assert found == {Kind.CATEGORY_NAME_TWICE: 1, Kind.IMAGE: 1, Kind.UNKNOWN_IMAGE: 1}
+    everything = files.rewrite(lambda content: content.update(categories=[{"id": 1, "name": ""}]))
+    kinds = [finding.kind for finding in check_annotations(everything.annotations, None).findings]
+    assert Kind.NO_OBJECTS not in kinds, "they are there"
 
 
 # images under other names --------------------------------------------------------------------------------------------

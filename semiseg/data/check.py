@@ -91,16 +91,23 @@ def check_annotations(annotations: Path, images: Path | None) -> CheckReport:
     else:
         contents = {"images": len(coco.images), "classes": len(coco.class_names)}
         contents |= dict.fromkeys(("with mask", "box only", "crowd"), 0)
+        lacking = dict.fromkeys(coco.class_names)
         for record in image_records(coco, report=problems.append):
             for item in record["objects"]:
+                if not item["is_crowd"]:
+                    lacking.pop(coco.class_names[item["label"]], None)
                 contents["crowd" if item["is_crowd"] else "with mask" if item["has_mask"] else "box only"] += 1
                 if item["has_mask"] and _mask_misses_box(item, (record["height"], record["width"])):
                     text = "the mask does not touch the box; is one of them of another object?"
                     problems.append(Problem(Kind.MASK_OUTSIDE_BOX, f"annotation {item['annotation_id']}", text))
-        if not contents["with mask"] + contents["box only"]:
+        if any(problem.kind.severity == "error" for problem in problems):
+            pass  # what is missing then may be what was refused
+        elif not contents["with mask"] + contents["box only"]:
             problems.append(
                 Problem(Kind.NO_OBJECTS, "annotations", "no object is left to learn from; a crowd region is none")
             )
+        else:
+            problems += [Problem(Kind.CLASS_EMPTY, "categories", repr(name)) for name in lacking]
         if images is not None:
             problems += image_problems(coco.images, images, decoding_problem, title="decoding")
             missing = missing_images(images, [image["file_name"] for image in coco.images])

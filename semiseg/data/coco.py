@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from semiseg.data.problems import BadValue, Kind, Problem, Reporter, stop_at_err
 from semiseg.data.rasterise import MORE, outlines_to_rle, run_lengths
 from semiseg.errors import UserError
 from semiseg.splits import normalise
-from semiseg.structures.objects import SMALLEST_SIDE, Box, Place, mask_box_xyxy, place
+from semiseg.structures.objects import SMALLEST_SIDE, Box, Place, groupings, mask_box_xyxy, place
 
 SECTIONS = ("images", "annotations", "categories")
 NO_ANNOTATIONS = f"no list 'annotations'; needed: {', '.join(SECTIONS)}"
@@ -41,32 +41,50 @@ class CocoFile:
     images: list[dict[str, Any]]  # raw entries in the file's order
     annotations: dict[int, list[dict[str, Any]]]  # raw, of each image id in the file's order; no empty lists
     annotated: bool = True  # false: no list `annotations` at all, as in COCO's `image_info_test-dev2017.json`
+    groupings: tuple[str, ...] = ()  # names of categories that are no classes, see `structures/objects.py`
 
 
-def read_coco(path: Path, *, report: Reporter | None = None, annotations_required: bool = True) -> CocoFile:
+def read_coco(
+    path: Path,
+    *,
+    report: Reporter | None = None,
+    annotations_required: bool = True,
+    classes: Collection[str] = (),
+) -> CocoFile:
     """Reads an instances file; entries with a problem are reported and left out.
 
     Without a reporter the first error is a `UserError`, as is in any case a file that is missing, not JSON, or lacks a
-    section; the list `annotations` may be missing where it is not required, for images to be predicted.
+    section; the list `annotations` may be missing where it is not required, for images to be predicted. `classes`
+    are names that are classes even where the file alone would not say so (`objects.groupings`).
     """
     report = report or stop_at_errors(path)
     raw, digest = parse_sections(path, SECTIONS if annotations_required else ("images", "categories"))
-    return coco_file(raw, path, digest, report)
+    return coco_file(raw, path, digest, report, classes)
 
 
-def coco_file(raw: dict[str, Any], path: Path, digest: str, report: Reporter) -> CocoFile:
+def coco_file(
+    raw: dict[str, Any], path: Path, digest: str, report: Reporter, classes: Collection[str] = ()
+) -> CocoFile:
     """The content of an instances file, whose sections are lists; what has a problem is reported and left out."""
-    categories = _categories(raw["categories"], report)
+    annotations = raw.get("annotations", [])
+    annotated = [entry.get("category_id") for entry in annotations if isinstance(entry, dict)]
+    groups = groupings(raw["categories"], {each for each in annotated if type(each) is int}, classes)
+    categories = _categories(raw["categories"], groups, report)
     images = _images(raw["images"], report)
-    image_ids = {image["id"] for image in images}
+    known = {"image_id": {image["id"] for image in images}, "category_id": set(categories)}
+    # What was refused is said once, and not again of all that refers to it.
+    refused = {
+        key: _ids(raw[name]) - known[key] for key, name in (("image_id", "images"), ("category_id", "categories"))
+    }
     return CocoFile(
         path,
         digest,
         class_names=tuple(categories[category_id] for category_id in sorted(categories)),
         category_ids=tuple(sorted(categories)),
         images=images,
-        annotations=_annotations(raw.get("annotations", []), image_ids, frozenset(categories), report),
+        annotations=_annotations(annotations, known, refused, report),
         annotated="annotations" in raw,
+        groupings=tuple(normalise(raw["categories"][number]["name"]) for number in groups),
     )
 
 
@@ -152,10 +170,18 @@ def parse_sections(path: Path, needed: Sequence[str]) -> tuple[dict[str, Any], s
     return raw, hashlib.sha256(content).hexdigest()
 
 
-def _categories(entries: list[Any], report: Reporter) -> dict[int, str]:
-    """Category id -> name, in the file's order."""
+def _ids(entries: list[Any]) -> set[int]:
+    return {entry["id"] for entry in entries if isinstance(entry, dict) and type(entry.get("id")) is int}
+
+
+def _categories(entries: list[Any], groups: Collection[int], report: Reporter) -> dict[int, str]:
+    """Category id -> name, in the file's order; those of the numbers `groups` are no classes."""
     names: dict[int, str] = {}
     for index, entry in enumerate(entries):
+        if index in groups:
+            text = f"{_short(entry['name'])} has no annotation and is the supercategory of others; it is no class"
+            report(Problem(Kind.GROUPING, f"categories[{index}]", text))
+            continue
         try:
             category_id = _integer(entry, "id", Kind.CATEGORY)
             name = normalise(_text(entry, "name", Kind.CATEGORY))
@@ -190,7 +216,7 @@ def _images(entries: list[Any], report: Reporter) -> list[dict[str, Any]]:
 
 
 def _annotations(
-    entries: list[Any], image_ids: set[int], category_ids: frozenset[int], report: Reporter
+    entries: list[Any], known: Mapping[str, set[int]], refused: Mapping[str, set[int]], report: Reporter
 ) -> dict[int, list[dict[str, Any]]]:
     by_image: dict[int, list[dict[str, Any]]] = {}
     seen: set[int] = set()
@@ -202,10 +228,13 @@ def _annotations(
             if annotation_id in seen:
                 raise BadValue(Kind.ANNOTATION_ID_TWICE, f"annotation id {annotation_id} is used twice")
             seen.add(annotation_id)
-            if (image_id := _integer(entry, "image_id", Kind.ANNOTATION)) not in image_ids:
+            if any(type(entry.get(key)) is int and entry[key] in ids for key, ids in refused.items()):
+                continue
+            if (image_id := _integer(entry, "image_id", Kind.ANNOTATION)) not in known["image_id"]:
                 raise BadValue(Kind.UNKNOWN_IMAGE, f"image_id {image_id} is not in 'images'")
-            if (category_id := _integer(entry, "category_id", Kind.ANNOTATION)) not in category_ids:
-                text = f"category_id {category_id} is not in 'categories', allowed: {_short(sorted(category_ids))}"
+            if (category_id := _integer(entry, "category_id", Kind.ANNOTATION)) not in known["category_id"]:
+                allowed = _short(sorted(known["category_id"]))
+                text = f"category_id {category_id} is not in 'categories', allowed: {allowed}"
                 raise BadValue(Kind.UNKNOWN_CATEGORY, text)
             if entry.get("iscrowd", 0) not in (0, 1):
                 raise BadValue(Kind.ANNOTATION, f"'iscrowd' is {entry['iscrowd']!r}, allowed: 0 or 1")

@@ -6,7 +6,7 @@ The readers in `coco.py` and `images.py` state each problem once. Training stops
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -41,6 +41,8 @@ class Kind(Enum):
     BOX_NO_AREA = ("ignored", "box has no area")
     BOX_OF_MASK = ("mended", "box has no area in the image, the mask's is taken")
     BOX_CLIPPED = ("clipped", "box reaches over the edge of the image")
+    GROUPING = ("notice", "category only groups others")
+    CLASS_EMPTY = ("notice", "class has no object")
     MASK_OUTSIDE_BOX = ("notice", "mask lies outside its box")
     EXIF = ("notice", "image has an EXIF orientation that is not applied")
 
@@ -79,6 +81,12 @@ def describe_missing_masks(without: int, objects: int) -> str:
     return (
         f"{without} of {objects} objects {have} no mask, so mask AP is not measured; give {them} one or set iscrowd 1"
     )
+
+
+def describe_empty_classes(names: Sequence[str], classes: int) -> str:
+    """Which classes nothing is learnt of."""
+    some = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return f"no object of {len(names)} of the {classes} classes to learn from: {some}"
 
 
 def describe_problems(counts: Mapping[str, int]) -> str:

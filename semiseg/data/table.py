@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -69,6 +69,7 @@ class Table:
     annotated: bool = True  # false for a file that only lists images, such as COCO's test sets
     # Name of a `Kind` -> how many annotations were not taken as they are, or are worth a look
     problems: Mapping[str, int] = field(default_factory=dict)
+    groupings: tuple[str, ...] = ()  # names of the file's categories that are no classes
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -85,11 +86,19 @@ class Table:
 
     def notices(self) -> list[str]:
         """What is to be said of the annotations before they are used, with counts."""
-        return (
-            [f"{self.annotations_file}: {describe_problems(self.problems)}; `semiseg data check` lists them"]
-            if self.problems
-            else []
-        )
+        said = []
+        if self.groupings:
+            said.append(f"no classes, only supercategories of others: {', '.join(self.groupings)}")
+        if self.problems:
+            said.append(f"{describe_problems(self.problems)}; `semiseg data check` lists them")
+        return [f"{self.annotations_file}: {text}" for text in said]
+
+    def classes_without_objects(self) -> list[str]:
+        """Names of the classes of which there is nothing but crowd regions, if that."""
+        objects = compute.list_flatten(self.rows.data.column("objects"))
+        instances = objects.filter(compute.invert(compute.struct_field(objects, "is_crowd")))
+        present = set(compute.unique(compute.struct_field(instances, "label")).to_pylist())
+        return [name for label, name in enumerate(self.class_names) if label not in present]
 
     def original_sizes_hw(self) -> dict[int, tuple[int, int]]:
         """Image id -> (height, width) of the stored image."""
@@ -97,29 +106,46 @@ class Table:
         return {image_id: (height, width) for image_id, height, width in zip(*columns, strict=True)}
 
 
-def load_table(annotations: Path, images: Path, *, cache: Path, annotations_required: bool = True) -> Table:
+def load_table(
+    annotations: Path,
+    images: Path,
+    *,
+    cache: Path,
+    annotations_required: bool = True,
+    classes: Collection[str] = (),
+) -> Table:
     """The table of a COCO instances json; converted on first use, with a progress bar.
 
     Of processes that ask at once one converts, and the others wait for it. The name in the cache comes from the json's
     content and the converter's version. The first error of the annotations is a UserError, as are missing images and,
-    at the conversion, images of another size; for `annotations_required` see `read_coco`.
+    at the conversion, images of another size; for `annotations_required` and `classes`, which
+    may be others than the file's, see `read_coco`.
     """
+    open_table = partial(_load, annotations, images, cache, annotations_required)
+    table = open_table(())
+    kept = sorted({*table.groupings} & {*classes} - {*table.class_names})
+    return open_table(kept) if kept else table
+
+
+def _load(annotations: Path, images: Path, cache: Path, annotations_required: bool, classes: Sequence[str]) -> Table:
     if not images.is_dir():
         raise UserError(f"{images}: no such image folder")
     if not annotations.exists():
         raise UserError(f"{annotations}: no such annotation file")
     fingerprint = file_digest(annotations, 64)[:16]
-    folder = cache / f"{annotations.stem}-{fingerprint}-v{CONVERTER_VERSION}"
-    rows, classes = open_rows(folder, lambda path: _convert(annotations, images, path, annotations_required))
+    suffix = f"-{digest(classes, 8)}" if classes else ""
+    folder = cache / f"{annotations.stem}-{fingerprint}-v{CONVERTER_VERSION}{suffix}"
+    rows, about = open_rows(folder, partial(_convert, annotations, images, annotations_required, classes))
     table = Table(
         rows=rows,
-        class_names=tuple(classes["class_names"]),
-        category_ids=tuple(classes["category_ids"]),
+        class_names=tuple(about["class_names"]),
+        category_ids=tuple(about["category_ids"]),
         images_folder=images,
         annotations_file=annotations,
         fingerprint=fingerprint,
-        annotated=classes.get("annotated", True),
-        problems=classes.get("problems", {}),
+        annotated=about.get("annotated", True),
+        problems=about.get("problems", {}),
+        groupings=tuple(about.get("groupings", ())),
     )
     if annotations_required and not table.annotated:
         raise UserError(f"{annotations}: {NO_ANNOTATIONS}")
@@ -182,7 +208,7 @@ def sampled_digest(table: Table, *, count: int = 256) -> str:
     return digest([file_digest(table.images_folder / name) for name in drawn])
 
 
-def _convert(annotations: Path, images: Path, folder: Path, annotations_required: bool) -> None:
+def _convert(annotations: Path, images: Path, annotations_required: bool, kept: Sequence[str], folder: Path) -> None:
     """Writes the table to a temporary folder beside `folder`, whose name holds the digest, and renames it.
 
     Only here the images' headers are read, so that a wrong size stops a training before its first step.
@@ -192,9 +218,10 @@ def _convert(annotations: Path, images: Path, folder: Path, annotations_required
 
     def report(problem: Problem) -> None:
         stop(problem)
-        problems[problem.kind.name] += 1
+        if problem.kind is not Kind.GROUPING:  # named by itself
+            problems[problem.kind.name] += 1
 
-    coco = read_coco(annotations, report=report, annotations_required=annotations_required)
+    coco = read_coco(annotations, report=report, annotations_required=annotations_required, classes=kept)
     if coco.digest[:16] not in folder.name:
         raise UserError(f"{annotations}: was changed while it was read; start again when it is whole")
     require_images(images, [image["file_name"] for image in coco.images], annotations)
@@ -207,6 +234,7 @@ def _convert(annotations: Path, images: Path, folder: Path, annotations_required
             writer.finalize()
         require_sizes(coco.images, images)
         classes = {"class_names": coco.class_names, "category_ids": coco.category_ids, "annotated": coco.annotated}
+        classes["groupings"] = coco.groupings
         classes["problems"] = {kind.name: problems[kind.name] for kind in Kind if kind.name in problems}
         classes["digest"] = digest([file_digest(path), classes])
         (temporary / "classes.json").write_text(json.dumps(classes, ensure_ascii=False), encoding="utf-8")

@@ -59,12 +59,11 @@ class RunData:
 
 def build_data(config: RunConfig) -> RunData:
     """Opens (and on first use converts) both tables and loads the class split."""
-    cache = cache_folder(config.data)
-    tables = {
-        name: load_table(files.annotations, files.images, cache=cache)
-        for name, files in ensure_files(config.data).items()
-    }
-    train, val = tables["train"], tables["val"]
+    files, cache = ensure_files(config.data), cache_folder(config.data)
+    train = load_table(*files["train"], cache=cache)
+    val = load_table(*files["val"], cache=cache, classes=train.class_names)
+    # What only groups others in one of the files may be a class of the other.
+    train = load_table(*files["train"], cache=cache, classes=val.class_names)
     if train.class_names != val.class_names:
         differing = differing_names(train.class_names, val.class_names)
         raise UserError(f"{val.annotations_file}: classes differ from {train.annotations_file} in {differing}")

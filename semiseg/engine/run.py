@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from semiseg.config import InferenceConfig, ModelConfig, RunConfig, RuntimeConfig, parse_recorded
 from semiseg.config.model import RefinerName
 from semiseg.config.read import read_json
-from semiseg.data.problems import describe_missing_masks
+from semiseg.data.problems import describe_empty_classes, describe_missing_masks
 from semiseg.data.sources import AnnotatedImages, cache_folder, ensure_files, tables_folder
 from semiseg.data.table import Table, load_table
 from semiseg.engine.build import RunData, build_data, build_evaluation_loader
@@ -72,7 +72,7 @@ def execute_run(
     if accelerator.is_main_process:
         _warn_of_annotations(data.train)
         _warn_of_annotations(data.val, measured=True)
-        _warn_of_objects_without_masks(config, data)
+        _warn_of_what_is_not_learnt(config, data)
         if data.pseudo is not None:
             warnings.warn(data.pseudo.summary, UserNotice, stacklevel=2)
     inputs = run_inputs(config, data)
@@ -115,8 +115,12 @@ def _warn_of_annotations(table: Table, *, measured: bool = False) -> None:
         warnings.warn(f"{table.annotations_file}: {describe_missing_masks(without, objects)}", UserNotice, stacklevel=3)
 
 
-def _warn_of_objects_without_masks(config: RunConfig, data: RunData) -> None:
-    """Says that fewer objects have a mask to learn from than the supervision asks for."""
+def _warn_of_what_is_not_learnt(config: RunConfig, data: RunData) -> None:
+    """Says which classes have no object, and that fewer have a mask to learn from than the supervision asks for."""
+    lacking = data.train.classes_without_objects()
+    if lacking and config.data.format != "shapes":  # whose few images lack some by chance
+        text = describe_empty_classes(lacking, len(data.train.class_names))
+        warnings.warn(f"{data.train.annotations_file}: {text}", UserNotice, stacklevel=3)
     if config.supervision.source not in ("masks", "split"):
         return
     seen = None if data.split is None or config.supervision.source == "masks" else data.split.seen
@@ -285,7 +289,8 @@ def evaluate_run(
     require_backend(_backend(runtime))
     accelerator = start_accelerator(runtime, seed=seed)
     with accelerator.main_process_first(), accelerator.local_main_process_first():
-        table = load_table(files.annotations, files.images, cache=cache, annotations_required=False)
+        classes = loaded[1].class_names if loaded else ()
+        table = load_table(*files, cache=cache, annotations_required=False, classes=classes)
     if not table.annotated and detections is None:
         raise UserError(
             f"{table.annotations_file}: has no annotations, so there is nothing to measure; name a file for the "

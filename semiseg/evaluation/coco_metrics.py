@@ -28,7 +28,7 @@ from semiseg.errors import UserError
 from semiseg.evaluation.precision import Backend, coco_precision
 from semiseg.evaluation.voc_metrics import voc_metrics
 from semiseg.splits import normalise
-from semiseg.structures.objects import Box, mask_box_xyxy, place
+from semiseg.structures.objects import Box, groupings, mask_box_xyxy, place
 
 METRIC_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 ALL_CLASSES = "all"
@@ -110,7 +110,7 @@ def evaluate_detections(
         UserError: image ids, classes or a detection do not fit the file, the file is not that of `fingerprint`, or the
             backend (`precision.py`) is not installed.
     """
-    truth = load_ground_truth(annotations_file, fingerprint=fingerprint)
+    truth = load_ground_truth(annotations_file, fingerprint=fingerprint, classes=class_names)
     if (names := names_of_classes(truth)) != list(class_names):
         raise UserError(
             f"{annotations_file}: its classes ({', '.join(names)}) are not the evaluated "
@@ -150,13 +150,13 @@ def group_means(per_class: Mapping[str, Numbers | None], classes: Collection[str
     return means
 
 
-def load_ground_truth(annotations_file: Path, *, fingerprint: str | None = None) -> COCO:
+def load_ground_truth(annotations_file: Path, *, fingerprint: str | None = None, classes: Collection[str] = ()) -> COCO:
     """Reads a COCO instances json without pycocotools' prints and makes it safe to evaluate.
 
     Annotation ids become 1..n in file order: pycocotools takes a match with an annotation of id 0 for none, and
     published files contain id 0 or text. A missing `iscrowd` is 0, a missing `area` the mask's, else the box's. What is
     an object, and where, is decided as in training (`structures/objects.py`): those of which nothing is in the image
-    are left out.
+    are left out, as are categories that only group others and are none of `classes`.
 
     A UserError if the file is missing, no COCO instances file, or its digest does not begin with `fingerprint`.
     """
@@ -169,8 +169,13 @@ def load_ground_truth(annotations_file: Path, *, fingerprint: str | None = None)
             )
         content = json.loads(text)
         truth = COCO()
-        truth.dataset = {key: content[key] for key in ("images", "categories")}
-        numbered = ({**entry, "id": key} for key, entry in enumerate(content.get("annotations", []), start=1))
+        entries, listed = content.get("annotations", []), content["categories"]
+        groups = groupings(listed, {entry.get("category_id") for entry in entries}, classes)
+        truth.dataset = {
+            "images": content["images"],
+            "categories": [entry for number, entry in enumerate(listed) if number not in groups],
+        }
+        numbered = ({**entry, "id": key} for key, entry in enumerate(entries, start=1))
         truth.dataset |= _placed(list(numbered), {image["id"]: image for image in content["images"]})
         with contextlib.redirect_stdout(io.StringIO()):
             truth.createIndex()
@@ -178,7 +183,7 @@ def load_ground_truth(annotations_file: Path, *, fingerprint: str | None = None)
         raise UserError(f"{annotations_file}: no such file") from None
     except OSError as error:
         raise UserError(f"{annotations_file}: cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (AttributeError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{annotations_file}: not a COCO instances file: {error}") from None
     for annotation in truth.dataset["annotations"]:
         if "area" not in annotation:

@@ -1,9 +1,10 @@
-"""What of COCO's annotations is an object, and where it stands: the one rule of training and evaluation."""
+"""What of COCO's annotations is a class or an object, and where it stands: the one rule of training and evaluation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+import unicodedata
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -21,6 +22,34 @@ class Place(NamedTuple):
 
     box_xyxy: Box | None  # pixels of the stored image, clipped to it; None: nothing of it is in the image
     origin: Literal["box", "mask", "region"]
+
+
+def groupings(categories: Sequence[Any], annotated: Collection[Any], classes: Collection[str] = ()) -> list[int]:
+    """Which entries of COCO's list of categories only group others and are no classes, by their numbers in the list.
+
+    These are without an annotation and named as the supercategory of another entry, as some labelling tools write the
+    name of the whole project; never all of them.
+
+    Args:
+        categories: raw, whatever is in them.
+        annotated: the category ids that annotations have.
+        classes: names that are classes all the same, because another file or a model has them.
+    """
+    entries = [entry if isinstance(entry, dict) else {} for entry in categories]
+    names, above = ([_plain(entry.get(key)) for entry in entries] for key in ("name", "supercategory"))
+    groups = [
+        number
+        for number, (entry, name) in enumerate(zip(entries, names, strict=True))
+        if name and entry.get("id") not in annotated and name in (*above[:number], *above[number + 1 :])
+    ]
+    others = {name for number, name in enumerate(names) if number not in groups}
+    wanted = {_plain(name) for name in classes} - others
+    groups = [number for number in groups if names[number] not in wanted]
+    return groups if len(groups) < len(entries) else []
+
+
+def _plain(name: Any) -> str:
+    return unicodedata.normalize("NFC", name).strip() if isinstance(name, str) else ""
 
 
 def place(box_xywh: Sequence[float], size_hw: tuple[int, int], mask_box: Callable[[], Box | None] | None) -> Place:
