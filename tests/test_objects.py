@@ -18,9 +18,10 @@ from semiseg.data.problems import Kind
 from semiseg.data.pseudo import load_pseudo
 from semiseg.data.table import load_table
 from semiseg.engine.build import build_data
+from semiseg.engine.run import execute_run
 from semiseg.errors import UserError
 from semiseg.evaluation.coco_metrics import Metrics, describe_placed, evaluate_detections, load_ground_truth
-from semiseg.structures.objects import groupings, mask_box_xyxy, place
+from semiseg.structures.objects import Crowds, groupings, mask_box_xyxy, place
 from semiseg.studies.identity import class_names
 from tests.coco_files import CocoFiles, encode, make_coco
 from tests.tiny import tiny_config
@@ -263,6 +264,70 @@ def test_what_refers_to_a_refused_entry_is_not_judged_again(tmp_path: Path) -> N
     everything = files.rewrite(lambda content: content.update(categories=[{"id": 1, "name": ""}]))
     kinds = [finding.kind for finding in check_annotations(everything.annotations, None).findings]
     assert Kind.NO_OBJECTS not in kinds, "they are there"
+
+
+# crowd regions -------------------------------------------------------------------------------------------------------
+
+
+def crowded(folder: Path, *, crowd: int, others: int) -> CocoFiles:
+    """Objects with outlines, and crowd regions as labelling tools export what was drawn by brush."""
+    mask = encode(rectangle(3, 4, 20, 30), compressed=False)
+    entries = [annotation(number, [1, 2, 30, 40], [SQUARE]) for number in range(others)]
+    entries += [annotation(others + number, [3, 4, 17, 26], mask, iscrowd=1) for number in range(crowd)]
+    return coco(folder, *entries, class_names=("cat",))
+
+
+@pytest.mark.parametrize(("crowd", "others", "said"), [(1, 3, False), (2, 38, False), (2, 37, True), (11, 4, True)])
+def test_many_crowd_regions_are_said(tmp_path: Path, crowd: int, others: int, said: bool) -> None:
+    files = crowded(tmp_path, crowd=crowd, others=others)
+    table = load_table(files.annotations, files.images, cache=tmp_path / "arrow")
+    report = check_annotations(files.annotations, None)
+    assert [finding.kind for finding in report.findings] == [Kind.CROWDS] * said
+    notices = table.notices()
+    assert len(notices) == said
+    for text in [*notices, *(finding.examples[0] for finding in report.findings)]:
+        assert f"{crowd} of {crowd + others} annotations" in text
+        assert "drawn by brush" in text
+        assert "data.crowds = 'objects'" in text
+
+
+def test_crowd_regions_can_be_objects(tmp_path: Path) -> None:
+    files = crowded(tmp_path, crowd=3, others=2)
+    cache = tmp_path / "arrow"
+    meanings: list[tuple[Crowds, int]] = [("ignore", 2), ("objects", 5), ("ignore", 2)]
+    for crowds, objects in meanings:
+        table = load_table(files.annotations, files.images, cache=cache, crowds=crowds)
+        assert table.count_objects() == (objects, 0)
+        assert bool(table.notices()) == (crowds == "ignore")
+        metrics = evaluate_detections(
+            files.annotations,
+            [],
+            class_names=("cat",),
+            image_ids=[1],
+            crowds=table.crowds,
+            fingerprint=table.fingerprint,
+        )
+        assert metrics.instances == {"cat": objects}
+    assert table.object_fingerprint == table.fingerprint
+    region = coco(tmp_path / "region", annotation(1, [5, 5, 0, 0], iscrowd=1), class_names=("cat",))
+    other = load_table(region.annotations, region.images, cache=cache, crowds="objects")
+    assert other.count_objects() == (0, 0), "what has no place is no object"
+    assert other.object_fingerprint != other.fingerprint
+
+
+def test_a_file_of_crowd_regions_alone_says_what_helps(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    files = crowded(tmp_path / "a", crowd=3, others=0)
+    paths = {f"{name}_{kind}": file for name in ("train", "val") for kind, file in FILES.items()}
+    data = {"format": "coco", "root": str(tmp_path / "a"), **paths}
+    config = tiny_config(tmp_path, data=data, supervision={"source": "masks", "split": None})
+    with pytest.raises(UserError, match=r"no objects to learn from; .* 3 of 3 annotations .*data\.crowds = 'objects'"):
+        execute_run(config, out=tmp_path / "run", progress=False)
+    assert files.annotations.is_file()
+    chosen = tiny_config(tmp_path, data={**data, "crowds": "objects"}, supervision={"source": "masks", "split": None})
+    assert build_data(chosen).train.count_objects() == (3, 0)
+    assert chosen.identity() != config.identity()
+    assert "crowds" not in config.identity()["data"], "recorded runs keep theirs"
 
 
 # images under other names --------------------------------------------------------------------------------------------

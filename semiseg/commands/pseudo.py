@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from semiseg.commands.train import Progress
+from semiseg.commands.train import CrowdMeaning, Progress
 from semiseg.config.run import Maker
 from semiseg.errors import UserError, UserNotice
 from semiseg.files import require_folder, require_there
@@ -30,6 +30,7 @@ def pseudo(
         bool,
         typer.Option("--agree", help="Of --maker model: lower the weight of masks that GrabCut does not agree with."),
     ] = False,
+    crowds: CrowdMeaning = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Images at a time. Default: one for each core.")] = None,
     device: Annotated[str | None, typer.Option(help="Of --maker model: cpu, cuda, ... Default: a GPU if any.")] = None,
     progress: Progress = None,
@@ -62,7 +63,7 @@ def pseudo(
         chosen = load_model(model, device=device)
     else:
         chosen = maker
-    table = load_table(annotations, images, cache=tables_folder(annotations.parent))
+    table = load_table(annotations, images, cache=tables_folder(annotations.parent), crowds=crowds or "ignore")
     for notice in table.notices():
         warnings.warn(notice, UserNotice, stacklevel=2)
     counts = make_pseudo(

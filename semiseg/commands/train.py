@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -30,6 +30,15 @@ Progress = Annotated[bool | None, typer.Option(help="Show progress bars. Default
 Refine = Annotated[
     RefinerName | None,
     typer.Option(help="Make the masks by the colours of the image, too. Default: as the model was configured."),
+]
+
+CrowdMeaning = Annotated[
+    Literal["ignore", "objects"] | None,
+    typer.Option(
+        "--crowds",
+        help="What annotations with iscrowd 1 are: left out as regions of many objects (ignore), or objects as all "
+        "others. Default: as the run has it, else ignore.",
+    ),
 ]
 
 
@@ -96,6 +105,7 @@ def evaluate(
         Path | None, typer.Option(help="Measure these COCO results, such as a run's detections.json, and no network.")
     ] = None,
     refine: Refine = None,
+    crowds: CrowdMeaning = None,
     fast: Annotated[bool, typer.Option("--fast", help="Match by hotcoco, if installed: the same numbers.")] = False,
     progress: Progress = None,
 ) -> None:
@@ -116,7 +126,6 @@ def evaluate(
     from semiseg.engine.logs import shows_bars
     from semiseg.engine.run import evaluate_run
 
-    bars = shows_bars(progress)
     metrics = evaluate_run(
         folder,
         annotations=annotations,
@@ -124,8 +133,9 @@ def evaluate(
         results=results,
         refine=refine,
         detections=detections,
+        crowds=crowds,
         fast=fast,
-        progress=bars,
+        progress=shows_bars(progress),
     )
     if metrics is None:
         return

@@ -100,6 +100,8 @@ class DataConfig(Section):
     flip: Probability = 0.5
     stretch: bool = False  # height and width both become the short side that is drawn, whatever the image's were
     bottom_rows_without_affinity: Annotated[int, Field(ge=0)] = 10
+    # What annotations with `iscrowd` 1 are: regions that are neither learnt nor measured, or objects as all others
+    crowds: Literal["ignore", "objects"] = "ignore"
     augment: AugmentConfig = AugmentConfig()
 
     @model_validator(mode="after")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from semiseg.data.coco import image_records, read_coco
+from semiseg.data.coco import crowd_counts, image_records, read_coco
 from semiseg.data.images import decoding_problem, image_problems
 from semiseg.data.missing import missing_images, where_instead
 from semiseg.data.problems import Kind, Problem, describe_missing_masks
@@ -100,6 +100,9 @@ def check_annotations(annotations: Path, images: Path | None) -> CheckReport:
                 if item["has_mask"] and _mask_misses_box(item, (record["height"], record["width"])):
                     text = "the mask does not touch the box; is one of them of another object?"
                     problems.append(Problem(Kind.MASK_OUTSIDE_BOX, f"annotation {item['annotation_id']}", text))
+        many = crowd_counts(coco).in_words()
+        if many is not None:
+            problems.append(Problem(Kind.CROWDS, "annotations", many))
         if any(problem.kind.severity == "error" for problem in problems):
             pass  # what is missing then may be what was refused
         elif not contents["with mask"] + contents["box only"]:

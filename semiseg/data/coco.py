@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,11 +17,11 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from semiseg.data.problems import BadValue, Kind, Problem, Reporter, stop_at_errors
+from semiseg.data.problems import BadValue, CrowdCounts, Kind, Problem, Reporter, stop_at_errors
 from semiseg.data.rasterise import MORE, outlines_to_rle, run_lengths
 from semiseg.errors import UserError
 from semiseg.splits import normalise
-from semiseg.structures.objects import SMALLEST_SIDE, Box, Place, groupings, mask_box_xyxy, place
+from semiseg.structures.objects import SMALLEST_SIDE, Box, Crowds, Place, groupings, mask_box_xyxy, place
 
 SECTIONS = ("images", "annotations", "categories")
 NO_ANNOTATIONS = f"no list 'annotations'; needed: {', '.join(SECTIONS)}"
@@ -88,7 +89,9 @@ def coco_file(
     )
 
 
-def image_records(coco: CocoFile, *, report: Reporter | None = None) -> Iterator[dict[str, Any]]:
+def image_records(
+    coco: CocoFile, *, report: Reporter | None = None, crowds: Crowds = "ignore"
+) -> Iterator[dict[str, Any]]:
     """Yields one record per image in the form of `table.FEATURES`; annotations with a problem are reported.
 
     Boxes become xyxy pixels of the stored image, clipped to it; RLE becomes its compressed form. An annotation whose
@@ -116,7 +119,7 @@ def image_records(coco: CocoFile, *, report: Reporter | None = None) -> Iterator
                     "annotation_id": entry["id"],
                     "label": label_of[entry["category_id"]],
                     "box_xyxy": list(box),
-                    "is_crowd": bool(entry.get("iscrowd", 0)) or origin == "region",
+                    "is_crowd": (crowds == "ignore" and bool(entry.get("iscrowd", 0))) or origin == "region",
                     "has_mask": bool(polygons) or rle_counts is not None,
                     "polygons": polygons,
                     "rle_counts": rle_counts,
@@ -124,6 +127,17 @@ def image_records(coco: CocoFile, *, report: Reporter | None = None) -> Iterator
             )
         fields = {name: image[name] for name in ("file_name", "height", "width")}
         yield {"image_id": image["id"], **fields, "objects": objects}
+
+
+def crowd_counts(coco: CocoFile) -> CrowdCounts:
+    """How many annotations are crowd regions, and in which form masks are drawn."""
+    forms = Counter(
+        (bool(entry.get("iscrowd", 0)), type(entry.get("segmentation") or None))
+        for entries in coco.annotations.values()
+        for entry in entries
+    )
+    crowd = sum(count for (is_crowd, _), count in forms.items() if is_crowd)
+    return CrowdCounts(sum(forms.values()), crowd, forms[True, dict], forms[False, list])
 
 
 def annotation(

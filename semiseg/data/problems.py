@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from semiseg.errors import UserError
+from semiseg.structures.objects import MANY_CROWDS
 
 Severity = Literal["error", "ignored", "mended", "clipped", "notice"]
 
@@ -43,6 +44,7 @@ class Kind(Enum):
     BOX_CLIPPED = ("clipped", "box reaches over the edge of the image")
     GROUPING = ("notice", "category only groups others")
     CLASS_EMPTY = ("notice", "class has no object")
+    CROWDS = ("notice", "many annotations are crowd regions")
     MASK_OUTSIDE_BOX = ("notice", "mask lies outside its box")
     EXIF = ("notice", "image has an EXIF orientation that is not applied")
 
@@ -73,6 +75,29 @@ class BadValue(Exception):
 
 
 Reporter = Callable[[Problem], None]
+
+
+@dataclass(frozen=True)
+class CrowdCounts:
+    """How much of a file's annotations is crowd regions, which are legal and yet may be meant as objects."""
+
+    annotations: int = 0
+    crowd: int = 0
+    crowd_encoded: int = 0  # of these, with an RLE
+    others_outlined: int = 0  # of the others, with outlines
+
+    def in_words(self) -> str | None:
+        """What is to be said where they are many (`MANY_CROWDS`), with the likely cause and the remedy."""
+        if self.crowd <= max(MANY_CROWDS * self.annotations, 1):  # one in a small file is nothing to wonder at
+            return None
+        cause = ""
+        if 2 * self.crowd_encoded > self.crowd and 2 * self.others_outlined >= self.annotations - self.crowd:
+            cause = "; they have RLE masks: labelling tools export so what was drawn by brush or by a model"
+        return (
+            f"{self.crowd} of {self.annotations} annotations ({self.crowd / self.annotations:.0%}) are crowd regions "
+            f"(iscrowd 1), in which nothing is learnt or measured{cause}. Where they are single objects set "
+            "data.crowds = 'objects' ('evaluate' and 'pseudo': --crowds objects)"
+        )
 
 
 def describe_missing_masks(without: int, objects: int) -> str:

@@ -30,7 +30,7 @@ from semiseg.errors import UserError
 from semiseg.files import whole_folder
 from semiseg.structures.objects import mask_box_xyxy, place
 
-READER_VERSION = 2  # raise it when rows change
+READER_VERSION = 3  # raise it when rows change
 SAME_BOX = 0.9  # IoU from which a mask of unknown id belongs to a box
 OWN_BOX = 0.5  # IoU below which an annotation of a known id is another object's
 LEAST_INSIDE = 0.5  # share of a mask that lies in its box; the rest is cut off
@@ -87,7 +87,7 @@ def load_pseudo(path: Path, table: Table, *, cache: Path) -> PseudoMasks:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file of pseudo masks; 'semiseg pseudo' makes one")
-    name = digest([file_digest(path, 64), table.fingerprint])[:16]
+    name = digest([file_digest(path, 64), table.object_fingerprint])[:16]
     folder = cache / f"pseudo-{name}-v{READER_VERSION}"
     rows, about = open_rows(folder, partial(_match, path, table))
     return PseudoMasks(rows, f"{path}: {about['summary']}")

@@ -10,7 +10,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -24,12 +24,13 @@ from pyarrow import compute
 from tqdm import tqdm
 
 from semiseg.config.read import digest, file_digest
-from semiseg.data.coco import NO_ANNOTATIONS, image_records, read_coco
+from semiseg.data.coco import NO_ANNOTATIONS, crowd_counts, image_records, read_coco
 from semiseg.data.images import require_sizes
 from semiseg.data.missing import require_images
-from semiseg.data.problems import Kind, Problem, describe_problems, stop_at_errors
+from semiseg.data.problems import CrowdCounts, Kind, Problem, describe_problems, stop_at_errors
 from semiseg.errors import UserError
 from semiseg.files import make_once, whole_folder
+from semiseg.structures.objects import Crowds
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,8 @@ class Table:
     # Name of a `Kind` -> how many annotations were not taken as they are, or are worth a look
     problems: Mapping[str, int] = field(default_factory=dict)
     groupings: tuple[str, ...] = ()  # names of the file's categories that are no classes
+    crowds: Crowds = "ignore"  # what the file's `iscrowd` 1 means here
+    crowd_counts: CrowdCounts = field(default_factory=CrowdCounts)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -84,14 +87,22 @@ class Table:
         without = compute.and_(instances, compute.invert(compute.struct_field(objects, "has_mask")))
         return compute.sum(instances).as_py() or 0, compute.sum(without).as_py() or 0
 
-    def notices(self) -> list[str]:
-        """What is to be said of the annotations before they are used, with counts."""
+    def notices(self, *, crowds_meant: bool = False) -> list[str]:
+        """What is to be said of the annotations before they are used, with counts; `crowds_meant`: not of crowds."""
         said = []
         if self.groupings:
             said.append(f"no classes, only supercategories of others: {', '.join(self.groupings)}")
         if self.problems:
             said.append(f"{describe_problems(self.problems)}; `semiseg data check` lists them")
+        crowds = None if crowds_meant or self.crowds == "objects" else self.crowd_counts.in_words()
+        if crowds is not None:
+            said.append(crowds)
         return [f"{self.annotations_file}: {text}" for text in said]
+
+    @property
+    def object_fingerprint(self) -> str:
+        """Of what the objects are: `fingerprint`, and how the file is read where that is not as usual."""
+        return self.fingerprint + ("" if self.crowds == "ignore" else f"-{self.crowds}")
 
     def classes_without_objects(self) -> list[str]:
         """Names of the classes of which there is nothing but crowd regions, if that."""
@@ -113,6 +124,7 @@ def load_table(
     cache: Path,
     annotations_required: bool = True,
     classes: Collection[str] = (),
+    crowds: Crowds = "ignore",
 ) -> Table:
     """The table of a COCO instances json; converted on first use, with a progress bar.
 
@@ -121,21 +133,28 @@ def load_table(
     at the conversion, images of another size; for `annotations_required` and `classes`, which
     may be others than the file's, see `read_coco`.
     """
-    open_table = partial(_load, annotations, images, cache, annotations_required)
+    open_table = partial(_load, annotations, images, cache, annotations_required, crowds)
     table = open_table(())
     kept = sorted({*table.groupings} & {*classes} - {*table.class_names})
     return open_table(kept) if kept else table
 
 
-def _load(annotations: Path, images: Path, cache: Path, annotations_required: bool, classes: Sequence[str]) -> Table:
+def _load(
+    annotations: Path,
+    images: Path,
+    cache: Path,
+    annotations_required: bool,
+    crowds: Crowds,
+    classes: Sequence[str],
+) -> Table:
     if not images.is_dir():
         raise UserError(f"{images}: no such image folder")
     if not annotations.exists():
         raise UserError(f"{annotations}: no such annotation file")
     fingerprint = file_digest(annotations, 64)[:16]
-    suffix = f"-{digest(classes, 8)}" if classes else ""
+    suffix = (f"-{digest(classes, 8)}" if classes else "") + ("-crowds" if crowds == "objects" else "")
     folder = cache / f"{annotations.stem}-{fingerprint}-v{CONVERTER_VERSION}{suffix}"
-    rows, about = open_rows(folder, partial(_convert, annotations, images, annotations_required, classes))
+    rows, about = open_rows(folder, partial(_convert, annotations, images, annotations_required, crowds, classes))
     table = Table(
         rows=rows,
         class_names=tuple(about["class_names"]),
@@ -146,6 +165,8 @@ def _load(annotations: Path, images: Path, cache: Path, annotations_required: bo
         annotated=about.get("annotated", True),
         problems=about.get("problems", {}),
         groupings=tuple(about.get("groupings", ())),
+        crowds=crowds,
+        crowd_counts=CrowdCounts(*about.get("crowds", ())),
     )
     if annotations_required and not table.annotated:
         raise UserError(f"{annotations}: {NO_ANNOTATIONS}")
@@ -208,7 +229,9 @@ def sampled_digest(table: Table, *, count: int = 256) -> str:
     return digest([file_digest(table.images_folder / name) for name in drawn])
 
 
-def _convert(annotations: Path, images: Path, annotations_required: bool, kept: Sequence[str], folder: Path) -> None:
+def _convert(
+    annotations: Path, images: Path, annotations_required: bool, crowds: Crowds, kept: Sequence[str], folder: Path
+) -> None:
     """Writes the table to a temporary folder beside `folder`, whose name holds the digest, and renames it.
 
     Only here the images' headers are read, so that a wrong size stops a training before its first step.
@@ -228,12 +251,13 @@ def _convert(annotations: Path, images: Path, annotations_required: bool, kept: 
     with whole_folder(folder) as temporary:
         path = temporary / "rows.arrow"
         with ArrowWriter(features=FEATURES, path=str(path), writer_batch_size=ROWS_PER_WRITE) as writer:
-            records, total = image_records(coco, report=report), len(coco.images)
+            records, total = image_records(coco, report=report, crowds=crowds), len(coco.images)
             for record in tqdm(records, total=total, desc=annotations.name, unit=" images", delay=1, disable=None):
                 writer.write(record)
             writer.finalize()
         require_sizes(coco.images, images)
         classes = {"class_names": coco.class_names, "category_ids": coco.category_ids, "annotated": coco.annotated}
+        classes["crowds"] = astuple(crowd_counts(coco))
         classes["groupings"] = coco.groupings
         classes["problems"] = {kind.name: problems[kind.name] for kind in Kind if kind.name in problems}
         classes["digest"] = digest([file_digest(path), classes])

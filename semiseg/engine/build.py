@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import cast, get_args
 
@@ -59,11 +60,11 @@ class RunData:
 
 def build_data(config: RunConfig) -> RunData:
     """Opens (and on first use converts) both tables and loads the class split."""
-    files, cache = ensure_files(config.data), cache_folder(config.data)
-    train = load_table(*files["train"], cache=cache)
-    val = load_table(*files["val"], cache=cache, classes=train.class_names)
-    # What only groups others in one of the files may be a class of the other.
-    train = load_table(*files["train"], cache=cache, classes=val.class_names)
+    files = ensure_files(config.data)
+    load = partial(load_table, cache=cache_folder(config.data), crowds=config.data.crowds)
+    train = load(*files["train"])
+    val = load(*files["val"], classes=train.class_names)
+    train = load(*files["train"], classes=val.class_names)  # what groups others in one file may be the other's class
     if train.class_names != val.class_names:
         differing = differing_names(train.class_names, val.class_names)
         raise UserError(f"{val.annotations_file}: classes differ from {train.annotations_file} in {differing}")

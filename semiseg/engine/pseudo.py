@@ -114,7 +114,7 @@ def make_pseudo(
 
 def made_file(table: Table, maker: Maker, *, folder: Path) -> Path:
     """Where the masks of a maker are kept for the boxes and images of a table."""
-    key = digest([FORMAT_VERSION, table.fingerprint, sampled_digest(table)])[:16]
+    key = digest([FORMAT_VERSION, table.object_fingerprint, sampled_digest(table)])[:16]
     return folder / f"{maker}-{key}.json"
 
 

@@ -10,6 +10,7 @@ import platform
 import subprocess
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from functools import partial
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from semiseg.config import InferenceConfig, ModelConfig, RunConfig, RuntimeConfig, parse_recorded
+from semiseg.config import DataConfig, InferenceConfig, ModelConfig, RunConfig, RuntimeConfig, parse_recorded
 from semiseg.config.model import RefinerName
 from semiseg.config.read import read_json
 from semiseg.data.problems import describe_empty_classes, describe_missing_masks
@@ -42,6 +43,7 @@ from semiseg.evaluation.coco_metrics import Metrics, evaluate_detections
 from semiseg.evaluation.precision import Backend, require_backend
 from semiseg.models.segmenter import Segmenter
 from semiseg.results import RESULT_NAME
+from semiseg.structures.objects import Crowds
 
 PACKAGE = Path(__file__).resolve().parents[1]
 FROM_PYTHON = "called from Python"  # in the record, where nobody typed a command
@@ -70,8 +72,8 @@ def execute_run(
         data = build_data(config)
     _require_objects(data.train)
     if accelerator.is_main_process:
-        _warn_of_annotations(data.train)
-        _warn_of_annotations(data.val, measured=True)
+        _warn_of_annotations(data.train, config.data)
+        _warn_of_annotations(data.val, config.data, measured=True)
         _warn_of_what_is_not_learnt(config, data)
         if data.pseudo is not None:
             warnings.warn(data.pseudo.summary, UserNotice, stacklevel=2)
@@ -101,12 +103,14 @@ def _fitted(config: RunConfig, accelerator: Accelerator) -> RunConfig:
 def _require_objects(table: Table) -> None:
     """Refuses to train on a file from which nothing can be learnt."""
     if table.count_objects()[0] == 0:
-        raise UserError(f"{table.annotations_file}: has no objects to learn from; a crowd region is none")
+        crowds = table.crowd_counts.in_words()
+        text = f"has no objects to learn from; a crowd region is none{f': {crowds}' if crowds else ''}"
+        raise UserError(f"{table.annotations_file}: {text}")
 
 
-def _warn_of_annotations(table: Table, *, measured: bool = False) -> None:
+def _warn_of_annotations(table: Table, data: DataConfig, *, measured: bool = False) -> None:
     """Says before the work what is taken in another way, and, not by a dash in the result, what cannot be measured."""
-    for notice in table.notices():
+    for notice in table.notices(crowds_meant=data.format == "voc"):  # its difficult objects
         warnings.warn(notice, UserNotice, stacklevel=3)
     if not measured:
         return
@@ -208,7 +212,7 @@ def _origin(config: RunConfig, data: RunData, accelerator: Accelerator) -> dict[
     """Where the numbers of a run that is finished now come from."""
     return {
         "data_fingerprint": data.fingerprint,
-        "val_fingerprint": data.val.fingerprint,
+        "val_fingerprint": data.val.object_fingerprint,
         "split_digest": data.split_digest,
         "classes": list(data.train.class_names),
         "device": device_name(accelerator.device),
@@ -254,6 +258,7 @@ def _measured(
         image_ids=image_ids,
         backend=_backend(runtime),
         fingerprint=table.fingerprint,
+        crowds=table.crowds,
     )
 
 
@@ -266,6 +271,7 @@ def evaluate_run(
     results: Path | None = None,
     refine: RefinerName | None = None,
     detections: Path | None = None,
+    crowds: Crowds | None = None,
     fast: bool = False,
     progress: bool = True,
 ) -> Metrics | None:
@@ -281,23 +287,23 @@ def evaluate_run(
         refine: how masks are refined, see `models/refine.py`; None = as the model was configured, or not at all those
             of `results`.
         detections: where to write the detections as COCO results.
+        crowds: what `iscrowd` 1 means; None = as the run has it, or regions to leave out.
         fast: take hotcoco for the numbers, as a run with `runtime.fast_evaluation` does anyway.
     """
     where = folder or Path()
     loaded = None if results else load_model_folder(where / "model" if (where / "model").is_dir() else where)
-    files, cache, runtime, seed = _evaluation_files(folder, annotations, images, fast=fast)
+    files, data, runtime, seed = _evaluation_files(folder, annotations, images, fast=fast)
     require_backend(_backend(runtime))
     accelerator = start_accelerator(runtime, seed=seed)
-    with accelerator.main_process_first(), accelerator.local_main_process_first():
-        classes = loaded[1].class_names if loaded else ()
-        table = load_table(*files, cache=cache, annotations_required=False, classes=classes)
-    if not table.annotated and detections is None:
-        raise UserError(
-            f"{table.annotations_file}: has no annotations, so there is nothing to measure; name a file for the "
-            "detections ('--detections out.json')"
-        )
-    if accelerator.is_main_process:
-        _warn_of_annotations(table, measured=True)
+    open_table = partial(
+        load_table,
+        *files,
+        cache=cache_folder(data) if annotations is None else tables_folder(annotations.parent),
+        annotations_required=False,
+        classes=loaded[1].class_names if loaded else (),
+        crowds=crowds or data.crowds,
+    )
+    table = _evaluation_table(open_table, data, accelerator, predicted=detections is not None)
     if results is not None:
         if not accelerator.is_main_process:
             return None
@@ -320,19 +326,34 @@ def evaluate_run(
     )
 
 
+def _evaluation_table(
+    open_table: Callable[[], Table], data: DataConfig, accelerator: Accelerator, *, predicted: bool
+) -> Table:
+    """The table, which one process converts; a UserError if there is nothing to measure and nothing predicted."""
+    with accelerator.main_process_first(), accelerator.local_main_process_first():
+        table = open_table()
+    if not table.annotated and not predicted:
+        raise UserError(
+            f"{table.annotations_file}: has no annotations, so there is nothing to measure; name a file for the "
+            "detections ('--detections out.json')"
+        )
+    if accelerator.is_main_process:
+        _warn_of_annotations(table, data, measured=True)
+    return table
+
+
 def _evaluation_files(
     folder: Path | None, annotations: Path | None, images: Path | None, *, fast: bool
-) -> tuple[AnnotatedImages, Path, RuntimeConfig, int]:
-    """The data to measure on, the folder of its Arrow table, and a run's runtime and seed, or the usual ones."""
+) -> tuple[AnnotatedImages, DataConfig, RuntimeConfig, int]:
+    """The data to measure on, and a run's settings of data and runtime and its seed, or the usual ones."""
     if annotations is not None and images is not None:
-        cache, runtime = tables_folder(annotations.parent), RuntimeConfig(fast_evaluation=fast)
-        return AnnotatedImages(annotations, images), cache, runtime, 0
+        return AnnotatedImages(annotations, images), DataConfig(), RuntimeConfig(fast_evaluation=fast), 0
     if folder is not None and annotations is None and images is None and (folder / "model").is_dir():
         values = read_json(folder / "config.json")
         config = parse_recorded(values.get("config", {}), where=str(folder / "config.json"))
         files = ensure_files(config.data, sets=("val",))["val"]
         runtime = config.runtime.model_copy(update={"fast_evaluation": fast or config.runtime.fast_evaluation})
-        return files, cache_folder(config.data), runtime, config.seed
+        return files, config.data, runtime, config.seed
     raise UserError(f"{folder}: give both the annotation file and the image folder to evaluate a model folder on")
 
 

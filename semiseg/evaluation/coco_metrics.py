@@ -28,7 +28,7 @@ from semiseg.errors import UserError
 from semiseg.evaluation.precision import Backend, coco_precision
 from semiseg.evaluation.voc_metrics import voc_metrics
 from semiseg.splits import normalise
-from semiseg.structures.objects import Box, groupings, mask_box_xyxy, place
+from semiseg.structures.objects import Box, Crowds, groupings, mask_box_xyxy, place
 
 METRIC_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 ALL_CLASSES = "all"
@@ -95,6 +95,7 @@ def evaluate_detections(
     image_ids: Collection[int],
     backend: Backend = "pycocotools",
     fingerprint: str | None = None,
+    crowds: Crowds = "ignore",
 ) -> Metrics:
     """Evaluates detections, boxes and masks, quietly. No detections give 0.
 
@@ -105,12 +106,13 @@ def evaluate_detections(
         class_names: names of the labels 0..C-1, that is of the categories in the order of their ids.
         image_ids: the images that were looked at, each once; must be exactly the file's.
         fingerprint: of the file when it was read before (`Table.fingerprint`); None takes it as it is.
+        crowds: what `iscrowd` 1 means.
 
     Raises:
         UserError: image ids, classes or a detection do not fit the file, the file is not that of `fingerprint`, or the
             backend (`precision.py`) is not installed.
     """
-    truth = load_ground_truth(annotations_file, fingerprint=fingerprint, classes=class_names)
+    truth = load_ground_truth(annotations_file, fingerprint=fingerprint, classes=class_names, crowds=crowds)
     if (names := names_of_classes(truth)) != list(class_names):
         raise UserError(
             f"{annotations_file}: its classes ({', '.join(names)}) are not the evaluated "
@@ -150,7 +152,13 @@ def group_means(per_class: Mapping[str, Numbers | None], classes: Collection[str
     return means
 
 
-def load_ground_truth(annotations_file: Path, *, fingerprint: str | None = None, classes: Collection[str] = ()) -> COCO:
+def load_ground_truth(
+    annotations_file: Path,
+    *,
+    fingerprint: str | None = None,
+    classes: Collection[str] = (),
+    crowds: Crowds = "ignore",
+) -> COCO:
     """Reads a COCO instances json without pycocotools' prints and makes it safe to evaluate.
 
     Annotation ids become 1..n in file order: pycocotools takes a match with an annotation of id 0 for none, and
@@ -176,7 +184,7 @@ def load_ground_truth(annotations_file: Path, *, fingerprint: str | None = None,
             "categories": [entry for number, entry in enumerate(listed) if number not in groups],
         }
         numbered = ({**entry, "id": key} for key, entry in enumerate(entries, start=1))
-        truth.dataset |= _placed(list(numbered), {image["id"]: image for image in content["images"]})
+        truth.dataset |= _placed(list(numbered), {image["id"]: image for image in content["images"]}, crowds)
         with contextlib.redirect_stdout(io.StringIO()):
             truth.createIndex()
     except FileNotFoundError:
@@ -192,11 +200,13 @@ def load_ground_truth(annotations_file: Path, *, fingerprint: str | None = None,
     return truth
 
 
-def _placed(annotations: list[dict[str, Any]], images: Mapping[Any, Mapping[str, Any]]) -> dict[str, Any]:
+def _placed(
+    annotations: list[dict[str, Any]], images: Mapping[Any, Mapping[str, Any]], crowds: Crowds
+) -> dict[str, Any]:
     """The annotations, each where `objects.place` has it, and how many of them are not where their box is."""
     kept, counts = [], Counter[str]()
     for annotation in annotations:
-        annotation.setdefault("iscrowd", 0)
+        annotation["iscrowd"] = annotation.get("iscrowd", 0) if crowds == "ignore" else 0
         outlines = annotation.get("segmentation")
         if isinstance(outlines, list):  # [[]], an outline without a point, is no mask
             annotation["segmentation"] = [outline for outline in outlines if outline]

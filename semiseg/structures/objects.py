@@ -10,7 +10,9 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 SMALLEST_SIDE = 1e-3  # px: a box thinner than this has no area
+MANY_CROWDS = 0.05  # share of a file's objects that are crowd, above which that is said
 Box = tuple[float, float, float, float]
+Crowds = Literal["ignore", "objects"]  # what `iscrowd` 1 means: a region to leave out, or an object as all others
 
 
 class Place(NamedTuple):
