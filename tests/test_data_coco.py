@@ -277,7 +277,8 @@ def test_a_mask_that_lies_outside_its_box_is_a_notice(tmp_path: Path, form: str)
     empty = {"id": 6, "image_id": 1, "category_id": 1, "bbox": [0, 0, 5, 5]}
     annotations.append({**empty, "segmentation": encode(np.zeros(SIZE, bool), compressed=True)})
     report = check_annotations(make_coco(tmp_path, annotations=annotations, class_names=("cat",)).annotations, None)
-    (finding,) = report.findings
+    of_all, finding = report.findings
+    assert (of_all.kind, of_all.count) == (Kind.MEASURES, 1)
     assert (finding.kind, finding.kind.severity, finding.count) == (Kind.MASK_OUTSIDE_BOX, "notice", 4)
     assert finding.examples[0].startswith("annotation 2: ")
     assert report.errors == ()

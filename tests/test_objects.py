@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from semiseg.data.problems import Kind
 from semiseg.data.pseudo import load_pseudo
 from semiseg.data.table import load_table
 from semiseg.engine.build import build_data
-from semiseg.engine.run import execute_run
-from semiseg.errors import UserError
+from semiseg.engine.run import _warn_of_measures, execute_run
+from semiseg.errors import UserError, UserNotice
 from semiseg.evaluation.coco_metrics import Metrics, describe_placed, evaluate_detections, load_ground_truth
 from semiseg.structures.objects import Crowds, groupings, mask_box_xyxy, place
 from semiseg.studies.identity import class_names
@@ -30,7 +31,7 @@ SIZE = (64, 80)  # height, width
 SQUARE = [20, 10, 50, 10, 50, 40, 20, 40]  # an outline
 
 
-def annotation(number: int, box: list[float] | None, mask: Any = None, **more: Any) -> dict[str, Any]:
+def annotation(number: int, box: Sequence[float] | None, mask: Any = None, **more: Any) -> dict[str, Any]:
     values = {"id": number, "image_id": 1, "category_id": 1, "bbox": box, "area": 900, "iscrowd": 0}
     return values | ({} if mask is None else {"segmentation": mask}) | more
 
@@ -213,7 +214,7 @@ def test_groupings_are_no_classes(categories: list[Any], used: set[int], expecte
 
 
 def test_training_and_evaluation_have_the_same_classes(tmp_path: Path) -> None:
-    files = coco(tmp_path, annotation(1, [1, 2, 30, 40], [SQUARE]))
+    files = coco(tmp_path, annotation(1, [20, 10, 30, 30], [SQUARE]))
     files.rewrite(lambda content: content.update(categories=[GROUP, CAT, DOG]))
     table = load_table(files.annotations, files.images, cache=tmp_path / "arrow")
     assert (table.class_names, table.category_ids) == (("cat", "dog"), (1, 2))
@@ -228,7 +229,7 @@ def test_training_and_evaluation_have_the_same_classes(tmp_path: Path) -> None:
 
 def test_what_groups_others_in_one_file_may_be_a_class_of_another(tmp_path: Path) -> None:
     """The parent of a hierarchy, of which the validation images happen to show none."""
-    categories, entry = [{**GROUP, "id": 3}, CAT], annotation(1, [1, 2, 30, 40], [SQUARE])
+    categories, entry = [{**GROUP, "id": 3}, CAT], annotation(1, [20, 10, 30, 30], [SQUARE])
     train = coco(tmp_path / "train", entry, annotation(2, [3, 3, 9, 9], category_id=3))
     val = coco(tmp_path / "val", entry)
     for files in (train, val):
@@ -272,7 +273,7 @@ def test_what_refers_to_a_refused_entry_is_not_judged_again(tmp_path: Path) -> N
 def crowded(folder: Path, *, crowd: int, others: int) -> CocoFiles:
     """Objects with outlines, and crowd regions as labelling tools export what was drawn by brush."""
     mask = encode(rectangle(3, 4, 20, 30), compressed=False)
-    entries = [annotation(number, [1, 2, 30, 40], [SQUARE]) for number in range(others)]
+    entries = [annotation(number, [20, 10, 30, 30], [SQUARE]) for number in range(others)]
     entries += [annotation(others + number, [3, 4, 17, 26], mask, iscrowd=1) for number in range(crowd)]
     return coco(folder, *entries, class_names=("cat",))
 
@@ -374,3 +375,121 @@ def test_the_folder_that_shares_most_is_meant(tmp_path: Path) -> None:
     assert found is not None
     assert found.startswith("2 of them are there under another name: 'file_name' is to be 'b/1.png'")
     assert where_instead(tmp_path / "images", ["9.png"]) is None
+
+
+# box, mask and area --------------------------------------------------------------------------------------------------
+
+Change = Callable[[dict[str, Any]], None]
+
+
+def boxes_as(change: Callable[[float, float, float, float], list[float]]) -> Change:
+    def changed(entry: dict[str, Any]) -> None:
+        entry["bbox"] = change(*entry["bbox"])
+
+    return changed
+
+
+def without_masks(change: Change) -> Change:
+    def changed(entry: dict[str, Any]) -> None:
+        change(entry)
+        del entry["segmentation"]
+
+    return changed
+
+
+def all_shares(entry: dict[str, Any]) -> None:
+    entry["bbox"] = shares(*entry["bbox"])
+    entry["segmentation"] = [[v / (64 if i % 2 else 80) for i, v in enumerate(entry["segmentation"][0])]]
+
+
+def shares(x: float, y: float, w: float, h: float) -> list[float]:
+    return [x / 80, y / 64, w / 80, h / 64]
+
+
+def corners(x: float, y: float, w: float, h: float) -> list[float]:
+    return [x, y, x + w, y + h]
+
+
+def centres(x: float, y: float, w: float, h: float) -> list[float]:
+    return [x + w / 2, y + h / 2, w, h]
+
+
+def area_as(area: Callable[[dict[str, Any]], float]) -> Change:
+    return lambda entry: entry.update(area=area(entry))
+
+
+def rounded(entry: dict[str, Any]) -> None:
+    entry["bbox"] = [float(int(v)) for v in entry["bbox"]]
+    entry["area"] = round(entry["area"] * 1.03)
+
+
+@pytest.mark.parametrize(
+    ("change", "remarks"),
+    [
+        (lambda entry: None, {}),
+        (lambda entry: entry.pop("area"), {}),
+        (rounded, {}),
+        (without_masks(lambda entry: None), {}),
+        (all_shares, {"boxes": "no number of the boxes and outlines is above 1"}),
+        (boxes_as(shares), {"boxes": "as [x, y, width, height] in shares of the image (0..1) 12 of them"}),
+        (
+            boxes_as(lambda *b: [100 * v for v in shares(*b)]),
+            {"boxes": "as [x, y, width, height] in per cent (0..100)"},
+        ),
+        (boxes_as(lambda *b: shares(*corners(*b))), {"boxes": "as [x0, y0, x1, y1] in shares of the image (0..1)"}),
+        (boxes_as(corners), {"boxes": "12 of 12 boxes are not those of their masks: as [x0, y0, x1, y1] in pixels 12"}),
+        (boxes_as(centres), {"boxes": "as [centre x, centre y, width, height] in pixels 12 of them"}),
+        (boxes_as(lambda x, y, w, h: [y, x, y + h, x + w]), {"boxes": "as [y0, x0, y1, x1] in pixels 12 of them"}),
+        (boxes_as(lambda x, y, w, h: [1, 1, 70, 60]), {"boxes": "no convention fits them"}),
+        (without_masks(boxes_as(shares)), {"boxes": "no number of the boxes is above 1"}),
+        (without_masks(boxes_as(corners)), {"boxes": "and as [x0, y0, x1, y1] none would"}),
+        (without_masks(boxes_as(centres)), {"boxes": "and as [centre x, centre y, width, height] none would"}),
+        (area_as(lambda entry: 0), {"areas": "12 of 12 'area' are not those of the masks or boxes: they are 0;"}),
+        (area_as(lambda entry: entry["bbox"][2] * entry["bbox"][3]), {"areas": "they are their boxes'"}),
+        (area_as(lambda entry: entry["area"] / 64 / 80), {"areas": "they are shares of the image (0..1)"}),
+        (without_masks(area_as(lambda entry: 0)), {"areas": "they are 0"}),
+    ],
+)
+def test_what_does_not_measure_one_thing_is_said_with_what_would_fit(
+    tmp_path: Path, change: Change, remarks: dict[str, str]
+) -> None:
+    entries = []
+    for number in range(12):
+        x, y, w, h = 4 + 5 * number % 48, 3 + 7 * number % 36, 14 + number, 12 + number
+        octagon = [(0.3, 0), (0.7, 0), (1, 0.3), (1, 0.7), (0.7, 1), (0.3, 1), (0, 0.7), (0, 0.3)]
+        outline = [v for fx, fy in octagon for v in (x + fx * w, y + fy * h)]
+        entries.append(annotation(number, [x, y, w, h], [outline], area=0.82 * w * h))
+        change(entries[-1])
+    shown = tmp_path / "annotations"
+    files = coco(shown, *entries, class_names=("cat",))
+    table = load_table(files.annotations, files.images, cache=tmp_path / "arrow")
+    assert table.remarks.keys() == remarks.keys()
+    report = check_annotations(files.annotations, None)
+    examples = [each for finding in report.findings if finding.kind == Kind.MEASURES for each in finding.examples]
+    assert len(examples) == len(remarks)
+    for what, text in remarks.items():
+        assert text in table.remarks[what]
+        assert any(text in example for example in examples)
+    assert [finding.kind for finding in report.findings if finding.kind == Kind.NO_OBJECTS] == []
+
+
+def test_masks_as_rle_tell_the_same(tmp_path: Path) -> None:
+    mask = encode(rectangle(40, 30, 70, 60), compressed=True)
+    fine, corner = ([40, 30, 30, 30], 900), ([40, 30, 70, 60], 900)
+    for given, words in ((fine, None), (corner, "as [x0, y0, x1, y1] in pixels 4 of them")):
+        files = coco(tmp_path, *(annotation(number, given[0], mask, area=given[1]) for number in range(4)))
+        remarks = load_table(files.annotations, files.images, cache=tmp_path / "arrow").remarks
+        assert (remarks == {}) == (words is None)
+        assert words is None or words in remarks["boxes"]
+
+
+def test_a_run_says_it_in_one_warning(tmp_path: Path) -> None:
+    entries = [annotation(number, [40, 30, 70, 60], [[40, 30, 70, 30, 70, 60, 40, 60]], area=0) for number in range(4)]
+    files = coco(tmp_path / "a", *entries, class_names=("cat",))
+    table = load_table(files.annotations, files.images, cache=tmp_path / "arrow")
+    data = tiny_config(tmp_path, data={"format": "coco"}).data
+    with pytest.warns(UserNotice) as caught:
+        _warn_of_measures(data, learnt=table, measured=table)
+    (warning,) = caught
+    assert str(warning.message).count("as [x0, y0, x1, y1] in pixels 4") == 2
+    assert str(warning.message).count("'area' are not those") == 1, "training reads none"

@@ -8,6 +8,7 @@ from typing import Any
 
 from semiseg.data.coco import crowd_counts, image_records, read_coco
 from semiseg.data.images import decoding_problem, image_problems
+from semiseg.data.measures import Measures
 from semiseg.data.missing import missing_images, where_instead
 from semiseg.data.problems import Kind, Problem, describe_missing_masks
 from semiseg.errors import UserError
@@ -91,8 +92,9 @@ def check_annotations(annotations: Path, images: Path | None) -> CheckReport:
     else:
         contents = {"images": len(coco.images), "classes": len(coco.class_names)}
         contents |= dict.fromkeys(("with mask", "box only", "crowd"), 0)
+        measures = Measures()
         lacking = dict.fromkeys(coco.class_names)
-        for record in image_records(coco, report=problems.append):
+        for record in image_records(coco, report=problems.append, measures=measures):
             for item in record["objects"]:
                 if not item["is_crowd"]:
                     lacking.pop(coco.class_names[item["label"]], None)
@@ -100,6 +102,7 @@ def check_annotations(annotations: Path, images: Path | None) -> CheckReport:
                 if item["has_mask"] and _mask_misses_box(item, (record["height"], record["width"])):
                     text = "the mask does not touch the box; is one of them of another object?"
                     problems.append(Problem(Kind.MASK_OUTSIDE_BOX, f"annotation {item['annotation_id']}", text))
+        problems += [Problem(Kind.MEASURES, "annotations", remark) for remark in measures.remarks().values()]
         many = crowd_counts(coco).in_words()
         if many is not None:
             problems.append(Problem(Kind.CROWDS, "annotations", many))

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from semiseg.data.measures import Measures
 from semiseg.data.problems import BadValue, CrowdCounts, Kind, Problem, Reporter, stop_at_errors
 from semiseg.data.rasterise import MORE, outlines_to_rle, run_lengths
 from semiseg.errors import UserError
@@ -90,13 +91,18 @@ def coco_file(
 
 
 def image_records(
-    coco: CocoFile, *, report: Reporter | None = None, crowds: Crowds = "ignore"
+    coco: CocoFile,
+    *,
+    report: Reporter | None = None,
+    crowds: Crowds = "ignore",
+    measures: Measures | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yields one record per image in the form of `table.FEATURES`; annotations with a problem are reported.
 
     Boxes become xyxy pixels of the stored image, clipped to it; RLE becomes its compressed form. An annotation whose
     `segmentation` is absent, null, [] or {} has no mask, which is not an empty mask. One whose box has no area in the
     image has its mask's, or is a crowd region, or is left out where nothing of it is in the image (`objects.place`).
+    `measures` are told of every object that has a place.
     """
     report = report or stop_at_errors(coco.path)
     label_of = {category_id: label for label, category_id in enumerate(coco.category_ids)}
@@ -111,6 +117,9 @@ def image_records(
             except BadValue as bad:
                 report(bad.at(where))
                 continue
+            has_mask = bool(polygons) or rle_counts is not None
+            if measures is not None and not entry.get("iscrowd") and (has_mask or origin == "box"):
+                measures.add(entry, polygons, rle_counts, size_hw)
             _report_box(entry["bbox"], box, origin, size_hw, where, report)
             if box is None:
                 continue
@@ -120,7 +129,7 @@ def image_records(
                     "label": label_of[entry["category_id"]],
                     "box_xyxy": list(box),
                     "is_crowd": (crowds == "ignore" and bool(entry.get("iscrowd", 0))) or origin == "region",
-                    "has_mask": bool(polygons) or rle_counts is not None,
+                    "has_mask": has_mask,
                     "polygons": polygons,
                     "rle_counts": rle_counts,
                 }

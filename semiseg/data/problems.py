@@ -45,6 +45,7 @@ class Kind(Enum):
     GROUPING = ("notice", "category only groups others")
     CLASS_EMPTY = ("notice", "class has no object")
     CROWDS = ("notice", "many annotations are crowd regions")
+    MEASURES = ("notice", "box, mask and area do not measure one thing")
     MASK_OUTSIDE_BOX = ("notice", "mask lies outside its box")
     EXIF = ("notice", "image has an EXIF orientation that is not applied")
 

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from semiseg.config.read import digest, file_digest
 from semiseg.data.coco import NO_ANNOTATIONS, crowd_counts, image_records, read_coco
 from semiseg.data.images import require_sizes
+from semiseg.data.measures import Measures
 from semiseg.data.missing import require_images
 from semiseg.data.problems import CrowdCounts, Kind, Problem, describe_problems, stop_at_errors
 from semiseg.errors import UserError
@@ -72,6 +73,8 @@ class Table:
     problems: Mapping[str, int] = field(default_factory=dict)
     groupings: tuple[str, ...] = ()  # names of the file's categories that are no classes
     crowds: Crowds = "ignore"  # what the file's `iscrowd` 1 means here
+    # "boxes" or "areas" that are not those of the masks -> a sentence
+    remarks: Mapping[str, str] = field(default_factory=dict)
     crowd_counts: CrowdCounts = field(default_factory=CrowdCounts)
 
     def __len__(self) -> int:
@@ -166,6 +169,7 @@ def _load(
         problems=about.get("problems", {}),
         groupings=tuple(about.get("groupings", ())),
         crowds=crowds,
+        remarks=about.get("remarks", {}),
         crowd_counts=CrowdCounts(*about.get("crowds", ())),
     )
     if annotations_required and not table.annotated:
@@ -251,14 +255,20 @@ def _convert(
     with whole_folder(folder) as temporary:
         path = temporary / "rows.arrow"
         with ArrowWriter(features=FEATURES, path=str(path), writer_batch_size=ROWS_PER_WRITE) as writer:
-            records, total = image_records(coco, report=report, crowds=crowds), len(coco.images)
+            measures = Measures()
+            records = image_records(coco, report=report, crowds=crowds, measures=measures)
+            total = len(coco.images)
             for record in tqdm(records, total=total, desc=annotations.name, unit=" images", delay=1, disable=None):
                 writer.write(record)
             writer.finalize()
         require_sizes(coco.images, images)
         classes = {"class_names": coco.class_names, "category_ids": coco.category_ids, "annotated": coco.annotated}
-        classes["crowds"] = astuple(crowd_counts(coco))
-        classes["groupings"] = coco.groupings
-        classes["problems"] = {kind.name: problems[kind.name] for kind in Kind if kind.name in problems}
+        about = {
+            "crowds": astuple(crowds_found) if (crowds_found := crowd_counts(coco)).in_words() else (),
+            "groupings": coco.groupings,
+            "problems": {kind.name: problems[kind.name] for kind in Kind if kind.name in problems},
+            "remarks": measures.remarks(),
+        }
+        classes |= {name: value for name, value in about.items() if value}
         classes["digest"] = digest([file_digest(path), classes])
         (temporary / "classes.json").write_text(json.dumps(classes, ensure_ascii=False), encoding="utf-8")

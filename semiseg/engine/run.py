@@ -74,6 +74,7 @@ def execute_run(
     if accelerator.is_main_process:
         _warn_of_annotations(data.train, config.data)
         _warn_of_annotations(data.val, config.data, measured=True)
+        _warn_of_measures(config.data, learnt=data.train, measured=data.val)
         _warn_of_what_is_not_learnt(config, data)
         if data.pseudo is not None:
             warnings.warn(data.pseudo.summary, UserNotice, stacklevel=2)
@@ -117,6 +118,15 @@ def _warn_of_annotations(table: Table, data: DataConfig, *, measured: bool = Fal
     objects, without = table.count_objects()
     if without:
         warnings.warn(f"{table.annotations_file}: {describe_missing_masks(without, objects)}", UserNotice, stacklevel=3)
+
+
+def _warn_of_measures(data: DataConfig, *, learnt: Table | None = None, measured: Table) -> None:
+    """Says once that boxes, masks and areas look like those of another convention; only evaluations read areas."""
+    remarks = [f"{measured.annotations_file}: {remark}" for remark in measured.remarks.values()]
+    if learnt is not None and "boxes" in learnt.remarks:
+        remarks.insert(0, f"{learnt.annotations_file}: {learnt.remarks['boxes']}")
+    if remarks and data.format == "coco":  # what is converted here is not to be mended by the user
+        warnings.warn("; ".join(remarks), UserNotice, stacklevel=3)
 
 
 def _warn_of_what_is_not_learnt(config: RunConfig, data: RunData) -> None:
@@ -284,8 +294,7 @@ def evaluate_run(
         annotations, images: a COCO json and its image folder; needed for a model folder, both or neither. A json
             without annotations, such as COCO's test sets, is only predicted: the metrics are None.
         results: COCO results that are measured in place of the network's.
-        refine: how masks are refined, see `models/refine.py`; None = as the model was configured, or not at all those
-            of `results`.
+        refine: see `models/refine.py`; None = as the model was configured, or not at all those of `results`.
         detections: where to write the detections as COCO results.
         crowds: what `iscrowd` 1 means; None = as the run has it, or regions to leave out.
         fast: take hotcoco for the numbers, as a run with `runtime.fast_evaluation` does anyway.
@@ -339,6 +348,7 @@ def _evaluation_table(
         )
     if accelerator.is_main_process:
         _warn_of_annotations(table, data, measured=True)
+        _warn_of_measures(data, measured=table)
     return table
 
 
