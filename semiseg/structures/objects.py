@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -42,7 +42,9 @@ def groupings(categories: Sequence[Any], annotated: Collection[Any], classes: Co
     groups = [
         number
         for number, (entry, name) in enumerate(zip(entries, names, strict=True))
-        if name and entry.get("id") not in annotated and name in (*above[:number], *above[number + 1 :])
+        if name
+        and not (isinstance(key := entry.get("id"), Hashable) and key in annotated)
+        and name in (*above[:number], *above[number + 1 :])
     ]
     others = {name for number, name in enumerate(names) if number not in groups}
     wanted = {_plain(name) for name in classes} - others
