@@ -571,8 +571,8 @@ def read_annotations(path: Path) -> None:
 
     from semiseg.data.check import check_annotations
     from semiseg.data.coco import image_records, read_coco
-    from semiseg.data.rasterise import outlines_to_rle
     from semiseg.errors import UserError
+    from semiseg.structures.rasterise import outlines_to_rle
 
     errors = {finding.kind.name for finding in check_annotations(path, None).errors} - {"NO_OBJECTS"}
     try:

@@ -12,10 +12,9 @@ from typer.core import TyperGroup
 
 from semiseg import __version__
 from semiseg.commands import convert, data, predict, pseudo, split, study, train
-from semiseg.errors import UserError
+from semiseg.errors import StepError, UserError, lack_of_memory
 from semiseg.files import FULL
 
-NO_MEMORY = ("out of memory", "can't allocate memory", "could not create a primitive")
 # What typer raises on a command line that no verb takes; its own name is private.
 USAGE_ERROR: Any = typer.BadParameter.__base__
 
@@ -46,7 +45,7 @@ conversions = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 
 def errors_as_sentences(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The verb with its errors as sentences: exit code 2 for bad input, 130 for an interruption."""
+    """The verb with its errors as sentences: exit code 2 for bad input, 1 for a failed step, 130 when interrupted."""
 
     @functools.wraps(function)
     def verb(*args: Any, **named: Any) -> Any:
@@ -61,12 +60,13 @@ def errors_as_sentences(function: Callable[..., Any]) -> Callable[..., Any]:
                 raise
             path = f"{error.filename2 or error.filename}: " if error.filename is not None else ""
             sentence = f"{path}{error.strerror}"
+        except StepError as error:
+            code, sentence = 1, str(error)
         except (MemoryError, RuntimeError) as error:
-            # How torch and its parts say that memory is short; anything else keeps its traceback.
-            if not isinstance(error, MemoryError) and not any(words in str(error).lower() for words in NO_MEMORY):
+            lack = lack_of_memory(error)
+            if lack is None:  # keeps its traceback
                 raise
-            reason = str(error).strip().partition("\n")[0]
-            sentence = f"not enough memory ({reason})" if reason else "not enough memory"
+            sentence = lack
         except KeyboardInterrupt as interruption:
             code, sentence = 130, str(interruption.args[0] if interruption.args else "interrupted")
         typer.echo(f"semiseg: {sentence}", err=True)

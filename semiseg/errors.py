@@ -5,13 +5,27 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_NO_MEMORY = ("out of memory", "can't allocate memory", "could not create a primitive")
+
 
 class UserError(Exception):
     """Bad input. The message names file, place, value and the allowed ones."""
 
 
+class StepError(RuntimeError):
+    """A step of a training failed, and nothing says that its input is to blame: a sentence naming the whole error."""
+
+
 class UserNotice(UserWarning):
     """What the user should know of input that is taken all the same: a sentence, as a warning."""
+
+
+def lack_of_memory(error: BaseException) -> str | None:
+    """What torch and its parts say where memory is short, as a sentence; None if the error is another one."""
+    if not isinstance(error, MemoryError) and not any(words in str(error).lower() for words in _NO_MEMORY):
+        return None
+    reason = str(error).strip().partition("\n")[0]
+    return f"not enough memory ({reason})" if reason else "not enough memory"
 
 
 def near_hint(name: str, known: Iterable[str], *, otherwise: str | None = None) -> str:

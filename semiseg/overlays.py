@@ -16,6 +16,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from pycocotools import mask as rle_codec
 
+from semiseg.structures.rasterise import read_cells
+
 # Okabe and Ito 2008, distinguishable with any colour vision; black, which photographs are full of, is left out.
 COLOURS: tuple[Colour, ...] = (
     *((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66)),
@@ -24,6 +26,8 @@ COLOURS: tuple[Colour, ...] = (
 SMALLEST_SIDE = 480  # of the drawing's shorter side: smaller images are enlarged by a whole factor
 LARGEST_SIDE = 2048  # of the drawing's longer side: larger images are reduced
 MASK_OPACITY = 0.45
+SMALLEST_LETTERS = 8  # pixels: of a label that would else cover objects
+MOST_COVERED = 0.1  # of a box, by a label
 
 Colour = tuple[int, int, int]
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in drawing pixels, half open
@@ -35,7 +39,7 @@ class Drawn:
 
     box_xywh: Sequence[float]  # original pixels, as COCO files have it
     rle: Mapping[str, Any] | None  # COCO's compressed RLE, of the original's size; None = no mask
-    text: str  # beside the box
+    text: str  # beside the box; "" = no label
     colour: Colour | None = None  # None = one that differs from those of boxes it overlaps
 
 
@@ -59,10 +63,11 @@ def draw_detections(
 ) -> Image.Image:
     """A new picture with the detections on it.
 
-    Better detections lie over worse ones; labels are moved so that they neither leave the picture nor, where there is
-    room, cover one another.
+    Better detections lie over worse ones. Labels are moved so that they neither leave the picture nor cover one another
+    or more than `MOST_COVERED` of a box; one for which there is no such place is written smaller, then left out, the
+    best first.
     The picture may have any size; `original_hw` is the frame of the detections, which come best first. Letters are at
-    least `smallest_text` pixels high.
+    least `smallest_text` pixels high where there is room, else `SMALLEST_LETTERS`.
     """
     scale_x, scale_y = picture.width / original_hw[1], picture.height / original_hw[0]
     boxes = [_scaled(item.box_xywh, scale_x, scale_y, picture.size) for item in detections]
@@ -108,7 +113,9 @@ def _paint_mask(drawing: Image.Image, rle: Mapping[str, Any], colour: Colour, *,
         return
     scale_x, scale_y = drawing.width / rle["size"][1], drawing.height / rle["size"][0]
     box = _scaled((x, y, width, height), scale_x, scale_y, drawing.size)
-    part = np.ascontiguousarray(rle_codec.decode(rle)[y : y + height, x : x + width]) * np.uint8(255)
+    counts = rle["counts"].encode() if isinstance(rle["counts"], str) else rle["counts"]
+    rows, columns = np.arange(y, y + height), np.arange(x, x + width)
+    part = np.ascontiguousarray(read_cells([counts], rle["size"], rows=rows, columns=columns)[0]) * np.uint8(255)
     scaled = Image.fromarray(part).resize((box[2] - box[0], box[3] - box[1]), Image.Resampling.BILINEAR)
     inside = ImageOps.expand(scaled.point(lambda value: 255 * (value >= 128)), line)
     core = inside.filter(ImageFilter.MinFilter(2 * line + 1))
@@ -124,31 +131,57 @@ def _write_labels(
     smallest_text: int,
 ) -> None:
     width, height = pen.im.size
-    font = load_font(min(max(round(min(width, height) / 50), smallest_text), 24))
+    usual = min(max(round(min(width, height) / 50), smallest_text), 24)
+    sizes = dict.fromkeys(max(round(usual * share), min(SMALLEST_LETTERS, usual)) for share in (1, 0.75, 0.5))
     placed: list[Box] = []
     for text, box, colour in zip(texts, boxes, colours, strict=True):
-        shown = fitted(text, font, width - 4)
-        left, top, right, bottom = font.getbbox(shown)
-        label = place_label((int(right - left) + 5, int(bottom - top) + 5), box, placed, (width, height))
-        placed.append(label)
-        pen.rectangle((label[0], label[1], label[2] - 1, label[3] - 1), fill=colour)
-        brightness = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
-        ink = (0, 0, 0) if brightness > 110 else (255, 255, 255)
-        pen.text((label[0] + 2 - left, label[1] + 2 - top), shown, fill=ink, font=font)
+        for font in map(load_font, sizes if text else ()):
+            shown = fitted(text, font, width - 4)
+            left, top, right, bottom = font.getbbox(shown)
+            size = int(right - left) + 5, int(bottom - top) + 5
+            label = place_label(size, box, placed, (width, height), objects=boxes)
+            if label is not None:
+                placed.append(label)
+                pen.rectangle((label[0], label[1], label[2] - 1, label[3] - 1), fill=colour)
+                brightness = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
+                ink = (0, 0, 0) if brightness > 110 else (255, 255, 255)
+                pen.text((label[0] + 2 - left, label[1] + 2 - top), shown, fill=ink, font=font)
+                break
 
 
-def place_label(size_wh: tuple[int, int], box: Box, placed: Sequence[Box], picture_wh: tuple[int, int]) -> Box:
-    """Where a label of that size goes in the picture: the first of places above, below and in its box that is free."""
+def place_label(
+    size_wh: tuple[int, int],
+    box: Box,
+    placed: Sequence[Box],
+    picture_wh: tuple[int, int],
+    *,
+    objects: Sequence[Box] = (),
+) -> Box | None:
+    """Where a label of that size goes in the picture: the first of places above, below and in its box that is free.
+
+    That is one that covers no part of another label and at most `MOST_COVERED` of any object's box; None = there is
+    none.
+    """
     width, height = size_wh
     x0, y0, x1, y1 = box
     corners = [(x0, y0 - height), (x0, y1), (x0, y0), (x1 - width, y0 - height), (x1 - width, y1), (x0, y1 - height)]
     corners += [(x, y) for y in range(y0, y1, height) for x in (x1 - width, x0, x1, x0 - width)]
-    places = []
-    for x, y in corners:
-        x, y = max(min(x, picture_wh[0] - width), 0), max(min(y, picture_wh[1] - height), 0)
-        places.append((x, y, x + width, y + height))
-    free = (label for label in places if not any(_overlap(label, other) for other in placed))
-    return next(free, places[0])
+    corner = np.array(corners)
+    x, y = (corner[:, axis].clip(max=picture_wh[axis] - size_wh[axis]).clip(min=0) for axis in (0, 1))
+    places = np.stack([x, y, x + width, y + height], axis=1)
+    free = ~_shared(places, placed).any(axis=1)
+    sides = np.array(objects, dtype=np.int64).reshape(-1, 4)
+    areas = (sides[:, 2] - sides[:, 0]) * (sides[:, 3] - sides[:, 1])
+    free &= (_shared(places, sides) <= MOST_COVERED * areas).all(axis=1)
+    return tuple(places[free.argmax()].tolist()) if free.any() else None
+
+
+def _shared(places: np.ndarray, others: Sequence[Box] | np.ndarray) -> np.ndarray:
+    """(P, N) pixels that places (P, 4) and others (N, 4) have in common."""
+    ours, theirs = places[:, None], np.array(others, dtype=np.int64).reshape(-1, 4)
+    sides = np.minimum(ours[..., 2:], theirs[:, 2:]) - np.maximum(ours[..., :2], theirs[:, :2])
+    common: np.ndarray = sides.clip(min=0).prod(axis=2)
+    return common
 
 
 def fitted(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:

@@ -20,6 +20,8 @@ from semiseg.config.former import with_present_keys
 from semiseg.config.read import digest, explain, read_json_lines
 from semiseg.errors import UserError, UserNotice
 
+MAX_DETS = 100  # best detections of an image and class: the limit of every AP that COCO reports
+
 
 def _checked_time(text: str) -> str:
     if datetime.fromisoformat(text).tzinfo is None:
@@ -28,10 +30,12 @@ def _checked_time(text: str) -> str:
 
 
 def _with_instances(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The classes of a run are read off its metrics without looking at the rest of them."""
+    """The classes of a run, and how many detections were measured, are read off its metrics without the rest."""
     counts = metrics.get("instances")
     if not isinstance(counts, dict) or not all(type(count) is int for count in counts.values()):
         raise ValueError(f"'instances' is {json.dumps(counts)[:80]}, allowed: a table of class = number of objects")
+    if type(limit := metrics.get("max_dets", MAX_DETS)) is not int or limit < 1:
+        raise ValueError(f"'max_dets' is {json.dumps(limit)[:80]}, allowed: a whole number of at least 1")
     return metrics
 
 
@@ -78,6 +82,11 @@ class Result:
     # Of runs with learned affinity, see `engine.edges.edge_quality`: "seen" and "unseen" -> its numbers.
     edges: Annotated[Mapping[str, Mapping[str, float]] | None, AfterValidator(_with_all_numbers)] = None
     val_fingerprint: str | None = None  # of the validation annotations; None in records from before it was kept
+
+    @property
+    def max_dets(self) -> int:
+        """The best so many detections of each image and class were measured."""
+        return int(self.metrics.get("max_dets", MAX_DETS))
 
     @property
     def trained_as(self) -> str:
@@ -157,6 +166,13 @@ def ap_in_words(metrics: Mapping[str, Any]) -> str:
     groups = {what: (metrics.get(kind) or {}).get("groups", {}) for what, kind in (("mask", "segm"), ("box", "bbox"))}
     numbers = {what: (of_kind.get("all") or {}).get("AP") for what, of_kind in groups.items()}
     return ", ".join(f"{what} AP {value:.1f}" for what, value in numbers.items() if value is not None)
+
+
+def limit_in_words(max_dets: int) -> str:
+    """ "" for COCO's own limit, else the sentence that goes with numbers measured at another."""
+    if max_dets == MAX_DETS:
+        return ""
+    return f"measured: the best {max_dets} detections of each image and class (COCO's own numbers look at {MAX_DETS})"
 
 
 def same_validation_data(first: Result, second: Result) -> bool:

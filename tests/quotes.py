@@ -99,6 +99,21 @@ def bench_lines(reports: Path, name: str = "bench.json") -> list[str]:
     return lines
 
 
+def edge_lines(reports: Path) -> list[str]:
+    """Truly positive edges of photographs, by neighbourhood and threshold."""
+    shares = json.loads((reports / "edges/coco_mini_val2017.json").read_text(encoding="utf-8"))["shares"]
+    thresholds = sorted({share["threshold"] for share in shares})
+    lines = [
+        f"| neighbourhood | {' | '.join(f'τ = {threshold:g}' for threshold in thresholds)} |",
+        f"|---|{'---:|' * len(thresholds)}",
+    ]
+    for size, dilation in sorted({(share["size"], share["dilation"]) for share in shares}):
+        own = {share["threshold"]: share for share in shares if (share["size"], share["dilation"]) == (size, dilation)}
+        cells = [f"{100 * own[each]['positive']:.1f} ({100 * own[each]['share']:.0f})" for each in thresholds]
+        lines.append(f"| {size} x {size}, dilation {dilation} | {' | '.join(cells)} |")
+    return lines
+
+
 def three_digits(value: float) -> str:
     return f"{value:#.3g}" if value < 100 else f"{value:.0f}"
 
@@ -325,6 +340,7 @@ TABLES = (
     ),
     QuotedTable("docs/PSEUDO_MASKS.md", "What they cost, `python", partial(bench_lines, name="refine.json")),
     QuotedTable("docs/HEADS.md", "Shapes, the same detector, losses", heads_lines),
+    QuotedTable("docs/REAL_DATA.md", "Truly positive edges in percent", edge_lines),
     QuotedTable("docs/NUMERICS.md", "Order of the rows by processor and seed", processor_lines),
     QuotedTable("docs/PERFORMANCE.md", "The full form, `python -m benchmarks --json", bench_lines),
     QuotedTable("docs/PERFORMANCE.md", "The rows of mask heads, `python", partial(bench_lines, name="heads.json")),

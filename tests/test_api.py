@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
+import shlex
 import subprocess
 import sys
 from functools import partial
@@ -17,8 +18,10 @@ import tomlkit
 import torch
 from PIL import Image
 from torch import Tensor
+from typer.testing import CliRunner
 
 import semiseg
+from semiseg.cli import app
 from semiseg.engine import predict as engine
 from semiseg.engine.predict import forward_groups
 from semiseg.models.detectors.select import select_detections
@@ -151,7 +154,9 @@ def test_rescored_by_the_mean_probability_of_their_masks(model: semiseg.LoadedMo
         with torch.no_grad():
             outputs = model.network(batch, sizes)
             (chosen,) = select_detections(
-                outputs, sizes, **limits.model_dump(exclude={"short_side", "long_side", "rescore", "refine", "stretch"})
+                outputs,
+                sizes,
+                **limits.model_dump(exclude={"short_side", "long_side", "rescore", "refine", "stretch", "area_limits"}),
             )
             masks = model.network.predict_masks(outputs, chosen.queries)
         assert isinstance(masks.grid, WholeMap)
@@ -280,11 +285,22 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_examples_of_the_page_run(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workplace)
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     names: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, str(PAGE), "exec"), names)
     assert names["result"]["steps"] == 1
+
+
+def test_the_commands_of_the_page_run(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workplace)
+    Image.fromarray(picture(np.random.default_rng(2), 300, 1500)).save("aerial.tif")
+    blocks = re.findall(r"^```\n(semiseg .*?)^```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 1
+    for command in blocks[0].splitlines():
+        result = CliRunner().invoke(app, shlex.split(command)[1:])
+        assert result.exit_code == 0, result.output
+    assert (workplace / "predictions" / "overlays" / "aerial.jpg").is_file()
 
 
 def test_train_takes_configurations_in_every_form(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

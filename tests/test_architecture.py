@@ -20,7 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "splits": {"errors", "files", "project", "config"},
     "structures": {"errors", "structures"},
     "results": {"errors", "config"},
-    "overlays": set(),
+    "overlays": {"structures"},
     "data": BASE | {"data"},
     "models": BASE | {"models"},
     "losses": BASE | {"losses"},

@@ -16,13 +16,13 @@ from torchvision.transforms.v2 import functional
 from semiseg.config.read import digest
 from semiseg.data.augment import _COLOURS, Augmentation, View, _ious
 from semiseg.data.dataset import Instances
-from semiseg.data.rasterise import outlines_to_rle
 from semiseg.data.transforms import Resize
 from semiseg.engine.build import build_data, build_training_loader, train_dataset
 from semiseg.errors import UserError
 from semiseg.losses.terms import Objective, instance_terms
 from semiseg.structures.grids import WholeMap
 from semiseg.structures.inputs import Batch, Supervision, Targets
+from semiseg.structures.rasterise import outlines_to_rle
 from tests.coco_files import ellipse, make_coco
 from tests.test_data_dataset import batch_of, make_dataset, same
 from tests.test_poison import everything, make_data

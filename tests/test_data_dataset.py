@@ -16,11 +16,11 @@ from PIL import Image
 from semiseg.data import dataset as dataset_module
 from semiseg.data.dataset import InstanceDataset, Source, build_rule
 from semiseg.data.images import read_image
-from semiseg.data.rasterise import outlines_to_rle, read_cells
 from semiseg.data.table import load_table
 from semiseg.data.transforms import Resize
 from semiseg.errors import UserError
 from semiseg.structures.inputs import Batch, Supervision, Targets, empty_batch, grid_size, pad_images
+from semiseg.structures.rasterise import outlines_to_rle, read_cells
 from tests.coco_files import CocoFiles, KeepClasses, encode, make_coco
 
 TRAIN = Resize(short_sides=(48, 64, 72), long_side=120, flip=0.5)

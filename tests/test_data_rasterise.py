@@ -13,9 +13,9 @@ from torchvision.transforms.v2 import functional
 
 from semiseg.data.dataset import InstanceDataset, build_rule
 from semiseg.data.images import read_image
-from semiseg.data.rasterise import cell_centres, outlines_to_rle, read_cells, run_lengths
 from semiseg.data.table import load_table
 from semiseg.data.transforms import Geometry
+from semiseg.structures.rasterise import cell_centres, outlines_to_rle, read_cells, run_lengths
 from tests.coco_files import CocoFiles, encode, make_coco
 from tests.full_masks import decompress_runs, polygons_to_mask, resized_mask, rle_to_mask, sample_cells
 

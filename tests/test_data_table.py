@@ -41,9 +41,9 @@ def test_conversion_happens_once_per_content(tmp_path: Path, monkeypatch: pytest
     calls = []
     convert = table_module._convert
 
-    def counted(*arguments: Any) -> None:
-        calls.append(arguments[-1])
-        convert(*arguments)
+    def counted(annotations: Path, images: Path, folder: Path, **named: Any) -> None:
+        calls.append(folder)
+        convert(annotations, images, folder, **named)
 
     monkeypatch.setattr(table_module, "_convert", counted)
     again = load_table(files.annotations, files.images, cache=cache)
@@ -108,10 +108,10 @@ def test_of_two_that_want_to_convert_one_waits_and_finds_it_done(
             if record.getMessage() == f"{cache}: another process converts annotations; waiting":
                 waits.set()
 
-    def convert_when_the_other_waits(*arguments: Any) -> None:
+    def convert_when_the_other_waits(*arguments: Any, **named: Any) -> None:
         conversions.append(arguments)
         assert waits.wait(60)
-        convert(*arguments)
+        convert(*arguments, **named)
 
     monkeypatch.setattr(table_module, "_convert", convert_when_the_other_waits)
     listener = Listener()

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from semiseg.data.rasterise import outlines_to_rle
 from semiseg.data.transforms import Geometry, Resize, resized_size
+from semiseg.structures.rasterise import outlines_to_rle
 from tests.coco_files import ellipse, encode, picture
 from tests.full_masks import rle_to_mask, sample_cells
 

@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 from pycocotools import mask as rle
 from pycocotools.cocoeval import COCOeval
+from typer.testing import CliRunner
 
 from benchmarks import straightforward as plain
+from semiseg.cli import app
+from semiseg.config import InferenceConfig
 from semiseg.errors import UserError
 from semiseg.evaluation.coco_metrics import (
     METRIC_NAMES,
@@ -21,6 +24,8 @@ from semiseg.evaluation.coco_metrics import (
     group_means,
     load_ground_truth,
 )
+from tests.coco_files import make_coco
+from tests.model_folders import make_model
 
 SIZE = 128
 CLASSES = ("ring", "猫", "cross", "never", "only crowd")
@@ -173,6 +178,52 @@ def test_perfect_prediction_of_one_object_is_exactly_100(tmp_path: Path, number:
         assert measured is not None
         assert measured.groups["all"] == {"AP": 100, "AP50": 100, "AP75": 100, "APs": None, "APm": 100, "APl": None}
         assert metrics.group(iou_type, ("猫",)) == measured.groups["all"]
+
+
+def test_own_limits_between_small_medium_and_large_objects(tmp_path: Path) -> None:
+    """Objects of 100, 400 and 900 pixels: limits of 400 and 900 put the second in two ranges, as COCO's do."""
+    objects = [
+        truth_of(30 * number, 0, side, side, image=0, category=7, number=number + 1)
+        for number, side in enumerate((10, 20, 30))
+    ]
+    path = write(tmp_path / "val.json", objects, images=1)
+    hits = [found(each, score=0.9) for each in objects[:2]]
+    arguments: dict[str, Any] = {"class_names": CLASSES, "image_ids": [0]}
+    usual = evaluate_detections(path, hits, **arguments)
+    assert usual.bbox.groups["all"]["APm"] is None  # all three are small
+    assert "area_limits" not in usual.to_dict()
+    metrics = evaluate_detections(path, hits, area_limits=(400.0, 800.0), **arguments)
+    for measured in (metrics.bbox, metrics.segm):
+        assert measured is not None
+        assert [measured.groups["all"][name] for name in ("APs", "APm", "APl")] == [100, 100, 0]
+        assert measured.groups["all"]["AP"] == usual.bbox.groups["all"]["AP"]
+    assert json.loads(json.dumps(metrics.to_dict()))["area_limits"] == [400, 800]
+    assert Metrics.from_dict(json.loads(json.dumps(metrics.to_dict()))) == metrics
+
+
+def test_the_limits_of_a_model_are_its_own_and_the_command_says_them(tmp_path: Path) -> None:
+    make_model(tmp_path / "model")
+    data, out = make_coco(tmp_path), tmp_path / "numbers.json"
+    words = ["evaluate", str(tmp_path / "model"), "--annotations", str(data.annotations), "--images", str(data.images)]
+    words += ["--out", str(out)]
+    with pytest.warns(UserWarning, match="no mask"):
+        told = CliRunner().invoke(app, [*words, "--area-limits", "400", "2500"])
+    assert "APs, APm, APl: of objects up to 400 pixels, to 2500, and above" in told.output
+    assert json.loads(out.read_text(encoding="utf-8"))["area_limits"] == [400, 2500]
+    path = tmp_path / "model" / "config.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["inference"]["area_limits"] = [100, 200]
+    path.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.warns(UserWarning, match="no mask"):
+        told = CliRunner().invoke(app, words)
+    assert "APs, APm, APl: of objects up to 100 pixels, to 200, and above" in told.output
+    assert CliRunner().invoke(app, [*words, "--area-limits", "9", "4"]).exit_code == 2
+
+
+def test_limits_in_the_wrong_order_are_refused() -> None:
+    for wrong in ([9.0, 4.0], [0.0, 4.0], [4.0, 4.0]):
+        with pytest.raises(ValueError, match="allowed: two areas, the smaller one first"):
+            InferenceConfig(area_limits=wrong)
 
 
 def test_hand_computed_precision(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from tests.model_folders import make_model
 from tests.tiny import tiny_config
 
 pytest.importorskip("hotcoco", reason="the extra `fast` is not installed")
+pytestmark = pytest.mark.filterwarnings("ignore:.*detections are not measured")  # images have up to 130
 
 HEIGHT, WIDTH = 110, 130
 CLASSES = ("a", "b", "c", "never", "only crowd", "only false")
@@ -132,12 +133,12 @@ def write(
     return path
 
 
-def assert_equal_precision(path: Path, results: list[dict[str, Any]]) -> list[np.ndarray]:
+def assert_equal_precision(path: Path, results: list[dict[str, Any]], **how: Any) -> list[np.ndarray]:
     found = []
     for iou_type in ("bbox", "segm"):
         # one after the other on fresh truths: pycocotools writes into its annotations
-        fast = coco_precision(load_ground_truth(path), results, iou_type, backend="hotcoco")
-        official = coco_precision(load_ground_truth(path), results, iou_type)
+        fast = coco_precision(load_ground_truth(path), results, iou_type, backend="hotcoco", **how)
+        official = coco_precision(load_ground_truth(path), results, iou_type, **how)
         assert fast.shape == official.shape
         assert np.array_equal(fast, official), (iou_type, np.argwhere(fast != official)[:5])
         found.append(official)
@@ -185,6 +186,7 @@ def test_odd_files(tmp_path: Path) -> None:
     annotations[4]["category_id"] = 555
     path = write(tmp_path / "val.json", annotations, images=list(names.values()))
     assert_equal_precision(path, results)
+    assert_equal_precision(path, results, area_limits=(400.0, 32.0**2))
 
 
 def test_nothing_found_nothing_there_and_boxes_alone(tmp_path: Path) -> None:
@@ -204,16 +206,25 @@ def test_nothing_found_nothing_there_and_boxes_alone(tmp_path: Path) -> None:
     assert fast == evaluate_detections(boxes, results, class_names=LABELS, image_ids=range(14))
 
 
+def test_another_limit_of_detections(tmp_path: Path) -> None:
+    annotations, results = random_case(3)
+    path = write(tmp_path / "val.json", annotations, images=sorted({a["image_id"] for a in annotations}))
+    results = [result for result in results if result["image_id"] in {a["image_id"] for a in annotations}]
+    one, two, many = (assert_equal_precision(path, results, max_dets=limit)[0] for limit in (1, 2, 300))
+    assert not np.array_equal(one, two)
+    assert not np.array_equal(one, many)
+
+
 def test_a_difference_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     annotations, results = random_case(14, images=40)
     path = write(tmp_path / "val.json", annotations, images=list(range(40)))
     seen: list[set[int]] = []
     official = precision._pycocotools_precision
 
-    def slightly_off(truth: Any, detections: Any, iou_type: str, image_ids: Any) -> np.ndarray:
+    def slightly_off(truth: Any, detections: Any, iou_type: str, image_ids: Any, *more: Any) -> np.ndarray:
         seen.append(set(image_ids))
         assert {detection["image_id"] for detection in detections} <= set(image_ids)
-        return np.nextafter(official(truth, detections, iou_type, image_ids), 2)
+        return np.nextafter(official(truth, detections, iou_type, image_ids, *more), 2)
 
     monkeypatch.setattr(precision, "_pycocotools_precision", slightly_off)
     with pytest.raises(UserError, match=r"hotcoco \d.* give different segm numbers for 2 of the images"):
@@ -234,9 +245,9 @@ def test_evaluate_fast_writes_the_same_numbers(tmp_path: Path, monkeypatch: pyte
     used: list[str] = []
     hotcoco_precision = precision._hotcoco_precision
 
-    def counted(truth: Any, results: Any, iou_type: str, image_ids: Any) -> np.ndarray:
+    def counted(truth: Any, results: Any, iou_type: str, *more: Any) -> np.ndarray:
         used.append(iou_type)
-        return hotcoco_precision(truth, results, iou_type, image_ids)
+        return hotcoco_precision(truth, results, iou_type, *more)
 
     monkeypatch.setattr(precision, "_hotcoco_precision", counted)
     written: list[str] = []

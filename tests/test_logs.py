@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import re
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from semiseg.engine import logs
 from semiseg.engine.logs import TrainingLog
+from semiseg.engine.run import execute_run
+from semiseg.errors import UserError
+from tests.tiny import tiny_config
 
 
 def shown(
@@ -70,3 +76,34 @@ def test_on_a_terminal_a_bar_and_no_lines(
     told = shown(tmp_path, capfd, monkeypatch, progress=None, seconds=21.0)
     assert "50/50" in told
     assert "step 41 of 50" not in told
+
+
+def test_a_tracker_hears_the_configuration_and_every_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[tuple[str, Any]] = []
+    run = SimpleNamespace(
+        log=lambda values, step: heard.append(("log", (step, values))), finish=lambda: heard.append(("finish", None))
+    )
+
+    def init(**how: Any) -> SimpleNamespace:
+        heard.append(("init", how))
+        return run
+
+    update = SimpleNamespace(update=lambda values, **_: heard.append(("config", values)))
+    wandb = SimpleNamespace(init=init, config=update)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    config = tiny_config(
+        tmp_path, optim={"steps": 3}, runtime={"trackers": ["wandb"], "log_every": 2, "evaluate_every": 2}
+    )
+    assert config.identity() == tiny_config(tmp_path, optim={"steps": 3}).identity()
+    with pytest.raises(UserError, match=r"runtime\.trackers: 'wandb' is not installed: pip install wandb"):
+        execute_run(config, out=tmp_path / "run", progress=False)
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: ["tensorboard", "wandb"])
+    execute_run(config, out=tmp_path / "run", progress=False)
+    kinds = [kind for kind, _ in heard]
+    assert kinds == ["init", "config", "log", "log", "log", "finish"]
+    assert heard[0][1] == {"project": "semiseg", "name": "run"}
+    assert heard[1][1]["optim.steps"] == "3"
+    assert [step for _, (step, _) in heard[2:5]] == [2, 2, 3]
+    assert {"losses/dice", "weighted/dice", "learning_rate", "images_per_second"} <= set(heard[2][1][1])
+    assert {"validation/mask_AP", "validation/loss"} <= set(heard[3][1][1])
+    assert all(isinstance(value, int | float) for _, (_, values) in heard[2:5] for value in values.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,20 @@ from pycocotools import mask as rle_codec
 from torch import Tensor
 
 from benchmarks import straightforward as plain
-from semiseg.engine.predict import ImageDetections, coco_results, encode_masks
+from semiseg.engine.predict import ImageDetections, coco_results, encode_masks, encode_placed
+from semiseg.models import paste
 from semiseg.models.detectors.fcos import make_locations
 from semiseg.models.detectors.select import select_detections
-from semiseg.models.paste import MaskPredictor, iter_masks, paste_masks, to_output_boxes
-from semiseg.structures.grids import WholeMap
+from semiseg.models.paste import (
+    MaskPredictor,
+    iter_masks,
+    paste_masks,
+    paste_probabilities,
+    placed_masks,
+    to_output_boxes,
+)
+from semiseg.structures.grids import Regions, WholeMap
+from semiseg.structures.masks import PlacedMask
 from semiseg.structures.outputs import Candidates, DenseOutputs, Detections, MaskLogits, MaskQueries, Outputs
 from tests.tiny import make_queries
 
@@ -58,14 +68,15 @@ def postprocess(
     results = []
     for found, input_size, output_size in zip(chosen, image_sizes_hw.tolist(), output_sizes_hw.tolist(), strict=True):
         input_hw, output_hw = (input_size[0], input_size[1]), (output_size[0], output_size[1])
-        chunks = iter_masks(model, outputs, found.queries, input_hw, output_hw)
-        none = torch.zeros(0, *output_hw, dtype=torch.bool, device=found.scores.device)
+        masks = torch.zeros(len(found), *output_hw, dtype=torch.bool)
+        for mask, placed in zip(masks, iter_masks(model, outputs, found.queries, input_hw, output_hw), strict=True):
+            placed.write(mask)
         results.append(
             Detections(
                 boxes=to_output_boxes(found.boxes_xyxy, input_hw, output_hw),
                 scores=found.scores,
                 labels=found.labels,
-                masks=torch.cat([none, *[masks for _, masks in chunks]]),
+                masks=masks,
             )
         )
     return results
@@ -200,39 +211,128 @@ def test_no_detections() -> None:
     assert found.labels.dtype == torch.int64
 
 
-def test_masks_in_chunks_are_the_masks_at_once() -> None:
-    outputs = empty_outputs()
+def whole_masks(placed_masks: Iterable[PlacedMask], output_hw: tuple[int, int]) -> Tensor:
+    """(N, H, W) bool."""
+    masks = []
+    for placed in placed_masks:
+        masks.append(torch.zeros(output_hw, dtype=torch.bool))
+        placed.write(masks[-1])
+    return torch.stack(masks)
+
+
+def test_what_is_refined_comes_in_chunks_of_the_image_s_size() -> None:
+    outputs, output_hw = empty_outputs(), (60, 90)
     count = 7
     queries = make_queries([0] * count, torch.arange(count) * 4)
-    ((numbers, at_once),) = iter_masks(FeatureMasks(), outputs, queries, (30, 45), (60, 90))
-    assert numbers.tolist() == list(range(count))
-    assert 0.2 < at_once.float().mean() < 0.8
+    wanted = whole_masks(iter_masks(FeatureMasks(), outputs, queries, (30, 45), output_hw), output_hw)
+    assert 0.2 < wanted.float().mean() < 0.8
     for chunk_pixels, expected in ((60 * 90 * 3, [3, 3, 1]), (1, [1] * 7)):
-        chunks = list(iter_masks(FeatureMasks(), outputs, queries, (30, 45), (60, 90), chunk_pixels=chunk_pixels))
-        assert [len(masks) for _, masks in chunks] == expected
-        assert torch.equal(torch.cat([numbers for numbers, _ in chunks]), torch.arange(count))
-        assert torch.equal(torch.cat([masks for _, masks in chunks]), at_once)
+        seen: list[Tensor] = []
+
+        def above_half(numbers: Tensor, probabilities: Tensor, seen: list[Tensor] = seen) -> Tensor:
+            seen.append(numbers)
+            return probabilities > 0.5
+
+        refined = iter_masks(
+            FeatureMasks(), outputs, queries, (30, 45), output_hw, refine=above_half, chunk_pixels=chunk_pixels
+        )
+        assert torch.equal(whole_masks(refined, output_hw), wanted)
+        assert [len(numbers) for numbers in seen] == expected
+        assert torch.equal(torch.cat(seen), torch.arange(count))
 
 
-def test_large_masks_are_made_and_encoded_one_at_a_time() -> None:
-    """The RLE path of evaluate and predict holds one full-size mask, however many there are."""
-    outputs = empty_outputs()
+def test_masks_are_made_where_they_are_and_encoded_one_at_a_time() -> None:
+    """What evaluate and predict hold of an image's masks is one, as large as the object."""
+    outputs, output_hw = empty_outputs(), (900, 1250)
     queries = make_queries([0] * 3, torch.arange(3) * 9)
-    output_hw = (900, 1250)
-    chunks = list(iter_masks(FeatureMasks(), outputs, queries, (30, 45), output_hw))
-    assert [tuple(masks.shape) for _, masks in chunks] == [(1, *output_hw)] * 3
+
+    class Spots(FeatureMasks):
+        def predict_masks(self, outputs: Outputs, queries: MaskQueries) -> MaskLogits:
+            predicted = super().predict_masks(outputs, queries)
+            spot = torch.full_like(predicted.logits, -9.0)
+            spot[:, 3:5, 4:6] = 9.0
+            spot[1] = -9.0
+            return dataclasses.replace(predicted, logits=spot)
+
+    made = list(iter_masks(Spots(), outputs, queries, (30, 45), output_hw))
+    assert made[1].inside.shape == (0, 0)
+    assert all(0 < placed.inside.numel() < 0.2 * 900 * 1250 for placed in (made[0], made[2]))
+    assert 0.2 < made[0].inside.float().mean() < 1
     found = ImageDetections(
         number=0,
         output_hw=output_hw,
         boxes_xyxy=torch.zeros(3, 4),
         scores=torch.tensor([0.9, 0.8, 0.7]),
         labels=torch.tensor([1, 0, 1]),
-        masks=iter_masks(FeatureMasks(), outputs, queries, (30, 45), output_hw),
+        masks=iter(made),
     )
     results = coco_results(found, image_id=4, category_ids=(10, 20))
     assert [result["category_id"] for result in results] == [20, 10, 20]
-    for result, (_, masks) in zip(results, chunks, strict=True):
-        assert np.array_equal(rle_codec.decode(result["segmentation"]), masks[0].numpy())
+    for result, mask in zip(results, whole_masks(made, output_hw), strict=True):
+        assert np.array_equal(rle_codec.decode(result["segmentation"]), mask.numpy())
+
+
+def shapes_of(kind: str, number: int, size_hw: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Logits (M, h, w) of objects of all sizes, also none; smooth, noisy, without middle values, at one half."""
+    height, width = size_hw
+    x, y = torch.arange(width)[None, None] / width, torch.arange(height)[None, :, None] / height
+    centre, radius = torch.rand(2, number, 2, 1, 1, generator=generator)
+    radius = 0.02 + 0.3 * radius
+    logits: Tensor = 4 * (1 - ((x - centre[:, 0]) / radius[:, 0]) ** 2 - ((y - centre[:, 1]) / radius[:, 1]) ** 2)
+    if kind == "noisy":
+        return logits + torch.randn(logits.shape, generator=generator)
+    if kind == "hard":
+        return torch.where(logits > 0, 100.0, -100.0)
+    if kind == "near one half":
+        return 0.002 * torch.randn(logits.shape, generator=generator)
+    return logits
+
+
+@pytest.mark.parametrize("kind", ["smooth", "noisy", "hard", "near one half"])
+@pytest.mark.parametrize("output_hw", [(52, 71), (400, 300), (31, 977), (640, 7), (20, 21)])
+@pytest.mark.parametrize("small_image", [0, paste.SMALL_IMAGE])
+def test_masks_where_they_are_equal_those_of_the_whole_image(
+    kind: str, output_hw: tuple[int, int], small_image: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit, on maps and regions: whatever of the image is pasted, and however an RLE is made of it."""
+    monkeypatch.setattr(paste, "SMALL_IMAGE", small_image)
+    generator, input_hw = torch.Generator().manual_seed(len(kind)), (52, 71)
+    corner = torch.rand(4, 2, generator=generator) * torch.tensor([70.0, 50.0]) - 8
+    boxes = torch.cat([corner, corner + 1 + 40 * torch.rand(4, 2, generator=generator)], dim=1)
+    image = torch.tensor([[0.0, 0.0, 71.0, 52.0]]).expand(4, 4)
+    compared = 0
+    for stride in (1, 2, 4, 8):
+        size = (-(-52 // stride) + 1, -(-71 // stride) + 2)
+        logits = shapes_of(kind, 4, size, generator)
+        for grid in (
+            WholeMap(stride, size),
+            Regions(boxes, size),
+            Regions(boxes, size, whole_pixels=True),
+            Regions(image, size, whole_image=True),
+        ):
+            wanted = paste_probabilities(logits, grid, input_hw, output_hw) > 0.5
+            if isinstance(grid, WholeMap) and kind != "near one half":  # where its own rounding differs
+                assert torch.equal(wanted, plain.paste_masks(logits, stride, input_hw, output_hw))
+            made = list(placed_masks(logits, grid, input_hw, output_hw))
+            assert torch.equal(whole_masks(made, output_hw), wanted)
+            assert torch.equal(paste_masks(logits, grid, input_hw, output_hw), wanted)
+            rles = rle_codec.encode(np.asfortranarray(wanted.permute(1, 2, 0).numpy().astype(np.uint8)))
+            assert [encode_placed(placed, output_hw)["counts"] for placed in made] == [
+                rle["counts"].decode() for rle in rles
+            ]
+            compared += int(wanted.sum())
+    assert compared > 100
+
+
+def test_a_mask_over_whole_columns_is_one_run() -> None:
+    inside = torch.ones(6, 3, dtype=torch.bool)
+    inside[2, 1] = False
+    for top, height in ((0, 6), (0, 7), (2, 8), (1, 9)):
+        full = torch.zeros(height, 5, dtype=torch.bool)
+        placed = PlacedMask(inside, top, 1)
+        placed.write(full)
+        expected = rle_codec.encode(np.asfortranarray(full.numpy().astype(np.uint8)))["counts"].decode()
+        assert encode_placed(placed, (height, 5)) == {"size": [height, 5], "counts": expected}
 
 
 def test_masks_are_encoded_as_pycocotools_encodes_them() -> None:
@@ -276,7 +376,7 @@ def test_masks_are_pasted_at_their_own_stride_and_a_crop_is_refused() -> None:
     queries = make_queries([0], [0])
     logits = torch.full((1, 4, 6), -9.0)
     logits[:, 2:, 3:] = 9.0
-    ((_, mask),) = iter_masks(Given(logits, 8), empty_outputs(), queries, (32, 48), (32, 48))
+    mask = whole_masks(iter_masks(Given(logits, 8), empty_outputs(), queries, (32, 48), (32, 48)), (32, 48))
     assert torch.equal(mask, paste_masks(logits, whole(logits, 8), (32, 48), (32, 48)))
     assert mask[0, 20:, 28:].all()
     assert not mask[0, :16].any()

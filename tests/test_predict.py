@@ -17,9 +17,11 @@ from PIL import Image, ImageOps
 from pycocotools.coco import COCO
 from typer.testing import CliRunner
 
+from semiseg import overlays
 from semiseg.cli import app
 from semiseg.commands.predict import find_images
 from semiseg.data.images import read_image
+from semiseg.data.reading import Reading
 from semiseg.engine import predict as predict_module
 from semiseg.engine import predict_files
 from semiseg.engine.predict import encode_masks, find_instances
@@ -150,11 +152,11 @@ def test_exif_orientation_is_applied_on_demand(folder: Path, orientation: int) -
     Image.fromarray(pixels).save("a.png", exif=exif)
     with Image.open("a.png") as image:
         upright = np.asarray(ImageOps.exif_transpose(image))
-    assert np.array_equal(read_image(Path("a.png"), upright=True).permute(1, 2, 0), upright)
+    assert np.array_equal(read_image(Path("a.png"), reading=Reading(upright=True)).permute(1, 2, 0), upright)
     assert np.array_equal(read_image(Path("a.png")).permute(1, 2, 0), pixels)
     assert (upright.shape[:2] == (6, 4)) == (orientation >= 5)
     Image.fromarray(pixels).save("a.tif", exif=exif)  # Pillow turns these by itself
-    assert np.array_equal(read_image(Path("a.tif"), upright=True).permute(1, 2, 0), upright)
+    assert np.array_equal(read_image(Path("a.tif"), reading=Reading(upright=True)).permute(1, 2, 0), upright)
 
 
 def test_a_turned_photograph_is_predicted_upright(model: Path, folder: Path) -> None:
@@ -176,7 +178,7 @@ def test_a_turned_photograph_is_predicted_upright(model: Path, folder: Path) -> 
 
 def test_unreadable_exif_says_nothing(folder: Path) -> None:
     save(folder / "a.jpg", exif=b"Exif\x00\x00nonsense" + bytes(40))
-    assert read_image(folder / "a.jpg", upright=True).shape == (3, 40, 56)
+    assert read_image(folder / "a.jpg", reading=Reading(upright=True)).shape == (3, 40, 56)
 
 
 def test_every_common_kind_of_image(model: Path, folder: Path) -> None:
@@ -424,12 +426,79 @@ def test_labels_stay_in_the_picture_and_apart() -> None:
         label = place_label(
             (90, 20), (x0, y0, x0 + draw.randint(1, 100), y0 + draw.randint(1, 100)), placed, (1000, 800)
         )
+        assert label is not None
         assert 0 <= label[0] < label[2] <= 1000
         assert 0 <= label[1] < label[3] <= 800
         assert all(a[2] <= label[0] or label[2] <= a[0] or a[3] <= label[1] or label[3] <= a[1] for a in placed)
         placed.append(label)
     assert place_label((90, 20), (5, 100, 60, 160), [], (1000, 800)) == (5, 80, 95, 100)  # above
     assert place_label((90, 20), (5, 0, 60, 160), [(0, 0, 99, 30)], (1000, 800)) == (5, 160, 95, 180)  # below
+
+
+def test_labels_do_not_hide_a_dense_picture() -> None:
+    """Each place beside plain loops over pixels; of 60 small boxes some have no label, of three large ones all."""
+    draw, (width, height) = random.Random(1), (400, 300)
+    for side, count in ((22, 60), (90, 3)):
+        boxes = []
+        for _ in range(count):
+            x0, y0 = draw.randint(0, width - side), draw.randint(0, height - side)
+            boxes.append((x0, y0, x0 + draw.randint(side // 2, side), y0 + draw.randint(side // 2, side)))
+        covered, placed = np.zeros((height, width), bool), list[tuple[int, int, int, int]]()
+        for box in boxes:
+            label = place_label((70, 17), box, placed, (width, height), objects=boxes)
+            if label is None:
+                continue
+            x0, y0, x1, y1 = label
+            assert (x1 - x0, y1 - y0) == (70, 17)
+            assert not covered[y0:y1, x0:x1].any()
+            covered[y0:y1, x0:x1] = True
+            placed.append(label)
+            for other in boxes:
+                inside = np.zeros((height, width), bool)
+                inside[other[1] : other[3], other[0] : other[2]] = True
+                assert inside[y0:y1, x0:x1].sum() <= 0.1 * inside.sum()
+        assert (0 < len(placed) < 40) if count == 60 else (len(placed) == 3)
+    assert place_label((70, 17), (0, 0, 400, 300), [], (400, 300), objects=[(0, 0, 400, 300)]) == (0, 0, 70, 17)
+    assert place_label((70, 17), (0, 0, 20, 20), [], (20, 20), objects=[(0, 0, 20, 20)]) is None
+
+
+@pytest.mark.parametrize("refused", [0, 1, 2, 3])
+def test_labels_shrink_before_they_fall_away(monkeypatch: pytest.MonkeyPatch, refused: int) -> None:
+    asked: list[int] = []
+
+    def place(size_wh: tuple[int, int], *arguments: Any, **options: Any) -> tuple[int, int, int, int] | None:
+        asked.append(size_wh[1])
+        return None if len(asked) <= refused else place_label(size_wh, *arguments, **options)
+
+    monkeypatch.setattr(overlays, "place_label", place)
+    picture, square = Image.new("RGB", (480, 480)), drawn_square((480, 480), 100, 100, 300, 300)
+    drawing = draw_detections(picture, (480, 480), [square])
+    assert len(asked) == min(refused + 1, 3)
+    assert asked == sorted(set(asked), reverse=True)
+    label = (np.asarray(drawing)[:100] == COLOURS[0]).all(2).any(1)  # above the box
+    assert label.sum() == (asked[-1] if refused < 3 else 0)
+    without = draw_detections(picture, (480, 480), [Drawn(square.box_xywh, square.rle, "")])
+    assert (np.asarray(drawing) == np.asarray(without)).all() == (refused == 3)
+
+
+@pytest.mark.parametrize("labels", ["full", "score", "none"])
+def test_what_labels_say(model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, labels: str) -> None:
+    save(folder / "image.png", 64, 80)
+    texts: list[str] = []
+
+    def note(picture: Any, size_hw: Any, drawn: list[Drawn]) -> Any:
+        texts.extend(item.text for item in drawn)
+        return draw_detections(picture, size_hw, drawn)
+
+    monkeypatch.setattr(predict_files, "draw_detections", note)
+    predict(model, "image.png", "--out", "out", "--drawn-score", "0", "--labels", labels)
+    results = load(folder / "out" / "results.json")
+    names = {item["id"]: item["name"] for item in load(folder / "out" / "images.json")["categories"]}
+    scores = [f"{result['score']:.2f}" for result in results]
+    full = [f"{names[result['category_id']]} {score}" for result, score in zip(results, scores, strict=True)]
+    assert len(texts) > 3
+    assert texts == {"full": full, "score": scores, "none": [""] * len(results)}[labels]
+    assert "'full', 'score', 'none'" in predict(model, "image.png", "--out", "out", "--labels", "all", code=2)
 
 
 def test_colours_of_touching_boxes_differ() -> None:

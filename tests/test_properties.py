@@ -19,10 +19,10 @@ from pycocotools import mask as coco_mask
 from semiseg.data.check import check_annotations
 from semiseg.data.coco import image_records, read_coco, read_segmentation
 from semiseg.data.problems import BadValue, Kind
-from semiseg.data.rasterise import read_cells, run_lengths
 from semiseg.data.transforms import Geometry, resized_size
 from semiseg.errors import UserError
 from semiseg.results import Result, append, read
+from semiseg.structures.rasterise import read_cells, run_lengths
 from tests.coco_files import encode, make_coco
 from tests.full_masks import decompress_runs
 from tests.test_results import RESULT

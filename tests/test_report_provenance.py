@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
 
 from semiseg.config import RunConfig
 from semiseg.config.read import merge
+from semiseg.errors import UserError
 from semiseg.report.aggregate import ReportInput, ReportRow, ReportTable
-from semiseg.report.provenance import differences_section, provenance, settings, warnings
-from semiseg.results import Result, same_validation_data
+from semiseg.report.provenance import differences_section, protocol, provenance, settings, warnings
+from semiseg.results import Result, checked, same_validation_data
 from tests.page_reader import unpadded
 from tests.recorded_runs import recorded_run
 
@@ -164,6 +165,17 @@ def test_what_lacks_and_what_is_mixed_is_told() -> None:
     )
     for what in ("code (git revisions)", "devices"):
         assert any(text.startswith(f"**Mixed {what}.** ") for text in told)
+
+
+def test_a_limit_of_detections_that_is_not_cocos_is_told() -> None:
+    usual, other = report_of(*ALIKE), [replace(result, metrics={"instances": {}, "max_dets": 300}) for result in ALIKE]
+    assert protocol(usual)[1].endswith("percent (pycocotools), on the validation images.")
+    told = "percent (pycocotools; the best 300 detections of each image and class, not COCO's 100), on the"
+    assert told in protocol(report_of(*other))[1]
+    assert warnings(report_of(*other)) == []
+    assert any("**Mixed limits of the evaluation" in text for text in warnings(report_of(*ALIKE[:3], other[3])))
+    with pytest.raises(UserError, match="'max_dets' is 0, allowed"):
+        checked({**asdict(ALIKE[0]), "metrics": {"instances": {}, "max_dets": 0}}, where="line 1")
 
 
 def test_splits_that_have_changed_or_are_others() -> None:

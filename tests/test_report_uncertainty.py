@@ -195,9 +195,9 @@ def test_every_run_is_matched_once_and_not_again_without_its_folder(
 ) -> None:
     calls = []
 
-    def counted(*arguments: Any) -> Matches:
+    def counted(*arguments: Any, **options: Any) -> Matches:
         calls.append(arguments[-1])
-        return match(*arguments)
+        return match(*arguments, **options)
 
     monkeypatch.setattr(page_context, "match", counted)
     page = context(one_seed, tmp_path)

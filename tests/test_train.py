@@ -38,7 +38,7 @@ from semiseg.engine.replay import replay_step
 from semiseg.engine.run import evaluate_run, execute_run
 from semiseg.engine.session import accelerate_for_one_run, start_accelerator
 from semiseg.engine.step import TrainStep
-from semiseg.errors import UserError, UserNotice
+from semiseg.errors import StepError, UserError, UserNotice
 from semiseg.splits import load_split
 from semiseg.structures.inputs import Batch, Targets
 from tests.tiny import COUNT_NAMES, LOSS_NAMES, dynamic, fcos, some_masks, some_rays, tiny_config
@@ -106,7 +106,7 @@ def test_four_steps_equal_two_and_resume_and_two(root: Path, tmp_path: Path) -> 
     execute_run(config, out=tmp_path / "whole", progress=False)
     whole = load_tensors(tmp_path / "whole" / "checkpoints" / "step_00000002.pt")
 
-    class Stop(Exception):
+    class Stop(BaseException):  # no error of a step
         pass
 
     # The second run is cut off hard after its third step: its last checkpoint is that of step 2.
@@ -490,7 +490,7 @@ def test_another_threshold_in_a_study_is_another_evaluation_and_no_other_trainin
         ("two/validated", {"runtime": {"evaluate_every": 2}, **keys}),
     ):
         config, out = planned(name, **sections)
-        with pytest.raises(TypeError, match="NoneType"):
+        with pytest.raises(StepError, match="NoneType"):
             execute_run(config, out=out, progress=False)
 
 

@@ -153,7 +153,9 @@ def from_model_to_printed_number(
     # 11 postprocess -> Detections
     with torch.no_grad():
         outputs = model(batch.images, batch.image_sizes_hw)
-    settings = config.inference.model_dump(exclude={"short_side", "long_side", "rescore", "refine", "stretch"})
+    settings = config.inference.model_dump(
+        exclude={"short_side", "long_side", "rescore", "refine", "stretch", "area_limits"}
+    )
     detections = postprocess(model, outputs, batch.image_sizes_hw, batch.image_sizes_hw, **settings)
     assert detections[0].masks.shape[1:] == (64, 64)
     # 12 evaluate -> COCO results of the same detections

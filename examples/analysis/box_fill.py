@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from examples.analysis import run_script
 from semiseg.errors import UserError
-from semiseg.evaluation.coco_metrics import load_ground_truth, names_of_classes
+from semiseg.evaluation.coco_metrics import load_ground_truth
+from semiseg.evaluation.precision import names_of_classes
 
 Bools = NDArray[np.bool_]
 

@@ -22,9 +22,9 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
 from examples.analysis import read_detections, read_truth, run_script
-from semiseg.evaluation.coco_metrics import names_of_classes
 from semiseg.evaluation.instances import FOUND_IOU, box_matches
 from semiseg.evaluation.matching import average_precision, match
+from semiseg.evaluation.precision import names_of_classes
 
 Results = Sequence[Mapping[str, Any]]
 

@@ -21,8 +21,8 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
 from examples.analysis import read_detections, read_truth, run_script
-from semiseg.evaluation.coco_metrics import names_of_classes
 from semiseg.evaluation.instances import box_matches
+from semiseg.evaluation.precision import names_of_classes
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from semiseg.commands.train import Upright, ValueRange
 from semiseg.errors import UserError
 from semiseg.files import require_folder
 
@@ -15,6 +16,8 @@ from semiseg.files import require_folder
 def check(
     annotations: Annotated[Path, typer.Argument(help="COCO instances json.")],
     images: Annotated[Path | None, typer.Option(help="Folder of the images, to check these too.")] = None,
+    value_range: ValueRange = None,
+    upright: Upright = False,
 ) -> None:
     """List everything that is wrong with a data set.
 
@@ -23,8 +26,9 @@ def check(
     Example: semiseg data check data/coco/annotations/instances_val2017.json --images data/coco/val2017
     """
     from semiseg.data.check import check_annotations
+    from semiseg.data.reading import Reading
 
-    report = check_annotations(annotations, images)
+    report = check_annotations(annotations, images, Reading(value_range, upright))
     typer.echo(report.render())
     if report.errors:
         raise typer.Exit(2)

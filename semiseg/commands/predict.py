@@ -7,16 +7,17 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from semiseg.commands.train import Progress, Refine
+from semiseg.commands.train import Progress, Refine, ValueRange
 from semiseg.errors import UserError
 from semiseg.files import require_folder, require_there
 
 if TYPE_CHECKING:
     from semiseg.engine.predict_files import Outcome, PredictOptions
+    from semiseg.engine.tiles import Tiling
 
 # Endings by which a folder's images are known; a file that is named itself may have any.
 IMAGE_SUFFIXES = (
@@ -24,29 +25,59 @@ IMAGE_SUFFIXES = (
     ".pbm", ".pnm", ".tga",
 )  # fmt: skip
 DRAWN_SCORE = 0.4  # as in the pictures of the reports
+Labels = Literal["full", "score", "none"]
+
+Score = Annotated[
+    float | None, typer.Option(min=0, max=1, help="Keep detections above this score. Default: the model's own limit.")
+]
+DrawnScore = Annotated[float, typer.Option(min=0, max=1, help="Draw those that have at least this score.")]
+LabelsOption = Annotated[
+    Labels,
+    typer.Option(
+        help="What stands beside a drawn object: its class and score, the score alone, or nothing. Where it would "
+        "cover objects it is written smaller, and else left out."
+    ),
+]
+ShortSide = Annotated[
+    int | None, typer.Option(min=1, help="Shorter side in the network, in pixels. Default: the model's.")
+]
+LongSide = Annotated[
+    int | None, typer.Option(min=1, help="Limit of the longer side. Default: the model's, in proportion.")
+]
+Tile = Annotated[
+    int | None,
+    typer.Option(
+        min=32,
+        help="Look at a larger image in square tiles of so many of its pixels, each resized as an image of that size "
+        "is, and put together what the tiles show: for small objects in large images. Default: the image as a whole.",
+    ),
+]
+Overlap = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Pixels that neighbouring tiles share. At least as many as an object is wide, so that a tile sees it "
+        "whole. Default: an eighth of the tile.",
+    ),
+]
 
 
 def predict(
     model: Annotated[Path, typer.Argument(help="Model folder, or folder of a finished run.")],
     images: Annotated[list[str], typer.Argument(help="Image files, folders of images, or quoted patterns.")],
     out: Annotated[Path, typer.Option(help="Folder for the overlays and the results.")],
-    score: Annotated[
-        float | None,
-        typer.Option(min=0, max=1, help="Keep detections above this score. Default: the model's own limit."),
-    ] = None,
-    drawn_score: Annotated[
-        float, typer.Option(min=0, max=1, help="Draw those that have at least this score.")
-    ] = DRAWN_SCORE,
+    score: Score = None,
+    drawn_score: DrawnScore = DRAWN_SCORE,
     overlays: Annotated[bool, typer.Option(help="Draw the detections over the images.")] = True,
-    short_side: Annotated[
-        int | None, typer.Option(min=1, help="Shorter side in the network, in pixels. Default: the model's.")
-    ] = None,
-    long_side: Annotated[
-        int | None, typer.Option(min=1, help="Limit of the longer side. Default: the model's, in proportion.")
-    ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 8,
+    labels: LabelsOption = "full",
+    short_side: ShortSide = None,
+    long_side: LongSide = None,
+    tile: Tile = None,
+    overlap: Overlap = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images, or tiles, at a time.")] = 8,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: the GPU if there is one.")] = None,
     refine: Refine = None,
+    value_range: ValueRange = None,
     progress: Progress = None,
 ) -> None:
     """Predict images.
@@ -60,8 +91,10 @@ def predict(
     semiseg predict runs/mine photo.jpg --out predictions
 
     semiseg predict runs/mine/model photos 'more/**/*.png' --out predictions --drawn-score 0.6
+
+    semiseg predict runs/mine aerial.tif --out predictions --tile 1024 --overlap 128
     """
-    began, files = time.perf_counter(), _inputs(model, images, out)
+    began, tiling, files = time.perf_counter(), _tiling(tile, overlap), _inputs(model, images, out)
     from semiseg.engine.logs import shows_bars
     from semiseg.engine.predict import load_model
     from semiseg.engine.predict_files import PredictOptions, predict_files
@@ -77,10 +110,22 @@ def predict(
         batch_size=batch,
         workers=min(os.cpu_count() or 1, 4),
         refine=refine or trained.refine,
+        value_range=value_range or loaded.info.value_range,
+        tiling=tiling,
+        labels=labels,
     )
     outcome = predict_files(loaded, files, out=out, options=options, progress=shows_bars(progress), report=_report)
     done = f"{_counted(len(outcome.images), 'image')}, {_counted(outcome.detections, 'detection')}"
     typer.echo(f"{done}, {time.perf_counter() - began:.1f} s; written to {out}{_drawn(outcome, options)}")
+    _report_losses(outcome)
+
+
+def _report_losses(outcome: Outcome) -> None:
+    """Says what of the files is not in the results; exits with 1 if any could not be read."""
+    from semiseg.data.reading import describe_few_greys
+
+    if (lost := describe_few_greys(outcome.greys, setting="--value-range {low} {high}")) is not None:
+        _report(lost)
     if outcome.unreadable:
         _report(f"{_counted(outcome.unreadable, 'file')} could not be read")
         raise typer.Exit(1)
@@ -90,6 +135,18 @@ def _inputs(model: Path, images: list[str], out: Path) -> list[Path]:
     require_folder(out)
     require_there(model)
     return find_images(images)
+
+
+def _tiling(tile: int | None, overlap: int | None) -> Tiling | None:
+    if tile is None:
+        if overlap is not None:
+            raise UserError("--overlap says what tiles share; give their size with --tile, or leave it out")
+        return None
+    if overlap is not None and overlap >= tile:
+        raise UserError(f"--overlap {overlap}: tiles of {tile} pixels can share 0 to {tile - 1}")
+    from semiseg.engine.tiles import Tiling
+
+    return Tiling(tile, tile // 8 if overlap is None else overlap)
 
 
 def _drawn(outcome: Outcome, options: PredictOptions) -> str:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from semiseg.commands.train import CrowdMeaning, Progress
+from semiseg.commands.train import CrowdMeaning, Progress, Upright, ValueRange
 from semiseg.config.run import Maker
 from semiseg.errors import UserError, UserNotice
 from semiseg.files import require_folder, require_there
+
+if TYPE_CHECKING:
+    from semiseg.data.reading import Reading
+    from semiseg.data.table import Table
 
 
 def pseudo(
@@ -31,6 +35,8 @@ def pseudo(
         typer.Option("--agree", help="Of --maker model: lower the weight of masks that GrabCut does not agree with."),
     ] = False,
     crowds: CrowdMeaning = None,
+    value_range: ValueRange = None,
+    upright: Upright = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Images at a time. Default: one for each core.")] = None,
     device: Annotated[str | None, typer.Option(help="Of --maker model: cpu, cuda, ... Default: a GPU if any.")] = None,
     progress: Progress = None,
@@ -51,8 +57,7 @@ def pseudo(
     require_folder(out.absolute().parent)
     if model is not None:
         require_there(model)
-    from semiseg.data.sources import tables_folder
-    from semiseg.data.table import load_table
+    from semiseg.data.reading import Reading
     from semiseg.engine.logs import shows_bars
     from semiseg.engine.predict import LoadedModel, load_model
     from semiseg.engine.pseudo import make_pseudo
@@ -61,12 +66,25 @@ def pseudo(
     if maker == "model":
         assert model is not None
         chosen = load_model(model, device=device)
+        value_range = value_range or chosen.info.value_range
     else:
         chosen = maker
-    table = load_table(annotations, images, cache=tables_folder(annotations.parent), crowds=crowds or "ignore")
-    for notice in table.notices():
-        warnings.warn(notice, UserNotice, stacklevel=2)
+    table = _table(annotations, images, Reading(value_range, upright), crowds or "ignore")
     counts = make_pseudo(
         table, out, maker=chosen, refine=refine, agree=agree, workers=workers, progress=shows_bars(progress)
     )
     typer.echo(f"{out}: {', '.join(f'{count} {source}' for source, count in sorted(counts.items()))}")
+
+
+def _table(annotations: Path, images: Path, reading: Reading, crowds: Literal["ignore", "objects"]) -> Table:
+    """The table of the boxes; what is to be known of it is said."""
+    from semiseg.data.sources import tables_folder
+    from semiseg.data.table import load_table
+    from semiseg.engine.run import warn_of_images
+
+    cache = tables_folder(annotations.parent)
+    table = load_table(annotations, images, cache=cache, reading=reading, crowds=crowds)
+    for notice in table.notices():
+        warnings.warn(notice, UserNotice, stacklevel=3)
+    warn_of_images(table)
+    return table

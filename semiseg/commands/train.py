@@ -18,9 +18,10 @@ from semiseg.config.read import read_json
 from semiseg.errors import UserError
 from semiseg.files import require_folder, require_there, write_text
 from semiseg.project import find
-from semiseg.results import ap_in_words
+from semiseg.results import MAX_DETS, ap_in_words, limit_in_words
 
 if TYPE_CHECKING:
+    from semiseg.evaluation.at_score import AtScore
     from semiseg.evaluation.coco_metrics import Metrics
 
 Overrides = Annotated[
@@ -40,6 +41,63 @@ CrowdMeaning = Annotated[
         "others. Default: as the run has it, else ignore.",
     ),
 ]
+
+Annotations = Annotated[
+    Path | None, typer.Option(help="COCO json to evaluate on. Default: the run's own validation data.")
+]
+SplitGroups = Annotated[
+    str | None, typer.Option(metavar="SPLIT", help="Also say the numbers of this split's unseen and seen classes.")
+]
+Fast = Annotated[bool, typer.Option("--fast", help="Match by hotcoco, if installed: the same numbers.")]
+MaxDets = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Measure the best so many detections of each image and class, COCO's maxDets. "
+        "Default: 100, as COCO does, or as many as the model keeps of an image if these are more.",
+    ),
+]
+
+
+def _black_below_white(values: tuple[float, float] | None) -> tuple[float, float] | None:
+    from semiseg.data.reading import wrong_range
+
+    if values is not None and (wrong := wrong_range(values)):
+        raise typer.BadParameter(wrong)
+    return values
+
+
+def _smaller_first(areas: tuple[float, float] | None) -> tuple[float, float] | None:
+    if areas is not None and not 0 < areas[0] < areas[1] < float("inf"):
+        raise typer.BadParameter(f"[{areas[0]:g}, {areas[1]:g}]: allowed: two areas, the smaller one first")
+    return areas
+
+
+ValueRange = Annotated[
+    tuple[float, float] | None,
+    typer.Option(
+        metavar="LOW HIGH",
+        callback=_black_below_white,
+        help="Stored values that are black and white, of images with more than 8 bits. Default: the run's, or the "
+        "model's, or 0 and 65535.",
+    ),
+]
+AreaLimits = Annotated[
+    tuple[float, float] | None,
+    typer.Option(
+        metavar="SMALL LARGE",
+        callback=_smaller_first,
+        help="Areas in pixels up to which objects are small (APs) and from which large (APl). Default: the run's, or "
+        "COCO's 1024 and 9216.",
+    ),
+]
+AtLeast = Annotated[
+    float | None,
+    typer.Option(
+        min=0, max=1, help="Also say precision, recall, F1 and confusions of detections of at least this score."
+    ),
+]
+Upright = Annotated[bool, typer.Option("--upright", help="Apply EXIF orientations: boxes are of upright images.")]
 
 
 def train(
@@ -87,18 +145,16 @@ def train(
             measured += ", mask AP not measured: objects without a mask"
         if placed := result["metrics"].get("placed"):
             measured += f" ({describe_placed(placed)})"
+        if limit := limit_in_words(result["metrics"].get("max_dets", MAX_DETS)):
+            measured += f" ({limit})"
         typer.echo(f"{measured or 'no ground truth to measure AP'} after {result['steps']} steps; written to {out}")
 
 
 def evaluate(
     folder: Annotated[Path | None, typer.Argument(help="Folder of a run, or a model folder.")] = None,
-    annotations: Annotated[
-        Path | None, typer.Option(help="COCO json to evaluate on. Default: the run's own validation data.")
-    ] = None,
+    annotations: Annotations = None,
     images: Annotated[Path | None, typer.Option(help="Folder of the images, with --annotations.")] = None,
-    split: Annotated[
-        str | None, typer.Option(metavar="SPLIT", help="Also say the numbers of this split's unseen and seen classes.")
-    ] = None,
+    split: SplitGroups = None,
     out: Annotated[Path | None, typer.Option(help="Write the numbers, per class too, to this JSON file.")] = None,
     detections: Annotated[Path | None, typer.Option(help="Write the detections as COCO results.")] = None,
     results: Annotated[
@@ -106,7 +162,12 @@ def evaluate(
     ] = None,
     refine: Refine = None,
     crowds: CrowdMeaning = None,
-    fast: Annotated[bool, typer.Option("--fast", help="Match by hotcoco, if installed: the same numbers.")] = False,
+    area_limits: AreaLimits = None,
+    at_score: AtLeast = None,
+    value_range: ValueRange = None,
+    upright: Upright = False,
+    fast: Fast = False,
+    max_dets: MaxDets = None,
     progress: Progress = None,
 ) -> None:
     """Evaluate a model or a finished run.
@@ -123,6 +184,7 @@ def evaluate(
     if split is not None:
         find("splits", split)  # a misspelt name is said before the work, not after it
     _require_files(folder, annotations, images, results, written=(out, detections))
+    from semiseg.data.reading import Reading
     from semiseg.engine.logs import shows_bars
     from semiseg.engine.run import evaluate_run
 
@@ -136,16 +198,49 @@ def evaluate(
         crowds=crowds,
         fast=fast,
         progress=shows_bars(progress),
+        reading=Reading(value_range, upright),
+        area_limits=area_limits,
+        score=at_score,
+        max_dets=max_dets,
     )
     if metrics is None:
         return
-    typer.echo(_metrics_table(metrics, split), nl=False)
-    if not any(metrics.instances.values()):
-        written = f"; the detections are in {detections}" if detections is not None else ""
-        typer.echo(f"no ground truth to measure AP on {metrics.images} images{written}")
+    _say_numbers(metrics, split, detections)
     if out is not None:
         numbers = metrics.to_dict() | ({} if refine is None else {"refine": refine})
         write_text(out, json.dumps(numbers, indent=1, ensure_ascii=False) + "\n")
+
+
+def _say_numbers(metrics: Metrics, split: str | None, detections: Path | None) -> None:
+    typer.echo(_metrics_table(metrics, split), nl=False)
+    if limit := limit_in_words(metrics.max_dets):
+        typer.echo(limit)
+    if metrics.at_score is not None:
+        typer.echo(_counts_table(metrics.at_score), nl=False)
+    if not any(metrics.instances.values()):
+        written = f"; the detections are in {detections}" if detections is not None else ""
+        typer.echo(f"no ground truth to measure AP on {metrics.images} images{written}")
+
+
+def _counts_table(counts: AtScore) -> str:
+    """Precision, recall, F1 and the most frequent confusions of detections of at least a score."""
+    from semiseg.report.tables import text_table
+
+    of = "masks" if counts.of == "segm" else "boxes"
+    lines = []
+    for name in (None, *counts.objects):
+        numbers = ["–" if value is None else f"{value:.1f}" for value in counts.percent(name)]  # noqa: RUF001
+        lines.append([name or "all", *map(str, counts.counts(name)), *numbers])
+    head = (f"score >= {counts.score:g}", "objects", "detections", "found", "precision", "recall", "F1")
+    text = (
+        f"\nfound: by a detection of the class, {of} with an IoU of at least {counts.iou:g}\n{text_table(head, lines)}"
+    )
+    pairs = [(number, of, other) for of, row in counts.confused.items() for other, number in row.items()]
+    if pairs:
+        shown = [f"{of} as {other} {number}" for number, of, other in sorted(pairs, key=lambda pair: -pair[0])[:10]]
+        more = f", and {len(pairs) - 10} more pairs" if len(pairs) > 10 else ""
+        text += f"taken for another class: {', '.join(shown)}{more}\n"
+    return text
 
 
 def _require_files(
@@ -188,6 +283,7 @@ def read_config(path: Path, overrides: Sequence[str]) -> RunConfig:
 def _metrics_table(metrics: Metrics, split: str | None) -> str:
     """The numbers of all classes and of a split's, with what else is to be known of them."""
     from semiseg.evaluation.coco_metrics import METRIC_NAMES, describe_placed
+    from semiseg.evaluation.precision import AREA_LIMITS
     from semiseg.report.tables import text_table
     from semiseg.splits import load_split
 
@@ -201,8 +297,11 @@ def _metrics_table(metrics: Metrics, split: str | None) -> str:
             numbers = metrics.group(kind, classes)
             values = ["–" if numbers[name] is None else f"{numbers[name]:.1f}" for name in METRIC_NAMES]  # noqa: RUF001
             lines.append([f"{what}, {group} ({len(classes)} classes)", *values])
-    text = text_table(("percent", *METRIC_NAMES), lines)
+    table = text_table(("percent", *METRIC_NAMES), lines)
+    if metrics.area_limits != AREA_LIMITS:
+        small, large = metrics.area_limits
+        table += f"APs, APm, APl: of objects up to {small:g} pixels, to {large:g}, and above\n"
     if metrics.voc is not None:
         by_voc = ", ".join(f"{name} {value:.1f}" for name, value in metrics.voc.items())
-        text += f"mask AP by VOC's own rules: {by_voc}\n"
-    return text + (f"{describe_placed(metrics.placed)}\n" if metrics.placed else "")
+        table += f"mask AP by VOC's own rules: {by_voc}\n"
+    return table + (f"{describe_placed(metrics.placed)}\n" if metrics.placed else "")

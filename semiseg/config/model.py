@@ -450,3 +450,11 @@ class InferenceConfig(Section):
     rescore: bool = False  # at last, a score times the mean probability of its mask's cells above one half
     refine: RefinerName = "none"  # what makes masks of them, from the colours of the image
     decoding: Decoding = "usual"  # "polarmask" = the original's scores, boxes and masks, for its mask head on FCOS
+    # Of the evaluation: areas in pixels of the original, up to which objects are small (APs) and from which large (APl)
+    area_limits: Annotated[list[float], Field(min_length=2, max_length=2)] = [32.0**2, 96.0**2]
+
+    @model_validator(mode="after")
+    def _sizes_follow_each_other(self) -> InferenceConfig:
+        if not 0 < self.area_limits[0] < self.area_limits[1]:
+            raise ValueError(f"area_limits is {self.area_limits}, allowed: two areas, the smaller one first")
+        return self

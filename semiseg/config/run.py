@@ -25,6 +25,7 @@ from semiseg.errors import UserError
 # was a version keep theirs.
 ALGORITHM_VERSION = 1
 
+Tracker = Literal["wandb", "mlflow", "comet_ml", "clearml", "dvclive", "swanlab", "trackio"]
 Maker = Literal["grabcut", "crf"]  # of pseudo masks, from boxes: values of `supervision.pseudo` that are no files
 
 
@@ -102,7 +103,16 @@ class DataConfig(Section):
     bottom_rows_without_affinity: Annotated[int, Field(ge=0)] = 10
     # What annotations with `iscrowd` 1 are: regions that are neither learnt nor measured, or objects as all others
     crowds: Literal["ignore", "objects"] = "ignore"
+    upright: bool = False  # apply EXIF orientations: the annotations are of the upright images
+    # Stored values that are black and white, of images with more than 8 bits; None = 0 and 65535, floats are refused
+    value_range: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
     augment: AugmentConfig = AugmentConfig()
+
+    @model_validator(mode="after")
+    def _black_is_below_white(self) -> DataConfig:
+        if self.value_range is not None and self.value_range[0] >= self.value_range[1]:
+            raise ValueError(f"value_range is {self.value_range}, allowed: the value of black below that of white")
+        return self
 
     @model_validator(mode="after")
     def _augmented_images_are_usable(self) -> DataConfig:
@@ -186,6 +196,9 @@ class OptimConfig(Section):
     accumulation: PositiveInt = 1
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    # So many validations (`runtime.evaluate_every`) in a row without a better AP end the training, and its model is the
+    # best that was validated; 0 = all steps, and the last weights
+    patience: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
     def _one_length(self) -> OptimConfig:
@@ -220,6 +233,7 @@ class RuntimeConfig(Section):
     keep_checkpoints: PositiveInt = 2
     evaluate_every: Annotated[int, Field(ge=0)] = 0  # steps; 0 = only at the end
     tensorboard: bool = True
+    trackers: list[Tracker] = []  # that hear the log, too, through accelerate; each is to be installed
     channels_last: bool = True
     compile: bool = False  # by torch, before the first step, which takes minutes; for GPUs
     images_per_process: Annotated[int, Field(ge=0)] = 0
@@ -257,6 +271,8 @@ class RunConfig(Section):
             self.model.require_rays("objective.mask = 'rays'")
         if self.inference.decoding == "polarmask":
             self.model.require_rays("inference.decoding = 'polarmask'")
+        if self.optim.patience and not self.runtime.evaluate_every:
+            raise ValueError("optim.patience counts validations: runtime.evaluate_every must not be 0")
         return self
 
     def identity(self, *, initial: bool = False) -> dict[str, Any]:
@@ -288,6 +304,8 @@ class RunConfig(Section):
         backbone = self.model.backbone
         if not initial and not backbone.names_weights:
             values["model"]["weights"] = file_digest(Path(backbone.weights))
+        if self.optim.patience:
+            values["evaluate_every"] = self.runtime.evaluate_every
         if self.runtime.precision != "no":
             values["precision"] = self.runtime.precision
         if ALGORITHM_VERSION != 1:

@@ -21,8 +21,8 @@ from pycocotools import mask as rle_codec
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from semiseg.data.rasterise import outlines_to_rle
 from semiseg.structures.inputs import Supervision
+from semiseg.structures.rasterise import outlines_to_rle
 
 if TYPE_CHECKING:  # it takes what is defined here
     from semiseg.data.dataset import Instances, Mask

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from semiseg.data.coco import crowd_counts, image_records, read_coco
-from semiseg.data.images import decoding_problem, image_problems
+from semiseg.data.images import decoding_problems, image_problems
 from semiseg.data.measures import Measures
 from semiseg.data.missing import missing_images, where_instead
 from semiseg.data.problems import Kind, Problem, describe_missing_masks
+from semiseg.data.reading import AS_STORED, Reading
 from semiseg.errors import UserError
 from semiseg.structures.objects import mask_box_xyxy
 
@@ -71,8 +73,8 @@ class CheckReport:
         return "\n".join(lines)
 
 
-def check_annotations(annotations: Path, images: Path | None) -> CheckReport:
-    """Checks a COCO instances file and, where their folder is given, decodes every image in full.
+def check_annotations(annotations: Path, images: Path | None, reading: Reading = AS_STORED) -> CheckReport:
+    """Checks a COCO instances file and, where their folder is given, decodes every image in full, by the reading.
 
     A file or an image folder that does not exist is a `UserError`; everything else is a finding.
     """
@@ -115,7 +117,9 @@ def check_annotations(annotations: Path, images: Path | None) -> CheckReport:
         else:
             problems += [Problem(Kind.CLASS_EMPTY, "categories", repr(name)) for name in lacking]
         if images is not None:
-            problems += image_problems(coco.images, images, decoding_problem, title="decoding")
+            problems += image_problems(
+                coco.images, images, partial(decoding_problems, reading=reading), title="decoding"
+            )
             missing = missing_images(images, [image["file_name"] for image in coco.images])
             if missing and (found := where_instead(images, missing)):
                 remedy = f"of {len(missing)} missing images {found}"

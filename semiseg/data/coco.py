@@ -19,10 +19,10 @@ from pycocotools import mask as coco_mask
 
 from semiseg.data.measures import Measures
 from semiseg.data.problems import BadValue, CrowdCounts, Kind, Problem, Reporter, stop_at_errors
-from semiseg.data.rasterise import MORE, outlines_to_rle, run_lengths
 from semiseg.errors import UserError
 from semiseg.splits import normalise
 from semiseg.structures.objects import SMALLEST_SIDE, Box, Crowds, Place, groupings, mask_box_xyxy, place
+from semiseg.structures.rasterise import MORE, outlines_to_rle, run_lengths
 
 SECTIONS = ("images", "annotations", "categories")
 NO_ANNOTATIONS = f"no list 'annotations'; needed: {', '.join(SECTIONS)}"

@@ -19,9 +19,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from semiseg.data.augment import Augmentation, View
-from semiseg.data.images import read_image
 from semiseg.data.pseudo import PseudoMask, PseudoMasks
-from semiseg.data.rasterise import cell_centres, outlines_to_rle, read_cells, run_lengths
 from semiseg.data.rays import Raster, RayRule, ray_targets
 from semiseg.data.table import Table
 from semiseg.data.transforms import Geometry, Transform
@@ -29,6 +27,7 @@ from semiseg.data.workers import workers_lack
 from semiseg.errors import UserError
 from semiseg.structures.inputs import Batch, Supervision, Targets, empty_batch, grid_size
 from semiseg.structures.masks import MASK_BITS, EncodedMasks
+from semiseg.structures.rasterise import cell_centres, outlines_to_rle, read_cells, run_lengths
 
 Key = tuple[int, int]  # (row index, sample seed)
 Source = Literal["split", "masks", "boxes", "as_annotated"]
@@ -174,8 +173,8 @@ class InstanceDataset:
             targets=self._targets(instances, geometries, padded_hw),
             seeds=tuple(seed for _, seed in keys),
         )
-        for row, size_hw, view, geometry, place in zip(rows, stored, seen, geometries, places, strict=True):
-            image = read_image(self.table.images_folder / row["file_name"], size_hw=size_hw)
+        for row, view, geometry, place in zip(rows, seen, geometries, places, strict=True):
+            image = self.table.image(row)
             geometry.image(image if view is None else view.image(image), place)
         return batch
 

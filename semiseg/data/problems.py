@@ -48,6 +48,7 @@ class Kind(Enum):
     MEASURES = ("notice", "box, mask and area do not measure one thing")
     MASK_OUTSIDE_BOX = ("notice", "mask lies outside its box")
     EXIF = ("notice", "image has an EXIF orientation that is not applied")
+    FEW_GREYS = ("notice", "image keeps almost none of its grey values in 8 bits")
 
     def __init__(self, severity: Severity, title: str) -> None:
         self.severity = severity

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from semiseg.config import DataConfig
+from semiseg.data.reading import Reading
 from semiseg.data.shapes import ensure_shapes, shapes_folder
 from semiseg.data.voc import ensure_voc, voc_files
 from semiseg.errors import UserError
@@ -91,6 +92,12 @@ def cache_folder(config: DataConfig) -> Path:
 def tables_folder(data: Path) -> Path:
     """Where the Arrow tables of the annotations in a folder lie."""
     return cache_root(data) / "arrow"
+
+
+def reading_of(config: DataConfig) -> Reading:
+    """How the pixels of the images are meant."""
+    low_high = config.value_range
+    return Reading(None if low_high is None else (low_high[0], low_high[1]), config.upright)
 
 
 def _hub_name(config: DataConfig) -> str | None:

@@ -9,12 +9,13 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import astuple, dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import astuple, dataclass, field, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import pyarrow
@@ -23,20 +24,26 @@ from datasets.arrow_writer import ArrowWriter
 from pyarrow import compute
 from tqdm import tqdm
 
-from semiseg.config.read import digest, file_digest
+from semiseg.config.read import digest, file_digest, read_json
 from semiseg.data.coco import NO_ANNOTATIONS, crowd_counts, image_records, read_coco
-from semiseg.data.images import require_sizes
+from semiseg.data.images import Header, check_header, read_image, require_sizes
 from semiseg.data.measures import Measures
 from semiseg.data.missing import require_images
-from semiseg.data.problems import CrowdCounts, Kind, Problem, describe_problems, stop_at_errors
+from semiseg.data.problems import BadValue, CrowdCounts, Kind, Problem, describe_problems, stop_at_errors
+from semiseg.data.reading import AS_STORED, Greys, Reading, describe_few_greys
 from semiseg.errors import UserError
-from semiseg.files import make_once, whole_folder
+from semiseg.files import make_once, whole_folder, write_text
 from semiseg.structures.objects import Crowds
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
 CONVERTER_VERSION = 2  # raise it when records change: older tables are then left alone and made anew
 ROWS_PER_WRITE = 256
+HEADERS_NAME = "headers.json"  # beside the rows: what the headers of the images say
+LOOKED_AT = 64  # images of more than 8 bits that are decoded before a start
 
 OBJECT = {
     "annotation_id": Value("int64"),
@@ -76,6 +83,9 @@ class Table:
     # "boxes" or "areas" that are not those of the masks -> a sentence
     remarks: Mapping[str, str] = field(default_factory=dict)
     crowd_counts: CrowdCounts = field(default_factory=CrowdCounts)
+    reading: Reading = AS_STORED  # how the images' pixels are meant
+    # What of `Header` is true of any image -> how many, and the names of some of them
+    headers: Mapping[str, tuple[int, Sequence[str]]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -114,6 +124,34 @@ class Table:
         present = set(compute.unique(compute.struct_field(instances, "label")).to_pylist())
         return [name for label, name in enumerate(self.class_names) if label not in present]
 
+    def image(self, row: Mapping[str, Any], seen: Callable[[Greys], object] | None = None) -> Tensor:
+        """The pixels of a row's image, (3, H, W) uint8 RGB, as `read_image` gives them."""
+        size_hw = (row["height"], row["width"])
+        return read_image(self.images_folder / row["file_name"], size_hw=size_hw, reading=self.reading, seen=seen)
+
+    def image_notices(self, *, setting: str, upright: str) -> Iterator[str]:
+        """What is to be said of the images before they are used: orientations left out, grey values lost, with counts.
+
+        Of the images with more than 8 bits a channel some are decoded, at most `LOOKED_AT`.
+
+        Args:
+            setting: how a range of values is given, with {low} and {high}.
+            upright: how orientations are applied.
+        """
+        if "turned" in self.headers and not self.reading.upright:
+            number, names = self.headers["turned"]
+            yield (
+                f"{self.annotations_file}: {number} of {len(self)} images, such as {names[0]}, have an EXIF "
+                "orientation that is not applied: right for annotations of the pixels as stored; for those of upright "
+                f"images set {upright}"
+            )
+        found: dict[str, Greys] = {}
+        deep, names = self.headers.get("deep", (0, ()))
+        for name in names:
+            read_image(self.images_folder / name, reading=self.reading, seen=partial(found.__setitem__, name))
+        if (lost := describe_few_greys(found, setting=setting, among=deep)) is not None:
+            yield f"{self.annotations_file}: {lost}"
+
     def original_sizes_hw(self) -> dict[int, tuple[int, int]]:
         """Image id -> (height, width) of the stored image."""
         columns = (self.rows.data.column(name).to_pylist() for name in ("image_id", "height", "width"))
@@ -126,27 +164,36 @@ def load_table(
     *,
     cache: Path,
     annotations_required: bool = True,
+    reading: Reading = AS_STORED,
     classes: Collection[str] = (),
     crowds: Crowds = "ignore",
 ) -> Table:
     """The table of a COCO instances json; converted on first use, with a progress bar.
 
     Of processes that ask at once one converts, and the others wait for it. The name in the cache comes from the json's
-    content and the converter's version. The first error of the annotations is a UserError, as are missing images and,
-    at the conversion, images of another size; for `annotations_required` and `classes`, which
-    may be others than the file's, see `read_coco`.
+    content, the converter's version and how it is read. The first error of the annotations is a UserError, as are
+    missing images and, at the conversion, images of another size; for `annotations_required` and `classes`, which may
+    be others than the file's, see `read_coco`.
     """
-    open_table = partial(_load, annotations, images, cache, annotations_required, crowds)
-    table = open_table(())
+    named: dict[str, Any] = {
+        "cache": cache,
+        "annotations_required": annotations_required,
+        "reading": reading,
+        "crowds": crowds,
+    }
+    open_table = partial(_load, annotations, images, **named)
+    table = open_table(classes=())
     kept = sorted({*table.groupings} & {*classes} - {*table.class_names})
-    return open_table(kept) if kept else table
+    return open_table(classes=kept) if kept else table
 
 
 def _load(
     annotations: Path,
     images: Path,
+    *,
     cache: Path,
     annotations_required: bool,
+    reading: Reading,
     crowds: Crowds,
     classes: Sequence[str],
 ) -> Table:
@@ -155,9 +202,15 @@ def _load(
     if not annotations.exists():
         raise UserError(f"{annotations}: no such annotation file")
     fingerprint = file_digest(annotations, 64)[:16]
-    suffix = (f"-{digest(classes, 8)}" if classes else "") + ("-crowds" if crowds == "objects" else "")
-    folder = cache / f"{annotations.stem}-{fingerprint}-v{CONVERTER_VERSION}{suffix}"
-    rows, about = open_rows(folder, partial(_convert, annotations, images, annotations_required, crowds, classes))
+    suffix = (f"-{digest(classes, 8)}" if classes else "") + "-crowds" * (crowds == "objects")
+    folder = cache / f"{annotations.stem}-{fingerprint}-v{CONVERTER_VERSION}{suffix}{'-upright' * reading.upright}"
+    named: dict[str, Any] = {
+        "annotations_required": annotations_required,
+        "reading": reading,
+        "crowds": crowds,
+        "classes": classes,
+    }
+    rows, about = open_rows(folder, partial(_convert, annotations, images, **named))
     table = Table(
         rows=rows,
         class_names=tuple(about["class_names"]),
@@ -171,11 +224,42 @@ def _load(
         crowds=crowds,
         remarks=about.get("remarks", {}),
         crowd_counts=CrowdCounts(*about.get("crowds", ())),
+        reading=reading,
     )
     if annotations_required and not table.annotated:
         raise UserError(f"{annotations}: {NO_ANNOTATIONS}")
     require_images(images, table.rows.data.column("file_name").to_pylist(), annotations)
-    return table
+    return replace(table, headers=_known_headers(table, folder / HEADERS_NAME))
+
+
+def _known_headers(table: Table, path: Path) -> dict[str, tuple[int, list[str]]]:
+    """What the images' headers say, from the file beside the table, or looked at once more where it is missing or old.
+
+    Old is what its examples no longer show: orientations are often mended after they have been named.
+    """
+    with suppress(OSError, ValueError, TypeError, KeyError, UserError, BadValue):
+        known = {what: (int(count), list(names)) for what, (count, names) in read_json(path).items()}
+        _, turned = known.get("turned", (0, []))
+        if not turned or any(check_header(table.images_folder / name, None, table.reading).turned for name in turned):
+            return known
+    columns = (table.rows.data.column(name).to_pylist() for name in ("file_name", "height", "width"))
+    entries = [
+        dict(zip(("file_name", "height", "width"), values, strict=True)) for values in zip(*columns, strict=True)
+    ]
+    known = _summary(require_sizes(entries, table.images_folder, table.reading))
+    with suppress(OSError):  # a cache may be somebody else's
+        write_text(path, json.dumps(known))
+    return known
+
+
+def _summary(headers: Mapping[str, Header]) -> dict[str, tuple[int, list[str]]]:
+    """What is true of any image -> of how many, and some of them, spread over all."""
+    known = {}
+    for what in Header._fields:
+        names = [name for name, header in headers.items() if getattr(header, what)]
+        if names:
+            known[what] = len(names), names[:: -(-len(names) // LOOKED_AT)]
+    return known
 
 
 def open_rows(folder: Path, convert: Callable[[Path], None]) -> tuple[datasets.Dataset, dict[str, Any]]:
@@ -234,7 +318,14 @@ def sampled_digest(table: Table, *, count: int = 256) -> str:
 
 
 def _convert(
-    annotations: Path, images: Path, annotations_required: bool, crowds: Crowds, kept: Sequence[str], folder: Path
+    annotations: Path,
+    images: Path,
+    folder: Path,
+    *,
+    annotations_required: bool,
+    reading: Reading,
+    crowds: Crowds,
+    classes: Sequence[str],
 ) -> None:
     """Writes the table to a temporary folder beside `folder`, whose name holds the digest, and renames it.
 
@@ -248,7 +339,7 @@ def _convert(
         if problem.kind is not Kind.GROUPING:  # named by itself
             problems[problem.kind.name] += 1
 
-    coco = read_coco(annotations, report=report, annotations_required=annotations_required, classes=kept)
+    coco = read_coco(annotations, report=report, annotations_required=annotations_required, classes=classes)
     if coco.digest[:16] not in folder.name:
         raise UserError(f"{annotations}: was changed while it was read; start again when it is whole")
     require_images(images, [image["file_name"] for image in coco.images], annotations)
@@ -261,14 +352,12 @@ def _convert(
             for record in tqdm(records, total=total, desc=annotations.name, unit=" images", delay=1, disable=None):
                 writer.write(record)
             writer.finalize()
-        require_sizes(coco.images, images)
-        classes = {"class_names": coco.class_names, "category_ids": coco.category_ids, "annotated": coco.annotated}
-        about = {
-            "crowds": astuple(crowds_found) if (crowds_found := crowd_counts(coco)).in_words() else (),
-            "groupings": coco.groupings,
-            "problems": {kind.name: problems[kind.name] for kind in Kind if kind.name in problems},
-            "remarks": measures.remarks(),
-        }
-        classes |= {name: value for name, value in about.items() if value}
-        classes["digest"] = digest([file_digest(path), classes])
-        (temporary / "classes.json").write_text(json.dumps(classes, ensure_ascii=False), encoding="utf-8")
+        headers = _summary(require_sizes(coco.images, images, reading))
+        (temporary / HEADERS_NAME).write_text(json.dumps(headers), encoding="utf-8")
+        problems_found = {kind.name: problems[kind.name] for kind in Kind if kind.name in problems}
+        crowds_found = astuple(found) if (found := crowd_counts(coco)).in_words() else ()
+        what = {"crowds": crowds_found, "groupings": coco.groupings, "problems": problems_found}
+        about = {"class_names": coco.class_names, "category_ids": coco.category_ids, "annotated": coco.annotated}
+        about |= {name: value for name, value in (what | {"remarks": measures.remarks()}).items() if value}
+        about["digest"] = digest([file_digest(path), about])
+        (temporary / "classes.json").write_text(json.dumps(about, ensure_ascii=False), encoding="utf-8")

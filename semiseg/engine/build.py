@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import cast, get_args
+from typing import Any, cast, get_args
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
 
 from semiseg.config import (
     AugmentConfig,
@@ -22,12 +27,12 @@ from semiseg.data.augment import Augmentation
 from semiseg.data.dataset import InstanceDataset, build_rule
 from semiseg.data.loader import BatchLoader, StepBatches, build_loader, eval_batches
 from semiseg.data.pseudo import PseudoMasks, load_pseudo
-from semiseg.data.sources import cache_folder, ensure_files
+from semiseg.data.sources import cache_folder, ensure_files, reading_of
 from semiseg.data.table import Table, load_table
 from semiseg.data.transforms import Resize
 from semiseg.engine.detection import detector_step
 from semiseg.engine.logs import shows_bars
-from semiseg.engine.processes import images_in_evaluation, parts_per_step
+from semiseg.engine.processes import batch_norms, images_in_evaluation, parts_per_step
 from semiseg.engine.pseudo import made_file, make_pseudo, require_as_made
 from semiseg.engine.rays import build_ray_rule
 from semiseg.engine.step import TrainStep
@@ -37,6 +42,7 @@ from semiseg.models.affinity import AffinityBranch
 from semiseg.models.build import build_model, mask_cells, mask_stride
 from semiseg.models.segmenter import Segmenter
 from semiseg.splits import ClassSplit, load_split
+from semiseg.structures.inputs import pad_images
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,8 @@ class RunData:
 def build_data(config: RunConfig) -> RunData:
     """Opens (and on first use converts) both tables and loads the class split."""
     files = ensure_files(config.data)
-    load = partial(load_table, cache=cache_folder(config.data), crowds=config.data.crowds)
+    how: dict[str, Any] = {"reading": reading_of(config.data), "crowds": config.data.crowds}
+    load: Callable[..., Table] = partial(load_table, cache=cache_folder(config.data), **how)
     train = load(*files["train"])
     val = load(*files["val"], classes=train.class_names)
     train = load(*files["train"], classes=val.class_names)  # what groups others in one file may be the other's class
@@ -184,6 +191,56 @@ def _build_affinity(config: ModelConfig, model: Segmenter, objective: Objective)
 
 def _head_in_words(config: ModelConfig) -> str:
     return f"{config.mask_head.kind!r}{' with cells in parts' if config.masks_in_parts else ''}"
+
+
+def require_normalisable(config: RunConfig, data: RunData, model: Segmenter, accelerator: Accelerator) -> None:
+    """A UserError if a batch norm would ever get one value a channel, which has no deviation: torch refuses it.
+
+    That is one cell of one image. The smallest image of the run is tried, where any could be as small as the coarsest
+    map's stride; a network of timm may hold norms behind means over the map, so that it is tried whatever the size.
+    """
+    together = batch_norms(config, accelerator.num_processes)
+    if "sync_bn" in together and accelerator.device.type == "cpu" and accelerator.num_processes > 1:
+        raise UserError("norm = 'sync_bn' needs GPUs for several processes; choose 'bn', 'gn' or 'frozen_bn'")
+    height, width = _smallest_input(config, data.train)
+    if min(together.values(), default=2) > 1 or (max(height, width) > 128 and config.model.backbone.kind != "timm"):
+        return
+    alone: list[str] = []
+
+    def look(name: str, given: tuple[Tensor, ...]) -> None:
+        if given[0].numel() == given[0].shape[1]:
+            alone.append(name)
+
+    norms = [
+        (name, each) for name, each in model.named_modules() if isinstance(each, nn.BatchNorm2d | nn.SyncBatchNorm)
+    ]
+    hooks = [each.register_forward_pre_hook(lambda _, given, name=name: look(name, given)) for name, each in norms]
+    was_training = model.training
+    with torch.no_grad():
+        model.eval()(*pad_images([torch.zeros(3, height, width, dtype=torch.uint8)], model.size_divisor))
+    model.train(was_training)
+    for hook in hooks:
+        hook.remove()
+    if alone:
+        norms_of = {"neck": "model.neck.norm", "mask_head": "model.mask_head.branch_norm"}
+        keys = dict.fromkeys(norms_of.get(name.partition(".")[0], "model.backbone.norm") for name in alone)
+        raise UserError(
+            f"batch norm ({' and '.join(keys)}) would get a single value a channel, which has no deviation: one image "
+            "at a time (optim.batch_size by its accumulation and processes, runtime.images_per_process), of "
+            f"{width} x {height} pixels at the least; take two at a time, larger ones (data.short_sides, "
+            "data.long_side), or norm 'gn' or 'frozen_bn'"
+        )
+
+
+def _smallest_input(config: RunConfig, table: Table) -> tuple[int, int]:
+    """(height, width) of the training image whose longer side is the smallest, as the network may get it."""
+    data, scale = config.data, config.data.augment.scale[0]
+    short_side, long_side = (max(1, round(side * scale)) for side in (min(data.short_sides), data.long_side))
+    resize = Resize([short_side], long_side, stretch=data.stretch)
+    sizes = {resize(size_hw, 0).input_hw for size_hw in set(table.original_sizes_hw().values())}
+    if data.augment.crop != "none" or data.augment.expand > 1:  # windows and canvases of any shape
+        sizes.add(resize((1, 1), 0).input_hw)
+    return min(sizes, key=max)
 
 
 def compile_network(model: Segmenter, *, backend: str = "inductor") -> None:

@@ -15,10 +15,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -54,6 +54,7 @@ class ModelInfo:
     inference: InferenceConfig  # image size and limits of its validation
     class_names: tuple[str, ...]  # name of each label
     category_ids: tuple[int, ...]  # id of each label in the annotation file that it was trained on
+    value_range: tuple[float, float] | None = None  # `data.value_range` of its training
 
 
 class _Description(Section):
@@ -65,6 +66,7 @@ class _Description(Section):
     class_names: list[str]
     category_ids: list[int]
     weights_sha256: str | None = None
+    value_range: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
 
     @model_validator(mode="after")
     def _rays_are_predicted(self) -> _Description:
@@ -158,6 +160,7 @@ def save_model(
             "inference": info.inference.model_dump(mode="json"),
             "class_names": list(info.class_names),
             "category_ids": list(info.category_ids),
+            **({} if info.value_range is None else {"value_range": list(info.value_range)}),
             "weights_sha256": hashlib.sha256(weights).hexdigest(),
         }
         (new / WEIGHTS_NAME).write_bytes(weights)
@@ -232,6 +235,7 @@ def _read_description(folder: Path) -> tuple[_Description, ModelInfo]:
         inference=said.inference,
         class_names=tuple(said.class_names),
         category_ids=tuple(said.category_ids),
+        value_range=None if said.value_range is None else (said.value_range[0], said.value_range[1]),
     )
 
 

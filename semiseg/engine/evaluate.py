@@ -17,7 +17,6 @@ from tqdm import tqdm
 from semiseg.config import InferenceConfig
 from semiseg.config.model import RefinerName
 from semiseg.data.detections import decoded, read_results
-from semiseg.data.images import read_image
 from semiseg.data.loader import BatchLoader
 from semiseg.data.table import Table
 from semiseg.engine.predict import coco_results, each_image, encode_masks
@@ -100,8 +99,7 @@ def stored_images(table: Table) -> Callable[[int], Tensor]:
     row_of = {image_id: row for row, image_id in enumerate(table.rows.data.column("image_id").to_pylist())}
 
     def read(image_id: int) -> Tensor:
-        row = table.rows[row_of[image_id]]
-        return read_image(table.images_folder / row["file_name"], size_hw=(row["height"], row["width"]))
+        return table.image(table.rows[row_of[image_id]])
 
     return read
 

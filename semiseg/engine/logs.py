@@ -6,15 +6,22 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from semiseg.config import RunConfig
+from semiseg.config.former import leaves
 from semiseg.config.read import read_json_lines
+from semiseg.errors import UserError
 from semiseg.files import write_text, writing_errors
+
+if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
 
 LOG_NAME = "log.jsonl"
 FIRST_LINE_SECONDS, LINE_SECONDS = 5.0, 60.0  # of progress where there is no terminal: until the first, between two
@@ -56,7 +63,17 @@ class TrainingLog:
     minute elsewhere, so that the log file of a job on a cluster tells how far it is.
     """
 
-    def __init__(self, out: Path, *, steps: int, start_step: int, tensorboard: bool, progress: bool | None) -> None:
+    def __init__(
+        self,
+        out: Path,
+        *,
+        steps: int,
+        start_step: int,
+        tensorboard: bool,
+        progress: bool | None,
+        trackers: Sequence[GeneralTracker] = (),
+    ) -> None:
+        self._trackers = trackers
         self.path = out / LOG_NAME
         kept = [line for line in read_log(self.path) if line["step"] <= start_step]
         self.seconds = kept[-1]["seconds"] if kept else 0.0  # of training so far, over all interruptions
@@ -85,6 +102,8 @@ class TrainingLog:
             self._file.close()
         if self._writer is not None:
             self._writer.close()
+        for tracker in self._trackers:
+            tracker.finish()
 
     def advance(self) -> None:
         """One step further for whoever watches."""
@@ -93,7 +112,7 @@ class TrainingLog:
             self._lines.advance()
 
     def write(self, record: dict[str, Any]) -> None:
-        """Adds a record; nested tables of numbers become TensorBoard tags `table/name`."""
+        """Adds a record; nested tables of numbers become tags `table/name` of TensorBoard and of trackers."""
         with writing_errors(self.path):
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
@@ -103,15 +122,38 @@ class TrainingLog:
             self._bar.set_postfix_str(loss)
             if self._lines is not None:
                 self._lines.known = f", {loss}, {record['images_per_second']:.3g} images/s"
-        if self._writer is None:
-            return
-        for name, value in record.items():
-            if isinstance(value, dict):
-                for key, number in value.items():
-                    if isinstance(number, int | float):
-                        self._writer.add_scalar(f"{name}/{key}", number, record["step"])
-            elif isinstance(value, int | float) and name not in ("step", "steps"):
+        tags = {name: value for name, value in _tags(record).items() if name not in ("step", "steps")}
+        if self._writer is not None:
+            for name, value in tags.items():
                 self._writer.add_scalar(name, value, record["step"])
+        for tracker in self._trackers:
+            tracker.log(tags, step=record["step"])
+
+
+def _tags(record: dict[str, Any]) -> dict[str, float]:
+    flat = {path.replace(".", "/"): value for path, value in leaves(record).items()}
+    return {tag: value for tag, value in flat.items() if isinstance(value, int | float)}
+
+
+def start_trackers(config: RunConfig, *, run_name: str) -> list[GeneralTracker]:
+    """The experiment trackers of `runtime.trackers`, told the configuration; their project is `semiseg`.
+
+    What else they need, such as an account or a server, they take from their own environment variables.
+    """
+    names = config.runtime.trackers
+    if not names:
+        return []
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    there = [str(name) for name in get_available_trackers()]
+    if missing := [name for name in names if name not in there]:
+        raise UserError(f"runtime.trackers: {missing[0]!r} is not installed: pip install {missing[0]}")
+    options = {"wandb": {"name": run_name}, "mlflow": {"run_name": run_name}, "swanlab": {"experiment_name": run_name}}
+    trackers = [LOGGER_TYPE_TO_CLASS[name]("semiseg", **options.get(name, {})) for name in names]
+    for tracker in trackers:
+        tracker.start()
+        tracker.store_init_configuration({key: str(value) for key, value in leaves(config.model_dump()).items()})
+    return trackers
 
 
 class _Lines:

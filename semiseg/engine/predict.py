@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from pycocotools import mask as rle_codec
 from torch import Tensor
 from torchvision.transforms.v2.functional import resize
@@ -28,6 +27,7 @@ from semiseg.models.refine import Refiner, build_refiner
 from semiseg.models.segmenter import Segmenter
 from semiseg.structures.grids import WholeMap
 from semiseg.structures.inputs import pad_images
+from semiseg.structures.masks import PlacedMask
 from semiseg.structures.outputs import Candidates, Detections, Outputs
 
 # Padded pixels of one forward, or one image: three of 800 x 1333. With ResNet-50 about 1.5 GB.
@@ -58,9 +58,7 @@ class ImageDetections:
     boxes_xyxy: Tensor  # (N, 4) float32, output pixels, clipped to the output
     scores: Tensor  # (N,) float32 in [0, 1], descending
     labels: Tensor  # (N,) int64 in 0..C-1
-    # Yields (numbers (M,) int64, masks (M, height, width) bool) a few at a time, so that memory does not grow with N.
-    # The numbers count the detections.
-    masks: Iterator[tuple[Tensor, Tensor]]
+    masks: Iterator[PlacedMask]  # of each detection, made one at a time, so that memory does not grow with N
 
 
 def load_model(folder: Path, *, device: str | torch.device | None = None) -> LoadedModel:
@@ -217,17 +215,17 @@ def collected(detections: ImageDetections) -> Detections:
             values.cpu().clone() for values in (detections.boxes_xyxy, detections.scores, detections.labels)
         )
         masks = torch.zeros(len(scores), *detections.output_hw, dtype=torch.bool)
-    for numbers, some in detections.masks:
-        masks[numbers.cpu()] = some.cpu()
+    for mask, placed in zip(masks, detections.masks, strict=True):
+        placed.write(mask)
     return Detections(boxes=boxes, scores=scores, labels=labels, masks=masks)
 
 
 def coco_results(detections: ImageDetections, *, image_id: int, category_ids: Sequence[int]) -> list[dict[str, Any]]:
     """One image's detections as COCO results: boxes xywh and RLE masks in output pixels, best first.
 
-    Uses up `detections.masks`; masks become RLE chunk by chunk.
+    Uses up `detections.masks`; masks become RLE one by one.
     """
-    rles = [rle for _, masks in detections.masks for rle in encode_masks(masks)]
+    rles = [encode_placed(placed, detections.output_hw) for placed in detections.masks]
     scores, labels = detections.scores.tolist(), detections.labels.tolist()
     corners = detections.boxes_xyxy
     boxes_xywh = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], dim=1).tolist()
@@ -245,17 +243,24 @@ def coco_results(detections: ImageDetections, *, image_id: int, category_ids: Se
 
 def encode_masks(masks: Tensor) -> list[dict[str, Any]]:
     """(N, H, W) bool masks as COCO's compressed RLE with text counts."""
-    return [_encode_mask(mask) for mask in masks.cpu().numpy()]
+    return [encode_placed(PlacedMask(mask, 0, 0), (mask.shape[0], mask.shape[1])) for mask in masks.cpu()]
 
 
-def _encode_mask(mask: NDArray[np.bool_]) -> dict[str, Any]:
-    """What `rle_codec.encode` gives, looking only at the columns that hold a part of the mask."""
-    height, width = mask.shape
-    columns = np.flatnonzero(mask.any(axis=0))
+def encode_placed(placed: PlacedMask, size_hw: tuple[int, int]) -> dict[str, Any]:
+    """What `rle_codec.encode` gives for the mask in its image, from its own pixels alone."""
+    inside, (height, width) = placed.inside.cpu().numpy(), size_hw
     changes = np.zeros(0, dtype=np.int64)
-    if len(columns):
-        strip = mask[:, columns[0] : columns[-1] + 1].T.ravel()  # RLE runs down the columns
-        changes = np.flatnonzero(np.diff(strip, prepend=False, append=False)) + columns[0] * height
+    if inside.size:
+        # Where a pixel differs from the one above it; above and below all is outside.
+        differs = np.empty((len(inside) + 1, inside.shape[1]), dtype=bool)
+        differs[0], differs[-1] = inside[0], inside[-1]
+        np.not_equal(inside[1:], inside[:-1], out=differs[1:-1])
+        row, column = np.divmod(np.flatnonzero(differs), inside.shape[1])
+        changes = (placed.left + column) * height + placed.top + row
+        changes.sort()  # RLE runs down the columns
+        # Where the image ends with the mask, a run goes on in the next column.
+        if (goes_on := np.flatnonzero(changes[1:] == changes[:-1])).size:
+            changes = np.delete(changes, np.concatenate([goes_on, goes_on + 1]))
     counts = np.diff(changes, prepend=0, append=height * width)  # of pixels outside, inside, outside, ...
     if len(changes) and counts[-1] == 0:
         counts = counts[:-1]

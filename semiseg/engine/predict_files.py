@@ -1,7 +1,8 @@
 """Predicting image files: read ahead in threads, predict in batches, draw in threads, write results as they come.
 
 Memory does not grow with the number of detections nor, but for one image being read, with the size of the images:
-originals are let go as soon as they are resized, full-size masks become RLE a few at a time, results go to disk.
+originals are let go as soon as they are resized, masks become RLE one at a time, results go to disk. Images that are
+cut into tiles are kept as they were decoded, one and the next.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
 from torch import Tensor
@@ -25,9 +26,11 @@ from tqdm import tqdm
 from semiseg.config.model import RefinerName
 from semiseg.config.read import read_json
 from semiseg.data.images import read_image
-from semiseg.data.transforms import Resize
+from semiseg.data.reading import Greys, Reading
+from semiseg.data.transforms import Geometry, Resize
 from semiseg.engine.checkpoint import ModelInfo, write_json
 from semiseg.engine.predict import LoadedModel, coco_results, each_image
+from semiseg.engine.tiles import Tiling, find_in_tiles
 from semiseg.errors import UserError
 from semiseg.files import require_nothing_else, whole_file, write_bytes
 from semiseg.overlays import Drawn, draw_detections, prepare_drawing, written_name
@@ -45,10 +48,25 @@ class PredictOptions:
     long_side: int
     score_threshold: float  # for class probability x centreness; a detection's score is the square root of that
     drawn_score: float | None  # detections with at least this score are drawn; None = no overlays
-    batch_size: int  # images predicted at a time; those of equal padded size share a forward
+    batch_size: int  # images, or tiles, predicted at a time; those of equal padded size share a forward
     workers: int  # threads that read and draw
     stretch: bool = False  # height and width both become the short side
     refine: RefinerName = "none"  # what makes masks of probabilities, by the colours of the image
+    value_range: tuple[float, float] | None = None  # of `Reading`
+    labels: Literal["full", "score", "none"] = "full"  # of drawings: class and score, the score, or nothing
+    tiling: Tiling | None = None  # of images that are larger than a tile, in pixels of the original
+
+    def geometry(self, size_hw: tuple[int, int]) -> Geometry:
+        """How an image becomes what the network sees."""
+        return Resize([self.short_side], self.long_side, stretch=self.stretch)(size_hw, 0)
+
+    def resized_tile(self, tile: Tensor) -> Tensor:
+        """A tile (3, h, w) at the scale of a full one, which is resized as an image of its size is."""
+        assert self.tiling is not None
+        side, size_hw = self.tiling.side, (tile.shape[1], tile.shape[2])
+        full = self.geometry((side, side)).input_hw[0]
+        height, width = (max((2 * length * full + side) // (2 * side), 1) for length in size_hw)
+        return Geometry(size_hw, (height, width), flipped=False).image(tile)
 
 
 @dataclass
@@ -59,6 +77,7 @@ class Outcome:
     detections: int = 0
     drawn: int = 0
     unreadable: int = 0
+    greys: dict[str, Greys] = field(default_factory=dict)  # of the images with more than 8 bits a channel, by name
 
 
 @dataclass(frozen=True)
@@ -67,7 +86,9 @@ class _ImageFile:
 
     entry: dict[str, Any]  # COCO's, of the original
     original_hw: tuple[int, int]
-    input: Tensor  # (3, H, W) uint8
+    input: Tensor  # (3, H, W) uint8, not resized if it is to be cut into tiles
+    tiled: bool
+    greys: list[Greys]  # of an image with more than 8 bits
     picture: Image.Image | None
     original: Tensor | None  # (3, H, W) uint8, where masks are refined by its colours
 
@@ -111,10 +132,12 @@ def predict_files(
                         file.write((",\n" if outcome.detections else "[\n").encode() + json.dumps(result).encode())
                         outcome.detections += 1
                     outcome.images.append(item.entry)
+                    outcome.greys.update((item.entry["file_name"], each) for each in item.greys)
                     if options.drawn_score is not None:
                         visible = [result for result in results if result["score"] >= options.drawn_score]
                         outcome.drawn += len(visible)
-                        drawings.append(pool.submit(_draw, item, visible, model.info, overlays[item.entry["id"]]))
+                        overlay = overlays[item.entry["id"]]
+                        drawings.append(pool.submit(_draw, item, visible, model.info, overlay, options.labels))
                 bar.update(len(batch))
         except KeyboardInterrupt:
             stopped = True
@@ -154,49 +177,68 @@ def _prepare_folder(out: Path, files: Sequence[Path]) -> None:
 def _read_ahead(
     files: Sequence[Path], options: PredictOptions, pool: ThreadPoolExecutor
 ) -> Iterator[list[Future[_ImageFile]]]:
-    """Yields the files in batches; while one is used, the next is read."""
+    """Yields the files in batches, one by one where tiles are cut; while one is used, the next is read."""
     ahead: list[Future[_ImageFile]] = []
-    for start in range(0, len(files) + options.batch_size, options.batch_size):
-        batch = enumerate(files[start : start + options.batch_size], start=start + 1)
+    size = options.batch_size if options.tiling is None else 1
+    for start in range(0, len(files) + size, size):
+        batch = enumerate(files[start : start + size], start=start + 1)
         current, ahead = ahead, [pool.submit(_read, image_id, path, options) for image_id, path in batch]
         if current:
             yield current
 
 
 def _read(image_id: int, path: Path, options: PredictOptions) -> _ImageFile:
-    image = read_image(path, upright=True)
+    greys: list[Greys] = []
+    image = read_image(path, reading=Reading(options.value_range, upright=True), seen=greys.append)
     height, width = image.shape[1:]
-    geometry = Resize([options.short_side], options.long_side, stretch=options.stretch)((height, width), 0)
+    tiled = options.tiling is not None and not options.tiling.fits((height, width))
     picture = None if options.drawn_score is None else prepare_drawing(image.permute(1, 2, 0).numpy())
     # Names that are not UTF-8 stay readable in the JSON, if not openable.
     name = os.fsencode(path.as_posix()).decode("utf-8", errors="backslashreplace")
     entry = {"id": image_id, "file_name": name, "width": width, "height": height}
     original = image if options.refine != "none" else None
-    return _ImageFile(entry, (height, width), geometry.image(image), picture, original)
+    shown = image if tiled else options.geometry((height, width)).image(image)
+    return _ImageFile(entry, (height, width), shown, tiled, greys, picture, original)
 
 
 def _predict(model: LoadedModel, batch: Sequence[_ImageFile], options: PredictOptions) -> list[list[dict[str, Any]]]:
     """Each image's detections as COCO results."""
     ids, category_ids = [item.entry["id"] for item in batch], model.info.category_ids
+    limits = model.info.inference.model_copy(
+        update={"score_threshold": options.score_threshold, "refine": options.refine}
+    )
+    if options.tiling is not None and any(item.tiled for item in batch):
+        found = (
+            find_in_tiles(
+                model.network,
+                item.input,
+                tiling=options.tiling,
+                limits=limits,
+                resized=options.resized_tile,
+                batch_size=options.batch_size,
+            )
+            for item in batch
+        )
+        each = zip(found, ids, strict=True)
+        return [coco_results(one, image_id=image_id, category_ids=category_ids) for one, image_id in each]
     originals = [item.original for item in batch if item.original is not None]  # of all or of none
     return each_image(
         model.network,
         [item.input for item in batch],
         lambda detections: coco_results(detections, image_id=ids[detections.number], category_ids=category_ids),
         output_sizes=[item.original_hw for item in batch],
-        limits=model.info.inference.model_copy(
-            update={"score_threshold": options.score_threshold, "refine": options.refine}
-        ),
+        limits=limits,
         originals=originals.__getitem__ if originals else None,
     )
 
 
-def _draw(item: _ImageFile, results: Sequence[dict[str, Any]], info: ModelInfo, overlay: Path) -> None:
+def _draw(item: _ImageFile, results: Sequence[dict[str, Any]], info: ModelInfo, overlay: Path, labels: str) -> None:
     assert item.picture is not None
     names = dict(zip(info.category_ids, written_names(info), strict=True))
     drawn = []
     for result in results:
-        text = f"{names[result['category_id']]} {result['score']:.2f}"
+        name, score = names[result["category_id"]], f"{result['score']:.2f}"
+        text = {"full": f"{name} {score}", "score": score, "none": ""}[labels]
         drawn.append(Drawn(result["bbox"], result["segmentation"], text))
     content = io.BytesIO()
     picture = draw_detections(item.picture, item.original_hw, drawn)

@@ -102,10 +102,15 @@ def normalised_together(config: RunConfig, processes: int) -> dict[str, dict[str
     at one image at a time, and frozen ones at none. Kinds that see the whole batch in one forward are left out, and {}
     is that there is nothing to say.
     """
+    cut = {norm: images for norm, images in batch_norms(config, processes).items() if images < config.optim.batch_size}
+    return {"normalised_together": cut} if cut else {}
+
+
+def batch_norms(config: RunConfig, processes: int) -> dict[str, int]:
+    """The kinds of trained batch norm -> how many images each normalises together."""
     batch, parts = config.optim.batch_size, parts_per_step(config, processes)
     images = {"bn": batch // parts // processes, "sync_bn": batch // parts}
-    cut = {norm: images[norm] for norm in sorted(_trained_norms(config)) if images.get(norm, batch) < batch}
-    return {"normalised_together": cut} if cut else {}
+    return {norm: images[norm] for norm in sorted(_trained_norms(config) & images.keys())}
 
 
 def _trained_norms(config: RunConfig) -> set[str]:

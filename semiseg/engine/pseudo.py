@@ -13,6 +13,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 from semiseg.config.read import digest
 from semiseg.config.run import Maker
-from semiseg.data.images import read_image
+from semiseg.data.reading import AS_STORED
 from semiseg.data.table import Table, sampled_digest
 from semiseg.data.transforms import Resize
 from semiseg.engine.detection import detector_step, queries_of_boxes
@@ -92,6 +93,8 @@ def make_pseudo(
     weights = _weights_digest(maker) if isinstance(maker, LoadedModel) else None
     settings = {"version": FORMAT_VERSION, "annotations": table.fingerprint, "images": sampled_digest(table)}
     header = {**settings, "maker": name, "refine": refine, "agree": agree, "model": weights}
+    if table.reading != AS_STORED:
+        header["reading"] = asdict(table.reading)
     counts: dict[str, int] = {}
     part = out.with_name(f"{out.name}.part")
 
@@ -114,7 +117,8 @@ def make_pseudo(
 
 def made_file(table: Table, maker: Maker, *, folder: Path) -> Path:
     """Where the masks of a maker are kept for the boxes and images of a table."""
-    key = digest([FORMAT_VERSION, table.object_fingerprint, sampled_digest(table)])[:16]
+    reading = [] if table.reading == AS_STORED else [asdict(table.reading)]
+    key = digest([FORMAT_VERSION, table.object_fingerprint, sampled_digest(table), *reading])[:16]
     return folder / f"{maker}-{key}.json"
 
 
@@ -190,7 +194,7 @@ def _of_row(table: Table, index: int, make: MakeMasks) -> list[list[Any]]:
     objects = [item for item in row["objects"] if not item["is_crowd"]]
     if not objects:
         return []
-    image = read_image(table.images_folder / row["file_name"], size_hw=(row["height"], row["width"]))
+    image = table.image(row)
     boxes = torch.tensor([item["box_xyxy"] for item in objects])
     found = make(image, boxes, torch.tensor([item["label"] for item in objects]))
     return [

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -25,7 +25,8 @@ from semiseg.config import DataConfig, InferenceConfig, ModelConfig, RunConfig, 
 from semiseg.config.model import RefinerName
 from semiseg.config.read import read_json
 from semiseg.data.problems import describe_empty_classes, describe_missing_masks
-from semiseg.data.sources import AnnotatedImages, cache_folder, ensure_files, tables_folder
+from semiseg.data.reading import AS_STORED, Reading
+from semiseg.data.sources import AnnotatedImages, cache_folder, ensure_files, reading_of, tables_folder
 from semiseg.data.table import Table, load_table
 from semiseg.engine.build import RunData, build_data, build_evaluation_loader
 from semiseg.engine.checkpoint import load_model_folder, write_json
@@ -42,9 +43,10 @@ from semiseg.errors import UserError, UserNotice, differing_names
 from semiseg.evaluation.coco_metrics import Metrics, evaluate_detections
 from semiseg.evaluation.precision import Backend, require_backend
 from semiseg.models.segmenter import Segmenter
-from semiseg.results import RESULT_NAME
+from semiseg.results import MAX_DETS, RESULT_NAME
 from semiseg.structures.objects import Crowds
 
+Changed = TypeVar("Changed", InferenceConfig, RuntimeConfig)
 PACKAGE = Path(__file__).resolve().parents[1]
 FROM_PYTHON = "called from Python"  # in the record, where nobody typed a command
 
@@ -72,6 +74,8 @@ def execute_run(
         data = build_data(config)
     _require_objects(data.train)
     if accelerator.is_main_process:
+        for table in (data.train, data.val):
+            warn_of_images(table, setting="data.value_range = [{low}, {high}]", upright="data.upright = true")
         _warn_of_annotations(data.train, config.data)
         _warn_of_annotations(data.val, config.data, measured=True)
         _warn_of_measures(config.data, learnt=data.train, measured=data.val)
@@ -107,6 +111,14 @@ def _require_objects(table: Table) -> None:
         crowds = table.crowd_counts.in_words()
         text = f"has no objects to learn from; a crowd region is none{f': {crowds}' if crowds else ''}"
         raise UserError(f"{table.annotations_file}: {text}")
+
+
+def warn_of_images(
+    table: Table, *, setting: str = "--value-range {low} {high}", upright: str = "--upright", looked_at: bool = True
+) -> None:
+    """Says what of the stored images is not used; the settings that would use it are those of verbs by default."""
+    for notice in table.image_notices(setting=setting, upright=upright) if looked_at else ():
+        warnings.warn(notice, UserNotice, stacklevel=3)
 
 
 def _warn_of_annotations(table: Table, data: DataConfig, *, measured: bool = False) -> None:
@@ -186,7 +198,7 @@ def _train_and_evaluate(
     train_seconds = log[-1]["seconds"] if log else 0.0
     result = {
         "metrics": metrics.to_dict(),
-        "steps": state.steps,
+        "steps": state.step,
         "train_seconds": train_seconds,
         "seconds": max(train_seconds, round(time.perf_counter() - started, 2)),
         **_origin(config, data, accelerator),
@@ -243,8 +255,13 @@ def evaluate_model(
     runtime: RuntimeConfig,
     progress: bool,
     detections: Path | None = None,
+    score: float | None = None,
+    max_dets: int | None = None,
 ) -> Metrics | None:
-    """Predicts and scores a table; the metrics on the main process, None elsewhere."""
+    """Predicts and scores a table; the metrics on the main process, None elsewhere.
+
+    `max_dets` None: nothing that the model keeps goes unmeasured, see `measured_detections`.
+    """
     processes, rank = accelerator.num_processes, accelerator.process_index
     loader = build_evaluation_loader(
         table, model=config, inference=inference, runtime=runtime, processes=processes, rank=rank
@@ -252,11 +269,25 @@ def evaluate_model(
     results, image_ids = predict_table(model, loader, table, accelerator, limits=inference, progress=progress)
     if not accelerator.is_main_process:
         return None
-    return _measured(results, image_ids, table, runtime, detections)
+    how = dict[str, Any](table=table, runtime=runtime, detections=detections, inference=inference, score=score)
+    return _measured(results, image_ids, **how, max_dets=max_dets)
+
+
+def measured_detections(inference: InferenceConfig) -> int:
+    """How many detections of an image and class are measured: COCO's 100, or as many as the model keeps of an image."""
+    return max(MAX_DETS, inference.max_detections)
 
 
 def _measured(
-    results: list[dict[str, Any]], image_ids: list[int], table: Table, runtime: RuntimeConfig, detections: Path | None
+    results: list[dict[str, Any]],
+    image_ids: list[int],
+    *,
+    table: Table,
+    runtime: RuntimeConfig,
+    detections: Path | None,
+    inference: InferenceConfig,
+    score: float | None = None,
+    max_dets: int | None = None,
 ) -> Metrics:
     """The metrics of results, which are also written to a file where one is named."""
     if detections is not None:
@@ -268,6 +299,9 @@ def _measured(
         image_ids=image_ids,
         backend=_backend(runtime),
         fingerprint=table.fingerprint,
+        area_limits=(inference.area_limits[0], inference.area_limits[1]),
+        score=score,
+        max_dets=max_dets or measured_detections(inference),
         crowds=table.crowds,
     )
 
@@ -283,56 +317,79 @@ def evaluate_run(
     detections: Path | None = None,
     crowds: Crowds | None = None,
     fast: bool = False,
+    max_dets: int | None = None,
     progress: bool = True,
+    reading: Reading = AS_STORED,
+    area_limits: tuple[float, float] | None = None,
+    score: float | None = None,
 ) -> Metrics | None:
-    """Evaluates a run's folder on its own validation data, or any model folder on the given annotation file.
-
-    The metrics are on the main process, None elsewhere.
+    """Evaluates a run's folder on its own validation data, or any model folder on the given annotation file; the
+    metrics are on the main process, None elsewhere.
 
     Args:
         folder: a run's folder (with `config.json` and `model/`) or a model folder; None with `results` alone.
         annotations, images: a COCO json and its image folder; needed for a model folder, both or neither. A json
             without annotations, such as COCO's test sets, is only predicted: the metrics are None.
-        results: COCO results that are measured in place of the network's.
+        results: COCO results to measure in place of the network's; `detections`: where to write them as such.
         refine: see `models/refine.py`; None = as the model was configured, or not at all those of `results`.
-        detections: where to write the detections as COCO results.
-        crowds: what `iscrowd` 1 means; None = as the run has it, or regions to leave out.
         fast: take hotcoco for the numbers, as a run with `runtime.fast_evaluation` does anyway.
+        area_limits, max_dets, crowds: see `evaluate_detections`; None = as in the run, and `measured_detections`.
+        score: with which detections are counted, too, see `Metrics.at_score`.
+        reading: how pixels are meant; what it leaves open as in the run, or by the model's range of values.
     """
     where = folder or Path()
     loaded = None if results else load_model_folder(where / "model" if (where / "model").is_dir() else where)
-    files, data, runtime, seed = _evaluation_files(folder, annotations, images, fast=fast)
+    files, cache, run = _evaluation_files(folder, annotations, images)
+    runtime = _changed(run.runtime, fast_evaluation=fast or None)
     require_backend(_backend(runtime))
-    accelerator = start_accelerator(runtime, seed=seed)
-    open_table = partial(
-        load_table,
-        *files,
-        cache=cache_folder(data) if annotations is None else tables_folder(annotations.parent),
-        annotations_required=False,
-        classes=loaded[1].class_names if loaded else (),
-        crowds=crowds or data.crowds,
-    )
-    table = _evaluation_table(open_table, data, accelerator, predicted=detections is not None)
+    accelerator = start_accelerator(runtime, seed=run.seed)
+    reading = reading.or_else(reading_of(run.data)).or_else(Reading(loaded[1].value_range if loaded else None))
+    names = loaded[1].class_names if loaded else ()
+    read = dict[str, Any](reading=reading, classes=names, crowds=crowds or run.data.crowds)
+    with accelerator.main_process_first(), accelerator.local_main_process_first():
+        table = load_table(*files, cache=cache, annotations_required=False, **read)
+    _require_use(table, detections, where, names or table.class_names)
+    inference = _changed((loaded[1] if loaded else run).inference, refine=refine, area_limits=area_limits)
+    if accelerator.is_main_process:
+        _warn_of_what_is_measured(table, run.data, looked_at=results is None or refine is not None)
+    how = dict[str, Any](table=table, runtime=runtime, detections=detections, inference=inference)
+    how |= {"score": score, "max_dets": max_dets}
+    if results is not None and not accelerator.is_main_process:
+        return None
     if results is not None:
-        if not accelerator.is_main_process:
-            return None
         found = refined_results(results, table, refine=refine or "none", progress=progress)
-        return _measured(found, list(table.original_sizes_hw()), table, runtime, detections)
+        return _measured(found, list(table.original_sizes_hw()), **how)
     assert loaded is not None
-    weights, info = loaded
-    if info.class_names != table.class_names:
-        differing = differing_names(info.class_names, table.class_names)
-        raise UserError(f"{where}: its classes differ from those of {table.annotations_file} in {differing}")
     return evaluate_model(
-        build_network(weights, info, where=where).to(accelerator.device),
-        table=table,
+        build_network(*loaded, where=where).to(accelerator.device),
         accelerator=accelerator,
-        config=info.config,
-        inference=info.inference if refine is None else info.inference.model_copy(update={"refine": refine}),
-        runtime=runtime,
+        config=loaded[1].config,
         progress=progress,
-        detections=detections,
+        **how,
     )
+
+
+def _warn_of_what_is_measured(table: Table, data: DataConfig, *, looked_at: bool) -> None:
+    _warn_of_annotations(table, data, measured=True)
+    _warn_of_measures(data, measured=table)
+    warn_of_images(table, looked_at=looked_at)
+
+
+def _changed(section: Changed, **values: Any) -> Changed:
+    """A section of the configuration with those of the values that are given."""
+    return section.model_copy(update={name: value for name, value in values.items() if value is not None})
+
+
+def _require_use(table: Table, detections: Path | None, where: Path, names: tuple[str, ...]) -> None:
+    """A UserError if nothing would come of predicting a table, or the model in `where` has other classes."""
+    if not table.annotated and detections is None:
+        raise UserError(
+            f"{table.annotations_file}: has no annotations, so there is nothing to measure; name a file for the "
+            "detections ('--detections out.json')"
+        )
+    if names != table.class_names:
+        differing = differing_names(names, table.class_names)
+        raise UserError(f"{where}: its classes differ from those of {table.annotations_file} in {differing}")
 
 
 def _evaluation_table(
@@ -353,17 +410,16 @@ def _evaluation_table(
 
 
 def _evaluation_files(
-    folder: Path | None, annotations: Path | None, images: Path | None, *, fast: bool
-) -> tuple[AnnotatedImages, DataConfig, RuntimeConfig, int]:
-    """The data to measure on, and a run's settings of data and runtime and its seed, or the usual ones."""
+    folder: Path | None, annotations: Path | None, images: Path | None
+) -> tuple[AnnotatedImages, Path, RunConfig]:
+    """The data to measure on, the folder of its Arrow table, and the configuration of a run, or the usual one."""
     if annotations is not None and images is not None:
-        return AnnotatedImages(annotations, images), DataConfig(), RuntimeConfig(fast_evaluation=fast), 0
+        return AnnotatedImages(annotations, images), tables_folder(annotations.parent), RunConfig()
     if folder is not None and annotations is None and images is None and (folder / "model").is_dir():
         values = read_json(folder / "config.json")
         config = parse_recorded(values.get("config", {}), where=str(folder / "config.json"))
         files = ensure_files(config.data, sets=("val",))["val"]
-        runtime = config.runtime.model_copy(update={"fast_evaluation": fast or config.runtime.fast_evaluation})
-        return files, config.data, runtime, config.seed
+        return files, cache_folder(config.data), config
     raise UserError(f"{folder}: give both the annotation file and the image folder to evaluate a model folder on")
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -29,6 +30,7 @@ from semiseg.engine.build import (
     build_step,
     build_training_loader,
     compile_network,
+    require_normalisable,
     train_dataset,
     without_initial_weights,
 )
@@ -38,6 +40,7 @@ from semiseg.engine.checkpoint import (
     initial_weights,
     latest_checkpoint,
     load_initial,
+    load_model_folder,
     load_tensors,
     named_step,
     remove_old_checkpoints,
@@ -45,13 +48,15 @@ from semiseg.engine.checkpoint import (
     save_checkpoint,
     save_model,
 )
-from semiseg.engine.logs import LOG_NAME, TrainingLog, read_log
+from semiseg.engine.logs import LOG_NAME, TrainingLog, read_log, start_trackers
 from semiseg.engine.optim import build_optimizer, learning_rate, pairwise_warmup
 from semiseg.engine.processes import parts_per_step
 from semiseg.engine.replay import write_nonfinite_step
 from semiseg.engine.session import same_on_all_ranks
 from semiseg.engine.step import StepPlan, TrainStep
-from semiseg.errors import UserError, UserNotice
+from semiseg.engine.validation import validation_losses
+from semiseg.errors import StepError, UserError, UserNotice, lack_of_memory
+from semiseg.files import write_text
 from semiseg.losses.learned import COLOUR_COUNTS
 from semiseg.models.segmenter import Segmenter
 from semiseg.structures.inputs import Batch
@@ -126,6 +131,7 @@ def prepare(config: RunConfig, data: RunData, accelerator: Accelerator) -> Train
         if box != "projection+learned":
             message = f"{learning}: objective.box = {box!r} takes none of the learned edges, 'projection+learned' does"
             warnings.warn(message, UserNotice, stacklevel=2)
+    require_normalisable(config, data, step_module.model, accelerator)
     if config.runtime.channels_last:
         step_module.to(memory_format=torch.channels_last)
     if config.runtime.compile:
@@ -160,32 +166,25 @@ def train(
 
     Raises:
         UserError: on a loss or gradient of any process that is not finite, and then on all of them; the file named in
-            the message replays the step. Also if the processes do not find the same checkpoint.
+            the message replays the step. Also if the processes do not find the same checkpoint, and for norms that
+            could not be computed.
+        StepError: for any other error of a step.
         KeyboardInterrupt: after SIGINT or SIGTERM, with a checkpoint written.
     """
     state = prepare(config, data, accelerator)
     restore(state, out / "checkpoints")
-    loader = build_training_loader(
-        config,
-        data,
-        steps=state.steps,
-        start_step=state.step,
-        processes=accelerator.num_processes,
-        rank=accelerator.process_index,
-        pin_memory=accelerator.device.type == "cuda",
-    )
     opened = open_log(state, out, progress=progress) if accelerator.is_main_process else nullcontext()
     state.wrapped.train()
     with StopOnSignal() as stop, opened as log:
-        batches, window, validated = iter(loader), _Window(), _is_validated(state, out)
+        batches, window = _batches(state, data), _Window()
         while state.step < state.steps:
-            if validate and state.step > 0 and state.step % config.runtime.evaluate_every == 0 and not validated:
+            if validate and state.step > 0 and state.step % config.runtime.evaluate_every == 0:
                 window.started += _validate(state, validate, data, log, out)  # no part of the time of training
-            validated = False
-            parts = _next_parts(batches, state, window, stop)
-            if parts is None:
+                if _has_lost_patience(state, out):
+                    break
+            report = _next_step(batches, state, window, stop, out)
+            if report is None:
                 _stop(state, out)
-            report = optimizer_step(state, parts, out=out, stop=stop)
             window.add(report)
             if log:
                 log.advance()
@@ -199,7 +198,51 @@ def train(
                 _save(state, out)
         if any(gather_object([stop.requested])):  # since the last step
             _stop(state, out)
+        if validate and config.optim.patience:
+            _validate(state, validate, data, log, out)
+            _take_best(state, out)
     return state
+
+
+def _batches(state: TrainState, data: RunData) -> Iterator[Batch]:
+    """This process's parts of the steps that are left."""
+    accelerator = state.accelerator
+    loader = build_training_loader(
+        state.config,
+        data,
+        steps=state.steps,
+        start_step=state.step,
+        processes=accelerator.num_processes,
+        rank=accelerator.process_index,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    return iter(loader)
+
+
+@contextmanager
+def _named(state: TrainState, out: Path) -> Iterator[None]:
+    """Has every error of a step say its number; one that nobody expected is written to a file, with its traceback.
+
+    Raises:
+        UserError: for a UserError, and where memory is short.
+        StepError: for the rest, but for an OSError, which names its file.
+    """
+    step, rank = state.step + 1, state.accelerator.process_index
+    try:
+        yield
+    except UserError as error:
+        told = str(error)
+        raise UserError(told if told.startswith(f"step {step}: ") else f"step {step}: {told}") from error
+    except OSError:
+        raise
+    except Exception as error:
+        if (lack := lack_of_memory(error)) is not None:
+            remedy = "fewer images at a time (runtime.images_per_process) or smaller ones (data.short_sides) need less"
+            raise UserError(f"step {step}: {lack}; {remedy}") from error
+        path = out / f"error_step_{step:08d}_rank{rank}.txt"
+        write_text(path, traceback.format_exc())
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise StepError(f"step {step}: {type(error).__name__}: {reason}; {path} has the whole error") from error
 
 
 def _stop(state: TrainState, out: Path) -> NoReturn:
@@ -215,24 +258,33 @@ def open_log(state: TrainState, out: Path, *, progress: bool | None) -> Training
         steps=state.steps,
         start_step=state.step,
         tensorboard=state.config.runtime.tensorboard,
+        trackers=start_trackers(state.config, run_name=out.name),
         progress=progress,
     )
 
 
 def _validate(state: TrainState, validate: Validate, data: RunData, log: TrainingLog | None, out: Path) -> float:
-    """Scores the current weights and keeps them as `best/` if none before were better; the seconds that it took.
+    """Scores the current weights, by their losses too, and keeps them as `best/` if none before were better.
+
+    Gives the seconds that it took. What is logged already, before an interruption, is not done again.
 
     What was better before is what the log says, not what is in `best/`: after an interruption that may be of steps that
     are about to be done again. The log is written last: without its line all of this is done again.
     """
     began = time.perf_counter()
-    metrics = validate(trained_model(state))
+    if _is_validated(state, out):
+        return 0.0
+    config, model = state.config, trained_model(state)
+    metrics = validate(model)
+    warmup = pairwise_warmup(state.step, state.steps, warmup_steps=config.objective.pairwise_warmup_steps)
+    losses = validation_losses(config, data, state.step_module, model, state.accelerator, warmup=warmup)
     if metrics is None or log is None:
         return time.perf_counter() - began
     scores = (score for step, score in _validations(out).items() if step < state.step)
+    metrics = {**metrics, **losses}
     if metrics.get("mask_AP", -1.0) > max(scores, default=-1.0):  # absent where no class has ground truth
         score = {"step": state.step, **metrics}
-        save_model(out / "best", trained_model(state).state_dict(), model_info(state.config, data), score=score)
+        save_model(out / "best", model.state_dict(), model_info(config, data), score=score)
     log.write({"step": state.step, "steps": state.steps, "seconds": log.seconds, "validation": metrics})
     return time.perf_counter() - began
 
@@ -241,6 +293,27 @@ def _validations(out: Path) -> dict[int, float]:
     """Step -> mask AP of each validation in the log."""
     lines = [line for line in read_log(out / LOG_NAME) if "validation" in line]
     return {line["step"]: line["validation"].get("mask_AP", -1.0) for line in lines}
+
+
+def _has_lost_patience(state: TrainState, out: Path) -> bool:
+    """Whether the last `optim.patience` validations were none better than one before; the same on all processes.
+
+    If so, a checkpoint is written: an interruption of the evaluation that follows costs no training.
+    """
+    patience, scores = state.config.optim.patience, list(_validations(out).values())
+    lost = 0 < patience < len(scores) and max(scores[-patience:]) <= max(scores[:-patience])
+    lost = bool(broadcast_object_list([lost])[0])
+    if lost:
+        _save(state, out)
+    return lost
+
+
+def _take_best(state: TrainState, out: Path) -> None:
+    """Gives the model the weights of the best validation; the last ones stay where nothing could be measured."""
+    state.accelerator.wait_for_everyone()
+    same_on_all_ranks((out / "best").is_dir(), where=out)
+    if (out / "best").is_dir():
+        trained_model(state).load_state_dict(load_model_folder(out / "best")[0])
 
 
 def _is_validated(state: TrainState, out: Path) -> bool:
@@ -364,6 +437,15 @@ def _stop_nonfinite(
     raise UserError(gather_object(messages)[0])
 
 
+def _next_step(
+    batches: Iterator[Batch], state: TrainState, window: _Window, stop: StopOnSignal, out: Path
+) -> StepReport | None:
+    """Loads and does the next step; None if a signal came before it was loaded."""
+    with _named(state, out):
+        parts = _next_parts(batches, state, window, stop)
+        return None if parts is None else optimizer_step(state, parts, out=out, stop=stop)
+
+
 def _next_parts(batches: Iterator[Batch], state: TrainState, window: _Window, stop: StopOnSignal) -> list[Batch] | None:
     """This process's parts of the next step; None if a signal came first.
 
@@ -481,4 +563,5 @@ def model_info(config: RunConfig, data: RunData) -> ModelInfo:
         class_names=data.train.class_names,
         category_ids=data.train.category_ids,
         inference=config.inference,
+        value_range=data.train.reading.value_range,
     )

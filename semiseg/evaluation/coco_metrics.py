@@ -11,23 +11,25 @@ import hashlib
 import io
 import json
 import math
+import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from semiseg.config.read import explain
-from semiseg.errors import UserError
-from semiseg.evaluation.precision import Backend, coco_precision
+from semiseg.errors import UserError, UserNotice
+from semiseg.evaluation.at_score import AtScore, at_score
+from semiseg.evaluation.precision import AREA_LIMITS, Backend, coco_precision, names_of_classes
 from semiseg.evaluation.voc_metrics import voc_metrics
-from semiseg.splits import normalise
+from semiseg.results import MAX_DETS
 from semiseg.structures.objects import Box, Crowds, groupings, mask_box_xyxy, place
 
 METRIC_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -61,6 +63,10 @@ class Metrics:
     bbox: TypeMetrics
     segm: TypeMetrics | None  # None if not every ground-truth instance has a mask to compare with
     voc: Mapping[str, float] | None = None  # masks by PASCAL VOC's own rules, see `voc_metrics`; None elsewhere
+    area_limits: tuple[float, float] = AREA_LIMITS  # of APs, APm and APl, in pixels; others than COCO's are recorded
+    # The best so many detections of each image and class were looked at; other than COCO's 100 it is recorded.
+    max_dets: Annotated[int, Field(ge=1)] = MAX_DETS
+    at_score: AtScore | None = None  # of masks, or boxes where masks are not measured; None unless it was asked for
     # `PLACES` -> number of annotations whose box has no area in the image; None where there is none
     placed: Mapping[str, int] | None = None
 
@@ -72,7 +78,14 @@ class Metrics:
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable; `from_dict` restores it exactly."""
         values = {"unit": "percent", **asdict(self)}
-        return {name: value for name, value in values.items() if name not in ("voc", "placed") or value is not None}
+        for name in ("voc", "at_score", "placed"):
+            if values[name] is None:
+                del values[name]
+        if self.area_limits == AREA_LIMITS:
+            del values["area_limits"]
+        if self.max_dets == MAX_DETS:
+            del values["max_dets"]
+        return values
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Metrics:
@@ -95,6 +108,9 @@ def evaluate_detections(
     image_ids: Collection[int],
     backend: Backend = "pycocotools",
     fingerprint: str | None = None,
+    area_limits: tuple[float, float] = AREA_LIMITS,
+    score: float | None = None,
+    max_dets: int = MAX_DETS,
     crowds: Crowds = "ignore",
 ) -> Metrics:
     """Evaluates detections, boxes and masks, quietly. No detections give 0.
@@ -106,6 +122,9 @@ def evaluate_detections(
         class_names: names of the labels 0..C-1, that is of the categories in the order of their ids.
         image_ids: the images that were looked at, each once; must be exactly the file's.
         fingerprint: of the file when it was read before (`Table.fingerprint`); None takes it as it is.
+        area_limits: areas in pixels up to which an object is small and from which it is large, of APs, APm and APl.
+        score: with which detections are counted (`Metrics.at_score`); None = they are not.
+        max_dets: of an image and class the best so many are measured (by VOC's rules all); a notice counts the others.
         crowds: what `iscrowd` 1 means.
 
     Raises:
@@ -124,19 +143,30 @@ def evaluate_detections(
     instances = {name: counts[key] for key, name in zip(sorted(truth.cats), class_names, strict=True)}
     if not truth.dataset["annotations"]:  # a test set; pycocotools would take minutes to find nothing
         nothing = TypeMetrics({ALL_CLASSES: _UNMEASURED}, dict.fromkeys(class_names))
-        return Metrics(len(truth.imgs), instances, bbox=nothing, segm=nothing, placed=truth.dataset[PLACED])
-    bbox = _type_metrics(coco_precision(truth, results, "bbox", backend=backend), class_names)
+        about = {"area_limits": area_limits, "max_dets": max_dets, "placed": truth.dataset[PLACED]}
+        return Metrics(len(truth.imgs), instances, nothing, nothing, **about)
+    _say_what_is_cut(results, max_dets)
+    precision = partial(coco_precision, truth, results, backend=backend, area_limits=area_limits, max_dets=max_dets)
+    bbox = _type_metrics(precision("bbox"), class_names)
     segm = None
     if prepare_masks(truth):
-        segm = _type_metrics(coco_precision(truth, results, "segm", backend=backend), class_names)
-    return Metrics(
-        len(truth.imgs),
-        instances,
-        bbox,
-        segm,
-        None if segm is None else voc_metrics(truth, results, where=annotations_file),
-        truth.dataset[PLACED],
-    )
+        segm = _type_metrics(precision("segm"), class_names)
+    voc = None if segm is None else voc_metrics(truth, results, where=annotations_file)
+    judged: Literal["bbox", "segm"] = "bbox" if segm is None else "segm"
+    at = None if score is None else at_score(truth, results, judged, score=score, max_dets=max_dets)
+    return Metrics(len(truth.imgs), instances, bbox, segm, voc, area_limits, max_dets, at, truth.dataset[PLACED])
+
+
+def _say_what_is_cut(results: Sequence[Mapping[str, Any]], max_dets: int) -> None:
+    found = Counter((result["image_id"], result["category_id"]) for result in results)
+    most, cut = max(found.values(), default=0), sum(max(count - max_dets, 0) for count in found.values())
+    if cut:
+        warnings.warn(
+            f"{cut} of {len(results)} detections are not measured: of an image and class the best {max_dets} are, and "
+            f"there are up to {most} (evaluate --max-dets {most} looks at all)",
+            UserNotice,
+            stacklevel=3,
+        )
 
 
 def group_means(per_class: Mapping[str, Numbers | None], classes: Collection[str]) -> Numbers:
@@ -238,11 +268,6 @@ def describe_placed(placed: Mapping[str, int]) -> str:
     total, parts = sum(placed.values()), [f"{placed[key]} {text}" for key, text in PLACES.items() if placed.get(key)]
     have = "annotation has a box" if total == 1 else "annotations have boxes"
     return f"{total} {have} without area in the image: {', '.join(parts)}"
-
-
-def names_of_classes(truth: COCO) -> list[str]:
-    """Names of the labels 0..C-1, that is of the categories in the order of their ids."""
-    return [normalise(str(truth.cats[key]["name"])) for key in sorted(truth.cats)]
 
 
 def prepare_masks(truth: COCO) -> bool:

@@ -11,6 +11,7 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
 from semiseg.evaluation.matching import match_cells
+from semiseg.results import MAX_DETS
 
 FOUND_IOU = 0.5  # of the boxes, from which a detection counts as the object's
 SHARES = ("mask_iou", "outside", "recall", "on_others", "mask_box_iou")
@@ -18,7 +19,7 @@ SHARES = ("mask_iou", "outside", "recall", "on_others", "mask_box_iou")
 _Encoding = Mapping[str, Any]
 
 
-def box_matches(truth: COCO, results: Sequence[Mapping[str, Any]]) -> list[int | None]:
+def box_matches(truth: COCO, results: Sequence[Mapping[str, Any]], *, max_dets: int = MAX_DETS) -> list[int | None]:
     """The annotation that each detection found: by score, the best one still free of its image and class.
 
     It is the matching of pycocotools on boxes at IoU 0.5, so that no object is found twice.
@@ -27,17 +28,17 @@ def box_matches(truth: COCO, results: Sequence[Mapping[str, Any]]) -> list[int |
 
     Returns:
         one annotation id per detection; None for one without an object, for one that lies on a crowd region, and for
-        all after the first 100 of an image and class.
+        all after the first `max_dets` of an image and class.
     """
     matches: list[int | None] = [None] * len(results)
-    for cell in match_cells(truth, results, "bbox", [FOUND_IOU]):
+    for cell in match_cells(truth, results, "bbox", [FOUND_IOU], max_dets=max_dets):
         for key, annotation in zip(cell["dtIds"], cell["dtMatches"][0].tolist(), strict=True):
             if annotation and not truth.anns[int(annotation)]["iscrowd"]:
                 matches[key - 1] = int(annotation)
     return matches
 
 
-def match_instances(truth: COCO, results: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+def match_instances(truth: COCO, results: Sequence[Mapping[str, Any]], *, max_dets: int = MAX_DETS) -> pd.DataFrame:
     """Matches detections to instances by their boxes (`box_matches`) and measures the matched masks.
 
     Crowd regions are no instances. Instances without a mask take part in the matching, but have no line.
@@ -52,7 +53,8 @@ def match_instances(truth: COCO, results: Sequence[Mapping[str, Any]]) -> pd.Dat
         mask_box_iou: IoU of the predicted mask with the detection's own box. NaN where not found; the shares of an
         empty mask are 0.
     """
-    finders = {key: index for index, key in enumerate(box_matches(truth, results)) if key is not None}
+    matches = box_matches(truth, results, max_dets=max_dets)
+    finders = {key: index for index, key in enumerate(matches) if key is not None}
     lines = []
     for image_id in truth.imgs:
         annotations = [a for a in truth.imgToAnns[image_id] if not a["iscrowd"] and a.get("segmentation")]

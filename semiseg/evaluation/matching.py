@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools.coco import COCO
 
-from semiseg.evaluation.coco_metrics import names_of_classes
-from semiseg.evaluation.precision import Results, coco_evaluation
+from semiseg.evaluation.precision import Results, coco_evaluation, names_of_classes
+from semiseg.results import MAX_DETS
 
 IOU_THRESHOLDS = tuple(round(0.5 + 0.05 * step, 2) for step in range(10))
 _THRESHOLDS = np.linspace(0.5, 0.95, 10)  # to the bit as pycocotools has them
@@ -36,7 +36,7 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True, eq=False)
 class ClassMatches:
-    """The detections of one class, at most 100 of an image, in falling order of their scores."""
+    """The detections of one class, at most `max_dets` of an image, in falling order of their scores."""
 
     image: Counts  # (D,) whose they are: numbers of images in the order of their ids
     matched: NDArray[np.bool_]  # (T, D) bool, whether an object was found at an IoU threshold, crowd among them
@@ -64,17 +64,20 @@ class Matches:
         return int(self.positives.shape[1])
 
 
-def match_cells(truth: COCO, results: Results, iou_type: str, thresholds: Collection[float]) -> list[Mapping[str, Any]]:
+def match_cells(
+    truth: COCO, results: Results, iou_type: str, thresholds: Collection[float], *, max_dets: int = MAX_DETS
+) -> list[Mapping[str, Any]]:
     """COCOeval's `evalImgs` for objects of all sizes, of each class and image that has objects or detections.
 
-    Detections are the best 100 in falling order of their scores; those with `dtIds` 1, 2, ... are the results.
+    Detections are the best `max_dets` in falling order of their scores; those with `dtIds` 1, 2, ... are the results.
 
     Args:
         truth: from `coco_metrics.load_ground_truth`; for "segm" after `prepare_masks`. Its outlines become RLE masks.
         results: COCO results whose images and categories are the file's; left unchanged.
         iou_type: "bbox" or "segm".
+        max_dets: as the run was measured, `Metrics.max_dets`.
     """
-    evaluation = coco_evaluation(truth, results, iou_type)
+    evaluation = coco_evaluation(truth, results, iou_type, max_dets=max_dets)
     evaluation.params.iouThrs = np.array(thresholds, dtype=np.float64)
     evaluation.params.areaRng, evaluation.params.areaRngLbl = evaluation.params.areaRng[:1], ["all"]
     with contextlib.redirect_stdout(io.StringIO()):
@@ -82,7 +85,7 @@ def match_cells(truth: COCO, results: Results, iou_type: str, thresholds: Collec
     return [cell for cell in evaluation.evalImgs if cell is not None]
 
 
-def match(truth: COCO, results: Results, iou_type: str) -> Matches:
+def match(truth: COCO, results: Results, iou_type: str, *, max_dets: int = MAX_DETS) -> Matches:
     """Matches detections and objects as COCO's evaluation does; arguments as of `match_cells`."""
     images, categories = sorted(truth.imgs), sorted(truth.cats)
     if not images or not categories:
@@ -90,7 +93,7 @@ def match(truth: COCO, results: Results, iou_type: str) -> Matches:
     columns = {image: index for index, image in enumerate(images)}
     positives = np.zeros((len(categories), len(images)), np.int64)
     cells: dict[Any, list[Mapping[str, Any]]] = {category: [] for category in categories}
-    for cell in match_cells(truth, results, iou_type, _THRESHOLDS):
+    for cell in match_cells(truth, results, iou_type, _THRESHOLDS, max_dets=max_dets):
         cells[cell["category_id"]].append(cell)
     detections = []
     for own, counts in zip(cells.values(), positives, strict=True):

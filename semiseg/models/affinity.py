@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from semiseg.models.norms import GroupNorm
 from semiseg.models.upsample import aligned_upsample
 
 CHANNELS = 16
@@ -45,10 +46,10 @@ class AffinityBranch(nn.Module):
         self.tower = nn.Sequential(
             nn.ReLU(),
             nn.Conv2d(2 * CHANNELS, CHANNELS, kernel_size=3, padding=1),
-            nn.GroupNorm(GROUPS, CHANNELS),
+            GroupNorm(GROUPS, CHANNELS),
             nn.ReLU(),
             nn.Conv2d(CHANNELS, CHANNELS, kernel_size=3, padding=1),
-            nn.GroupNorm(GROUPS, CHANNELS),
+            GroupNorm(GROUPS, CHANNELS),
             nn.ReLU(),
         )
         self.logits = nn.Conv2d(CHANNELS + edges, edges, kernel_size=1)

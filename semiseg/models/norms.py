@@ -27,9 +27,20 @@ class FrozenNorm(FrozenBatchNorm2d):  # type: ignore[misc]  # torchvision is unt
         return torch.addcmul(shift.to(x.dtype)[:, None, None], x, scale.to(x.dtype)[:, None, None])
 
 
+class GroupNorm(nn.GroupNorm):
+    """torch's GroupNorm, which also takes a group of one value: the cell of a small image, a channel for each group.
+
+    torch refuses it, in evaluation too; the norm of one value is its bias.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        cudnn = torch.backends.cudnn.enabled
+        return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps, cudnn)
+
+
 def group_norm(channels: int) -> nn.GroupNorm:
     """GroupNorm with 32 groups, or the largest power of two below that divides `channels`."""
-    return nn.GroupNorm(math.gcd(MAX_GROUPS, channels), channels)
+    return GroupNorm(math.gcd(MAX_GROUPS, channels), channels)
 
 
 def norm_layer(norm: Norm) -> Callable[[int], nn.Module]:

@@ -8,11 +8,12 @@ is resolved is said over seeds by Student's t, over images by the bootstrap (`un
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from scipy.special import stdtrit  # scipy.stats.t.ppf, without the second that scipy.stats takes to load
 
@@ -103,6 +104,7 @@ class ReportInput:
     val_annotations: Path | None = None  # for the pictures, as is the other; may be None or gone
     val_images: Path | None = None
     val_crowds: Crowds = "ignore"  # what their `iscrowd` 1 means
+    pixels_of: Callable[[Path], np.ndarray] | None = None  # image file -> (H, W, 3) uint8 RGB as its run saw it
     pictures: bool = True  # False: none, and an earlier report's are removed, as where photographs must not be copied
 
     def cells(self, table: ReportTable) -> list[tuple[str, int, Result]]:

@@ -129,7 +129,7 @@ class StoredDetections:
         if self.truth is None or results is None:
             return None
         if key not in self._instances:
-            self._instances[key] = match_instances(self.truth, results)
+            self._instances[key] = match_instances(self.truth, results, max_dets=run.max_dets)
         return self._instances[key]
 
     def _read(self, run: Result) -> list[dict[str, Any]] | None:
@@ -150,7 +150,8 @@ class StoredDetections:
         if self.truth is None or results is None or not self.truth.dataset["annotations"]:
             return None
         try:
-            matches, recorded = match(self.truth, results, "segm"), Metrics.from_dict(run.metrics).segm
+            metrics = Metrics.from_dict(run.metrics)
+            matches, recorded = match(self.truth, results, "segm", max_dets=metrics.max_dets), metrics.segm
         except (UserError, ValueError, KeyError, TypeError):  # masks that are none; an unreadable record
             return None
         if recorded is None or set(recorded.classes) != set(matches.classes):

@@ -66,7 +66,7 @@ def draw_pictures(report: ReportInput, numbers: TableNumbers, stored: StoredDete
     strips = []
     for image, words in choose_images(truth, gains, worst_failures(main), seed=PICTURE_SEED).items():
         try:
-            pixels = read_image(report.val_images, truth, image)
+            pixels = read_image(report, truth, image)
         except UserError as error:
             return None, str(error)
         annotations = [a for a in truth.imgToAnns[image] if not a["iscrowd"]]
@@ -184,13 +184,15 @@ def choose_images(truth: COCO, gains: Mapping[Any, float], failures: Mapping[str
     return {image: f"{text}, image {image}" for image, text in words.items()}
 
 
-def read_image(folder: Path | None, truth: COCO, image_id: Any) -> np.ndarray:
+def read_image(report: ReportInput, truth: COCO, image_id: Any) -> np.ndarray:
     """The pixels of a validation image (H, W, 3) uint8, RGB; a UserError without its path, as it stands on the page."""
     try:
         Image.init()
-        path = (folder or Path()) / truth.imgs[image_id]["file_name"]
+        path = (report.val_images or Path()) / truth.imgs[image_id]["file_name"]
+        if report.pixels_of is not None:
+            return report.pixels_of(path)
         # PostScript would be handed to another program; no data set of a run holds it (data/images.py).
         with Image.open(path, formats=[name for name in Image.OPEN if name != "EPS"]) as image:
             return np.asarray(image.convert("RGB"))
-    except (OSError, UnidentifiedImageError):
+    except (OSError, UnidentifiedImageError, UserError):
         raise UserError(f"the file of validation image {image_id} is not on this machine or cannot be read") from None

@@ -15,7 +15,7 @@ from semiseg.config.read import parse_config
 from semiseg.errors import UserError
 from semiseg.report.aggregate import ReportInput, ReportTable
 from semiseg.report.tables import code, escape_markdown, markdown_table
-from semiseg.results import Result, same_validation_data
+from semiseg.results import MAX_DETS, Result, same_validation_data
 
 Settings = Mapping[str, str]
 
@@ -126,6 +126,7 @@ def warnings(report: ReportInput) -> list[str]:
         "training data" if same_validation else "data": lambda run: run.data_fingerprint,
         "code (git revisions)": lambda run: run.git_revision or "outside git",
         "versions": _versions,
+        "limits of the evaluation (detections per image and class)": lambda run: str(run.max_dets),
         "devices": lambda run: re.sub(r", \d+ threads", "", run.device),  # threads change the last bits only
     }
     return [
@@ -224,9 +225,15 @@ def protocol(report: ReportInput) -> list[str]:
         f"- **Schedule.** {escape_markdown(report.schedule)}",
         f"- **Seeds.** {', '.join(map(str, report.seeds))}. Deviations are sample standard deviations over them.",
         f"- **Rows.** Every row has the boxes and classes of all objects and differs in {differ}.{words}",
-        "- **Measure.** COCO AP of masks in percent (pycocotools), on the validation images.",
+        f"- **Measure.** COCO AP of masks in percent (pycocotools{_limits(report)}), on the validation images.",
     ]
     return ["## Protocol", "\n".join(lines)]
+
+
+def _limits(report: ReportInput) -> str:
+    """What of the detections was measured, where it is not COCO's 100."""
+    limits = " or ".join(map(str, sorted({run.max_dets for run in report.runs()} - {MAX_DETS})))
+    return f"; the best {limits} detections of each image and class, not COCO's {MAX_DETS}" if limits else ""
 
 
 def provenance(report: ReportInput) -> list[str]:

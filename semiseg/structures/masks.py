@@ -1,4 +1,4 @@
-"""Given masks on their way to a grid: by the places where each changes, until somebody asks for their cells."""
+"""Given masks on their way to a grid, by the places where each changes; made masks at their place in an image."""
 
 from __future__ import annotations
 
@@ -6,6 +6,20 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PlacedMask:
+    """One mask of an image, as large as what of it may be inside; the rest of the image is outside."""
+
+    inside: Tensor  # (h, w) bool, of 0 x 0 for a mask without a pixel
+    top: int  # row and column of the image where it begins
+    left: int
+
+    def write(self, image: Tensor) -> None:
+        """Writes it into a mask (H, W) bool of the whole image, which is outside everywhere."""
+        height, width = self.inside.shape
+        image[self.top : self.top + height, self.left : self.left + width] = self.inside
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from semiseg.config import DataConfig, RunConfig
-from semiseg.data.sources import expected_files
+from semiseg.data.images import read_image
+from semiseg.data.reading import Reading
+from semiseg.data.sources import expected_files, reading_of
 from semiseg.errors import UserError
 from semiseg.files import require_folder, require_nothing_else
 from semiseg.project import find
@@ -141,7 +146,12 @@ def protocol_fields(configs: Sequence[RunConfig], *, pretraining: RunConfig | No
         "val_annotations": files.annotations if here else None,
         "val_images": files.images if here else None,
         "val_crowds": configs[0].data.crowds,
+        "pixels_of": partial(_pixels, reading_of(configs[0].data)),
     }
+
+
+def _pixels(reading: Reading, path: Path) -> np.ndarray:
+    return read_image(path, reading=reading).permute(1, 2, 0).numpy()
 
 
 def _table(study: Study, table: StudyTable, cells: Mapping[CellKey, StudyRun], classes: tuple[str, ...]) -> ReportTable:

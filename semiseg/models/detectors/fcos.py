@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from semiseg.models.detectors.detector import Detector
 from semiseg.models.detectors.select import select_detections
+from semiseg.models.norms import GroupNorm
 from semiseg.structures.inputs import grid_size
 from semiseg.structures.outputs import Candidates, DenseOutputs, Locations, Outputs
 
@@ -97,7 +98,7 @@ def conv_tower(channels: int, convs: int, groups: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for _ in range(convs):
         layers.append(nn.Conv2d(channels, channels, kernel_size=3, padding=1))
-        layers.append(nn.GroupNorm(groups, channels))
+        layers.append(GroupNorm(groups, channels))
         layers.append(nn.ReLU(inplace=True))
     return nn.Sequential(*layers)
 
