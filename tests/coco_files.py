@@ -137,10 +137,22 @@ def _annotation(
         "image_id": image_id,
         "category_id": category_id,
         "bbox": box,
-        "area": box[2] * box[3],
+        "area": _area(box, segmentation),
         "iscrowd": iscrowd,
         "segmentation": segmentation,
     }
+
+
+def _area(box: list[float], segmentation: Any) -> float:
+    """Of the mask, or of the box where there is none."""
+    if isinstance(segmentation, dict):
+        counts = segmentation["counts"]
+        rle = segmentation if isinstance(counts, str) else coco_mask.frPyObjects(segmentation, *segmentation["size"])
+        return float(coco_mask.area(rle))
+    if isinstance(segmentation, list):
+        x, y = np.array(segmentation[0][0::2]), np.array(segmentation[0][1::2])
+        return float(abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2)
+    return box[2] * box[3]
 
 
 def _annotations(

@@ -41,7 +41,7 @@ from tests.coco_files import CocoFiles, make_coco
 from tests.forked import call_main, start
 from tests.tiny import TINY, tiny_config
 
-TRIANGLE = [[1, 1, 20, 1, 20, 20]]
+TRIANGLE = {"segmentation": [[1, 1, 20, 1, 20, 20]], "bbox": [1, 1, 19, 19], "area": 180.5}
 
 
 def complaint(*arguments: str | Path) -> str:
@@ -57,7 +57,7 @@ def complaint(*arguments: str | Path) -> str:
 def files(tmp_path: Path) -> CocoFiles:
     """Every instance with a mask, so that masks are evaluated."""
     return make_coco(tmp_path / "coco").rewrite(
-        lambda content: [item.update(segmentation=TRIANGLE) for item in content["annotations"]]
+        lambda content: [item.update(TRIANGLE) for item in content["annotations"]]
     )
 
 

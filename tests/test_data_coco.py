@@ -86,11 +86,11 @@ def test_boxes_become_xyxy_and_are_clipped(tmp_path: Path) -> None:
         ([-20, 0, 10, 10], Kind.BOX_OUTSIDE),
     ],
 )
-def test_useless_boxes_are_dropped_and_counted(tmp_path: Path, box: list[float], kind: Kind) -> None:
+def test_useless_boxes_are_ignored_and_counted(tmp_path: Path, box: list[float], kind: Kind) -> None:
     files = edit(make_coco(tmp_path), "annotations", 3, bbox=box)
-    assert [item["annotation_id"] for item in first_objects(files)][:4] == [1, 2, 3, 17]
+    assert [item["annotation_id"] for item in first_objects(files) if not item["is_crowd"]] == [1, 2, 3]
     (finding,) = check_annotations(files.annotations, None).findings
-    assert (finding.kind, finding.kind.severity, finding.count) == (kind, "dropped", 1)
+    assert (finding.kind, finding.kind.severity, finding.count) == (kind, "ignored", 1)
     assert "annotation 4" in finding.examples[0]
 
 
@@ -201,12 +201,21 @@ def test_the_check_lists_everything_at_once(tmp_path: Path) -> None:
         Kind.IMAGE_MISSING: 1,
         Kind.IMAGE_UNREADABLE: 1,
         Kind.IMAGE_SIZE: 1,
-        Kind.BOX_NO_AREA: 5,
+        Kind.BOX_NO_AREA: 1,
+        Kind.BOX_OF_MASK: 4,
     }
     text = report.render()
-    for part in ("5 x box has no area", "... and 2 more", "001.jpg", "truncated", "80 x 64", "81 x 64", "6 errors"):
+    for part in (
+        "4 x box has no area in the image",
+        "... and 1 more",
+        "001.jpg",
+        "truncated",
+        "80 x 64",
+        "81 x 64",
+        "6 errors",
+    ):
         assert part in text
-    assert text.index("error (") < text.index("dropped (")
+    assert text.index("error (") < text.index("ignored (")
     assert report.contents["images"] == 4
 
 
@@ -267,8 +276,9 @@ def test_a_mask_that_lies_outside_its_box_is_a_notice(tmp_path: Path, form: str)
     ]
     empty = {"id": 6, "image_id": 1, "category_id": 1, "bbox": [0, 0, 5, 5]}
     annotations.append({**empty, "segmentation": encode(np.zeros(SIZE, bool), compressed=True)})
-    report = check_annotations(make_coco(tmp_path, annotations=annotations).annotations, None)
-    (finding,) = report.findings
+    report = check_annotations(make_coco(tmp_path, annotations=annotations, class_names=("cat",)).annotations, None)
+    of_all, finding = report.findings
+    assert (of_all.kind, of_all.count) == (Kind.MEASURES, 1)
     assert (finding.kind, finding.kind.severity, finding.count) == (Kind.MASK_OUTSIDE_BOX, "notice", 4)
     assert finding.examples[0].startswith("annotation 2: ")
     assert report.errors == ()

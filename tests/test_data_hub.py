@@ -332,7 +332,7 @@ def renamed(rows: Dataset, **names: str) -> Dataset:
         (lambda: dataset(range(2), category=Value("int64")), "'objects.category' is Value.*ClassLabel or string"),
         (
             lambda: dataset(range(2), segmentation=Value("string"), mask="x"),
-            "annotation 1: 'segmentation' is .*polygons",
+            "annotation 1: the mask is .*polygons",
         ),
         (lambda: dataset(range(2)).add_column("image_id", ["a", "b"]), "row 0: 'image_id' is 'a', expected an integer"),
         (lambda: dataset(range(2)).add_column("image_id", [3, 3]), r"images\[1\]: image id 3 .*is used twice"),

@@ -18,7 +18,8 @@ from PIL import Image
 
 from semiseg.data import table as table_module
 from semiseg.data.coco import image_records, read_coco
-from semiseg.data.table import Table, load_table, missing_images
+from semiseg.data.missing import missing_images
+from semiseg.data.table import Table, load_table
 from semiseg.errors import UserError
 from semiseg.files import lock, whole_folder
 from tests.coco_files import CocoFiles, make_coco
@@ -173,15 +174,6 @@ def test_a_cache_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file in the way")
     with pytest.raises(UserError, match="cache: the Arrow table cannot be written"):
         load_table(files.annotations, files.images, cache=tmp_path / "cache")
-
-
-def test_dropped_annotations_are_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    files = make_coco(tmp_path)
-    files = files.rewrite(lambda content: content["annotations"][0].update(bbox=[0, 0, 0, 5]))
-    with caplog.at_level(logging.WARNING):
-        table = load_table(files.annotations, files.images, cache=tmp_path / "cache")
-    assert [item["annotation_id"] for item in table.rows[0]["objects"]] == [2, 3, 4, 17]
-    assert "1 x dropped (box has no area)" in caplog.text
 
 
 def test_missing_images_are_found_before_training(tmp_path: Path) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from semiseg.commands.train import Progress, Upright, ValueRange
+from semiseg.commands.train import CrowdMeaning, Progress, Upright, ValueRange
 from semiseg.config.run import Maker
-from semiseg.errors import UserError
+from semiseg.errors import UserError, UserNotice
 from semiseg.files import require_folder, require_there
+
+if TYPE_CHECKING:
+    from semiseg.data.reading import Reading
+    from semiseg.data.table import Table
 
 
 def pseudo(
@@ -29,6 +34,7 @@ def pseudo(
         bool,
         typer.Option("--agree", help="Of --maker model: lower the weight of masks that GrabCut does not agree with."),
     ] = False,
+    crowds: CrowdMeaning = None,
     value_range: ValueRange = None,
     upright: Upright = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Images at a time. Default: one for each core.")] = None,
@@ -52,12 +58,9 @@ def pseudo(
     if model is not None:
         require_there(model)
     from semiseg.data.reading import Reading
-    from semiseg.data.sources import tables_folder
-    from semiseg.data.table import load_table
     from semiseg.engine.logs import shows_bars
     from semiseg.engine.predict import LoadedModel, load_model
     from semiseg.engine.pseudo import make_pseudo
-    from semiseg.engine.run import warn_of_images
 
     chosen: Maker | LoadedModel
     if maker == "model":
@@ -66,10 +69,22 @@ def pseudo(
         value_range = value_range or chosen.info.value_range
     else:
         chosen = maker
-    reading = Reading(value_range, upright)
-    table = load_table(annotations, images, cache=tables_folder(annotations.parent), reading=reading)
-    warn_of_images(table)
+    table = _table(annotations, images, Reading(value_range, upright), crowds or "ignore")
     counts = make_pseudo(
         table, out, maker=chosen, refine=refine, agree=agree, workers=workers, progress=shows_bars(progress)
     )
     typer.echo(f"{out}: {', '.join(f'{count} {source}' for source, count in sorted(counts.items()))}")
+
+
+def _table(annotations: Path, images: Path, reading: Reading, crowds: Literal["ignore", "objects"]) -> Table:
+    """The table of the boxes; what is to be known of it is said."""
+    from semiseg.data.sources import tables_folder
+    from semiseg.data.table import load_table
+    from semiseg.engine.run import warn_of_images
+
+    cache = tables_folder(annotations.parent)
+    table = load_table(annotations, images, cache=cache, reading=reading, crowds=crowds)
+    for notice in table.notices():
+        warnings.warn(notice, UserNotice, stacklevel=3)
+    warn_of_images(table)
+    return table

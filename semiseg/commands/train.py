@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -33,8 +33,20 @@ Refine = Annotated[
     typer.Option(help="Make the masks by the colours of the image, too. Default: as the model was configured."),
 ]
 
+CrowdMeaning = Annotated[
+    Literal["ignore", "objects"] | None,
+    typer.Option(
+        "--crowds",
+        help="What annotations with iscrowd 1 are: left out as regions of many objects (ignore), or objects as all "
+        "others. Default: as the run has it, else ignore.",
+    ),
+]
+
 Annotations = Annotated[
     Path | None, typer.Option(help="COCO json to evaluate on. Default: the run's own validation data.")
+]
+SplitGroups = Annotated[
+    str | None, typer.Option(metavar="SPLIT", help="Also say the numbers of this split's unseen and seen classes.")
 ]
 Fast = Annotated[bool, typer.Option("--fast", help="Match by hotcoco, if installed: the same numbers.")]
 MaxDets = Annotated[
@@ -123,6 +135,7 @@ def train(
         raise UserError("train needs CONFIG and --out (or --replay FILE); see 'semiseg train --help'")
     values = read_config(config, overrides or [])
     from semiseg.engine.run import execute_run
+    from semiseg.evaluation.coco_metrics import describe_placed
 
     typed = shlex.join(["semiseg", *sys.argv[1:]])
     result = execute_run(values, out=out, resume=resume, progress=progress, command=typed)
@@ -130,6 +143,8 @@ def train(
         measured = ap_in_words(result["metrics"])
         if measured and result["metrics"].get("segm") is None:
             measured += ", mask AP not measured: objects without a mask"
+        if placed := result["metrics"].get("placed"):
+            measured += f" ({describe_placed(placed)})"
         if limit := limit_in_words(result["metrics"].get("max_dets", MAX_DETS)):
             measured += f" ({limit})"
         typer.echo(f"{measured or 'no ground truth to measure AP'} after {result['steps']} steps; written to {out}")
@@ -139,15 +154,14 @@ def evaluate(
     folder: Annotated[Path | None, typer.Argument(help="Folder of a run, or a model folder.")] = None,
     annotations: Annotations = None,
     images: Annotated[Path | None, typer.Option(help="Folder of the images, with --annotations.")] = None,
-    split: Annotated[
-        str | None, typer.Option(metavar="SPLIT", help="Also say the numbers of this split's unseen and seen classes.")
-    ] = None,
+    split: SplitGroups = None,
     out: Annotated[Path | None, typer.Option(help="Write the numbers, per class too, to this JSON file.")] = None,
     detections: Annotated[Path | None, typer.Option(help="Write the detections as COCO results.")] = None,
     results: Annotated[
         Path | None, typer.Option(help="Measure these COCO results, such as a run's detections.json, and no network.")
     ] = None,
     refine: Refine = None,
+    crowds: CrowdMeaning = None,
     area_limits: AreaLimits = None,
     at_score: AtLeast = None,
     value_range: ValueRange = None,
@@ -181,6 +195,7 @@ def evaluate(
         results=results,
         refine=refine,
         detections=detections,
+        crowds=crowds,
         fast=fast,
         progress=shows_bars(progress),
         reading=Reading(value_range, upright),
@@ -266,8 +281,8 @@ def read_config(path: Path, overrides: Sequence[str]) -> RunConfig:
 
 
 def _metrics_table(metrics: Metrics, split: str | None) -> str:
-    """The numbers of all classes and of a split's, and those by VOC's own rules where they are measured."""
-    from semiseg.evaluation.coco_metrics import METRIC_NAMES
+    """The numbers of all classes and of a split's, with what else is to be known of them."""
+    from semiseg.evaluation.coco_metrics import METRIC_NAMES, describe_placed
     from semiseg.evaluation.precision import AREA_LIMITS
     from semiseg.report.tables import text_table
     from semiseg.splits import load_split
@@ -286,7 +301,7 @@ def _metrics_table(metrics: Metrics, split: str | None) -> str:
     if metrics.area_limits != AREA_LIMITS:
         small, large = metrics.area_limits
         table += f"APs, APm, APl: of objects up to {small:g} pixels, to {large:g}, and above\n"
-    if metrics.voc is None:
-        return table
-    by_voc = ", ".join(f"{name} {value:.1f}" for name, value in metrics.voc.items())
-    return f"{table}mask AP by VOC's own rules: {by_voc}\n"
+    if metrics.voc is not None:
+        by_voc = ", ".join(f"{name} {value:.1f}" for name, value in metrics.voc.items())
+        table += f"mask AP by VOC's own rules: {by_voc}\n"
+    return table + (f"{describe_placed(metrics.placed)}\n" if metrics.placed else "")

@@ -61,7 +61,7 @@ _FIRST_SECTIONS = ("data", "supervision", "objective", "model", "optim")
 # Keys of these that came after results had been recorded: at these values they are left out of a run's identity, so
 # that runs from before keep theirs.
 ADDED_LATER: dict[str, dict[str, Any]] = {
-    "data": {"stretch": False, "upright": False, "value_range": None},
+    "data": {"crowds": "ignore", "stretch": False, "upright": False, "value_range": None},
     "supervision": {"pseudo": None},
     "optim": {"patience": 0},
     "objective": {"affinity": "colour", "level_set": 0.0, "pseudo": "dice"},

@@ -101,6 +101,8 @@ class DataConfig(Section):
     flip: Probability = 0.5
     stretch: bool = False  # height and width both become the short side that is drawn, whatever the image's were
     bottom_rows_without_affinity: Annotated[int, Field(ge=0)] = 10
+    # What annotations with `iscrowd` 1 are: regions that are neither learnt nor measured, or objects as all others
+    crowds: Literal["ignore", "objects"] = "ignore"
     upright: bool = False  # apply EXIF orientations: the annotations are of the upright images
     # Stored values that are black and white, of images with more than 8 bits; None = 0 and 65535, floats are refused
     value_range: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None

@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from semiseg.data.problems import BadValue, Kind, Problem, Reporter, stop_at_errors
+from semiseg.data.measures import Measures
+from semiseg.data.problems import BadValue, CrowdCounts, Kind, Problem, Reporter, stop_at_errors
 from semiseg.errors import UserError
 from semiseg.splits import normalise
+from semiseg.structures.objects import SMALLEST_SIDE, Box, Crowds, Place, groupings, mask_box_xyxy, place
 from semiseg.structures.rasterise import MORE, outlines_to_rle, run_lengths
 
 SECTIONS = ("images", "annotations", "categories")
@@ -26,8 +30,6 @@ LARGEST_ID = 2**63 - 1  # ids are stored as int64
 LARGEST_SIDE = 2**31 - 1
 LONGEST_RUN = 8  # characters of a compressed RLE, five bits each
 ROUNDING = 0.02  # px: COCO writes two decimals, so a box at the edge may reach over it by this much unreported
-SMALLEST_SIDE = 1e-3  # px: a box thinner than this has no area
-Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -41,40 +43,66 @@ class CocoFile:
     images: list[dict[str, Any]]  # raw entries in the file's order
     annotations: dict[int, list[dict[str, Any]]]  # raw, of each image id in the file's order; no empty lists
     annotated: bool = True  # false: no list `annotations` at all, as in COCO's `image_info_test-dev2017.json`
+    groupings: tuple[str, ...] = ()  # names of categories that are no classes, see `structures/objects.py`
 
 
-def read_coco(path: Path, *, report: Reporter | None = None, annotations_required: bool = True) -> CocoFile:
+def read_coco(
+    path: Path,
+    *,
+    report: Reporter | None = None,
+    annotations_required: bool = True,
+    classes: Collection[str] = (),
+) -> CocoFile:
     """Reads an instances file; entries with a problem are reported and left out.
 
     Without a reporter the first error is a `UserError`, as is in any case a file that is missing, not JSON, or lacks a
-    section; the list `annotations` may be missing where it is not required, for images to be predicted.
+    section; the list `annotations` may be missing where it is not required, for images to be predicted. `classes`
+    are names that are classes even where the file alone would not say so (`objects.groupings`).
     """
     report = report or stop_at_errors(path)
     raw, digest = parse_sections(path, SECTIONS if annotations_required else ("images", "categories"))
-    return coco_file(raw, path, digest, report)
+    return coco_file(raw, path, digest, report, classes)
 
 
-def coco_file(raw: dict[str, Any], path: Path, digest: str, report: Reporter) -> CocoFile:
+def coco_file(
+    raw: dict[str, Any], path: Path, digest: str, report: Reporter, classes: Collection[str] = ()
+) -> CocoFile:
     """The content of an instances file, whose sections are lists; what has a problem is reported and left out."""
-    categories = _categories(raw["categories"], report)
+    annotations = raw.get("annotations", [])
+    annotated = [entry.get("category_id") for entry in annotations if isinstance(entry, dict)]
+    groups = groupings(raw["categories"], {each for each in annotated if type(each) is int}, classes)
+    categories = _categories(raw["categories"], groups, report)
     images = _images(raw["images"], report)
-    image_ids = {image["id"] for image in images}
+    known = {"image_id": {image["id"] for image in images}, "category_id": set(categories)}
+    # What was refused is said once, and not again of all that refers to it.
+    refused = {
+        key: _ids(raw[name]) - known[key] for key, name in (("image_id", "images"), ("category_id", "categories"))
+    }
     return CocoFile(
         path,
         digest,
         class_names=tuple(categories[category_id] for category_id in sorted(categories)),
         category_ids=tuple(sorted(categories)),
         images=images,
-        annotations=_annotations(raw.get("annotations", []), image_ids, frozenset(categories), report),
+        annotations=_annotations(annotations, known, refused, report),
         annotated="annotations" in raw,
+        groupings=tuple(normalise(raw["categories"][number]["name"]) for number in groups),
     )
 
 
-def image_records(coco: CocoFile, *, report: Reporter | None = None) -> Iterator[dict[str, Any]]:
+def image_records(
+    coco: CocoFile,
+    *,
+    report: Reporter | None = None,
+    crowds: Crowds = "ignore",
+    measures: Measures | None = None,
+) -> Iterator[dict[str, Any]]:
     """Yields one record per image in the form of `table.FEATURES`; annotations with a problem are reported.
 
     Boxes become xyxy pixels of the stored image, clipped to it; RLE becomes its compressed form. An annotation whose
-    `segmentation` is absent, null, [] or {} has no mask, which is not an empty mask.
+    `segmentation` is absent, null, [] or {} has no mask, which is not an empty mask. One whose box has no area in the
+    image has its mask's, or is a crowd region, or is left out where nothing of it is in the image (`objects.place`).
+    `measures` are told of every object that has a place.
     """
     report = report or stop_at_errors(coco.path)
     label_of = {category_id: label for label, category_id in enumerate(coco.category_ids)}
@@ -84,24 +112,41 @@ def image_records(coco: CocoFile, *, report: Reporter | None = None) -> Iterator
             where = f"annotation {entry['id']}"
             size_hw = (image["height"], image["width"])
             try:
-                box = _box(entry.get("bbox"), size_hw, where, report)
-                polygons, rle_counts = read_segmentation(entry.get("segmentation"), size_hw=size_hw)
+                _require_box(entry.get("bbox"))
+                (polygons, rle_counts), (box, origin) = _mask_and_place(entry, size_hw)
             except BadValue as bad:
                 report(bad.at(where))
+                continue
+            has_mask = bool(polygons) or rle_counts is not None
+            if measures is not None and not entry.get("iscrowd") and (has_mask or origin == "box"):
+                measures.add(entry, polygons, rle_counts, size_hw)
+            _report_box(entry["bbox"], box, origin, size_hw, where, report)
+            if box is None:
                 continue
             objects.append(
                 {
                     "annotation_id": entry["id"],
                     "label": label_of[entry["category_id"]],
-                    "box_xyxy": box,
-                    "is_crowd": bool(entry.get("iscrowd", 0)),
-                    "has_mask": bool(polygons) or rle_counts is not None,
+                    "box_xyxy": list(box),
+                    "is_crowd": (crowds == "ignore" and bool(entry.get("iscrowd", 0))) or origin == "region",
+                    "has_mask": has_mask,
                     "polygons": polygons,
                     "rle_counts": rle_counts,
                 }
             )
         fields = {name: image[name] for name in ("file_name", "height", "width")}
         yield {"image_id": image["id"], **fields, "objects": objects}
+
+
+def crowd_counts(coco: CocoFile) -> CrowdCounts:
+    """How many annotations are crowd regions, and in which form masks are drawn."""
+    forms = Counter(
+        (bool(entry.get("iscrowd", 0)), type(entry.get("segmentation") or None))
+        for entries in coco.annotations.values()
+        for entry in entries
+    )
+    crowd = sum(count for (is_crowd, _), count in forms.items() if is_crowd)
+    return CrowdCounts(sum(forms.values()), crowd, forms[True, dict], forms[False, list])
 
 
 def annotation(
@@ -148,10 +193,18 @@ def parse_sections(path: Path, needed: Sequence[str]) -> tuple[dict[str, Any], s
     return raw, hashlib.sha256(content).hexdigest()
 
 
-def _categories(entries: list[Any], report: Reporter) -> dict[int, str]:
-    """Category id -> name, in the file's order."""
+def _ids(entries: list[Any]) -> set[int]:
+    return {entry["id"] for entry in entries if isinstance(entry, dict) and type(entry.get("id")) is int}
+
+
+def _categories(entries: list[Any], groups: Collection[int], report: Reporter) -> dict[int, str]:
+    """Category id -> name, in the file's order; those of the numbers `groups` are no classes."""
     names: dict[int, str] = {}
     for index, entry in enumerate(entries):
+        if index in groups:
+            text = f"{_short(entry['name'])} has no annotation and is the supercategory of others; it is no class"
+            report(Problem(Kind.GROUPING, f"categories[{index}]", text))
+            continue
         try:
             category_id = _integer(entry, "id", Kind.CATEGORY)
             name = normalise(_text(entry, "name", Kind.CATEGORY))
@@ -186,7 +239,7 @@ def _images(entries: list[Any], report: Reporter) -> list[dict[str, Any]]:
 
 
 def _annotations(
-    entries: list[Any], image_ids: set[int], category_ids: frozenset[int], report: Reporter
+    entries: list[Any], known: Mapping[str, set[int]], refused: Mapping[str, set[int]], report: Reporter
 ) -> dict[int, list[dict[str, Any]]]:
     by_image: dict[int, list[dict[str, Any]]] = {}
     seen: set[int] = set()
@@ -198,10 +251,13 @@ def _annotations(
             if annotation_id in seen:
                 raise BadValue(Kind.ANNOTATION_ID_TWICE, f"annotation id {annotation_id} is used twice")
             seen.add(annotation_id)
-            if (image_id := _integer(entry, "image_id", Kind.ANNOTATION)) not in image_ids:
+            if any(type(entry.get(key)) is int and entry[key] in ids for key, ids in refused.items()):
+                continue
+            if (image_id := _integer(entry, "image_id", Kind.ANNOTATION)) not in known["image_id"]:
                 raise BadValue(Kind.UNKNOWN_IMAGE, f"image_id {image_id} is not in 'images'")
-            if (category_id := _integer(entry, "category_id", Kind.ANNOTATION)) not in category_ids:
-                text = f"category_id {category_id} is not in 'categories', allowed: {_short(sorted(category_ids))}"
+            if (category_id := _integer(entry, "category_id", Kind.ANNOTATION)) not in known["category_id"]:
+                allowed = _short(sorted(known["category_id"]))
+                text = f"category_id {category_id} is not in 'categories', allowed: {allowed}"
                 raise BadValue(Kind.UNKNOWN_CATEGORY, text)
             if entry.get("iscrowd", 0) not in (0, 1):
                 raise BadValue(Kind.ANNOTATION, f"'iscrowd' is {entry['iscrowd']!r}, allowed: 0 or 1")
@@ -216,24 +272,57 @@ def _annotations(
     return by_image
 
 
-def _box(value: Any, size_hw: tuple[int, int], where: str, report: Reporter) -> list[float]:
-    """COCO's [x, y, width, height] as xyxy, clipped to the image."""
+def _require_box(value: Any) -> None:
     if not isinstance(value, list) or len(value) != 4 or any(type(v) not in (int, float) for v in value):
         raise BadValue(Kind.ANNOTATION, f"'bbox' is {_short(value)}, allowed: four numbers [x, y, width, height]")
-    x, y, width, height = value
     if not all(is_finite(v) for v in value):
         raise BadValue(Kind.NON_FINITE, f"'bbox' is {value}, allowed: finite numbers")
-    if width < SMALLEST_SIDE or height < SMALLEST_SIDE:
-        raise BadValue(Kind.BOX_NO_AREA, f"bbox {value} has no area; the annotation is dropped")
+
+
+def _mask_and_place(
+    entry: dict[str, Any], size_hw: tuple[int, int]
+) -> tuple[tuple[list[list[float]], bytes | None], Place]:
+    """What `read_segmentation` has of an annotation, and where it stands."""
+    value = entry.get("segmentation")
+    try:
+        mask = read_segmentation(value, size_hw=size_hw)
+    except BadValue:
+        if place(entry["bbox"], size_hw, None).origin == "box" or not _is_beside(value, size_hw):
+            raise
+        return ([], None), Place(None, "region")
+    mask_box = partial(mask_box_xyxy, *mask, size_hw)
+    return mask, place(entry["bbox"], size_hw, None if mask == ([], None) else mask_box)
+
+
+def _is_beside(value: Any, size_hw: tuple[int, int]) -> bool:
+    """Whether outlines lie outside of their image, however far; nobody will draw them."""
+    if not isinstance(value, list) or not all(isinstance(outline, list) and outline for outline in value):
+        return False
+    if not all(len(outline) % 2 == 0 and all(map(is_number, outline)) for outline in value):
+        return False
+    return mask_box_xyxy(value, None, size_hw) is None
+
+
+def _report_box(
+    value: list[float], box: Box | None, origin: str, size_hw: tuple[int, int], where: str, report: Reporter
+) -> None:
+    """Says what became of COCO's [x, y, width, height]."""
+    x, y, width, height = value
     bottom, right = size_hw
     image = f"its image of {right} x {bottom} (width x height)"
-    clipped = [float(v) for v in (max(x, 0), max(y, 0), min(x + width, right), min(y + height, bottom))]
-    if clipped[2] - clipped[0] < SMALLEST_SIDE or clipped[3] - clipped[1] < SMALLEST_SIDE:
-        raise BadValue(Kind.BOX_OUTSIDE, f"bbox {value} lies outside {image}; the annotation is dropped")
-    over = max(-x, -y, x + width - right, y + height - bottom)
-    if over > ROUNDING:
-        report(Problem(Kind.BOX_CLIPPED, where, f"bbox {value} reaches {over:g} px over {image}; it is clipped"))
-    return clipped
+    if origin == "box":
+        over = max(-x, -y, x + width - right, y + height - bottom)
+        if over > ROUNDING:
+            report(Problem(Kind.BOX_CLIPPED, where, f"bbox {value} reaches {over:g} px over {image}; it is clipped"))
+        return
+    no_area = width < SMALLEST_SIDE or height < SMALLEST_SIDE
+    what = f"bbox {value} has no area" if no_area else f"bbox {value} lies outside {image}"
+    if origin == "mask":
+        report(Problem(Kind.BOX_OF_MASK, where, f"{what}; the mask's box is taken: {list(box or ())} (x0, y0, x1, y1)"))
+        return
+    so = "is no object" if box is None else "is ignored like a crowd region"
+    kind = Kind.BOX_NO_AREA if no_area else Kind.BOX_OUTSIDE
+    report(Problem(kind, where, f"{what}, and there is no mask in the image; the annotation {so}"))
 
 
 def read_segmentation(value: Any, *, size_hw: tuple[int, int]) -> tuple[list[list[float]], bytes | None]:

@@ -28,8 +28,9 @@ from semiseg.data.problems import BadValue
 from semiseg.data.table import Table, open_rows
 from semiseg.errors import UserError
 from semiseg.files import whole_folder
+from semiseg.structures.objects import mask_box_xyxy, place
 
-READER_VERSION = 2  # raise it when rows change
+READER_VERSION = 3  # raise it when rows change
 SAME_BOX = 0.9  # IoU from which a mask of unknown id belongs to a box
 OWN_BOX = 0.5  # IoU below which an annotation of a known id is another object's
 LEAST_INSIDE = 0.5  # share of a mask that lies in its box; the rest is cut off
@@ -86,7 +87,7 @@ def load_pseudo(path: Path, table: Table, *, cache: Path) -> PseudoMasks:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file of pseudo masks; 'semiseg pseudo' makes one")
-    name = digest([file_digest(path, 64), table.fingerprint])[:16]
+    name = digest([file_digest(path, 64), table.object_fingerprint])[:16]
     folder = cache / f"pseudo-{name}-v{READER_VERSION}"
     rows, about = open_rows(folder, partial(_match, path, table))
     return PseudoMasks(rows, f"{path}: {about['summary']}")
@@ -180,12 +181,12 @@ def _require_ids(entry: Any, keys: Sequence[str], where: str) -> None:
 def _masks_of(path: Path, row: dict[str, Any], entries: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """What `FEATURES` has of the image of a row."""
     objects = {item["annotation_id"]: item for item in row["objects"] if not item["is_crowd"]}
-    for annotation_id, entry in _pairs(path, objects, entries).items():
+    size_hw = (row["height"], row["width"])
+    for annotation_id, entry in _pairs(path, objects, entries, size_hw).items():
         where = f"{path}: annotation {entry.get('id')}"
         weight = entry.get("mask_weight", 1)
         if type(weight) not in (int, float) or not 0 <= weight <= 1:
             raise UserError(f"{where}: 'mask_weight' is {str(weight)[:40]!r}, allowed: a number from 0 to 1")
-        size_hw = (row["height"], row["width"])
         mask = _within(
             _counts(entry["segmentation"], size_hw, where), objects[annotation_id]["box_xyxy"], size_hw, where
         )
@@ -197,10 +198,10 @@ def _masks_of(path: Path, row: dict[str, Any], entries: Sequence[dict[str, Any]]
 
 
 def _pairs(
-    path: Path, objects: Mapping[int, dict[str, Any]], entries: Sequence[dict[str, Any]]
+    path: Path, objects: Mapping[int, dict[str, Any]], entries: Sequence[dict[str, Any]], size_hw: tuple[int, int]
 ) -> dict[int, dict[str, Any]]:
     """Annotation id -> the file's entry for that object: by the id, else by the box, the most alike first."""
-    boxes = [_corners(path, entry) for entry in entries]
+    boxes = [_corners(path, entry, size_hw) for entry in entries]
     ids = list(objects)
     theirs = torch.tensor([box or [0.0] * 4 for box in boxes], dtype=torch.float64).view(-1, 4)
     ours = torch.tensor([objects[each]["box_xyxy"] for each in ids], dtype=torch.float64).view(-1, 4)
@@ -227,13 +228,17 @@ def _pairs(
     return pairs
 
 
-def _corners(path: Path, entry: dict[str, Any]) -> list[float] | None:
-    """The box xyxy of an entry; None where it has none."""
-    box = entry.get("bbox")
+def _corners(path: Path, entry: dict[str, Any], size_hw: tuple[int, int]) -> list[float] | None:
+    """The box xyxy of an entry, or of its mask where the box has no area; None where it has none."""
+    box, where = entry.get("bbox"), f"{path}: annotation {entry.get('id')}"
     if box is None:
         return None
     if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
-        raise UserError(f"{path}: annotation {entry.get('id')}: 'bbox' is {box!r}, allowed: four numbers")
+        raise UserError(f"{where}: 'bbox' is {box!r}, allowed: four numbers")
+    counts = partial(_counts, entry["segmentation"], size_hw, where)
+    placed = place(box, size_hw, lambda: mask_box_xyxy([], counts(), size_hw))
+    if placed.origin == "mask":
+        return list(placed.box_xyxy or ())
     return [box[0], box[1], box[0] + box[2], box[1] + box[3]]
 
 

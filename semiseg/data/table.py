@@ -8,11 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -26,19 +25,22 @@ from pyarrow import compute
 from tqdm import tqdm
 
 from semiseg.config.read import digest, file_digest, read_json
-from semiseg.data.coco import NO_ANNOTATIONS, image_records, read_coco
+from semiseg.data.coco import NO_ANNOTATIONS, crowd_counts, image_records, read_coco
 from semiseg.data.images import Header, check_header, read_image, require_sizes
-from semiseg.data.problems import BadValue, Problem, stop_at_errors
+from semiseg.data.measures import Measures
+from semiseg.data.missing import require_images
+from semiseg.data.problems import BadValue, CrowdCounts, Kind, Problem, describe_problems, stop_at_errors
 from semiseg.data.reading import AS_STORED, Greys, Reading, describe_few_greys
 from semiseg.errors import UserError
 from semiseg.files import make_once, whole_folder, write_text
+from semiseg.structures.objects import Crowds
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-CONVERTER_VERSION = 1  # raise it when records change: older tables are then left alone and made anew
+CONVERTER_VERSION = 2  # raise it when records change: older tables are then left alone and made anew
 ROWS_PER_WRITE = 256
 HEADERS_NAME = "headers.json"  # beside the rows: what the headers of the images say
 LOOKED_AT = 64  # images of more than 8 bits that are decoded before a start
@@ -74,6 +76,13 @@ class Table:
     annotations_file: Path
     fingerprint: str  # of the json's content; the images' content is not part of it
     annotated: bool = True  # false for a file that only lists images, such as COCO's test sets
+    # Name of a `Kind` -> how many annotations were not taken as they are, or are worth a look
+    problems: Mapping[str, int] = field(default_factory=dict)
+    groupings: tuple[str, ...] = ()  # names of the file's categories that are no classes
+    crowds: Crowds = "ignore"  # what the file's `iscrowd` 1 means here
+    # "boxes" or "areas" that are not those of the masks -> a sentence
+    remarks: Mapping[str, str] = field(default_factory=dict)
+    crowd_counts: CrowdCounts = field(default_factory=CrowdCounts)
     reading: Reading = AS_STORED  # how the images' pixels are meant
     # What of `Header` is true of any image -> how many, and the names of some of them
     headers: Mapping[str, tuple[int, Sequence[str]]] = field(default_factory=dict)
@@ -90,6 +99,30 @@ class Table:
             instances = compute.and_(instances, compute.is_in(label, pyarrow.array(labels, pyarrow.int64())))
         without = compute.and_(instances, compute.invert(compute.struct_field(objects, "has_mask")))
         return compute.sum(instances).as_py() or 0, compute.sum(without).as_py() or 0
+
+    def notices(self, *, crowds_meant: bool = False) -> list[str]:
+        """What is to be said of the annotations before they are used, with counts; `crowds_meant`: not of crowds."""
+        said = []
+        if self.groupings:
+            said.append(f"no classes, only supercategories of others: {', '.join(self.groupings)}")
+        if self.problems:
+            said.append(f"{describe_problems(self.problems)}; `semiseg data check` lists them")
+        crowds = None if crowds_meant or self.crowds == "objects" else self.crowd_counts.in_words()
+        if crowds is not None:
+            said.append(crowds)
+        return [f"{self.annotations_file}: {text}" for text in said]
+
+    @property
+    def object_fingerprint(self) -> str:
+        """Of what the objects are: `fingerprint`, and how the file is read where that is not as usual."""
+        return self.fingerprint + ("" if self.crowds == "ignore" else f"-{self.crowds}")
+
+    def classes_without_objects(self) -> list[str]:
+        """Names of the classes of which there is nothing but crowd regions, if that."""
+        objects = compute.list_flatten(self.rows.data.column("objects"))
+        instances = objects.filter(compute.invert(compute.struct_field(objects, "is_crowd")))
+        present = set(compute.unique(compute.struct_field(instances, "label")).to_pylist())
+        return [name for label, name in enumerate(self.class_names) if label not in present]
 
     def image(self, row: Mapping[str, Any], seen: Callable[[Greys], object] | None = None) -> Tensor:
         """The pixels of a row's image, (3, H, W) uint8 RGB, as `read_image` gives them."""
@@ -132,35 +165,70 @@ def load_table(
     cache: Path,
     annotations_required: bool = True,
     reading: Reading = AS_STORED,
+    classes: Collection[str] = (),
+    crowds: Crowds = "ignore",
 ) -> Table:
     """The table of a COCO instances json; converted on first use, with a progress bar.
 
     Of processes that ask at once one converts, and the others wait for it. The name in the cache comes from the json's
-    content, the converter's version and whether images are turned upright. The first error of the annotations is a
-    UserError, as are missing images and, at the conversion, images of another size; for `annotations_required` see
-    `read_coco`.
+    content, the converter's version and how it is read. The first error of the annotations is a UserError, as are
+    missing images and, at the conversion, images of another size; for `annotations_required` and `classes`, which may
+    be others than the file's, see `read_coco`.
     """
+    named: dict[str, Any] = {
+        "cache": cache,
+        "annotations_required": annotations_required,
+        "reading": reading,
+        "crowds": crowds,
+    }
+    open_table = partial(_load, annotations, images, **named)
+    table = open_table(classes=())
+    kept = sorted({*table.groupings} & {*classes} - {*table.class_names})
+    return open_table(classes=kept) if kept else table
+
+
+def _load(
+    annotations: Path,
+    images: Path,
+    *,
+    cache: Path,
+    annotations_required: bool,
+    reading: Reading,
+    crowds: Crowds,
+    classes: Sequence[str],
+) -> Table:
     if not images.is_dir():
         raise UserError(f"{images}: no such image folder")
     if not annotations.exists():
         raise UserError(f"{annotations}: no such annotation file")
     fingerprint = file_digest(annotations, 64)[:16]
-    folder = cache / f"{annotations.stem}-{fingerprint}-v{CONVERTER_VERSION}{'-upright' * reading.upright}"
-    convert = partial(_convert, annotations, images, annotations_required=annotations_required, reading=reading)
-    rows, classes = open_rows(folder, convert)
+    suffix = (f"-{digest(classes, 8)}" if classes else "") + "-crowds" * (crowds == "objects")
+    folder = cache / f"{annotations.stem}-{fingerprint}-v{CONVERTER_VERSION}{suffix}{'-upright' * reading.upright}"
+    named: dict[str, Any] = {
+        "annotations_required": annotations_required,
+        "reading": reading,
+        "crowds": crowds,
+        "classes": classes,
+    }
+    rows, about = open_rows(folder, partial(_convert, annotations, images, **named))
     table = Table(
         rows=rows,
-        class_names=tuple(classes["class_names"]),
-        category_ids=tuple(classes["category_ids"]),
+        class_names=tuple(about["class_names"]),
+        category_ids=tuple(about["category_ids"]),
         images_folder=images,
         annotations_file=annotations,
         fingerprint=fingerprint,
-        annotated=classes.get("annotated", True),
+        annotated=about.get("annotated", True),
+        problems=about.get("problems", {}),
+        groupings=tuple(about.get("groupings", ())),
+        crowds=crowds,
+        remarks=about.get("remarks", {}),
+        crowd_counts=CrowdCounts(*about.get("crowds", ())),
         reading=reading,
     )
     if annotations_required and not table.annotated:
         raise UserError(f"{annotations}: {NO_ANNOTATIONS}")
-    _require_images(images, table.rows.data.column("file_name").to_pylist(), annotations)
+    require_images(images, table.rows.data.column("file_name").to_pylist(), annotations)
     return replace(table, headers=_known_headers(table, folder / HEADERS_NAME))
 
 
@@ -249,54 +317,47 @@ def sampled_digest(table: Table, *, count: int = 256) -> str:
     return digest([file_digest(table.images_folder / name) for name in drawn])
 
 
-def missing_images(folder: Path, file_names: list[str]) -> list[str]:
-    """Those of the names, relative to `folder`, that are not there; one listing per folder, not one look per file."""
-    by_folder: defaultdict[str, list[str]] = defaultdict(list)
-    for name in file_names:
-        by_folder[os.path.dirname(name)].append(name)
-    missing: list[str] = []
-    for part, names in by_folder.items():
-        present: set[str] = set()
-        with suppress(FileNotFoundError, NotADirectoryError):
-            present.update(os.listdir(folder / part))
-        missing.extend(name for name in names if os.path.basename(name) not in present)
-    return missing
-
-
-def _convert(annotations: Path, images: Path, folder: Path, *, annotations_required: bool, reading: Reading) -> None:
+def _convert(
+    annotations: Path,
+    images: Path,
+    folder: Path,
+    *,
+    annotations_required: bool,
+    reading: Reading,
+    crowds: Crowds,
+    classes: Sequence[str],
+) -> None:
     """Writes the table to a temporary folder beside `folder`, whose name holds the digest, and renames it.
 
     Only here the images' headers are read, so that a wrong size stops a training before its first step.
     """
-    changes: Counter[str] = Counter()
+    problems: Counter[str] = Counter()
     stop = stop_at_errors(annotations)
 
     def report(problem: Problem) -> None:
         stop(problem)
-        changes[f"{problem.kind.severity} ({problem.kind.title})"] += 1
+        if problem.kind is not Kind.GROUPING:  # named by itself
+            problems[problem.kind.name] += 1
 
-    coco = read_coco(annotations, report=report, annotations_required=annotations_required)
+    coco = read_coco(annotations, report=report, annotations_required=annotations_required, classes=classes)
     if coco.digest[:16] not in folder.name:
         raise UserError(f"{annotations}: was changed while it was read; start again when it is whole")
-    _require_images(images, [image["file_name"] for image in coco.images], annotations)
+    require_images(images, [image["file_name"] for image in coco.images], annotations)
     with whole_folder(folder) as temporary:
         path = temporary / "rows.arrow"
         with ArrowWriter(features=FEATURES, path=str(path), writer_batch_size=ROWS_PER_WRITE) as writer:
-            records, total = image_records(coco, report=report), len(coco.images)
+            measures = Measures()
+            records = image_records(coco, report=report, crowds=crowds, measures=measures)
+            total = len(coco.images)
             for record in tqdm(records, total=total, desc=annotations.name, unit=" images", delay=1, disable=None):
                 writer.write(record)
             writer.finalize()
         headers = _summary(require_sizes(coco.images, images, reading))
         (temporary / HEADERS_NAME).write_text(json.dumps(headers), encoding="utf-8")
-        classes = {"class_names": coco.class_names, "category_ids": coco.category_ids, "annotated": coco.annotated}
-        classes["digest"] = digest([file_digest(path), classes])
-        (temporary / "classes.json").write_text(json.dumps(classes, ensure_ascii=False), encoding="utf-8")
-    for title, times in changes.items():
-        logger.warning("%s: %d x %s; `semiseg data check` lists them", annotations, times, title)
-
-
-def _require_images(folder: Path, file_names: list[str], annotations: Path) -> None:
-    missing = missing_images(folder, file_names)
-    if missing:
-        text = f"{folder}: {len(missing)} of the {len(file_names)} images that {annotations} names are missing"
-        raise UserError(f"{text}, such as {missing[0]}; put them there, or unpack their archive again, in full")
+        problems_found = {kind.name: problems[kind.name] for kind in Kind if kind.name in problems}
+        crowds_found = astuple(found) if (found := crowd_counts(coco)).in_words() else ()
+        what = {"crowds": crowds_found, "groupings": coco.groupings, "problems": problems_found}
+        about = {"class_names": coco.class_names, "category_ids": coco.category_ids, "annotated": coco.annotated}
+        about |= {name: value for name, value in (what | {"remarks": measures.remarks()}).items() if value}
+        about["digest"] = digest([file_digest(path), about])
+        (temporary / "classes.json").write_text(json.dumps(about, ensure_ascii=False), encoding="utf-8")

@@ -29,11 +29,12 @@ import numpy as np
 from PIL import UnidentifiedImageError
 from tqdm import tqdm
 
-from semiseg.data.coco import Box, annotation
+from semiseg.data.coco import annotation
 from semiseg.data.images import open_image
 from semiseg.errors import UserError
 from semiseg.files import require_folder, settle, write_text
 from semiseg.project import cache_root
+from semiseg.structures.objects import Box
 
 logger = logging.getLogger(__name__)
 

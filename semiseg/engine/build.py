@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 from accelerate import Accelerator
@@ -64,12 +66,12 @@ class RunData:
 
 def build_data(config: RunConfig) -> RunData:
     """Opens (and on first use converts) both tables and loads the class split."""
-    cache, reading = cache_folder(config.data), reading_of(config.data)
-    tables = {
-        name: load_table(files.annotations, files.images, cache=cache, reading=reading)
-        for name, files in ensure_files(config.data).items()
-    }
-    train, val = tables["train"], tables["val"]
+    files = ensure_files(config.data)
+    how: dict[str, Any] = {"reading": reading_of(config.data), "crowds": config.data.crowds}
+    load: Callable[..., Table] = partial(load_table, cache=cache_folder(config.data), **how)
+    train = load(*files["train"])
+    val = load(*files["val"], classes=train.class_names)
+    train = load(*files["train"], classes=val.class_names)  # what groups others in one file may be the other's class
     if train.class_names != val.class_names:
         differing = differing_names(train.class_names, val.class_names)
         raise UserError(f"{val.annotations_file}: classes differ from {train.annotations_file} in {differing}")

@@ -118,7 +118,7 @@ def make_pseudo(
 def made_file(table: Table, maker: Maker, *, folder: Path) -> Path:
     """Where the masks of a maker are kept for the boxes and images of a table."""
     reading = [] if table.reading == AS_STORED else [asdict(table.reading)]
-    key = digest([FORMAT_VERSION, table.fingerprint, sampled_digest(table), *reading])[:16]
+    key = digest([FORMAT_VERSION, table.object_fingerprint, sampled_digest(table), *reading])[:16]
     return folder / f"{maker}-{key}.json"
 
 

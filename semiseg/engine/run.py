@@ -10,6 +10,7 @@ import platform
 import subprocess
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from functools import partial
@@ -20,10 +21,10 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 
-from semiseg.config import InferenceConfig, ModelConfig, RunConfig, RuntimeConfig, parse_recorded
+from semiseg.config import DataConfig, InferenceConfig, ModelConfig, RunConfig, RuntimeConfig, parse_recorded
 from semiseg.config.model import RefinerName
 from semiseg.config.read import read_json
-from semiseg.data.problems import describe_missing_masks
+from semiseg.data.problems import describe_empty_classes, describe_missing_masks
 from semiseg.data.reading import AS_STORED, Reading
 from semiseg.data.sources import AnnotatedImages, cache_folder, ensure_files, reading_of, tables_folder
 from semiseg.data.table import Table, load_table
@@ -43,6 +44,7 @@ from semiseg.evaluation.coco_metrics import Metrics, evaluate_detections
 from semiseg.evaluation.precision import Backend, require_backend
 from semiseg.models.segmenter import Segmenter
 from semiseg.results import MAX_DETS, RESULT_NAME
+from semiseg.structures.objects import Crowds
 
 Changed = TypeVar("Changed", InferenceConfig, RuntimeConfig)
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -74,8 +76,10 @@ def execute_run(
     if accelerator.is_main_process:
         for table in (data.train, data.val):
             warn_of_images(table, setting="data.value_range = [{low}, {high}]", upright="data.upright = true")
-        _warn_of_missing_masks(data.val)
-        _warn_of_objects_without_masks(config, data)
+        _warn_of_annotations(data.train, config.data)
+        _warn_of_annotations(data.val, config.data, measured=True)
+        _warn_of_measures(config.data, learnt=data.train, measured=data.val)
+        _warn_of_what_is_not_learnt(config, data)
         if data.pseudo is not None:
             warnings.warn(data.pseudo.summary, UserNotice, stacklevel=2)
     inputs = run_inputs(config, data)
@@ -104,7 +108,9 @@ def _fitted(config: RunConfig, accelerator: Accelerator) -> RunConfig:
 def _require_objects(table: Table) -> None:
     """Refuses to train on a file from which nothing can be learnt."""
     if table.count_objects()[0] == 0:
-        raise UserError(f"{table.annotations_file}: has no objects to learn from; a crowd region is none")
+        crowds = table.crowd_counts.in_words()
+        text = f"has no objects to learn from; a crowd region is none{f': {crowds}' if crowds else ''}"
+        raise UserError(f"{table.annotations_file}: {text}")
 
 
 def warn_of_images(
@@ -115,15 +121,32 @@ def warn_of_images(
         warnings.warn(notice, UserNotice, stacklevel=3)
 
 
-def _warn_of_missing_masks(table: Table) -> None:
-    """Says before the work, not by a dash in its result, that masks cannot be measured."""
+def _warn_of_annotations(table: Table, data: DataConfig, *, measured: bool = False) -> None:
+    """Says before the work what is taken in another way, and, not by a dash in the result, what cannot be measured."""
+    for notice in table.notices(crowds_meant=data.format == "voc"):  # its difficult objects
+        warnings.warn(notice, UserNotice, stacklevel=3)
+    if not measured:
+        return
     objects, without = table.count_objects()
     if without:
         warnings.warn(f"{table.annotations_file}: {describe_missing_masks(without, objects)}", UserNotice, stacklevel=3)
 
 
-def _warn_of_objects_without_masks(config: RunConfig, data: RunData) -> None:
-    """Says that fewer objects have a mask to learn from than the supervision asks for."""
+def _warn_of_measures(data: DataConfig, *, learnt: Table | None = None, measured: Table) -> None:
+    """Says once that boxes, masks and areas look like those of another convention; only evaluations read areas."""
+    remarks = [f"{measured.annotations_file}: {remark}" for remark in measured.remarks.values()]
+    if learnt is not None and "boxes" in learnt.remarks:
+        remarks.insert(0, f"{learnt.annotations_file}: {learnt.remarks['boxes']}")
+    if remarks and data.format == "coco":  # what is converted here is not to be mended by the user
+        warnings.warn("; ".join(remarks), UserNotice, stacklevel=3)
+
+
+def _warn_of_what_is_not_learnt(config: RunConfig, data: RunData) -> None:
+    """Says which classes have no object, and that fewer have a mask to learn from than the supervision asks for."""
+    lacking = data.train.classes_without_objects()
+    if lacking and config.data.format != "shapes":  # whose few images lack some by chance
+        text = describe_empty_classes(lacking, len(data.train.class_names))
+        warnings.warn(f"{data.train.annotations_file}: {text}", UserNotice, stacklevel=3)
     if config.supervision.source not in ("masks", "split"):
         return
     seen = None if data.split is None or config.supervision.source == "masks" else data.split.seen
@@ -211,7 +234,7 @@ def _origin(config: RunConfig, data: RunData, accelerator: Accelerator) -> dict[
     """Where the numbers of a run that is finished now come from."""
     return {
         "data_fingerprint": data.fingerprint,
-        "val_fingerprint": data.val.fingerprint,
+        "val_fingerprint": data.val.object_fingerprint,
         "split_digest": data.split_digest,
         "classes": list(data.train.class_names),
         "device": device_name(accelerator.device),
@@ -279,6 +302,7 @@ def _measured(
         area_limits=(inference.area_limits[0], inference.area_limits[1]),
         score=score,
         max_dets=max_dets or measured_detections(inference),
+        crowds=table.crowds,
     )
 
 
@@ -291,6 +315,7 @@ def evaluate_run(
     results: Path | None = None,
     refine: RefinerName | None = None,
     detections: Path | None = None,
+    crowds: Crowds | None = None,
     fast: bool = False,
     max_dets: int | None = None,
     progress: bool = True,
@@ -298,20 +323,17 @@ def evaluate_run(
     area_limits: tuple[float, float] | None = None,
     score: float | None = None,
 ) -> Metrics | None:
-    """Evaluates a run's folder on its own validation data, or any model folder on the given annotation file.
-
-    The metrics are on the main process, None elsewhere.
+    """Evaluates a run's folder on its own validation data, or any model folder on the given annotation file; the
+    metrics are on the main process, None elsewhere.
 
     Args:
         folder: a run's folder (with `config.json` and `model/`) or a model folder; None with `results` alone.
         annotations, images: a COCO json and its image folder; needed for a model folder, both or neither. A json
             without annotations, such as COCO's test sets, is only predicted: the metrics are None.
-        results: COCO results that are measured in place of the network's.
-        refine: how masks are refined, see `models/refine.py`; None = as the model was configured, or not at all those
-            of `results`.
-        detections: where to write the detections as COCO results.
+        results: COCO results to measure in place of the network's; `detections`: where to write them as such.
+        refine: see `models/refine.py`; None = as the model was configured, or not at all those of `results`.
         fast: take hotcoco for the numbers, as a run with `runtime.fast_evaluation` does anyway.
-        area_limits, max_dets: see `evaluate_detections`; None = as in the run, and `measured_detections`.
+        area_limits, max_dets, crowds: see `evaluate_detections`; None = as in the run, and `measured_detections`.
         score: with which detections are counted, too, see `Metrics.at_score`.
         reading: how pixels are meant; what it leaves open as in the run, or by the model's range of values.
     """
@@ -322,17 +344,19 @@ def evaluate_run(
     require_backend(_backend(runtime))
     accelerator = start_accelerator(runtime, seed=run.seed)
     reading = reading.or_else(reading_of(run.data)).or_else(Reading(loaded[1].value_range if loaded else None))
+    names = loaded[1].class_names if loaded else ()
+    read = dict[str, Any](reading=reading, classes=names, crowds=crowds or run.data.crowds)
     with accelerator.main_process_first(), accelerator.local_main_process_first():
-        table = load_table(*files, cache=cache, annotations_required=False, reading=reading)
-    _require_use(table, detections, where, loaded[1].class_names if loaded else table.class_names)
+        table = load_table(*files, cache=cache, annotations_required=False, **read)
+    _require_use(table, detections, where, names or table.class_names)
     inference = _changed((loaded[1] if loaded else run).inference, refine=refine, area_limits=area_limits)
     if accelerator.is_main_process:
-        _warn_of_what_is_measured(table, looked_at=results is None or refine is not None)
+        _warn_of_what_is_measured(table, run.data, looked_at=results is None or refine is not None)
     how = dict[str, Any](table=table, runtime=runtime, detections=detections, inference=inference)
     how |= {"score": score, "max_dets": max_dets}
+    if results is not None and not accelerator.is_main_process:
+        return None
     if results is not None:
-        if not accelerator.is_main_process:
-            return None
         found = refined_results(results, table, refine=refine or "none", progress=progress)
         return _measured(found, list(table.original_sizes_hw()), **how)
     assert loaded is not None
@@ -345,8 +369,9 @@ def evaluate_run(
     )
 
 
-def _warn_of_what_is_measured(table: Table, *, looked_at: bool) -> None:
-    _warn_of_missing_masks(table)
+def _warn_of_what_is_measured(table: Table, data: DataConfig, *, looked_at: bool) -> None:
+    _warn_of_annotations(table, data, measured=True)
+    _warn_of_measures(data, measured=table)
     warn_of_images(table, looked_at=looked_at)
 
 
@@ -365,6 +390,23 @@ def _require_use(table: Table, detections: Path | None, where: Path, names: tupl
     if names != table.class_names:
         differing = differing_names(names, table.class_names)
         raise UserError(f"{where}: its classes differ from those of {table.annotations_file} in {differing}")
+
+
+def _evaluation_table(
+    open_table: Callable[[], Table], data: DataConfig, accelerator: Accelerator, *, predicted: bool
+) -> Table:
+    """The table, which one process converts; a UserError if there is nothing to measure and nothing predicted."""
+    with accelerator.main_process_first(), accelerator.local_main_process_first():
+        table = open_table()
+    if not table.annotated and not predicted:
+        raise UserError(
+            f"{table.annotations_file}: has no annotations, so there is nothing to measure; name a file for the "
+            "detections ('--detections out.json')"
+        )
+    if accelerator.is_main_process:
+        _warn_of_annotations(table, data, measured=True)
+        _warn_of_measures(data, measured=table)
+    return table
 
 
 def _evaluation_files(

@@ -17,7 +17,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pycocotools import mask as rle
@@ -30,9 +30,12 @@ from semiseg.evaluation.at_score import AtScore, at_score
 from semiseg.evaluation.precision import AREA_LIMITS, Backend, coco_precision, names_of_classes
 from semiseg.evaluation.voc_metrics import voc_metrics
 from semiseg.results import MAX_DETS
+from semiseg.structures.objects import Box, Crowds, groupings, mask_box_xyxy, place
 
 METRIC_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 ALL_CLASSES = "all"
+PLACED = "placed"  # of the content of a ground truth: `Metrics.placed`
+PLACES = {"mask": "count with the box of their mask", "region": "are ignored"}
 
 Numbers = Mapping[str, float | None]
 
@@ -64,6 +67,8 @@ class Metrics:
     # The best so many detections of each image and class were looked at; other than COCO's 100 it is recorded.
     max_dets: Annotated[int, Field(ge=1)] = MAX_DETS
     at_score: AtScore | None = None  # of masks, or boxes where masks are not measured; None unless it was asked for
+    # `PLACES` -> number of annotations whose box has no area in the image; None where there is none
+    placed: Mapping[str, int] | None = None
 
     def group(self, iou_type: str, classes: Collection[str]) -> Numbers:
         """Means over any classes, e.g. another split's unseen ones; iou_type is "bbox" or "segm"."""
@@ -73,7 +78,7 @@ class Metrics:
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable; `from_dict` restores it exactly."""
         values = {"unit": "percent", **asdict(self)}
-        for name in ("voc", "at_score"):
+        for name in ("voc", "at_score", "placed"):
             if values[name] is None:
                 del values[name]
         if self.area_limits == AREA_LIMITS:
@@ -106,6 +111,7 @@ def evaluate_detections(
     area_limits: tuple[float, float] = AREA_LIMITS,
     score: float | None = None,
     max_dets: int = MAX_DETS,
+    crowds: Crowds = "ignore",
 ) -> Metrics:
     """Evaluates detections, boxes and masks, quietly. No detections give 0.
 
@@ -119,12 +125,13 @@ def evaluate_detections(
         area_limits: areas in pixels up to which an object is small and from which it is large, of APs, APm and APl.
         score: with which detections are counted (`Metrics.at_score`); None = they are not.
         max_dets: of an image and class the best so many are measured (by VOC's rules all); a notice counts the others.
+        crowds: what `iscrowd` 1 means.
 
     Raises:
         UserError: image ids, classes or a detection do not fit the file, the file is not that of `fingerprint`, or the
             backend (`precision.py`) is not installed.
     """
-    truth = load_ground_truth(annotations_file, fingerprint=fingerprint)
+    truth = load_ground_truth(annotations_file, fingerprint=fingerprint, classes=class_names, crowds=crowds)
     if (names := names_of_classes(truth)) != list(class_names):
         raise UserError(
             f"{annotations_file}: its classes ({', '.join(names)}) are not the evaluated "
@@ -136,25 +143,18 @@ def evaluate_detections(
     instances = {name: counts[key] for key, name in zip(sorted(truth.cats), class_names, strict=True)}
     if not truth.dataset["annotations"]:  # a test set; pycocotools would take minutes to find nothing
         nothing = TypeMetrics({ALL_CLASSES: _UNMEASURED}, dict.fromkeys(class_names))
-        return Metrics(len(truth.imgs), instances, nothing, nothing, area_limits=area_limits, max_dets=max_dets)
+        about = {"area_limits": area_limits, "max_dets": max_dets, "placed": truth.dataset[PLACED]}
+        return Metrics(len(truth.imgs), instances, nothing, nothing, **about)
     _say_what_is_cut(results, max_dets)
     precision = partial(coco_precision, truth, results, backend=backend, area_limits=area_limits, max_dets=max_dets)
     bbox = _type_metrics(precision("bbox"), class_names)
     segm = None
     if prepare_masks(truth):
         segm = _type_metrics(precision("segm"), class_names)
-    return Metrics(
-        len(truth.imgs),
-        instances,
-        bbox,
-        segm,
-        None if segm is None else voc_metrics(truth, results, where=annotations_file),
-        area_limits,
-        max_dets,
-        None
-        if score is None
-        else at_score(truth, results, "bbox" if segm is None else "segm", score=score, max_dets=max_dets),
-    )
+    voc = None if segm is None else voc_metrics(truth, results, where=annotations_file)
+    judged: Literal["bbox", "segm"] = "bbox" if segm is None else "segm"
+    at = None if score is None else at_score(truth, results, judged, score=score, max_dets=max_dets)
+    return Metrics(len(truth.imgs), instances, bbox, segm, voc, area_limits, max_dets, at, truth.dataset[PLACED])
 
 
 def _say_what_is_cut(results: Sequence[Mapping[str, Any]], max_dets: int) -> None:
@@ -182,11 +182,20 @@ def group_means(per_class: Mapping[str, Numbers | None], classes: Collection[str
     return means
 
 
-def load_ground_truth(annotations_file: Path, *, fingerprint: str | None = None) -> COCO:
+def load_ground_truth(
+    annotations_file: Path,
+    *,
+    fingerprint: str | None = None,
+    classes: Collection[str] = (),
+    crowds: Crowds = "ignore",
+) -> COCO:
     """Reads a COCO instances json without pycocotools' prints and makes it safe to evaluate.
 
     Annotation ids become 1..n in file order: pycocotools takes a match with an annotation of id 0 for none, and
-    published files contain id 0 or text. A missing `iscrowd` is 0, a missing `area` the mask's, else the box's.
+    published files contain id 0 or text. A missing `iscrowd` is 0, a missing `area` the mask's, else the box's. What is
+    an object, and where, is decided as in training (`structures/objects.py`): those of which nothing is in the image
+    are left out, as are categories that only group others and are none of `classes`.
+
     A UserError if the file is missing, no COCO instances file, or its digest does not begin with `fingerprint`.
     """
     try:
@@ -198,27 +207,67 @@ def load_ground_truth(annotations_file: Path, *, fingerprint: str | None = None)
             )
         content = json.loads(text)
         truth = COCO()
-        truth.dataset = {key: content[key] for key in ("images", "categories")}
-        truth.dataset["annotations"] = [
-            {**annotation, "id": key} for key, annotation in enumerate(content.get("annotations", []), start=1)
-        ]
+        entries, listed = content.get("annotations", []), content["categories"]
+        groups = groupings(listed, {entry.get("category_id") for entry in entries}, classes)
+        truth.dataset = {
+            "images": content["images"],
+            "categories": [entry for number, entry in enumerate(listed) if number not in groups],
+        }
+        numbered = ({**entry, "id": key} for key, entry in enumerate(entries, start=1))
+        truth.dataset |= _placed(list(numbered), {image["id"]: image for image in content["images"]}, crowds)
         with contextlib.redirect_stdout(io.StringIO()):
             truth.createIndex()
     except FileNotFoundError:
         raise UserError(f"{annotations_file}: no such file") from None
     except OSError as error:
         raise UserError(f"{annotations_file}: cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (AttributeError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{annotations_file}: not a COCO instances file: {error}") from None
     for annotation in truth.dataset["annotations"]:
-        annotation.setdefault("iscrowd", 0)
-        outlines = annotation.get("segmentation")
-        if isinstance(outlines, list):  # [[]], an outline without a point, is no mask
-            annotation["segmentation"] = [outline for outline in outlines if outline]
         if "area" not in annotation:
             has_mask, (_, _, width, height) = bool(annotation.get("segmentation")), annotation["bbox"]
             annotation["area"] = float(rle.area(truth.annToRLE(annotation)) if has_mask else width * height)
     return truth
+
+
+def _placed(
+    annotations: list[dict[str, Any]], images: Mapping[Any, Mapping[str, Any]], crowds: Crowds
+) -> dict[str, Any]:
+    """The annotations, each where `objects.place` has it, and how many of them are not where their box is."""
+    kept, counts = [], Counter[str]()
+    for annotation in annotations:
+        annotation["iscrowd"] = annotation.get("iscrowd", 0) if crowds == "ignore" else 0
+        outlines = annotation.get("segmentation")
+        if isinstance(outlines, list):  # [[]], an outline without a point, is no mask
+            annotation["segmentation"] = [outline for outline in outlines if outline]
+        image, box_xywh = images.get(annotation["image_id"]), annotation.get("bbox")
+        if image is not None and isinstance(box_xywh, list) and len(box_xywh) == 4:
+            size_hw = (image["height"], image["width"])
+            has_mask = bool(annotation.get("segmentation"))
+            box, origin = place(box_xywh, size_hw, partial(_mask_box, annotation, size_hw) if has_mask else None)
+            if origin != "box":
+                counts[origin] += 1
+                if box is None:
+                    continue
+                annotation["bbox"] = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+                annotation["iscrowd"] = int(annotation["iscrowd"] or origin == "region")
+        kept.append(annotation)
+    return {"annotations": kept, PLACED: dict(counts) or None}
+
+
+def _mask_box(annotation: Mapping[str, Any], size_hw: tuple[int, int]) -> Box | None:
+    mask = annotation["segmentation"]
+    if isinstance(mask, list):
+        return mask_box_xyxy(mask, None, size_hw)
+    counts = mask["counts"]
+    return mask_box_xyxy([], rle.frPyObjects(mask, *size_hw)["counts"] if isinstance(counts, list) else counts, size_hw)
+
+
+def describe_placed(placed: Mapping[str, int]) -> str:
+    """What became of annotations whose box has no area in the image, in words."""
+    total, parts = sum(placed.values()), [f"{placed[key]} {text}" for key, text in PLACES.items() if placed.get(key)]
+    have = "annotation has a box" if total == 1 else "annotations have boxes"
+    return f"{total} {have} without area in the image: {', '.join(parts)}"
 
 
 def prepare_masks(truth: COCO) -> bool:

@@ -21,6 +21,7 @@ from semiseg.errors import UserError
 from semiseg.evaluation.coco_metrics import METRIC_NAMES, Metrics
 from semiseg.evaluation.matching import Interval
 from semiseg.results import Result
+from semiseg.structures.objects import Crowds
 
 NEITHER, BEST, LEARNED, UPPER_BOUND = "neither", "projection+pairwise", "learned", "full-masks"
 
@@ -102,6 +103,7 @@ class ReportInput:
     run_folders: Mapping[str, Path] = field(default_factory=dict)
     val_annotations: Path | None = None  # for the pictures, as is the other; may be None or gone
     val_images: Path | None = None
+    val_crowds: Crowds = "ignore"  # what their `iscrowd` 1 means
     pixels_of: Callable[[Path], np.ndarray] | None = None  # image file -> (H, W, 3) uint8 RGB as its run saw it
     pictures: bool = True  # False: none, and an earlier report's are removed, as where photographs must not be copied
 

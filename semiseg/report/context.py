@@ -108,7 +108,8 @@ class StoredDetections:
         path = self._report.val_annotations
         if path is None or not path.is_file():
             return None
-        truth = load_ground_truth(path)
+        classes = {name for run in self._report.results.values() for name in run.metrics["instances"]}
+        truth = load_ground_truth(path, classes=classes, crowds=self._report.val_crowds)
         return truth if prepare_masks(truth) else None
 
     def of(self, run: Result) -> list[dict[str, Any]] | None:

@@ -113,15 +113,18 @@ def class_names(config: DataConfig) -> tuple[str, ...]:
         from semiseg.data.shapes import SHAPES_CLASSES
 
         return tuple(SHAPES_CLASSES)
-    path = ensure_files(config)["val"].annotations
-    return _class_names_of(path, _stamp(path))
+    files = ensure_files(config)
+    train, val = (files[name].annotations for name in ("train", "val"))
+    return _class_names_of(val, train, (_stamp(val), _stamp(train)))
 
 
 @lru_cache(maxsize=4)
-def _class_names_of(path: Path, stamp: tuple[int, int]) -> tuple[str, ...]:
+def _class_names_of(val: Path, train: Path, stamps: object) -> tuple[str, ...]:
     from semiseg.data.coco import read_coco
 
-    return read_coco(path).class_names
+    own = read_coco(val)
+    # What only groups others in the one file may be a class of the other.
+    return read_coco(val, classes=read_coco(train).class_names).class_names if own.groupings else own.class_names
 
 
 def data_digest(config: DataConfig) -> str:

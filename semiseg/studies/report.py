@@ -145,6 +145,7 @@ def protocol_fields(configs: Sequence[RunConfig], *, pretraining: RunConfig | No
         "paper_data": is_paper_data(configs[0].data, classes),
         "val_annotations": files.annotations if here else None,
         "val_images": files.images if here else None,
+        "val_crowds": configs[0].data.crowds,
         "pixels_of": partial(_pixels, reading_of(configs[0].data)),
     }
 
