@@ -526,7 +526,8 @@ def test_fewer_masks_than_asked_for_are_said(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         execute_run(config, out=tmp_path / "out", progress=False)
-    sentences = [str(one.message) for one in caught if issubclass(one.category, UserNotice)]
+    notices = [str(one.message) for one in caught if issubclass(one.category, UserNotice)]
+    sentences = [notice for notice in notices if "classes to learn from" not in notice]  # four images lack some classes
     if told is None:
         assert sentences == []
         return
