@@ -179,7 +179,7 @@ def test_bad_studies(tmp_path: Path, changes: dict[str, Any], told: str) -> None
 
 
 def test_one_object_without_a_mask_is_said_before_the_work(files: CocoFiles) -> None:
-    """The crowd may lack its mask, an object may not: training and evaluation go on, with the boxes alone measured."""
+    """The crowd may lack its mask, an object, too: then mask AP is that of the others, and if all do, boxes' alone."""
     files = files.rewrite(lambda content: content["annotations"][-1].pop("segmentation"))
     config, out = str(train_file(files)), str(files.images.parent / "out")
     with warnings.catch_warnings():
@@ -188,12 +188,18 @@ def test_one_object_without_a_mask_is_said_before_the_work(files: CocoFiles) -> 
     assert "mask AP" in done.output, done.output
     assert "not measured" not in done.output
     files.rewrite(lambda content: content["annotations"][0].pop("segmentation"))
-    told = r"instances\.json: 1 of 16 objects has no mask, so mask AP is not measured; give it one or set iscrowd 1$"
+    told = r"instances\.json: 1 of 16 objects has no mask: mask AP is measured on the others, and its box is a region"
     with pytest.warns(UserWarning, match=told):
         done = CliRunner().invoke(app, ["train", config, "--out", f"{out}2"])
-    assert re.search(r"^box AP [\d.]+, mask AP not measured: objects without a mask after 1 steps", done.stdout, re.M)
+    left_out = "mask AP without 1 of 16 objects, which have no mask"
+    assert re.search(rf"^mask AP [\d.]+, box AP [\d.]+ \({left_out}\) after 1 steps", done.stdout, re.M), done.stdout
     with pytest.warns(UserWarning, match=told):
-        assert CliRunner().invoke(app, ["evaluate", f"{out}2"]).exit_code == 0
+        done = CliRunner().invoke(app, ["evaluate", f"{out}2"])
+    assert left_out in done.stdout
+    files.rewrite(lambda content: [each.pop("segmentation", None) for each in content["annotations"]])
+    with pytest.warns(UserWarning, match="no object has a mask, so mask AP is not measured"):
+        done = CliRunner().invoke(app, ["train", config, "--out", f"{out}3", "--set", "supervision.source=boxes"])
+    assert re.search(r"^box AP [\d.]+, mask AP not measured: objects without a mask after 1 steps", done.stdout, re.M)
 
 
 def test_a_training_without_objects_is_refused(files: CocoFiles) -> None:

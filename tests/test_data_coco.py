@@ -242,8 +242,11 @@ def test_the_check_decodes_images_in_full(tmp_path: Path) -> None:
 
 def test_the_check_says_what_an_object_without_a_mask_does_to_an_evaluation(tmp_path: Path) -> None:
     files = make_coco(tmp_path)
-    told = "4 of 16 objects have no mask, so mask AP is not measured; give them one or set iscrowd 1"
-    assert f"for validation: {told}\nno errors" in check_annotations(files.annotations, None).render()
+    told = "4 of 16 objects have no mask: mask AP is measured on the others, and their boxes are regions in which masks"
+    assert f"for validation: {told} count for nobody\nno errors" in check_annotations(files.annotations, None).render()
+    files = files.rewrite(lambda content: [each.pop("segmentation", None) for each in content["annotations"]])
+    told = "for validation: no object has a mask, so mask AP is not measured"
+    assert told in check_annotations(files.annotations, None).render()
     for item in files.content["annotations"]:
         item.setdefault("segmentation", [[1, 1, 9, 1, 9, 9]])
     del files.content["annotations"][-1]["segmentation"]  # the crowd

@@ -24,6 +24,7 @@ from semiseg.evaluation.coco_metrics import (
     group_means,
     load_ground_truth,
 )
+from semiseg.evaluation.precision import Backend
 from tests.coco_files import make_coco
 from tests.model_folders import make_model
 
@@ -300,6 +301,36 @@ def test_boxes_alone_can_be_evaluated(tmp_path: Path) -> None:
     assert metrics.bbox.groups["all"]["AP"] == 100
     assert set(metrics.group("segm", CLASSES).values()) == {None}
     assert Metrics.from_dict(json.loads(json.dumps(metrics.to_dict()))) == metrics
+
+
+@pytest.mark.parametrize("backend", ["pycocotools", "hotcoco"])
+def test_masks_are_measured_on_the_objects_that_have_one(
+    random_case: tuple[Path, list[dict[str, Any]]], tmp_path: Path, backend: Backend
+) -> None:
+    """As if each object without a mask were the crowd region of its box; boxes are measured on all."""
+    path, results = random_case
+    if backend == "hotcoco":
+        pytest.importorskip("hotcoco")
+    given: dict[str, Any] = {"class_names": CLASSES, "image_ids": range(20), "backend": backend}
+    content = json.loads(path.read_text(encoding="utf-8"))
+    whole = evaluate_detections(path, results, **given)
+    objects = [each for each in content["annotations"] if not each["iscrowd"]]
+    for annotation in objects[::3]:
+        del annotation["segmentation"]
+    some = tmp_path / "some.json"
+    some.write_text(json.dumps(content), encoding="utf-8")
+    mixed = evaluate_detections(some, results, **given)
+    for annotation in objects[::3]:
+        x, y, width, height = annotation["bbox"]
+        annotation |= {"iscrowd": 1, "segmentation": encode(rectangle(x, y, width, height))}
+    crowds = tmp_path / "crowds.json"
+    crowds.write_text(json.dumps(content), encoding="utf-8")
+    plainly = evaluate_detections(crowds, results, **given)
+    assert mixed.segm == plainly.segm != whole.segm
+    assert (mixed.bbox, mixed.instances) == (whole.bbox, whole.instances)
+    assert (mixed.unmasked, whole.unmasked, plainly.unmasked) == (len(objects[::3]), None, None)
+    assert Metrics.from_dict(json.loads(json.dumps(mixed.to_dict()))) == mixed
+    assert "unmasked" not in whole.to_dict()
 
 
 def test_metrics_survive_json(random_case: tuple[Path, list[dict[str, Any]]]) -> None:

@@ -178,6 +178,12 @@ def test_a_limit_of_detections_that_is_not_cocos_is_told() -> None:
         checked({**asdict(ALIKE[0]), "metrics": {"instances": {}, "max_dets": 0}}, where="line 1")
 
 
+def test_objects_that_masks_were_not_measured_on_are_told() -> None:
+    some = [replace(result, metrics={"instances": {}, "unmasked": 7}) for result in ALIKE]
+    told = "on the validation images, without 7 objects that have no mask, in whose boxes masks count for nobody."
+    assert protocol(report_of(*some))[1].endswith(told)
+
+
 def test_splits_that_have_changed_or_are_others() -> None:
     changed = report_of(run("a", split_digest="old"), run("b_<b>", split="splits/few.toml"))
     [told] = warnings(changed)

@@ -279,7 +279,8 @@ def test_other_annotations_and_objects_without_masks_are_not_measured(one_seed: 
     path = tmp_path / "val.json"
     path.write_text(json.dumps({**truth, "annotations": truth["annotations"][3:]}))
     assert context(replace(one_seed, val_annotations=path), tmp_path).stored.matches(run) is None
-    del truth["annotations"][0]["segmentation"]
+    for annotation in truth["annotations"]:
+        del annotation["segmentation"]
     path.write_text(json.dumps(truth))
     found = json.loads((one_seed.run_folders[run.run_id] / "detections.json").read_text())
     metrics = evaluate_detections(path, found, class_names=CLASSES, image_ids=range(IMAGES))

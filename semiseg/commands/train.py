@@ -135,7 +135,7 @@ def train(
         raise UserError("train needs CONFIG and --out (or --replay FILE); see 'semiseg train --help'")
     values = read_config(config, overrides or [])
     from semiseg.engine.run import execute_run
-    from semiseg.evaluation.coco_metrics import describe_placed
+    from semiseg.evaluation.coco_metrics import describe_ignored
 
     typed = shlex.join(["semiseg", *sys.argv[1:]])
     result = execute_run(values, out=out, resume=resume, progress=progress, command=typed)
@@ -143,8 +143,8 @@ def train(
         measured = ap_in_words(result["metrics"])
         if measured and result["metrics"].get("segm") is None:
             measured += ", mask AP not measured: objects without a mask"
-        if placed := result["metrics"].get("placed"):
-            measured += f" ({describe_placed(placed)})"
+        if ignored := describe_ignored(result["metrics"]):
+            measured += f" ({ignored})"
         if limit := limit_in_words(result["metrics"].get("max_dets", MAX_DETS)):
             measured += f" ({limit})"
         typer.echo(f"{measured or 'no ground truth to measure AP'} after {result['steps']} steps; written to {out}")
@@ -282,7 +282,7 @@ def read_config(path: Path, overrides: Sequence[str]) -> RunConfig:
 
 def _metrics_table(metrics: Metrics, split: str | None) -> str:
     """The numbers of all classes and of a split's, with what else is to be known of them."""
-    from semiseg.evaluation.coco_metrics import METRIC_NAMES, describe_placed
+    from semiseg.evaluation.coco_metrics import METRIC_NAMES, describe_ignored
     from semiseg.evaluation.precision import AREA_LIMITS
     from semiseg.report.tables import text_table
     from semiseg.splits import load_split
@@ -304,4 +304,5 @@ def _metrics_table(metrics: Metrics, split: str | None) -> str:
     if metrics.voc is not None:
         by_voc = ", ".join(f"{name} {value:.1f}" for name, value in metrics.voc.items())
         table += f"mask AP by VOC's own rules: {by_voc}\n"
-    return table + (f"{describe_placed(metrics.placed)}\n" if metrics.placed else "")
+    ignored = describe_ignored(metrics.to_dict())
+    return table + (f"{ignored}\n" if ignored else "")

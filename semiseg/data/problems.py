@@ -104,9 +104,12 @@ class CrowdCounts:
 
 def describe_missing_masks(without: int, objects: int) -> str:
     """What objects without a mask do to an evaluation. Crowds are no objects here: they may lack a mask."""
-    have, them = ("has", "it") if without == 1 else ("have", "them")
+    if without == objects:
+        return "no object has a mask, so mask AP is not measured"
+    have, regions = ("has", "its box is a region") if without == 1 else ("have", "their boxes are regions")
     return (
-        f"{without} of {objects} objects {have} no mask, so mask AP is not measured; give {them} one or set iscrowd 1"
+        f"{without} of {objects} objects {have} no mask: mask AP is measured on the others, and {regions} in which "
+        "masks count for nobody"
     )
 
 

@@ -34,7 +34,7 @@ from semiseg.structures.objects import Box, Crowds, groupings, mask_box_xyxy, pl
 
 METRIC_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 ALL_CLASSES = "all"
-PLACED = "placed"  # of the content of a ground truth: `Metrics.placed`
+PLACED, UNMASKED = "placed", "unmasked"  # of the content of a ground truth: these of `Metrics`
 PLACES = {"mask": "count with the box of their mask", "region": "are ignored"}
 
 Numbers = Mapping[str, float | None]
@@ -61,7 +61,7 @@ class Metrics:
     images: int  # number of evaluated images
     instances: Mapping[str, int]  # class -> number of ground-truth instances without crowd
     bbox: TypeMetrics
-    segm: TypeMetrics | None  # None if not every ground-truth instance has a mask to compare with
+    segm: TypeMetrics | None  # None if no ground-truth instance has a mask to compare with
     voc: Mapping[str, float] | None = None  # masks by PASCAL VOC's own rules, see `voc_metrics`; None elsewhere
     area_limits: tuple[float, float] = AREA_LIMITS  # of APs, APm and APl, in pixels; others than COCO's are recorded
     # The best so many detections of each image and class were looked at; other than COCO's 100 it is recorded.
@@ -69,6 +69,7 @@ class Metrics:
     at_score: AtScore | None = None  # of masks, or boxes where masks are not measured; None unless it was asked for
     # `PLACES` -> number of annotations whose box has no area in the image; None where there is none
     placed: Mapping[str, int] | None = None
+    unmasked: int | None = None  # instances without a mask, which the numbers of masks ignore; None where there is none
 
     def group(self, iou_type: str, classes: Collection[str]) -> Numbers:
         """Means over any classes, e.g. another split's unseen ones; iou_type is "bbox" or "segm"."""
@@ -78,7 +79,7 @@ class Metrics:
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable; `from_dict` restores it exactly."""
         values = {"unit": "percent", **asdict(self)}
-        for name in ("voc", "at_score", "placed"):
+        for name in ("voc", "at_score", "placed", "unmasked"):
             if values[name] is None:
                 del values[name]
         if self.area_limits == AREA_LIMITS:
@@ -154,7 +155,8 @@ def evaluate_detections(
     voc = None if segm is None else voc_metrics(truth, results, where=annotations_file)
     judged: Literal["bbox", "segm"] = "bbox" if segm is None else "segm"
     at = None if score is None else at_score(truth, results, judged, score=score, max_dets=max_dets)
-    return Metrics(len(truth.imgs), instances, bbox, segm, voc, area_limits, max_dets, at, truth.dataset[PLACED])
+    ignored = (truth.dataset[PLACED], truth.dataset.get(UNMASKED))
+    return Metrics(len(truth.imgs), instances, bbox, segm, voc, area_limits, max_dets, at, *ignored)
 
 
 def _say_what_is_cut(results: Sequence[Mapping[str, Any]], max_dets: int) -> None:
@@ -263,6 +265,14 @@ def _mask_box(annotation: Mapping[str, Any], size_hw: tuple[int, int]) -> Box | 
     return mask_box_xyxy([], rle.frPyObjects(mask, *size_hw)["counts"] if isinstance(counts, list) else counts, size_hw)
 
 
+def describe_ignored(metrics: Mapping[str, Any]) -> str:
+    """What of the objects the numbers (`Metrics.to_dict`) leave out or take otherwise, in words; empty if nothing."""
+    parts = [describe_placed(placed)] if (placed := metrics.get("placed")) else []
+    if unmasked := metrics.get("unmasked"):
+        parts.append(f"mask AP without {unmasked} of {sum(metrics['instances'].values())} objects, which have no mask")
+    return "; ".join(parts)
+
+
 def describe_placed(placed: Mapping[str, int]) -> str:
     """What became of annotations whose box has no area in the image, in words."""
     total, parts = sum(placed.values()), [f"{placed[key]} {text}" for key, text in PLACES.items() if placed.get(key)]
@@ -271,13 +281,19 @@ def describe_placed(placed: Mapping[str, int]) -> str:
 
 
 def prepare_masks(truth: COCO) -> bool:
-    """Whether every instance but crowd has a mask; if so, a crowd without one gets its box, as in training."""
-    if not all(a.get("segmentation") for a in truth.dataset["annotations"] if not a["iscrowd"]):
+    """Whether any instance has a mask. If so, one without, a crowd or not, becomes the crowd region of its box.
+
+    Where a box is all that is known of an object, a mask in it is neither right nor wrong.
+    """
+    objects = [bool(a.get("segmentation")) for a in truth.dataset["annotations"] if not a["iscrowd"]]
+    if objects and not any(objects):
         return False
+    truth.dataset[UNMASKED] = (len(objects) - sum(objects)) or None
     for annotation in truth.dataset["annotations"]:
         if not annotation.get("segmentation"):
             x, y, width, height = annotation["bbox"]
             annotation["segmentation"] = [[x, y, x + width, y, x + width, y + height, x, y + height]]
+            annotation["iscrowd"] = 1
     return True
 
 

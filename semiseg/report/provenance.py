@@ -225,7 +225,7 @@ def protocol(report: ReportInput) -> list[str]:
         f"- **Schedule.** {escape_markdown(report.schedule)}",
         f"- **Seeds.** {', '.join(map(str, report.seeds))}. Deviations are sample standard deviations over them.",
         f"- **Rows.** Every row has the boxes and classes of all objects and differs in {differ}.{words}",
-        f"- **Measure.** COCO AP of masks in percent (pycocotools{_limits(report)}), on the validation images.",
+        f"- **Measure.** COCO AP of masks in percent (pycocotools{_limits(report)}), on the validation images{_left_out(report)}.",
     ]
     return ["## Protocol", "\n".join(lines)]
 
@@ -234,6 +234,14 @@ def _limits(report: ReportInput) -> str:
     """What of the detections was measured, where it is not COCO's 100."""
     limits = " or ".join(map(str, sorted({run.max_dets for run in report.runs()} - {MAX_DETS})))
     return f"; the best {limits} detections of each image and class, not COCO's {MAX_DETS}" if limits else ""
+
+
+def _left_out(report: ReportInput) -> str:
+    """Which objects the masks were not measured on."""
+    counts = " or ".join(
+        map(str, sorted({run.metrics["unmasked"] for run in report.runs() if "unmasked" in run.metrics}))
+    )
+    return f", without {counts} objects that have no mask, in whose boxes masks count for nobody" if counts else ""
 
 
 def provenance(report: ReportInput) -> list[str]:
