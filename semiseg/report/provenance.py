@@ -225,7 +225,8 @@ def protocol(report: ReportInput) -> list[str]:
         f"- **Schedule.** {escape_markdown(report.schedule)}",
         f"- **Seeds.** {', '.join(map(str, report.seeds))}. Deviations are sample standard deviations over them.",
         f"- **Rows.** Every row has the boxes and classes of all objects and differs in {differ}.{words}",
-        f"- **Measure.** COCO AP of masks in percent (pycocotools{_limits(report)}), on the validation images{_left_out(report)}.",
+        f"- **Measure.** COCO AP of masks in percent (pycocotools{_limits(report)}), on the validation images"
+        f"{_left_out(report)}.",
     ]
     return ["## Protocol", "\n".join(lines)]
 
