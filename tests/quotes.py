@@ -341,6 +341,16 @@ TABLES = (
     QuotedTable("docs/PSEUDO_MASKS.md", "What they cost, `python", partial(bench_lines, name="refine.json")),
     QuotedTable("docs/HEADS.md", "Shapes, the same detector, losses", heads_lines),
     QuotedTable("docs/REAL_DATA.md", "Truly positive edges in percent", edge_lines),
+    QuotedTable(
+        "docs/REAL_DATA.md",
+        "Few masks seen, those of bear",
+        lambda reports: (reports / "animals/tables/table6.md").read_text(encoding="utf-8").splitlines(),
+    ),
+    QuotedTable(
+        "docs/REAL_DATA.md",
+        "Many, those of the other three",
+        lambda reports: (reports / "animals/tables/table7.md").read_text(encoding="utf-8").splitlines(),
+    ),
     QuotedTable("docs/NUMERICS.md", "Order of the rows by processor and seed", processor_lines),
     QuotedTable("docs/PERFORMANCE.md", "The full form, `python -m benchmarks --json", bench_lines),
     QuotedTable("docs/PERFORMANCE.md", "The rows of mask heads, `python", partial(bench_lines, name="heads.json")),

@@ -364,8 +364,8 @@ def test_a_pretraining_on_other_annotations(project: Path) -> None:
 
 
 RECORDS = committed_records()
-# Runs that a committed record still lacks, which its report says: two seeds of both rows with a CRF.
-UNFINISHED = {"shapes_table5": 4}
+# Runs that a committed record still lacks, which its report says: two seeds of both rows with a CRF; a second seed.
+UNFINISHED = {"shapes_table5": 4, "animals": 9}
 
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.parent.name)
