@@ -21,6 +21,7 @@ from torch import Tensor
 from examples.analysis import run_script
 from semiseg.config import RunConfig, parse_recorded
 from semiseg.config.read import read_json
+from semiseg.data.dataset import build_rule
 from semiseg.engine.build import RunData, build_data, build_evaluation_loader, build_step
 from semiseg.engine.checkpoint import load_tensors
 from semiseg.engine.processes import images_in_evaluation
@@ -98,7 +99,7 @@ def main() -> None:
         runtime=config.runtime,
         processes=1,
         rank=0,
-        with_masks=True,
+        rule=build_rule("masks", None),
     )
     batch = next(iter(loader))
     draw(batch.images, *edges_of(module, batch), arguments.picture)

@@ -13,6 +13,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from semiseg.structures.objects import Box, mask_box_xyxy
+from semiseg.structures.rasterise import signed_area
 
 SHARE = 0.05  # of the annotations that may disagree before it is said; and of a side or an area that is no disagreement
 PIXELS = 2.0  # by which sides may always differ: outlines and boxes are rounded
@@ -163,6 +164,5 @@ def _area(outlines: list[list[float]], counts: bytes | None, size_hw: tuple[int,
         return float(coco_mask.area({"size": list(size_hw), "counts": counts}))
     total = 0.0
     for outline in outlines:
-        x, y = np.asarray(outline[0::2]), np.asarray(outline[1::2])
-        total += 0.5 * abs(float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))))
+        total += abs(signed_area(np.asarray(outline[0::2]), np.asarray(outline[1::2])))
     return total

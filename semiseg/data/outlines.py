@@ -10,6 +10,7 @@ from contourpy import contour_generator
 from numpy.typing import NDArray
 
 from semiseg.data.detections import decoded
+from semiseg.structures.rasterise import signed_area
 
 Points = NDArray[np.float64]  # (P, 2), x and y in pixels of the image, whose corner is (0, 0)
 STEP = 0.5**0.5 / 2  # px: by which a line between pixels cuts their corners
@@ -57,14 +58,12 @@ def simplified_outlines(mask: NDArray[Any], *, error: float) -> list[Points]:
     part = np.pad(mask[top : rows[-1] + 1, left : columns[-1] + 1].astype(np.float64), 1)
     lines = contour_generator(z=part).lines(0.5)
     # Around what is inside, lines run the other way than around holes.
-    outer = [line for line in lines if isinstance(line, np.ndarray) and _signed_area(line) > 0]
+    outer = [line for line in lines if isinstance(line, np.ndarray) and signed_area(*line.T) > 0]
     offset = np.array([left, top]) - 0.5  # the part begins one pixel further up and left, pixels lie at their centres
-    return [_simplified(line[:-1] + offset, max(error - STEP, 0)) for line in sorted(outer, key=_signed_area)[::-1]]
-
-
-def _signed_area(ring: Points) -> float:
-    x, y = ring.T
-    return float((x * np.roll(y, -1) - y * np.roll(x, -1)).sum() / 2)
+    return [
+        _simplified(line[:-1] + offset, max(error - STEP, 0))
+        for line in sorted(outer, key=lambda line: signed_area(*line.T))[::-1]
+    ]
 
 
 def _simplified(ring: Points, tolerance: float) -> Points:

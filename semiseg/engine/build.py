@@ -24,9 +24,10 @@ from semiseg.config import (
 from semiseg.config.read import digest
 from semiseg.config.run import Maker
 from semiseg.data.augment import Augmentation
-from semiseg.data.dataset import InstanceDataset, build_rule
+from semiseg.data.dataset import InstanceDataset, MaskRule, build_rule
 from semiseg.data.loader import BatchLoader, StepBatches, build_loader, eval_batches
 from semiseg.data.pseudo import PseudoMasks, load_pseudo
+from semiseg.data.rays import RayRule
 from semiseg.data.sources import cache_folder, ensure_files, reading_of
 from semiseg.data.table import Table, load_table
 from semiseg.data.transforms import Resize
@@ -71,7 +72,8 @@ def build_data(config: RunConfig) -> RunData:
     load: Callable[..., Table] = partial(load_table, cache=cache_folder(config.data), **how)
     train = load(*files["train"])
     val = load(*files["val"], classes=train.class_names)
-    train = load(*files["train"], classes=val.class_names)  # what groups others in one file may be the other's class
+    if {*train.groupings} & {*val.class_names}:  # what groups others in one file may be the other's class
+        train = load(*files["train"], classes=val.class_names)
     if train.class_names != val.class_names:
         differing = differing_names(train.class_names, val.class_names)
         raise UserError(f"{val.annotations_file}: classes differ from {train.annotations_file} in {differing}")
@@ -314,16 +316,18 @@ def build_evaluation_loader(
     runtime: RuntimeConfig,
     processes: int,
     rank: int,
-    with_masks: bool = False,
+    rule: MaskRule | None = None,
+    rays: RayRule | None = None,
     bottom_rows_without_affinity: int = 0,
 ) -> BatchLoader:
-    """Every image of the table once, shared out over the processes; masks are read only where they are asked for."""
+    """Every image of the table once, shared out over the processes; masks are read only where a rule asks for them."""
     dataset = InstanceDataset(
         table,
-        rule=build_rule("masks" if with_masks else "boxes", None),
+        rule=rule or build_rule("boxes", None),
         transform=Resize([inference.short_side], inference.long_side, stretch=inference.stretch),
         mask_stride=mask_stride(model),
         bottom_rows_without_affinity=bottom_rows_without_affinity,
+        rays=rays,
     )
     batches = eval_batches(len(dataset), batch_size=images_in_evaluation(runtime), processes=processes, rank=rank)
     return build_loader(dataset, batches=batches, workers=runtime.workers, size_divisor=model.size_divisor)

@@ -24,6 +24,7 @@ from accelerate import Accelerator
 from semiseg.config import DataConfig, InferenceConfig, ModelConfig, RunConfig, RuntimeConfig, parse_recorded
 from semiseg.config.model import RefinerName
 from semiseg.config.read import read_json
+from semiseg.data.dataset import build_rule
 from semiseg.data.problems import describe_empty_classes, describe_missing_masks
 from semiseg.data.reading import AS_STORED, Reading
 from semiseg.data.sources import AnnotatedImages, cache_folder, ensure_files, reading_of, tables_folder
@@ -224,7 +225,7 @@ def measure_edges(
         runtime=config.runtime,
         processes=accelerator.num_processes,
         rank=accelerator.process_index,
-        with_masks=True,
+        rule=build_rule("masks", None),
         bottom_rows_without_affinity=config.data.bottom_rows_without_affinity,
     )
     return edge_quality(module, loader, accelerator, groups=groups)

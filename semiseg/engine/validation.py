@@ -7,14 +7,10 @@ from accelerate import Accelerator
 from torch import nn
 
 from semiseg.config import RunConfig
-from semiseg.data.dataset import InstanceDataset, build_rule
-from semiseg.data.loader import build_loader, eval_batches
-from semiseg.data.transforms import Resize
-from semiseg.engine.build import RunData
-from semiseg.engine.processes import images_in_evaluation
+from semiseg.data.dataset import build_rule
+from semiseg.engine.build import RunData, build_evaluation_loader
 from semiseg.engine.rays import build_ray_rule
 from semiseg.engine.step import TrainStep
-from semiseg.models.build import mask_stride
 from semiseg.models.segmenter import Segmenter
 
 
@@ -28,18 +24,16 @@ def validation_losses(
     alone. Images are resized as for the evaluation, batch norms use their running statistics. The set is read twice,
     since every denominator counts over all of it.
     """
-    dataset = InstanceDataset(
+    loader = build_evaluation_loader(
         data.val,
+        model=config.model,
+        inference=config.inference,
+        runtime=config.runtime,
+        processes=accelerator.num_processes,
+        rank=accelerator.process_index,
         rule=build_rule(config.supervision.source, data.split),
-        transform=Resize([config.inference.short_side], config.inference.long_side, stretch=config.inference.stretch),
-        mask_stride=mask_stride(config.model),
-        bottom_rows_without_affinity=config.data.bottom_rows_without_affinity,
         rays=build_ray_rule(config, data.val),
-    )
-    share = {"processes": accelerator.num_processes, "rank": accelerator.process_index}
-    batches = eval_batches(len(dataset), batch_size=images_in_evaluation(config.runtime), **share)
-    loader = build_loader(
-        dataset, batches=batches, workers=config.runtime.workers, size_divisor=config.model.size_divisor
+        bottom_rows_without_affinity=config.data.bottom_rows_without_affinity,
     )
     device = accelerator.device
     counts = torch.zeros(len(module.count_names), dtype=torch.float64, device=device)

@@ -16,6 +16,11 @@ from pycocotools import mask as coco_mask
 VALUE, MORE, SIGN, BITS = 0x1F, 0x20, 0x10, 5
 
 
+def signed_area(x: np.ndarray, y: np.ndarray) -> float:
+    """Of the closed polygon through the points; the sign says which way it runs round."""
+    return float((x * np.roll(y, -1) - y * np.roll(x, -1)).sum() / 2)
+
+
 def outlines_to_rle(polygons: Sequence[np.ndarray], size_hw: tuple[int, int]) -> bytes:
     """The union of polygons, (2K,) float64 x0, y0, x1, y1, ... each, by COCO's own rasteriser: counts of an RLE."""
     rles = coco_mask.frPyObjects(list(polygons), *size_hw)
